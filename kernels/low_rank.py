@@ -1,0 +1,155 @@
+"""A frozen linear and its low-rank branch as one differentiable step, in traceable torch.
+
+    Y = base(X) + s · D(X) Aᵀ Bᵀ                           D: dropout, X ∘ mask / (1 − p)
+    grad_S = s · G B   grad_A = grad_Sᵀ D(X)   grad_B = s · Gᵀ S   grad_X = base'(G) + D'(grad_S A)
+
+M tokens, K in, N out, R rank. Kept for backward: X, S = D(X) Aᵀ, the factors, the mask, and the
+base's own tensors – no second copy of X, nothing `[M, N]`. G·B is formed once and the branch is
+accumulated into the base's result by `addmm_`, so Y and grad_X are written once and read once.
+FLOPs over the base: 2·M·R·(K + N) forward, 4·M·R·(K + N) backward. Products run in X's dtype
+(factors are cast per call); the gradients of the factors come back in the factors' dtype.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class FrozenLinear(NamedTuple):
+    """How to multiply by a frozen weight: two functions of plain tensors, and those tensors.
+
+    `linear_forward(x [M, K], *tensors) -> [M, N]` is a fresh tensor (the branch is added in place)
+    and `linear_grad_x(grad_out [M, N], *tensors) -> [M, K]` likewise. A storage format is supported
+    by the fused path once it has such a pair.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    linear_forward: Callable[..., Tensor]
+    linear_grad_x: Callable[..., Tensor]
+
+
+def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x Wᵀ + b` for a weight `[N, K]`, which is cast to x's dtype (a no-op when equal)."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def dense_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `G W`."""
+    return torch.mm(grad_out, weight.to(grad_out.dtype))
+
+
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """Draw a bool mask of x's shape that is True with probability 1 − p."""
+    return torch.empty_like(x, dtype=torch.float32).bernoulli_(1 - p).to(torch.bool)
+
+
+def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    return x if mask is None else x * mask * (1 / (1 - p))
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, A, B, mask, scaling, p, linear_forward, linear_grad_x, *tensors):
+        y = linear_forward(x, *tensors)
+        s = torch.mm(_dropped(x, mask, p), A.to(x.dtype).t())
+        y.addmm_(s, B.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, A, B, s, mask, *tensors)
+        ctx.scaling, ctx.p, ctx.linear_grad_x = scaling, p, linear_grad_x
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, A, B, s, mask, *tensors = ctx.saved_tensors
+        grad_x = grad_A = grad_B = None
+        with torch.autocast(grad_out.device.type, enabled=False):
+            grad_s = torch.mm(grad_out, B.to(grad_out.dtype)) * ctx.scaling
+            if ctx.needs_input_grad[2]:
+                grad_B = torch.mm(grad_out.t(), s * ctx.scaling).to(B.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_A = torch.mm(grad_s.t(), _dropped(x, mask, ctx.p)).to(A.dtype)
+            if ctx.needs_input_grad[0]:
+                grad_x = ctx.linear_grad_x(grad_out, *tensors)
+                if mask is None:
+                    grad_x.addmm_(grad_s, A.to(grad_s.dtype))
+                else:
+                    grad_x += _dropped(torch.mm(grad_s, A.to(grad_s.dtype)), mask, ctx.p)
+        return grad_x, grad_A, grad_B, *[None] * (5 + len(tensors))
+
+
+def lora_linear(
+    x: Tensor,
+    base: FrozenLinear,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """Compute `base(x) + scaling · D(x) Aᵀ Bᵀ` in one autograd step (the fused path).
+
+    Args:
+        x: `[..., K]` floating point, kept for backward.
+        base: the frozen linear; gets no gradient.
+        A: `[R, K]`, kept for backward; any floating dtype, cast to x's for the products.
+        B: `[N, R]`, likewise.
+        scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
+        mask: bool, x's shape, True = keep (see `dropout_mask`), or None.
+        p: the probability the mask was drawn with.
+
+    Returns:
+        `[..., N]` in x's dtype.
+
+    Hu et al. 2021, "LoRA", section 4.1.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    flat_mask = None if mask is None else mask.reshape(flat.shape)
+    # The caller has settled the dtype; autocast must not cast single products inside the step.
+    with torch.autocast(x.device.type, enabled=False):
+        y = _LoRALinear.apply(
+            flat,
+            A,
+            B,
+            flat_mask,
+            scaling,
+            p,
+            base.linear_forward,
+            base.linear_grad_x,
+            *base.tensors,
+        )
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def lora_add(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """Compute `y + scaling · D(x) Aᵀ Bᵀ` by ordinary autograd ops (the general path).
+
+    Args:
+        y: `[..., N]`, what any base gave for x; not changed.
+        x: `[..., K]` in the dtype the branch computes in. When y is narrower, the sum is formed
+            in x's dtype and rounded once to y's.
+        A: `[R, K]`.
+        B: `[N, R]`.
+        scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
+        mask: bool, x's shape, True = keep, or None.
+        p: the probability the mask was drawn with.
+
+    Returns:
+        `[..., N]` in y's dtype.
+    """
+    flat = _dropped(x, mask, p).reshape(-1, x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):
+        s = torch.mm(flat, A.to(x.dtype).t())
+        out = torch.addmm(
+            y.reshape(-1, y.shape[-1]).to(x.dtype), s, B.to(x.dtype).t(), alpha=scaling
+        )
+    return out.to(y.dtype).reshape(y.shape)

@@ -1,0 +1,107 @@
+"""What this machine multiplies fast: instruction-set flags and a sub-second matmul probe.
+
+A list of flags alone misleads: without AVX-512-BF16 or AMX, bf16 matmuls run several times slower
+than f32 although every one of them is supported. So the default dtype follows a measurement.
+"""
+
+import functools
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What was found; rates are of one `[512, 1024] · [1024, 1024]` matmul, in GFLOP/s.
+
+    `dtype` is the fastest training dtype: what `dtype="auto"` resolves to. `int8` is the rate of
+    `torch._int_mm`, 0.0 where it can't run; CUDA rates are not probed and stand as 0.0.
+    """
+
+    device: str
+    name: str
+    threads: int
+    flags: tuple[str, ...]
+    float32: float
+    bfloat16: float
+    int8: float
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        rates = f"f32 {self.float32:.0f}, bf16 {self.bfloat16:.0f}, int8 {self.int8:.0f} GFLOP/s"
+        flags = " ".join(self.flags) or "no flags known"
+        return (
+            f"{self.name} ({self.device}, {self.threads} threads; {flags}); {rates}; "
+            f"dtype auto = {str(self.dtype).removeprefix('torch.')}"
+        )
+
+
+def _rate(multiply, left: torch.Tensor, right: torch.Tensor) -> float:
+    """GFLOP/s of one product: the best of a few runs, since a busy machine only slows one."""
+    multiply(left, right)  # the first call picks and packs a kernel
+    best = float("inf")
+    stop = time.perf_counter() + 0.1
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        multiply(left, right)
+        best = min(best, time.perf_counter() - start)
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1] / best / 1e9
+
+
+def _cpu_name_and_flags() -> tuple[str, tuple[str, ...]]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine(), ()
+    name, flags = platform.machine(), set[str]()
+    for line in info.read_text(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() == "flags":
+            flags.update(value.split())
+            break
+    return name, tuple(flag for flag in _FLAGS if flag in flags)
+
+
+@functools.cache
+def hardware(device: str = "cpu") -> Hardware:
+    """Probe the device once per process and say which dtype trains fastest on it.
+
+    Args:
+        device: `"cpu"` (rates measured, about 0.3 s) or `"cuda"` (flags only: bf16 where the
+            device supports it in hardware).
+
+    Returns:
+        The cached `Hardware`.
+
+    Raises:
+        ValueError: another device.
+        RuntimeError: `"cuda"` without a CUDA device.
+    """
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("hardware('cuda') needs a CUDA device, and torch sees none")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        major, minor = torch.cuda.get_device_capability()
+        best = torch.bfloat16 if bf16 else torch.float16
+        name = torch.cuda.get_device_name()
+        threads = torch.get_num_threads()
+        return Hardware("cuda", name, threads, (f"sm_{major}{minor}",), 0.0, 0.0, 0.0, best)
+    if device != "cpu":
+        raise ValueError(f"hardware() knows 'cpu' and 'cuda', found {device!r}")
+    name, flags = _cpu_name_and_flags()
+    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
+    float32 = _rate(torch.mm, left, right)
+    bfloat16 = _rate(torch.mm, left.bfloat16(), right.bfloat16())
+    try:
+        int8 = _rate(torch._int_mm, left.to(torch.int8), right.to(torch.int8))
+    except RuntimeError:  # not built for this platform
+        int8 = 0.0
+    # A quarter more speed has to show before half the mantissa is given up.
+    dtype = torch.bfloat16 if bfloat16 > 1.25 * float32 else torch.float32
+    return Hardware("cpu", name, torch.get_num_threads(), flags, float32, bfloat16, int8, dtype)

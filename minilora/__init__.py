@@ -1,0 +1,32 @@
+"""LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
+
+from minilora.adapters import activate, disabled, eject, merge, summary, unmerge
+from minilora.checkpoint import load, save
+from minilora.evaluation import evaluate
+from minilora.generation import generate
+from minilora.injection import inject
+from minilora.kernels import hardware
+from minilora.layers import LoRALinear
+from minilora.selection import targets
+from minilora.training import TrainConfig, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRALinear",
+    "TrainConfig",
+    "activate",
+    "disabled",
+    "eject",
+    "evaluate",
+    "fit",
+    "generate",
+    "hardware",
+    "inject",
+    "load",
+    "merge",
+    "save",
+    "summary",
+    "targets",
+    "unmerge",
+]

@@ -1,0 +1,143 @@
+"""adapter_config.json as PEFT writes it: made from a model's adapters, read like user input.
+
+Fields and their meaning: huggingface/peft, `src/peft/tuners/lora/config.py`.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from minilora.injection import check_alpha, check_dropout
+from minilora.layers import LoRALinear
+from minilora.selection import check_rank, find_head, plain_modules
+
+# Config keys that name or describe; every other key must be one handled below or at a value that
+# asks for nothing, so that a file from a newer PEFT can't mean something we don't compute.
+_DESCRIPTIVE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "ensure_weight_tying", "megatron_core",
+}  # fmt: skip
+_HANDLED = {
+    "alpha_pattern", "exclude_modules", "fan_in_fan_out", "lora_alpha", "lora_dropout", "r",
+    "rank_pattern", "target_modules", "use_rslora",
+}  # fmt: skip
+_ASKS_NOTHING: tuple[object, ...] = (None, False, "none", [], {}, "")
+# Initialisations that leave the base as it was; PiSSA, OLoRA, LoftQ and CorDA change its weights,
+# so their factors mean something only beside the changed base.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def _minimal_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest list of endings that selects exactly `names` among the model's modules."""
+    every = list(plain_modules(model))
+    wanted = set(names)
+    entries: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            entry = ".".join(parts[start:])
+            hits = {n for n in every if n == entry or n.endswith("." + entry)}
+            if hits <= wanted:
+                entries.add(entry)
+                break
+    return sorted(entries)
+
+
+def _patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Split per-layer values into the commonest one and exact-name patterns for the others."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    # "^" keeps a name from also matching as the ending of a longer one under PEFT's rule.
+    rest = {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
+    return common, rest
+
+
+def config_of(model: nn.Module, layers: dict[str, LoRALinear], adapter: str) -> dict:
+    """Describe an adapter by PEFT's fields, target_modules as short as is exact."""
+    factors = {fqn: layer.adapters[adapter] for fqn, layer in layers.items()}
+    r, rank_pattern = _patterns({fqn: f.r for fqn, f in factors.items()})
+    alpha, alpha_pattern = _patterns({fqn: f.alpha for fqn, f in factors.items()})
+    first = next(iter(factors.values()))
+    head = find_head(model)
+    names = list(factors)
+    return {
+        "alpha_pattern": alpha_pattern,
+        "auto_mapping": None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": "gaussian" if first.init == "gaussian" else True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_bias": False,
+        "lora_dropout": first.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "peft_version": "0.21.2",  # the release whose layout this follows
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "revision": None,
+        "target_modules": _minimal_targets(model, names),
+        "task_type": "CAUSAL_LM" if head is not None and "lm_head" in head else None,
+        "use_dora": False,
+        "use_rslora": first.rslora,
+    }
+
+
+def read_config(file: Path) -> dict:
+    """Read adapter_config.json with the mistrust that user input deserves."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} must be JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, found a {type(config).__name__}")
+
+    def problem(key: str, must: str) -> ValueError:
+        return ValueError(f"{file}: {key} must be {must}, found {config.get(key)!r}")
+
+    if config.get("peft_type") != "LORA":
+        raise problem("peft_type", "'LORA' (no other method can be loaded)")
+    for key, value in config.items():
+        if key not in _DESCRIPTIVE | _HANDLED and value not in _ASKS_NOTHING:
+            raise ValueError(
+                f"{file}: {key}={value!r} may change what is computed, and this version of "
+                f"minilora does not support it"
+            )
+    if config.get("init_lora_weights") not in _PLAIN_INITS:
+        raise ValueError(
+            f"{file}: init_lora_weights={config['init_lora_weights']!r} changed the base's "
+            f"weights, so the adapter fits only that base; convert it in PEFT "
+            f"(save_pretrained(path_initial_model_for_weight_conversion=...)) and load the result"
+        )
+    entries = config.get("target_modules")
+    is_list = isinstance(entries, list) and all(isinstance(e, str) and e for e in entries)
+    if not (is_list or isinstance(entries, str)) or not entries:
+        raise problem("target_modules", "a non-empty list of module names or a regex")
+    try:
+        check_rank(config.setdefault("r", 8), "r")
+        check_alpha(config.setdefault("lora_alpha", 8), "lora_alpha")
+        check_dropout(config.setdefault("lora_dropout", 0.0))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    for key, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise problem(key, "an object of regex: number")
+        for pattern, value in patterns.items():
+            try:
+                re.compile(pattern)
+                check(value, f"{key}[{pattern!r}]")  # type: ignore[operator]
+            except (re.error, ValueError) as error:
+                raise ValueError(f"{file}: {key}: {error}") from None
+        config[key] = patterns
+    if config.get("use_rslora") not in (True, False, None):
+        raise problem("use_rslora", "true or false")
+    return config

@@ -1,0 +1,500 @@
+"""Turn text files into examples and examples into batches: read, encode, pad, order, resume.
+
+Labels stand at the position of their own token and are shifted by the loss: the label at index t
+is predicted from the tokens before t, so the label at index 0 never counts. -100 is not learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IGNORE = -100
+ROLES = ("system", "user", "assistant")
+KINDS = (("text",), ("prompt", "completion"), ("messages",))
+POOL = 50  # length grouping sorts pools of this many batches
+SHOWN = 10  # problems listed in one error
+
+
+@dataclass(frozen=True)
+class Example:
+    """Hold one token sequence and its labels.
+
+    Attributes:
+        input_ids: T ≥ 1 token ids.
+        labels: T ids, -100 where nothing is to be learned.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Hold examples padded on the right to one length.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        labels: [B, T] int64, -100 on padding and on what is not learned.
+        attention_mask: [B, T] bool, False on padding; None when nothing is padded.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Count the labels that enter the loss: those at index ≥ 1 that are not -100."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on `device`."""
+        mask = self.attention_mask
+        mask = mask if mask is None else mask.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), mask)
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """Say what became of the records.
+
+    Attributes:
+        documents: records read.
+        tokens: tokens of the kept examples.
+        learned_tokens: labels of theirs that enter the loss.
+        truncated: records cut at max_length.
+        fully_masked: records dropped because nothing was left to learn.
+        longest: tokens of the longest record before the cut.
+    """
+
+    documents: int
+    tokens: int
+    learned_tokens: int
+    truncated: int
+    fully_masked: int
+    longest: int
+
+    def __str__(self) -> str:
+        kept = self.documents - self.fully_masked
+        return (
+            f"{kept} of {self.documents} documents kept: {self.tokens} tokens, "
+            f"{self.learned_tokens} learned; {self.truncated} truncated (the longest had "
+            f"{self.longest}), {self.fully_masked} dropped with nothing left to learn"
+        )
+
+
+def read_records(paths: str | Path | Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Read training records from `.jsonl` and `.txt` files.
+
+    Args:
+        paths: a file or several. A `.jsonl` line is {"text"}, {"prompt", "completion"} or
+            {"messages": [{"role", "content"}, …]} with the roles system, user, assistant; other
+            keys are kept and ignored, blank lines skipped. A `.txt` file is one document. Both
+            are UTF-8, with or without a byte order mark, with either line ending.
+
+    Returns:
+        The records in the order of the files and lines.
+
+    Raises:
+        ValueError: every bad line with its place and reason, the first 10 in full.
+        FileNotFoundError: a file is missing.
+    """
+    files = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    if not files:
+        raise ValueError("paths must name at least one file, found none")
+    records: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for file in files:
+        if file.is_dir() or file.suffix not in (".jsonl", ".txt"):
+            problems.append(f"{file}: must be a file whose name ends in .jsonl or .txt")
+            continue
+        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if not content.strip():
+            problems.append(f"{file}: must hold text, found none")
+        elif file.suffix == ".jsonl":
+            _read_jsonl(file, content, records, problems)
+        else:
+            try:
+                records.append({"text": content.decode("utf-8").replace("\r\n", "\n")})
+            except UnicodeDecodeError as error:
+                line = content.count(b"\n", 0, error.start) + 1
+                problems.append(f"{file}:{line}: must be UTF-8: {error.reason}")
+    _refuse(problems, "cannot read the data")
+    return records
+
+
+def _read_jsonl(file: Path, content: bytes, records: list[Any], problems: list[str]) -> None:
+    """Collect a record or a problem per line; only newlines end lines, JSON may hold U+2028."""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            if line.strip():
+                records.append(_checked(json.loads(line.decode("utf-8"))))
+        except UnicodeDecodeError as error:
+            problems.append(f"{file}:{number}: must be UTF-8: {error.reason}")
+        except json.JSONDecodeError as error:
+            problems.append(f"{file}:{number}: must be JSON: {error.msg} (column {error.colno})")
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{file}:{number}: {error}")
+
+
+def _refuse(problems: Sequence[str], what: str) -> None:
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise ValueError("\n  ".join([f"{what}:", *problems[:SHOWN], *more]))
+
+
+def _checked(record: Any) -> Any:
+    """Return a record of one of the known kinds, or raise ValueError with what is wrong."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a record must be an object, found {type(record).__name__}")
+    kinds = [keys for keys in KINDS if any(key in record for key in keys)]
+    if len(kinds) != 1 or any(key not in record for key in kinds[0]):
+        found = ", ".join(map(str, record)) or "nothing"
+        raise ValueError(
+            f'a record must have "text", or "prompt" and "completion", or "messages", found {found}'
+        )
+    if "messages" in record:
+        _check_messages(record["messages"])
+    else:
+        for key in kinds[0]:
+            _check_text(record[key], key, may_be_empty=key == "prompt")
+    return record
+
+
+def _check_text(value: Any, name: str, may_be_empty: bool) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, found {type(value).__name__}")
+    if not value and not may_be_empty:
+        raise ValueError(f"{name} must not be empty")
+    value.encode("utf-8")  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages must be a list of at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"messages[{i}] must be an object, found {type(message).__name__}")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, not {role!r}")
+        _check_text(message.get("content"), f"messages[{i}].content", role != "assistant")
+    if messages[0]["role"] == "assistant":
+        raise ValueError("messages must begin with a system or user message, found assistant")
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError("messages must hold an assistant message, found none")
+
+
+Piece = tuple[list[int], bool]  # token ids, and whether they are learned
+
+
+def encode_records(
+    records: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    completion_only: bool = True,
+    chat_prompts: bool = False,
+) -> tuple[list[Example], EncodeReport]:
+    """Encode records into examples whose labels say what is learned.
+
+    A text is learned whole, and of a prompt and completion the completion; both end with the
+    end-of-text token. Of messages the assistant turns are learned, each with the marker that
+    ends it. Every learned span is encoded apart from what precedes it, as in generation.
+
+    Args:
+        records: as `read_records` returns them.
+        tokenizer: a `minilora.models.Tokenizer` or its like.
+        max_length: tokens kept of a record, ≥ 2; the rest is cut off and counted.
+        completion_only: False learns prompts, system and user turns too.
+        chat_prompts: put prompt and completion through the chat template as two turns.
+
+    Returns:
+        The examples, without those in which nothing is left to learn, and the counts.
+
+    Raises:
+        ValueError: bad records (all of them at once), a tokenizer without an end-of-text token,
+            a chat template that does not write a conversation as a prefix of its continuation.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, found {max_length}")
+    records, problems = list(records), []
+    for i, record in enumerate(records):
+        try:
+            _checked(record)
+        except ValueError as error:
+            problems.append(f"record {i}: {error}")
+    _refuse(problems, "cannot encode the records")
+    examples = []
+    truncated = longest = 0
+    for i, record in enumerate(records):
+        pieces = _pieces(record, tokenizer, chat_prompts, completion_only, f"record {i}")
+        ids = [token for piece, _ in pieces for token in piece]
+        learned = [flag or not completion_only for piece, flag in pieces for _ in piece]
+        longest = max(longest, len(ids))
+        truncated += len(ids) > max_length
+        labels = [token if flag else IGNORE for token, flag in zip(ids, learned, strict=True)]
+        if _learned(labels[:max_length]):
+            examples.append(Example(tuple(ids[:max_length]), tuple(labels[:max_length])))
+    return examples, EncodeReport(
+        documents=len(records),
+        tokens=sum(len(example.input_ids) for example in examples),
+        learned_tokens=sum(_learned(example.labels) for example in examples),
+        truncated=truncated,
+        fully_masked=len(records) - len(examples),
+        longest=longest,
+    )
+
+
+def _pieces(
+    record: Mapping[str, Any], tokenizer: Any, chat: bool, completion_only: bool, name: str
+) -> list[Piece]:
+    """Cut a record into encoded spans."""
+    messages = record.get("messages")
+    if chat and "prompt" in record:
+        turns = (("user", record["prompt"]), ("assistant", record["completion"]))
+        messages = [{"role": role, "content": content} for role, content in turns]
+    if messages is not None:
+        return _chat_pieces(messages, tokenizer, completion_only, name)
+    if tokenizer.eos_id is None:
+        raise ValueError(f"{name}: the tokenizer must have an eos_id to end it with, found None")
+    if "text" in record:
+        return [([*tokenizer.encode(record["text"]), tokenizer.eos_id], True)]
+    prompt, completion = tokenizer.encode(record["prompt"]), tokenizer.encode(record["completion"])
+    return [(prompt, False), ([*completion, tokenizer.eos_id], True)]
+
+
+def _chat_pieces(
+    messages: list[dict[str, str]], tokenizer: Any, completion_only: bool, name: str
+) -> list[Piece]:
+    """Cut a rendered conversation at the borders of its assistant turns."""
+    if not completion_only:
+        return [(tokenizer.encode(tokenizer.render(messages), parse_special=True), True)]
+    pieces, done = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.render(messages[:i], add_generation_prompt=True)
+        after = tokenizer.render(messages[: i + 1], add_generation_prompt=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise ValueError(
+                f"{name}, messages[{i}]: the chat template must write a conversation as a prefix "
+                "of its continuation, found that a later turn changes an earlier one; pass "
+                "completion_only=False or another template"
+            )
+        for text, learned in ((before[len(done) :], False), (after[len(before) :], True)):
+            pieces.append((tokenizer.encode(text, parse_special=True), learned))
+        done = after
+    return pieces
+
+
+def _learned(labels: Sequence[int]) -> int:
+    """Count the labels that enter the loss: the first has no token before it."""
+    return sum(label != IGNORE for label in labels[1:])
+
+
+def as_examples(data: Iterable[Any]) -> list[Example]:
+    """Check token data of any common shape and return it as examples.
+
+    Args:
+        data: `Example`s, or mappings or objects with `input_ids` and, optionally, `labels` (else
+            the labels are the ids), each a list or a 1-D integer tensor, unpadded.
+
+    Raises:
+        TypeError: by index, ids or labels that are missing or not integers in one dimension.
+        ValueError: by index, empty or negative ids, lengths that differ, nothing to learn.
+    """
+    if isinstance(data, (str, bytes, Mapping)):
+        raise TypeError(f"data must be a sequence of examples, found {type(data).__name__}")
+    examples = [_as_example(item, f"example {i}") for i, item in enumerate(data)]
+    if not examples:
+        raise ValueError("data must hold at least one example, found none")
+    return examples
+
+
+def _as_example(item: Any, name: str) -> Example:
+    get: Callable[[str], Any]
+    get = item.get if isinstance(item, Mapping) else lambda key: getattr(item, key, None)
+    if get("input_ids") is None:
+        raise TypeError(f"{name} must have input_ids, found {type(item).__name__} without them")
+    ids = _integers(get("input_ids"), f"{name}: input_ids")
+    labels = ids if get("labels") is None else _integers(get("labels"), f"{name}: labels")
+    if not ids:
+        raise ValueError(f"{name}: input_ids must not be empty")
+    if len(labels) != len(ids):
+        raise ValueError(
+            f"{name}: {len(ids)} input_ids must have as many labels, not {len(labels)}"
+        )
+    if min(ids) < 0:
+        raise ValueError(f"{name}: input_ids must not be negative, found {min(ids)}")
+    if bad := [label for label in labels if label < 0 and label != IGNORE]:
+        raise ValueError(f"{name}: labels must be token ids or {IGNORE}, found {bad[0]}")
+    if not _learned(labels):
+        raise ValueError(f"{name}: nothing to learn, every label after the first is {IGNORE}")
+    mask = get("attention_mask")
+    if mask is not None and not all(_integers(mask, f"{name}: attention_mask")):
+        raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
+    return Example(ids, labels)
+
+
+def _integers(values: Any, name: str) -> tuple[int, ...]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a list or a 1-D tensor, found {type(values).__name__}")
+    for value in values:
+        if type(value) is not int:
+            raise TypeError(f"{name} must hold integers in one dimension, found {value!r:.40}")
+    return tuple(values)
+
+
+def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
+    """Pad examples on the right to the longest of them.
+
+    Args:
+        examples: at least one.
+        pad_id: the token id put in the padding, whose labels are -100.
+    """
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.full(mask.shape, pad_id)
+    labels = torch.full(mask.shape, IGNORE)
+    input_ids[mask] = torch.tensor([i for example in examples for i in example.input_ids])
+    labels[mask] = torch.tensor([label for example in examples for label in example.labels])
+    return Batch(input_ids, labels, None if mask.all() else mask)
+
+
+class Batches:
+    """Iterate over padded batches in an order that depends on seed and epoch alone.
+
+    Each epoch holds every example once; iterating to the end moves on to the next, breaking off
+    and iterating again starts over. `state_dict` inside the loop counts the batch in hand as
+    done: who loads it gets exactly the rest.
+
+    Args:
+        examples: whatever `as_examples` takes.
+        batch_size: examples per batch, ≥ 1.
+        shuffle: a new order each epoch; False keeps the given one.
+        group_by_length: put examples of similar length together, to pad less: pools of 50
+            batches are sorted by length and cut, then the batches are shuffled.
+        seed: with the epoch, decides the order; the global random state is not touched.
+        pad_id: token id in the padding.
+        drop_last: leave out what does not fill a batch.
+
+    Raises:
+        ValueError, TypeError: bad examples, or no batch to make.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[Any],
+        *,
+        batch_size: int,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+        seed: int = 0,
+        pad_id: int = 0,
+        drop_last: bool = False,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        self.examples = as_examples(examples)
+        if drop_last and len(self.examples) < batch_size:
+            found = f"found {len(self.examples)} for batches of {batch_size}"
+            raise ValueError(f"drop_last needs examples to fill one batch, {found}")
+        self.batch_size, self.shuffle, self.group_by_length = batch_size, shuffle, group_by_length
+        self.seed, self.pad_id, self.drop_last = seed, pad_id, drop_last
+        self.epoch = 0
+        self._start = self._index = 0  # batches of this epoch done before iterating, done by now
+        self.digest = _digest(self.examples)
+
+    def __len__(self) -> int:
+        extra = 0 if self.drop_last else self.batch_size - 1
+        return (len(self.examples) + extra) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        order, epoch = self.order(self.epoch), self.epoch
+        for done, batch in enumerate(order[self._start :], self._start + 1):
+            self._index = done
+            yield pad([self.examples[i] for i in batch], self.pad_id)
+        self.set_epoch(epoch + 1)
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """Return the batches of an epoch as indices into `examples`."""
+        rng = random.Random(f"{self.seed}/{epoch}")
+        indices = list(range(len(self.examples)))
+        if self.shuffle:
+            rng.shuffle(indices)
+        if self.drop_last:
+            del indices[len(self) * self.batch_size :]
+        if self.group_by_length:
+            pools = _cut(indices, self.batch_size * POOL)
+            indices = [i for pool in pools for i in sorted(pool, key=self._length)]
+        batches = _cut(indices, self.batch_size)
+        if self.shuffle and self.group_by_length:
+            rng.shuffle(batches)
+        return batches
+
+    def _length(self, index: int) -> int:
+        return len(self.examples[index].input_ids)
+
+    def padding_share(self) -> float:
+        """Return the share of padding among the positions of the current epoch, in [0, 1)."""
+        batches = [[self._length(i) for i in batch] for batch in self.order(self.epoch)]
+        return 1 - sum(map(sum, batches)) / sum(max(batch) * len(batch) for batch in batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; keep the place if it is the current one."""
+        if epoch != self.epoch:
+            self.epoch, self._start, self._index = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the data as JSON-able values: batches done and what defines them."""
+        return {"epoch": self.epoch, "index": self._index, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Args:
+            state: what `state_dict` returned, for the same examples and options.
+
+        Raises:
+            ValueError: data or options differ, or a value is missing; nothing is changed.
+        """
+        for key, here in self._identity().items():
+            if state.get(key) != here:
+                raise ValueError(
+                    "the state must come from the same data and options, found "
+                    f"{key} = {state.get(key)!r} where this loader has {here!r}"
+                )
+        epoch, index = state.get("epoch"), state.get("index")
+        if not (isinstance(epoch, int) and isinstance(index, int) and 0 <= index <= len(self)):
+            raise ValueError(
+                f"the state must hold an epoch and an index of 0 to {len(self)}, found "
+                f"epoch = {epoch!r}, index = {index!r}"
+            )
+        self.epoch, self._start, self._index = epoch, index, index
+
+    def _identity(self) -> dict[str, Any]:
+        keys = ("batch_size", "shuffle", "group_by_length", "seed", "drop_last", "digest")
+        return {"examples": len(self.examples)} | {key: getattr(self, key) for key in keys}
+
+
+def _cut(values: list[int], size: int) -> list[list[int]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Fingerprint ids, labels and lengths."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]))
+    return digest.hexdigest()[:16]

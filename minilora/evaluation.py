@@ -1,0 +1,181 @@
+"""Measure a model on held-out tokens: summed over tokens, so no number depends on the batches."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minilora.data import IGNORE, Batch, Batches, as_examples
+
+Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold what was measured.
+
+    Attributes:
+        loss: mean negative log-likelihood per token, in nats.
+        perplexity: exp(loss), inf beyond the range of a float.
+        tokens: labels that entered the mean.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g} over {self.tokens} tokens"
+
+
+def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    """Sum the next-token loss of a batch.
+
+    loss = − Σ log p(labels[b, t] | input_ids[b, :t]) over t ≥ 1 with labels[b, t] ≠ -100
+
+    Args:
+        model: has a method `loss(input_ids, labels)` that returns the mean over those labels, or
+            returns logits [B, T, V], or something with `.logits`. The attention mask is passed
+            where `forward` names it.
+        batch: on the device of the model.
+
+    Returns:
+        The sum, a scalar f32 tensor (f64 for an f64 model) that carries the gradient, and the
+        number of labels in it.
+
+    Raises:
+        ValueError: no label counts, so that their mean has no meaning.
+    """
+    tokens = batch.tokens
+    if tokens == 0:
+        raise ValueError(
+            f"a batch must have a label to learn, found {tuple(batch.labels.shape)} labels of "
+            f"which all after the first column are {IGNORE}; leave such batches out"
+        )
+    if argument_names(getattr(type(model), "loss", None)) >= {"input_ids", "labels"}:
+        mean = model.loss(batch.input_ids, batch.labels)  # type: ignore[operator]
+        return _full(mean) * tokens, tokens
+    logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+    labels = batch.labels[:, 1:]
+    counts = labels != IGNORE
+    chosen = _full(logits[:, :-1][counts])
+    return F.cross_entropy(chosen, labels[counts], reduction="sum"), tokens
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """Widen what is narrower than f32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def forward_logits(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run a model of any make and return its logits.
+
+    Args:
+        model: returns logits, or something with `.logits`.
+        input_ids: [B, T] int64.
+        attention_mask: [B, T] bool, False on padding at the right; passed on as integers if
+            `forward` has an argument of that name.
+
+    Returns:
+        [B, T, V] in the model's dtype.
+    """
+    kwargs = {}
+    if attention_mask is not None and "attention_mask" in argument_names(model.forward):
+        kwargs["attention_mask"] = attention_mask.long()
+    output = model(input_ids, **kwargs)
+    return getattr(output, "logits", output)
+
+
+def argument_names(function: Any) -> set[str]:
+    """Return the names of a function's arguments; none for what is no function."""
+    return set(inspect.signature(function).parameters) if inspect.isroutine(function) else set()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the block and give every module its own training flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer, the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def evaluate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    batch_size: int = 8,
+    loss: Loss | None = None,
+    pad_id: int = 0,
+) -> Evaluation:
+    """Measure loss and perplexity per token, without dropout and without gradients.
+
+    loss = Σ over all batches of the summed loss, in float64, / Σ of the tokens
+
+    The same for every batch size up to rounding, and the same bits for the same batches.
+
+    Args:
+        model: left as it was, each module's training flag included.
+        data: examples as `minilora.data.as_examples` takes them, sorted by length here; or
+            `Batch`es, taken in their order. Of a `Batches` the examples and the batch size are
+            taken, and its place in the data is not moved.
+        batch_size: examples per batch; more is faster and takes more memory.
+        loss: what to sum, (model, batch) → (sum, tokens); `token_loss` if None.
+        pad_id: token id in the padding, of no influence.
+
+    Returns:
+        The numbers as found: a loss that is infinite or not a number is not hidden.
+
+    Raises:
+        ValueError: data that is empty, malformed or without a label to learn.
+        TypeError: data that is no examples or batches.
+    """
+    total, tokens = 0.0, 0
+    device = device_of(model)
+    batches = _batches(data, batch_size, pad_id)
+    with torch.no_grad(), eval_mode(model):
+        for batch in batches:
+            part, count = (loss or token_loss)(model, batch.to(device))
+            total += float(part)
+            tokens += count
+    if tokens == 0:
+        raise ValueError("data must hold a label to learn, found none: loss counted 0 tokens")
+    mean = total / tokens
+    try:
+        perplexity = math.exp(mean)
+    except OverflowError:
+        perplexity = math.inf
+    return Evaluation(mean, perplexity, tokens)
+
+
+def _batches(data: Iterable[Any], batch_size: int, pad_id: int) -> Iterable[Batch]:
+    """Return batches in an order that no random number decides."""
+    if isinstance(data, Batches):
+        batch_size, pad_id, data = data.batch_size, data.pad_id, data.examples
+    data = list(data)
+    if data and all(isinstance(item, Batch) for item in data):
+        return data
+    examples = sorted(as_examples(data), key=lambda example: len(example.input_ids))
+    return Batches(
+        examples, batch_size=batch_size, shuffle=False, group_by_length=False, pad_id=pad_id
+    )

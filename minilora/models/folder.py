@@ -1,0 +1,360 @@
+"""Hugging Face model folders: read one into a `Llama`, write one that transformers loads.
+
+The format: `config.json`, and `model.safetensors` or `model.safetensors.index.json` with the shards
+it names (https://huggingface.co/docs/safetensors).
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from minilora.kernels import hardware
+
+from .llama import Llama, Transform
+from .llama_config import LlamaConfig
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FOREIGN = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.index.json",
+    "adapter_config.json",
+)
+_MARK = {"format": "pt", "written_by": "minilora"}  # `format` is what transformers asks for
+
+
+def read_folder(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str,
+    transform: Transform | None,
+) -> Llama:
+    """Read a folder; `Llama.from_pretrained` says what holds."""
+    folder = Path(folder)
+    config = LlamaConfig.from_dict(read_json(folder / _CONFIG))
+    wanted = resolve_dtype(dtype)
+    model = Llama(config, device="meta")
+    with contextlib.ExitStack() as stack:
+        files = {file: stack.enter_context(_open(file)) for file in _weight_files(folder)}
+        owner = _owners(files)
+        _check_index(folder, owner)
+        shapes = {fqn: tuple(files[at].get_slice(fqn).get_shape()) for fqn, at in owner.items()}
+        check_names_and_shapes(model, shapes, folder)
+        if wanted is None:
+            _refuse_mixed_dtypes(files, owner, folder)
+        if config.tie_word_embeddings and "lm_head.weight" in owner:
+            _check_tied_head(files, owner, folder)
+        stored = ((fqn, _read(files[at], fqn, at)) for fqn, at in owner.items())
+        fill(model, stored, wanted, device, transform)
+    model.name_or_path = str(folder)
+    return model.eval()
+
+
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Turn `"auto"` into the fastest dtype here; pass None and floating dtypes through."""
+    if dtype == "auto":
+        return hardware().dtype
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in _FLOATS):
+        return dtype
+    names = ", ".join(str(kind) for kind in _FLOATS)
+    raise ValueError(f"dtype must be None, 'auto' or one of {names}, found {dtype!r}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file."""
+    if not file.is_file():
+        raise ValueError(f"a model folder must hold {file.name}, found none in '{file.parent}'")
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{file}' must hold JSON, found otherwise: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"'{file}' must hold a JSON object, found {type(entries).__name__}")
+    return entries
+
+
+def check_names_and_shapes(
+    model: Llama, found: dict[str, tuple[int, ...]], source: str | Path
+) -> None:
+    """Raise, by name, unless the tensors are exactly those of the model.
+
+    Args:
+        model: on the meta device.
+        found: stored shape by dotted name. `lm_head.weight` may be absent where the head is tied.
+        source: named in the message.
+    """
+    parameters = model.named_parameters(remove_duplicate=False)
+    wanted = {fqn: tuple(parameter.shape) for fqn, parameter in parameters}
+    missing = wanted.keys() - found.keys()
+    if model.config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    unexpected = found.keys() - wanted.keys()
+    wrong = [
+        f"{fqn} {list(found[fqn])} instead of {list(wanted[fqn])}"
+        for fqn in sorted(wanted.keys() & found.keys())
+        if found[fqn] != wanted[fqn]
+    ]
+    problems = [
+        f"{what}: {_some(names)}"
+        for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)))
+        if names
+    ]
+    if wrong:
+        problems.append(f"of another shape: {_some(wrong)}")
+    if problems:
+        raise ValueError(
+            f"the tensors in '{source}' must be those its configuration describes, found "
+            f"{'; '.join(problems)}; the weights and the configuration do not belong together"
+        )
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest
+
+
+def fill(
+    model: Llama,
+    stored: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    transform: Transform | None,
+) -> None:
+    """Put tensors into a model on the meta device, one at a time, then tie the head.
+
+    Only one stored tensor is alive beside what has been put in.
+    """
+    for fqn, tensor in stored:
+        if fqn == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        # A copy even where nothing changes: a parameter must not be a view of a mapped file.
+        value = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        if transform is not None:
+            value = transform(fqn, value)
+            if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
+                raise ValueError(
+                    f"transform must return a tensor of shape {list(tensor.shape)} for {fqn}, "
+                    f"found {getattr(value, 'shape', type(value).__name__)}"
+                )
+        owner, _, leaf = fqn.rpartition(".")
+        trainable = value.is_floating_point()
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trainable))
+    model.tie_weights()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if not (folder / _INDEX).is_file():
+        others = sorted(
+            file.name for kind in ("*.bin", "*.safetensors") for file in folder.glob(kind)
+        )
+        raise ValueError(
+            f"a model folder must hold {_WEIGHTS} or {_INDEX}, found {others or 'neither'} in "
+            f"'{folder}'; only safetensors are read"
+        )
+    names = sorted(set(_weight_map(folder).values()))
+    return [_inside(folder, name) for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    entries = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
+        raise ValueError(f"'{folder / _INDEX}' must map tensor names to files under 'weight_map'")
+    return entries
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A shard's path, refused when it leads out of the folder."""
+    pure, file = PurePosixPath(name), folder / name
+    root = folder.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":  # Hugging Face's cache: links from snapshots to blobs
+        homes.append(root.parent.parent / "blobs")
+    real = file.resolve()
+    if (
+        pure.is_absolute()
+        or Path(name).is_absolute()
+        or ".." in pure.parts
+        or not any(real.is_relative_to(home) for home in homes)
+    ):
+        raise ValueError(
+            f"'{folder / _INDEX}' must name files inside its folder, found {name!r}, which leads "
+            f"out of it; do not use this folder"
+        )
+    if not file.is_file():
+        raise ValueError(f"'{folder / _INDEX}' names {name!r}, found no such file in the folder")
+    return file
+
+
+def _check_index(folder: Path, owner: dict[str, Path]) -> None:
+    """Where there is an index, it must say of every tensor the file that holds it."""
+    if (folder / _WEIGHTS).is_file():
+        return
+    mapped = {fqn: folder / name for fqn, name in _weight_map(folder).items()}
+    mapped = {fqn: file for fqn, file in mapped.items() if not fqn.endswith(_DERIVED)}
+    wrong = sorted(fqn for fqn in mapped.keys() | owner.keys() if mapped.get(fqn) != owner.get(fqn))
+    if wrong:
+        raise ValueError(
+            f"'{folder / _INDEX}' must agree with the files it names, found it wrong about "
+            f"{_some(wrong)}; fetch the folder again"
+        )
+
+
+_DERIVED = ".rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        opened = safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"'{file}' must be a whole safetensors file, found it damaged or cut short "
+            f"({error}); fetch it again"
+        ) from error
+    with opened as handle:
+        yield handle
+
+
+def _owners(files: dict[Path, Any]) -> dict[str, Path]:
+    """Which file holds a tensor, by name."""
+    owner: dict[str, Path] = {}
+    for file, handle in files.items():
+        for fqn in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if fqn in owner:
+                raise ValueError(f"{fqn} must be stored once, found it in '{owner[fqn]}', '{file}'")
+            if not fqn.endswith(_DERIVED):
+                owner[fqn] = file
+    return owner
+
+
+def _read(handle: Any, fqn: str, file: Path) -> torch.Tensor:
+    tensor = handle.get_tensor(fqn)
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(
+            f"{fqn} in '{file}' must be stored in a floating-point type of 16 bits or more, found "
+            f"{tensor.dtype}; use an unquantized copy of the model"
+        )
+    return tensor
+
+
+def _refuse_mixed_dtypes(files: dict[Path, Any], owner: dict[str, Path], folder: Path) -> None:
+    kinds = sorted({files[file].get_slice(fqn).get_dtype() for fqn, file in owner.items()})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"dtype=None needs weights stored in one dtype, found {', '.join(kinds)} in "
+            f"'{folder}'; name a dtype, such as dtype=torch.float32"
+        )
+
+
+def _check_tied_head(files: dict[Path, Any], owner: dict[str, Path], folder: Path) -> None:
+    head, embedding = (
+        _read(files[owner[fqn]], fqn, owner[fqn])
+        for fqn in ("lm_head.weight", "model.embed_tokens.weight")
+    )
+    if not torch.equal(head, embedding):
+        raise ValueError(
+            f"tie_word_embeddings is true in '{folder / _CONFIG}', found an lm_head.weight that "
+            f"differs from model.embed_tokens.weight; set it to false to keep both"
+        )
+
+
+def save_pretrained(model: Llama, folder: str | Path, tokenizer: Any = None) -> None:
+    """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    Every file is written under another name first and moved into place; an error leaves files
+    that were there as they were.
+
+    Args:
+        model: a plain floating-point `Llama`: no adapters, not quantized. A head that no longer
+            shares the embedding's memory is stored as its own tensor.
+        folder: made when missing. Files of an earlier `save_pretrained` are replaced.
+        tokenizer: a `Tokenizer` to write beside it, or None.
+
+    Raises:
+        ValueError: a model that holds anything but the plain parameters, or a folder that holds
+            model files written by something else.
+    """
+    folder = Path(folder)
+    tensors = _plain_tensors(model)
+    _refuse_foreign(folder)
+    config = model.config.to_dict(tensors["model.embed_tokens.weight"].dtype)
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    folder.mkdir(parents=True, exist_ok=True)
+    with _aside(folder / _WEIGHTS) as file:
+        save_file(tensors, file, metadata=_MARK)
+    if model.config.eos_token_id is not None:
+        ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = {key: value for key, value in ids.items() if value is not None}
+        write_json(folder / "generation_config.json", generation)
+    write_json(folder / _CONFIG, config)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def write_json(file: Path, entries: dict[str, Any]) -> None:
+    """Write a JSON object aside and move it into place."""
+    write_text(file, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file aside and move it into place."""
+    with _aside(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _aside(file: Path) -> Iterator[Path]:
+    """A name to write to; moved to `file` at the end, removed on an error."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _plain_tensors(model: Llama) -> dict[str, torch.Tensor]:
+    wanted = Llama(model.config, device="meta").state_dict().keys()
+    state = model.state_dict()
+    other = sorted(state.keys() ^ wanted)
+    other += [fqn for fqn, tensor in state.items() if tensor.dtype not in _FLOATS]
+    if other:
+        raise ValueError(
+            f"save_pretrained writes a plain floating-point Llama, found the model differs in "
+            f"{_some(other)}; eject adapters (minilora.eject) and dequantize first"
+        )
+    head = state["lm_head.weight"]
+    if head.data_ptr() == state["model.embed_tokens.weight"].data_ptr():
+        if model.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        else:
+            state["lm_head.weight"] = head.clone()
+    return {fqn: tensor.detach().contiguous() for fqn, tensor in state.items()}
+
+
+def _refuse_foreign(folder: Path) -> None:
+    found = {file.name for kind in _FOREIGN for file in folder.glob(kind)}
+    if _WEIGHTS in found:
+        with _open(folder / _WEIGHTS) as handle:
+            if (handle.metadata() or {}).get("written_by") == _MARK["written_by"]:
+                found.discard(_WEIGHTS)
+    if found:
+        raise ValueError(
+            f"'{folder}' must hold no model files but minilora's own, found "
+            f"{_some(sorted(found))}; choose another folder"
+        )

@@ -1,0 +1,265 @@
+"""Which layers take an adapter: strict selection by name, and its dry run."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from minilora.layers import LoRALinear, lora_layers
+
+_HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear layer of a model, as `minilora.targets` lists it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    is_head: bool
+    selected: bool
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters an adapter adds here: r · (in + out), or 0 when left out."""
+        return self.r * (self.in_features + self.out_features) if self.selected else 0
+
+
+class TargetList(list[Target]):
+    """A list of `Target` that prints as a table."""
+
+    def __str__(self) -> str:
+        width = max([len(t.name) for t in self] + [6])
+        lines = [f"{'module':<{width}}  {'[out, in]':>15}  {'r':>4}  {'parameters':>11}"]
+        for t in self:
+            shape = f"[{t.out_features}, {t.in_features}]"
+            note = "  head" if t.is_head else ""
+            r = str(t.r) if t.selected else "-"
+            note += "" if t.selected else "  (left out)"
+            lines.append(f"{t.name:<{width}}  {shape:>15}  {r:>4}  {t.parameters:>11,}{note}")
+        chosen = [t for t in self if t.selected]
+        total = sum(t.parameters for t in chosen)
+        lines.append(f"{len(chosen)} of {len(self)} linear layers, {total:,} adapter parameters")
+        return "\n".join(lines)
+
+
+def plain_modules(model: nn.Module) -> dict[str, Any]:
+    """Return every module by dotted name as if nothing were injected (what LoRA wraps is shown)."""
+    inside = tuple(f"{name}." for name in lora_layers(model))
+    return {
+        name: module.base if isinstance(module, LoRALinear) else module
+        for name, module in model.named_modules()
+        if name and not (inside and name.startswith(inside))
+    }
+
+
+def find_head(model: nn.Module) -> str | None:
+    """Return the dotted name of the output head, which "all-linear" leaves out.
+
+    It is what `get_output_embeddings()` returns, else a Linear that shares its weight with an
+    Embedding, else a root-level Linear named lm_head, embed_out, score or classifier.
+    """
+    modules = plain_modules(model)
+    getter = getattr(model, "get_output_embeddings", None)
+    if callable(getter):
+        head = getter()
+        head = head.base if isinstance(head, LoRALinear) else head
+        for name, module in modules.items():
+            if head is not None and module is head:
+                return name
+    tied = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and id(module.weight) in tied:
+            return name
+    return next((n for n in _HEAD_NAMES if isinstance(modules.get(n), nn.Linear)), None)
+
+
+def _entry_matches(entry: str, name: str) -> bool:
+    return name == entry or name.endswith("." + entry)
+
+
+def _nearest(entry: str, names: Iterable[str]) -> str:
+    """Name what the user may have meant: whole names and their endings, by spelling."""
+    pool: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        pool.update(".".join(parts[i:]) for i in range(len(parts)))
+    found = difflib.get_close_matches(entry, sorted(pool), n=3, cutoff=0.5)
+    last = sorted({name.rpartition(".")[2] for name in names})[:12]
+    return (
+        f"did you mean {', '.join(found)}?" if found else f"the linears end in: {', '.join(last)}"
+    )
+
+
+def _compile(pattern: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{what} must be a valid regular expression, {pattern!r}: {error}"
+        ) from None
+
+
+def _string_list(value: object, what: str) -> list[str]:
+    if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
+        entries = list(value)
+        if all(isinstance(entry, str) and entry for entry in entries):
+            return entries
+    raise TypeError(f"{what} must be a list of module names or a regex string, found {value!r}")
+
+
+def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) -> dict[str, Any]:
+    """Resolve "all-linear", a regex or a list of entries; every entry has to match a linear."""
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    if spec == "all-linear":
+        head = find_head(model)
+        found = {name: m for name, m in linears.items() if name != head}
+        if not found:
+            raise ValueError(
+                f"targets='all-linear' must find a linear layer besides the head, found none in "
+                f"{type(model).__name__}"
+            )
+        return found
+    if isinstance(spec, str):
+        pattern = _compile(spec, what)
+        found = {name: m for name, m in linears.items() if pattern.fullmatch(name)}
+        if not found:
+            hint = f"for module names pass a list: {what}=[{spec!r}]" if spec.isidentifier() else ""
+            raise ValueError(
+                f"{what}={spec!r} is a regex over whole dotted names and must match a linear "
+                f"layer, found no match; {hint or _nearest(spec, linears)}"
+            )
+        return found
+    entries = _string_list(spec, what)
+    if not entries and what == "targets":
+        raise ValueError("targets must name at least one layer, found an empty list")
+    found = {}
+    for entry in entries:
+        hits = {name: m for name, m in modules.items() if _entry_matches(entry, name)}
+        if not hits:
+            raise ValueError(
+                f"every entry of {what} must match a module, {entry!r} matches none; "
+                f"{_nearest(entry, linears)}"
+            )
+        wrong = next((name for name in hits if name not in linears), None)
+        if wrong is not None and what == "targets":
+            kind = type(hits[wrong]).__name__
+            raise ValueError(
+                f"targets must name linear layers, {entry!r} matches {wrong}, a {kind}; "
+                f"{_nearest(entry, linears)}"
+            )
+        found.update(hits)
+    return {name: m for name, m in modules.items() if name in found}
+
+
+def _refuse_attention_children(model: nn.Module, names: Iterable[str]) -> None:
+    parents = {n: m for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    for name in names:
+        parent = name.rpartition(".")[0]
+        if parent in parents:
+            raise ValueError(
+                f"{name} can't take LoRA: nn.MultiheadAttention reads {name}.weight itself and "
+                f"never calls the module, so an adapter there would do nothing; leave it out with "
+                f"exclude=[{name!r}]"
+            )
+
+
+def select_targets(
+    model: nn.Module, targets: object = "all-linear", exclude: object = ()
+) -> list[str]:
+    """Resolve `targets` minus `exclude` to dotted names, in module order; see `inject`."""
+    modules = plain_modules(model)
+    if isinstance(model, (nn.Linear, LoRALinear)):
+        raise ValueError(
+            "the model itself is a linear layer and has no parent to hold the wrapped one; put it "
+            "into an nn.Sequential"
+        )
+    chosen = _select(modules, targets, "targets", model)
+    if exclude:
+        dropped = _select(modules, exclude, "exclude", model)
+        chosen = {
+            name: m
+            for name, m in chosen.items()
+            if not any(name == d or name.startswith(d + ".") for d in dropped)
+        }
+        if not chosen:
+            raise ValueError(f"exclude={exclude!r} leaves no layer of targets={targets!r}")
+    _refuse_attention_children(model, chosen)
+    for name, module in chosen.items():
+        if nn.parameter.is_lazy(module.weight):
+            raise ValueError(
+                f"{name} has no weight yet (it is lazy); run the model once before injecting"
+            )
+    return list(chosen)
+
+
+def pattern_value(name: str, patterns: Mapping[str, float] | None, default: float) -> float:
+    """Return the value of the first pattern that ends `name` at a dot boundary (PEFT's rule)."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def check_patterns(patterns: Mapping[str, float] | None, names: list[str], what: str) -> None:
+    """Raise unless every pattern is a regex that matches one of the names."""
+    for pattern in patterns or {}:
+        _compile(pattern, what)
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            raise ValueError(
+                f"every key of {what} must match a target, {pattern!r} matches none; "
+                f"{_nearest(pattern, names)}"
+            )
+
+
+def check_rank(r: object, what: str = "r") -> int:
+    """Return r if it is a whole number of at least 1, else raise."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, found {r!r}")
+    return r
+
+
+def targets(
+    model: nn.Module,
+    targets: object = "all-linear",
+    *,
+    exclude: object = (),
+    r: int = 8,
+    rank_pattern: Mapping[str, int] | None = None,
+) -> TargetList:
+    """List every linear layer and what `inject` with the same arguments would do to it.
+
+    Args:
+        model: any module; not changed.
+        targets: as for `inject`.
+        exclude: as for `inject`.
+        r: as for `inject`.
+        rank_pattern: as for `inject`.
+
+    Returns:
+        A list of `Target` (name, shape, r, parameters, head marked) that prints as a table.
+
+    Raises:
+        ValueError: what `inject` would refuse.
+    """
+    chosen = set(select_targets(model, targets, exclude))
+    check_rank(r)
+    check_patterns(rank_pattern, list(chosen), "rank_pattern")
+    head = find_head(model)
+    return TargetList(
+        Target(
+            name,
+            module.in_features,
+            module.out_features,
+            int(pattern_value(name, rank_pattern, r)),
+            name == head,
+            name in chosen,
+        )
+        for name, module in plain_modules(model).items()
+        if isinstance(module, nn.Linear)
+    )

@@ -1,0 +1,132 @@
+"""What a run is told: one checked dataclass, and the learning rate it implies."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `minilora.fit`.
+
+    Attributes:
+        lr: peak learning rate of AdamW.
+        schedule: `"cosine"` or `"linear"` fall from lr to `final_lr_ratio · lr`; `"constant"`.
+        warmup: share of the run, in [0, 1), over which the rate rises linearly to lr.
+        final_lr_ratio: where a falling schedule ends, as a share of lr.
+        weight_decay: AdamW's, on every adapter parameter.
+        betas: AdamW's.
+        eps: AdamW's.
+        clip: largest global gradient norm; None never clips.
+        batch_size: rows in a micro-batch.
+        accumulate: micro-batches in an optimizer step. The gradient is that of the mean over all
+            tokens of the step, however they are spread over the micro-batches.
+        epochs: passes over the data; may be a fraction. None: 1, unless another limit is set.
+        max_steps: optimizer steps at most.
+        max_minutes: wall-clock training time at most, evaluations included. The schedule then
+            follows whichever limit is nearer, so rates depend on the machine's speed; for a run
+            that repeats exactly, set max_steps or epochs.
+        eval_every: steps between evaluations; None evaluates before the first and after the last.
+        eval_batch_size: rows per evaluation batch; None is batch_size.
+        save_every: steps between saves of the run's state; None saves at the end, and on Ctrl-C.
+        dtype: what to compute in. `"auto"`: a base that is not f32 is used as it is; an f32 base
+            runs under autocast in what `minilora.hardware()` found fastest. `"float32"` and
+            `"bfloat16"` force one.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+        shuffle: a new order each epoch.
+        group_by_length: batches of similar lengths (less padding).
+        seed: decides order and dropout, nothing else; the global random state is left alone.
+        max_bad_steps: steps in a row with a non-finite loss or gradient before the run stops.
+        log_every: steps between plain log lines.
+    """
+
+    lr: float = 5e-4
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    final_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    epochs: float | None = None
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    eval_every: int | None = None
+    eval_batch_size: int | None = None
+    save_every: int | None = None
+    dtype: str = "auto"
+    checkpointing: bool = False
+    shuffle: bool = True
+    group_by_length: bool = True
+    seed: int = 0
+    max_bad_steps: int = 5
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "accumulate", "max_bad_steps", "log_every"):
+            self._require(key, _whole(getattr(self, key)), "a whole number of at least 1")
+        for key in ("max_steps", "eval_every", "eval_batch_size", "save_every"):
+            value = getattr(self, key)
+            self._require(key, value is None or _whole(value), "a whole number ≥ 1, or None")
+        for key in ("epochs", "max_minutes", "clip"):
+            value = getattr(self, key)
+            good = value is None or (_number(value) and value > 0)
+            self._require(key, good, "a finite number above 0, or None")
+        for key in ("lr", "eps"):
+            value = getattr(self, key)
+            self._require(key, _number(value) and value > 0, "a finite number above 0")
+        good = _number(self.weight_decay) and self.weight_decay >= 0
+        self._require("weight_decay", good, "a finite number of at least 0")
+        good = _number(self.warmup) and 0 <= self.warmup < 1
+        self._require("warmup", good, "a share in [0, 1)")
+        good = _number(self.final_lr_ratio) and 0 <= self.final_lr_ratio <= 1
+        self._require("final_lr_ratio", good, "a share in [0, 1]")
+        good = len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
+        self._require("betas", good, "two numbers in [0, 1)")
+        self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        good = isinstance(self.seed, int) and self.seed >= 0
+        self._require("seed", good, "a whole number of at least 0")
+
+    def _require(self, key: str, good: bool, must: str) -> None:
+        if not good:
+            raise ValueError(f"{key} must be {must}, found {getattr(self, key)!r}")
+
+    def to_dict(self) -> dict:
+        """Return the settings as JSON-able values."""
+        return dataclasses.asdict(self)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: object) -> bool:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return ok and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def learning_rate(config: TrainConfig, progress: float, step_share: float = 0.0) -> float:
+    """Return the rate of the step that starts at `progress`.
+
+    Args:
+        config: the settings.
+        progress: share of the run that is done, in [0, 1].
+        step_share: the share that one step is, so that a warmup's first step is above 0 and its
+            last one reaches lr.
+
+    Returns:
+        The learning rate.
+    """
+    if progress < config.warmup:
+        return config.lr * min(1.0, (progress + step_share) / config.warmup)
+    if config.schedule == "constant":
+        return config.lr
+    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
+    falling = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * falling)
