@@ -182,7 +182,7 @@ def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of at least one message")
     for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, dict):
             raise ValueError(f"messages[{i}] must be an object, found {type(message).__name__}")
         role = message.get("role")
         if role not in ROLES:
@@ -192,9 +192,6 @@ def _check_messages(messages: Any) -> None:
         raise ValueError("messages must begin with a system or user message, found assistant")
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("messages must hold an assistant message, found none")
-
-
-Piece = tuple[list[int], bool]  # token ids, and whether they are learned
 
 
 def encode_records(
@@ -209,7 +206,8 @@ def encode_records(
 
     A text is learned whole, and of a prompt and completion the completion; both end with the
     end-of-text token. Of messages the assistant turns are learned, each with the marker that
-    ends it. Every learned span is encoded apart from what precedes it, as in generation.
+    ends it; what follows the last of them is left out. Control tokens named inside a record stay
+    text, as in generation.
 
     Args:
         records: as `read_records` returns them.
@@ -237,12 +235,9 @@ def encode_records(
     examples = []
     truncated = longest = 0
     for i, record in enumerate(records):
-        pieces = _pieces(record, tokenizer, chat_prompts, completion_only, f"record {i}")
-        ids = [token for piece, _ in pieces for token in piece]
-        learned = [flag or not completion_only for piece, flag in pieces for _ in piece]
+        ids, labels = _encode(record, tokenizer, chat_prompts, completion_only, f"record {i}")
         longest = max(longest, len(ids))
         truncated += len(ids) > max_length
-        labels = [token if flag else IGNORE for token, flag in zip(ids, learned, strict=True)]
         if _learned(labels[:max_length]):
             examples.append(Example(tuple(ids[:max_length]), tuple(labels[:max_length])))
     return examples, EncodeReport(
@@ -255,46 +250,64 @@ def encode_records(
     )
 
 
-def _pieces(
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Encode the beginning of a document: after the token the model wants there, if any."""
+    begin = tokenizer.encode("")[:1]
+    begin = begin if begin == [tokenizer.bos_id] else []
+    return begin + tokenizer.encode(text, special=False)
+
+
+def _encode(
     record: Mapping[str, Any], tokenizer: Any, chat: bool, completion_only: bool, name: str
-) -> list[Piece]:
-    """Cut a record into encoded spans."""
+) -> tuple[list[int], list[int]]:
+    """Return the ids and labels of a record."""
     messages = record.get("messages")
     if chat and "prompt" in record:
         turns = (("user", record["prompt"]), ("assistant", record["completion"]))
         messages = [{"role": role, "content": content} for role, content in turns]
     if messages is not None:
-        return _chat_pieces(messages, tokenizer, completion_only, name)
+        return _encode_chat(messages, tokenizer, completion_only, name)
     if tokenizer.eos_id is None:
         raise ValueError(f"{name}: the tokenizer must have an eos_id to end it with, found None")
     if "text" in record:
-        return [([*tokenizer.encode(record["text"]), tokenizer.eos_id], True)]
-    prompt, completion = tokenizer.encode(record["prompt"]), tokenizer.encode(record["completion"])
-    return [(prompt, False), ([*completion, tokenizer.eos_id], True)]
+        ids = [*encode_prompt(tokenizer, record["text"]), tokenizer.eos_id]
+        return ids, ids
+    prompt = encode_prompt(tokenizer, record["prompt"])
+    completion = [*tokenizer.encode(record["completion"], special=False), tokenizer.eos_id]
+    masked = [IGNORE] * len(prompt) if completion_only else prompt
+    return prompt + completion, masked + completion
 
 
-def _chat_pieces(
-    messages: list[dict[str, str]], tokenizer: Any, completion_only: bool, name: str
-) -> list[Piece]:
-    """Cut a rendered conversation at the borders of its assistant turns."""
+def _encode_chat(
+    messages: list[dict[str, Any]], tokenizer: Any, completion_only: bool, name: str
+) -> tuple[list[int], list[int]]:
+    """Learn from where the generation prompt of a turn ends to where the turn ends."""
     if not completion_only:
-        return [(tokenizer.encode(tokenizer.render(messages), parse_special=True), True)]
-    pieces, done = [], ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+        ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+        return ids, ids
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    ids = tokenizer.encode_chat(messages[: turns[-1] + 1], add_generation_prompt=False)
+    labels, done = [IGNORE] * len(ids), ""
+    for i in turns:
         before = tokenizer.render(messages[:i], add_generation_prompt=True)
         after = tokenizer.render(messages[: i + 1], add_generation_prompt=False)
         if not (before.startswith(done) and after.startswith(before)):
             raise ValueError(
                 f"{name}, messages[{i}]: the chat template must write a conversation as a prefix "
                 "of its continuation, found that a later turn changes an earlier one; pass "
-                "completion_only=False or another template"
+                "completion_only=False or use another template"
             )
-        for text, learned in ((before[len(done) :], False), (after[len(before) :], True)):
-            pieces.append((tokenizer.encode(text, parse_special=True), learned))
         done = after
-    return pieces
+        start = _shared(ids, tokenizer.encode_chat(messages[:i], add_generation_prompt=True))
+        end = _shared(ids, tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False))
+        labels[start:end] = ids[start:end]  # with a token that straddles the start
+    return ids, labels
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Count the ids both begin with."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))
 
 
 def _learned(labels: Sequence[int]) -> int:

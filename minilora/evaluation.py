@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.data import IGNORE, Batch, Batches, as_examples
+from minilora.data import IGNORE, Batch, Batches, as_examples, pad
 
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
 
@@ -150,11 +150,12 @@ def evaluate(
         ValueError: data that is empty, malformed or without a label to learn.
         TypeError: data that is no examples or batches.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     total, tokens = 0.0, 0
     device = device_of(model)
-    batches = _batches(data, batch_size, pad_id)
     with torch.no_grad(), eval_mode(model):
-        for batch in batches:
+        for batch in _batches(data, batch_size, pad_id):
             part, count = (loss or token_loss)(model, batch.to(device))
             total += float(part)
             tokens += count
@@ -168,14 +169,16 @@ def evaluate(
     return Evaluation(mean, perplexity, tokens)
 
 
-def _batches(data: Iterable[Any], batch_size: int, pad_id: int) -> Iterable[Batch]:
-    """Return batches in an order that no random number decides."""
+def _batches(data: Iterable[Any], batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Yield batches in an order that no random number decides."""
     if isinstance(data, Batches):
-        batch_size, pad_id, data = data.batch_size, data.pad_id, data.examples
-    data = list(data)
-    if data and all(isinstance(item, Batch) for item in data):
-        return data
-    examples = sorted(as_examples(data), key=lambda example: len(example.input_ids))
-    return Batches(
-        examples, batch_size=batch_size, shuffle=False, group_by_length=False, pad_id=pad_id
-    )
+        examples, batch_size, pad_id = data.examples, data.batch_size, data.pad_id
+    else:
+        data = list(data)
+        if data and all(isinstance(item, Batch) for item in data):
+            yield from data
+            return
+        examples = as_examples(data)
+    examples = sorted(examples, key=lambda example: len(example.input_ids))
+    for i in range(0, len(examples), batch_size):
+        yield pad(examples[i : i + batch_size], pad_id)

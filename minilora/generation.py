@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.data import encode_prompt
 from minilora.evaluation import argument_names, device_of, eval_mode, forward_logits
 from minilora.models import KVCache
 
@@ -251,10 +252,9 @@ def _encode(prompts: Any, tokenizer: Any, chat: bool) -> Rows:
                 raise TypeError(f"prompt {i} is a text and needs a tokenizer, found None")
             if chat:
                 message = [{"role": "user", "content": prompt}]
-                text = tokenizer.render(message, add_generation_prompt=True)
-                ids = tokenizer.encode(text, parse_special=True)
+                ids = tokenizer.encode_chat(message, add_generation_prompt=True)
             else:
-                ids = tokenizer.encode(prompt)
+                ids = encode_prompt(tokenizer, prompt)
         elif chat:
             raise TypeError(f"chat=True needs texts, prompt {i} is {type(prompt).__name__}")
         else:

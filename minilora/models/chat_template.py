@@ -88,7 +88,7 @@ class ChatTemplate:
             ValueError: the template refuses the messages, fails, or exceeds its bounds.
         """
         with self._lock, _one_error("cannot render these messages"):
-            self._sandbox.budget.start()
+            self._sandbox.budget.start(messages)
             return self._template.render(messages=messages, **values)
 
 

@@ -32,7 +32,7 @@ _FOREIGN = (
     "*.index.json",
     "adapter_config.json",
 )
-_MARK = {"format": "pt", "written_by": "minilora"}  # `format` is what transformers asks for
+_MARK = {"written_by": "minilora"}  # in config.json: what save_pretrained may replace
 
 
 def read_folder(
@@ -293,10 +293,10 @@ def save_pretrained(model: Llama, folder: str | Path, tokenizer: Any = None) -> 
     tensors = _plain_tensors(model)
     _refuse_foreign(folder)
     config = model.config.to_dict(tensors["model.embed_tokens.weight"].dtype)
-    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    config |= {"tie_word_embeddings": "lm_head.weight" not in tensors, **_MARK}
     folder.mkdir(parents=True, exist_ok=True)
     with _aside(folder / _WEIGHTS) as file:
-        save_file(tensors, file, metadata=_MARK)
+        save_file(tensors, file, metadata={"format": "pt"})
     if model.config.eos_token_id is not None:
         ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation = {key: value for key, value in ids.items() if value is not None}
@@ -349,10 +349,9 @@ def _plain_tensors(model: Llama) -> dict[str, torch.Tensor]:
 
 def _refuse_foreign(folder: Path) -> None:
     found = {file.name for kind in _FOREIGN for file in folder.glob(kind)}
-    if _WEIGHTS in found:
-        with _open(folder / _WEIGHTS) as handle:
-            if (handle.metadata() or {}).get("written_by") == _MARK["written_by"]:
-                found.discard(_WEIGHTS)
+    if (folder / _CONFIG).is_file():
+        ours = _MARK.items() <= read_json(folder / _CONFIG).items()
+        found = found - {_WEIGHTS} if ours else found | {_CONFIG}
     if found:
         raise ValueError(
             f"'{folder}' must hold no model files but minilora's own, found "

@@ -11,6 +11,7 @@ import functools
 import json
 import re
 import time
+import types
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
@@ -21,31 +22,36 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
-_SECONDS = 5.0  # a rendering takes well under a millisecond
-_CHARACTERS = 2**26  # of all intermediate results together
+_SECONDS = 2.0  # a rendering takes well under a millisecond
+_CHARACTERS = 2**24  # of all intermediate results together, and 16 times the messages
+_BITS = 2**16  # of an integer
 _WIDEST = 10_000  # integer arguments of filters: widths, precisions
 _FILTERS = """abs capitalize count d default dictsort e escape first float indent int items join
     last length list lower map max min reject rejectattr replace reverse round safe select
     selectattr sort string title trim unique upper"""
-_GROWING_METHODS = {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"}
+_METHODS = """capitalize casefold count endswith find get index isalnum isalpha isascii isdecimal
+    isdigit islower isnumeric isspace istitle isupper items join keys lower lstrip partition
+    removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines
+    startswith strip swapcase title upper values"""
+_DATA = (str, bytes, int, float, list, tuple, dict)
 
 
 class Budget:
     """Time and text one rendering may use."""
 
     def __init__(self) -> None:
-        self.start()
+        self.start(None)
 
-    def start(self) -> None:
-        """Begin a rendering."""
+    def start(self, messages: Any) -> None:
+        """Begin a rendering of `messages`."""
         self.deadline = time.monotonic() + _SECONDS
-        self.left = _CHARACTERS
+        self.left = _CHARACTERS + 16 * len(json.dumps(messages))
 
     def spend(self, size: int) -> None:
         """Count `size` characters or items, and look at the clock."""
         self.left -= size
         if self.left < 0:
-            raise SecurityError(f"it makes more than {_CHARACTERS} characters of text")
+            raise SecurityError("it makes too much text")
         if time.monotonic() > self.deadline:
             raise SecurityError(f"it runs for more than {_SECONDS:.0f} seconds")
 
@@ -59,6 +65,28 @@ class Budget:
         for item in items:
             self.spend(len(item) if isinstance(item, str) else 1)
             yield item
+
+    def weigh(self, *values: Any) -> None:
+        """Count everything inside, as often as it is reached: lists may share their items."""
+        waiting = list(values)
+        while waiting:
+            value = waiting.pop()
+            self.spend(1)
+            if isinstance(value, dict):
+                waiting.extend(value.values())
+            elif isinstance(value, (list, tuple)):
+                waiting.extend(value)
+
+    def weighed(self, value: Any) -> Any:
+        """Weigh a value and return it."""
+        self.weigh(value)
+        return value
+
+    def printable(self, value: Any) -> Any:
+        """Return data that is safe to turn into text; refuse Python objects."""
+        if not (value is None or isinstance(value, (*_DATA, jinja2.Undefined))):
+            raise SecurityError(f"a {type(value).__name__} is not printed")
+        return self.weighed(value)
 
 
 class Generation(Extension):
@@ -78,14 +106,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-        )
         budget = self.budget = Budget()
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[Generation, loopcontrols],
+            finalize=budget.printable,
+        )
         known = {name: self.filters[name] for name in _FILTERS.split()} | {"tojson": _tojson}
         self.filters = {name: _counting(budget, name, each) for name, each in known.items()}
         self.filters["_counted"], self.filters["_paid"] = budget.counted, budget.paid
-        self.filters["_joined"] = lambda parts: self.concat([str(part) for part in parts])
+        self.filters["_weighed"] = budget.weighed
+        self.filters["_joined"] = lambda parts: self.concat(
+            [str(budget.printable(part)) for part in parts]
+        )
+        self.tests = {name: _weighing(budget, each) for name, each in self.tests.items()}
         self.globals = {
             "range": self.globals["range"],  # at most 100,000 long, by jinja2
             "namespace": self.globals["namespace"],
@@ -96,7 +131,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def compiled(self, source: str) -> jinja2.Template:
         """Parse a template, route what the hooks below don't see through filters, compile it."""
-        self.budget.start()
+        self.budget.start(None)
         tree = _Counting().visit(self.parse(source)).set_environment(self)
         return self.from_string(tree)
 
@@ -117,21 +152,27 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("the % operator on text is not permitted")
         elif isinstance(left, int) and isinstance(right, int):
             power = max(right, 1) if operator == "**" else 1
-            self.budget.spend(left.bit_length() * power + right.bit_length())
+            if left.bit_length() * power + right.bit_length() > _BITS:
+                raise SecurityError(f"integers have at most {_BITS} bits")
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Call a function, method or macro of the template."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        if isinstance(owner, str) and name in _GROWING_METHODS:
-            raise SecurityError(f"str.{name} is not permitted")
+        if isinstance(__obj, (types.BuiltinMethodType, types.MethodType)):
+            if isinstance(owner, _DATA) and name not in _METHODS.split():
+                raise SecurityError(f"the method {name} of {type(owner).__name__} is not permitted")
+            __self.budget.weigh(owner, args)
         if isinstance(owner, str):
             _measure(__self.budget, name, owner, args, kwargs)
         return __self.budget.paid(super().call(__context, __obj, *args, **kwargs))
 
+    def wrap_str_format(self, value: Any) -> None:
+        """Leave `str.format` to `call`, which refuses it."""
+
 
 class _Counting(NodeTransformer):
-    """Send loops, `~` and slices, which jinja2 compiles to bare Python, through filters."""
+    """Send through filters what jinja2 compiles to bare Python: loops, `~`, slices, comparisons."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         if node.recursive:
@@ -148,6 +189,13 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         return _through("_paid", node) if isinstance(node.arg, nodes.Slice) else node
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = _through("_weighed", node.expr)
+        for operand in node.ops:
+            operand.expr = _through("_weighed", operand.expr)
+        return node
+
 
 def _through(name: str, node: Any) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
@@ -160,18 +208,32 @@ def _counting(budget: Budget, name: str, function: Any) -> Any:
     def counting(*args: Any, **kwargs: Any) -> Any:
         skip = 1 if hasattr(function, "jinja_pass_arg") else 0
         value, given = args[skip], args[skip + 1 :]
+        budget.weigh(value, given)
         for number in (*given, *kwargs.values()):
             if isinstance(number, int) and abs(number) > _WIDEST:
                 raise SecurityError(f"{name} takes numbers up to {_WIDEST}")
         if name == "join":  # value is joined by the argument
-            kept = list(value)
+            kept = [budget.printable(part) for part in value]
             _measure(budget, name, str(given[0]) if given else "", (kept,), {})
             args = (*args[:skip], kept, *given)
         elif isinstance(value, str):
             _measure(budget, name, value, given, kwargs)
+        elif name in ("string", "tojson"):
+            budget.printable(value)
         return budget.paid(function(*args, **kwargs))
 
     return counting
+
+
+def _weighing(budget: Budget, function: Any) -> Any:
+    """A test (`x is equalto y`) whose operands are weighed first."""
+
+    @functools.wraps(function)
+    def weighing(*args: Any, **kwargs: Any) -> Any:
+        budget.weigh(args)
+        return function(*args, **kwargs)
+
+    return weighing
 
 
 def _measure(budget: Budget, name: str, text: str, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -180,7 +242,7 @@ def _measure(budget: Budget, name: str, text: str, args: tuple, kwargs: dict[str
         old, new = (*args, *kwargs.values(), "", "")[:2]
         budget.spend(text.count(str(old)) * len(str(new)))
     elif name == "join" and args and isinstance(args[0], (list, tuple)):
-        budget.spend(sum(len(text) + len(part) for part in args[0] if isinstance(part, str)))
+        budget.spend(sum(len(text) + len(str(part)) for part in args[0]))
 
 
 def _raise_exception(message: str) -> None:

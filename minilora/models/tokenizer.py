@@ -13,13 +13,13 @@ from typing import Any
 from .chat_template import ChatTemplate, map_strings, plain_messages
 from .folder import read_json, write_json, write_text
 
-# How a GGUF's `tokenizer.ggml.pre` cuts text before merging, from llama.cpp's llama-vocab.cpp.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Values of a GGUF's `tokenizer.ggml.pre` that are built: how text is cut before merging. From
+# llama.cpp's llama-vocab.cpp; the same cuts in the models' own tokenizer.json.
+_PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "smollm")
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CUTS = {"gpt-2": (_GPT2,), "smollm": (r"\p{N}", _GPT2), "llama-bpe": (_LLAMA3,)}
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 # Control tokens that end a turn or a document in any model; llama.cpp stops at them too.
@@ -82,6 +82,8 @@ class Tokenizer:
 
         `tokenizer.json` is needed; `tokenizer_config.json`, `special_tokens_map.json`,
         `chat_template.jinja`, `config.json` and `generation_config.json` are read where they lie.
+        Which tokens frame a text stands in `tokenizer.json`; as in transformers 5, `add_bos_token`
+        and `add_eos_token` don't override it.
 
         Raises:
             ValueError: a file that is missing or damaged, or special tokens that contradict it.
@@ -112,10 +114,7 @@ class Tokenizer:
             template = {each["name"]: each["template"] for each in template}.get("default")
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        made = cls(backend, **named, stop_ids=stops, chat_template=template)
-        if "add_bos_token" in entries or "add_eos_token" in entries:
-            made._frame(bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token")))
-        return made
+        return cls(backend, **named, stop_ids=stops, chat_template=template)
 
     @classmethod
     def from_gguf(cls, file: str | Path) -> "Tokenizer":
@@ -363,10 +362,11 @@ def _gguf_backend(source: Any, tokens: list[str]) -> Any:
             f"'{source.path}': tokenizer.ggml.model must be 'gpt2' (byte-level BPE), found "
             f"{kind!r}, which is not built; read the tokenizer from a folder with tokenizer.json"
         )
-    if cut not in _CUTS:
+    if cut not in _PRE_TOKENIZERS:
         raise ValueError(
-            f"'{source.path}': tokenizer.ggml.pre must be one of {', '.join(sorted(_CUTS))}, found "
-            f"{cut!r}, which is not built; read the tokenizer from a folder with tokenizer.json"
+            f"'{source.path}': tokenizer.ggml.pre must be one of "
+            f"{', '.join(_PRE_TOKENIZERS)}, found {cut!r}, which is not built; read the "
+            f"tokenizer from a folder with tokenizer.json"
         )
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges")]
@@ -374,7 +374,6 @@ def _gguf_backend(source: Any, tokens: list[str]) -> Any:
         raise ValueError(
             f"'{source.path}': tokens must differ and merges must be pairs, found otherwise"
         )
-    pre, bytes_only = library.pre_tokenizers, {"add_prefix_space": False, "use_regex": False}
     try:
         model = library.models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe")
     except Exception as error:  # the library raises plain Exception
@@ -382,7 +381,14 @@ def _gguf_backend(source: Any, tokens: list[str]) -> Any:
             f"'{source.path}': the merges must lie in the vocabulary: {error}"
         ) from error
     backend = library.Tokenizer(model)
-    cuts = [pre.Split(library.Regex(cut_at), behavior="isolated") for cut_at in _CUTS[cut]]
-    backend.pre_tokenizer = pre.Sequence([*cuts, pre.ByteLevel(**bytes_only)])
+    pre = library.pre_tokenizers
+    steps = []
+    if cut == "smollm":
+        steps.append(pre.Digits(individual_digits=True))
+    elif cut == "llama-bpe":
+        steps.append(pre.Split(library.Regex(_LLAMA3), behavior="isolated"))
+    # ByteLevel's own regex is GPT-2's.
+    steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=cut != "llama-bpe"))
+    backend.pre_tokenizer = pre.Sequence(steps)
     backend.decoder = library.decoders.ByteLevel()
     return backend

@@ -26,9 +26,9 @@ class TrainConfig:
             tokens of the step, however they are spread over the micro-batches.
         epochs: passes over the data; may be a fraction. None: 1, unless another limit is set.
         max_steps: optimizer steps at most.
-        max_minutes: wall-clock training time at most, evaluations included. The schedule then
-            follows whichever limit is nearer, so rates depend on the machine's speed; for a run
-            that repeats exactly, set max_steps or epochs.
+        max_minutes: time in training steps at most; evaluations and saving are not counted. The
+            schedule then follows whichever limit is nearer, so rates depend on the machine's
+            speed; for a run that repeats exactly, set max_steps or epochs.
         eval_every: steps between evaluations; None evaluates before the first and after the last.
         eval_batch_size: rows per evaluation batch; None is batch_size.
         save_every: steps between saves of the run's state; None saves at the end, and on Ctrl-C.

@@ -1,10 +1,6 @@
 """The training loop, to be read top to bottom: prepare, step, evaluate, save, finish."""
 
 import math
-import signal
-import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,11 +14,24 @@ from minilora.adapters import require_layers
 from minilora.checkpoint import save_adapter
 from minilora.data import Batch, Batches
 from minilora.evaluation import Evaluation, Loss, device_of, evaluate, token_loss
-from minilora.kernels import hardware
-from minilora.layers import LoRALinear
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.monitor import Health, Monitor, draw_curve, seconds
-from minilora.training.state import load_state, optimizer_tensors, restore_optimizer, save_state
+from minilora.training.prepare import (
+    checkpointing,
+    compute_dtype,
+    interruptible,
+    mix_seed,
+    planned_steps,
+    trained,
+    trained_adapter,
+)
+from minilora.training.state import (
+    check_same_run,
+    load_state,
+    optimizer_tensors,
+    restore_optimizer,
+    save_state,
+)
 
 LAST = "last"
 
@@ -34,7 +43,7 @@ class FitResult:
     Attributes:
         steps: optimizer steps done, over all resumptions.
         stopped: `"finished"`, `"time"` (max_minutes) or `"interrupted"` (Ctrl-C).
-        minutes: training time, evaluations included.
+        minutes: time spent in training steps; evaluations and saving not counted.
         tokens: learned tokens processed.
         skipped: steps skipped for a non-finite loss or gradient.
         before: evaluation before the first step, None without `valid`.
@@ -98,7 +107,7 @@ def fit(
     Token-weighted accumulation: Loshchilov & Hutter 2019 for AdamW, arXiv:1711.05101.
     """
     run = _Run(model, train, valid, config or TrainConfig(), out, resume, loss, pad_id, quiet)
-    with run.scope(), _interruptible() as interrupted:
+    with run.scope(), interruptible() as interrupted:
         return run.train(interrupted)
 
 
@@ -112,9 +121,9 @@ class _Run:
         self.layers = require_layers(model, "fit")
         if any(layer.merged for layer in self.layers.values()):
             raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
-        self.parameters = _trained(model, self.layers)
+        self.parameters = trained(model, self.layers)
         self.names = {p: n for n, p in model.named_parameters() if p in self.parameters}
-        self.adapter = _trained_adapter(self.layers)
+        self.adapter = trained_adapter(self.layers)
         self.device = device_of(model)
         self.batches = Batches(
             train,
@@ -128,7 +137,7 @@ class _Run:
         if valid is not None:
             size = config.eval_batch_size or config.batch_size
             self.valid = Batches(valid, batch_size=size, pad_id=pad_id)
-        self.dtype = _compute_dtype(model, config.dtype, self.device)
+        self.dtype = compute_dtype(model, config.dtype, self.device)
         self.optimizer = torch.optim.AdamW(
             list(self.names),
             lr=config.lr,
@@ -136,7 +145,7 @@ class _Run:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        self.total = _planned_steps(config, len(self.batches))
+        self.total = planned_steps(config, len(self.batches))
         self.step = self.tokens = self.skipped = self.bad = self.best_step = 0
         self.elapsed = 0.0
         self.before: Evaluation | None = None
@@ -157,7 +166,7 @@ class _Run:
         flags = [(module, module.training) for module in self.model.modules()]
         devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), _checkpointing(self.model, self.config):
+            with torch.random.fork_rng(devices), checkpointing(self.model, self.config):
                 self.model.train()
                 yield
         finally:
@@ -168,7 +177,6 @@ class _Run:
     def train(self, interrupted: Callable[[], bool]) -> FitResult:
         """Step until a limit is reached."""
         self._announce()
-        started = seconds() - self.elapsed
         losses: list[float] = []
         if self.step == 0:
             self._evaluate()
@@ -176,13 +184,6 @@ class _Run:
         checked = 0  # steps since Health began to watch
         stopped = "finished"
         for micro in self._groups():
-            self.elapsed = seconds() - started
-            if interrupted():
-                stopped = "interrupted"
-                break
-            if self._out_of_time():
-                stopped = "time"
-                break
             lr = self._rate()
             begin = seconds()
             value, norm, count = self._gradient(micro)
@@ -196,15 +197,15 @@ class _Run:
             self._count_bad(good, value, norm)
             self.step += 1
             self.tokens += count
-            self.elapsed = seconds() - started
+            took = seconds() - begin
+            self.elapsed += took
             row = {
                 "step": self.step,
                 "loss": value,
                 "lr": lr,
                 "grad_norm": norm,
                 "tokens": count,
-                "tokens_per_s": sum(batch.input_ids.numel() for batch in micro)
-                / (seconds() - begin),
+                "tokens_per_s": sum(batch.input_ids.numel() for batch in micro) / took,
                 "elapsed_s": self.elapsed,
             }
             self.monitor.step(row, self._time_left())
@@ -214,12 +215,15 @@ class _Run:
                 self._evaluate()
             if not last and self.config.save_every and self.step % self.config.save_every == 0:
                 self._save()
-            self.elapsed = seconds() - started
             if last:
+                break
+            # Only here is the place in the data that of the last update: the next group, once
+            # drawn, would count as done.
+            if interrupted() or self._out_of_time():
+                stopped = "interrupted" if interrupted() else "time"
                 break
         if stopped != "interrupted":
             self._evaluate()
-        self.elapsed = seconds() - started
         return self._finish(stopped, losses)
 
     # --- one step
@@ -247,7 +251,7 @@ class _Run:
         for index, batch in enumerate(micro):
             # Dropout depends on where in the run we are, not on what ran before: so a resumed
             # run draws the same masks.
-            torch.manual_seed(_mix(self.config.seed, self.step, index))
+            torch.manual_seed(mix_seed(self.config.seed, self.step, index))
             with self._autocast():
                 total, tokens = self.loss(self.model, batch.to(self.device))
             if tokens != batch.tokens and self.loss is token_loss:
@@ -384,7 +388,7 @@ class _Run:
         if self.out is None:
             raise ValueError("resume=True needs out, the folder of the run to continue")
         tensors, facts = load_state(self.out)
-        self._check_same_run(tensors, facts)
+        check_same_run(self.out, tensors, facts, self.config, self.dtype, self.names)
         self.batches.load_state_dict(facts["data"])
         with torch.no_grad():
             for parameter, name in self.names.items():
@@ -401,30 +405,6 @@ class _Run:
         self.before = None if facts["before"] is None else Evaluation(**facts["before"])
         self.best = None if facts["best"] is None else Evaluation(**facts["best"])
 
-    def _check_same_run(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        """Refuse a state of other parameters or settings; limits and reporting may differ."""
-        free = {"epochs", "max_steps", "max_minutes", "save_every", "log_every", "eval_batch_size"}
-        here = self.config.to_dict()
-        for key, value in facts["config"].items():
-            now = list(here[key]) if isinstance(here.get(key), tuple) else here.get(key)
-            if key not in free and now != value:
-                raise ValueError(
-                    f"a resumed run must keep its settings, but {key} was {value!r} and is "
-                    f"{now!r}; set it back, or start anew in another folder"
-                )
-        if str(self.dtype) != facts["dtype"]:
-            raise ValueError(
-                f"a resumed run must compute in the same dtype, but it was {facts['dtype']} and "
-                f"is {self.dtype}; set dtype in the config"
-            )
-        saved = {key[len("parameter.") :]: t for key, t in tensors.items() if "parameter." in key}
-        for parameter, name in self.names.items():
-            if name not in saved or saved[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{self.out} holds the state of another adapter: {name} of shape "
-                    f"{list(parameter.shape)} is not in it; inject as for the first run"
-                )
-
     def _announce(self) -> None:
         trained = sum(p.numel() for p in self.names)
         dtype = next(iter(self.layers.values())).base.weight.dtype
@@ -436,131 +416,3 @@ class _Run:
             f"{plain[0]}, {plain[1]}; {len(self.batches.examples)} examples, "
             f"{100 * self.batches.padding_share():.1f} % padding"
         )
-
-
-def _trained(model: nn.Module, layers: dict[str, LoRALinear]) -> set[Tensor]:
-    """Return the parameters to train; refuse others that require gradients."""
-    mine = {
-        p
-        for layer in layers.values()
-        for name in layer.active
-        for p in layer.adapters[name].parameters()
-        if p.requires_grad
-    }
-    if not mine:
-        raise ValueError(
-            "fit() needs an active adapter that requires gradients, found none; use "
-            "minilora.load(..., trainable=True) or minilora.activate(model, name, trainable=name)"
-        )
-    adapters = {p for layer in layers.values() for p in layer.adapters.parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in adapters:
-            raise ValueError(
-                f"fit() trains adapters only, but {name} requires gradients too; freeze it, or "
-                f"write your own loop"
-            )
-    return mine
-
-
-def _trained_adapter(layers: dict[str, LoRALinear]) -> str:
-    names = {
-        name
-        for layer in layers.values()
-        for name in layer.active
-        if any(p.requires_grad for p in layer.adapters[name].parameters())
-    }
-    if len(names) > 1:
-        raise ValueError(
-            f"fit() trains one adapter at a time, found {', '.join(sorted(names))} active and "
-            f"trainable; say which with minilora.activate(model, ..., trainable=name)"
-        )
-    return names.pop()
-
-
-def _compute_dtype(model: nn.Module, choice: str, device: torch.device) -> torch.dtype | None:
-    """Return the dtype to autocast to, or None to compute in the base's own."""
-    base = next(iter(require_layers(model, "fit").values())).base.weight.dtype
-    if choice == "auto":
-        if base != torch.float32 or device.type not in ("cpu", "cuda"):
-            return None
-        wanted = hardware(device.type).dtype
-    else:
-        wanted = getattr(torch, choice)
-    if wanted == base:
-        return None
-    if wanted == torch.float32:
-        raise ValueError(
-            f"dtype='float32' needs a float32 base, found {base}; load the model with dtype=float32"
-        )
-    return wanted
-
-
-def _planned_steps(config: TrainConfig, batches: int) -> int | None:
-    """Return the number of optimizer steps, or None when only the clock limits the run."""
-    epochs = config.epochs
-    if epochs is None and config.max_steps is None and config.max_minutes is None:
-        epochs = 1
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if epochs is not None:
-        per_epoch = math.ceil(batches / config.accumulate)
-        limits.append(max(1, round(per_epoch * epochs)))
-    return min(limits) if limits else None
-
-
-@contextmanager
-def _checkpointing(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    if not config.checkpointing:
-        yield
-        return
-    if isinstance(getattr(model, "gradient_checkpointing", None), bool):
-        before = model.gradient_checkpointing
-        model.gradient_checkpointing = True  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            model.gradient_checkpointing = before
-    elif callable(getattr(model, "gradient_checkpointing_enable", None)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            # The reentrant kind drops gradients of a frozen base's adapters silently.
-            kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-            model.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
-    else:
-        raise ValueError(
-            f"checkpointing=True needs a model with a gradient_checkpointing flag or Hugging "
-            f"Face's gradient_checkpointing_enable(), {type(model).__name__} has neither; wrap "
-            f"its blocks in torch.utils.checkpoint yourself and set checkpointing=False"
-        )
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is read between steps; the second one raises."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    asked: list[bool] = []
-
-    def on_interrupt(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-        print("\nfinishing the step in hand; Ctrl-C again to drop it", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _mix(seed: int, step: int, index: int) -> int:
-    """Spread (seed, step, micro-batch) over 63 bits, so that neighbours share no stream."""
-    value = seed
-    for part in (step, index):
-        value = (value * 6364136223846793005 + part + 1442695040888963407) % 2**63
-    return value

@@ -12,8 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minilora.training.config import TrainConfig
+
 STATE_FILE = "state.safetensors"
 _VERSION = 1
+# Settings that may differ when a run goes on: limits, and what only reports.
+_FREE = {"epochs", "max_steps", "max_minutes", "save_every", "log_every", "eval_batch_size"}
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
@@ -84,3 +88,34 @@ def restore_optimizer(
             key: value.clone() if value.dim() == 0 else value.to(parameter.device)
             for key, value in state.items()
         }
+
+
+def check_same_run(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    facts: dict,
+    config: TrainConfig,
+    dtype: torch.dtype | None,
+    names: dict[Tensor, str],
+) -> None:
+    """Raise ValueError unless the state is of a run with these settings and parameters."""
+    here = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
+    for key, value in facts["config"].items():
+        if key not in _FREE and here.get(key) != value:
+            raise ValueError(
+                f"a resumed run must keep its settings, but {key} was {value!r} and is "
+                f"{here.get(key)!r}; set it back, or start anew in another folder"
+            )
+    if str(dtype) != facts["dtype"]:
+        raise ValueError(
+            f"a resumed run must compute in the same dtype, but autocast was {facts['dtype']} and "
+            f"is {dtype}; set dtype in the config"
+        )
+    for parameter, name in names.items():
+        saved = tensors.get(f"parameter.{name}")
+        if saved is None or saved.shape != parameter.shape:
+            found = "none" if saved is None else f"shape {list(saved.shape)}"
+            raise ValueError(
+                f"{folder} holds the state of another adapter: {name} must have shape "
+                f"{list(parameter.shape)}, found {found}; inject as for the first run"
+            )

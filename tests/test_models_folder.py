@@ -1,0 +1,470 @@
+"""Hugging Face folders, read and written, judged by transformers."""
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaConfig as TheirConfig
+
+from minilora.models import Llama, load_model, save_pretrained
+
+pytestmark = pytest.mark.peers
+
+F32 = 1e-5  # two f32 computations in another order, relative to the largest value
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def _theirs(dtype=torch.float32, **changes):
+    shape = {
+        "vocab_size": 53,
+        "hidden_size": 24,
+        "intermediate_size": 28,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(TheirConfig(**{**shape, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.to(dtype)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that transformers wrote."""
+    _theirs().save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def _ids():
+    return torch.arange(20).reshape(2, 10)
+
+
+def _close(found, wanted):
+    assert (found - wanted).abs().max() <= F32 * wanted.abs().max()
+
+
+def _rewrite(folder, change):
+    """Change the tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _edit(file, **entries):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+def _everything(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# --- both ways ----------------------------------------------------------------------------------
+
+SHAPES = [
+    {},
+    {"tie_word_embeddings": True},
+    {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+    {"head_dim": 10, "num_key_value_heads": 1, "vocab_size": 31, "intermediate_size": 17},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_from_pretrained_reads_what_transformers_writes(tmp_path, shape):
+    theirs = _theirs(**shape)
+    theirs.save_pretrained(tmp_path)
+    ours = Llama.from_pretrained(tmp_path)
+    assert not ours.training
+    assert ours.name_or_path == str(tmp_path)
+    with torch.no_grad():
+        _close(ours(_ids()), theirs(_ids()).logits)
+
+
+def test_from_pretrained_reads_shards(tmp_path):
+    theirs = _theirs()
+    theirs.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    with torch.no_grad():
+        _close(Llama.from_pretrained(tmp_path)(_ids()), theirs(_ids()).logits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_pretrained_writes_what_transformers_reads(tmp_path, folder, shape, dtype):
+    theirs = _theirs(dtype, **shape, eos_token_id=[2, 3])
+    theirs.save_pretrained(folder)
+    ours = Llama.from_pretrained(folder)
+    save_pretrained(ours, tmp_path / "ours")
+    again, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.dtype == dtype
+    assert again.generation_config.eos_token_id == [2, 3]
+    wanted = theirs.state_dict()
+    assert again.state_dict().keys() == wanted.keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    # Loaded again: `.to(bfloat16)` has also rounded the rotary frequencies of the first one.
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(again(_ids()).logits, theirs(_ids()).logits)
+
+
+def test_save_pretrained_then_from_pretrained_gives_the_same_bits_and_files(tmp_path, folder):
+    save_pretrained(Llama.from_pretrained(folder), tmp_path / "a")
+    first = _everything(tmp_path / "a")
+    save_pretrained(Llama.from_pretrained(tmp_path / "a"), tmp_path / "b")
+    assert _everything(tmp_path / "b") == first
+    save_pretrained(Llama.from_pretrained(tmp_path / "b"), tmp_path / "b")  # over itself
+    assert _everything(tmp_path / "b") == first
+
+
+def test_save_pretrained_keeps_a_head_that_was_untied(tmp_path, folder):
+    _theirs(tie_word_embeddings=True).save_pretrained(folder)
+    ours = Llama.from_pretrained(folder)
+    ours.lm_head.weight = nn.Parameter(ours.lm_head.weight.detach() * 2)
+    save_pretrained(ours, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        _close(again(_ids()).logits, ours(_ids()))
+
+
+def test_save_pretrained_stores_shared_memory_twice_where_the_config_unties(tmp_path, folder):
+    ours = Llama.from_pretrained(folder)
+    ours.lm_head.weight = ours.model.embed_tokens.weight
+    save_pretrained(ours, tmp_path / "ours")
+    with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("lm_head.weight"), file.get_tensor(EMBEDDING))
+    with torch.no_grad():
+        _close(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(_ids()).logits, ours(_ids()))
+
+
+# --- dtype, transform, memory -------------------------------------------------------------------
+
+
+def test_from_pretrained_keeps_or_changes_the_dtype(tmp_path):
+    _theirs(torch.bfloat16).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    kept = Llama.from_pretrained(tmp_path).state_dict()
+    wide = Llama.from_pretrained(tmp_path, dtype=torch.float64).state_dict()
+    for name, tensor in stored.items():
+        assert torch.equal(kept[name], tensor)
+        assert kept[name].dtype == torch.bfloat16
+        assert torch.equal(wide[name], tensor.double())
+
+
+def test_from_pretrained_auto_takes_the_fastest_dtype(monkeypatch, folder):
+    class Machine:
+        dtype = torch.float16
+
+    monkeypatch.setattr("minilora.models.folder.hardware", Machine)
+    assert Llama.from_pretrained(folder, dtype="auto").lm_head.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 3])
+def test_from_pretrained_refuses_another_dtype(folder, dtype):
+    with pytest.raises(ValueError, match="dtype must be None, 'auto' or one of"):
+        Llama.from_pretrained(folder, dtype=dtype)
+
+
+def test_from_pretrained_refuses_mixed_dtypes_unless_one_is_named(folder):
+    _rewrite(folder, lambda t: t.update({QUERY: t[QUERY].half()}))
+    with pytest.raises(ValueError, match="stored in one dtype, found F16, F32"):
+        Llama.from_pretrained(folder)
+    assert Llama.from_pretrained(folder, dtype=torch.float32)(_ids()).dtype == torch.float32
+
+
+def test_transform_sees_every_tensor_once_in_the_wanted_dtype(tmp_path):
+    theirs = _theirs(tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    seen = {}
+
+    def double(fqn, tensor):
+        assert fqn not in seen
+        seen[fqn] = tensor.dtype
+        return tensor * 2 if fqn == EMBEDDING else tensor
+
+    ours = Llama.from_pretrained(tmp_path, dtype=torch.float64, transform=double)
+    assert set(seen.values()) == {torch.float64}
+    assert seen.keys() == dict(theirs.named_parameters()).keys()
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight.double() * 2)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+def test_transform_may_store_integers_which_never_train(folder):
+    ours = Llama.from_pretrained(
+        folder, transform=lambda fqn, tensor: tensor.to(torch.int8) if fqn == QUERY else tensor
+    )
+    stored = ours.get_parameter(QUERY)
+    assert stored.dtype == torch.int8
+    assert not stored.requires_grad
+
+
+@pytest.mark.parametrize("result", [None, torch.ones(2, 3)])
+def test_transform_must_keep_the_shape(folder, result):
+    with pytest.raises(ValueError, match=r"transform must return a tensor of shape .* for "):
+        Llama.from_pretrained(folder, transform=lambda fqn, tensor: result)
+
+
+def test_from_pretrained_holds_one_tensor_beside_the_model(monkeypatch, tmp_path):
+    """Every tensor is copied out of the mapped file, and none is read before it is needed."""
+    _theirs().save_pretrained(tmp_path)
+    alive = []
+
+    def count(fqn, tensor):
+        alive.append(fqn)
+        return tensor
+
+    reads = []
+    original = safe_open(tmp_path / "model.safetensors", "pt").__class__
+
+    class Watched:
+        def __init__(self, *args, **kwargs):
+            self.file = original(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            assert len(reads) == len(alive)
+            reads.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr("minilora.models.folder.safe_open", Watched)
+    model = Llama.from_pretrained(tmp_path, transform=count)
+    assert reads == alive
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (tmp_path / "model.safetensors").write_bytes(  # in place: a view would change with it
+        bytes(os.path.getsize(tmp_path / "model.safetensors"))
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
+
+
+# --- tensors that do not fit --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(QUERY), f"found missing: {QUERY};"),
+        (lambda t: t.update(extra=torch.ones(2)), "found unexpected: extra;"),
+        (lambda t: t.update({QUERY: torch.ones(3, 24)}), r"q_proj.weight \[3, 24\] instead of"),
+        (
+            lambda t: t.clear() or t.update(a=torch.ones(1)),
+            "missing: .* and 16 more; unexpected: a",
+        ),
+        (
+            lambda t: t.update({QUERY: t[QUERY].to(torch.int8)}),
+            "q_proj.weight in .* found torch.int8",
+        ),
+    ],
+)
+def test_from_pretrained_refuses_other_tensors_by_name(folder, change, message):
+    _rewrite(folder, change)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_from_pretrained_passes_over_stored_frequencies(folder):
+    _rewrite(
+        folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": t[QUERY] * 1})
+    )
+    Llama.from_pretrained(folder)
+
+
+def test_from_pretrained_reads_a_tied_head_only_when_it_is_the_embedding(folder):
+    _theirs(tie_word_embeddings=True).save_pretrained(folder)
+    _rewrite(folder, lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()}))
+    ours = Llama.from_pretrained(folder)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    _rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is true in .* differs from"):
+        Llama.from_pretrained(folder)
+
+
+# --- damaged and hostile folders ----------------------------------------------------------------
+
+
+def test_from_pretrained_refuses_what_is_no_model_folder(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"must hold config\.json, found none in .*nowhere"):
+        Llama.from_pretrained(tmp_path / "nowhere")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"found \['pytorch_model.bin'\] in .* only safetensors"):
+        Llama.from_pretrained(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="found neither in"):
+        Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "must hold JSON"), ("[1]", "must hold a JSON object, found list"), ("\0", "must hold")],
+)
+def test_from_pretrained_refuses_a_damaged_config(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_from_pretrained_names_a_truncated_file(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors' must be a whole safetensors file"):
+        Llama.from_pretrained(folder)
+
+
+def test_from_pretrained_names_a_file_with_a_damaged_header(folder):
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(struct.pack("<Q", 2**60) + raw[8:])
+    with pytest.raises(ValueError, match=r"model\.safetensors' must be a whole safetensors file"):
+        Llama.from_pretrained(folder)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    _theirs().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "a/../../outside.safetensors", "/{}"])
+def test_from_pretrained_refuses_an_index_that_leads_out(sharded, name):
+    outside = sharded.parent / "outside.safetensors"
+    save_file({"secret": torch.ones(1)}, outside)
+    name = str(outside) if name == "/{}" else name
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    _edit(index, weight_map={**weight_map, QUERY: name})
+    with pytest.raises(ValueError, match=r"must name files inside its folder, found .*outside"):
+        Llama.from_pretrained(sharded)
+
+
+def test_from_pretrained_refuses_a_link_that_leads_out(sharded):
+    shard = next(sharded.glob("model-*.safetensors"))
+    outside = sharded.parent / "outside.safetensors"
+    shard.rename(outside)
+    shard.symlink_to(outside)
+    with pytest.raises(ValueError, match="which leads out of it"):
+        Llama.from_pretrained(sharded)
+
+
+def test_from_pretrained_reads_the_links_of_a_hub_cache(sharded):
+    home = sharded.parent / "models--a--b"
+    (home / "blobs").mkdir(parents=True)
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for file in sharded.iterdir():
+        file.rename(home / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(home / "blobs" / file.name)
+    with torch.no_grad():
+        _close(Llama.from_pretrained(snapshot)(_ids()), _theirs()(_ids()).logits)
+
+
+def test_from_pretrained_refuses_an_index_that_disagrees(sharded):
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    other = next(name for name in weight_map.values() if name != weight_map[QUERY])
+    _edit(index, weight_map={**weight_map, QUERY: other})
+    with pytest.raises(ValueError, match=f"found it wrong about {QUERY}"):
+        Llama.from_pretrained(sharded)
+    _edit(index, weight_map={**weight_map, "more": "absent.safetensors"})
+    with pytest.raises(ValueError, match=r"names 'absent\.safetensors', found no such file"):
+        Llama.from_pretrained(sharded)
+    _edit(index, weight_map=[1])
+    with pytest.raises(ValueError, match="must map tensor names to files"):
+        Llama.from_pretrained(sharded)
+
+
+def test_from_pretrained_refuses_a_tensor_in_two_shards(sharded):
+    names = sorted(sharded.glob("model-*.safetensors"))
+    first, second = load_file(names[0]), load_file(names[1])
+    twice = next(iter(first))
+    save_file({**second, twice: first[twice]}, names[1])
+    with pytest.raises(ValueError, match=f"{twice} must be stored once"):
+        Llama.from_pretrained(sharded)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def test_save_pretrained_refuses_models_that_are_not_plain(tmp_path, folder):
+    ours = Llama.from_pretrained(folder)
+    ours.model.layers[0].self_attn.q_proj = nn.Sequential(ours.model.layers[0].self_attn.q_proj)
+    with pytest.raises(ValueError, match=r"differs in model\.layers\.0\.self_attn\.q_proj\.0"):
+        save_pretrained(ours, tmp_path / "ours")
+    ours = Llama.from_pretrained(folder)
+    weight = ours.model.norm.weight
+    ours.model.norm.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"differs in model\.norm\.weight; eject"):
+        save_pretrained(ours, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model-00001-of-00002.safetensors", "pytorch_model.bin", "a.gguf", "adapter_config.json"],
+)
+def test_save_pretrained_refuses_a_folder_with_other_model_files(tmp_path, folder, name):
+    ours = Llama.from_pretrained(folder)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / name).write_text("something of value")
+    with pytest.raises(ValueError, match=f"no model files but minilora's own, found {name}"):
+        save_pretrained(ours, target)
+    assert [file.name for file in target.iterdir()] == [name]
+
+
+def test_save_pretrained_refuses_weights_that_another_program_wrote(folder):
+    ours = Llama.from_pretrained(folder)
+    before = _everything(folder)
+    with pytest.raises(ValueError, match=r"found config\.json, model\.safetensors; choose"):
+        save_pretrained(ours, folder)
+    assert _everything(folder) == before
+
+
+def test_save_pretrained_that_fails_leaves_the_files(monkeypatch, tmp_path, folder):
+    ours = Llama.from_pretrained(folder)
+    save_pretrained(ours, tmp_path / "ours")
+    before = _everything(tmp_path / "ours")
+
+    def fail(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("minilora.models.folder.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(ours, tmp_path / "ours")
+    assert _everything(tmp_path / "ours") == before
+
+
+# --- load_model ---------------------------------------------------------------------------------
+
+
+def test_load_model_refuses_what_is_neither(tmp_path):
+    with pytest.raises(ValueError, match=r"a folder with config\.json, a \.gguf file or one of"):
+        load_model(tmp_path / "absent")
+    (tmp_path / "text").write_text("hello, world")
+    with pytest.raises(ValueError, match="text' must be a GGUF file"):
+        load_model(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"must hold config\.json"):
+        load_model(tmp_path)

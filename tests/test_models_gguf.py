@@ -1,0 +1,507 @@
+"""GGUF files, judged by the gguf package and by transformers; the real SmolLM2."""
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaConfig as TheirConfig
+
+from minilora.models import KVCache, Llama, Tokenizer, fetch, load_model
+from minilora.models.gguf_file import read_gguf, read_tensor
+
+F32 = 1e-5  # two f32 computations in another order, relative to the largest value
+KINDS = gguf.GGMLQuantizationType
+READ = [KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q4_0, KINDS.Q4_1, KINDS.Q8_0]
+
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _theirs(**changes):
+    shape = {
+        "vocab_size": 53,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 48,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(TheirConfig(**{**shape, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def _interleaved(weight, heads):
+    """llama.cpp's conversion: rows i and i + head_dim / 2 of each head come side by side."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _tensors(model):
+    """A transformers model's tensors by GGUF name, as llama.cpp's converter writes them."""
+    config = model.config
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    out = {}
+    for name, parameter in model.named_parameters():
+        value, (stem, leaf) = parameter.detach().numpy(), name.rsplit(".", 1)
+        if stem.startswith("model.layers."):
+            block, part = stem.removeprefix("model.layers.").split(".", 1)
+            if PARTS[part] in heads:
+                value = _interleaved(value, heads[PARTS[part]])
+            out[f"blk.{block}.{PARTS[part]}.{leaf}"] = value
+        else:
+            whole = {
+                "model.embed_tokens": "token_embd",
+                "model.norm": "output_norm",
+                "lm_head": "output",
+            }
+            out[f"{whole[stem]}.{leaf}"] = value
+    return out
+
+
+def _metadata(config):
+    return {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.dimension_count": config.head_dim,
+    }
+
+
+def _write(file, tensors, metadata, kind=KINDS.F32, architecture="llama"):
+    writer = gguf.GGUFWriter(file, architecture)
+    for name, value in metadata.items():
+        key = name if name.startswith("general.") else f"llama.{name}"
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    for name, value in tensors.items():
+        if value.ndim == 2 and kind not in (KINDS.F32, KINDS.F16):
+            writer.add_tensor(name, quantize(value, kind), raw_dtype=kind)
+        elif value.ndim == 2 and kind == KINDS.F16:
+            writer.add_tensor(name, value.astype(np.float16))
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A small f32 model as a GGUF file."""
+    theirs = _theirs()
+    return _write(tmp_path / "small.gguf", _tensors(theirs), _metadata(theirs.config))
+
+
+def _ids():
+    return torch.arange(20).reshape(2, 10)
+
+
+def _close(found, wanted):
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= F32 * wanted.abs().max()
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"tie_word_embeddings": True, "num_key_value_heads": 8},
+        {"attention_bias": True, "mlp_bias": True},
+        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32},
+    ],
+)
+def test_from_gguf_equals_the_model_that_was_converted(tmp_path, shape):
+    theirs = _theirs(**shape)
+    metadata = _metadata(theirs.config)
+    if "head_dim" in shape:
+        metadata |= {"attention.key_length": 32, "attention.value_length": 32}
+    file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
+    ours = Llama.from_gguf(file)
+    assert not ours.training
+    assert ours.name_or_path == str(file)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    with torch.no_grad():
+        _close(ours(_ids()), theirs(_ids()).logits)
+
+
+@pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.name)
+def test_from_gguf_decodes_each_type_to_the_bits_of_the_gguf_package(tmp_path, kind):
+    tensors = {
+        "a": np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32),
+        "b": np.linspace(-3e4, 6e4, 64, dtype=np.float32).reshape(2, 32),
+        "zero": np.zeros((1, 32), np.float32),
+    }
+    source = read_gguf(_write(tmp_path / "a.gguf", tensors, {}, kind))
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert {tensor.tensor_type for tensor in reader.tensors} == {kind}
+    for tensor in reader.tensors:
+        wanted = dequantize(tensor.data, tensor.tensor_type)
+        found = read_tensor(source, tensor.name).float().numpy()
+        assert found.shape == tensors[tensor.name].shape
+        assert np.array_equal(found, wanted)
+        assert np.abs(found - tensors[tensor.name]).max() <= np.abs(tensors[tensor.name]).max() / 7
+
+
+@settings(max_examples=40, deadline=None)
+@given(raw=st.binary(min_size=20, max_size=20), kind=st.sampled_from(READ[3:]))
+def test_blocks_of_any_bytes_decode_as_in_the_gguf_package(tmp_path_factory, raw, kind):
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    raw = (raw * 2)[:size]
+    file = tmp_path_factory.mktemp("block") / "a.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    block = np.frombuffer(raw, np.uint8).reshape(1, size)
+    writer.add_tensor("a", block, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):  # a scale of any bits may be infinite or no number
+        wanted = dequantize(block, kind)
+    found = read_tensor(read_gguf(file), "a").numpy()
+    assert np.array_equal(found, wanted, equal_nan=True)
+
+
+def test_from_gguf_takes_dtype_and_transform(file):
+    seen = set()
+
+    def note(fqn, tensor):
+        seen.add((fqn, tensor.dtype))
+        return tensor
+
+    ours = Llama.from_gguf(file, dtype=torch.bfloat16, transform=note)
+    assert seen == {(name, torch.bfloat16) for name, _ in ours.named_parameters()}
+    assert len(seen) == 21
+    assert Llama.from_gguf(file).lm_head.weight.dtype == torch.float32
+
+
+def test_from_gguf_weights_are_apart_from_the_file(file):
+    ours = Llama.from_gguf(file)
+    wanted = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.write(bytes(size))
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
+
+
+def test_metadata_equals_that_of_the_gguf_package(tmp_path):
+    metadata = {
+        "general.name": "ünï 🙂",
+        "general.flag": True,
+        "general.count": 7,
+        "general.ratio": 0.5,
+        "general.words": ["a", "", "ü"],
+        "general.numbers": [1, -2, 3],
+    }
+    file = _write(tmp_path / "a.gguf", {"a": np.ones((2, 2), np.float32)}, metadata)
+    found = read_gguf(file).metadata
+    for key, field in gguf.GGUFReader(file).fields.items():
+        if not key.startswith("GGUF."):
+            assert found[key] == field.contents(), key
+    assert found.keys() >= metadata.keys()
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.type", "linear"),
+        ("rope.scaling.factor", 2.0),
+        ("rope.scale_linear", 4.0),
+        ("attention.sliding_window", 512),
+        ("expert_count", 8),
+        ("logit_scale", 0.5),
+        ("something.new", "1"),
+    ],
+)
+def test_from_gguf_refuses_options_by_name(tmp_path, key, value):
+    theirs = _theirs()
+    metadata = {**_metadata(theirs.config), key: value}
+    file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
+    with pytest.raises(ValueError, match=f"llama.{key} = .* is not built"):
+        Llama.from_gguf(file)
+
+
+def test_from_gguf_reads_options_that_say_nothing(tmp_path):
+    theirs = _theirs()
+    nothing = {"rope.scaling.type": "none", "expert_count": 0, "rope.scale_linear": 1.0}
+    file = _write(tmp_path / "a.gguf", _tensors(theirs), _metadata(theirs.config) | nothing)
+    with torch.no_grad():
+        _close(Llama.from_gguf(file)(_ids()), theirs(_ids()).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope.dimension_count": 4}, r"llama\.rope\.dimension_count must be .* 8, found 4"),
+        ({"attention.value_length": 16}, r"llama\.attention\.value_length must be .* found 16"),
+        ({"attention.head_count": [8, 8]}, "num_attention_heads must be an integer"),
+        ({"block_count": 0}, "num_hidden_layers must be an integer above 0"),
+        ({"block_count": 3}, r"missing: model\.layers\.2\.input_layernorm\.weight"),
+        ({"block_count": 1}, r"unexpected: model\.layers\.1\.input_layernorm\.weight"),
+        ({"vocab_size": 54}, r"of another shape: lm_head\.weight \[53, 64\] instead of \[54, 64\]"),
+    ],
+)
+def test_from_gguf_refuses_metadata_that_does_not_fit(tmp_path, changes, message):
+    theirs = _theirs()
+    metadata = {**_metadata(theirs.config), **changes}
+    file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_gguf(file)
+
+
+def test_from_gguf_refuses_missing_metadata(tmp_path):
+    theirs = _theirs()
+    metadata = _metadata(theirs.config)
+    del metadata["embedding_length"]
+    file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
+    with pytest.raises(ValueError, match=r"must state llama\.embedding_length"):
+        Llama.from_gguf(file)
+
+
+def test_from_gguf_refuses_a_file_without_embedding(tmp_path):
+    theirs = _theirs()
+    tensors = _tensors(theirs)
+    del tensors["token_embd.weight"]
+    file = _write(tmp_path / "a.gguf", tensors, _metadata(theirs.config))
+    with pytest.raises(ValueError, match=r"must hold token_embd\.weight"):
+        Llama.from_gguf(file)
+
+
+def test_from_gguf_refuses_scaled_rotations(tmp_path):
+    theirs = _theirs()
+    tensors = {**_tensors(theirs), "rope_freqs.weight": np.ones(4, np.float32)}
+    file = _write(tmp_path / "a.gguf", tensors, _metadata(theirs.config))
+    with pytest.raises(ValueError, match=r"scales its rotary frequencies \(rope_freqs\.weight\)"):
+        Llama.from_gguf(file)
+
+
+def test_from_gguf_refuses_tensors_it_does_not_know(tmp_path):
+    theirs = _theirs()
+    tensors = {**_tensors(theirs), "blk.0.ffn_magic.weight": np.ones(4, np.float32)}
+    file = _write(tmp_path / "a.gguf", tensors, _metadata(theirs.config))
+    with pytest.raises(ValueError, match=r"unexpected: blk\.0\.ffn_magic\.weight"):
+        Llama.from_gguf(file)
+
+
+def test_from_gguf_refuses_another_architecture_by_name(tmp_path):
+    file = _write(tmp_path / "a.gguf", {"a": np.ones(4, np.float32)}, {}, architecture="qwen2")
+    with pytest.raises(ValueError, match="must hold the llama architecture, found 'qwen2'"):
+        Llama.from_gguf(file)
+
+
+@pytest.mark.parametrize("kind", [KINDS.Q4_K, KINDS.Q6_K, KINDS.Q5_0, KINDS.IQ4_NL])
+def test_from_gguf_refuses_other_types_by_name(tmp_path, kind):
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((2, size), np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    message = rf"tensor blk\.0\.attn_q\.weight has type {kind.name}, which is not built"
+    with pytest.raises(ValueError, match=message):
+        Llama.from_gguf(tmp_path / "a.gguf")
+
+
+# --- damaged files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"GGML" + bytes(100), b'{"a": 1}'])
+def test_from_gguf_refuses_what_is_no_gguf(tmp_path, content):
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.gguf' must be a GGUF file, found one that does not"):
+        Llama.from_gguf(tmp_path / "a.gguf")
+
+
+def test_from_gguf_refuses_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"must lie at '.*absent\.gguf', found none"):
+        Llama.from_gguf(tmp_path / "absent.gguf")
+
+
+@pytest.mark.parametrize("at", ["header", "data", "last"])
+def test_from_gguf_names_a_truncated_file(file, at):
+    raw = file.read_bytes()
+    keep = {"header": 200, "data": len(raw) // 2, "last": len(raw) - 64}[at]
+    file.write_bytes(raw[:keep])
+    where = "its header" if at == "header" else "tensor"
+    with pytest.raises(ValueError, match=rf"small\.gguf' must be a whole .* the middle of {where}"):
+        Llama.from_gguf(file)
+
+
+def test_from_gguf_of_every_truncated_header_is_one_kind_of_error(file):
+    raw = file.read_bytes()
+    for keep in range(4, 1500, 7):
+        file.write_bytes(raw[:keep])
+        with pytest.raises(ValueError, match=r"small\.gguf' must be a whole GGUF file"):
+            Llama.from_gguf(file)
+
+
+def _header(*values, version=3):
+    """A GGUF file of key-value pairs given as raw bytes."""
+    return b"GGUF" + struct.pack("<IQQ", version, 0, len(values)) + b"".join(values)
+
+
+def _key(text, kind):
+    return struct.pack("<Q", len(text)) + text.encode() + struct.pack("<I", kind)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (_header(version=1), "it has version 1"),
+        (_header(version=3 << 24), r"or is big-endian"),
+        (_header(_key("a", 99)), "unknown type 99"),
+        (_header(_key("a", 9) + struct.pack("<IQ", 9, 2**40)), "middle of its header"),
+        (_header(_key("a", 9) + struct.pack("<IQ", 8, 2**60)), "middle of its header"),
+        (_header(_key("a", 9) + struct.pack("<IQ", 4, 2**63)), "middle of its header"),
+        (_header(_key("a", 9) + struct.pack("<IQIQ", 9, 1, 4, 0)), "unknown type 9"),
+        (_header(_key("a", 8) + struct.pack("<Q", 2**64 - 1)), "middle of its header"),
+        (_header(_key("a", 8) + struct.pack("<Q", 1) + b"\xff"), "codec can't decode"),
+        (_header(*[_key("a", 0) + b"\1"] * 2), "it states a twice"),
+        (_header(_key("general.alignment", 4) + struct.pack("<I", 24)), "is no power of two"),
+    ],
+)
+def test_from_gguf_refuses_hostile_headers(tmp_path, raw, message):
+    (tmp_path / "a.gguf").write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_gguf(tmp_path / "a.gguf")
+
+
+def _with_tensor(shape, kind=0, offset=0, times=1):
+    info = struct.pack("<Q", 1) + b"t" + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    info += struct.pack("<IQ", kind, offset)
+    return b"GGUF" + struct.pack("<IQQ", 3, times, 0) + info * times + bytes(4096)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (_with_tensor([2**32, 2**32, 2**32]), "middle of tensor t"),
+        (_with_tensor([4], offset=2**63), "middle of tensor t"),
+        (_with_tensor([4], times=2), "tensor t is listed twice"),
+        (_with_tensor([1] * 5), "or has 5 dimensions"),
+        (_with_tensor([0]), r"tensor t has shape \[0\], which F32 cannot store"),
+        (_with_tensor([]), r"tensor t has shape \[\]"),
+        (_with_tensor([33], kind=3), r"tensor t has shape \[33\], which Q4_1 cannot store"),
+    ],
+)
+def test_from_gguf_refuses_hostile_tensors(tmp_path, raw, message):
+    (tmp_path / "a.gguf").write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_gguf(tmp_path / "a.gguf")
+
+
+# --- the real SmolLM2 ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    """The file, the model in f32 and the tokenizer."""
+    file = fetch("smollm2-135m")
+    return file, *load_model(file, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm):
+    return AutoModelForCausalLM.from_pretrained(
+        smollm[0].parent, gguf_file=smollm[0].name, dtype=torch.float32
+    ).eval()
+
+
+@pytest.mark.real_model
+@pytest.mark.peers
+def test_smollm_weights_and_logits_equal_transformers(smollm, theirs):
+    _, ours, tokenizer = smollm
+    wanted = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    text = "Low-rank adaptation freezes the weights and trains two thin matrices beside each."
+    ids = torch.tensor([tokenizer.encode(text)])
+    with torch.no_grad():
+        _close(ours(ids), theirs(ids).logits)
+        _close(ours.loss(ids, ids), theirs(ids, labels=ids).loss)
+
+
+@pytest.mark.real_model
+@pytest.mark.peers
+def test_smollm_greedy_text_is_what_transformers_would_write(smollm, theirs):
+    _, ours, tokenizer = smollm
+    prompt = torch.tensor([tokenizer.encode("def fibonacci(n):\n")])
+    cache = KVCache.for_model(ours, 1, prompt.shape[1] + 24)
+    found, step = prompt, prompt
+    with torch.no_grad():
+        for _ in range(24):
+            step = ours(step, cache=cache, last=1).argmax(-1)
+            found = torch.cat((found, step), dim=1)
+        wanted = theirs(found[:, :-1]).logits.argmax(-1)  # each next token, given ours before it
+    assert torch.equal(found[:, prompt.shape[1] :], wanted[:, prompt.shape[1] - 1 :])
+
+
+@pytest.mark.real_model
+def test_smollm_knows_the_capital_of_france(smollm):
+    _, ours, tokenizer = smollm
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    step = torch.tensor([tokenizer.encode_chat(messages)])
+    cache, answer = KVCache.for_model(ours, 1, step.shape[1] + 20), []
+    with torch.no_grad():
+        for _ in range(20):
+            step = ours(step, cache=cache, last=1).argmax(-1)
+            if int(step) in tokenizer.stop_ids:
+                break
+            answer.append(int(step))
+    assert "Paris" in tokenizer.decode(answer)
+    assert int(step) in tokenizer.stop_ids  # and it ends by itself
+
+
+@pytest.mark.real_model
+def test_load_model_reads_the_file_in_the_asked_dtype(smollm):
+    model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.model.norm.weight, smollm[1].model.norm.weight.bfloat16())
+    assert isinstance(tokenizer, Tokenizer)
+    assert model.config.vocab_size == tokenizer.vocab_size == 49152
