@@ -1,0 +1,62 @@
+"""Hold the import direction with import-linter, on the unpacked wheel; exit 1 when it is broken.
+
+The linter does not see setuptools' package-dir mapping in an editable install, so it reads what a
+user would install: `python tests/check_layers.py [extra_file.py=minilora/layers.py ...]`.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = """
+[importlinter]
+root_package = minilora
+
+[importlinter:contract:rooms]
+name = a room imports only rooms to its left
+type = layers
+layers =
+    minilora.cli
+    minilora.training
+    minilora.generation
+    minilora.evaluation
+    minilora.data
+    minilora.models
+    minilora.checkpoint
+    minilora.adapter_config
+    minilora.adapters
+    minilora.injection
+    minilora.selection
+    minilora.layers
+    minilora.kernels
+"""
+
+
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel with the installed setuptools, in a copy-free, isolated temporary folder."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(folder), str(ROOT)], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def check(wheel: Path, plant: dict[str, str]) -> int:
+    """Lint the wheel's imports; `plant` appends text to files, to see the linter fail."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        zipfile.ZipFile(wheel).extractall(folder)
+        for file, text in plant.items():
+            with open(folder / file, "a", encoding="utf-8") as opened:
+                opened.write(text)
+        (folder / ".importlinter").write_text(LAYERS)
+        lint = Path(sys.executable).with_name("lint-imports")
+        environment = os.environ | {"PYTHONPATH": name}
+        return subprocess.run([lint, "--no-cache"], cwd=folder, env=environment).returncode
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as where:
+        sys.exit(check(build_wheel(Path(where)), {}))
