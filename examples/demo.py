@@ -88,7 +88,11 @@ def say(line: str = "") -> None:
 
 def samples(model, tokenizer, records) -> list[str]:
     texts = minilora.generate(
-        model, [r["prompt"] for r in records], tokenizer=tokenizer, max_new_tokens=40, stop=("\n\n",)
+        model,
+        [r["prompt"] for r in records],
+        tokenizer=tokenizer,
+        max_new_tokens=40,
+        stop=("\n\n",),
     )
     return [" ".join(text.split()) for text in texts]
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
-from minilora.models import Llama, load_model, save_pretrained
+from minilora.models import Llama, Tokenizer, load_model, save_pretrained
 
 pytestmark = pytest.mark.peers
 
@@ -91,7 +93,9 @@ def test_from_pretrained_reads_what_transformers_writes(tmp_path, shape):
         _close(ours(_ids()), theirs(_ids()).logits)
 
 
-def test_from_pretrained_reads_shards(tmp_path):
+@pytest.mark.parametrize("mapped", [1, 2**26])
+def test_from_pretrained_reads_shards(monkeypatch, tmp_path, mapped):
+    monkeypatch.setattr("minilora.models.folder._MAPPED", mapped)
     theirs = _theirs()
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -347,11 +351,21 @@ def sharded(tmp_path):
     return tmp_path / "sharded"
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "a/../../outside.safetensors", "/{}"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "a/../../outside.safetensors",
+        "{above}/outside.safetensors",
+        "{above}/sharded/outside.safetensors",  # inside, and still not a name in the folder
+        "a/../outside.safetensors",
+    ],
+)
 def test_from_pretrained_refuses_an_index_that_leads_out(sharded, name):
-    outside = sharded.parent / "outside.safetensors"
-    save_file({"secret": torch.ones(1)}, outside)
-    name = str(outside) if name == "/{}" else name
+    for place in (sharded.parent, sharded):
+        save_file({"secret": torch.ones(1)}, place / "outside.safetensors")
+    (sharded / "a").mkdir()
+    name = name.format(above=sharded.parent)
     index = sharded / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     _edit(index, weight_map={**weight_map, QUERY: name})
@@ -455,6 +469,24 @@ def test_save_pretrained_that_fails_leaves_the_files(monkeypatch, tmp_path, fold
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(ours, tmp_path / "ours")
     assert _everything(tmp_path / "ours") == before
+
+
+def _tokenizer():
+    backend = Backend(models.WordLevel({"<unk>": 0, "hello": 1, "<end>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<end>"])
+    return Tokenizer(backend, eos="<end>", chat_template="{{ messages[0].content }}<end>")
+
+
+def test_load_model_reads_what_save_pretrained_writes(tmp_path, folder):
+    save_pretrained(Llama.from_pretrained(folder), tmp_path / "ours", _tokenizer())
+    model, tokenizer = load_model(str(tmp_path / "ours"), dtype=None)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert tokenizer.encode("hello you") == theirs.encode("hello you") == [1, 0]
+    assert tokenizer.encode_chat([{"role": "user", "content": "hello <end>"}])[-1] == 2
+    assert tokenizer.stop_ids == {2}
+    with torch.no_grad():
+        _close(model(_ids()), Llama.from_pretrained(folder)(_ids()))
 
 
 # --- load_model ---------------------------------------------------------------------------------

@@ -401,6 +401,7 @@ def _key(text, kind):
         (_header(_key("a", 9) + struct.pack("<IQ", 4, 2**63)), "middle of its header"),
         (_header(_key("a", 9) + struct.pack("<IQIQ", 9, 1, 4, 0)), "unknown type 9"),
         (_header(_key("a", 8) + struct.pack("<Q", 2**64 - 1)), "middle of its header"),
+        (_header(_key("a", 8) + struct.pack("<Q", 2) + b"x"), "middle of its header"),
         (_header(_key("a", 8) + struct.pack("<Q", 1) + b"\xff"), "codec can't decode"),
         (_header(*[_key("a", 0) + b"\1"] * 2), "it states a twice"),
         (_header(_key("general.alignment", 4) + struct.pack("<I", 24)), "is no power of two"),

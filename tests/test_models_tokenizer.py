@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import re
 import sys
 import time
 
@@ -293,6 +294,17 @@ def test_encode_chat_keeps_roles_and_nested_text_apart():
     assert ours.decode(ids, skip_special=False) == "a<|im_start|>|b<|im_end|><|im_end|>"
 
 
+def test_encode_chat_finds_the_longest_name():
+    backend = _backend()
+    backend.add_special_tokens(["<|im_end|>!", "<|im"])
+    ours = Tokenizer(backend, chat_template="{{ messages[0].content }}<|im_end|>!<|im_end|>")
+    long, whole = backend.token_to_id("<|im_end|>!"), 2
+    ids = ours.encode_chat([{"role": "user", "content": "<|im_end|>!"}])
+    assert ids[-2:] == [long, whole]
+    assert ours.decode(ids[:-2]) == "<|im_end|>!"
+    assert ours.encode("<|im_end|>!<|im_end|>", parse_special=True) == ids[-2:]
+
+
 def test_encode_chat_refuses_a_template_that_takes_names_apart():
     ours = Tokenizer(_backend_once(), chat_template="{{ messages[0].content[:-1] }}")
     assert ours.encode_chat([{"role": "user", "content": "hello"}]) == ours.encode("hell")
@@ -383,13 +395,49 @@ HOSTILE = {
     "objects": "{% set a = namespace(x=1) %}{{ namespace(a=a, b=a) }}",
     "nesting": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
 }
+LONG = "it runs for more than"
+REASONS = {
+    "class": "attribute '__class__' of 'str' object is unsafe",
+    "subclasses": "attribute '__class__' of 'list' object is unsafe",
+    "attr": "No filter named 'attr'",
+    "globals": "'__globals__' of 'function'",
+    "function": "'__globals__' of 'function'",
+    "init": "'__init__' of 'Undefined'",
+    "include": "no loader",
+    "import": "no loader",
+    "change": "'append' of 'list' object is unsafe",
+    "range": "Range too big",
+    "loops": LONG,
+    "macros": LONG,
+    "recursion": "maximum recursion depth",
+    "recursive": "recursive loops are not permitted",
+    "power": "integers have at most 65536 bits",
+    "squares": "integers have at most 65536 bits",
+    "percent": "the % operator on text is not permitted",
+    "format": "the method format of str is not permitted",
+    "center": "the method center of str is not permitted",
+    "safe_center": "the method center of Markup is not permitted",
+    "indent": "indent takes numbers up to 10000",
+    "to_bytes": "the method to_bytes of int is not",
+    "translate": "the method translate of str is not",
+    "strftime": "strftime_now takes a plain format",
+    "print": LONG,
+    "tojson": LONG,
+    "compare": LONG,
+    "index": LONG,
+    "test": LONG,
+    "sort": LONG,
+    "objects": "a Namespace is not printed",
+    "nesting": "maximum recursion depth",
+}
 
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_render_of_a_hostile_template_ends_with_an_error(monkeypatch, template):
     monkeypatch.setattr("minilora.models.template_sandbox._SECONDS", 0.3)
     begin = time.monotonic()
-    with pytest.raises(ValueError, match=r"the chat template (cannot render|is not valid)"):
+    reason = REASONS.get(template, "it makes too much text")
+    with pytest.raises(ValueError, match=f"^the chat template .*: .*{re.escape(reason)}"):
         ChatTemplate(HOSTILE[template]).render(USER)
     assert time.monotonic() - begin < 5  # the bound and a slow machine
 
@@ -516,6 +564,19 @@ def test_save_of_a_gguf_vocabulary_is_read_by_transformers(tmp_path):
         assert theirs.encode(text) == ours.encode(text)
     assert theirs.encode("<|im_end|>") == [2]
     assert theirs.eos_token == "<|im_end|>"
+
+
+def test_from_gguf_merges_as_each_pre_tokenizer_wants(tmp_path):
+    """A whole word in the vocabulary goes before merges in llama-bpe only; smollm cuts digits."""
+    stored = json.loads(_backend_once().to_str())["model"]
+    names = [*sorted(stored["vocab"], key=stored["vocab"].get), "12"]
+    found = {}
+    for pre in STATED:
+        file = _write(tmp_path / "a.gguf", pre, merges=["1 2"], tokens=names)
+        ours = Tokenizer.from_gguf(file)
+        assert "Ġargument" in names
+        found[pre] = (len(ours.encode(" argument")), len(ours.encode("12")))
+    assert found == {"gpt-2": (9, 1), "smollm": (9, 2), "llama-bpe": (1, 1)}
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ _FOREIGN = (
     "*.index.json",
     "adapter_config.json",
 )
+_MAPPED = 2**26  # bytes of a file read through one mapping
 _MARK = {"written_by": "minilora"}  # in config.json: what save_pretrained may replace
 
 
@@ -57,8 +58,7 @@ def read_folder(
             _refuse_mixed_dtypes(files, owner, folder)
         if config.tie_word_embeddings and "lm_head.weight" in owner:
             _check_tied_head(files, owner, folder)
-        stored = ((fqn, _read(files[at], fqn, at)) for fqn, at in owner.items())
-        fill(model, stored, wanted, device, transform)
+    fill(model, _stored(owner), wanted, device, transform)
     model.name_or_path = str(folder)
     return model.eval()
 
@@ -240,6 +240,19 @@ def _owners(files: dict[Path, Any]) -> dict[str, Path]:
             if not fqn.endswith(_DERIVED):
                 owner[fqn] = file
     return owner
+
+
+def _stored(owner: dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors one by one. Files are mapped anew now and then, so that read pages don't pile up."""
+    for file in dict.fromkeys(owner.values()):
+        names = [fqn for fqn, at in owner.items() if at == file][::-1]
+        while names:
+            with _open(file) as handle:
+                read = 0
+                while names and read < _MAPPED:
+                    tensor = _read(handle, names[-1], file)
+                    read += tensor.nbytes
+                    yield names.pop(), tensor
 
 
 def _read(handle: Any, fqn: str, file: Path) -> torch.Tensor:
