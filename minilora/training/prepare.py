@@ -102,14 +102,16 @@ def checkpointing(model: nn.Module, config: TrainConfig) -> Iterator[None]:
             model.gradient_checkpointing = before
     elif callable(getattr(model, "gradient_checkpointing_enable", None)):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming the pair
             # The reentrant kind drops gradients of a frozen base's adapters silently.
             kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
             model.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
         try:
             yield
         finally:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_disable()  # type: ignore[operator]
     else:
         raise ValueError(
             f"checkpointing=True needs a model with a gradient_checkpointing flag or Hugging "
