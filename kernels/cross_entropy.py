@@ -55,8 +55,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h, grad_w, None
 
 
-# Which rows count is data, so tracing could only break the graph here, noisily.
-@torch.compiler.disable
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,

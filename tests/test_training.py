@@ -25,9 +25,15 @@ CONFIG = LlamaConfig(
 )
 
 
-def tiny(seed=0, **options):
+def plain(seed=0):
     torch.manual_seed(seed)
     model = Llama(CONFIG)
+    model.lm_head.weight.data.mul_(20)  # as drawn, no adapter could move the loss much
+    return model
+
+
+def tiny(seed=0, **options):
+    model = plain(seed)
     return minilora.inject(model, r=4, alpha=6, **options)
 
 
@@ -154,8 +160,7 @@ def test_fit_keeps_the_best_adapter_and_its_files(tmp_path):
     evals = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
     assert result.best.loss == min(evals.values()) and evals[result.best_step] == result.best.loss
     assert result.before.loss == evals[0]
-    torch.manual_seed(0)
-    again = Llama(CONFIG)
+    again = plain()
     minilora.load(again, tmp_path if result.best_step else tmp_path / "last")
     if result.best_step:
         assert minilora.evaluate(again, valid, batch_size=4).loss == result.best.loss
@@ -218,6 +223,8 @@ def test_fit_health_reports_a_layer_without_tokens(capsys):
 
 def test_fit_health_catches_an_adapter_that_does_not_move():
     model = tiny()
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.adapters["default"].lora_B)  # else step 2 already complains of A
     with pytest.raises(RuntimeError, match="must move as it is trained"):
         fit(model, max_steps=8, lr=1e-60)
 
@@ -282,7 +289,9 @@ def test_fit_trains_a_transformers_model():
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = minilora.inject(transformers.LlamaForCausalLM(config), r=4, alpha=6)
+    model = transformers.LlamaForCausalLM(config)
+    model.lm_head.weight.data.mul_(20)
+    minilora.inject(model, r=4, alpha=6)
     result = fit(model, examples(6), epochs=40, lr=1e-1, checkpointing=True)
     assert result.losses[-1] < 0.85 * result.losses[0]
 
