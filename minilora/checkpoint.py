@@ -65,6 +65,23 @@ def _write(path: Path, write) -> Path:
     return aside
 
 
+def _save_sorted(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write safetensors with the metadata in sorted order: equal content, equal bytes.
+
+    safetensors keeps metadata in a hash map and writes it in an order that changes from call to
+    call; its header is JSON behind an 8-byte length, so it is put in order in place.
+    """
+    save_file(tensors, path, metadata)
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # else another writer's escapes: valid as it is
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
 def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
     """Write an adapter as PEFT's two files, so that PEFT, vLLM and `load` read it.
 
@@ -116,7 +133,7 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
         "minilora_base": _fingerprint(layers),
     }
     out.mkdir(parents=True, exist_ok=True)
-    weights = _write(out / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata))
+    weights = _write(out / WEIGHTS_FILE, lambda path: _save_sorted(tensors, path, metadata))
     try:
         pair = _write(out / CONFIG_FILE, lambda path: path.write_text(config, encoding="utf-8"))
     except BaseException:
