@@ -218,6 +218,8 @@ def test_encode_and_decode_refuse_other_input(pair):
     ours, _ = pair
     with pytest.raises(TypeError, match="encode needs a string, found bytes"):
         ours.encode(b"text")
+    with pytest.raises(ValueError, match="half a surrogate pair at character 2"):
+        ours.encode("ab\ud800")
     with pytest.raises(ValueError, match="token ids must be 0 or more, found -100"):
         ours.decode([3, -100])
 

@@ -201,9 +201,15 @@ class Tokenizer:
 
         Raises:
             TypeError: `text` is no string.
+            ValueError: it holds half a surrogate pair, which no encoding can store.
         """
         if not isinstance(text, str):
             raise TypeError(f"encode needs a string, found {type(text).__name__}")
+        if half := re.search("[\ud800-\udfff]", text):
+            raise ValueError(
+                f"encode needs text, found half a surrogate pair at character {half.start()}; "
+                f"decode the bytes it came from as UTF-8"
+            )
         with self._lock:  # the library keeps this choice as state
             self._backend.encode_special_tokens = not parse_special
             return self._backend.encode(text, add_special_tokens=special).ids
