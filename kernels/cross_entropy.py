@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_out):
         grad_h, grad_w = ctx.saved_tensors
         if grad_h is not None:
-            grad_h = grad_h * grad_out.to(grad_h.dtype)
+            grad_h = grad_h * grad_out  # not cast first: 1/N and loss scales leave fp16's range
         if grad_w is not None:
             grad_w = (grad_w * grad_out).to(ctx.weight_dtype)
         return grad_h, grad_w, None

@@ -65,6 +65,8 @@ class _LoRALinear(torch.autograd.Function):
         x, A, B, s, mask, *tensors = ctx.saved_tensors
         grad_x = grad_A = grad_B = None
         with torch.autocast(grad_out.device.type, enabled=False):
+            if torch.is_grad_enabled():  # a second derivative needs S as a function of x and A
+                s = torch.mm(_dropped(x, mask, ctx.p), A.to(x.dtype).t())
             grad_s = torch.mm(grad_out, B.to(grad_out.dtype)) * ctx.scaling
             if ctx.needs_input_grad[2]:
                 grad_B = torch.mm(grad_out.t(), s * ctx.scaling).to(B.dtype)

@@ -13,14 +13,14 @@ from torch import nn
 
 from minilora.injection import check_alpha, check_dropout
 from minilora.layers import LoRALinear
-from minilora.selection import check_rank, find_head, plain_modules
+from minilora.selection import check_rank, compile_ending, find_head, plain_modules
 
 # Config keys that name or describe; every other key must be one handled below or at a value that
 # asks for nothing, so that a file from a newer PEFT can't mean something we don't compute.
 _DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-    "ensure_weight_tying", "megatron_core",
+    "ensure_weight_tying", "megatron_core", "eva_config",
 }  # fmt: skip
 _HANDLED = {
     "alpha_pattern", "exclude_modules", "fan_in_fan_out", "lora_alpha", "lora_dropout", "r",
@@ -32,8 +32,11 @@ _ASKS_NOTHING: tuple[object, ...] = (None, False, "none", [], {}, "")
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def _minimal_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest list of endings that selects exactly `names` among the model's modules."""
+def _minimal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The shortest list of endings that selects exactly `names`, or a regex where none does.
+
+    A name that is itself the ending of another module's name can't be told apart by endings.
+    """
     every = list(plain_modules(model))
     wanted = set(names)
     entries: set[str] = set()
@@ -45,6 +48,8 @@ def _minimal_targets(model: nn.Module, names: list[str]) -> list[str]:
             if hits <= wanted:
                 entries.add(entry)
                 break
+        else:
+            return "|".join(re.escape(name) for name in names)
     return sorted(entries)
 
 
@@ -95,7 +100,7 @@ def read_config(file: Path) -> dict:
     """Read adapter_config.json with the mistrust that user input deserves."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold a JSON object, found a {type(config).__name__}")
@@ -121,6 +126,11 @@ def read_config(file: Path) -> dict:
     is_list = isinstance(entries, list) and all(isinstance(e, str) and e for e in entries)
     if not (is_list or isinstance(entries, str)) or not entries:
         raise problem("target_modules", "a non-empty list of module names or a regex")
+    excluded = config.get("exclude_modules")
+    if not isinstance(excluded, (str, type(None))) and not (
+        isinstance(excluded, list) and all(isinstance(e, str) and e for e in excluded)
+    ):
+        raise problem("exclude_modules", "a list of module names, a regex or null")
     try:
         check_rank(config.setdefault("r", 8), "r")
         check_alpha(config.setdefault("lora_alpha", 8), "lora_alpha")
@@ -133,11 +143,12 @@ def read_config(file: Path) -> dict:
             raise problem(key, "an object of regex: number")
         for pattern, value in patterns.items():
             try:
-                re.compile(pattern)
+                compile_ending(pattern, "the key")
                 check(value, f"{key}[{pattern!r}]")  # type: ignore[operator]
-            except (re.error, ValueError) as error:
+            except ValueError as error:
                 raise ValueError(f"{file}: {key}: {error}") from None
         config[key] = patterns
-    if config.get("use_rslora") not in (True, False, None):
-        raise problem("use_rslora", "true or false")
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if config.get(key) not in (True, False, None):
+            raise problem(key, "true or false")
     return config

@@ -125,6 +125,9 @@ class _DiskCopy:
     def __deepcopy__(self, memo: dict) -> "_DiskCopy":
         return self  # a copied model reads the same file; it stays until both are gone
 
+    def __reduce__(self):
+        return _DiskCopy, (load_file(self.file),)  # a pickle outlives the file, so it holds it
+
 
 def _merged_weight(layer: LoRALinear, names: tuple[str, ...]) -> Tensor:
     """W + Σ delta_weight, summed in f32 (f64) and rounded once to the storage dtype."""
@@ -136,21 +139,38 @@ def _merged_weight(layer: LoRALinear, names: tuple[str, ...]) -> Tensor:
     return wide.to(weight.dtype)
 
 
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte and behind the last one."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size() if tensor.numel() else start
+
+
 def _check_mergeable(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(parameter.data_ptr() or id(parameter), []).append(f"{name}.{key}")
     for name, layer in layers.items():
         base = layer.base
-        if type(base) is not nn.Linear or not base.weight.is_floating_point():
+        # Under weight_norm, spectral_norm and pruning `weight` is recomputed by a hook.
+        weight = base._parameters.get("weight") if type(base) is nn.Linear else None
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise ValueError(
                 f"merge() adds to the weight of a plain nn.Linear, but {name} wraps a "
-                f"{type(base).__name__}; leave that layer unmerged or use a plain base"
+                f"{type(base).__name__} whose weight is no plain parameter; leave that layer "
+                f"unmerged or use a plain base"
             )
-        sharers = owners.get(base.weight.data_ptr() or id(base.weight), [])
-        others = [owner for owner in sharers if owner != f"{name}.base.weight"]
+    spans = [
+        (tensor.device, *_span(tensor), f"{name}.{key}")
+        for name, module in model.named_modules()
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    ]
+    for name, layer in layers.items():
+        start, end = _span(layer.base.weight)
+        others = [
+            owner
+            for device, first, last, owner in spans
+            if device == layer.base.weight.device and first < end and start < last
+            if owner != f"{name}.base.weight"
+        ]
         if others:
             raise ValueError(
                 f"merging into {name} would change {others[0]} too, because both share one "
@@ -269,12 +289,11 @@ def eject(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         for parent, child in places_of(model, layer):
             parent._modules[child] = layer.base
-    trainable = set(getattr(model, "_minilora_trainable", ()))
-    for name, parameter in model.named_parameters():
-        if name in trainable:
-            parameter.requires_grad_(True)
-    if hasattr(model, "_minilora_trainable"):
-        del model._minilora_trainable
+    for module in model.modules():  # `inject` may have been called on a part of the model
+        trainable = set(module.__dict__.pop("_minilora_trainable", ()))
+        for name, parameter in module.named_parameters() if trainable else ():
+            if name in trainable:
+                parameter.requires_grad_(True)
     return model
 
 

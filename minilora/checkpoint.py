@@ -9,13 +9,14 @@ import base64
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from minilora.adapter_config import config_of, read_config
@@ -52,34 +53,37 @@ def _fingerprint(layers: dict[str, LoRALinear]) -> str:
     return json.dumps(rows)
 
 
-def _write(path: Path, write) -> Path:
-    """Write aside with `write(temporary path)`, flush it to the disk, and return that path."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write_pair(files: dict[Path, bytes]) -> None:
+    """Write every file aside and flush it to the disk, then rename them in order."""
+    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    return aside
+        for path, content in files.items():
+            with open(asides[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, aside in asides.items():
+            os.replace(aside, path)
+    finally:
+        for aside in asides.values():
+            if aside.is_file():
+                aside.unlink()
 
 
-def _save_sorted(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write safetensors with the metadata in sorted order: equal content, equal bytes.
+def _serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return safetensors bytes with the metadata in sorted order: equal content, equal bytes.
 
     safetensors keeps metadata in a hash map and writes it in an order that changes from call to
     call; its header is JSON behind an 8-byte length, so it is put in order in place.
     """
-    save_file(tensors, path, metadata)
-    with open(path, "rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # else another writer's escapes: valid as it is
-            file.seek(8)
-            file.write(text.ljust(length))
+    data = serialize(tensors, metadata)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > length:  # another writer's escapes: valid as it is
+        return data
+    return data[:8] + text.ljust(length) + data[8 + length :]
 
 
 def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
@@ -126,21 +130,15 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
                     f"nothing was written"
                 )
             tensors[_key(fqn, factor)] = value.cpu().clone().contiguous()
-    config = json.dumps(config_of(model, layers, adapter), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config_of(model, layers, adapter), indent=2, sort_keys=True) + "\n"
+    config = text.encode()
     metadata = {
         "format": "pt",
-        "minilora_config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "minilora_config_sha256": hashlib.sha256(config).hexdigest(),
         "minilora_base": _fingerprint(layers),
     }
     out.mkdir(parents=True, exist_ok=True)
-    weights = _write(out / WEIGHTS_FILE, lambda path: _save_sorted(tensors, path, metadata))
-    try:
-        pair = _write(out / CONFIG_FILE, lambda path: path.write_text(config, encoding="utf-8"))
-    except BaseException:
-        weights.unlink(missing_ok=True)
-        raise
-    os.replace(weights, out / WEIGHTS_FILE)
-    os.replace(pair, out / CONFIG_FILE)
+    _write_pair({out / WEIGHTS_FILE: _serialize(tensors, metadata), out / CONFIG_FILE: config})
     return out
 
 
@@ -186,13 +184,24 @@ def _check_base(
     """Compare the base with the one the adapter was trained on; False when nothing is known."""
     if "minilora_base" not in metadata:
         return False
-    for fqn, row in json.loads(metadata["minilora_base"]).items():
-        if fqn not in modules:
+    try:
+        rows = {
+            fqn: (row["format"], np.frombuffer(base64.b64decode(row["sample"]), dtype="<f4"))
+            for fqn, row in json.loads(metadata["minilora_base"]).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: minilora_base in the metadata must be readable, found "
+            f"{type(error).__name__} ({error}); save the adapter again, or pass verify=False"
+        ) from None
+    for fqn, (saved_format, raw) in rows.items():
+        if fqn not in samples:
             continue  # the keys are checked elsewhere
-        raw = np.frombuffer(base64.b64decode(row["sample"]), dtype="<f4")
         saved = torch.from_numpy(raw.astype(np.float64))
         here = samples[fqn].to(torch.float64)
-        if row["format"] == _storage_format(modules[fqn].weight):
+        if saved.shape != here.shape:
+            same, how = False, f"{len(here)} numbers"
+        elif saved_format == _storage_format(modules[fqn].weight):
             same, how = torch.equal(saved, here), "equal"
         else:
             norm = float(saved.norm() * here.norm())
@@ -213,15 +222,15 @@ def _list_some(names: set[str]) -> str:
 
 
 def _matching(entries: Any, modules: dict[str, Any]) -> Any:
-    """Leave out list entries that match no module, unless none would be left.
+    """Leave out what matches no module: list entries, or a whole regex.
 
     PEFT writes entries that never matched anything. Nothing is lost by it: `_match_keys` requires
     every key of the file to find its layer.
     """
     if isinstance(entries, str):
-        return entries
+        return entries if any(re.fullmatch(entries, name) for name in modules) else []
     names = [f".{name}" for name in modules]
-    return [e for e in entries if any(name.endswith(f".{e}") for name in names)] or entries
+    return [e for e in entries if any(name.endswith(f".{e}") for name in names)]
 
 
 def _match_keys(file: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
@@ -252,6 +261,7 @@ def _build(
         base = modules[fqn]
         r = int(pattern_value(fqn, config["rank_pattern"], config["r"]))
         shapes = {"lora_A": [r, base.in_features], "lora_B": [base.out_features, r]}
+        ready: dict[str, nn.Parameter] = {}
         for factor, shape in shapes.items():
             value = tensors[_key(fqn, factor)]
             if list(value.shape) != shape:
@@ -260,8 +270,14 @@ def _build(
                     f"{fqn} is [{base.out_features}, {base.in_features}]), found "
                     f"{list(value.shape)}; is this the model the adapter was trained on?"
                 )
+            if value.is_floating_point():  # copied: the tensors of the file are mapped from it
+                value = value.to(base.weight.device, dtype or torch.float32, copy=True)
             if not value.is_floating_point() or not torch.isfinite(value).all():
-                raise ValueError(f"{file}: {_key(fqn, factor)} must hold finite floats")
+                raise ValueError(
+                    f"{file}: {_key(fqn, factor)} must hold floats that are finite in "
+                    f"{dtype or torch.float32}, found {tensors[_key(fqn, factor)].dtype}"
+                )
+            ready[factor] = nn.Parameter(value)
         factors = LoRAAdapter(
             base.in_features,
             base.out_features,
@@ -272,9 +288,8 @@ def _build(
             init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
             device="meta",
         )
-        for factor in shapes:
-            value = tensors[_key(fqn, factor)].to(base.weight.device, dtype or torch.float32)
-            setattr(factors, factor, nn.Parameter(value))
+        for factor, parameter in ready.items():
+            setattr(factors, factor, parameter)
         built[fqn] = factors
     return built
 
@@ -336,13 +351,13 @@ def load(
     if verify:
         _check_pair(folder, (folder / CONFIG_FILE).read_bytes(), metadata)
     modules = plain_modules(model)
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    entries, excluded = config["target_modules"], config.get("exclude_modules") or ()
     try:
         names = select_targets(
-            model,
-            _matching(config["target_modules"], modules),
-            _matching(config.get("exclude_modules") or (), modules),
+            model, _matching(entries, modules) or entries, _matching(excluded, linears)
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, re.error) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not fit this model: {error}") from None
     _match_keys(folder / WEIGHTS_FILE, tensors, names)
     built = _build(folder / WEIGHTS_FILE, config, tensors, modules, names, dtype)

@@ -1,7 +1,7 @@
 """Put an adapter on the selected layers: everything is checked first, then swapped in."""
 
-import math
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -22,7 +22,8 @@ from minilora.selection import (
 def check_alpha(alpha: object, what: str = "alpha") -> float:
     """Return alpha if it is a finite number other than 0, else raise."""
     ok = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not ok or not math.isfinite(alpha) or alpha == 0:  # type: ignore[arg-type]
+    # Compared, not converted: an int beyond any float is refused too, and NaN compares false.
+    if not ok or not 0 < abs(alpha) <= sys.float_info.max:  # type: ignore[arg-type]
         raise ValueError(f"{what} must be a finite number other than 0, found {alpha!r}")
     return alpha  # type: ignore[return-value]
 
@@ -40,7 +41,7 @@ def check_adapter_name(name: object) -> str:
         raise ValueError(
             f"an adapter's name must consist of letters, digits, '_' and '-', found {name!r}"
         )
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"the adapter name {name!r} is taken by torch.nn.ModuleDict itself; choose another, "
             f"such as '{name}_1'"
@@ -51,9 +52,10 @@ def check_adapter_name(name: object) -> str:
 def as_dtype(dtype: object, what: str = "dtype") -> torch.dtype:
     """Return a floating torch dtype from itself or its name ("bfloat16"), else raise."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
-            f"{what} must be a floating-point torch dtype or its name, found {dtype!r}"
+            f"{what} must be a floating-point torch dtype of 16 bits or more, or its name, found "
+            f"{dtype!r}"
         )
     return found
 
@@ -78,7 +80,7 @@ def _warn_wide_ranks(model: nn.Module, names: list[str], ranks: dict[str, int]) 
             f"{name}, [{modules[name].out_features}, {modules[name].in_features}]); B·A can't have "
             f"a higher rank than the layer, so the surplus only costs memory and time",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -160,7 +162,9 @@ def inject(
     check_patterns(rank_pattern, names, "rank_pattern")
     check_patterns(alpha_pattern, names, "alpha_pattern")
     ranks = {n: check_rank(pattern_value(n, rank_pattern, r), "rank_pattern") for n in names}
-    alphas = {n: check_alpha(pattern_value(n, alpha_pattern, alpha)) for n in names}
+    alphas = {
+        n: check_alpha(pattern_value(n, alpha_pattern, alpha), "alpha_pattern") for n in names
+    }
     _warn_wide_ranks(model, names, ranks)
 
     modules = plain_modules(model)
@@ -184,6 +188,10 @@ def inject(
     return model
 
 
+def _stay_called(*_: object) -> None:
+    """Do nothing: nn.TransformerEncoderLayer reads `.weight` itself unless a child has a hook."""
+
+
 def attach(
     model: nn.Module,
     new: Mapping[str, LoRAAdapter],
@@ -194,10 +202,13 @@ def attach(
 ) -> None:
     """Put ready adapters on layers by dotted name and freeze the rest; checks were done before."""
     present = lora_layers(model)
-    if not present:
-        trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
+    if not hasattr(model, "_minilora_trainable"):
+        factors_there = {id(p) for m in present.values() for p in m.adapters.parameters()}
+        others = {n: p for n, p in model.named_parameters() if id(p) not in factors_there}
+        trainable = tuple(name for name, p in others.items() if p.requires_grad)
         model._minilora_trainable = trainable  # type: ignore[assignment]
-        model.requires_grad_(False)
+        for parameter in others.values():
+            parameter.requires_grad_(False)
     modules = plain_modules(model)
     for name, factors in new.items():
         layer = present.get(name)
@@ -207,5 +218,7 @@ def attach(
             layer = LoRALinear(base, compute_dtype=compute_dtype, backend=backend)
             for parent, child in places:
                 parent._modules[child] = layer
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    layer.register_forward_hook(_stay_called)
         factors.train(layer.training)
         layer.adapters[adapter] = factors

@@ -157,11 +157,11 @@ def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) 
     return {name: m for name, m in modules.items() if name in found}
 
 
-def _refuse_attention_children(model: nn.Module, names: Iterable[str]) -> None:
-    parents = {n: m for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-    for name in names:
-        parent = name.rpartition(".")[0]
-        if parent in parents:
+def _refuse_attention_children(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    parents = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    read = {id(child) for parent in parents for child in parent.children()}
+    for name, module in chosen.items():
+        if id(module) in read:
             raise ValueError(
                 f"{name} can't take LoRA: nn.MultiheadAttention reads {name}.weight itself and "
                 f"never calls the module, so an adapter there would do nothing; leave it out with "
@@ -198,19 +198,29 @@ def select_targets(
     return list(chosen)
 
 
+def compile_ending(pattern: str, what: str) -> re.Pattern[str]:
+    """Compile a pattern that has to end a dotted name at a dot boundary (PEFT's rule)."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{what} must have regex strings as keys, found {pattern!r}")
+    _compile(pattern, what)
+    return _compile(rf"(.*\.)?({pattern})$", what)
+
+
 def pattern_value(name: str, patterns: Mapping[str, float] | None, default: float) -> float:
-    """Return the value of the first pattern that ends `name` at a dot boundary (PEFT's rule)."""
+    """Return the value of the first pattern that ends `name`; see `compile_ending`."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if compile_ending(pattern, "a pattern").match(name):
             return value
     return default
 
 
 def check_patterns(patterns: Mapping[str, float] | None, names: list[str], what: str) -> None:
     """Raise unless every pattern is a regex that matches one of the names."""
+    if not isinstance(patterns, (Mapping, type(None))):
+        raise TypeError(f"{what} must be a mapping of regex: number, found {patterns!r}")
     for pattern in patterns or {}:
-        _compile(pattern, what)
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+        compiled = compile_ending(pattern, what)
+        if not any(compiled.match(name) for name in names):
             raise ValueError(
                 f"every key of {what} must match a target, {pattern!r} matches none; "
                 f"{_nearest(pattern, names)}"
@@ -256,7 +266,7 @@ def targets(
             name,
             module.in_features,
             module.out_features,
-            int(pattern_value(name, rank_pattern, r)),
+            check_rank(pattern_value(name, rank_pattern, r), "rank_pattern"),
             name == head,
             name in chosen,
         )

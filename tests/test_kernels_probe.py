@@ -1,0 +1,81 @@
+"""The hardware probe: what it reports, how it decides, what it refuses. No test reads a clock."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora.kernels import Hardware, hardware
+
+module = importlib.import_module("minilora.kernels.probe")
+
+
+def test_hardware_reports_this_machine_and_is_probed_once():
+    found = hardware()
+    assert found is hardware()
+    assert isinstance(found, Hardware)
+    assert (found.device, found.threads) == ("cpu", torch.get_num_threads())
+    assert min(found.float32, found.bfloat16) > 0
+    assert found.int8 >= 0
+    assert found.dtype in (torch.float32, torch.bfloat16)
+    assert set(found.flags) <= set(module._FLAGS)
+    for part in (found.name, "GFLOP/s", f"dtype auto = {str(found.dtype)[6:]}"):
+        assert part in str(found)
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "dtype"),
+    [
+        (93.0, 23.0, torch.float32),  # AVX2: bf16 is emulated
+        (100.0, 120.0, torch.float32),  # not enough to give up half the mantissa
+        (100.0, 126.0, torch.bfloat16),
+        (100.0, 900.0, torch.bfloat16),  # AMX
+    ],
+)
+def test_hardware_picks_the_dtype_that_was_measured_fastest(monkeypatch, float32, bfloat16, dtype):
+    rates = {torch.float32: float32, torch.bfloat16: bfloat16, torch.int8: 7.0}
+    monkeypatch.setattr(module, "_rate", lambda multiply, left, right: rates[left.dtype])
+    found = hardware.__wrapped__()
+    assert (found.float32, found.bfloat16, found.int8) == (float32, bfloat16, 7.0)
+    assert found.dtype is dtype
+
+
+def test_hardware_reports_no_rate_where_int8_cannot_run(monkeypatch):
+    def rate(multiply, left, right):
+        if left.dtype == torch.int8:
+            raise RuntimeError("not built for this platform")
+        return 1.0
+
+    monkeypatch.setattr(module, "_rate", rate)
+    assert hardware.__wrapped__().int8 == 0.0
+
+
+def test_rate_counts_the_operations_of_the_product(monkeypatch):
+    clock = iter([0.0, 0.0, 0.0, 2.0, 1.0])  # stop, while, start, end, while: one run of 2 s
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    left, right = torch.ones(10, 100), torch.ones(100, 1000)
+    assert module._rate(torch.mm, left, right) == pytest.approx(2 * 10 * 100 * 1000 / 2 / 1e9)
+
+
+def test_hardware_reads_flags_by_whole_words(tmp_path, monkeypatch):
+    text = "processor: 0\nmodel name\t: Some CPU: fast\nflags\t\t: fpu avx2 avx512fx amx_int8\n"
+    file = tmp_path / "cpuinfo"
+    file.write_text(text)
+    monkeypatch.setattr(module, "Path", lambda _: file)
+    assert module._cpu_name_and_flags() == ("Some CPU: fast", ("avx2", "amx_int8"))
+
+
+def test_hardware_works_without_cpuinfo(monkeypatch):
+    monkeypatch.setattr(module, "Path", lambda _: Path("no") / "such" / "file")
+    name, flags = module._cpu_name_and_flags()
+    assert name
+    assert flags == ()
+
+
+def test_hardware_refuses_unknown_and_missing_devices(monkeypatch):
+    with pytest.raises(ValueError, match="knows 'cpu' and 'cuda', found 'tpu'"):
+        hardware("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs a CUDA device, and torch sees none"):
+        hardware.__wrapped__("cuda")
