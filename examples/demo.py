@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.data import encode_records
 from minilora.models import Llama, fetch, load_model
+from minilora.records import encode_records
 
 MAX_TOKENS = 256
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.data import encode_records, read_records
 from minilora.models import fetch, load_model, save_pretrained
+from minilora.records import encode_records, read_records
 
 MODEL_HELP = "a Hugging Face folder, a .gguf file, or smollm2-135m (fetched once)"
 DATA_HELP = (

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.data import encode_prompt
 from minilora.evaluation import argument_names, device_of, eval_mode, forward_logits
 from minilora.models import KVCache
+from minilora.records import encode_prompt
 
 Rows = list[list[int]]
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")

@@ -24,6 +24,7 @@ layers =
     minilora.training
     minilora.generation
     minilora.evaluation
+    minilora.records
     minilora.data
     minilora.models
     minilora.checkpoint
