@@ -1,0 +1,40 @@
+"""Models, and what tests do to them, small enough to run everywhere."""
+
+import torch
+from torch import nn
+
+from minilora.layers import lora_layers
+
+
+class Net(nn.Module):
+    def __init__(self, k=12, n=20):
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(k, n), nn.Linear(k, n, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(n, n), nn.GELU(), nn.Linear(n, k))
+        self.lm_head = nn.Linear(k, 9)
+
+    def forward(self, x):
+        return self.lm_head(self.mlp(self.q_proj(x) * self.v_proj(x)))
+
+
+def net(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def shake(model, adapter="default", scale=0.3):
+    for layer in lora_layers(model).values():
+        if adapter in layer.adapters:
+            nn.init.normal_(layer.adapters[adapter].lora_B, std=scale)
+    return model
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unchanged(model, before, flags):
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [p.requires_grad for p in model.parameters()] == flags

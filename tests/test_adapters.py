@@ -1,0 +1,243 @@
+"""Whole-model verbs: activate, disabled, merge, unmerge, eject, summary, copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from small_models import bits, net, shake, unchanged
+from torch import nn
+
+import minilora
+from minilora.layers import lora_layers
+
+
+def test_adapters_sum_switch_and_roll_back():
+    model, x = net().double(), torch.randn(3, 12, dtype=torch.float64)
+    base = model(x)
+    shake(minilora.inject(model, r=2, alpha=3, dtype=torch.float64))
+    first = model(x)
+    shake(minilora.inject(model, r=3, alpha=7, adapter="b", dtype=torch.float64), "b")
+    second = model(x)
+    minilora.activate(model, ["default", "b"])
+    q = model.q_proj
+    both = q.base.weight + sum(f.delta_weight() for f in q.adapters.values())
+    torch.testing.assert_close(q(x), x @ both.T + q.base.bias)
+    with minilora.disabled(model):
+        assert torch.equal(model(x), base)
+    minilora.activate(model, "b")
+    assert torch.equal(model(x), second)
+    minilora.activate(model, "default", trainable="b")
+    assert torch.equal(model(x), first)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert all(flag == ("adapters.b." in name) for name, flag in flags.items())
+    minilora.activate(model, None)
+    assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerge_restores_the_very_bits(keep, dtype):
+    model, x = net(dtype=dtype), torch.randn(3, 12, dtype=dtype)
+    shake(minilora.inject(model, r=4, alpha=6))
+    before, y = bits(model), model(x)
+    W = model.q_proj.base.weight
+    delta = model.q_proj.adapters["default"].delta_weight().to(dtype)
+    assert not torch.equal((W + delta) - delta, W)  # subtracting would not do
+    minilora.merge(model, keep=keep)
+    model.eval()
+    assert not torch.equal(model.q_proj.base.weight, before["q_proj.base.weight"])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(model(x), y, rtol=tolerance, atol=tolerance)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        minilora.unmerge(one)
+        unchanged(one, before, [p.requires_grad for p in model.parameters()])
+
+
+def test_merged_model_refuses_what_would_be_lost(tmp_path):
+    model, x = shake(minilora.inject(net(), r=4, alpha=6)), torch.randn(3, 12)
+    minilora.save(model, tmp_path / "before")
+    minilora.merge(model, keep=None)
+    minilora.save(model, tmp_path / "after")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    model.train()
+    calls = {
+        "a merged adapter can't be trained": lambda: model(x),
+        r"inject\(\) needs unmerged": lambda: minilora.inject(model, adapter="b"),
+        r"load\(\) needs unmerged": lambda: minilora.load(model, tmp_path / "before", "b"),
+        r"activate\(\) needs unmerged": lambda: minilora.activate(model, None),
+        r"merge\(\) needs unmerged": lambda: minilora.merge(model),
+        r"kept none": lambda: minilora.unmerge(model),
+    }
+    for text, call in calls.items():
+        with pytest.raises(RuntimeError, match=text):
+            call()
+    merged = model.q_proj.base.weight.clone()
+    assert torch.equal(minilora.eject(model).q_proj.weight, merged)
+
+
+def test_merge_refuses_shared_and_overflowing_weights():
+    tied = nn.Module()
+    tied.embed, tied.out = nn.Embedding(9, 12), nn.Linear(12, 9, bias=False)
+    tied.out.weight = tied.embed.weight
+    shake(minilora.inject(tied, r=2, alpha=3, targets=["out"]))
+    with pytest.raises(ValueError, match=r"merging into out would change embed\.weight too"):
+        minilora.merge(tied)
+    small = minilora.inject(nn.Sequential(nn.Linear(4, 4).half()), r=2, alpha=3)
+    small[0].adapters["default"].lora_B.data.fill_(1e7)
+    before = bits(small)
+    with pytest.raises(ValueError, match="merged weight of 0 must be finite"):
+        minilora.merge(small)
+    unchanged(small, before, [p.requires_grad for p in small.parameters()])
+
+
+def test_eject_gives_the_plain_model_back():
+    model = net()
+    model.v_proj.weight.requires_grad_(False)
+    before, flags = bits(model), [p.requires_grad for p in model.parameters()]
+    shake(minilora.inject(model, r=4, alpha=6))
+    minilora.eject(model)
+    unchanged(model, before, flags)
+
+
+def test_copies_and_pickles_keep_the_numbers():
+    model, x = shake(minilora.inject(net(), r=4, alpha=6)), torch.randn(3, 12)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        shake(twin)
+        assert not torch.equal(twin(x), model(x))
+
+
+# --- what every verb refuses, and what summary and targets say
+
+
+def two_adapters():
+    model = shake(minilora.inject(net(), r=4, alpha=6))
+    return shake(minilora.inject(model, r=2, alpha=5, adapter="b", targets=["q_proj"]), "b")
+
+
+VERBS = {
+    "activate": lambda m: minilora.activate(m, None),
+    "disabled": lambda m: minilora.disabled(m).__enter__(),
+    "merge": minilora.merge,
+    "unmerge": minilora.unmerge,
+    "eject": minilora.eject,
+    "summary": minilora.summary,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_refuse_a_model_without_adapters(verb):
+    with pytest.raises(ValueError, match=rf"{verb}\(\) needs a model with adapters, found none"):
+        VERBS[verb](net())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda m: minilora.activate(m, 3), TypeError, r"activate\(\) takes an adapter's name"),
+        (lambda m: minilora.activate(m, ["b", 3]), TypeError, "a list of names or None, found"),
+        (lambda m: minilora.activate(m, "c"), ValueError, "no adapter 'c'; this model has: defau"),
+        (lambda m: minilora.activate(m, ["b", "b"]), ValueError, "each adapter may be named once"),
+        (lambda m: minilora.activate(m, "b", trainable="c"), ValueError, "no adapter 'c'"),
+        (lambda m: minilora.merge(m, "c"), ValueError, "no adapter 'c'"),
+        (lambda m: minilora.merge(m, keep="ram"), ValueError, "keep must be 'memory', 'disk' or N"),
+        (minilora.unmerge, RuntimeError, "needs merged weights, found none"),
+    ],
+)
+def test_verbs_refuse_and_leave_the_model_as_it_was(call, error, text):
+    model = two_adapters()
+    before, flags = bits(model), [p.requires_grad for p in model.parameters()]
+    active = [layer.active for layer in lora_layers(model).values()]
+    with pytest.raises(error, match=text):
+        call(model)
+    unchanged(model, before, flags)
+    assert active == [layer.active for layer in lora_layers(model).values()]
+
+
+def test_merge_refuses_when_no_adapter_is_active():
+    model = two_adapters()
+    minilora.activate(model, None)
+    with pytest.raises(ValueError, match="needs an adapter: none is active and none was named"):
+        minilora.merge(model)
+
+
+def test_unmerge_refuses_without_originals():
+    model = two_adapters()
+    minilora.merge(model, "default", keep=None)
+    with pytest.raises(RuntimeError, match=r"merge\(keep=None\) kept none \(first: q_proj\)"):
+        minilora.unmerge(model)
+
+
+def test_merge_refuses_a_base_whose_weight_is_recomputed():
+    model = net()
+    nn.utils.parametrizations.weight_norm(model.q_proj)
+    minilora.inject(model, r=2, alpha=3, targets=["q_proj"])
+    with pytest.raises(ValueError, match="q_proj wraps a Parametrized.* is no plain parameter"):
+        minilora.merge(model)
+
+
+def test_merge_refuses_a_weight_that_overlaps_another():
+    """Slices of one tensor are no `is`-equal parameters, and yet one memory."""
+    whole = torch.randn(8, 6)
+    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
+    model["a"].weight = nn.Parameter(whole[:4])
+    model["b"].weight = nn.Parameter(whole[3:7])
+    minilora.inject(model, r=2, alpha=3, targets=["a"])
+    with pytest.raises(ValueError, match=r"merging into a would change b\.weight too"):
+        minilora.merge(model)
+
+
+def test_activate_trainable_is_exactly_what_was_asked():
+    model = two_adapters()
+    for asked in ("b", ["default", "b"], [], "default"):
+        minilora.activate(model, "default", trainable=asked)
+        names = [asked] if isinstance(asked, str) else asked
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == any(f"adapters.{n}." in name for n in names), name
+
+
+def test_disk_copy_survives_a_pickle_of_the_model():
+    model = two_adapters()
+    minilora.activate(model, "default")
+    before = bits(model)
+    minilora.merge(model, keep="disk")
+    data = pickle.dumps(model)
+    file = model.q_proj.original[0].file
+    del model
+    assert not file.exists()  # the last user is gone, and the file with it
+    twin = pickle.loads(data)
+    minilora.unmerge(twin)
+    assert all(torch.equal(value, before[name]) for name, value in bits(twin).items())
+
+
+def test_disabled_restores_even_after_an_error():
+    model = two_adapters()
+    active = {n: layer.active for n, layer in lora_layers(model).items()}
+    with pytest.raises(KeyError), minilora.disabled(model):
+        assert not any(layer.active for layer in lora_layers(model).values())
+        raise KeyError
+    assert {n: layer.active for n, layer in lora_layers(model).items()} == active
+
+
+def test_summary_counts_what_is_there():
+    model = two_adapters()
+    found = minilora.summary(model)
+    default, b = found.adapters
+    layers = {"q_proj": (12, 20), "v_proj": (12, 20), "mlp.0": (20, 20), "mlp.2": (20, 12)}
+    parameters = 4 * sum(map(sum, layers.values()))
+    assert (default.layers, default.parameters, default.ranks) == (4, parameters, {4: 4})
+    assert (b.layers, b.parameters, b.scalings) == (1, 2 * 32, {2.5: 1})
+    assert found.trainable == default.trainable + b.trainable == parameters + 64
+    assert (default.active, b.active, b.merged) == (False, True, False)
+    base = sum(p.numel() for p in net().parameters())
+    assert found.parameters == base + parameters + 64
+    assert found.bytes == 4 * found.parameters
+    assert "adapter b: r=2 on 1 layers, scaling 2.5, 64 parameters, active, trainable" in str(found)
+    minilora.merge(model)
+    found = minilora.summary(model)
+    assert found.kept_bytes == 4 * 12 * 20
+    assert "originals kept in memory for unmerge" in str(found)
+    assert found.adapters[1].merged
