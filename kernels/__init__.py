@@ -3,6 +3,8 @@
 from .cross_entropy import linear_cross_entropy
 from .low_rank import (
     FrozenLinear,
+    conv1d_forward,
+    conv1d_grad_x,
     dense_forward,
     dense_grad_x,
     dropout_mask,
@@ -35,6 +37,8 @@ __all__ = [
     "FrozenLinear",
     "Hardware",
     "check_backend",
+    "conv1d_forward",
+    "conv1d_grad_x",
     "dense_forward",
     "dense_grad_x",
     "dropout_mask",

@@ -41,6 +41,18 @@ def dense_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return torch.mm(grad_out, weight.to(grad_out.dtype))
 
 
+def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x W + b` for a weight `[K, N]` as GPT-2's Conv1D stores it, cast to x's dtype."""
+    if bias is None:
+        return torch.mm(x, weight.to(x.dtype))
+    return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype))
+
+
+def conv1d_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `G Wᵀ`."""
+    return torch.mm(grad_out, weight.to(grad_out.dtype).t())
+
+
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """Draw a bool mask of x's shape that is True with probability 1 − p."""
     return torch.empty_like(x, dtype=torch.float32).bernoulli_(1 - p).to(torch.bool)

@@ -1,6 +1,6 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
-from minilora.adapters import activate, disabled, eject, merge, summary, unmerge
+from minilora.adapters import activate, delete, disabled, eject, merge, rename, summary, unmerge
 from minilora.checkpoint import load, save
 from minilora.evaluation import evaluate
 from minilora.generation import generate
@@ -16,6 +16,7 @@ __all__ = [
     "LoRALinear",
     "TrainConfig",
     "activate",
+    "delete",
     "disabled",
     "eject",
     "evaluate",
@@ -25,6 +26,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "rename",
     "save",
     "summary",
     "targets",

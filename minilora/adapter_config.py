@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from minilora.copies import asked_copies
 from minilora.injection import check_alpha, check_dropout
-from minilora.layers import LoRALinear
+from minilora.layers import LoRALayer, is_conv1d
 from minilora.selection import check_rank, compile_ending, find_head, plain_modules
 
 # Config keys that name or describe; every other key must be one handled below or at a value that
@@ -23,8 +24,9 @@ _DESCRIPTIVE = {
     "ensure_weight_tying", "megatron_core", "eva_config",
 }  # fmt: skip
 _HANDLED = {
-    "alpha_pattern", "exclude_modules", "fan_in_fan_out", "lora_alpha", "lora_dropout", "r",
-    "rank_pattern", "target_modules", "use_rslora",
+    "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r",
+    "rank_pattern", "target_modules", "use_dora", "use_rslora",
 }  # fmt: skip
 _ASKS_NOTHING: tuple[object, ...] = (None, False, "none", [], {}, "")
 # Initialisations that leave the base as it was; PiSSA, OLoRA, LoftQ and CorDA change its weights,
@@ -61,11 +63,13 @@ def _patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return common, rest
 
 
-def config_of(model: nn.Module, layers: dict[str, LoRALinear], adapter: str) -> dict:
+def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dict:
     """Describe an adapter by PEFT's fields, target_modules as short as is exact."""
-    factors = {fqn: layer.adapters[adapter] for fqn, layer in layers.items()}
-    r, rank_pattern = _patterns({fqn: f.r for fqn, f in factors.items()})
-    alpha, alpha_pattern = _patterns({fqn: f.alpha for fqn, f in factors.items()})
+    factors: dict[str, Any] = {fqn: layer.adapters[adapter] for fqn, layer in layers.items()}
+    plain = {fqn: f.plain()[2:] for fqn, f in factors.items()}
+    r, rank_pattern = _patterns({fqn: values[0] for fqn, values in plain.items()})
+    alpha, alpha_pattern = _patterns({fqn: values[1] for fqn, values in plain.items()})
+    bias, modules_to_save = asked_copies(model, adapter)
     first = next(iter(factors.values()))
     head = find_head(model)
     names = list(factors)
@@ -73,17 +77,17 @@ def config_of(model: nn.Module, layers: dict[str, LoRALinear], adapter: str) -> 
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "bias": "none",
+        "bias": bias,
         "exclude_modules": None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": "gaussian" if first.init == "gaussian" else True,
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
-        "lora_bias": False,
+        "lora_bias": first.lora_bias is not None,
         "lora_dropout": first.dropout,
-        "modules_to_save": None,
+        "modules_to_save": modules_to_save or None,
         "peft_type": "LORA",
         "peft_version": "0.21.2",  # the release whose layout this follows
         "r": r,
@@ -91,8 +95,8 @@ def config_of(model: nn.Module, layers: dict[str, LoRALinear], adapter: str) -> 
         "revision": None,
         "target_modules": _minimal_targets(model, names),
         "task_type": "CAUSAL_LM" if head is not None and "lm_head" in head else None,
-        "use_dora": False,
-        "use_rslora": first.rslora,
+        "use_dora": first.magnitude is not None,
+        "use_rslora": next(iter(plain.values()))[2],
     }
 
 
@@ -126,11 +130,19 @@ def read_config(file: Path) -> dict:
     is_list = isinstance(entries, list) and all(isinstance(e, str) and e for e in entries)
     if not (is_list or isinstance(entries, str)) or not entries:
         raise problem("target_modules", "a non-empty list of module names or a regex")
-    excluded = config.get("exclude_modules")
-    if not isinstance(excluded, (str, type(None))) and not (
-        isinstance(excluded, list) and all(isinstance(e, str) and e for e in excluded)
+    for key in ("exclude_modules", "layers_pattern", "modules_to_save"):
+        value = config.get(key)
+        if not isinstance(value, (str, type(None))) and not (
+            isinstance(value, list) and all(isinstance(e, str) and e for e in value)
+        ):
+            raise problem(key, "a list of names, a string or null")
+    blocks = config.get("layers_to_transform")
+    if blocks is not None and not all(
+        type(i) is int for i in (blocks if isinstance(blocks, list) else [blocks])
     ):
-        raise problem("exclude_modules", "a list of module names, a regex or null")
+        raise problem("layers_to_transform", "a block number, a list of them or null")
+    if config.setdefault("bias", "none") not in ("none", "all", "lora_only"):
+        raise problem("bias", "'none', 'all' or 'lora_only'")
     try:
         check_rank(config.setdefault("r", 8), "r")
         check_alpha(config.setdefault("lora_alpha", 8), "lora_alpha")
@@ -148,7 +160,7 @@ def read_config(file: Path) -> dict:
             except ValueError as error:
                 raise ValueError(f"{file}: {key}: {error}") from None
         config[key] = patterns
-    for key in ("use_rslora", "fan_in_fan_out"):
+    for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
         if config.get(key) not in (True, False, None):
             raise problem(key, "true or false")
     return config

@@ -14,11 +14,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minilora.injection import places_of
-from minilora.layers import LoRALinear, lora_layers, weight_sample
+from minilora.copies import (
+    all_adapter_names,
+    all_copies,
+    conflict,
+    copies_of,
+    in_place,
+    install,
+    remove_copies,
+    rename_copies,
+)
+from minilora.injection import check_adapter_name, places_of
+from minilora.layers import (
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    is_conv1d,
+    lora_layers,
+    weight_sample,
+)
 
 
-def require_layers(model: nn.Module, verb: str) -> dict[str, LoRALinear]:
+def require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
     """Return the LoRA layers, or raise: a verb on a plain model would silently do nothing."""
     layers = lora_layers(model)
     if not layers:
@@ -29,21 +47,13 @@ def require_layers(model: nn.Module, verb: str) -> dict[str, LoRALinear]:
     return layers
 
 
-def adapter_names(model: nn.Module) -> list[str]:
-    """Return the adapters' names in the order they were added."""
-    names: dict[str, None] = {}
-    for layer in lora_layers(model).values():
-        names.update(dict.fromkeys(layer.adapters))
-    return list(names)
-
-
 def _known(model: nn.Module, names: object, verb: str) -> tuple[str, ...]:
     wanted = (names,) if isinstance(names, str) else names
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
         raise TypeError(
             f"{verb}() takes an adapter's name, a list of names or None, found {names!r}"
         )
-    present = adapter_names(model)
+    present = all_adapter_names(model)
     for name in wanted:
         if name not in present:
             raise ValueError(f"there is no adapter {name!r}; this model has: {', '.join(present)}")
@@ -52,7 +62,7 @@ def _known(model: nn.Module, names: object, verb: str) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def _refuse_merged(layers: dict[str, LoRALinear], verb: str) -> None:
+def _refuse_merged(layers: dict[str, LoRALayer], verb: str) -> None:
     merged = next((layer.merged for layer in layers.values() if layer.merged), None)
     if merged:
         raise RuntimeError(
@@ -83,11 +93,30 @@ def activate(
     names = () if adapters is None else _known(model, adapters, "activate")
     train = None if trainable is None else _known(model, trainable, "activate")
     _refuse_merged(layers, "activate")
+    problem = conflict(model, names)
+    if problem:
+        raise ValueError(problem)
     for layer in layers.values():
         layer.active = tuple(name for name in names if name in layer.adapters)
-        if train is not None:
-            for name, factors in layer.adapters.items():
-                factors.requires_grad_(name in train)
+    install(model, names)
+    for name in all_adapter_names(model) if train is not None else ():
+        set_trainable(model, name, train is not None and name in train)
+
+
+def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
+    """Set `requires_grad` of all that belongs to an adapter, and of nothing else."""
+    for layer in lora_layers(model).values():
+        if adapter in layer.adapters:
+            layer.adapters[adapter].requires_grad_(trainable)
+    for parameter in copies_of(model, adapter).values():
+        parameter.requires_grad_(trainable)
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Return the adapters that are active somewhere, or whose copies are in place."""
+    names = {name for layer in lora_layers(model).values() for name in layer.active}
+    names |= {name for name in all_copies(model) if in_place(model, name)}
+    return tuple(name for name in all_adapter_names(model) if name in names)
 
 
 @contextmanager
@@ -104,13 +133,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     layers = require_layers(model, "disabled")
     _refuse_merged(layers, "disabled")
     before = {name: layer.active for name, layer in layers.items()}
+    names = active_adapters(model)
     try:
         for layer in layers.values():
             layer.active = ()
+        install(model, ())
         yield
     finally:
         for name, layer in layers.items():
             layer.active = before[name]
+        install(model, names)
 
 
 class _DiskCopy:
@@ -129,14 +161,19 @@ class _DiskCopy:
         return _DiskCopy, (load_file(self.file),)  # a pickle outlives the file, so it holds it
 
 
-def _merged_weight(layer: LoRALinear, names: tuple[str, ...]) -> Tensor:
-    """W + Σ delta_weight, summed in f32 (f64) and rounded once to the storage dtype."""
+def _merged_tensors(layer: LoRALayer, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """W + Σ delta_weight (and b + Σ scaling · lora_bias), summed in f32 (f64), rounded once."""
     weight = layer.base.weight.detach()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    bias = None
     for name in names:
+        wide += layer.as_weight(layer.delta_weight(name).to(wide))
         factors: Any = layer.adapters[name]
-        wide += factors.delta_weight().to(wide)
-    return wide.to(weight.dtype)
+        if factors.lora_bias is not None:
+            bias = layer.base.bias.detach().to(wide) if bias is None else bias
+            bias = bias + factors.lora_bias.detach().to(wide) * factors.scaling
+    merged = {"weight": wide.to(weight.dtype)}
+    return merged if bias is None else merged | {"bias": bias.to(layer.base.bias.dtype)}
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -146,41 +183,57 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size() if tensor.numel() else start
 
 
-def _check_mergeable(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
-    for name, layer in layers.items():
-        base = layer.base
-        # Under weight_norm, spectral_norm and pruning `weight` is recomputed by a hook.
-        weight = base._parameters.get("weight") if type(base) is nn.Linear else None
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+def _check_kind(name: str, layer: LoRALayer, names: tuple[str, ...], copied: set[int]) -> None:
+    base = layer.base
+    plain = (
+        (type(layer) is LoRALinear and (type(base) is nn.Linear or is_conv1d(base)))
+        or type(layer) is LoRAEmbedding
+        or (type(layer) is LoRAConv2d and type(base) is nn.Conv2d)
+    )
+    # Under weight_norm, spectral_norm and pruning `weight` is recomputed by a hook.
+    weight = base._parameters.get("weight")
+    if not plain or type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise ValueError(
+            f"merge() adds to the weight of a plain nn.Linear, Conv1D, nn.Embedding or nn.Conv2d, "
+            f"but {name} wraps a {type(base).__name__} whose weight is no plain parameter; leave "
+            f"that layer unmerged or use a plain base"
+        )
+    factors: list[Any] = [layer.adapters[n] for n in names]
+    if any(f.lora_bias is not None for f in factors):
+        bias = base._parameters.get("bias")
+        if bias is None or id(bias) in copied:
+            found = "none" if bias is None else "a trained copy of another adapter"
             raise ValueError(
-                f"merge() adds to the weight of a plain nn.Linear, but {name} wraps a "
-                f"{type(base).__name__} whose weight is no plain parameter; leave that layer "
-                f"unmerged or use a plain base"
+                f"merging lora_bias adds to the bias of {name}, found {found}; leave that adapter "
+                f"unmerged"
             )
+
+
+def _sharers(model: nn.Module, layers: dict[str, LoRALayer]) -> dict[str, str]:
+    """Return, for layers whose weight shares memory with another tensor, that tensor's name."""
     spans = [
         (tensor.device, *_span(tensor), f"{name}.{key}")
         for name, module in model.named_modules()
+        if not name.startswith("_minilora")
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]
         if tensor is not None
     ]
+    found = {}
     for name, layer in layers.items():
         start, end = _span(layer.base.weight)
-        others = [
-            owner
-            for device, first, last, owner in spans
-            if device == layer.base.weight.device and first < end and start < last
-            if owner != f"{name}.base.weight"
-        ]
-        if others:
-            raise ValueError(
-                f"merging into {name} would change {others[0]} too, because both share one "
-                f"weight; untie them first (for example {name}.base.weight = "
-                f"nn.Parameter({name}.base.weight.clone()))"
-            )
+        for device, first, last, owner in spans:
+            same_memory = device == layer.base.weight.device and first < end and start < last
+            if same_memory and owner != f"{name}.base.weight":
+                found[name] = owner
+    return found
 
 
 def merge(
-    model: nn.Module, adapters: str | Sequence[str] | None = None, *, keep: str | None = "memory"
+    model: nn.Module,
+    adapters: str | Sequence[str] | None = None,
+    *,
+    keep: str | None = "memory",
+    untie: bool = False,
 ) -> None:
     """Add `scaling · B A` of adapters to the base weights, in place: no branch is left to compute.
 
@@ -193,45 +246,86 @@ def merge(
         keep: what makes `unmerge` possible: `"memory"` keeps the original weights beside the
             merged ones (as many bytes again), `"disk"` in a temporary file, None nowhere
             (`unmerge` then raises).
+        untie: give a layer that shares its weight (a head tied to the embedding) a weight of its
+            own for the merged values; `unmerge` ties them again. False refuses such a layer.
 
     Raises:
         ValueError: unknown names, nothing to merge, a weight shared with another module, a base
-            that is no plain nn.Linear, a result that is not finite; the model is unchanged.
+            of another kind, a result that is not finite; the model is unchanged.
         RuntimeError: adapters are merged already.
     """
     layers = require_layers(model, "merge")
     _refuse_merged(layers, "merge")
     if keep not in ("memory", "disk", None):
         raise ValueError(f"keep must be 'memory', 'disk' or None, found {keep!r}")
-    names = None if adapters is None else _known(model, adapters, "merge")
-    plan = {}
-    for fqn, layer in layers.items():
-        wanted = layer.active if names is None else tuple(n for n in names if n in layer.adapters)
-        if wanted:
-            plan[fqn] = wanted
-    if not plan:
+    names = active_adapters(model) if adapters is None else _known(model, adapters, "merge")
+    if not names:
         raise ValueError("merge() needs an adapter: none is active and none was named")
-    chosen = {fqn: layers[fqn] for fqn in plan}
-    _check_mergeable(model, chosen)
-    for fqn, layer in chosen.items():  # a first pass that changes nothing
-        if not torch.isfinite(_merged_weight(layer, plan[fqn])).all():
+    problem = conflict(model, names)
+    if problem:
+        raise ValueError(problem)
+    plan = {n: tuple(a for a in names if a in layer.adapters) for n, layer in layers.items()}
+    if adapters is None:
+        plan = {n: layer.active for n, layer in layers.items()}
+    plan = {n: wanted for n, wanted in plan.items() if wanted}
+    chosen = {n: layers[n] for n in plan}
+    copied = {id(p) for copies in all_copies(model).values() for p in copies.values()}
+    for name, layer in chosen.items():
+        _check_kind(name, layer, plan[name], copied)
+    tied = _sharers(model, chosen)
+    for name, owner in tied.items():
+        if not untie:
             raise ValueError(
-                f"the merged weight of {fqn} must be finite, found NaN or Inf in "
+                f"merging into {name} would change {owner} too, because both share one weight; "
+                f"pass untie=True to give {name} a weight of its own"
+            )
+    for name, layer in chosen.items():  # a first pass that changes nothing
+        if not all(t.isfinite().all() for t in _merged_tensors(layer, plan[name]).values()):
+            raise ValueError(
+                f"the merged weight of {name} must be finite, found NaN or Inf in "
                 f"{layer.base.weight.dtype}; check the adapter, or merge into a wider dtype"
             )
     disk = None
     if keep == "disk":
-        disk = _DiskCopy({fqn: layer.base.weight for fqn, layer in chosen.items()})
+        kept = {n: layer for n, layer in chosen.items() if n not in tied}
+        disk = _DiskCopy({f"{n}.{k}": getattr(layer.base, k) for n, layer in kept.items()
+                          for k in ("weight", "bias") if _changes(layer, plan[n], k)})  # fmt: skip
+    install(model, names)
     with torch.no_grad():
-        for fqn, layer in chosen.items():
-            weight = layer.base.weight
-            layer.base_sample = weight_sample(fqn, weight)
-            if keep == "memory":
-                layer.original = weight.detach().clone()
-            else:
-                layer.original = None if disk is None else (disk, fqn)
-            weight.copy_(_merged_weight(layer, plan[fqn]))
-            layer.merged = plan[fqn]
+        for name, layer in chosen.items():
+            _merge_layer(name, layer, plan[name], keep, disk, name in tied)
+    for name, layer in layers.items():
+        if name not in chosen:  # the merged model is base + names: nothing else adds there either
+            layer.merged, layer.original = names, {}
+
+
+def _changes(layer: LoRALayer, names: tuple[str, ...], key: str) -> bool:
+    factors: list[Any] = [layer.adapters[n] for n in names]
+    return key == "weight" or any(f.lora_bias is not None for f in factors)
+
+
+def _merge_layer(
+    name: str,
+    layer: LoRALayer,
+    names: tuple[str, ...],
+    keep: str | None,
+    disk: _DiskCopy | None,
+    tied: bool,
+) -> None:
+    merged = _merged_tensors(layer, names)
+    layer.base_sample = weight_sample(name, layer.base.weight)
+    originals: dict[str, Any] = {}
+    for key, value in merged.items():
+        held = layer.base._parameters[key]
+        if tied and key == "weight":
+            originals[key] = held  # the shared parameter itself, put back by unmerge
+            layer.base._parameters[key] = nn.Parameter(value, requires_grad=False)
+            continue
+        if keep is not None:
+            originals[key] = held.detach().clone() if disk is None else (disk, f"{name}.{key}")
+        held.copy_(value)
+    layer.original = originals if len(originals) == len(merged) else None
+    layer.merged = names
 
 
 def unmerge(model: nn.Module) -> None:
@@ -245,29 +339,97 @@ def unmerge(model: nn.Module) -> None:
         RuntimeError: nothing is merged, or `merge(keep=None)` kept no original.
     """
     layers = require_layers(model, "unmerge")
-    merged = {fqn: layer for fqn, layer in layers.items() if layer.merged}
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
     if not merged:
         raise RuntimeError("unmerge() needs merged weights, found none; call minilora.merge first")
-    lost = next((fqn for fqn, layer in merged.items() if layer.original is None), None)
+    lost = next((name for name, layer in merged.items() if layer.original is None), None)
     if lost is not None:
         raise RuntimeError(
             f"unmerge() needs the original weights, but merge(keep=None) kept none (first: "
             f"{lost}); load the base again, or merge with keep='memory' or 'disk'"
         )
     files: dict[Path, dict[str, Tensor]] = {}
-    originals: dict[str, Tensor] = {}
-    for fqn, layer in merged.items():
-        original: Any = layer.original
-        if isinstance(original, tuple):
-            disk, key = original
+    originals: dict[str, dict[str, Tensor]] = {}
+    for name, layer in merged.items():
+        kept: Any = layer.original
+        for key, value in kept.items():
+            if not isinstance(value, tuple):
+                originals.setdefault(name, {})[key] = value
+                continue
+            disk, entry = value
             if disk.file not in files:
                 files[disk.file] = load_file(disk.file)
-            original = files[disk.file][key]
-        originals[fqn] = original
+            originals.setdefault(name, {})[key] = files[disk.file][entry]
     with torch.no_grad():
-        for fqn, layer in merged.items():
-            layer.base.weight.copy_(originals[fqn])
+        for name, layer in merged.items():
+            for key, value in originals.get(name, {}).items():
+                if isinstance(value, nn.Parameter):
+                    layer.base._parameters[key] = value
+                else:
+                    layer.base._parameters[key].copy_(value)
             layer.merged, layer.original, layer.base_sample = (), None, None
+    install(model, {name for layer in layers.values() for name in layer.active})
+
+
+def delete(model: nn.Module, adapter: str) -> None:
+    """Take one adapter off; a layer that held only this one becomes plain again.
+
+    Args:
+        model: a model with adapters; changed in place.
+        adapter: its name. If it was active, the others that were stay so.
+
+    Raises:
+        ValueError: an unknown name, or a model without adapters.
+        RuntimeError: adapters are merged.
+    """
+    layers = require_layers(model, "delete")
+    (adapter,) = _known(model, adapter, "delete")
+    _refuse_merged(layers, "delete")
+    if all_adapter_names(model) == [adapter]:
+        eject(model)
+        return
+    names = tuple(name for name in active_adapters(model) if name != adapter)
+    for layer in layers.values():
+        if adapter in layer.adapters:
+            del layer.adapters[adapter]
+        layer.active = tuple(name for name in layer.active if name != adapter)
+    install(model, names)
+    remove_copies(model, adapter)
+    for layer in layers.values():
+        if not layer.adapters:
+            _put_back(model, layer)
+
+
+def rename(model: nn.Module, adapter: str, new: str) -> None:
+    """Give an adapter another name; its place in the order of the active ones stays.
+
+    Args:
+        model: a model with adapters; changed in place.
+        adapter: its name now.
+        new: the name to give it.
+
+    Raises:
+        ValueError: an unknown name, or a new one that is in use or can't be a name.
+        RuntimeError: adapters are merged.
+    """
+    layers = require_layers(model, "rename")
+    (adapter,) = _known(model, adapter, "rename")
+    _refuse_merged(layers, "rename")
+    check_adapter_name(new)
+    if new in all_adapter_names(model):
+        raise ValueError(f"the model already has an adapter {new!r}; choose another name")
+    for layer in layers.values():
+        if adapter in layer.adapters:
+            held = {new if n == adapter else n: f for n, f in layer.adapters.items()}
+            layer.adapters.clear()
+            layer.adapters.update(held)
+        layer.active = tuple(new if n == adapter else n for n in layer.active)
+    rename_copies(model, adapter, new)
+
+
+def _put_back(model: nn.Module, layer: LoRALayer) -> None:
+    for parent, child in places_of(model, layer):
+        parent._modules[child] = layer.base
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -286,9 +448,11 @@ def eject(model: nn.Module) -> nn.Module:
         ValueError: a model without adapters.
     """
     layers = require_layers(model, "eject")
+    if not any(layer.merged for layer in layers.values()):
+        install(model, ())
+    remove_copies(model)
     for layer in layers.values():
-        for parent, child in places_of(model, layer):
-            parent._modules[child] = layer.base
+        _put_back(model, layer)
     for module in model.modules():  # `inject` may have been called on a part of the model
         trainable = set(module.__dict__.pop("_minilora_trainable", ()))
         for name, parameter in module.named_parameters() if trainable else ():
@@ -358,10 +522,11 @@ def summary(model: nn.Module) -> Summary:
     """
     layers = require_layers(model, "summary")
     rows = []
-    for name in adapter_names(model):
+    for name in all_adapter_names(model):
         mine = [layer for layer in layers.values() if name in layer.adapters]
         factors: list[Any] = [layer.adapters[name] for layer in mine]
         parameters = [p for f in factors for p in f.parameters()]
+        parameters += copies_of(model, name).values()
         rows.append(
             AdapterSummary(
                 name,
@@ -370,12 +535,17 @@ def summary(model: nn.Module) -> Summary:
                 sum(p.numel() for p in parameters if p.requires_grad),
                 dict(Counter(f.r for f in factors)),
                 dict(Counter(f.scaling for f in factors)),
-                any(name in layer.active for layer in mine),
+                name in active_adapters(model),
                 any(name in layer.merged for layer in mine),
             )
         )
     everything = list(model.parameters())
-    kept = [layer.original for layer in layers.values() if isinstance(layer.original, Tensor)]
+    kept = [
+        value
+        for layer in layers.values()
+        for value in (layer.original or {}).values()  # type: ignore[attr-defined]
+        if type(value) is Tensor
+    ]
     return Summary(
         tuple(rows),
         sum(p.numel() for p in everything),

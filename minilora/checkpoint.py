@@ -1,89 +1,65 @@
-"""PEFT's two files, written as a pair and read strictly: only here are PEFT's keys known.
+"""Save and load adapters as PEFT does: only here are PEFT's keys known.
 
-Layout and keys: huggingface/peft, `src/peft/utils/save_and_load.py` and `peft/config.py`. What is
-minilora's own (a hash that pairs the files, a fingerprint of the base) lies in the safetensors
-metadata, which PEFT does not read.
+Keys: huggingface/peft, `src/peft/utils/save_and_load.py`; the config: `adapter_config.py`; how the
+two files are written and checked: `adapter_files.py`.
 """
 
-import base64
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from minilora.adapter_config import config_of, read_config
-from minilora.adapters import adapter_names, require_layers
+from minilora.adapter_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_base,
+    check_pair,
+    fingerprint,
+    read_weights,
+    serialize_sorted,
+    write_pair,
+)
+from minilora.adapters import require_layers, set_trainable
+from minilora.copies import TrainedCopies, all_adapter_names, copies_of, original_of
+from minilora.factors import LoRAAdapter
 from minilora.injection import as_dtype, attach, check_adapter_name
 from minilora.kernels import check_backend
-from minilora.layers import LoRAAdapter, LoRALinear, lora_layers, weight_sample
-from minilora.selection import pattern_value, plain_modules, select_targets
+from minilora.layers import (
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALayer,
+    layer_class,
+    lora_layers,
+    weight_sample,
+)
+from minilora.selection import parameter_places, pattern_value, plain_modules, select_targets
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-# A base of the same storage format must agree exactly; another format only this closely.
-_MIN_COSINE = 0.98
-
-
-def _key(fqn: str, factor: str) -> str:
-    return f"base_model.model.{fqn}.{factor}.weight"
-
-
-def _storage_format(weight: Tensor) -> str:
-    return str(weight.dtype).removeprefix("torch.")
+_PREFIX = "base_model.model."
 
 
-def _fingerprint(layers: dict[str, LoRALinear]) -> str:
-    rows = {}
-    for fqn, layer in layers.items():
-        weight = layer.base.weight
-        sample = weight_sample(fqn, weight) if layer.base_sample is None else layer.base_sample
-        rows[fqn] = {
-            "shape": [layer.out_features, layer.in_features],
-            "format": _storage_format(weight),
-            "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
-        }
-    return json.dumps(rows)
+def _keys(fqn: str, kind: type[LoRALayer], config: dict) -> dict[str, str]:
+    """Return an adapter's keys for one layer, by the attribute of `LoRAAdapter`."""
+    start = f"{_PREFIX}{fqn}."
+    if kind is LoRAEmbedding:
+        keys = {"lora_A": f"{start}lora_embedding_A", "lora_B": f"{start}lora_embedding_B"}
+    else:
+        keys = {"lora_A": f"{start}lora_A.weight", "lora_B": f"{start}lora_B.weight"}
+    if config.get("lora_bias") and kind is not LoRAEmbedding:
+        keys["lora_bias"] = f"{start}lora_B.bias"
+    if config.get("use_dora"):
+        keys["magnitude"] = f"{start}lora_magnitude_vector"
+    return keys
 
 
-def _write_pair(files: dict[Path, bytes]) -> None:
-    """Write every file aside and flush it to the disk, then rename them in order."""
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    try:
-        for path, content in files.items():
-            with open(asides[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, aside in asides.items():
-            os.replace(aside, path)
-    finally:
-        for aside in asides.values():
-            if aside.is_file():
-                aside.unlink()
-
-
-def _serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Return safetensors bytes with the metadata in sorted order: equal content, equal bytes.
-
-    safetensors keeps metadata in a hash map and writes it in an order that changes from call to
-    call; its header is JSON behind an 8-byte length, so it is put in order in place.
-    """
-    data = serialize(tensors, metadata)
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) > length:  # another writer's escapes: valid as it is
-        return data
-    return data[:8] + text.ljust(length) + data[8 + length :]
+def _copy_key(name: str, targets: Any) -> str:
+    """Return the key of a trained copy: PEFT wraps targets, so theirs lie in `base_layer`."""
+    module, _, leaf = name.rpartition(".")
+    return f"{_PREFIX}{module}.base_layer.{leaf}" if module in targets else f"{_PREFIX}{name}"
 
 
 def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
@@ -91,7 +67,8 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Pa
 
     The adapter named `default` goes to `folder`, any other to `folder/<name>`. Both files are
     written aside first; the weights carry the config's SHA-256, and the config is renamed last, so
-    a crash in between is detected by `load`. A merged model's adapter is written unmerged.
+    a crash in between is detected by `load`. A merged model's adapter is written unmerged; one
+    started by PiSSA or OLoRA as an ordinary adapter of twice the rank for the untouched base.
 
     Args:
         model: a model with adapters; not changed.
@@ -118,102 +95,58 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
     layers = {fqn: layer for fqn, layer in layers.items() if adapter in layer.adapters}
     if not layers:
         raise ValueError(
-            f"there is no adapter {adapter!r}; this model has: {', '.join(adapter_names(model))}"
+            f"there is no adapter {adapter!r}; this model has: "
+            f"{', '.join(all_adapter_names(model))}"
         )
+    config = config_of(model, layers, adapter)
     tensors: dict[str, Tensor] = {}
     for fqn, layer in layers.items():
-        for factor in ("lora_A", "lora_B"):
-            value = getattr(layer.adapters[adapter], factor).detach()
-            if not torch.isfinite(value).all():
-                raise ValueError(
-                    f"{fqn}: {factor} of adapter {adapter!r} must be finite, found NaN or Inf; "
-                    f"nothing was written"
-                )
-            tensors[_key(fqn, factor)] = value.cpu().clone().contiguous()
-    text = json.dumps(config_of(model, layers, adapter), indent=2, sort_keys=True) + "\n"
-    config = text.encode()
+        factors: Any = layer.adapters[adapter]
+        values = dict(factors.named_parameters(recurse=False))
+        values["lora_A"], values["lora_B"] = factors.plain()[:2]
+        if type(layer) is LoRAConv2d and "magnitude" in values:
+            values["magnitude"] = values["magnitude"].reshape(1, -1, 1, 1)
+        for name, key in _keys(fqn, type(layer), config).items():
+            _require_finite(values[name], f"{fqn}: {name} of adapter {adapter!r}")
+            tensors[key] = values[name]
+    for name, value in copies_of(model, adapter).items():
+        _require_finite(value, f"{name} of adapter {adapter!r}")
+        tensors[_copy_key(name, layers)] = value
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     metadata = {
         "format": "pt",
-        "minilora_config_sha256": hashlib.sha256(config).hexdigest(),
-        "minilora_base": _fingerprint(layers),
+        "minilora_config_sha256": hashlib.sha256(text).hexdigest(),
+        "minilora_base": fingerprint(layers),
     }
+    slices = {fqn: _slices(layer.adapters[adapter]) for fqn, layer in layers.items()}
+    if any(slices.values()):
+        metadata["minilora_slices"] = json.dumps({n: rows for n, rows in slices.items() if rows})
     out.mkdir(parents=True, exist_ok=True)
-    _write_pair({out / WEIGHTS_FILE: _serialize(tensors, metadata), out / CONFIG_FILE: config})
+    write_pair({out / WEIGHTS_FILE: serialize_sorted(tensors, metadata), out / CONFIG_FILE: text})
     return out
 
 
-def _only_adapter(model: nn.Module, layers: dict[str, LoRALinear]) -> str:
-    names = adapter_names(model)
+def _require_finite(value: Tensor, what: str) -> None:
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{what} must be finite, found NaN or Inf; nothing was written")
+
+
+def _slices(factors: Any) -> list[list[int]]:
+    """Return the row range of each column of B, or [] where B is whole."""
+    if factors.row_mask is None:
+        return []
+    columns = factors.row_mask.T.int()
+    return [[int(c.argmax()), int(c.argmax() + c.sum())] for c in columns]
+
+
+def _only_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
+    names = all_adapter_names(model)
     in_use = {name for layer in layers.values() for name in (layer.merged or layer.active)}
     for choice in (names, sorted(in_use)):
         if len(choice) == 1:
             return choice[0]
     raise ValueError(f"several adapters are there ({', '.join(names)}); say which with adapter=...")
-
-
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} must be a whole safetensors file, but reading it failed ({error}); "
-            f"it may be cut short – save or copy it again"
-        ) from None
-
-
-def _check_pair(folder: Path, config: bytes, metadata: dict[str, str]) -> None:
-    expected = metadata.get("minilora_config_sha256")
-    found = hashlib.sha256(config).hexdigest()
-    if expected is not None and expected != found:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE} and {folder / CONFIG_FILE} must be saved together, but the "
-            f"weights belong to a config with SHA-256 {expected[:12]}… and this one has "
-            f"{found[:12]}…; a save was interrupted or one file was edited. Save the adapter "
-            f"again, or pass verify=False if the edit was meant"
-        )
-
-
-def _check_base(
-    folder: Path,
-    metadata: dict[str, str],
-    modules: dict[str, Any],
-    samples: dict[str, Tensor],
-) -> bool:
-    """Compare the base with the one the adapter was trained on; False when nothing is known."""
-    if "minilora_base" not in metadata:
-        return False
-    try:
-        rows = {
-            fqn: (row["format"], np.frombuffer(base64.b64decode(row["sample"]), dtype="<f4"))
-            for fqn, row in json.loads(metadata["minilora_base"]).items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE}: minilora_base in the metadata must be readable, found "
-            f"{type(error).__name__} ({error}); save the adapter again, or pass verify=False"
-        ) from None
-    for fqn, (saved_format, raw) in rows.items():
-        if fqn not in samples:
-            continue  # the keys are checked elsewhere
-        saved = torch.from_numpy(raw.astype(np.float64))
-        here = samples[fqn].to(torch.float64)
-        if saved.shape != here.shape:
-            same, how = False, f"{len(here)} numbers"
-        elif saved_format == _storage_format(modules[fqn].weight):
-            same, how = torch.equal(saved, here), "equal"
-        else:
-            norm = float(saved.norm() * here.norm())
-            cosine = float(saved @ here) / norm if norm else float(torch.equal(saved, here))
-            same, how = cosine >= _MIN_COSINE, f"alike (cosine {cosine:.3f}, {_MIN_COSINE} needed)"
-        if not same:
-            raise ValueError(
-                f"{folder} was trained on another base: sampled weights of {fqn} must be {how} "
-                f"and are not; load the base it was trained on, or pass verify=False to load it "
-                f"all the same"
-            )
-    return True
 
 
 def _list_some(names: set[str]) -> str:
@@ -233,9 +166,28 @@ def _matching(entries: Any, modules: dict[str, Any]) -> Any:
     return [e for e in entries if any(name.endswith(f".{e}") for name in names)]
 
 
-def _match_keys(file: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
-    """Require exactly the keys that the targets call for."""
-    expected = {_key(fqn, factor) for fqn in names for factor in ("lora_A", "lora_B")}
+def _wanted_copies(model: nn.Module, config: dict, names: list[str]) -> list[str]:
+    """Return the parameters of which the config promises a copy, by dotted name."""
+    places = parameter_places(model)
+    entries = config.get("modules_to_save") or []
+    entries = [entries] if isinstance(entries, str) else entries
+    wanted = []
+    for name in places:
+        module, _, leaf = name.rpartition(".")
+        path = f".{module}."
+        whole = any(f".{entry}." in path for entry in entries)
+        biased = config["bias"] == "all" and "bias" in leaf
+        if (
+            whole
+            or biased
+            or (config["bias"] == "lora_only" and module in names and leaf == "bias")
+        ):
+            wanted.append(name)
+    return wanted
+
+
+def _match_keys(file: Path, tensors: dict[str, Tensor], expected: set[str]) -> None:
+    """Require exactly the keys that the config calls for."""
     missing, surplus = expected - set(tensors), set(tensors) - expected
     if missing or surplus:
         parts = []
@@ -248,50 +200,87 @@ def _match_keys(file: Path, tensors: dict[str, Tensor], names: list[str]) -> Non
         )
 
 
+class _Reader:
+    """Takes tensors out of a file by key, each checked against the model it is for."""
+
+    def __init__(self, file: Path, tensors: dict[str, Tensor]):
+        self.file, self.tensors = file, tensors
+
+    def take(self, key: str, shape: list[int], like: Tensor, dtype: torch.dtype, of: str):
+        """Return a parameter of this shape, on like's device; refuse what isn't finite floats."""
+        value = self.tensors[key]
+        if list(value.shape) != shape:
+            raise ValueError(
+                f"{self.file}: {key} must have shape {shape} ({of}), found {list(value.shape)}; "
+                f"is this the model the adapter was trained on?"
+            )
+        if value.is_floating_point():  # copied: the tensors of the file are mapped from it
+            value = value.to(like.device, dtype, copy=True)
+        if not value.is_floating_point() or not torch.isfinite(value).all():
+            raise ValueError(
+                f"{self.file}: {key} must hold floats that are finite in {dtype}, found "
+                f"{self.tensors[key].dtype}"
+            )
+        return nn.Parameter(value)
+
+
 def _build(
-    file: Path,
-    config: dict,
-    tensors: dict[str, Tensor],
-    modules: dict[str, Any],
-    names,
-    dtype,
-) -> dict[str, LoRAAdapter]:
-    built = {}
-    for fqn in names:
-        base = modules[fqn]
-        r = int(pattern_value(fqn, config["rank_pattern"], config["r"]))
-        shapes = {"lora_A": [r, base.in_features], "lora_B": [base.out_features, r]}
-        ready: dict[str, nn.Parameter] = {}
-        for factor, shape in shapes.items():
-            value = tensors[_key(fqn, factor)]
-            if list(value.shape) != shape:
-                raise ValueError(
-                    f"{file}: {_key(fqn, factor)} must have shape {shape} (r={r}, the model's "
-                    f"{fqn} is [{base.out_features}, {base.in_features}]), found "
-                    f"{list(value.shape)}; is this the model the adapter was trained on?"
-                )
-            if value.is_floating_point():  # copied: the tensors of the file are mapped from it
-                value = value.to(base.weight.device, dtype or torch.float32, copy=True)
-            if not value.is_floating_point() or not torch.isfinite(value).all():
-                raise ValueError(
-                    f"{file}: {_key(fqn, factor)} must hold floats that are finite in "
-                    f"{dtype or torch.float32}, found {tensors[_key(fqn, factor)].dtype}"
-                )
-            ready[factor] = nn.Parameter(value)
-        factors = LoRAAdapter(
-            base.in_features,
-            base.out_features,
-            r=r,
-            alpha=pattern_value(fqn, config["alpha_pattern"], config["lora_alpha"]),
-            dropout=float(config["lora_dropout"]),
-            rslora=bool(config.get("use_rslora")),
-            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-            device="meta",
-        )
-        for factor, parameter in ready.items():
-            setattr(factors, factor, parameter)
-        built[fqn] = factors
-    return built
+    reader: _Reader, config: dict, fqn: str, base: nn.Module, dtype: torch.dtype
+) -> LoRAAdapter:
+    """Make one layer's factors from the file."""
+    kind: Any = layer_class(base)
+    r = int(pattern_value(fqn, config["rank_pattern"], config["r"]))
+    factors = kind(base).new_adapter(
+        r=r,
+        alpha=pattern_value(fqn, config["alpha_pattern"], config["lora_alpha"]),
+        dropout=config["lora_dropout"],
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        lora_bias=bool(config.get("lora_bias")) and kind is not LoRAEmbedding,
+        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        device="meta",
+    )
+    weight: Any = base.weight
+    of = f"r={r}, {fqn} is {list(weight.shape)}"
+    for name, key in _keys(fqn, kind, config).items():
+        shape = list(getattr(factors, name).shape)
+        if name == "magnitude" and kind is LoRAConv2d:
+            shape = [1, *shape, 1, 1]
+        value = reader.take(key, shape, weight, dtype, of)
+        if name == "magnitude":
+            value = nn.Parameter(value.detach().flatten())
+        setattr(factors, name, value)
+    return factors
+
+
+def _restore_slices(built: dict[str, LoRAAdapter], metadata: dict[str, str], file: Path) -> None:
+    """Give fused layers that were adapted in slices their masks back."""
+    try:
+        for fqn, columns in json.loads(metadata.get("minilora_slices", "{}")).items():
+            B = built[fqn].lora_B
+            mask = torch.zeros(B.shape, dtype=torch.bool, device=B.device)
+            for column, (start, stop) in enumerate(columns):
+                mask[start:stop, column] = True
+            if len(columns) != B.shape[1] or B.detach()[~mask].any():
+                raise ValueError(f"the rows of {fqn} are not those of its lora_B")
+            built[fqn].row_mask = mask
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{file}: minilora_slices in the metadata must fit the factors ({error}); save the "
+            f"adapter again"
+        ) from None
+
+
+def _check_frozen(reader: _Reader, frozen: dict[str, str], modules: dict[str, Any]) -> None:
+    """Compare embeddings' own weights, which PEFT writes along, with the model's."""
+    for fqn, key in frozen.items():
+        here = modules[fqn].weight.detach().cpu()
+        if not torch.equal(reader.tensors[key].to(here.dtype), here):
+            raise ValueError(
+                f"{reader.file}: {key} must be the weight that {fqn} has in this model, found "
+                f"other values; load the base it was trained on, or pass verify=False to keep "
+                f"this model's"
+            )
 
 
 def load(
@@ -300,6 +289,7 @@ def load(
     adapter: str = "default",
     *,
     trainable: bool = False,
+    replace: bool = False,
     dtype: torch.dtype | str | None = None,
     compute_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
@@ -313,7 +303,9 @@ def load(
         model: a plain model, or one with adapters of other names; changed in place.
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         adapter: the name to give it here.
-        trainable: whether its factors require gradients; other adapters keep theirs.
+        trainable: whether its parameters require gradients; other adapters keep theirs.
+        replace: when an adapter of this name is there, put the file's values into its parameters
+            (a hot swap: what is active and trainable stays; ranks and layers must be the same).
         dtype: of the factors here; None is float32.
         compute_dtype: as for `inject`.
         backend: as for `inject`.
@@ -331,14 +323,15 @@ def load(
     folder = Path(folder)
     check_adapter_name(adapter)
     check_backend(backend)
-    dtype = None if dtype is None else as_dtype(dtype)
+    dtype = torch.float32 if dtype is None else as_dtype(dtype)
     compute = None if compute_dtype is None else as_dtype(compute_dtype, "compute_dtype")
-    present = lora_layers(model)
-    if any(layer.merged for layer in present.values()):
+    if any(layer.merged for layer in lora_layers(model).values()):
         raise RuntimeError("load() needs unmerged weights; call minilora.unmerge(model) first")
-    if adapter in adapter_names(model):
+    present = adapter in all_adapter_names(model)
+    if present and not replace:
         raise ValueError(
-            f"the model already has an adapter {adapter!r}; choose another adapter=..."
+            f"the model already has an adapter {adapter!r}; choose another adapter=..., or pass "
+            f"replace=True to put the file's values into it"
         )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -346,30 +339,98 @@ def load(
                 f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}; {name} is missing"
                 f"{_adapters_below(folder)}"
             )
+    built, copies = _read(model, folder, dtype, verify)
+    if present:
+        _swap(model, adapter, built, {} if copies is None else copies.items())
+        return model
+    attach(model, built, adapter, copies, compute_dtype=compute, backend=backend)
+    set_trainable(model, adapter, trainable)
+    return model
+
+
+def _read(
+    model: nn.Module, folder: Path, dtype: torch.dtype, verify: bool
+) -> tuple[dict[str, LoRAAdapter], TrainedCopies | None]:
+    """Read an adapter's files for this model; nothing is changed."""
     config = read_config(folder / CONFIG_FILE)
-    tensors, metadata = _read_weights(folder / WEIGHTS_FILE)
+    tensors, metadata = read_weights(folder / WEIGHTS_FILE)
     if verify:
-        _check_pair(folder, (folder / CONFIG_FILE).read_bytes(), metadata)
+        check_pair(folder, (folder / CONFIG_FILE).read_bytes(), metadata)
     modules = plain_modules(model)
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    adaptable = {name: m for name, m in modules.items() if layer_class(m) is not None}
     entries, excluded = config["target_modules"], config.get("exclude_modules") or ()
     try:
         names = select_targets(
-            model, _matching(entries, modules) or entries, _matching(excluded, linears)
+            model,
+            _matching(entries, modules) or entries,
+            _matching(excluded, adaptable),
+            config.get("layers_to_transform"),
+            config.get("layers_pattern") or r"[^.]*",  # PEFT's reading of "no pattern"
         )
     except (ValueError, TypeError, re.error) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not fit this model: {error}") from None
-    _match_keys(folder / WEIGHTS_FILE, tensors, names)
-    built = _build(folder / WEIGHTS_FILE, config, tensors, modules, names, dtype)
+    copied = {n: _copy_key(n, names) for n in _wanted_copies(model, config, names)}
+    keys = {key for n in names for key in _keys(n, _kind(modules[n]), config).values()}
+    base_keys = {n: f"{_PREFIX}{n}.base_layer.weight" for n in names}
+    frozen = {n: key for n, key in base_keys.items() if key in tensors}
+    _match_keys(folder / WEIGHTS_FILE, tensors, keys | set(copied.values()) | set(frozen.values()))
+    reader = _Reader(folder / WEIGHTS_FILE, tensors)
+    built = {n: _build(reader, config, n, modules[n], dtype) for n in names}
+    _restore_slices(built, metadata, folder / WEIGHTS_FILE)
+    places = parameter_places(model)
+    values = {}
+    for name, key in copied.items():
+        own = original_of(model, name, places)
+        values[name] = reader.take(key, list(own.shape), own, own.dtype, f"as {name} has here")
     if verify:
-        samples = {fqn: weight_sample(fqn, modules[fqn].weight) for fqn in names}
-        _check_base(folder, metadata, modules, samples)
-    attach(model, built, adapter, compute_dtype=compute, backend=backend)
-    for fqn, layer in lora_layers(model).items():
-        layer.active = (adapter,) if fqn in built else ()
-        if fqn in built:
-            layer.adapters[adapter].requires_grad_(trainable)
-    return model
+        samples = {n: weight_sample(n, modules[n].weight) for n in names}
+        check_base(folder, metadata, modules, samples)
+        _check_frozen(reader, frozen, modules)
+    if not values:
+        return built, None
+    whole = config.get("modules_to_save") or []
+    whole = [whole] if isinstance(whole, str) else whole
+    return built, TrainedCopies(values, config["bias"], whole)
+
+
+def _kind(base: nn.Module) -> type[LoRALayer]:
+    kind = layer_class(base)
+    assert kind is not None  # select_targets let only such modules through
+    return kind
+
+
+def _swap(
+    model: nn.Module,
+    adapter: str,
+    built: dict[str, LoRAAdapter],
+    copies: dict[str, nn.Parameter],
+) -> None:
+    """Put new values into an adapter's parameters, which stay the same objects."""
+    layers = {n: m for n, m in lora_layers(model).items() if adapter in m.adapters}
+    pairs: list[tuple[Tensor | None, Tensor | None]] = []
+    same = set(layers) == set(built) and set(copies) == set(copies_of(model, adapter))
+    for name, factors in built.items() if same else ():
+        old: Any = layers[name].adapters[adapter]
+        for part in ("lora_A", "lora_B", "lora_bias", "magnitude", "offset_A", "row_mask"):
+            pairs.append((getattr(old, part), getattr(factors, part)))
+    pairs += [(copies_of(model, adapter).get(name), value) for name, value in copies.items()]
+    for old_value, value in pairs:
+        same = same and (
+            old_value is None if value is None
+            else old_value is not None and old_value.shape == value.shape
+        )  # fmt: skip
+    if not same:
+        raise ValueError(
+            f"replace=True needs the layers, ranks and options that adapter {adapter!r} has here, "
+            f"found others in the file; minilora.delete it first and load without replace"
+        )
+    with torch.no_grad():
+        for old_value, value in pairs:
+            if old_value is not None and value is not None:
+                old_value.copy_(value)
+    for name, factors in built.items():
+        old = layers[name].adapters[adapter]
+        old.alpha, old.rslora, old.dropout = factors.alpha, factors.rslora, factors.dropout
 
 
 def _adapters_below(folder: Path) -> str:

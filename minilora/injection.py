@@ -1,18 +1,25 @@
 """Put an adapter on the selected layers: everything is checked first, then swapped in."""
 
+import itertools
+import math
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from minilora.copies import TrainedCopies, add_copies, all_adapter_names, install, original_of
+from minilora.factors import FROM_WEIGHT, INITS, LoRAAdapter
 from minilora.kernels import check_backend
-from minilora.layers import INITS, LoRAAdapter, LoRALinear, lora_layers
+from minilora.layers import LoRALinear, layer_class, lora_layers
 from minilora.selection import (
     check_patterns,
     check_rank,
+    compile_ending,
+    matrix_shape,
+    parameter_places,
     pattern_value,
     plain_modules,
     select_targets,
@@ -72,16 +79,121 @@ def places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]
 
 def _warn_wide_ranks(model: nn.Module, names: list[str], ranks: dict[str, int]) -> None:
     modules = plain_modules(model)
-    wide = [n for n in names if ranks[n] > min(modules[n].in_features, modules[n].out_features)]
+    shapes = {name: matrix_shape(modules[name]) for name in names}
+    wide = [n for n in names if ranks[n] > min(shapes[n])]
     if wide:
         name = wide[0]
         warnings.warn(
             f"minilora: r={ranks[name]} is above min(in, out) of {len(wide)} layers (first: "
-            f"{name}, [{modules[name].out_features}, {modules[name].in_features}]); B·A can't have "
-            f"a higher rank than the layer, so the surplus only costs memory and time",
+            f"{name}, {list(shapes[name])}); B·A can't have a higher rank than the layer, so the "
+            f"surplus only costs memory and time",
             UserWarning,
             stacklevel=3,
         )
+
+
+def _check_flag(value: object, what: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, found {value!r}")
+
+
+def _check_init(init: object, modules: dict[str, nn.Module], ranks: dict[str, int]) -> None:
+    """Check the name of an init, and that it exists for these layers and ranks."""
+    simple = init in INITS[:3]
+    if not isinstance(init, str) or not (simple or FROM_WEIGHT.fullmatch(init)):
+        raise ValueError(f"init must be one of {', '.join(INITS)}, found {init!r}")
+    if init in ("kaiming", "gaussian"):
+        return
+    for name, r in ranks.items():
+        kind = layer_class(modules[name])
+        if kind is not LoRALinear:
+            raise ValueError(
+                f"init={init!r} is for linear layers, but {name} is a "
+                f"{type(modules[name]).__name__}; inject that layer apart with init='kaiming'"
+            )
+        if init == "orthogonal" and r % 2:
+            raise ValueError(f"init='orthogonal' needs an even r, found {r} for {name}")
+        if FROM_WEIGHT.fullmatch(init) and r > min(matrix_shape(modules[name])):
+            raise ValueError(
+                f"init={init!r} takes r directions of the weight, but {name} of shape "
+                f"{list(matrix_shape(modules[name]))} has fewer than r={r}; lower r there with "
+                f"rank_pattern"
+            )
+
+
+def _copied_parameters(
+    model: nn.Module, names: list[str], bias: object, modules_to_save: object
+) -> tuple[list[str], list[str]]:
+    """Resolve `bias` and `modules_to_save` to dotted names of parameters, and of modules."""
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias must be 'none', 'all' or 'lora_only', found {bias!r}")
+    places = parameter_places(model)
+    chosen: list[str] = []
+    whole: list[str] = []
+    if bias == "lora_only":
+        chosen = [f"{name}.bias" for name in names if f"{name}.bias" in places]
+    elif bias == "all":
+        chosen = [name for name in places if "bias" in name.rpartition(".")[2]]
+    if bias != "none" and not chosen:
+        raise ValueError(f"bias={bias!r} must find a bias to train, found none")
+    entries = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
+    if not isinstance(entries, Iterable) or isinstance(entries, Mapping):
+        raise TypeError(f"modules_to_save must be a list of module names, found {entries!r}")
+    modules = plain_modules(model)
+    for entry in entries:
+        hits = [n for n in modules if isinstance(entry, str) and f".{n}".endswith(f".{entry}")]
+        if not hits:
+            raise ValueError(f"every entry of modules_to_save must match a module, {entry!r} "
+                             f"matches none")  # fmt: skip
+        for hit in hits:
+            inside = [n for n in places if n.startswith(f"{hit}.")]
+            target = next((n for n in names if n == hit or n.startswith(f"{hit}.")), None)
+            if target is not None:
+                raise ValueError(
+                    f"modules_to_save trains a whole copy of {hit}, but {target} is a target of "
+                    f"LoRA too; name it in one of the two"
+                )
+            if not inside or any(True for _ in modules[hit].buffers()):
+                found = "buffers, which are not copied" if inside else "none"
+                raise ValueError(
+                    f"modules_to_save needs a module of parameters, found {found} in {hit}"
+                )
+            chosen += inside
+            whole.append(hit)
+    return list(dict.fromkeys(chosen)), whole
+
+
+def _slice_rows(value: object, N: int, name: str) -> list[tuple[int, int]]:
+    """Return the row ranges that one value of `slices` means for an output of N rows."""
+    if isinstance(value, str) and value and set(value) <= set("qkv") and N % 3 == 0:
+        third = N // 3
+        return [("qkv".index(c) * third, ("qkv".index(c) + 1) * third) for c in value]
+    ranges = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    good = bool(ranges) and all(
+        isinstance(r, (tuple, list)) and len(r) == 2 and all(type(i) is int for i in r)
+        and 0 <= r[0] < r[1] <= N for r in ranges
+    )  # fmt: skip
+    ordered = sorted(ranges) if good else []
+    if not good or any(a[1] > b[0] for a, b in itertools.pairwise(ordered)):
+        raise ValueError(
+            f"slices must give separate (start, stop) rows within {name}'s {N} outputs, or "
+            f"letters of 'qkv' for thirds of them, found {value!r}"
+        )
+    return [(int(a), int(b)) for a, b in ranges]
+
+
+def _slices_of(
+    model: nn.Module, names: list[str], slices: Mapping[str, object] | None
+) -> dict[str, list[tuple[int, int]]]:
+    """Resolve `slices` to row ranges by dotted name."""
+    check_patterns(slices, names, "slices")  # type: ignore[arg-type]
+    modules = plain_modules(model)
+    found: dict[str, list[tuple[int, int]]] = {}
+    for pattern, value in (slices or {}).items():
+        for name in names:
+            if compile_ending(pattern, "slices").match(name) and name not in found:
+                found[name] = _slice_rows(value, matrix_shape(modules[name])[0], name)
+    return found
 
 
 def inject(
@@ -91,8 +203,14 @@ def inject(
     *,
     targets: object = "all-linear",
     exclude: object = (),
+    layers: Iterable[int] | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
+    bias: str = "none",
+    lora_bias: bool = False,
+    modules_to_save: Iterable[str] | str = (),
+    slices: Mapping[str, object] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     init: str = "kaiming",
@@ -111,15 +229,26 @@ def inject(
         model: any module with linear layers; changed in place.
         r: rank, at least 1 (above min(in, out) of a layer: a warning).
         alpha: numerator of the scaling; None means r, so that scaling is 1 (PEFT's default).
-        targets: `"all-linear"` (every Linear but the head), a list of dotted names or whole-segment
-            endings (`["q_proj", "mlp.up_proj"]`), or one regex that must match whole dotted names.
-            Every entry has to match.
+        targets: `"all-linear"` (every Linear and Conv1D but the head), a list of dotted names or
+            whole-segment endings (`["q_proj", "mlp.up_proj"]`), or one regex that must match whole
+            dotted names. Every entry has to match. Embeddings and 2-D convolutions have to be
+            named.
         exclude: list or regex in the same form, taken away from `targets`.
+        layers: block numbers to keep, read from the first number in a dotted name.
         dropout: on the branch's input while training, in [0, 1).
         rslora: scaling = alpha / sqrt(r).
+        dora: train each row's length apart from its direction (Liu et al. 2024, arXiv:2402.09353).
+        bias: `"none"`, `"lora_only"` (a trained copy of the targets' biases) or `"all"` (of every
+            bias in the model).
+        lora_bias: a bias on B.
+        modules_to_save: modules of which the adapter trains and keeps a whole copy, such as a new
+            head; names as in `targets`.
+        slices: adapt only some outputs of a fused layer, each range with its own rank-r pair:
+            `{"c_attn": "qv"}` (thirds) or `{"qkv_proj": [(0, 768)]}`, keys as in `rank_pattern`.
         rank_pattern: r by regex over the end of a dotted name, first match wins.
         alpha_pattern: alpha likewise.
-        init: `"kaiming"` or `"gaussian"`, see `LoRAAdapter`.
+        init: `"kaiming"`, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"pissa_niter_<n>"` or
+            `"olora"`, see `minilora.factors.LoRAAdapter`.
         adapter: its name: letters, digits, `_`, `-`.
         dtype: of the factors.
         compute_dtype: of the branch; None computes in the input's dtype, `"float32"` is what PEFT
@@ -144,20 +273,20 @@ def inject(
     dropout = check_dropout(dropout)
     check_adapter_name(adapter)
     dtype = as_dtype(dtype)
-    if compute_dtype is not None:
-        compute_dtype = as_dtype(compute_dtype, "compute_dtype")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, found {init!r}")
+    compute = None if compute_dtype is None else as_dtype(compute_dtype, "compute_dtype")
+    for flag, what in ((rslora, "rslora"), (dora, "dora"), (lora_bias, "lora_bias")):
+        _check_flag(flag, what)
     check_backend(backend)
     present = lora_layers(model)
     if any(layer.merged for layer in present.values()):
         raise RuntimeError("inject() needs unmerged weights; call minilora.unmerge(model) first")
-    names = select_targets(model, targets, exclude)
+    names = select_targets(model, targets, exclude, layers)
     taken = [name for name in names if name in present and adapter in present[name].adapters]
-    if taken:
+    if taken or adapter in all_adapter_names(model):
+        where = f"{taken[0]} already has" if taken else "the model already has"
         raise ValueError(
-            f"{taken[0]} already has an adapter named {adapter!r} ({len(taken)} layers in all); "
-            f"choose another name with adapter=..., or minilora.eject(model) first"
+            f"{where} an adapter named {adapter!r} ({len(taken)} layers in all); choose another "
+            f"name with adapter=..., or minilora.eject(model) first"
         )
     check_patterns(rank_pattern, names, "rank_pattern")
     check_patterns(alpha_pattern, names, "alpha_pattern")
@@ -165,27 +294,54 @@ def inject(
     alphas = {
         n: check_alpha(pattern_value(n, alpha_pattern, alpha), "alpha_pattern") for n in names
     }
-    _warn_wide_ranks(model, names, ranks)
-
     modules = plain_modules(model)
+    _check_init(init, modules, ranks)
+    _check_combination(modules, names, init, dora, lora_bias, slices)
+    rows = _slices_of(model, names, slices)
+    copied, whole = _copied_parameters(model, names, bias, modules_to_save)
+    _warn_wide_ranks(model, names, ranks)
     new = {
-        name: LoRAAdapter(
-            modules[name].in_features,
-            modules[name].out_features,
-            r=ranks[name],
-            alpha=alphas[name],
-            dropout=dropout,
-            rslora=rslora,
-            init=init,
-            device=modules[name].weight.device,
-            dtype=dtype,
-        )
+        name: _fresh(modules[name], ranks[name], alphas[name], rows.get(name), {
+            "dropout": dropout, "rslora": rslora, "dora": dora, "init": init,
+            "lora_bias": lora_bias, "device": modules[name].weight.device, "dtype": dtype,
+        })
         for name in names
-    }
-    attach(model, new, adapter, compute_dtype=compute_dtype, backend=backend)
-    for name, layer in lora_layers(model).items():
-        layer.active = (adapter,) if name in new else ()
+    }  # fmt: skip
+    places = parameter_places(model)
+    values = {n: nn.Parameter(original_of(model, n, places).detach().clone()) for n in copied}
+    copies = TrainedCopies(values, bias, whole) if values else None
+    attach(model, new, adapter, copies, compute_dtype=compute, backend=backend)
     return model
+
+
+def _check_combination(modules, names, init, dora, lora_bias, slices) -> None:
+    """Refuse options that have no meaning together, as PEFT does, or that are not built."""
+    if lora_bias and (dora or init not in ("kaiming", "gaussian")):
+        other = "dora=True" if dora else f"init={init!r}"
+        raise ValueError(f"lora_bias=True has no meaning with {other}; leave one of them out")
+    if slices and (dora or init not in ("kaiming", "gaussian")):
+        other = "dora=True" if dora else f"init={init!r}"
+        raise ValueError(f"slices can't be combined with {other}, which would change other rows")
+    if lora_bias:
+        embedding = next((n for n in names if isinstance(modules[n], nn.Embedding)), None)
+        if embedding is not None:
+            raise ValueError(f"lora_bias=True is not for embeddings, and {embedding} is one")
+
+
+def _fresh(base, r: int, alpha: float, rows: list[tuple[int, int]] | None, options) -> LoRAAdapter:
+    """Make the factors of one layer; with row ranges, one rank-r pair for each of them."""
+    kind = layer_class(base)
+    assert kind is not None  # select_targets let only such modules through
+    parts = len(rows) if rows else 1
+    # As many times the rank, at the scaling of one pair.
+    alpha = alpha * (math.sqrt(parts) if options["rslora"] else parts)
+    factors = kind(base).new_adapter(r=r * parts, alpha=alpha, **options)
+    if rows:
+        mask = torch.zeros(factors.lora_B.shape, dtype=torch.bool, device=factors.lora_B.device)
+        for i, (start, stop) in enumerate(rows):
+            mask[start:stop, i * r : (i + 1) * r] = True
+        factors.row_mask = mask
+    return factors
 
 
 def _stay_called(*_: object) -> None:
@@ -196,12 +352,17 @@ def attach(
     model: nn.Module,
     new: Mapping[str, LoRAAdapter],
     adapter: str,
+    copies: TrainedCopies | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> None:
-    """Put ready adapters on layers by dotted name and freeze the rest; checks were done before."""
+    """Put ready adapters on layers by dotted name, freeze the rest and activate them alone.
+
+    Checks were done before.
+    """
     present = lora_layers(model)
+    places = parameter_places(model)
     if not hasattr(model, "_minilora_trainable"):
         factors_there = {id(p) for m in present.values() for p in m.adapters.parameters()}
         others = {n: p for n, p in model.named_parameters() if id(p) not in factors_there}
@@ -214,11 +375,17 @@ def attach(
         layer = present.get(name)
         if layer is None:
             base = modules[name]
-            places = places_of(model, base)
-            layer = LoRALinear(base, compute_dtype=compute_dtype, backend=backend)
-            for parent, child in places:
+            holders = places_of(model, base)
+            kind = layer_class(base)
+            assert kind is not None
+            layer = kind(base, compute_dtype=compute_dtype, backend=backend)
+            for parent, child in holders:
                 parent._modules[child] = layer
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     layer.register_forward_hook(_stay_called)
         factors.train(layer.training)
         layer.adapters[adapter] = factors
+    add_copies(model, adapter, copies, places)
+    for name, layer in lora_layers(model).items():
+        layer.active = (adapter,) if name in new else ()
+    install(model, (adapter,))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.layers import LoRALinear, lora_layers
+from minilora.layers import LoRALayer, is_linear, layer_class, lora_layers, unsupported
 
 _HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
 
@@ -52,9 +52,19 @@ def plain_modules(model: nn.Module) -> dict[str, Any]:
     """Return every module by dotted name as if nothing were injected (what LoRA wraps is shown)."""
     inside = tuple(f"{name}." for name in lora_layers(model))
     return {
-        name: module.base if isinstance(module, LoRALinear) else module
+        name: module.base if isinstance(module, LoRALayer) else module
         for name, module in model.named_modules()
-        if name and not (inside and name.startswith(inside))
+        if name and not (inside and name.startswith(inside)) and not name.startswith("_minilora")
+    }
+
+
+def parameter_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return which module holds each of the plain model's parameters, and as what, by name."""
+    return {
+        f"{name}.{key}" if name else key: (module, key)
+        for name, module in {"": model, **plain_modules(model)}.items()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
     }
 
 
@@ -68,15 +78,24 @@ def find_head(model: nn.Module) -> str | None:
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter):
         head = getter()
-        head = head.base if isinstance(head, LoRALinear) else head
+        head = head.base if isinstance(head, LoRALayer) else head
         for name, module in modules.items():
             if head is not None and module is head:
                 return name
     tied = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     for name, module in modules.items():
-        if isinstance(module, nn.Linear) and id(module.weight) in tied:
+        if is_linear(module) and id(module.weight) in tied:
             return name
-    return next((n for n in _HEAD_NAMES if isinstance(modules.get(n), nn.Linear)), None)
+    return next((n for n in _HEAD_NAMES if is_linear(modules.get(n, model))), None)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Return [N, K] of the matrix an adapter adds to; a kernel counts as `[out, in·kh·kw]`."""
+    kind = layer_class(module)
+    if kind is None:
+        raise TypeError(f"no adapter goes on a {type(module).__name__}")
+    N, K = kind(module).weight_matrix().shape
+    return N, K
 
 
 def _entry_matches(entry: str, name: str) -> bool:
@@ -114,8 +133,8 @@ def _string_list(value: object, what: str) -> list[str]:
 
 
 def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) -> dict[str, Any]:
-    """Resolve "all-linear", a regex or a list of entries; every entry has to match a linear."""
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    """Resolve "all-linear", a regex or a list of entries; every entry has to match a layer."""
+    linears = {name: m for name, m in modules.items() if is_linear(m)}
     if spec == "all-linear":
         head = find_head(model)
         found = {name: m for name, m in linears.items() if name != head}
@@ -125,14 +144,15 @@ def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) 
                 f"{type(model).__name__}"
             )
         return found
+    layers = {name: m for name, m in modules.items() if layer_class(m) is not None}
     if isinstance(spec, str):
         pattern = _compile(spec, what)
-        found = {name: m for name, m in linears.items() if pattern.fullmatch(name)}
+        found = {name: m for name, m in layers.items() if pattern.fullmatch(name)}
         if not found:
             hint = f"for module names pass a list: {what}=[{spec!r}]" if spec.isidentifier() else ""
             raise ValueError(
-                f"{what}={spec!r} is a regex over whole dotted names and must match a linear "
-                f"layer, found no match; {hint or _nearest(spec, linears)}"
+                f"{what}={spec!r} is a regex over whole dotted names and must match a linear, "
+                f"embedding or convolution, found no match; {hint or _nearest(spec, linears)}"
             )
         return found
     entries = _string_list(spec, what)
@@ -146,12 +166,12 @@ def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) 
                 f"every entry of {what} must match a module, {entry!r} matches none; "
                 f"{_nearest(entry, linears)}"
             )
-        wrong = next((name for name in hits if name not in linears), None)
+        wrong = next((name for name in hits if name not in layers), None)
         if wrong is not None and what == "targets":
             kind = type(hits[wrong]).__name__
             raise ValueError(
-                f"targets must name linear layers, {entry!r} matches {wrong}, a {kind}; "
-                f"{_nearest(entry, linears)}"
+                f"targets must name linear layers, embeddings or 2-D convolutions, {entry!r} "
+                f"matches {wrong}, a {kind}; {_nearest(entry, linears)}"
             )
         found.update(hits)
     return {name: m for name, m in modules.items() if name in found}
@@ -170,16 +190,22 @@ def _refuse_attention_children(model: nn.Module, chosen: Mapping[str, nn.Module]
 
 
 def select_targets(
-    model: nn.Module, targets: object = "all-linear", exclude: object = ()
+    model: nn.Module,
+    targets: object = "all-linear",
+    exclude: object = (),
+    layers: Iterable[int] | None = None,
+    layers_pattern: Iterable[str] | str | None = None,
 ) -> list[str]:
-    """Resolve `targets` minus `exclude` to dotted names, in module order; see `inject`."""
+    """Resolve `targets` minus `exclude`, in blocks `layers`, to dotted names in module order."""
     modules = plain_modules(model)
-    if isinstance(model, (nn.Linear, LoRALinear)):
+    if layer_class(model) is not None or isinstance(model, LoRALayer):
         raise ValueError(
-            "the model itself is a linear layer and has no parent to hold the wrapped one; put it "
+            "the model itself is a single layer and has no parent to hold the wrapped one; put it "
             "into an nn.Sequential"
         )
     chosen = _select(modules, targets, "targets", model)
+    if layers is not None:
+        chosen = _in_layers(chosen, layers, layers_pattern, targets)
     if exclude:
         dropped = _select(modules, exclude, "exclude", model)
         chosen = {
@@ -191,11 +217,37 @@ def select_targets(
             raise ValueError(f"exclude={exclude!r} leaves no layer of targets={targets!r}")
     _refuse_attention_children(model, chosen)
     for name, module in chosen.items():
-        if nn.parameter.is_lazy(module.weight):
-            raise ValueError(
-                f"{name} has no weight yet (it is lazy); run the model once before injecting"
-            )
+        reason = unsupported(module)
+        if reason is not None:
+            raise ValueError(f"{name} {reason}")
     return list(chosen)
+
+
+def _in_layers(
+    chosen: dict[str, Any], layers: object, pattern: Iterable[str] | str | None, targets: object
+) -> dict[str, Any]:
+    """Keep what lies in the blocks with these numbers: a name's first, or where `pattern` says."""
+    given = [layers] if isinstance(layers, int) else layers
+    wanted: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if not all(type(i) is int for i in wanted):
+        raise TypeError(f"layers must be block numbers, a list of whole numbers, found {layers!r}")
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    kept, there = {}, set()
+    for name, module in chosen.items():
+        rules = [rf".*\.{p}\.(\d+)\." for p in patterns] or [r"(?:.*?\.)?(\d+)\."]
+        match = next((m for rule in rules if (m := re.match(rule, name))), None)
+        if match:
+            there.add(int(match[1]))
+            if int(match[1]) in wanted:
+                kept[name] = module
+    missing = sorted(set(wanted) - there)
+    if missing or not wanted:
+        numbers = ", ".join(map(str, sorted(there))) or "no numbered blocks"
+        raise ValueError(
+            f"layers must name blocks that hold targets={targets!r}, found {missing or 'none'}; "
+            f"there are: {numbers}"
+        )
+    return kept
 
 
 def compile_ending(pattern: str, what: str) -> re.Pattern[str]:
@@ -239,15 +291,17 @@ def targets(
     targets: object = "all-linear",
     *,
     exclude: object = (),
+    layers: Iterable[int] | None = None,
     r: int = 8,
     rank_pattern: Mapping[str, int] | None = None,
 ) -> TargetList:
-    """List every linear layer and what `inject` with the same arguments would do to it.
+    """List every linear layer, other targets too, and what `inject` would do to each.
 
     Args:
         model: any module; not changed.
         targets: as for `inject`.
         exclude: as for `inject`.
+        layers: as for `inject`.
         r: as for `inject`.
         rank_pattern: as for `inject`.
 
@@ -257,19 +311,18 @@ def targets(
     Raises:
         ValueError: what `inject` would refuse.
     """
-    chosen = set(select_targets(model, targets, exclude))
+    chosen = set(select_targets(model, targets, exclude, layers))
     check_rank(r)
     check_patterns(rank_pattern, list(chosen), "rank_pattern")
     head = find_head(model)
     return TargetList(
         Target(
             name,
-            module.in_features,
-            module.out_features,
+            *matrix_shape(module)[::-1],
             check_rank(pattern_value(name, rank_pattern, r), "rank_pattern"),
             name == head,
             name in chosen,
         )
         for name, module in plain_modules(model).items()
-        if isinstance(module, nn.Linear)
+        if is_linear(module) or name in chosen
     )

@@ -28,11 +28,14 @@ layers =
     minilora.data
     minilora.models
     minilora.checkpoint
+    minilora.adapter_files
     minilora.adapter_config
     minilora.adapters
     minilora.injection
     minilora.selection
+    minilora.copies
     minilora.layers
+    minilora.factors
     minilora.kernels
 """
 

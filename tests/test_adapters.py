@@ -205,7 +205,7 @@ def test_disk_copy_survives_a_pickle_of_the_model():
     before = bits(model)
     minilora.merge(model, keep="disk")
     data = pickle.dumps(model)
-    file = model.q_proj.original[0].file
+    file = model.q_proj.original["weight"][0].file
     del model
     assert not file.exists()  # the last user is gone, and the file with it
     twin = pickle.loads(data)

@@ -106,7 +106,11 @@ def test_fused_encoder_layer_calls_its_adapters():
         ({"alpha_pattern": {"q_proj": 0}}, ValueError, "alpha_pattern must be a finite number"),
         ({"alpha": 10**400}, ValueError, "alpha must be a finite number"),
         ({"targets": [""]}, TypeError, "must be a list of module names"),
-        ({"targets": r"embed.*"}, ValueError, r"must match a linear layer, found no match"),
+        (
+            {"targets": r"embed.*"},
+            ValueError,
+            r"must match a linear, embedding or convolution, found no match",
+        ),
     ],
 )
 def test_inject_refuses_patterns(options, error, text):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from minilora.layers import LoRAAdapter, LoRALinear, frozen_linear, lora_layers, weight_sample
+from minilora.factors import LoRAAdapter
+from minilora.layers import LoRALinear, frozen_linear, lora_layers, weight_sample
 
 # How many times plain torch's own error, in the same dtype, a layer may make: the one table.
 C = {"max": 2.0, "rms": 1.5}

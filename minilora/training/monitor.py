@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.layers import LoRALinear, lora_layers
+from minilora.layers import LoRALayer, lora_layers
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -143,7 +143,7 @@ class Health:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers: dict[str, LoRALinear] = {
+        self.layers: dict[str, LoRALayer] = {
             name: layer
             for name, layer in lora_layers(model).items()
             if any(p.requires_grad for n in layer.active for p in layer.adapters[n].parameters())
@@ -177,14 +177,14 @@ class Health:
             self.start = {}
         return remarks
 
-    def _factors(self, layers: dict[str, LoRALinear], which: str):
+    def _factors(self, layers: dict[str, LoRALayer], which: str):
         for name, layer in layers.items():
             for adapter in layer.active:
                 factor = getattr(layer.adapters[adapter], which)
                 if factor.requires_grad:
                     yield f"{name} ({which} of {adapter})", factor
 
-    def _require_gradients(self, layers: dict[str, LoRALinear], which: str, step: int) -> None:
+    def _require_gradients(self, layers: dict[str, LoRALayer], which: str, step: int) -> None:
         dead = [n for n, f in self._factors(layers, which) if f.grad is None or not f.grad.any()]
         if dead:
             raise RuntimeError(

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from minilora.adapters import require_layers
 from minilora.kernels import hardware
-from minilora.layers import LoRALinear
+from minilora.layers import LoRALayer
 from minilora.training.config import TrainConfig
 
 
-def trained(model: nn.Module, layers: dict[str, LoRALinear]) -> set[Tensor]:
+def trained(model: nn.Module, layers: dict[str, LoRALayer]) -> set[Tensor]:
     """Return the parameters to train; refuse others that require gradients."""
     mine: set[Tensor] = {
         p
@@ -41,7 +41,7 @@ def trained(model: nn.Module, layers: dict[str, LoRALinear]) -> set[Tensor]:
     return mine
 
 
-def trained_adapter(layers: dict[str, LoRALinear]) -> str:
+def trained_adapter(layers: dict[str, LoRALayer]) -> str:
     """Return the one adapter that is active and trainable."""
     names = {
         name

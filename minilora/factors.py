@@ -1,0 +1,197 @@
+"""One adapter's parameters for one layer: the two factors, and what the variants add to them.
+
+Every kind of layer is a matrix W `[N, K]` to its adapter: Conv1D and Embedding weights transposed,
+a convolution's kernel flattened to `[out, in·kh·kw]`. `delta_weight` is a matrix of that shape.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Initialisations in which the factors start from the base's weight; see `LoRAAdapter.start_from`.
+FROM_WEIGHT = re.compile(r"pissa|pissa_niter_[1-9]\d*|olora")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
+
+
+class LoRAAdapter(nn.Module):
+    """One adapter's factors for one layer: `delta_weight = scaling · lora_B lora_A`.
+
+    Args:
+        in_features: K: inputs of a linear, rows of an embedding, channels of a convolution.
+        out_features: N.
+        r: rank, at least 1.
+        alpha: scaling is alpha / r, or alpha / sqrt(r) with `rslora`.
+        dropout: probability of zeroing an input of the branch while training.
+        rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
+        init: `"kaiming"` draws A from kaiming_uniform(a=√5), `"gaussian"` from a normal
+            distribution of standard deviation 1/r; B is 0 in both, so a fresh adapter changes
+            nothing. `"orthogonal"` draws both, from orthogonal halves of one basis, so that B A
+            is 0 (r even; as PEFT's option of that name). `"pissa"`, `"pissa_niter_<n>"` and
+            `"olora"` start from the base's weight, see `start_from`.
+        lora_bias: a bias `[N]` on B, scaled like the branch.
+        kernel_size: of a convolution; A is then `[r, K, kh, kw]` and B `[N, r, 1, 1]`.
+        embedding: the reversed start: A is 0 and B ~ N(0, 1), as in PEFT.
+        device: where the factors live.
+        dtype: of the factors.
+
+    Attributes:
+        magnitude: DoRA's `[N]` row lengths, or None; set by the layer, which knows the weight.
+        offset_A, offset_B: `[R0, K]`, `[N, R0]`, scaling included: what PiSSA and OLoRA take off
+            the base, or None. The base itself stays as it is.
+        row_mask: bool `[N, r]` where B may be other than 0, or None; see `inject(slices=...)`.
+    """
+
+    magnitude: nn.Parameter | None
+    lora_bias: nn.Parameter | None
+    offset_A: Tensor | None
+    offset_B: Tensor | None
+    row_mask: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str = "kaiming",
+        lora_bias: bool = False,
+        kernel_size: Sequence[int] = (),
+        embedding: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
+        self.init, self.embedding = init, embedding
+        where: Any = {"device": device, "dtype": dtype}
+        ones = (1,) * len(kernel_size)
+        self.lora_A = nn.Parameter(torch.zeros(r, in_features, *kernel_size, **where))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, *ones, **where))
+        self.lora_bias = nn.Parameter(torch.zeros(out_features, **where)) if lora_bias else None
+        self.register_parameter("magnitude", None)
+        for name in ("offset_A", "offset_B", "row_mask"):
+            self.register_buffer(name, None)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self.embedding:
+            nn.init.normal_(self.lora_B)
+        elif self.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        elif self.init == "orthogonal":
+            rows = torch.linalg.qr(torch.randn(self.r, self.r))[0]
+            for factor, half in ((self.lora_A, rows[0::2]), (self.lora_B.T, rows[1::2])):
+                width = factor[0].numel()
+                start = half.T @ torch.randn(self.r // 2, width) / 10
+                factor.data.copy_(start.reshape(factor.shape))
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA; recomputed, never stored."""
+        return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
+
+    @property
+    def zero_factor(self) -> str | None:
+        """The factor that starts at 0, or None where both start from something."""
+        if self.embedding:
+            return "lora_A"
+        return "lora_B" if self.init in ("kaiming", "gaussian") else None
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return A `[r, K]` and B `[N, r]`, kernels flattened, rows outside a slice at 0."""
+        B = self.lora_B.flatten(1)
+        return self.lora_A.flatten(1), B if self.row_mask is None else B * self.row_mask
+
+    def product(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return detached A `[R, K]` and B `[N, R]` whose product is `delta_weight`."""
+        dtype = torch.promote_types(dtype, self.lora_A.dtype)
+        A, B = (factor.detach().to(dtype) for factor in self.matrices())
+        B = B * self.scaling
+        if self.offset_A is not None and self.offset_B is not None:
+            A = torch.cat([A, self.offset_A.to(dtype)])
+            B = torch.cat([B, -self.offset_B.to(dtype)], 1)
+        return A, B
+
+    def plain(self) -> tuple[Tensor, Tensor, int, float, bool]:
+        """Return A, B, r, alpha and rslora of the ordinary adapter that does the same.
+
+        A frozen offset becomes part of an adapter of the summed rank, its scaling 1.
+        """
+        if self.offset_A is None:
+            B = self.lora_B.detach()
+            if self.row_mask is not None:
+                B = B * self.row_mask
+            return self.lora_A.detach(), B, self.r, self.alpha, self.rslora
+        A, B = self.product()
+        return A.to(self.lora_A.dtype), B.to(self.lora_B.dtype), len(A), len(A), False
+
+    def delta_weight(self) -> Tensor:
+        """Return `scaling · B A` (minus the offset) as `[N, K]` in f32 (f64 for f64 factors)."""
+        A, B = self.product()
+        return B @ A
+
+    def row_lengths(self, weight: Tensor) -> Tensor:
+        """Return `‖W + scaling · B A‖` per row as `[N]`, without forming B A; no gradient.
+
+        `‖W‖² + 2 Σ (W Aᵀ) ∘ B + Σ (B (A Aᵀ)) ∘ B`, each sum along a row, in f32 (f64).
+        Liu et al. 2024, "DoRA", arXiv:2402.09353, section 4.3 (the length counts as a constant).
+
+        Args:
+            weight: `[N, K]`.
+        """
+        with torch.no_grad():
+            A, B = self.product()
+            W = weight.detach().to(A.dtype)
+            squares = W.square().sum(1) + 2 * ((W @ A.T) * B).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
+            return squares.clamp(min=0).sqrt()
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor) -> None:
+        """Set the factors from the base's weight, where `init` says so.
+
+        PiSSA: `B A` is the best rank-r part of W (Meng et al. 2024, arXiv:2404.02948), exactly or
+        by a randomised SVD of n iterations; OLoRA: the first r columns of QR (Büyükakyüz 2024,
+        arXiv:2406.01775). What the branch adds at the start is kept as the frozen offset and taken
+        off again, so that the base's own weights never change.
+
+        Args:
+            weight: `[N, K]`; not changed.
+        """
+        if not FROM_WEIGHT.fullmatch(self.init):
+            return
+        W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        if self.init == "olora":
+            Q, R = torch.linalg.qr(W)
+            A, B = R[: self.r], Q[:, : self.r]
+        else:
+            if self.init == "pissa":
+                U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            else:
+                U, S, V = torch.svd_lowrank(W, self.r, niter=int(self.init.rpartition("_")[2]))
+                Vh = V.T
+            root = (S[: self.r] / self.scaling).sqrt()
+            A, B = root[:, None] * Vh[: self.r], U[:, : self.r] * root
+        self.lora_A.copy_(A.reshape(self.lora_A.shape))
+        self.lora_B.copy_(B.reshape(self.lora_B.shape))
+        A, B = self.product()  # as rounded to the factors' dtype
+        self.offset_A, self.offset_B = A.to(self.lora_A.dtype), B.to(self.lora_B.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the numbers that make the scaling."""
+        parts = [f"r={self.r}", f"alpha={self.alpha:g}", f"scaling={self.scaling:g}"]
+        if self.dropout:
+            parts.append(f"dropout={self.dropout:g}")
+        if self.magnitude is not None:
+            parts.append("dora")
+        if self.offset_A is not None:
+            parts.append(f"init={self.init}")
+        return ", ".join(parts)

@@ -1,0 +1,229 @@
+"""The matrix: every kind of layer with every option, PEFT as judge in both directions."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import minilora
+from minilora.layers import lora_layers
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.peers
+
+F32 = {"rtol": 1e-5, "atol": 1e-5}
+IDS = torch.arange(22).reshape(2, 11) * 7 % 50
+
+
+class ConvNet(nn.Module):
+    """3×3 with stride and padding, 1×1, and a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(8, 10, 1, bias=False)
+        self.wide = nn.Conv2d(10, 6, (3, 1), padding="same")
+        self.norm = nn.GroupNorm(2, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        y = self.norm(self.wide(torch.relu(self.point(torch.relu(self.stem(x))))))
+        return self.head(y.mean((2, 3)))
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=24, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+# kind of layer: (model, input, targets in regex, a target for patterns, a module to save)
+KINDS = {
+    "linear": (llama, IDS, r".*\.(q_proj|v_proj|up_proj|down_proj)", "q_proj", "lm_head"),
+    "conv1d": (gpt2, IDS, r".*\.(c_attn|c_fc|c_proj)", "c_attn", "ln_f"),
+    "embedding": (llama, IDS, r".*(embed_tokens|k_proj)", "embed_tokens", "lm_head"),
+    "conv2d": (ConvNet, torch.linspace(-1, 1, 2 * 3 * 9 * 7).reshape(2, 3, 9, 7),
+               "stem|point|wide", "point", "head"),
+}  # fmt: skip
+# option: (arguments of inject, fields of LoraConfig); "<pattern>" is replaced
+OPTIONS = {
+    "plain": ({}, {}),
+    "rslora": ({"rslora": True}, {"use_rslora": True}),
+    "dora": ({"dora": True}, {"use_dora": True}),
+    "dora-rslora": ({"dora": True, "rslora": True}, {"use_dora": True, "use_rslora": True}),
+    "patterns": (
+        {"rank_pattern": {"<pattern>": 2}, "alpha_pattern": {"<pattern>": 9}},
+        {"rank_pattern": {"<pattern>": 2}, "alpha_pattern": {"<pattern>": 9}},
+    ),
+    "bias-all": ({"bias": "all"}, {"bias": "all"}),
+    "bias-lora-only": ({"bias": "lora_only"}, {"bias": "lora_only"}),
+    "lora-bias": ({"lora_bias": True}, {"lora_bias": True}),
+    "modules-to-save": ({"modules_to_save": ["<save>"]}, {"modules_to_save": ["<save>"]}),
+    "gaussian": ({"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
+    "orthogonal": ({"init": "orthogonal"}, {"init_lora_weights": "orthogonal"}),
+    "pissa": ({"init": "pissa"}, None),
+    "pissa-niter": ({"init": "pissa_niter_4"}, None),
+    "olora": ({"init": "olora"}, None),
+}
+LINEAR_ONLY = {"orthogonal", "pissa", "pissa-niter", "olora"}
+# PEFT refuses or has no meaning for these.
+LEFT_OUT = {("embedding", "lora-bias")} | {
+    (kind, option) for kind in ("embedding", "conv2d") for option in LINEAR_ONLY
+}
+CELLS = [(k, o) for k in KINDS for o in OPTIONS if (k, o) not in LEFT_OUT]
+
+
+def made(kind):
+    torch.manual_seed(0)
+    model = KINDS[kind][0]().eval()
+    with torch.no_grad():  # transformers starts biases at 0, which would hide a mistake
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def filled(options, kind):
+    text = {"<pattern>": KINDS[kind][3], "<save>": KINDS[kind][4]}
+
+    def fill(value):
+        if isinstance(value, dict):
+            return {text.get(k, k): v for k, v in value.items()}
+        return [text.get(v, v) for v in value] if isinstance(value, list) else value
+
+    return {key: fill(value) for key, value in options.items()}
+
+
+def run(model, kind):
+    with torch.no_grad():
+        out = model(KINDS[kind][1])
+    return getattr(out, "logits", out)
+
+
+def shake(parameters):
+    """Move everything an adapter trains, so that each part of it matters."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
+def strict():
+    """Every warning an error, but for what PEFT and transformers say of their own affairs."""
+    context = warnings.catch_warnings()
+    context.__enter__()
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)
+    # Says that a lora_bias beside no bias can't be merged: true, and of no config or key.
+    warnings.filterwarnings("ignore", ".lora_bias=True. was passed but the targeted layer")
+    return context
+
+
+@pytest.mark.parametrize(("kind", "option"), CELLS)
+def test_peft_loads_what_save_wrote(tmp_path, kind, option):
+    base = made(kind)
+    targets = KINDS[kind][2]
+    ours = minilora.inject(copy.deepcopy(base), r=4, alpha=6, targets=targets,
+                           **filled(OPTIONS[option][0], kind))  # fmt: skip
+    shake(p for p in ours.parameters() if p.requires_grad)
+    minilora.save(ours, tmp_path)
+    context = strict()
+    try:
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    finally:
+        context.__exit__(None, None, None)
+    expected = run(ours, kind)
+    assert not torch.allclose(expected, run(base, kind), atol=1e-3)
+    torch.testing.assert_close(run(theirs, kind), expected, **F32)
+    again = minilora.load(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(run(again, kind), expected, **F32)
+    if option == "lora-bias" and any(m.bias is None for m in lora_layers(ours).values()):
+        with pytest.raises(ValueError, match="merging lora_bias adds to the bias of .*found none"):
+            minilora.merge(ours)
+        return
+    minilora.merge(ours)
+    torch.testing.assert_close(run(ours, kind), expected, **F32)
+
+
+@pytest.mark.parametrize(("kind", "option"), [c for c in CELLS if OPTIONS[c[1]][1] is not None])
+def test_load_reads_what_peft_wrote(tmp_path, kind, option):
+    base = made(kind)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=KINDS[kind][2],
+        fan_in_fan_out=kind == "conv1d",
+        **filled(OPTIONS[option][1], kind),
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    ours = minilora.load(copy.deepcopy(base), tmp_path)
+    expected = run(theirs, kind)
+    assert not torch.allclose(expected, run(base, kind), atol=1e-3)
+    torch.testing.assert_close(run(ours, kind), expected, **F32)
+    before = {n: v.clone() for n, v in ours.state_dict().items()}
+    if option == "lora-bias":
+        return
+    minilora.merge(ours)
+    torch.testing.assert_close(run(ours, kind), expected, **F32)
+    minilora.unmerge(ours)
+    assert all(torch.equal(v, before[n]) for n, v in ours.state_dict().items())
+    with minilora.disabled(ours):
+        assert torch.equal(run(ours, kind), run(base, kind))
+    minilora.eject(ours)
+    assert all(torch.equal(v, base.state_dict()[n]) for n, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", ["plain", "dora", "rslora"])
+def test_gradients_equal_pefts(tmp_path, kind, option):
+    base = made(kind)
+    ours = minilora.inject(copy.deepcopy(base), r=4, alpha=6, targets=KINDS[kind][2],
+                           **OPTIONS[option][0])  # fmt: skip
+    shake(p for p in ours.parameters() if p.requires_grad)
+    minilora.save(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
+    for model in (ours, theirs):
+        out = model(KINDS[kind][1])
+        getattr(out, "logits", out).square().sum().backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    for fqn, layer in lora_layers(ours).items():
+        for name, parameter in layer.adapters["default"].named_parameters():
+            key = {"magnitude": "lora_magnitude_vector"}.get(name, name)
+            of_layer = [n for n in expected if n.startswith(f"base_model.model.{fqn}.")]
+            plain = {n: n.replace("lora_embedding_", "lora_") for n in of_layer}
+            hits = [n for n in of_layer if key in plain[n]]
+            assert len(hits) == 1, (fqn, name, hits)
+            grad = expected[hits[0]].reshape(parameter.shape)
+            scale = float(grad.abs().max())
+            torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters_sum_like_pefts(tmp_path, kind):
+    base = made(kind)
+    ours = minilora.inject(copy.deepcopy(base), r=4, alpha=6, targets=KINDS[kind][2])
+    minilora.inject(ours, r=2, alpha=5, rslora=True, targets=[KINDS[kind][3]], adapter="b")
+    shake(p for n, p in ours.named_parameters() if "adapters" in n)
+    for name in ("default", "b"):
+        minilora.save(ours, tmp_path, name)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    theirs.load_adapter(tmp_path / "b", "b")
+    for names in (["default"], ["b"], ["default", "b"]):
+        theirs.base_model.set_adapter(names)
+        minilora.activate(ours, names)
+        torch.testing.assert_close(run(theirs, kind), run(ours, kind), **F32)
