@@ -287,7 +287,7 @@ class _WrappedHead(nn.Module):
 
 @pytest.mark.parametrize("chunk", [1, 2**24])
 def test_loss_goes_through_a_wrapped_head(monkeypatch, chunk):
-    monkeypatch.setattr("minilora.models.llama._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("minilora.models.causal._CHUNK_ELEMENTS", chunk)
     model = _tiny()
     model.lm_head = _WrappedHead(model.lm_head)
     ids = _ids(model, 8, 9)  # 64 rows: two chunks of the smallest size

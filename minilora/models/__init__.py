@@ -1,14 +1,19 @@
-"""Llama models in plain PyTorch: reading, writing, tokenizing, fetching. Knows no LoRA."""
+"""Llama and GPT-2 in plain PyTorch: reading, writing, tokenizing, fetching. Knows no LoRA."""
 
 from .decoder import KVCache
 from .fetching import fetch
 from .folder import save_pretrained
+from .gpt2 import GPT2, Conv1D
+from .gpt2_config import GPT2Config
 from .llama import Llama
 from .llama_config import LlamaConfig
 from .loading import load_model
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "GPT2",
+    "Conv1D",
+    "GPT2Config",
     "KVCache",
     "Llama",
     "LlamaConfig",

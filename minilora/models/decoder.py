@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .gpt2_config import GPT2Config
 from .llama_config import LlamaConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -34,7 +35,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: LlamaConfig | GPT2Config,
         batch: int,
         max_length: int,
         *,
@@ -54,8 +55,10 @@ class KVCache:
     @classmethod
     def for_model(cls, model, batch: int, max_length: int) -> "KVCache":
         """Make an empty cache of the model's shape, dtype and device."""
-        norm = model.model.norm.weight  # the head and the projections may be quantized
-        return cls(model.config, batch, max_length, dtype=norm.dtype, device=norm.device)
+        # A norm's weight: the head and the projections may be quantized.
+        norm = model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
+        kept = {"dtype": norm.weight.dtype, "device": norm.weight.device}
+        return cls(model.config, batch, max_length, **kept)
 
     def check_room(self, batch: int, tokens: int) -> None:
         """Raise unless `tokens` more of `batch` sequences fit."""

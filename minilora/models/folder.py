@@ -1,4 +1,4 @@
-"""Hugging Face model folders: read one into a `Llama`, write one that transformers loads.
+"""Hugging Face model folders: read one into a `Llama` or `GPT2`, write one transformers loads.
 
 The format: `config.json`, and `model.safetensors` or `model.safetensors.index.json` with the shards
 it names (https://huggingface.co/docs/safetensors).
@@ -7,9 +7,9 @@ it names (https://huggingface.co/docs/safetensors).
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,10 @@ from torch import nn
 
 from minilora.kernels import hardware
 
-from .llama import Llama, Transform
+from .causal import Transform
+from .gpt2 import GPT2, stored_fqn
+from .gpt2_config import GPT2Config
+from .llama import Llama
 from .llama_config import LlamaConfig
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -34,6 +37,30 @@ _FOREIGN = (
 )
 _MAPPED = 2**26  # bytes of a file read through one mapping
 _MARK = {"written_by": "minilora"}  # in config.json: what save_pretrained may replace
+_DERIVED = ".rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
+
+Model = Llama | GPT2
+Place = tuple[Path, str]  # a file, and a tensor's name in it
+
+
+class Kind(NamedTuple):
+    """What reading and writing must know of an architecture."""
+
+    model: type[Model]
+    config: type[LlamaConfig] | type[GPT2Config]
+    embedding: str  # its dotted name
+    fqn: Callable[[str], str | None]  # of a stored name; None: passed over
+
+
+KINDS = {  # by config.json's model_type
+    "gpt2": Kind(GPT2, GPT2Config, "transformer.wte.weight", stored_fqn),
+    "llama": Kind(
+        Llama,
+        LlamaConfig,
+        "model.embed_tokens.weight",
+        lambda name: None if name.endswith(_DERIVED) else name,
+    ),
+}
 
 
 def read_folder(
@@ -42,22 +69,27 @@ def read_folder(
     dtype: torch.dtype | str | None,
     device: torch.device | str,
     transform: Transform | None,
-) -> Llama:
-    """Read a folder; `Llama.from_pretrained` says what holds."""
+    kind: str = "llama",
+) -> Any:
+    """Read a folder into the model of that kind; its `from_pretrained` says what holds."""
     folder = Path(folder)
-    config = LlamaConfig.from_dict(read_json(folder / _CONFIG))
+    known = KINDS[kind]
+    config = known.config.from_dict(read_json(folder / _CONFIG))
     wanted = resolve_dtype(dtype)
-    model = Llama(config, device="meta")
+    model = known.model(config, device="meta")  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(_open(file)) for file in _weight_files(folder)}
-        owner = _owners(files)
-        _check_index(folder, owner)
-        shapes = {fqn: tuple(files[at].get_slice(fqn).get_shape()) for fqn, at in owner.items()}
+        owner = _owners(files, known)
+        _check_index(folder, owner, known)
+        shapes = {
+            fqn: tuple(files[file].get_slice(name).get_shape())
+            for fqn, (file, name) in owner.items()
+        }
         check_names_and_shapes(model, shapes, folder)
         if wanted is None:
             _refuse_mixed_dtypes(files, owner, folder)
         if config.tie_word_embeddings and "lm_head.weight" in owner:
-            _check_tied_head(files, owner, folder)
+            _check_tied_head(files, owner, folder, known.embedding)
     fill(model, _stored(owner), wanted, device, transform)
     model.name_or_path = str(folder)
     return model.eval()
@@ -87,7 +119,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_names_and_shapes(
-    model: Llama, found: dict[str, tuple[int, ...]], source: str | Path
+    model: Model, found: dict[str, tuple[int, ...]], source: str | Path
 ) -> None:
     """Raise, by name, unless the tensors are exactly those of the model.
 
@@ -127,7 +159,7 @@ def _some(names: list[str]) -> str:
 
 
 def fill(
-    model: Llama,
+    model: Model,
     stored: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype | None,
     device: torch.device | str,
@@ -200,21 +232,19 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _check_index(folder: Path, owner: dict[str, Path]) -> None:
+def _check_index(folder: Path, owner: dict[str, Place], kind: Kind) -> None:
     """Where there is an index, it must say of every tensor the file that holds it."""
     if (folder / _WEIGHTS).is_file():
         return
-    mapped = {fqn: folder / name for fqn, name in _weight_map(folder).items()}
-    mapped = {fqn: file for fqn, file in mapped.items() if not fqn.endswith(_DERIVED)}
-    wrong = sorted(fqn for fqn in mapped.keys() | owner.keys() if mapped.get(fqn) != owner.get(fqn))
+    entries = _weight_map(folder).items()
+    mapped = {name: folder / file for name, file in entries if kind.fqn(name) is not None}
+    held = {name: file for file, name in owner.values()}
+    wrong = sorted(name for name in mapped.keys() | held if mapped.get(name) != held.get(name))
     if wrong:
         raise ValueError(
             f"'{folder / _INDEX}' must agree with the files it names, found it wrong about "
             f"{_some(wrong)}; fetch the folder again"
         )
-
-
-_DERIVED = ".rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
 
 
 @contextlib.contextmanager
@@ -230,29 +260,35 @@ def _open(file: Path) -> Iterator[Any]:
         yield handle
 
 
-def _owners(files: dict[Path, Any]) -> dict[str, Path]:
-    """Which file holds a tensor, by name."""
-    owner: dict[str, Path] = {}
+def _owners(files: dict[Path, Any], kind: Kind) -> dict[str, Place]:
+    """Where a tensor lies, by its dotted name in the model."""
+    owner: dict[str, Place] = {}
     for file, handle in files.items():
-        for fqn in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+            fqn = kind.fqn(name)
             if fqn in owner:
-                raise ValueError(f"{fqn} must be stored once, found it in '{owner[fqn]}', '{file}'")
-            if not fqn.endswith(_DERIVED):
-                owner[fqn] = file
+                at, before = owner[fqn]
+                raise ValueError(
+                    f"{fqn} must be stored once, found {before} in '{at}' and {name} in '{file}'; "
+                    f"fetch the folder again"
+                )
+            if fqn is not None:
+                owner[fqn] = (file, name)
     return owner
 
 
-def _stored(owner: dict[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
+def _stored(owner: dict[str, Place]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors one by one. Files are mapped anew now and then, so that read pages don't pile up."""
-    for file in dict.fromkeys(owner.values()):
-        names = [fqn for fqn, at in owner.items() if at == file][::-1]
+    for file in dict.fromkeys(at for at, _ in owner.values()):
+        names = [(fqn, name) for fqn, (at, name) in owner.items() if at == file][::-1]
         while names:
             with _open(file) as handle:
                 read = 0
                 while names and read < _MAPPED:
-                    tensor = _read(handle, names[-1], file)
+                    fqn, name = names.pop()
+                    tensor = _read(handle, name, file)
                     read += tensor.nbytes
-                    yield names.pop(), tensor
+                    yield fqn, tensor
 
 
 def _read(handle: Any, fqn: str, file: Path) -> torch.Tensor:
@@ -265,8 +301,8 @@ def _read(handle: Any, fqn: str, file: Path) -> torch.Tensor:
     return tensor
 
 
-def _refuse_mixed_dtypes(files: dict[Path, Any], owner: dict[str, Path], folder: Path) -> None:
-    kinds = sorted({files[file].get_slice(fqn).get_dtype() for fqn, file in owner.items()})
+def _refuse_mixed_dtypes(files: dict[Path, Any], owner: dict[str, Place], folder: Path) -> None:
+    kinds = sorted({files[file].get_slice(name).get_dtype() for file, name in owner.values()})
     if len(kinds) > 1:
         raise ValueError(
             f"dtype=None needs weights stored in one dtype, found {', '.join(kinds)} in "
@@ -274,38 +310,45 @@ def _refuse_mixed_dtypes(files: dict[Path, Any], owner: dict[str, Path], folder:
         )
 
 
-def _check_tied_head(files: dict[Path, Any], owner: dict[str, Path], folder: Path) -> None:
-    head, embedding = (
-        _read(files[owner[fqn]], fqn, owner[fqn])
-        for fqn in ("lm_head.weight", "model.embed_tokens.weight")
-    )
+def _check_tied_head(
+    files: dict[Path, Any], owner: dict[str, Place], folder: Path, embedding_name: str
+) -> None:
+    places = owner["lm_head.weight"], owner[embedding_name]
+    head, embedding = (_read(files[file], name, file) for file, name in places)
     if not torch.equal(head, embedding):
         raise ValueError(
             f"tie_word_embeddings is true in '{folder / _CONFIG}', found an lm_head.weight that "
-            f"differs from model.embed_tokens.weight; set it to false to keep both"
+            f"differs from {embedding_name}; set it to false to keep both"
         )
 
 
-def save_pretrained(model: Llama, folder: str | Path, tokenizer: Any = None) -> None:
+def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> None:
     """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     Every file is written under another name first and moved into place; an error leaves files
     that were there as they were.
 
     Args:
-        model: a plain floating-point `Llama`: no adapters, not quantized. A head that no longer
-            shares the embedding's memory is stored as its own tensor.
+        model: a plain floating-point `Llama` or `GPT2`: no adapters, not quantized. A head that
+            no longer shares the embedding's memory is stored as its own tensor.
         folder: made when missing. Files of an earlier `save_pretrained` are replaced.
         tokenizer: a `Tokenizer` to write beside it, or None.
 
     Raises:
         ValueError: a model that holds anything but the plain parameters, or a folder that holds
             model files written by something else.
+        TypeError: another kind of model.
     """
     folder = Path(folder)
-    tensors = _plain_tensors(model)
+    known = next((kind for kind in KINDS.values() if isinstance(model, kind.model)), None)
+    if known is None:
+        raise TypeError(
+            f"save_pretrained writes a Llama or GPT2 of minilora.models, found "
+            f"{type(model).__name__}; write other models by their own means"
+        )
+    tensors = _plain_tensors(model, known)
     _refuse_foreign(folder)
-    config = model.config.to_dict(tensors["model.embed_tokens.weight"].dtype)
+    config = model.config.to_dict(tensors[known.embedding].dtype)
     config |= {"tie_word_embeddings": "lm_head.weight" not in tensors, **_MARK}
     folder.mkdir(parents=True, exist_ok=True)
     with _aside(folder / _WEIGHTS) as file:
@@ -341,18 +384,18 @@ def _aside(file: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def _plain_tensors(model: Llama) -> dict[str, torch.Tensor]:
-    wanted = Llama(model.config, device="meta").state_dict().keys()
+def _plain_tensors(model: Model, kind: Kind) -> dict[str, torch.Tensor]:
+    wanted = kind.model(model.config, device="meta").state_dict().keys()  # type: ignore[arg-type]
     state = model.state_dict()
     other = sorted(state.keys() ^ wanted)
     other += [fqn for fqn, tensor in state.items() if tensor.dtype not in _FLOATS]
     if other:
         raise ValueError(
-            f"save_pretrained writes a plain floating-point Llama, found the model differs in "
-            f"{_some(other)}; eject adapters (minilora.eject) and dequantize first"
+            f"save_pretrained writes a plain floating-point {kind.model.__name__}, found the model "
+            f"differs in {_some(other)}; eject adapters (minilora.eject) and dequantize first"
         )
     head = state["lm_head.weight"]
-    if head.data_ptr() == state["model.embed_tokens.weight"].data_ptr():
+    if head.data_ptr() == state[kind.embedding].data_ptr():
         if model.config.tie_word_embeddings:
             del state["lm_head.weight"]
         else:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .causal import Transform
 from .folder import check_names_and_shapes, fill, resolve_dtype
-from .llama import Llama, Transform
+from .llama import Llama
 from .llama_config import LlamaConfig
 
 # type id → name, weights per block, bytes per block

@@ -8,26 +8,18 @@ B sequences, T new tokens, S tokens attended to (cached ones and the new), V voc
 The parts are in `decoder.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from minilora.kernels import linear_cross_entropy
-
-from .decoder import Body, KVCache, rotation_at
+from .causal import CausalLM, Transform
+from .decoder import Body, rotation_at
 from .llama_config import LlamaConfig
 
-IGNORED = -100  # the label of a token that does not count, as in Hugging Face
-_CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped
 
-Transform = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-class Llama(nn.Module):
+class Llama(CausalLM):
     """Compute next-token logits as Hugging Face's `LlamaForCausalLM` does.
 
     A fresh model is random (normal, standard deviation 0.02); `from_pretrained` and `from_gguf`
@@ -39,10 +31,7 @@ class Llama(nn.Module):
         device: where they lie; `"meta"` takes no memory.
 
     Attributes:
-        config: the `LlamaConfig`.
-        gradient_checkpointing: when True, each decoder layer is run again in the backward pass
-            instead of keeping its activations; acts in training mode with gradients on.
-        name_or_path: where the weights came from, or None.
+        config: the `LlamaConfig`; the others as in `CausalLM`.
     """
 
     def __init__(
@@ -58,8 +47,6 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device
         )
-        self.gradient_checkpointing = False
-        self.name_or_path: str | None = None
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
@@ -134,177 +121,12 @@ class Llama(nn.Module):
         """Return the token embedding module."""
         return self.model.embed_tokens
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the output head module."""
-        return self.lm_head
+    def _begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        x = self.model.embed_tokens(ids)
+        return x, (rotation_at(self.config, positions, x.dtype),)
 
-    def hidden(
-        self,
-        input_ids: torch.Tensor,
-        *,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """Return what the head reads: `[B, T, hidden]` after the last norm; see `forward`."""
-        self._check_ids(input_ids)
-        batch, tokens = input_ids.shape
-        past = 0
-        if cache is not None:
-            cache.check_room(batch, tokens)
-            past = cache.length
-        if past + tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"a sequence may have at most {self.config.max_position_embeddings} tokens "
-                f"(max_position_embeddings), found {past + tokens}; shorten it"
-            )
-        x = self.model.embed_tokens(input_ids)
-        if positions is None:
-            positions = torch.arange(past, past + tokens, device=x.device)
-        else:
-            self._check_positions(positions, batch, tokens)
-        mask = self._attention_mask(mask, batch, tokens, past, x.device)
-        rotation = rotation_at(self.config, positions, x.dtype)
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.model.layers:
-            if again and cache is None:
-                x = checkpoint(layer, x, rotation, mask, None, use_reentrant=False)
-            else:
-                x = layer(x, rotation, mask, cache)
-        if cache is not None:
-            cache.length += tokens
+    def _blocks(self) -> Iterable[nn.Module]:
+        return self.model.layers
+
+    def _end(self, x: torch.Tensor) -> torch.Tensor:
         return self.model.norm(x)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        *,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        last: int | None = None,
-    ) -> torch.Tensor:
-        """Compute logits.
-
-        Args:
-            input_ids: `[B, T]` int64 or int32 in `[0, vocab_size)`.
-            positions: `[T]` or `[B, T]` integers in `[0, max_position_embeddings)`; default: they
-                count up from the cache's length (0 without one).
-            mask: bool, True where a query may attend, broadcastable to `[B, heads, T, S]` with S
-                the cached and the new tokens. It replaces the causal rule. Default: each token
-                sees itself and everything before it, cached or new.
-            cache: keys and values of earlier tokens; the new ones are appended (changed in place).
-            last: compute only the logits of the last that many positions.
-
-        Returns:
-            Logits `[B, T or last, V]` in the model's dtype.
-
-        Raises:
-            ValueError: ids out of range, shapes or dtypes that do not fit, a sequence longer than
-                the model or the cache allows.
-        """
-        if last is not None and last < 1:
-            raise ValueError(f"last must be 1 or more positions, or None for all, found {last}")
-        x = self.hidden(input_ids, positions=positions, mask=mask, cache=cache)
-        return self.lm_head(x if last is None else x[:, -last:])
-
-    def loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Compute the mean next-token cross-entropy, never holding all logits at once.
-
-        Position t predicts `labels[:, t + 1]`, as in Hugging Face.
-
-        Args:
-            input_ids: `[B, T]` as in `forward`.
-            labels: `[B, T]` int64 beside `input_ids`; −100 marks tokens that do not count.
-
-        Returns:
-            A 0-dim tensor in f32 (f64 for an f64 model): the mean over the tokens that count.
-
-        Raises:
-            ValueError: as `forward`; labels of another shape or dtype, or none that counts.
-        """
-        if labels.shape != input_ids.shape or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels must be int64 of input_ids' shape {list(input_ids.shape)}, found "
-                f"{labels.dtype} of shape {list(labels.shape)}"
-            )
-        target = labels[:, 1:].reshape(-1)
-        if not bool((target != IGNORED).any()):
-            raise ValueError(
-                f"at least one label after the first token must count, found all of them "
-                f"{IGNORED} (or sequences of one token); leave such a batch out"
-            )
-        rows = self.hidden(input_ids)[:, :-1].flatten(0, 1)
-        if _is_plain_linear(self.lm_head):
-            return linear_cross_entropy(rows, self.lm_head.weight, target, ignore_index=IGNORED)
-        return self._loss_through_head(rows, target)
-
-    def _loss_through_head(self, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The same mean where the head is wrapped: its forward is run, chunk by chunk, twice."""
-
-        def chunk_loss(h: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-            logits = self.lm_head(h)
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(wide, label, ignore_index=IGNORED, reduction="sum")
-
-        counted = (target != IGNORED).nonzero().squeeze(1)
-        rows, target = rows[counted], target[counted]
-        size = max(32, _CHUNK_ELEMENTS // self.config.vocab_size)
-        sums = [
-            checkpoint(chunk_loss, h, label, use_reentrant=False)
-            for h, label in zip(rows.split(size), target.split(size), strict=True)
-        ]
-        return torch.stack(sums).sum() / len(target)
-
-    def _check_ids(self, ids: torch.Tensor) -> None:
-        if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
-            raise ValueError(
-                f"input_ids must be [batch, tokens] of int64 or int32 with at least one token, "
-                f"found {ids.dtype} of shape {list(ids.shape)}"
-            )
-        if torch.compiler.is_compiling():  # reading values would split the graph
-            return
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"token ids must lie in [0, {self.config.vocab_size}), found ids from {low} to "
-                f"{high}; the tokenizer and the model do not belong together"
-            )
-
-    def _check_positions(self, positions: torch.Tensor, batch: int, tokens: int) -> None:
-        if positions.shape not in ((tokens,), (batch, tokens)) or positions.is_floating_point():
-            raise ValueError(
-                f"positions must be integers of shape [{tokens}] or [{batch}, {tokens}], found "
-                f"{positions.dtype} of shape {list(positions.shape)}"
-            )
-        if torch.compiler.is_compiling():
-            return
-        low, high = (int(bound) for bound in positions.aminmax())
-        if low < 0 or high >= self.config.max_position_embeddings:
-            raise ValueError(
-                f"positions must lie in [0, {self.config.max_position_embeddings}), found {low} "
-                f"to {high}"
-            )
-
-    def _attention_mask(self, mask, batch: int, tokens: int, past: int, device):
-        """The mask for every layer `[.., .., T, S]`, or None where plain causality is enough."""
-        if mask is None:
-            if past == 0 or tokens == 1:
-                return None
-            return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
-        whole = (batch, self.config.num_attention_heads, tokens, past + tokens)
-        fits = mask.dim() <= 4 and all(
-            size in (1, full) for size, full in zip(mask.shape[::-1], whole[::-1], strict=False)
-        )
-        if mask.dtype != torch.bool or not fits:
-            raise ValueError(
-                f"mask must be bool (True = may attend) and broadcast to [batch, heads, T, S] = "
-                f"{list(whole)}, found {mask.dtype} of shape {list(mask.shape)}"
-            )
-        return mask[(None,) * (4 - mask.dim())]
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether reading the weight does all that calling the module would."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is nn.Linear and module.bias is None and not hooks

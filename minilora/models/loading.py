@@ -4,12 +4,14 @@ from pathlib import Path
 
 import torch
 
+from .causal import Transform
 from .fetching import fetch
+from .folder import KINDS, Model, read_folder, read_json
 from .gguf_file import read_gguf, read_model
-from .llama import Llama, Transform
 from .tokenizer import Tokenizer
 
 _NAMES = ("smollm2-135m",)
+_GPT2_END = "<|endoftext|>"
 
 
 def load_model(
@@ -18,18 +20,19 @@ def load_model(
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
     transform: Transform | None = None,
-) -> tuple[Llama, Tokenizer]:
+) -> tuple[Model, Tokenizer]:
     """Read a model and its tokenizer from the same place.
 
     Args:
-        path: a Hugging Face folder, a GGUF file, or `"smollm2-135m"`, which is fetched when it is
+        path: a Hugging Face folder (its `config.json` says whether it holds a Llama or a GPT-2), a
+            GGUF file of the llama architecture, or `"smollm2-135m"`, which is fetched when it is
             not in the cache (a file or folder of that name goes first).
         dtype: `"auto"` the fastest here, None as stored, or a floating-point torch dtype.
         device: where the weights go.
         transform: called per tensor; see `Llama.from_pretrained`.
 
     Returns:
-        The model in evaluation mode, and the tokenizer.
+        The model, a `Llama` or `GPT2` in evaluation mode, and the tokenizer.
 
     Raises:
         ValueError: a path that is neither, or whose content cannot be read.
@@ -39,8 +42,10 @@ def load_model(
     if str(path) in _NAMES and not place.exists():
         place = fetch(str(path))
     if place.is_dir():
-        model = Llama.from_pretrained(place, dtype=dtype, device=device, transform=transform)
-        return model, Tokenizer.from_pretrained(place)
+        kind = _model_type(place)
+        model = read_folder(place, dtype=dtype, device=device, transform=transform, kind=kind)
+        tokenizer = Tokenizer.from_pretrained(place)
+        return model, _with_gpt2_tokens(tokenizer) if kind == "gpt2" else tokenizer
     if place.is_file():
         source = read_gguf(place)
         tokenizer = Tokenizer._from_gguf(source)
@@ -48,4 +53,33 @@ def load_model(
     raise ValueError(
         f"a model is a folder with config.json, a .gguf file or one of {', '.join(_NAMES)}, found "
         f"nothing at {str(path)!r}"
+    )
+
+
+def _model_type(folder: Path) -> str:
+    """What kind of model a folder holds, by its `config.json`: a key of `KINDS`."""
+    file = folder / "config.json"
+    found = read_json(file).get("model_type")
+    if not isinstance(found, str) or found not in KINDS:
+        raise ValueError(
+            f"'{file}' must name a model_type that is built ({', '.join(KINDS)}), found {found!r}; "
+            f"for another model pass transformers' own to minilora.inject"
+        )
+    return found
+
+
+def _with_gpt2_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Name the special tokens where no file does, as transformers' `GPT2Tokenizer` does.
+
+    OpenAI's own folder names none. Without one, training has nothing to end a text with.
+    """
+    if tokenizer.eos_id is not None or _GPT2_END not in tokenizer._control:
+        return tokenizer
+    named = {"bos_token": _GPT2_END, "unk_token": _GPT2_END, **tokenizer._named}
+    return Tokenizer(
+        tokenizer._backend,
+        eos=_GPT2_END,
+        stop_ids=tokenizer.stop_ids,
+        chat_template=tokenizer.chat_template,
+        **{name.removesuffix("_token"): text for name, text in named.items()},
     )
