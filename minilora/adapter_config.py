@@ -13,7 +13,8 @@ from torch import nn
 
 from minilora.copies import asked_copies
 from minilora.injection import check_alpha, check_dropout
-from minilora.layers import LoRALayer, is_conv1d
+from minilora.layers import is_conv1d
+from minilora.lora_layer import LoRALayer
 from minilora.selection import check_rank, compile_ending, find_head, plain_modules
 
 # Config keys that name or describe; every other key must be one handled below or at a value that

@@ -25,15 +25,8 @@ from minilora.copies import (
     rename_copies,
 )
 from minilora.injection import check_adapter_name, places_of
-from minilora.layers import (
-    LoRAConv2d,
-    LoRAEmbedding,
-    LoRALayer,
-    LoRALinear,
-    is_conv1d,
-    lora_layers,
-    weight_sample,
-)
+from minilora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear, is_conv1d
+from minilora.lora_layer import LoRALayer, lora_layers, weight_sample
 
 
 def require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
@@ -62,7 +55,8 @@ def _known(model: nn.Module, names: object, verb: str) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def _refuse_merged(layers: dict[str, LoRALayer], verb: str) -> None:
+def require_unmerged(layers: dict[str, LoRALayer], verb: str) -> None:
+    """Raise while adapters are merged: the verb would act beside them."""
     merged = next((layer.merged for layer in layers.values() if layer.merged), None)
     if merged:
         raise RuntimeError(
@@ -92,12 +86,12 @@ def activate(
     layers = require_layers(model, "activate")
     names = () if adapters is None else _known(model, adapters, "activate")
     train = None if trainable is None else _known(model, trainable, "activate")
-    _refuse_merged(layers, "activate")
+    require_unmerged(layers, "activate")
     problem = conflict(model, names)
     if problem:
         raise ValueError(problem)
     for layer in layers.values():
-        layer.active = tuple(name for name in names if name in layer.adapters)
+        layer.activate(names)
     install(model, names)
     for name in all_adapter_names(model) if train is not None else ():
         set_trainable(model, name, train is not None and name in train)
@@ -131,17 +125,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
         RuntimeError: adapters are merged.
     """
     layers = require_layers(model, "disabled")
-    _refuse_merged(layers, "disabled")
+    require_unmerged(layers, "disabled")
     before = {name: layer.active for name, layer in layers.items()}
     names = active_adapters(model)
     try:
         for layer in layers.values():
-            layer.active = ()
+            layer.activate(())
         install(model, ())
         yield
     finally:
         for name, layer in layers.items():
-            layer.active = before[name]
+            layer.activate(before[name])
         install(model, names)
 
 
@@ -255,7 +249,7 @@ def merge(
         RuntimeError: adapters are merged already.
     """
     layers = require_layers(model, "merge")
-    _refuse_merged(layers, "merge")
+    require_unmerged(layers, "merge")
     if keep not in ("memory", "disk", None):
         raise ValueError(f"keep must be 'memory', 'disk' or None, found {keep!r}")
     names = active_adapters(model) if adapters is None else _known(model, adapters, "merge")
@@ -384,7 +378,7 @@ def delete(model: nn.Module, adapter: str) -> None:
     """
     layers = require_layers(model, "delete")
     (adapter,) = _known(model, adapter, "delete")
-    _refuse_merged(layers, "delete")
+    require_unmerged(layers, "delete")
     if all_adapter_names(model) == [adapter]:
         eject(model)
         return
@@ -392,7 +386,7 @@ def delete(model: nn.Module, adapter: str) -> None:
     for layer in layers.values():
         if adapter in layer.adapters:
             del layer.adapters[adapter]
-        layer.active = tuple(name for name in layer.active if name != adapter)
+        layer.activate([name for name in layer.active if name != adapter])
     install(model, names)
     remove_copies(model, adapter)
     for layer in layers.values():
@@ -414,7 +408,7 @@ def rename(model: nn.Module, adapter: str, new: str) -> None:
     """
     layers = require_layers(model, "rename")
     (adapter,) = _known(model, adapter, "rename")
-    _refuse_merged(layers, "rename")
+    require_unmerged(layers, "rename")
     check_adapter_name(new)
     if new in all_adapter_names(model):
         raise ValueError(f"the model already has an adapter {new!r}; choose another name")

@@ -29,14 +29,8 @@ from minilora.copies import TrainedCopies, all_adapter_names, copies_of, origina
 from minilora.factors import LoRAAdapter
 from minilora.injection import as_dtype, attach, check_adapter_name
 from minilora.kernels import check_backend
-from minilora.layers import (
-    LoRAConv2d,
-    LoRAEmbedding,
-    LoRALayer,
-    layer_class,
-    lora_layers,
-    weight_sample,
-)
+from minilora.layers import LoRAConv2d, LoRAEmbedding, layer_class
+from minilora.lora_layer import LoRALayer, lora_layers, weight_sample
 from minilora.selection import parameter_places, pattern_value, plain_modules, select_targets
 
 _PREFIX = "base_model.model."
@@ -431,6 +425,7 @@ def _swap(
     for name, factors in built.items():
         old = layers[name].adapters[adapter]
         old.alpha, old.rslora, old.dropout = factors.alpha, factors.rslora, factors.dropout
+        layers[name].fill_slot()
 
 
 def _adapters_below(folder: Path) -> str:

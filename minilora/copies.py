@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.layers import lora_layers
+from minilora.lora_layer import lora_layers
 
 ORIGINAL = "<base>"  # the key of what the copies replaced; no adapter can have this name
 

@@ -13,7 +13,8 @@ from torch import nn
 from minilora.copies import TrainedCopies, add_copies, all_adapter_names, install, original_of
 from minilora.factors import FROM_WEIGHT, INITS, LoRAAdapter
 from minilora.kernels import check_backend
-from minilora.layers import LoRALinear, layer_class, lora_layers
+from minilora.layers import LoRALinear, layer_class
+from minilora.lora_layer import lora_layers
 from minilora.selection import (
     check_patterns,
     check_rank,
@@ -359,9 +360,13 @@ def attach(
 ) -> None:
     """Put ready adapters on layers by dotted name, freeze the rest and activate them alone.
 
-    Checks were done before.
+    Checks were done before, but for the slots of a model prepared for switching.
     """
     present = lora_layers(model)
+    for name, factors in new.items():
+        reason = present[name].misfit(factors) if name in present else None
+        if reason is not None:
+            raise ValueError(f"adapter {adapter!r} on {name} {reason}")
     places = parameter_places(model)
     if not hasattr(model, "_minilora_trainable"):
         factors_there = {id(p) for m in present.values() for p in m.adapters.parameters()}
@@ -387,5 +392,5 @@ def attach(
         layer.adapters[adapter] = factors
     add_copies(model, adapter, copies, places)
     for name, layer in lora_layers(model).items():
-        layer.active = (adapter,) if name in new else ()
+        layer.activate((adapter,) if name in new else ())
     install(model, (adapter,))

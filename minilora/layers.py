@@ -1,6 +1,5 @@
 """LoRA around one untouched layer: the layer stays whole in `base`, the factors stand beside it."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from minilora.kernels import (
     lora_add,
     lora_linear,
 )
+from minilora.lora_layer import LoRALayer, scaled_factors
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -57,194 +57,6 @@ def frozen_linear(base: nn.Module) -> FrozenLinear | None:
     if type(base) is nn.Linear:
         return FrozenLinear((base.weight, base.bias), dense_forward, dense_grad_x)
     return FrozenLinear((base.weight, base.bias), conv1d_forward, conv1d_grad_x)
-
-
-class LoRALayer(nn.Module):
-    """A layer plus the sum of its active adapters: `y = base(x) + Σ scaling · B A D(x)`.
-
-    `base` is the original module, neither copied nor changed; adapters live in `adapters` by name
-    and are switched by `minilora.activate`. A DoRA adapter adds `(m/‖W + scaling·BA‖ − 1) W D(x)`
-    and scales its branch by the same ratio. `last_path` names the path last used.
-
-    Args:
-        base: the module to wrap; has a `weight`.
-        compute_dtype: dtype of the branch; None computes in the input's (under autocast, in
-            autocast's; for an embedding, in its weight's).
-        backend: `"auto"` or `"torch"`; the request is kept and shown, see `minilora.inject`.
-    """
-
-    in_features: int
-    out_features: int
-
-    def __init__(
-        self, base: nn.Module, *, compute_dtype: torch.dtype | None = None, backend: str = "auto"
-    ):
-        super().__init__()
-        self.base: Any = base
-        self.adapters = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
-        self.compute_dtype = compute_dtype
-        self.backend = backend
-        self.last_path: str | None = None
-        self.merged: tuple[str, ...] = ()
-        self.original: object = None  # what `merge(keep=...)` kept
-        self.base_sample: Tensor | None = None  # of the unmerged weight, while merged
-        self.train(base.training)
-
-    # Other code reads these of a layer it believes to be the base.
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return getattr(self.base, "bias", None)
-
-    def __getattr__(self, name: str) -> Any:
-        """Show what else the base has: `num_embeddings`, `kernel_size`, `nf` and the like."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith("_"):
-                raise
-            return getattr(base, name)
-
-    def new_adapter(self, **options: Any) -> LoRAAdapter:
-        """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
-
-        Args:
-            options: as for `LoRAAdapter`, and `dora`.
-        """
-        dora = options.pop("dora", False)
-        factors = LoRAAdapter(self.in_features, self.out_features, **self._shape(), **options)
-        if not factors.lora_A.is_meta:
-            factors.start_from(self.weight_matrix())
-        if dora:
-            lengths = torch.empty(self.out_features, device="meta")
-            if not factors.lora_A.is_meta:
-                lengths = factors.row_lengths(self.weight_matrix())
-            factors.magnitude = nn.Parameter(lengths.to(factors.lora_A.dtype))
-        return factors
-
-    def _shape(self) -> dict[str, Any]:
-        return {}
-
-    def weight_matrix(self) -> Tensor:
-        """Return the base's weight as the matrix W `[N, K]` that `delta_weight` adds to."""
-        return self.base.weight
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        """Bring a matrix `[N, K]` into the layout of the base's weight."""
-        return matrix
-
-    def delta_weight(self, name: str) -> Tensor:
-        """Return what one adapter adds to W as `[N, K]` in f32 (f64), DoRA's scaling included."""
-        factors: Any = self.adapters[name]
-        delta = factors.delta_weight()
-        if factors.magnitude is None:
-            return delta
-        W = self.weight_matrix().detach().to(delta.dtype)
-        ratio = factors.magnitude.detach().to(delta.dtype) / factors.row_lengths(W)
-        return ratio[:, None] * (W + delta) - W
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the base's input to its output, adapters added.
-
-        Raises:
-            RuntimeError: a training step while an adapter is merged into the base (its factors
-                would get no gradient).
-        """
-        if self.merged:
-            self._refuse_training()
-            return self.base(x)
-        adapters: list[Any] = [self.adapters[name] for name in self.active]
-        if not adapters:
-            return self.base(x)
-        drops = [adapter.dropout if self.training else 0.0 for adapter in adapters]
-        return self._forward(x, adapters, drops)
-
-    def _forward(self, x: Tensor, adapters: list[LoRAAdapter], drops: list[float]) -> Tensor:
-        self._used("general", x)
-        y = self.base(x)
-        dtype = self._branch_dtype(x)
-        x = x.to(dtype) if x.is_floating_point() else x
-        out = y.to(torch.promote_types(y.dtype, dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            for factors, p in zip(adapters, drops, strict=True):
-                out = out + self._added(y, x, factors, p, dtype)
-        return out.to(y.dtype)
-
-    def _added(
-        self, y: Tensor, x: Tensor, factors: LoRAAdapter, p: float, dtype: torch.dtype
-    ) -> Tensor:
-        """Return what one adapter adds to the base's output y."""
-        if p:
-            x = x * dropout_mask(x, p) * (1 / (1 - p))
-        A, B = factors.matrices()
-        branch = self._branch(x, A.to(dtype), B.to(dtype)) * factors.scaling
-        if factors.offset_A is not None and factors.offset_B is not None:
-            branch = branch - self._branch(
-                x, factors.offset_A.to(dtype), factors.offset_B.to(dtype)
-            )
-        if factors.lora_bias is not None:
-            branch = branch + self._rows(factors.lora_bias.to(dtype) * factors.scaling)
-        if factors.magnitude is None:
-            return branch
-        ratio = factors.magnitude / factors.row_lengths(self.weight_matrix())
-        ratio = self._rows(ratio.to(dtype))
-        if p:
-            plain = self._base_product(x)
-        else:
-            plain = y.to(dtype)
-            if self.bias is not None:
-                plain = plain - self._rows(self.bias.to(dtype))
-        return (ratio - 1) * plain + ratio * branch
-
-    def _branch_dtype(self, x: Tensor) -> torch.dtype:
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        if not x.is_floating_point():
-            return self.weight.dtype
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(x.device.type)
-        return x.dtype
-
-    def _branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Apply B A, both as matrices, to x."""
-        return F.linear(F.linear(x, A), B)
-
-    def _base_product(self, x: Tensor) -> Tensor:
-        """Apply the base's weight alone, without its bias."""
-        return F.linear(x, self.weight_matrix().to(x.dtype))
-
-    def _rows(self, vector: Tensor) -> Tensor:
-        """Shape `[N]` so that it broadcasts along the output's channels."""
-        return vector
-
-    def _used(self, path: str, x: Tensor) -> None:
-        if not torch.compiler.is_compiling() and x.numel():
-            self.last_path = path
-
-    def _refuse_training(self) -> None:
-        trainable = any(p.requires_grad for p in self.adapters.parameters())
-        if self.training and trainable and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"a merged adapter can't be trained: {', '.join(self.merged)} is merged into the "
-                f"base weight and would get no gradient; call minilora.unmerge(model) to train, or "
-                f"model.eval() / torch.no_grad() for inference"
-            )
-
-    def extra_repr(self) -> str:
-        """Show what is active, what is merged and the backend asked for."""
-        parts = [f"active={list(self.active)}", f"backend={self.backend}"]
-        if self.merged:
-            parts.append(f"merged={list(self.merged)}")
-        if self.compute_dtype is not None:
-            parts.append(f"compute_dtype={self.compute_dtype}")
-        return ", ".join(parts)
 
 
 class LoRALinear(LoRALayer):
@@ -334,10 +146,12 @@ class LoRAEmbedding(LoRALayer):
     def _forward(self, x: Tensor, adapters: list[LoRAAdapter], drops: list[float]) -> Tensor:
         return super()._forward(x, adapters, [0.0] * len(drops))
 
-    def _branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        rows = F.embedding(x, A.T, self.base.padding_idx)
+    def _down(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(x, A.T, self.base.padding_idx)
+
+    def _up(self, s: Tensor, B: Tensor) -> Tensor:
         scale = getattr(self.base, "embed_scale", None)
-        y = F.linear(rows, B)
+        y = F.linear(s, B)
         return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
 
 
@@ -368,12 +182,17 @@ class LoRAConv2d(LoRALayer):
         """Return a view in the base's layout `[N, in, kh, kw]`."""
         return matrix.reshape(self.base.weight.shape)
 
-    def _branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        s = self._conv(x, A.reshape(-1, *self.base.weight.shape[1:]))
+    def _down(self, x: Tensor, A: Tensor) -> Tensor:
+        return self._conv(x, A.reshape(-1, *self.base.weight.shape[1:]))
+
+    def _up(self, s: Tensor, B: Tensor) -> Tensor:
         return F.conv2d(s, B[:, :, None, None])
 
     def _base_product(self, x: Tensor) -> Tensor:
         return self._conv(x, self.base.weight.to(x.dtype))
+
+    def _per_row(self, values: Tensor, like: Tensor) -> Tensor:
+        return values[:, :, None, None]
 
     def _conv(self, x: Tensor, kernel: Tensor) -> Tensor:
         base = self.base
@@ -411,16 +230,8 @@ def _concatenated(adapters: Sequence[LoRAAdapter]) -> tuple[Tensor, Tensor, floa
     first = adapters[0]
     if len(adapters) == 1 and first.offset_A is None:
         return *first.matrices(), first.scaling
-    As: list[Tensor] = []
-    Bs: list[Tensor] = []
-    for adapter in adapters:
-        A, B = adapter.matrices()
-        As.append(A)
-        Bs.append(B * adapter.scaling)
-        if adapter.offset_A is not None and adapter.offset_B is not None:
-            As.append(adapter.offset_A)
-            Bs.append(-adapter.offset_B)
-    return torch.cat(As), torch.cat(Bs, dim=1), 1.0
+    parts = [scaled_factors(factors) for factors in adapters]
+    return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1), 1.0
 
 
 def _with_bias(y: Tensor, adapters: Sequence[LoRAAdapter]) -> Tensor:
@@ -428,21 +239,3 @@ def _with_bias(y: Tensor, adapters: Sequence[LoRAAdapter]) -> Tensor:
         if factors.lora_bias is not None:
             y = y + (factors.lora_bias * factors.scaling).to(y.dtype)
     return y
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Return the model's LoRA layers by dotted name, a shared one under its first name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
-
-
-def weight_sample(fqn: str, weight: Tensor, count: int = 64) -> Tensor:
-    """Return `count` f32 weights at positions drawn from the dotted name: a base's fingerprint.
-
-    The positions depend on the name and the number of elements alone, so two bases of one shape
-    are compared at the same places.
-    """
-    seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator().manual_seed(seed)
-    where = torch.randint(weight.numel(), (count,), generator=generator)
-    flat = weight.detach().reshape(-1)
-    return flat[where.to(weight.device)].to(torch.float32).cpu()

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from minilora.layers import LoRALayer, is_linear, layer_class, lora_layers, unsupported
+from minilora.layers import is_linear, layer_class, unsupported
+from minilora.lora_layer import LoRALayer, lora_layers
 
 _HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
 

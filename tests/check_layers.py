@@ -30,11 +30,13 @@ layers =
     minilora.checkpoint
     minilora.adapter_files
     minilora.adapter_config
+    minilora.serving
     minilora.adapters
     minilora.injection
     minilora.selection
     minilora.copies
     minilora.layers
+    minilora.lora_layer
     minilora.factors
     minilora.kernels
 """

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from minilora.layers import lora_layers
+from minilora.lora_layer import lora_layers
 
 
 class Net(nn.Module):

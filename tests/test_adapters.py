@@ -9,7 +9,7 @@ from small_models import bits, net, shake, unchanged
 from torch import nn
 
 import minilora
-from minilora.layers import lora_layers
+from minilora.lora_layer import lora_layers
 
 
 def test_adapters_sum_switch_and_roll_back():

@@ -13,7 +13,7 @@ from torch import nn
 
 import minilora
 from minilora.adapter_config import read_config
-from minilora.layers import lora_layers
+from minilora.lora_layer import lora_layers
 
 
 def saved(tmp_path, **options):

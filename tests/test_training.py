@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import minilora
-from minilora.layers import lora_layers
+from minilora.lora_layer import lora_layers
 from minilora.models import Llama, LlamaConfig
 from minilora.training import FitResult, TrainConfig, learning_rate
 from minilora.training.state import check_same_run, load_state

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.layers import LoRALayer, lora_layers
+from minilora.lora_layer import LoRALayer, lora_layers
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"

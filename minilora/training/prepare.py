@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora.adapters import require_layers
 from minilora.kernels import hardware
-from minilora.layers import LoRALayer
+from minilora.lora_layer import LoRALayer
 from minilora.training.config import TrainConfig
 
 

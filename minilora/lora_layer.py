@@ -1,0 +1,343 @@
+"""What every kind of LoRA layer shares: adapters by name, and how they add to the base's output.
+
+A kind (`layers.py`) says how its weight is a matrix W `[N, K]` and how A and B are applied.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minilora.factors import LoRAAdapter
+from minilora.kernels import dropout_mask
+
+
+class LoRALayer(nn.Module):
+    """A layer plus the sum of its active adapters: `y = base(x) + Σ scaling · B A D(x)`.
+
+    `base` is the original module, neither copied nor changed; adapters live in `adapters` by name
+    and are switched by `minilora.activate`. A DoRA adapter adds `(m/‖W + scaling·BA‖ − 1) W D(x)`
+    and scales its branch by the same ratio. `last_path` names the path last used.
+
+    Args:
+        base: the module to wrap; has a `weight`.
+        compute_dtype: dtype of the branch; None computes in the input's (under autocast, in
+            autocast's; for an embedding, in its weight's).
+        backend: `"auto"` or `"torch"`; the request is kept and shown, see `minilora.inject`.
+    """
+
+    in_features: int
+    out_features: int
+    slot_A: Tensor | None
+    slot_B: Tensor | None
+
+    def __init__(
+        self, base: nn.Module, *, compute_dtype: torch.dtype | None = None, backend: str = "auto"
+    ):
+        super().__init__()
+        self.base: Any = base
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.compute_dtype = compute_dtype
+        self.backend = backend
+        self.last_path: str | None = None
+        self.merged: tuple[str, ...] = ()
+        self.original: object = None  # what `merge(keep=...)` kept
+        self.base_sample: Tensor | None = None  # of the unmerged weight, while merged
+        self.rows: tuple[str | None, ...] | None = None  # an adapter per row, see `mixed`
+        self.register_buffer("slot_A", None, persistent=False)  # see `prepare_switching`
+        self.register_buffer("slot_B", None, persistent=False)
+        self.train(base.training)
+
+    # Other code reads these of a layer it believes to be the base.
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return getattr(self.base, "bias", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Show what else the base has: `num_embeddings`, `kernel_size`, `nf` and the like."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith("_"):
+                raise
+            return getattr(base, name)
+
+    def new_adapter(self, **options: Any) -> LoRAAdapter:
+        """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
+
+        Args:
+            options: as for `LoRAAdapter`, and `dora`.
+        """
+        dora = options.pop("dora", False)
+        factors = LoRAAdapter(self.in_features, self.out_features, **self._shape(), **options)
+        if not factors.lora_A.is_meta:
+            factors.start_from(self.weight_matrix())
+        if dora:
+            lengths = torch.empty(self.out_features, device="meta")
+            if not factors.lora_A.is_meta:
+                lengths = factors.row_lengths(self.weight_matrix())
+            factors.magnitude = nn.Parameter(lengths.to(factors.lora_A.dtype))
+        return factors
+
+    def _shape(self) -> dict[str, Any]:
+        return {}
+
+    def weight_matrix(self) -> Tensor:
+        """Return the base's weight as the matrix W `[N, K]` that `delta_weight` adds to."""
+        return self.base.weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Bring a matrix `[N, K]` into the layout of the base's weight."""
+        return matrix
+
+    def delta_weight(self, name: str) -> Tensor:
+        """Return what one adapter adds to W as `[N, K]` in f32 (f64), DoRA's scaling included."""
+        factors: Any = self.adapters[name]
+        delta = factors.delta_weight()
+        if factors.magnitude is None:
+            return delta
+        W = self.weight_matrix().detach().to(delta.dtype)
+        ratio = factors.magnitude.detach().to(delta.dtype) / factors.row_lengths(W)
+        return ratio[:, None] * (W + delta) - W
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the base's input to its output, adapters added.
+
+        Raises:
+            RuntimeError: a training step while an adapter is merged into the base (its factors
+                would get no gradient).
+        """
+        if self.merged:
+            self._refuse_training(
+                f"a merged adapter can't be trained: {', '.join(self.merged)} is merged into the "
+                f"base weight and would get no gradient; call minilora.unmerge(model)"
+            )
+            return self.base(x)
+        if self.rows is not None:
+            return self._mixed(x, self.rows)
+        if self.slot_A is not None and self.slot_B is not None:
+            self._refuse_training(
+                "a model prepared for switching can't be trained: its slots are copies of the "
+                "factors, which would get no gradient; call end_switching(model)"
+            )
+            return self._slotted(x, self.slot_A, self.slot_B)
+        adapters: list[Any] = [self.adapters[name] for name in self.active]
+        if not adapters:
+            return self.base(x)
+        drops = [adapter.dropout if self.training else 0.0 for adapter in adapters]
+        return self._forward(x, adapters, drops)
+
+    def _forward(self, x: Tensor, adapters: list[LoRAAdapter], drops: list[float]) -> Tensor:
+        self._used("general", x)
+        y = self.base(x)
+        dtype = self._branch_dtype(x)
+        x = x.to(dtype) if x.is_floating_point() else x
+        out = y.to(torch.promote_types(y.dtype, dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            for factors, p in zip(adapters, drops, strict=True):
+                out = out + self._added(y, x, factors, p, dtype)
+        return out.to(y.dtype)
+
+    def _added(
+        self, y: Tensor, x: Tensor, factors: LoRAAdapter, p: float, dtype: torch.dtype
+    ) -> Tensor:
+        """Return what one adapter adds to the base's output y."""
+        if p:
+            x = x * dropout_mask(x, p) * (1 / (1 - p))
+        A, B = factors.matrices()
+        branch = self._branch(x, A.to(dtype), B.to(dtype)) * factors.scaling
+        if factors.offset_A is not None and factors.offset_B is not None:
+            branch = branch - self._branch(
+                x, factors.offset_A.to(dtype), factors.offset_B.to(dtype)
+            )
+        if factors.lora_bias is not None:
+            branch = branch + self._rows(factors.lora_bias.to(dtype) * factors.scaling)
+        if factors.magnitude is None:
+            return branch
+        ratio = factors.magnitude / factors.row_lengths(self.weight_matrix())
+        ratio = self._rows(ratio.to(dtype))
+        plain = self._base_product(x) if p else self._without_bias(y, dtype)
+        return (ratio - 1) * plain + ratio * branch
+
+    def _branch_dtype(self, x: Tensor) -> torch.dtype:
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        if not x.is_floating_point():
+            return self.weight.dtype
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype
+
+    def _branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Apply B A, both as matrices, to x."""
+        return self._up(self._down(x, A), B)
+
+    def _down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Apply A `[R, K]`: R channels where the output has N."""
+        return F.linear(x, A)
+
+    def _up(self, s: Tensor, B: Tensor) -> Tensor:
+        """Apply B `[N, R]`."""
+        return F.linear(s, B)
+
+    def _base_product(self, x: Tensor) -> Tensor:
+        """Apply the base's weight alone, without its bias."""
+        return F.linear(x, self.weight_matrix().to(x.dtype))
+
+    def _rows(self, vector: Tensor) -> Tensor:
+        """Shape `[N]` so that it broadcasts along the output's channels."""
+        return vector
+
+    def _used(self, path: str, x: Tensor) -> None:
+        if not torch.compiler.is_compiling() and x.numel():
+            self.last_path = path
+
+    def _refuse_training(self, why: str) -> None:
+        trainable = any(p.requires_grad for p in self.adapters.parameters())
+        if self.training and trainable and torch.is_grad_enabled():
+            raise RuntimeError(f"{why} to train, or model.eval() / torch.no_grad() for inference")
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make exactly these adapters, as far as they are on this layer, the active ones."""
+        self.active = tuple(name for name in names if name in self.adapters)
+        self.fill_slot()
+
+    def misfit(self, factors: Any, max_r: int | None = None) -> str | None:
+        """Say why an adapter can't go into this layer's slot, or None; see `prepare_switching`."""
+        if max_r is None and self.slot_A is None:
+            return None
+        room = len(self.slot_A) if max_r is None and self.slot_A is not None else max_r
+        if factors.magnitude is not None or factors.lora_bias is not None:
+            kind = "DoRA" if factors.magnitude is not None else "a lora_bias"
+            return f"has {kind}, and a slot for switching holds plain LoRA only"
+        r = factors.r + (0 if factors.offset_A is None else len(factors.offset_A))
+        return f"has rank {r}, and the slot for switching holds max_r={room}" if r > room else None
+
+    @torch.no_grad()
+    def fill_slot(self) -> None:
+        """Copy the active adapters into the slot, where there is one; the rest of it is 0."""
+        if self.slot_A is None or self.slot_B is None:
+            return
+        self.slot_A.zero_()
+        self.slot_B.zero_()
+        start = 0
+        for name in self.active:
+            factors: Any = self.adapters[name]
+            A, B = factors.product()
+            self.slot_A[start : start + len(A)] = A
+            self.slot_B[:, start : start + len(A)] = B
+            start += len(A)
+
+    def _slotted(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        y = self.base(x)
+        dtype = self._branch_dtype(x)
+        x = x.to(dtype) if x.is_floating_point() else x
+        with torch.autocast(x.device.type, enabled=False):
+            return (y.to(dtype) + self._branch(x, A.to(dtype), B.to(dtype))).to(y.dtype)
+
+    def _mixed(self, x: Tensor, rows: tuple[str | None, ...]) -> Tensor:
+        """Give each row of the batch its own adapter: one product over all ranks, masked by row.
+
+        With R the sum of the ranks, `s = x Aᵀ ∘ [row's adapter owns the column]`, `y += s Bᵀ`.
+        """
+        if x.shape[0] != len(rows):
+            raise ValueError(
+                f"mixed() was given {len(rows)} adapters, one per row of the batch, but a layer "
+                f"saw {x.shape[0]} rows; the batch must be the first dimension in every layer"
+            )
+        y = self.base(x)
+        names = [n for n in dict.fromkeys(rows) if n is not None and n in self.adapters]
+        if not names:
+            return y
+        adapters: list[Any] = [self.adapters[name] for name in names]
+        self._used("general", x)
+        dtype = self._branch_dtype(x)
+        owner = torch.tensor([names.index(n) if n in names else -1 for n in rows]).to(x.device)
+        shape = (len(rows), *[1] * (y.ndim - 1))
+        drop = torch.tensor([a.dropout if self.training else 0.0 for a in adapters] + [0.0])
+        p = drop.to(x.device)[owner].reshape(shape)  # -1 picks the last entry
+        dropped = bool(drop.any()) and x.is_floating_point()
+        if x.is_floating_point():
+            x = x.to(dtype)
+        if dropped:
+            x = x * torch.empty_like(x).uniform_().ge(p).to(dtype) / (1 - p.to(dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [scaled_factors(a) for a in adapters]
+            A, B = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)
+            columns = [i for i, (a, _) in enumerate(parts) for _ in range(len(a))]
+            mine = owner[:, None] == torch.tensor(columns, device=x.device)
+            s = self._down(x, A.to(dtype))
+            s = s * self._per_row(mine.to(dtype), s)
+            branch = self._up(s, B.to(dtype))
+            zeros = torch.zeros(self.out_features, device=x.device)
+            if any(a.lora_bias is not None for a in adapters):
+                biases = [
+                    zeros if a.lora_bias is None else a.lora_bias * a.scaling for a in adapters
+                ]
+                chosen = torch.stack([*biases, zeros])[owner].to(dtype)
+                branch = branch + self._per_row(chosen, branch)
+            if any(a.magnitude is not None for a in adapters):
+                W = self.weight_matrix()
+                ratios = [
+                    zeros + 1 if a.magnitude is None else a.magnitude / a.row_lengths(W)
+                    for a in adapters
+                ]
+                ratio = self._per_row(torch.stack([*ratios, zeros + 1])[owner].to(dtype), branch)
+                plain = self._base_product(x) if dropped else self._without_bias(y, dtype)
+                branch = (ratio - 1) * plain + ratio * branch
+            return (y.to(torch.promote_types(y.dtype, dtype)) + branch).to(y.dtype)
+
+    def _per_row(self, values: Tensor, like: Tensor) -> Tensor:
+        """Shape `[rows, channels]` so that it broadcasts over like's other dimensions."""
+        return values.reshape(len(values), *[1] * (like.ndim - 2), values.shape[1])
+
+    def _without_bias(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        y = y.to(dtype)
+        return y if self.bias is None else y - self._rows(self.bias.to(dtype))
+
+    def extra_repr(self) -> str:
+        """Show what is active, what is merged and the backend asked for."""
+        parts = [f"active={list(self.active)}", f"backend={self.backend}"]
+        if self.merged:
+            parts.append(f"merged={list(self.merged)}")
+        if self.compute_dtype is not None:
+            parts.append(f"compute_dtype={self.compute_dtype}")
+        return ", ".join(parts)
+
+
+def scaled_factors(factors: LoRAAdapter) -> tuple[Tensor, Tensor]:
+    """Return A and B, differentiable, with the scaling in B and a frozen offset appended."""
+    A, B = factors.matrices()
+    B = B * factors.scaling
+    if factors.offset_A is not None and factors.offset_B is not None:
+        A, B = torch.cat([A, factors.offset_A]), torch.cat([B, -factors.offset_B], dim=1)
+    return A, B
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return the model's LoRA layers by dotted name, a shared one under its first name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+
+
+def weight_sample(fqn: str, weight: Tensor, count: int = 64) -> Tensor:
+    """Return `count` f32 weights at positions drawn from the dotted name: a base's fingerprint.
+
+    The positions depend on the name and the number of elements alone, so two bases of one shape
+    are compared at the same places.
+    """
+    seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    where = torch.randint(weight.numel(), (count,), generator=generator)
+    flat = weight.detach().reshape(-1)
+    return flat[where.to(weight.device)].to(torch.float32).cpu()
