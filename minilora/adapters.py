@@ -90,6 +90,13 @@ def activate(
     problem = conflict(model, names)
     if problem:
         raise ValueError(problem)
+    for fqn, layer in layers.items():
+        room, used = layer.slot_room(), layer.ranks(names)
+        if room is not None and used > room:
+            raise ValueError(
+                f"active adapters must fit the slots of prepare_switching (max_r={room}), found "
+                f"ranks {used} on {fqn}; prepare larger slots"
+            )
     for layer in layers.values():
         layer.activate(names)
     install(model, names)

@@ -364,7 +364,8 @@ def attach(
     """
     present = lora_layers(model)
     for name, factors in new.items():
-        reason = present[name].misfit(factors) if name in present else None
+        layer = present.get(name)
+        reason = None if layer is None else layer.misfit(factors, layer.slot_room())
         if reason is not None:
             raise ValueError(f"adapter {adapter!r} on {name} {reason}")
     places = parameter_places(model)

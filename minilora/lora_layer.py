@@ -204,8 +204,9 @@ class LoRALayer(nn.Module):
             self.last_path = path
 
     def _refuse_training(self, why: str) -> None:
-        trainable = any(p.requires_grad for p in self.adapters.parameters())
-        if self.training and trainable and torch.is_grad_enabled():
+        if not (self.training and torch.is_grad_enabled()):
+            return  # first, so that a compiled inference model does not depend on the adapters
+        if any(p.requires_grad for p in self.adapters.parameters()):
             raise RuntimeError(f"{why} to train, or model.eval() / torch.no_grad() for inference")
 
     def activate(self, names: Sequence[str]) -> None:
@@ -213,15 +214,22 @@ class LoRALayer(nn.Module):
         self.active = tuple(name for name in names if name in self.adapters)
         self.fill_slot()
 
-    def misfit(self, factors: Any, max_r: int | None = None) -> str | None:
-        """Say why an adapter can't go into this layer's slot, or None; see `prepare_switching`."""
-        if max_r is None and self.slot_A is None:
+    def slot_room(self) -> int | None:
+        """Return the rank the slot holds, or None where there is no slot."""
+        return None if self.slot_A is None else len(self.slot_A)
+
+    def ranks(self, names: Sequence[str]) -> int:
+        """Return the sum of the ranks of these adapters, frozen offsets included."""
+        return sum(rank_of(self.adapters[name]) for name in names if name in self.adapters)
+
+    def misfit(self, factors: Any, room: int | None) -> str | None:
+        """Say why an adapter can't go into a slot of this rank, or None; None is any adapter."""
+        if room is None:
             return None
-        room = len(self.slot_A) if max_r is None and self.slot_A is not None else max_r
         if factors.magnitude is not None or factors.lora_bias is not None:
             kind = "DoRA" if factors.magnitude is not None else "a lora_bias"
             return f"has {kind}, and a slot for switching holds plain LoRA only"
-        r = factors.r + (0 if factors.offset_A is None else len(factors.offset_A))
+        r = rank_of(factors)
         return f"has rank {r}, and the slot for switching holds max_r={room}" if r > room else None
 
     @torch.no_grad()
@@ -314,6 +322,11 @@ class LoRALayer(nn.Module):
         if self.compute_dtype is not None:
             parts.append(f"compute_dtype={self.compute_dtype}")
         return ", ".join(parts)
+
+
+def rank_of(factors: Any) -> int:
+    """Return r, and the rank of a frozen offset on top."""
+    return factors.r + (0 if factors.offset_A is None else len(factors.offset_A))
 
 
 def scaled_factors(factors: LoRAAdapter) -> tuple[Tensor, Tensor]:

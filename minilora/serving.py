@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -89,8 +88,7 @@ def prepare_switching(model: nn.Module, max_r: int) -> None:
             reason = layer.misfit(factors, max_r)
             if reason is not None:
                 raise ValueError(f"adapter {adapter!r} on {name} {reason}")
-        held: list[Any] = [layer.adapters[a] for a in layer.active]
-        used = sum(len(factors.product()[0]) for factors in held)
+        used = layer.ranks(layer.active)
         if used > max_r:
             raise ValueError(
                 f"max_r must hold what is active, found ranks {used} on {name} and max_r={max_r}"
