@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +228,20 @@ def test_several_adapters_sum_like_pefts(tmp_path, kind):
         theirs.base_model.set_adapter(names)
         minilora.activate(ours, names)
         torch.testing.assert_close(run(theirs, kind), run(ours, kind), **F32)
+
+
+def table():
+    """The README's compatibility table: what the tests above prove, cell by cell."""
+    names = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding", "conv2d": "Conv2d"}
+    lines = [f"| option | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    for option, (arguments, fields) in OPTIONS.items():
+        said = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        both = "both ways" if fields is not None else "ours → PEFT"
+        cells = ["–" if (kind, option) in LEFT_OUT else both for kind in KINDS]
+        lines.append(f"| {f'`{said}`' if said else 'plain'} | {' | '.join(cells)} |")
+    return "\n".join(lines).replace("<pattern>", "q_proj").replace("<save>", "head")
+
+
+def test_readme_shows_this_matrix():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert table() in readme, table()
