@@ -165,10 +165,9 @@ class LoRALayer(nn.Module):
             branch = branch + self._rows(factors.lora_bias.to(dtype) * factors.scaling)
         if factors.magnitude is None:
             return branch
-        ratio = factors.magnitude / factors.row_lengths(self.weight_matrix())
-        ratio = self._rows(ratio.to(dtype))
+        ratio = self._rows(factors.magnitude / factors.row_lengths(self.weight_matrix()))
         plain = self._base_product(x) if p else self._without_bias(y, dtype)
-        return (ratio - 1) * plain + ratio * branch
+        return _rescaled(plain, branch, ratio)
 
     def _branch_dtype(self, x: Tensor) -> torch.dtype:
         if self.compute_dtype is not None:
@@ -301,9 +300,9 @@ class LoRALayer(nn.Module):
                     zeros + 1 if a.magnitude is None else a.magnitude / a.row_lengths(W)
                     for a in adapters
                 ]
-                ratio = self._per_row(torch.stack([*ratios, zeros + 1])[owner].to(dtype), branch)
+                ratio = self._per_row(torch.stack([*ratios, zeros + 1])[owner], branch)
                 plain = self._base_product(x) if dropped else self._without_bias(y, dtype)
-                branch = (ratio - 1) * plain + ratio * branch
+                branch = _rescaled(plain, branch, ratio)
             return (y.to(torch.promote_types(y.dtype, dtype)) + branch).to(y.dtype)
 
     def _per_row(self, values: Tensor, like: Tensor) -> Tensor:
@@ -322,6 +321,11 @@ class LoRALayer(nn.Module):
         if self.compute_dtype is not None:
             parts.append(f"compute_dtype={self.compute_dtype}")
         return ", ".join(parts)
+
+
+def _rescaled(plain: Tensor, branch: Tensor, ratio: Tensor) -> Tensor:
+    """DoRA's `(ratio − 1) W x + ratio · s B A x`; ratio − 1 is small and rounded only afterwards."""
+    return (ratio - 1).to(plain.dtype) * plain + ratio.to(branch.dtype) * branch
 
 
 def rank_of(factors: Any) -> int:

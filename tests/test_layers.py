@@ -516,3 +516,18 @@ def test_weight_sample_depends_on_the_name_and_the_values_alone():
     state = torch.get_rng_state()
     weight_sample("a.b", weight)
     assert torch.equal(state, torch.get_rng_state())  # a fingerprint must not move the dropout
+
+
+def test_dora_in_bfloat16_keeps_small_changes_of_length():
+    """m/‖W‖ − 1 of 0.001 is below bfloat16's step at 1, and must still act."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    wrapped = LoRALinear(base)
+    wrapped.adapters["a"] = wrapped.new_adapter(r=2, alpha=3, dora=True)
+    wrapped.active = ("a",)
+    wrapped.adapters["a"].magnitude.data.mul_(1.001)
+    x = torch.randn(4000, 64, dtype=torch.bfloat16)
+    added = wrapped._added(base(x), x, wrapped.adapters["a"], 0.0, torch.bfloat16)
+    expected = 0.001 * x.double() @ base.weight.double().T
+    error = (added.double() - expected).square().mean() / expected.square().mean()
+    assert error.sqrt() < 0.01
