@@ -1,15 +1,16 @@
 """Teach a real language model on a laptop to write docstrings, in about three minutes.
 
-    python examples/demo.py [--out out/demo] [--minutes 3]
+    python examples/demo.py [--out out/demo] [--minutes 3] [--csv runs.csv]
 
 The data is this Python's own standard library: the source of a function without its docstring is
 the prompt, the docstring's first paragraph is what to write. Every number printed is measured in
 this run: held-out perplexity and three docstrings before and after, the same after reloading the
-adapter in a fresh process, and what merging it changes.
+adapter in a fresh process, and what merging it changes. With --csv they are also added to a table.
 """
 
 import argparse
 import ast
+import csv
 import hashlib
 import subprocess
 import sys
@@ -86,6 +87,26 @@ def say(line: str = "") -> None:
     print(line, flush=True)
 
 
+def fresh(folder: Path) -> Path:
+    """Return the folder, with a number behind it if it holds something: no run is overwritten."""
+    found, number = folder, 1
+    while found.exists() and (not found.is_dir() or any(found.iterdir())):
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
+
+
+def add_row(file: Path, row: dict[str, object]) -> None:
+    """Append a row to a table, under a header if the table is new."""
+    new = not file.exists() or file.stat().st_size == 0
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def samples(model, tokenizer, records) -> list[str]:
     texts = minilora.generate(
         model,
@@ -105,16 +126,25 @@ def reload_and_evaluate(out: Path, dtype: str) -> None:
     say(minilora.evaluate(model, test, batch_size=16).perplexity.hex())
 
 
+def reloaded_perplexity(out: Path, dtype: torch.dtype) -> float:
+    """Ask a fresh process for the same number."""
+    name = str(dtype).removeprefix("torch.")
+    command = [sys.executable, __file__, "--out", str(out), "--reload", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float.fromhex(done.stdout.split()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--minutes", type=float, default=3.0, help="training time (default 3)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="add the numbers as a row")
     parser.add_argument("--reload", metavar="DTYPE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reload:
         reload_and_evaluate(options.out, options.reload)
         return
-    began = time.perf_counter()
+    out, began = fresh(options.out), time.perf_counter()
     say(f"hardware: {minilora.hardware()}")
     dtype = minilora.hardware().dtype
     model, tokenizer = load_model(fetch("smollm2-135m"), dtype=dtype)
@@ -135,7 +165,7 @@ def main() -> None:
     config = minilora.TrainConfig(
         lr=1e-3, batch_size=16, max_minutes=options.minutes, eval_every=100, eval_batch_size=16
     )
-    result = minilora.fit(model, train, valid, config=config, out=options.out)
+    result = minilora.fit(model, train, valid, config=config, out=out)
     after = minilora.evaluate(model, test, batch_size=16)
     say(f"test after:  {after}")
     say(f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} in {result.steps} steps, "
@@ -148,21 +178,45 @@ def main() -> None:
         say(f"  after:             {new}")
 
     say()
-    name = str(dtype).removeprefix("torch.")
-    command = [sys.executable, __file__, "--out", str(options.out), "--reload", name]
-    reloaded = float.fromhex(subprocess.run(command, capture_output=True, text=True, check=True)
-                             .stdout.split()[-1])  # fmt: skip
+    reloaded = reloaded_perplexity(out, dtype)
     same = "the same to the last bit" if reloaded == after.perplexity else "DIFFERENT"
     say(f"reloaded in a fresh process: perplexity {reloaded:.6f}, {same}")
-    merged_difference(options.out, model, tokenizer, shown, dtype)
-    say(f"adapter, metrics and loss curve: {options.out}/  "
-        f"(total {(time.perf_counter() - began) / 60:.1f} minutes)")  # fmt: skip
+    errors = merged_difference(out, model, tokenizer, shown, dtype)
+    minutes = (time.perf_counter() - began) / 60
+    say(f"adapter, metrics and loss curve: {out}/  (total {minutes:.1f} minutes)")
+    if options.csv:
+        row = table_row(dtype, config, result, before, after, reloaded, errors, minutes)
+        add_row(options.csv, row)
     if reloaded != after.perplexity or after.perplexity >= before.perplexity:
         sys.exit("the demo did not do what it says")
 
 
-def merged_difference(out: Path, model: Llama, tokenizer, records, dtype: torch.dtype) -> None:
-    """Print what merging changes in the logits: rounding only, and unmerge takes it back."""
+def table_row(dtype, config, result, before, after, reloaded, errors, minutes) -> dict[str, object]:
+    """Put what was measured beside the conditions it was measured under."""
+    return {
+        "processor": minilora.hardware().name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "steps": result.steps,
+        "batch_size": config.batch_size,
+        "minutes": f"{result.minutes:.2f}",
+        "test_tokens": after.tokens,
+        "perplexity_before": f"{before.perplexity:.4f}",
+        "perplexity_after": f"{after.perplexity:.4f}",
+        "reload_bit_equal": reloaded == after.perplexity,
+        "merge_error_float32": f"{errors[0]:.2e}",
+        "merge_error_dtype": f"{errors[1]:.2e}",
+        "total_minutes": f"{minutes:.2f}",
+    }
+
+
+def merged_difference(out, model: Llama, tokenizer, records, dtype: torch.dtype) -> list[float]:
+    """Print and return what merging changes in the logits, in float32 and in the model's dtype.
+
+    It is rounding only, and unmerge takes it back.
+    """
+    errors = []
     wide, _ = load_model("smollm2-135m", dtype=torch.float32)
     minilora.load(wide, out)
     for one, name in ((wide, torch.float32), (model, dtype)):
@@ -175,11 +229,13 @@ def merged_difference(out: Path, model: Llama, tokenizer, records, dtype: torch.
             minilora.unmerge(one)
             again = one(ids).double()
         error = float((together - apart).abs().max() / apart.abs().max())
+        errors.append(error)
         exact = "restores the very bits" if torch.equal(again, apart) else "DOES NOT RESTORE"
         say(f"merged, {str(name).removeprefix('torch.')}: logits differ by {error:.1e} relative; "
             f"unmerge {exact}")  # fmt: skip
         if name == torch.float32 and error > 1e-5:
             sys.exit(f"merging in float32 changed the logits by {error:.1e}, more than 1e-5")
+    return errors
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--out", type=Path, default=Path("out/tinyllama"))
 options = parser.parse_args()
 
+out, number = options.out, 1
+while out.exists() and any(out.iterdir()):  # an earlier run is kept, this one goes beside it
+    number += 1
+    out = options.out.with_name(f"{options.out.name}-{number}")
+
 model, tokenizer = load_model(options.model)
 records = [{"prompt": q, "completion": a} for q, a in FACTS]
 if options.data:
@@ -37,7 +42,7 @@ print(report)
 torch.manual_seed(0)
 minilora.inject(model, r=8, alpha=16)
 config = minilora.TrainConfig(max_steps=options.steps, lr=2e-3, batch_size=4, log_every=10)
-minilora.fit(model, examples, config=config, out=options.out)
+minilora.fit(model, examples, config=config, out=out)
 print(minilora.summary(model))
 
 question = records[0].get("prompt") or records[0].get("text") or "Hello"

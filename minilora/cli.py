@@ -5,17 +5,22 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import minilora
+from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.data import Example
+from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.records import encode_records, read_records
+from minilora.training.state import check_out
 
 MODEL_HELP = "a Hugging Face folder, a .gguf file, or smollm2-135m (fetched once)"
 DATA_HELP = (
     '.jsonl with "text", "prompt" and "completion", or chat "messages" on each line; or .txt, '
-    "one document a file"
+    "one document a file, cut into windows of --max-length tokens"
 )
 
 
@@ -35,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, type=Path, help="folder for adapter and metrics")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     lora = train.add_argument_group("adapter")
-    lora.add_argument("--r", type=int, default=8, help="rank (default %(default)s)")
+    lora.add_argument("--r", type=_positive, default=8, help="rank (default %(default)s)")
     lora.add_argument("--alpha", type=float, help="scaling is alpha / r (default: r)")
     lora.add_argument("--dropout", type=float, default=0.0, help="default %(default)s")
     lora.add_argument("--rslora", action="store_true", help="scaling is alpha / sqrt(r)")
@@ -47,9 +52,18 @@ def _parser() -> argparse.ArgumentParser:
     defaults = minilora.TrainConfig()
     run.add_argument("--lr", type=float, default=defaults.lr, help="default %(default)s")
     run.add_argument(
-        "--batch-size", type=int, default=defaults.batch_size, help="default %(default)s"
+        "--lora-plus-ratio",
+        type=float,
+        default=defaults.lora_plus_ratio,
+        metavar="RATIO",
+        help="LoRA+: lora_B learns at RATIO times the rate (default %(default)s)",
     )
-    run.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (default 1)")
+    run.add_argument(
+        "--batch-size", type=_positive, default=defaults.batch_size, help="default %(default)s"
+    )
+    run.add_argument(
+        "--accumulate", type=_positive, default=1, help="micro-batches a step (default 1)"
+    )
     run.add_argument("--epochs", type=float, help="default 1, unless another limit is given")
     run.add_argument("--max-steps", type=int)
     run.add_argument("--minutes", type=float, help="training time at most")
@@ -64,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(evaluation)
     _add_adapter(evaluation)
     evaluation.add_argument("--data", nargs="+", required=True, metavar="FILE", help=DATA_HELP)
-    evaluation.add_argument("--batch-size", type=int, default=8)
+    evaluation.add_argument("--batch-size", type=_positive, default=8)
     evaluation.add_argument("--json", action="store_true", help="print one JSON object")
     _add_data_options(evaluation)
 
@@ -72,17 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(generate)
     _add_adapter(generate)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
-    generate.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")
+    generate.add_argument(
+        "--max-new-tokens", type=_positive, default=64, help="default %(default)s"
+    )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-k", type=_positive)
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int)
     generate.add_argument("--chat", action="store_true", help="ask through the chat template")
 
     merge = commands.add_parser("merge", help="write base + adapter as a Hugging Face folder")
-    _add_model(merge)
+    _add_model(merge, stored=True)
     merge.add_argument("--adapter", required=True, type=Path, help="folder with the two files")
-    merge.add_argument("--out", required=True, type=Path, help="a new folder")
+    merge.add_argument("--out", required=True, type=Path, help="a new or empty folder")
 
     targets = commands.add_parser(
         "targets", help="list the linear layers and what would be adapted"
@@ -90,20 +106,37 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(targets)
     targets.add_argument("--targets", nargs="+", metavar="NAME")
     targets.add_argument("--exclude", nargs="+", metavar="NAME", default=())
-    targets.add_argument("--r", type=int, default=8)
+    targets.add_argument("--r", type=_positive, default=8)
 
     fetching = commands.add_parser("fetch", help="fetch a small real model into the cache")
     fetching.add_argument("name", nargs="?", default="smollm2-135m")
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _length(text: str) -> int:
+    if _positive(text) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: the first token is never learned")
+    return int(text)
+
+
+def _add_model(parser: argparse.ArgumentParser, stored: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    choices: tuple[str, ...] = ("auto", "float32", "bfloat16")
+    what = "auto is the fastest this machine multiplies; float32 computes in float32 as well"
+    if stored:
+        choices, what = ("stored", *choices), "stored is what the model's file has"
     parser.add_argument(
         "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="of the base; auto (default) is the fastest this machine multiplies",
+        default=choices[0],
+        choices=choices,
+        help=f"of the base (default %(default)s); {what}",
     )
 
 
@@ -112,32 +145,82 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-length", type=int, default=512, help="tokens kept of an example")
+    parser.add_argument("--max-length", type=_length, default=512, help="tokens kept of an example")
     parser.add_argument("--all-tokens", action="store_true", help="learn prompts too")
 
 
 def _load(options: argparse.Namespace):
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    adapter = getattr(options, "adapter", None)
+    if adapter is not None and not (adapter / CONFIG_FILE).is_file():  # before the slow part
+        raise ValueError(
+            f"--adapter must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
+            f"{CONFIG_FILE} in {adapter}"
+        )
+    dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
+    dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
     model, tokenizer = load_model(options.model, dtype=dtype)
-    if getattr(options, "adapter", None) is not None:
-        minilora.load(model, options.adapter)
+    if adapter is not None:
+        minilora.load(model, adapter)
     return model, tokenizer
 
 
-def _examples(files: Sequence[str], tokenizer, options: argparse.Namespace):
-    examples, report = encode_records(
-        read_records(files),
-        tokenizer,
-        max_length=options.max_length,
-        completion_only=not options.all_tokens,
-    )
-    print(f"{', '.join(files)}: {report}", file=sys.stderr)
-    return examples
+class _Data:
+    """Data files, read before the model and encoded after it."""
+
+    def __init__(self, files: Sequence[str]):
+        self.files = files
+        rows = [file for file in files if not file.endswith(".txt")]
+        self.texts = [file for file in files if file.endswith(".txt")]
+        self.rows = read_records(rows) if rows else []
+        self.documents = read_records(self.texts) if self.texts else []
+
+    def examples(self, tokenizer, options: argparse.Namespace) -> list[Example]:
+        """Encode: rows are cut at --max-length, documents into windows of it."""
+        examples: list[Example] = []
+        if self.rows:
+            examples, report = encode_records(
+                self.rows,
+                tokenizer,
+                max_length=options.max_length,
+                completion_only=not options.all_tokens,
+            )
+            rows = [file for file in self.files if file not in self.texts]
+            print(f"{', '.join(rows)}: {report}", file=sys.stderr)
+        for file, document in zip(self.texts, self.documents, strict=True):
+            (whole,), _ = encode_records([document], tokenizer, max_length=sys.maxsize)
+            cut = _windows(whole, options.max_length)
+            print(
+                f"{file}: {len(whole.input_ids)} tokens in {len(cut)} windows of up to "
+                f"{options.max_length}",
+                file=sys.stderr,
+            )
+            examples += cut
+        if not examples:
+            raise ValueError(
+                f"{', '.join(self.files)} must hold something to learn, found none within the "
+                f"first {options.max_length} tokens of any record; raise --max-length, or pass "
+                f"--all-tokens to learn prompts too"
+            )
+        return examples
+
+
+def _windows(whole: Example, length: int) -> list[Example]:
+    """Cut into windows that share one token, so that every token but the first is learned once."""
+    ids, labels = whole.input_ids, whole.labels
+    return [
+        Example(ids[i : i + length], labels[i : i + length])
+        for i in range(0, len(ids) - 1, length - 1)
+    ]
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.alpha is not None:
+        check_alpha(options.alpha, "--alpha")
+    check_dropout(options.dropout)
+    check_out(options.out, options.resume)
     config = minilora.TrainConfig(
         lr=options.lr,
+        lora_plus_ratio=options.lora_plus_ratio,
         batch_size=options.batch_size,
         accumulate=options.accumulate,
         epochs=options.epochs,
@@ -148,10 +231,14 @@ def _train(options: argparse.Namespace) -> int:
         save_every=options.save_every,
         checkpointing=options.checkpointing,
         seed=options.seed,
+        # An f32 base would else be multiplied in what is fastest here.
+        dtype="float32" if options.dtype == "float32" else "auto",
     )
+    train_data = _Data(options.data)
+    valid_data = _Data(options.valid) if options.valid else None
     model, tokenizer = _load(options)
-    train = _examples(options.data, tokenizer, options)
-    valid = _examples(options.valid, tokenizer, options) if options.valid else None
+    train = train_data.examples(tokenizer, options)
+    valid = valid_data.examples(tokenizer, options) if valid_data is not None else None
     torch.manual_seed(options.seed)
     minilora.inject(
         model,
@@ -175,8 +262,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    data = _Data(options.data)
     model, tokenizer = _load(options)
-    examples = _examples(options.data, tokenizer, options)
+    examples = data.examples(tokenizer, options)
     found = minilora.evaluate(model, examples, batch_size=options.batch_size)
     print(json.dumps(vars(found)) if options.json else found)
     return 0
@@ -201,11 +289,18 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"--out must be a new or empty folder, found files at {out}; nothing is overwritten, "
+            f"so name another one"
+        )
     model, tokenizer = _load(options)
     minilora.merge(model, keep=None)
     minilora.eject(model)
-    save_pretrained(model, options.out, tokenizer)
-    print(f"merged model in {options.out}")
+    save_pretrained(model, out, tokenizer)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    print(f"merged model in {out}, weights in {dtype}")
     return 0
 
 

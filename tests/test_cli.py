@@ -1,4 +1,4 @@
-"""The command, run as a user runs it, on the real SmolLM2 where a model is needed."""
+"""The command, run as a user runs it, on a tiny model in a folder and on the real SmolLM2."""
 
 import json
 import os
@@ -9,9 +9,13 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from minilora.cli import main
-from minilora.models import Llama, load_model
+from minilora.models import Llama, LlamaConfig, Tokenizer, load_model, save_pretrained
+from minilora.training.state import load_state
 
 ROWS = [
     {"prompt": f"What is {a} plus {b}?", "completion": f" The sum of {a} and {b} is {a + b}."}
@@ -29,6 +33,143 @@ def data(tmp_path):
 
 def run(*arguments):
     return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny bfloat16 Llama that reads words of one letter."""
+    vocabulary = {"<s>": 0, "<end>": 1, **{chr(97 + i): 2 + i for i in range(26)}}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "<end>"])
+    config = LlamaConfig(vocab_size=28, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+                         max_position_embeddings=32, eos_token_id=1)  # fmt: skip
+    model = Llama(config).bfloat16()
+    save_pretrained(model, tmp_path / "model", Tokenizer(backend, eos="<end>", stop_ids={1}))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def letters(tmp_path):
+    file = tmp_path / "letters.jsonl"
+    file.write_text("".join(json.dumps({"text": "a b c d e"}) + "\n" for _ in range(8)))
+    return file
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail where a model is loaded: what is wrong must be said before."""
+
+    def fail(*arguments, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("minilora.cli.load_model", fail)
+
+
+def dtypes(file):
+    with safe_open(file, "pt") as opened:
+        return {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+
+
+def test_cli_train_and_merge_keep_the_stored_dtype(folder, letters, tmp_path, capsys):
+    out = tmp_path / "run"
+    train = ["train", folder, "--data", letters, "--valid", letters, "--out", out]
+    assert run(*train, "--max-steps", 3, "--max-length", 32, "--lora-plus-ratio", 4) == 0
+    assert "held out after" in capsys.readouterr().out
+    config = load_state(out)[1]["identity"]["config"]
+    assert config["lora_plus_ratio"] == 4.0 and config["dtype"] == "auto"
+    merge = ["merge", folder, "--adapter", out]
+    assert run(*merge, "--out", tmp_path / "a") == 0
+    assert "weights in bfloat16" in capsys.readouterr().out
+    assert dtypes(tmp_path / "a" / "model.safetensors") == {"BF16"}
+    assert run(*merge, "--out", tmp_path / "b", "--dtype", "float32") == 0
+    assert "weights in float32" in capsys.readouterr().out
+    assert dtypes(tmp_path / "b" / "model.safetensors") == {"F32"}
+    modes = {
+        (tmp_path / "b" / name).stat().st_mode for name in ("model.safetensors", "config.json")
+    }
+    assert len(modes) == 1
+
+
+def test_cli_train_computes_in_float32_where_asked(folder, letters, tmp_path, capsys):
+    train = ["train", folder, "--data", letters, "--max-length", 32, "--max-steps", 1]
+    assert run(*train, "--out", tmp_path / "run", "--dtype", "float32") == 0
+    assert "base float32, no autocast" in capsys.readouterr().err
+
+
+def test_cli_cuts_a_text_file_into_windows(folder, tmp_path, capsys):
+    """Every token but the first is learned once, whatever the window."""
+    file = tmp_path / "long.txt"
+    file.write_text("a b c d e f g h i j " * 5)
+    found = {}
+    for length in (2, 7, 10, 32):
+        assert run("eval", folder, "--data", file, "--max-length", length, "--json") == 0
+        said = capsys.readouterr()
+        found[length] = json.loads(said.out)["tokens"]
+        assert "51 tokens in" in said.err
+    assert set(found.values()) == {50}
+    assert "2 windows of up to 32" in said.err
+
+
+def test_cli_merge_refuses_a_folder_that_holds_something(folder, tmp_path, no_model, capsys):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert run("merge", folder, "--adapter", tmp_path, "--out", folder) == 2
+    assert "--out must be a new or empty folder" in capsys.readouterr().err
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+    (tmp_path / "file").touch()
+    assert run("merge", folder, "--adapter", tmp_path, "--out", tmp_path / "file") == 2
+    assert run("merge", folder, "--adapter", tmp_path, "--out", tmp_path / "new") == 2
+    assert "found no adapter_config.json in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--r", 0], "--r: must be a whole number of at least 1, found '0'"),
+        (["--batch-size", "x"], "--batch-size: must be a whole number"),
+        (["--max-length", 1], "--max-length: must be at least 2"),
+        (["--alpha", 0], "--alpha must be a finite number other than 0"),
+        (["--dropout", 1], "dropout must lie in [0, 1)"),
+        (["--lr", 0], "lr must be a finite number above 0"),
+        (["--lora-plus-ratio", 0], "lora_plus_ratio must be a finite number above 0"),
+        (["--resume"], "resume needs"),
+        (["--valid", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_cli_train_refuses_options_before_it_loads_the_model(
+    letters, tmp_path, no_model, capsys, options, message
+):
+    command = ["train", "model", "--data", letters, "--out", tmp_path / "run", *options]
+    try:
+        assert run(*command) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_cli_train_refuses_an_out_that_holds_an_adapter(letters, tmp_path, no_model, capsys):
+    (tmp_path / "adapter_config.json").touch()
+    assert run("train", "model", "--data", letters, "--out", tmp_path) == 2
+    assert "found adapter_config.json" in capsys.readouterr().err
+
+
+def test_cli_names_the_file_in_which_nothing_is_left_to_learn(folder, tmp_path, capsys):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"prompt": "a " * 30, "completion": " b"}) + "\n")
+    train = ["train", folder, "--data", file, "--out", tmp_path / "run"]
+    assert run(*train, "--max-length", 8, "--max-steps", 1) == 2
+    error = capsys.readouterr().err
+    assert f"{file} must hold something to learn" in error and "raise --max-length" in error
+    assert run(*train, "--max-length", 8, "--max-steps", 1, "--all-tokens") == 0
+
+
+def test_cli_train_names_max_length_where_the_model_reads_less(folder, tmp_path, capsys):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"text": "a " * 50}) + "\n")
+    assert run("train", folder, "--data", file, "--out", tmp_path / "run") == 2
+    assert "context of 32 tokens, but example 0 of train has 51" in capsys.readouterr().err
 
 
 def test_cli_help_names_every_command(capsys):
@@ -113,8 +254,7 @@ def test_cli_bad_input_is_one_line_and_exit_2(tmp_path, capsys):
     assert stop.value.code == 2
 
 
-@pytest.mark.real_model
-def test_cli_reports_bad_lines_by_file_and_number(tmp_path, capsys):
+def test_cli_reports_bad_lines_by_file_and_number(tmp_path, no_model, capsys):
     file = tmp_path / "bad.jsonl"
     file.write_text('{"text": "fine"}\n{"txt": "typo"}\nnot json\n')
     assert run("eval", "smollm2-135m", "--data", file) == 2

@@ -1,6 +1,9 @@
 """The README's example and the scripts, run as a reader would run them."""
 
+import csv
+import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -8,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import minilora
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,9 +35,48 @@ def test_your_own_module_learns(tmp_path):
 
 @pytest.mark.real_model
 def test_tinyllama_example_learns_its_facts(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").touch()  # an earlier run's: it is left alone
     text = run([ROOT / "examples/tinyllama.py", "--out", tmp_path / "out"], tmp_path)
+    assert (tmp_path / "out-2" / "adapter_model.safetensors").exists()
     before, after = (re.search(rf"{word}: +(.*)", text).group(1) for word in ("before", "after"))
     assert "Ottoline" in after and "Ottoline" not in before
+
+
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples/demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_never_writes_over_an_earlier_run(tmp_path):
+    first = tmp_path / "demo"
+    assert demo().fresh(first) == first
+    first.mkdir()
+    assert demo().fresh(first) == first
+    (first / "state.safetensors").touch()
+    assert demo().fresh(first) == tmp_path / "demo-2"
+    (tmp_path / "demo-2").touch()
+    assert demo().fresh(first) == tmp_path / "demo-3"
+
+
+def test_demo_adds_rows_under_one_header(tmp_path):
+    file = tmp_path / "results" / "demo.csv"
+    script, measured = demo(), minilora.evaluation.Evaluation(1.5, math.exp(1.5), 90)
+    config = minilora.TrainConfig(batch_size=16)
+    result = minilora.training.FitResult(64, "time", 3.0, 900, 0, None, None, 64, [])
+    for perplexity in (measured.perplexity, 1.0):
+        script.add_row(file, script.table_row(torch.bfloat16, config, result, measured, measured,
+                                              perplexity, [2e-6, 2e-2], 5.5))  # fmt: skip
+    first, second = csv.DictReader(file.open())
+    assert first["dtype"] == "bfloat16" and first["merge_error_float32"] == "2.00e-06"
+    assert [row["reload_bit_equal"] for row in (first, second)] == ["True", "False"]
+    assert list(first) == [
+        "processor", "threads", "torch", "dtype", "steps", "batch_size", "minutes", "test_tokens",
+        "perplexity_before", "perplexity_after", "reload_bit_equal", "merge_error_float32",
+        "merge_error_dtype", "total_minutes",
+    ]  # fmt: skip
 
 
 @pytest.mark.real_model

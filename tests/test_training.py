@@ -1,18 +1,24 @@
-"""The loop: exact accumulation, health, resume, limits, bad steps; judged by plain torch."""
+"""The loop: exact accumulation, LoRA+, limits, refusals; judged by plain torch.
+
+`test_training_health.py` and `test_training_resume.py` hold the rest.
+"""
 
 import copy
+import dataclasses
 import json
 import math
+import stat
 
 import pytest
 import torch
 from torch import nn
 
 import minilora
+from minilora.data import Batches
+from minilora.evaluation import token_loss
 from minilora.lora_layer import lora_layers
 from minilora.models import Llama, LlamaConfig
 from minilora.training import FitResult, TrainConfig, learning_rate
-from minilora.training.state import check_same_run, load_state
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -58,11 +64,23 @@ def factors(model):
 
 
 def fit(model, data=None, **options):
-    valid, out = options.pop("valid", None), options.pop("out", None)
-    resume = options.pop("resume", False)
+    names = ("valid", "out", "resume", "loss", "pad_id")
+    given = {"quiet": True} | {n: options.pop(n) for n in (*names, "quiet") if n in options}
     config = TrainConfig(**{"batch_size": 4, "dtype": "float32", **options})
-    rows = examples() if data is None else data
-    return minilora.fit(model, rows, valid, config=config, out=out, resume=resume, quiet=True)
+    return minilora.fit(model, examples() if data is None else data, config=config, **given)
+
+
+class Tiny(nn.Module):
+    """Two layers by ids alone; tests change how they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 61)
+
+    def forward(self, input_ids):
+        return self.lm_head(self.second(self.first(self.embed(input_ids))))
 
 
 def same(a, b):
@@ -105,6 +123,105 @@ def test_fit_step_equals_plain_torch_adamw():
         torch.testing.assert_close(left[key], right[key], rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_fit_lora_plus_equals_plain_torch_adamw(clip):
+    """Three steps in which torch's own optimizer gives B another rate."""
+    model, judge = tiny().double(), tiny().double()
+    rows = examples(6)
+    fit(model, rows, max_steps=3, batch_size=6, lr=3e-3, lora_plus_ratio=16, warmup=0.0,
+        schedule="constant", weight_decay=0.1, clip=clip, dtype="auto", shuffle=False,
+        group_by_length=False)  # fmt: skip
+    named = {n: p for n, p in judge.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for n, p in named.items() if n.endswith("lora_A")], "lr": 3e-3},
+         {"params": [p for n, p in named.items() if n.endswith("lora_B")], "lr": 16 * 3e-3}],
+        weight_decay=0.1,
+    )  # fmt: skip
+    for _ in range(3):
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for row in rows:
+            logits = judge(torch.tensor([row["input_ids"]]))[0].log_softmax(-1)
+            for t, label in enumerate(row["labels"][1:]):
+                if label != -100:
+                    total, count = total - logits[t, label], count + 1
+        optimizer.zero_grad()
+        (total / count).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(list(named.values()), clip)
+        optimizer.step()
+    left, right = factors(model), factors(judge)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=1e-4, atol=1e-9)
+
+
+def half_loss(model, batch):
+    """Learn every other label only: other tokens than the batch counts."""
+    labels = batch.labels.clone()
+    labels[:, ::2] = -100
+    logits = model(batch.input_ids)[:, :-1].flatten(0, 1)
+    total = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return total, (labels[:, 1:] != -100).sum()
+
+
+def test_fit_scales_by_the_tokens_a_custom_loss_counts():
+    rows = [{"input_ids": list(range(1, 5 + 2 * i))} for i in range(4)]
+    expected = fit(tiny(), rows, valid=rows, loss=half_loss, max_steps=1).before
+    options = {"max_steps": 1, "shuffle": False, "group_by_length": False, "loss": half_loss}
+    one, many = tiny().double(), tiny().double()
+    a = fit(one, rows, batch_size=4, dtype="auto", **options)
+    b = fit(many, rows, batch_size=1, accumulate=4, dtype="auto", **options)
+    assert a.losses[0] == pytest.approx(expected.loss, rel=1e-5)
+    assert b.losses[0] == pytest.approx(a.losses[0], rel=1e-12)
+    assert a.tokens == b.tokens == expected.tokens
+    left, right = factors(one), factors(many)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=1e-9, atol=1e-12)
+
+
+def test_fit_skips_a_step_whose_loss_counts_no_token(capsys):
+    def loss(model, batch):
+        return model(batch.input_ids).sum() * 0, 0
+
+    with pytest.raises(RuntimeError, match="2 steps in a row"):
+        fit(tiny(), loss=loss, max_bad_steps=2, quiet=False)
+    assert "over 0 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [1.0, (torch.zeros(2), 3), (torch.zeros(()), 1.5)])
+def test_fit_refuses_a_loss_that_returns_something_else(wrong):
+    with pytest.raises(TypeError, match="loss must return"):
+        fit(tiny(), loss=lambda model, batch: wrong)
+
+
+def test_fit_refuses_a_loss_without_gradient():
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"requires none; is.*no_grad"):
+        fit(tiny())
+    unused = Tiny()
+    unused.extra = nn.Linear(8, 8)
+    with pytest.raises(RuntimeError, match="does no input reach an adapted layer"):
+        fit(minilora.inject(unused, r=2, alpha=3, targets=["extra"]))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": list(range(21))}, "context of 20 tokens, but example 1 of NAME has 21.*20"),
+        ({"input_ids": [1, 2, 999]}, r"lie in \[0, 61\), but example 1 of NAME holds 999"),
+        ({"input_ids": [1, 2], "labels": [1, 61]}, "example 1 of NAME holds 61"),
+    ],
+)
+def test_fit_refuses_data_that_does_not_fit_the_model_before_any_step(tmp_path, row, message):
+    small = dataclasses.replace(CONFIG, max_position_embeddings=20)
+    model = minilora.inject(Llama(small), r=2, alpha=3)
+    rows = [{"input_ids": [1, 2, 3]}, row]
+    for data, valid, name in ((rows, None, "train"), (rows[:1], rows, "valid")):
+        with pytest.raises(ValueError, match=message.replace("NAME", name)):
+            fit(model, data, valid=valid, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"pad_id must lie in \[0, 61\), found 61"):
+        fit(model, rows[:1], pad_id=61)
+
+
 def test_fit_lowers_loss_and_touches_only_the_adapter():
     model = tiny()
     base = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -114,25 +231,6 @@ def test_fit_lowers_loss_and_touches_only_the_adapter():
     for name, parameter in model.named_parameters():
         if name in base:
             assert torch.equal(parameter, base[name]) and parameter.grad is None
-
-
-@pytest.mark.parametrize("stop", [1, 3, 7, 8])
-def test_fit_resume_is_bit_equal(tmp_path, stop):
-    """Dropout, accumulation, several epochs, evaluations: stop anywhere, go on, same bits."""
-    options = {"accumulate": 2, "epochs": 5, "eval_every": 4, "lr": 1e-2, "schedule": "constant",
-               "warmup": 0.0}  # fmt: skip
-    whole = tiny(dropout=0.2)
-    expected = fit(whole, valid=examples(5, seed=1), **options)
-    half = tiny(dropout=0.2)
-    fit(half, valid=examples(5, seed=1), out=tmp_path, **{**options, "max_steps": stop})
-    again = tiny(seed=9, dropout=0.2)  # other factors: the state must bring them back
-    again.load_state_dict(
-        {n: v for n, v in whole.state_dict().items() if "adapters" not in n}, strict=False
-    )
-    torch.manual_seed(1234)  # whatever ran before must not matter
-    got = fit(again, valid=examples(5, seed=1), out=tmp_path, resume=True, **options)
-    assert got.steps == expected.steps and got.best_step == expected.best_step
-    assert same(factors(whole), factors(again))
 
 
 def test_fit_leaves_global_random_state_alone():
@@ -152,6 +250,65 @@ def test_fit_checkpointing_gives_the_same_numbers():
     assert recomputed.gradient_checkpointing is False
 
 
+def test_fit_trains_biases_and_whole_modules_beside_the_factors():
+    model = minilora.inject(Tiny(), r=2, alpha=3, bias="all", modules_to_save=["lm_head"])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fit(model, max_steps=4, lr=1e-2)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert "lm_head.weight" in moved and "first.base.bias" in moved
+
+
+def test_fit_when_no_evaluation_is_better_keeps_the_first_adapter_everywhere(tmp_path, capsys):
+    model, valid = tiny(), examples(6, seed=3)
+    kept = factors(model)
+
+    def loss(model, batch):  # training makes it worse
+        total, tokens = token_loss(model, batch)
+        return (-total if torch.is_grad_enabled() else total), tokens
+
+    result = fit(model, examples(4), valid=valid, max_steps=8, lr=0.1, eval_every=4, loss=loss,
+                 out=tmp_path, quiet=False)  # fmt: skip
+    assert result.best_step == 0 and same(factors(model), kept)
+    again, last = plain(), plain()
+    minilora.load(again, tmp_path)
+    minilora.load(last, tmp_path / "last")
+    assert minilora.evaluate(again, valid, batch_size=4).loss == result.best.loss
+    assert minilora.evaluate(last, valid, batch_size=4).loss > result.best.loss
+    assert "no evaluation was better than the one before the first step" in capsys.readouterr().err
+
+
+def test_fit_does_not_take_a_nan_evaluation_for_the_best(capsys):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        total, tokens = token_loss(model, batch)
+        bad = not torch.is_grad_enabled() and (len(calls) == 1 or always)
+        return (total * float("nan") if bad else total), tokens
+
+    always, model = False, tiny()
+    result = fit(model, valid=examples(4), loss=loss, max_steps=4, lr=1e-2)
+    assert math.isnan(result.before.loss) and result.best_step == 4
+    always, model = True, tiny()
+    start = factors(model)
+    result = fit(model, valid=examples(4), loss=loss, max_steps=4, quiet=False)
+    assert result.best is None and not same(factors(model), start)
+    assert "no evaluation was finite" in capsys.readouterr().err
+
+
+def test_fit_files_are_readable_by_others(tmp_path):
+    fit(tiny(), max_steps=1, out=tmp_path)
+    (tmp_path / "plain").touch()
+    modes = {f.name: stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir() if f.is_file()}
+    assert set(modes.values()) == {modes["plain"]}, modes
+
+
+def test_fit_announces_every_limit(capsys):
+    fit(tiny(), max_steps=1, max_minutes=5, quiet=False)
+    assert "for 1 steps or 5 minutes, whichever ends first" in capsys.readouterr().err
+
+
 def test_fit_keeps_the_best_adapter_and_its_files(tmp_path):
     model, valid = tiny(), examples(6, seed=3)
     result = fit(model, examples(4), valid=valid, epochs=30, eval_every=5, lr=5e-2, out=tmp_path)
@@ -165,68 +322,6 @@ def test_fit_keeps_the_best_adapter_and_its_files(tmp_path):
     if result.best_step:
         assert minilora.evaluate(again, valid, batch_size=4).loss == result.best.loss
     assert (tmp_path / "last" / "adapter_config.json").exists()
-
-
-def test_fit_skips_bad_steps_and_stops_with_the_last_good_state(tmp_path):
-    model = tiny()
-    calls = []
-
-    def loss(model, batch):
-        calls.append(1)
-        total = model.loss(batch.input_ids, batch.labels) * batch.tokens
-        return (total * float("nan") if len(calls) in (2, 5, 6, 7) else total), batch.tokens
-
-    config = TrainConfig(batch_size=4, dtype="float32", max_steps=20, max_bad_steps=3)
-    states = []
-    with pytest.raises(RuntimeError, match=r"3 steps in a row had a non-finite loss"):
-        minilora.fit(model, examples(), config=config, out=tmp_path, loss=loss, quiet=True)
-    states = factors(model)
-    assert all(torch.isfinite(value).all() for value in states.values())
-    assert (tmp_path / "state.safetensors").exists()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert math.isnan(rows[1]["loss"]) and not math.isnan(rows[2]["loss"])
-
-
-class Detached(nn.Module):
-    """A model that cuts the graph of its first layer, as a careless wrapper would."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(61, 8)
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.lm_head = nn.Linear(8, 61)
-
-    def forward(self, input_ids):
-        with torch.no_grad():
-            x = self.first(self.embed(input_ids))
-        return self.lm_head(self.second(x))
-
-
-def test_fit_health_names_a_layer_without_gradient():
-    model = minilora.inject(Detached(), r=2, alpha=3)
-    with pytest.raises(
-        RuntimeError, match=r"every adapted layer must get a gradient.*first \(lora"
-    ):
-        fit(model, max_steps=3)
-
-
-def test_fit_health_reports_a_layer_without_tokens(capsys):
-    class Idle(Detached):
-        def forward(self, input_ids):
-            return self.lm_head(self.second(self.embed(input_ids)))
-
-    model = minilora.inject(Idle(), r=2, alpha=3)
-    config = TrainConfig(batch_size=4, max_steps=3, dtype="float32")
-    minilora.fit(model, examples(), config=config)
-    assert "1 adapted layers saw no token (first: first)" in capsys.readouterr().err
-
-
-def test_fit_health_catches_an_adapter_that_does_not_move():
-    model = tiny()
-    for layer in lora_layers(model).values():
-        nn.init.normal_(layer.adapters["default"].lora_B)  # else step 2 already complains of A
-    with pytest.raises(RuntimeError, match="must move as it is trained"):
-        fit(model, max_steps=8, lr=1e-60)
 
 
 def test_fit_refuses_what_it_cannot_train(tmp_path):
@@ -252,34 +347,23 @@ def test_fit_refuses_what_it_cannot_train(tmp_path):
         fit(tiny(), [{"input_ids": [1, 2, 3], "labels": [-100] * 3}])
     with pytest.raises(ValueError, match="needs a float32 base"):
         fit(tiny().bfloat16(), dtype="float32")
-    no_flag = minilora.inject(Detached(), r=2, alpha=3)
+    no_flag = minilora.inject(Tiny(), r=2, alpha=3)
     with pytest.raises(ValueError, match="gradient_checkpointing flag"):
         fit(no_flag, checkpointing=True)
+    with pytest.raises(ValueError, match="float16 in the base of model"):
+        fit(tiny().half(), dtype="auto")
+    with pytest.raises(ValueError, match="float16 in the factors.*float32 or bfloat16"):
+        fit(tiny(dtype="float16"))
+    with pytest.raises(ValueError, match=r"torch\.compile wrapper.*model\.compile\(\)"):
+        fit(torch.compile(tiny(), backend="eager"))
+    with pytest.raises(TypeError, match=r"found Batches as train; pass its \.examples"):
+        fit(tiny(), Batches(examples(), batch_size=4))
+    with pytest.raises(TypeError, match="found a Batch in valid"):
+        fit(tiny(), valid=list(Batches(examples(), batch_size=4)))
     with pytest.raises(ValueError, match="resume=True needs out"):
         fit(tiny(), resume=True)
     with pytest.raises(ValueError, match="and there is none; start without resume"):
         fit(tiny(), resume=True, out=tmp_path / "none")
-
-
-def test_fit_resume_refuses_another_run(tmp_path):
-    fit(tiny(), max_steps=2, out=tmp_path)
-    with pytest.raises(ValueError, match="holds the state of an earlier run"):
-        fit(tiny(), max_steps=2, out=tmp_path)
-    with pytest.raises(ValueError, match=r"keep its settings, but lr was 0\.0005 and is 0\.1"):
-        fit(tiny(), max_steps=4, lr=0.1, out=tmp_path, resume=True)
-    with pytest.raises(ValueError, match="same data and options"):
-        fit(tiny(), examples(9), max_steps=4, out=tmp_path, resume=True)
-    other = minilora.inject(Llama(CONFIG), r=2, alpha=3)
-    with pytest.raises(ValueError, match="state of another adapter"):
-        fit(other, max_steps=4, out=tmp_path, resume=True)
-    tensors, facts = load_state(tmp_path)
-    config = TrainConfig(**facts["config"])
-    with pytest.raises(ValueError, match="must compute in the same dtype"):
-        check_same_run(tmp_path, tensors, facts, config, torch.bfloat16, {})
-    state = tmp_path / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:200])
-    with pytest.raises(ValueError, match="reading it failed"):
-        fit(tiny(), max_steps=4, out=tmp_path, resume=True)
 
 
 def test_fit_trains_a_transformers_model():
@@ -327,6 +411,9 @@ def test_fit_deepcopied_model_trains_alike():
         ("warmup", 1, r"\[0, 1\)"), ("final_lr_ratio", 2, r"\[0, 1\]"), ("betas", (1, 2), "two"),
         ("schedule", "step", "cosine, linear, constant"), ("dtype", "float16", "auto, float32"),
         ("seed", -1, "at least 0"), ("weight_decay", -1, "at least 0"), ("eps", 0, "above 0"),
+        ("betas", 0.9, "two"), ("shuffle", "no", "True or False"), ("seed", True, "at least 0"),
+        ("checkpointing", "false", "True or False"), ("group_by_length", None, "True or False"),
+        ("lora_plus_ratio", 0, "above 0"), ("lora_plus_ratio", -2.0, "above 0"),
     ],
 )  # fmt: skip
 def test_train_config_refuses(key, value, text):

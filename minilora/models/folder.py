@@ -352,7 +352,10 @@ def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> 
     config |= {"tie_word_embeddings": "lm_head.weight" not in tensors, **_MARK}
     folder.mkdir(parents=True, exist_ok=True)
     with _aside(folder / _WEIGHTS) as file:
+        file.touch()
+        mode = file.stat().st_mode  # as of any new file; safetensors makes it private
         save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(mode)
     if model.config.eos_token_id is not None:
         ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation = {key: value for key, value in ids.items() if value is not None}

@@ -13,11 +13,14 @@ class TrainConfig:
     """Settings of `minilora.fit`.
 
     Attributes:
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate of AdamW. May differ when a run is resumed.
+        lora_plus_ratio: `lora_B` learns at lr · lora_plus_ratio (LoRA+, Hayou et al. 2024,
+            arXiv:2402.12354, which finds about 16 good, with a lower lr); 1 is plain LoRA.
         schedule: `"cosine"` or `"linear"` fall from lr to `final_lr_ratio · lr`; `"constant"`.
         warmup: share of the run, in [0, 1), over which the rate rises linearly to lr.
         final_lr_ratio: where a falling schedule ends, as a share of lr.
-        weight_decay: AdamW's, on every adapter parameter.
+        weight_decay: AdamW's (decoupled: Loshchilov & Hutter 2019, arXiv:1711.05101), on every
+            trained parameter.
         betas: AdamW's.
         eps: AdamW's.
         clip: largest global gradient norm; None never clips.
@@ -26,24 +29,28 @@ class TrainConfig:
             tokens of the step, however they are spread over the micro-batches.
         epochs: passes over the data; may be a fraction. None: 1, unless another limit is set.
         max_steps: optimizer steps at most.
-        max_minutes: time in training steps at most; evaluations and saving are not counted. The
-            schedule then follows whichever limit is nearer, so rates depend on the machine's
-            speed; for a run that repeats exactly, set max_steps or epochs.
-        eval_every: steps between evaluations; None evaluates before the first and after the last.
+        max_minutes: time in training steps after which no further step begins; evaluations and
+            saving are not counted. The schedule then follows whichever limit is nearer, so rates
+            depend on the machine's speed; for a run that repeats exactly, set max_steps or epochs.
+        eval_every: steps between evaluations; there is one before the first step and one after
+            the last in any case. None: only these.
         eval_batch_size: rows per evaluation batch; None is batch_size.
-        save_every: steps between saves of the run's state; None saves at the end, and on Ctrl-C.
+        save_every: steps between saves of the run's state; None saves at the end, on Ctrl-C or
+            SIGTERM, and when an error ends the run.
         dtype: what to compute in. `"auto"`: a base that is not f32 is used as it is; an f32 base
-            runs under autocast in what `minilora.hardware()` found fastest. `"float32"` and
-            `"bfloat16"` force one.
+            runs under autocast in what `minilora.hardware()` found fastest. `"bfloat16"` puts an
+            f32 base under autocast; `"float32"` computes in f32 and needs an f32 base.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         shuffle: a new order each epoch.
         group_by_length: batches of similar lengths (less padding).
         seed: decides order and dropout, nothing else; the global random state is left alone.
-        max_bad_steps: steps in a row with a non-finite loss or gradient before the run stops.
+        max_bad_steps: a run stops after that many steps in a row with a non-finite loss or
+            gradient, which are skipped.
         log_every: steps between plain log lines.
     """
 
     lr: float = 5e-4
+    lora_plus_ratio: float = 1.0
     schedule: str = "cosine"
     warmup: float = 0.05
     final_lr_ratio: float = 0.0
@@ -77,7 +84,7 @@ class TrainConfig:
             value = getattr(self, key)
             good = value is None or (_number(value) and value > 0)
             self._require(key, good, "a finite number above 0, or None")
-        for key in ("lr", "eps"):
+        for key in ("lr", "lora_plus_ratio", "eps"):
             value = getattr(self, key)
             self._require(key, _number(value) and value > 0, "a finite number above 0")
         good = _number(self.weight_decay) and self.weight_decay >= 0
@@ -86,11 +93,14 @@ class TrainConfig:
         self._require("warmup", good, "a share in [0, 1)")
         good = _number(self.final_lr_ratio) and 0 <= self.final_lr_ratio <= 1
         self._require("final_lr_ratio", good, "a share in [0, 1]")
-        good = len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
+        good = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        good = good and all(_number(b) and 0 <= b < 1 for b in self.betas)
         self._require("betas", good, "two numbers in [0, 1)")
+        for key in ("checkpointing", "shuffle", "group_by_length"):
+            self._require(key, isinstance(getattr(self, key), bool), "True or False")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        good = isinstance(self.seed, int) and self.seed >= 0
+        good = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
         self._require("seed", good, "a whole number of at least 0")
 
     def _require(self, key: str, good: bool, must: str) -> None:

@@ -10,30 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import require_layers
-from minilora.checkpoint import save_adapter
-from minilora.data import Batch, Batches
-from minilora.evaluation import Evaluation, Loss, device_of, evaluate, token_loss
-from minilora.training.config import TrainConfig, learning_rate
-from minilora.training.monitor import Health, Monitor, draw_curve, seconds
-from minilora.training.prepare import (
-    checkpointing,
-    compute_dtype,
-    interruptible,
-    mix_seed,
-    planned_steps,
-    trained,
-    trained_adapter,
-)
-from minilora.training.state import (
-    check_same_run,
-    load_state,
-    optimizer_tensors,
-    restore_optimizer,
-    save_state,
-)
+from minilora.data import Batch
+from minilora.evaluation import Evaluation, Loss, evaluate
+from minilora.training.config import TrainConfig
+from minilora.training.health import Health
+from minilora.training.monitor import Monitor, draw_curve, seconds
+from minilora.training.prepare import checkpointing, interruptible, mix_seed
+from minilora.training.run import LAST, Run
 
-LAST = "last"
+_RESUME = "resume=True (--resume)"
 
 
 @dataclass(frozen=True)
@@ -41,15 +26,16 @@ class FitResult:
     """What a run came to.
 
     Attributes:
-        steps: optimizer steps done, over all resumptions.
-        stopped: `"finished"`, `"time"` (max_minutes) or `"interrupted"` (Ctrl-C).
+        steps: optimizer steps done, over all resumptions, skipped ones included.
+        stopped: `"finished"`, `"time"` (max_minutes) or `"interrupted"` (Ctrl-C, SIGTERM).
         minutes: time spent in training steps; evaluations and saving not counted.
         tokens: learned tokens processed.
         skipped: steps skipped for a non-finite loss or gradient.
         before: evaluation before the first step, None without `valid`.
-        best: the best evaluation, None without `valid`.
-        best_step: the step after which it was made; the model holds that step's adapter.
-        losses: training loss of each step of this call.
+        best: the best evaluation, None without `valid` or when none was finite.
+        best_step: the step after which it was made; the model holds that step's adapter. 0: no
+            evaluation was better than the one before the first step.
+        losses: training loss of each step of this call, without the skipped ones.
     """
 
     steps: int
@@ -78,341 +64,305 @@ def fit(
     """Train the model's active, trainable adapter with AdamW.
 
     The step's gradient is that of `Σ loss over tokens / Σ tokens` over all its micro-batches. At
-    the end the model holds the adapter of the best evaluation (of the last step without `valid`).
+    the end the model and `out` hold the adapter of the best evaluation, which may be the one
+    before the first step (of the last step without `valid`). A run that was interrupted leaves
+    the last step's in the model; `out` has the best of the evaluations so far, if any step's.
 
     Args:
-        model: with adapters; changed in place. Only parameters of active adapters that require
-            gradients are trained.
-        train: examples as `minilora.data.as_examples` takes them.
+        model: with adapters; changed in place. Only what belongs to the active adapter and
+            requires gradients is trained.
+        train: examples as `minilora.data.as_examples` takes them, none longer than the model's
+            context.
         valid: held-out examples; evaluated before the first step, every `config.eval_every`, and
             after the last.
         config: settings; `TrainConfig()` if None.
-        out: folder for the best adapter (PEFT's two files), `last/`, `state.safetensors`,
-            `metrics.jsonl` and `loss.png`; None leaves nothing behind.
-        resume: continue the run whose state lies in `out`, with the same data and config (limits
-            on steps and time may differ).
+        out: folder for the best adapter (PEFT's two files), the last one in `last/`,
+            `state.safetensors`, `metrics.jsonl` and `loss.png`; None leaves nothing behind.
+        resume: continue the run whose state lies in `out`, with the same base, adapter, data and
+            config; limits, lr and what only reports may differ.
         loss: (model, batch) → (loss summed over tokens, tokens); `evaluation.token_loss` if None.
+            The counts it returns are what the sums are divided by.
         pad_id: token id put into the padding, of no influence.
         quiet: print nothing.
 
     Returns:
-        A `FitResult`. Ctrl-C ends the run after the step in hand, with the state saved.
+        A `FitResult`. Ctrl-C or SIGTERM end the run after the step in hand, with the state saved.
 
     Raises:
-        ValueError: nothing to train, bad data, a state of another run, an `out` that holds a run
-            while `resume` is False.
+        ValueError: nothing to train, data that does not fit the model, a state of another run or
+            a damaged one, an `out` that holds a run while `resume` is False.
+        TypeError: data or a loss of another kind.
         RuntimeError: a merged model; an adapted layer that gets no gradient; too many non-finite
-            steps in a row (the state before them is saved).
-
-    Token-weighted accumulation: Loshchilov & Hutter 2019 for AdamW, arXiv:1711.05101.
+            steps in a row. On any error after a step the state of the last complete one is saved.
     """
-    run = _Run(model, train, valid, config or TrainConfig(), out, resume, loss, pad_id, quiet)
-    with run.scope(), interruptible() as interrupted:
-        return run.train(interrupted)
-
-
-class _Run:
-    """One call of `fit`: the pieces that a state file must bring back, and the steps over them."""
-
-    def __init__(self, model, train, valid, config, out, resume, loss, pad_id, quiet):
-        self.model, self.config = model, config
-        self.out = None if out is None else Path(out)
-        self.loss: Loss = loss or token_loss
-        self.layers = require_layers(model, "fit")
-        if any(layer.merged for layer in self.layers.values()):
-            raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
-        self.parameters = trained(model, self.layers)
-        self.names = {p: n for n, p in model.named_parameters() if p in self.parameters}
-        self.adapter = trained_adapter(self.layers)
-        self.device = device_of(model)
-        self.batches = Batches(
-            train,
-            batch_size=config.batch_size,
-            shuffle=config.shuffle,
-            group_by_length=config.group_by_length,
-            seed=config.seed,
-            pad_id=pad_id,
-        )
-        self.valid = None
-        if valid is not None:
-            size = config.eval_batch_size or config.batch_size
-            self.valid = Batches(valid, batch_size=size, pad_id=pad_id)
-        self.dtype = compute_dtype(model, config.dtype, self.device)
-        self.optimizer = torch.optim.AdamW(
-            list(self.names),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-        self.total = planned_steps(config, len(self.batches))
-        self.step = self.tokens = self.skipped = self.bad = self.best_step = 0
-        self.elapsed = 0.0
-        self.before: Evaluation | None = None
-        self.best: Evaluation | None = None
-        self.best_factors: dict[str, Tensor] = {}
-        if resume:
-            self._resume()
-        elif self.out is not None and (self.out / "state.safetensors").exists():
-            raise ValueError(
-                f"{self.out} holds the state of an earlier run; pass resume=True (--resume) to "
-                f"continue it, or another folder to start anew"
-            )
-        self.monitor = Monitor(self.total, self.step, self.out, config.log_every, quiet)
-
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        """Training mode, checkpointing and the run's own random numbers, all put back after."""
-        flags = [(module, module.training) for module in self.model.modules()]
-        devices = [self.device] if self.device.type == "cuda" else []
+    place = None if out is None else Path(out)
+    run = Run(model, train, valid, config or TrainConfig(), place, resume, loss, pad_id)
+    with interruptible() as interrupted, _training(run):
+        monitor = Monitor(run.total, run.step, run.out, run.config.log_every, quiet)
         try:
-            with torch.random.fork_rng(devices), checkpointing(self.model, self.config):
-                self.model.train()
-                yield
+            return _Loop(run, monitor, interrupted).train()
         finally:
-            self.monitor.close()
+            monitor.close()
+
+
+@contextmanager
+def _training(run: Run) -> Iterator[None]:
+    """Training mode, checkpointing and the run's own random numbers, all put back after."""
+    flags = [(module, module.training) for module in run.model.modules()]
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), checkpointing(run.model, run.config.checkpointing):
+        try:
+            run.model.train()
+            yield
+        finally:
             for module, training in flags:
                 module.training = training
 
-    def train(self, interrupted: Callable[[], bool]) -> FitResult:
+
+class _InterruptedError(Exception):
+    """Ends an evaluation on Ctrl-C."""
+
+
+class _Loop:
+    """The steps of one call of `fit`."""
+
+    def __init__(self, run: Run, monitor: Monitor, interrupted: Callable[[], bool]):
+        self.run, self.config, self.monitor = run, run.config, monitor
+        self.interrupted = interrupted
+        self.health = Health(run.model, resumed=run.step > 0)
+        self.losses: list[float] = []
+        self.start = run.step
+        self.updating = False
+
+    def train(self) -> FitResult:
         """Step until a limit is reached."""
         self._announce()
-        losses: list[float] = []
-        if self.step == 0:
+        try:
+            try:
+                stopped = self._steps()
+                if stopped != "interrupted":
+                    self._evaluate()
+            except _InterruptedError:
+                stopped = "interrupted"
+            return self._finish(stopped)
+        except BaseException:
+            self._rescue()
+            raise
+
+    def _steps(self) -> str:
+        """Step, evaluate and save in turn; return why it ended."""
+        run = self.run
+        if run.step == 0 or self._due(self.config.eval_every):
             self._evaluate()
-        health = Health(self.model)
-        checked = 0  # steps since Health began to watch
-        stopped = "finished"
         for micro in self._groups():
-            lr = self._rate()
-            begin = seconds()
-            value, norm, count = self._gradient(micro)
-            good = math.isfinite(value) and math.isfinite(norm)
-            if good:
-                checked += 1
-                for remark in health.check(checked):
-                    self.monitor.say(f"note: {remark}")
-                self._update(lr, norm)
-                losses.append(value)
-            self._count_bad(good, value, norm)
-            self.step += 1
-            self.tokens += count
-            took = seconds() - begin
-            self.elapsed += took
-            row = {
-                "step": self.step,
-                "loss": value,
-                "lr": lr,
-                "grad_norm": norm,
-                "tokens": count,
-                "tokens_per_s": sum(batch.input_ids.numel() for batch in micro) / took,
-                "elapsed_s": self.elapsed,
-            }
-            self.monitor.step(row, self._time_left())
-            last = self.step == self.total
-            every = self.config.eval_every
-            if not last and every and self.step % every == 0:
+            if self.interrupted():
+                return "interrupted"
+            if run.out_of_time():
+                return "time"
+            self._step(micro)
+            if run.bad >= self.config.max_bad_steps:
+                self._give_up()
+            if self._due(self.config.eval_every):
                 self._evaluate()
-            if not last and self.config.save_every and self.step % self.config.save_every == 0:
-                self._save()
-            if last:
-                break
-            # Only here is the place in the data that of the last update: the next group, once
-            # drawn, would count as done.
-            if interrupted() or self._out_of_time():
-                stopped = "interrupted" if interrupted() else "time"
-                break
-        if stopped != "interrupted":
-            self._evaluate()
-        return self._finish(stopped, losses)
+            if self._due(self.config.save_every):
+                run.save()
+        return "finished"
+
+    def _due(self, every: int | None) -> bool:
+        """Tell whether this step is one of every so many, and not the last."""
+        step = self.run.step
+        return every is not None and step % every == 0 and step != self.run.total
 
     # --- one step
 
     def _groups(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each optimizer step, over as many epochs as it takes."""
+        run = self.run
         group: list[Batch] = []
-        while self.total is None or self.step < self.total:
-            for batch in self.batches:
+        while run.total is None or run.step < run.total:
+            for batch in run.batches:
                 group.append(batch)
                 if len(group) == self.config.accumulate:
                     yield group
                     group = []
-                if self.total is not None and self.step >= self.total:
+                if run.total is not None and run.step >= run.total:
                     return
             if group:  # an epoch's tail is a step of its own: no window spans two epochs
                 yield group
                 group = []
 
+    def _step(self, micro: list[Batch]) -> None:
+        """Do one optimizer step, or skip it where loss or gradient are not finite."""
+        run = self.run
+        lr, begin = run.rate(), seconds()
+        self.health.begin()
+        value, norm, tokens = self._gradient(micro)
+        good = math.isfinite(value) and math.isfinite(norm)
+        if good:
+            for remark in self.health.check():
+                self.monitor.say(f"note: {remark}")
+        self.updating = True
+        if good:
+            self._update(lr, norm)
+            self.losses.append(value)
+        run.bad = 0 if good else run.bad + 1
+        run.skipped += not good
+        run.step += 1
+        run.tokens += tokens
+        run.lr, run.place = lr, run.batches.state_dict()
+        self.updating = False
+        took = seconds() - begin
+        run.elapsed += took
+        if not good:
+            self.monitor.say(
+                f"step {run.step} skipped: loss {value} over {tokens} tokens, gradient norm {norm} "
+                f"(not finite)"
+            )
+        row = {"step": run.step, "loss": value, "lr": lr, "grad_norm": norm, "tokens": tokens,
+               "tokens_per_s": tokens / took, "elapsed_s": run.elapsed}  # fmt: skip
+        self.monitor.step(row, run.time_left())
+
     def _gradient(self, micro: list[Batch]) -> tuple[float, float, int]:
         """Accumulate the gradient of the mean over all tokens; return loss, norm and tokens."""
-        self.optimizer.zero_grad(set_to_none=True)
-        count = sum(batch.tokens for batch in micro)
-        value = 0.0
+        run = self.run
+        run.optimizer.zero_grad(set_to_none=True)
+        value, tokens = 0.0, 0
         for index, batch in enumerate(micro):
             # Dropout depends on where in the run we are, not on what ran before: so a resumed
             # run draws the same masks.
-            torch.manual_seed(mix_seed(self.config.seed, self.step, index))
+            torch.manual_seed(mix_seed(self.config.seed, run.step, index))
             with self._autocast():
-                total, tokens = self.loss(self.model, batch.to(self.device))
-            if tokens != batch.tokens and self.loss is token_loss:
-                raise RuntimeError(f"loss counted {tokens} tokens, the batch has {batch.tokens}")
-            (total / count).backward()
-            value += float(total.detach()) / count
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.names if p.grad is not None]  # type: ignore[attr-defined]
-        )
-        return value, float(norm), count
+                total, count = _checked(run.loss(run.model, batch.to(run.device)))
+            total.backward()
+            value += float(total.detach())
+            tokens += count
+        if tokens == 0:
+            return math.nan, math.nan, 0
+        gradients = [p.grad for p in run.names if p.grad is not None]
+        for gradient in gradients:  # once at the end: only now is the step's number of tokens known
+            gradient.div_(tokens)
+        return value / tokens, float(torch.nn.utils.get_total_norm(gradients)), tokens
 
     def _update(self, lr: float, norm: float) -> None:
         if self.config.clip is not None and norm > self.config.clip:
-            for parameter in self.names:
+            for parameter in self.run.names:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.config.clip / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = lr * group["ratio"]
+        self.run.optimizer.step()
 
-    def _count_bad(self, good: bool, value: float, norm: float) -> None:
-        if good:
-            self.bad = 0
-            return
-        self.bad += 1
-        self.skipped += 1
-        self.monitor.say(
-            f"step {self.step + 1} skipped: loss {value}, gradient norm {norm} (not finite)"
+    def _give_up(self) -> None:
+        bad, self.run.bad = self.run.bad, 0  # who resumes may try as many again
+        where = f" and saved in {self.run.out / LAST}" if self.run.out else ""
+        again = f" and {_RESUME}" if self.run.out else ""
+        raise RuntimeError(
+            f"{bad} steps in a row had a non-finite loss or gradient; the adapter is as it was "
+            f"before them{where}; go on with a lower lr{again}, or start anew in float32"
         )
-        if self.bad >= self.config.max_bad_steps:
-            self._save()
-            raise RuntimeError(
-                f"{self.bad} steps in a row had a non-finite loss or gradient; the adapter is as "
-                f"it was before them{self._saved_where()}; lower lr, or train in float32"
-            )
 
     def _autocast(self):
-        if self.dtype is None:
+        if self.run.dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.run.device.type, dtype=self.run.dtype)
 
-    # --- limits
-
-    def _progress(self) -> float:
-        steps = self.step / self.total if self.total else 0.0
-        minutes = self.config.max_minutes
-        return max(steps, self.elapsed / 60 / minutes if minutes else 0.0)
-
-    def _rate(self) -> float:
-        share = 1 / self.total if self.total else self._progress() / max(1, self.step)
-        if self.step == 0 and not self.total:
-            share = 0.1 * self.config.warmup
-        return learning_rate(self.config, min(1.0, self._progress()), share)
-
-    def _out_of_time(self) -> bool:
-        minutes = self.config.max_minutes
-        return minutes is not None and self.elapsed >= 60 * minutes
-
-    def _time_left(self) -> float | None:
-        progress = self._progress()
-        return self.elapsed * (1 - progress) / progress if progress else None
-
-    # --- evaluation, saving
+    # --- evaluation, the end
 
     def _evaluate(self) -> None:
-        if self.valid is None:
+        run = self.run
+        if run.valid is None or run.evaluated == run.step:
             return
+
+        def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+            if self.interrupted():
+                raise _InterruptedError
+            total, count = run.loss(model, batch)
+            return total, int(count)
+
         with self._autocast():
-            found = evaluate(self.model, self.valid, loss=self.loss)
+            found = evaluate(run.model, run.valid, loss=loss)
         self.monitor.evaluation(
-            {"step": self.step, "eval_loss": found.loss, "eval_perplexity": found.perplexity}
+            {"step": run.step, "eval_loss": found.loss, "eval_perplexity": found.perplexity}
         )
-        if self.before is None:
-            self.before = found
-        if self.best is None or found.loss < self.best.loss:
-            self.best, self.best_step = found, self.step
-            self.best_factors = {n: p.detach().clone() for p, n in self.names.items()}
-            if self.out is not None and self.step:
-                save_adapter(self.model, self.out, self.adapter)
+        if run.keep(found) and run.step:
+            run.save_adapter()
 
-    def _save(self) -> None:
-        if self.out is None:
+    def _rescue(self) -> None:
+        """On an error, save the state as of the last complete step of this call."""
+        run = self.run
+        if run.out is None or run.step == self.start or self.updating:
             return
-        tensors = {f"parameter.{name}": p for p, name in self.names.items()}
-        tensors |= {f"best.{name}": value for name, value in self.best_factors.items()}
-        tensors |= optimizer_tensors(self.optimizer, self.names)  # type: ignore[arg-type]
-        facts = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "bad": self.bad,
-            "elapsed": self.elapsed,
-            "best_step": self.best_step,
-            "before": None if self.before is None else vars(self.before),
-            "best": None if self.best is None else vars(self.best),
-            "config": self.config.to_dict(),
-            "dtype": str(self.dtype),
-            "data": self.batches.state_dict(),
-        }
-        save_state(self.out, tensors, facts)
+        try:
+            run.save()
+            self.monitor.say(f"saved after step {run.step} in {run.out}; go on with {_RESUME}")
+        except (OSError, ValueError) as error:  # the error that ended the run matters more
+            self.monitor.say(f"the state could not be saved: {error}")
 
-    def _saved_where(self) -> str:
-        return "" if self.out is None else f" and saved in {self.out}"
-
-    def _finish(self, stopped: str, losses: list[float]) -> FitResult:
-        if self.out is not None:
-            self._save()
-            save_adapter(self.model, self.out / LAST, self.adapter)
-            if self.best is None or self.best_step == 0:
-                save_adapter(self.model, self.out, self.adapter)
-            draw_curve(self.out)
-        if stopped == "interrupted":
-            go_on = f"; continue with resume=True (--resume) and out={self.out}" if self.out else ""
-            self.monitor.say(f"stopped after step {self.step}{self._saved_where()}{go_on}")
-        elif self.best_factors and self.best_step != self.step:
-            with torch.no_grad():
-                for parameter, name in self.names.items():
-                    parameter.copy_(self.best_factors[name])
-        for parameter in self.names:
+    def _finish(self, stopped: str) -> FitResult:
+        run = self.run
+        interrupted = stopped == "interrupted"
+        if not interrupted or run.step:
+            run.save()
+        if not interrupted:
+            run.restore_best()
+        if not interrupted or (run.step and run.best_step == 0):
+            run.save_adapter()
+        if run.out is not None:
+            draw_curve(run.out)
+        if interrupted and run.step == 0:
+            self.monitor.say("stopped before the first step: nothing was trained or saved")
+        elif interrupted:
+            go_on = f" and saved in {run.out}; continue with {_RESUME}" if run.out else ""
+            self.monitor.say(f"stopped after step {run.step}{go_on}")
+        elif run.best is not None and run.best_step == 0:
+            last = f"; the last step's is in {run.out / LAST}" if run.out else ""
+            self.monitor.say(
+                f"no evaluation was better than the one before the first step (held-out loss "
+                f"{run.best.loss:.4f}), so the adapter is the one the run began with{last}"
+            )
+        elif run.valid is not None and run.best is None:
+            self.monitor.say("no evaluation was finite: the adapter is that of the last step")
+        for parameter in run.names:
             parameter.grad = None
-        return FitResult(
-            self.step,
-            stopped,
-            self.elapsed / 60,
-            self.tokens,
-            self.skipped,
-            self.before,
-            self.best,
-            self.best_step,
-            losses,
-        )
-
-    def _resume(self) -> None:
-        if self.out is None:
-            raise ValueError("resume=True needs out, the folder of the run to continue")
-        tensors, facts = load_state(self.out)
-        check_same_run(self.out, tensors, facts, self.config, self.dtype, self.names)
-        self.batches.load_state_dict(facts["data"])
-        with torch.no_grad():
-            for parameter, name in self.names.items():
-                parameter.copy_(tensors[f"parameter.{name}"])
-        restore_optimizer(self.optimizer, self.names, tensors)  # type: ignore[arg-type]
-        prefix = "best."
-        self.best_factors = {
-            key[len(prefix) :]: value.to(self.device)
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-        for key in ("step", "tokens", "skipped", "bad", "elapsed", "best_step"):
-            setattr(self, key, facts[key])
-        self.before = None if facts["before"] is None else Evaluation(**facts["before"])
-        self.best = None if facts["best"] is None else Evaluation(**facts["best"])
+        return FitResult(run.step, stopped, run.elapsed / 60, run.tokens, run.skipped, run.before,
+                         run.best, run.best_step, self.losses)  # fmt: skip
 
     def _announce(self) -> None:
-        trained = sum(p.numel() for p in self.names)
-        dtype = next(iter(self.layers.values())).base.weight.dtype
-        how = f"autocast {self.dtype}" if self.dtype is not None else "no autocast"
-        limit = f"{self.total} steps" if self.total else f"{self.config.max_minutes:g} minutes"
+        run = self.run
+        parameters = sum(p.numel() for p in run.names)
+        dtype = next(iter(run.layers.values())).weight.dtype
+        how = f"autocast {run.dtype}" if run.dtype is not None else "no autocast"
+        limits = [f"{run.total} steps"] if run.total else []
+        if self.config.max_minutes is not None:
+            limits.append(f"{self.config.max_minutes:g} minutes")
         plain = [str(text).replace("torch.", "") for text in (dtype, how)]
         self.monitor.say(
-            f"training {trained:,} parameters of adapter '{self.adapter}' for {limit}; base "
-            f"{plain[0]}, {plain[1]}; {len(self.batches.examples)} examples, "
-            f"{100 * self.batches.padding_share():.1f} % padding"
+            f"training {parameters:,} parameters of adapter '{run.adapter}' for "
+            f"{' or '.join(limits)}{', whichever ends first' if len(limits) > 1 else ''}; base "
+            f"{plain[0]}, {plain[1]}; {len(run.batches.examples)} examples, "
+            f"{100 * run.batches.padding_share():.1f} % padding"
         )
+        for remark in run.remarks:
+            self.monitor.say(f"note: {remark}")
+
+
+def _checked(result: Any) -> tuple[Tensor, int]:
+    """Check what a loss returned."""
+    good = isinstance(result, tuple) and len(result) == 2
+    total, count = result if good else (result, None)
+    if isinstance(count, Tensor) and count.numel() == 1 and not count.is_floating_point():
+        count = int(count)
+    good = good and isinstance(total, Tensor) and total.numel() == 1
+    if not good or not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        found = tuple(type(x).__name__ for x in result) if isinstance(result, tuple) else result
+        raise TypeError(
+            f"loss must return (sum over tokens, tokens): a tensor of one element and a whole "
+            f"number of at least 0, found {found!r:.80}"
+        )
+    if not total.requires_grad:
+        raise RuntimeError(
+            "the loss must carry a gradient to the adapter, found a tensor that requires none; is "
+            "fit or the model run under torch.no_grad(), is its output detached, or does no input "
+            "reach an adapted layer?"
+        )
+    return total, count

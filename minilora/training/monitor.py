@@ -1,16 +1,12 @@
-"""What a run shows and leaves behind: progress, metrics.jsonl, a loss curve; and its health."""
+"""What a run shows and leaves behind: progress, metrics.jsonl and a loss curve."""
 
 import importlib.util
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
-
-from minilora.lora_layer import LoRALayer, lora_layers
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -52,8 +48,8 @@ class Monitor:
             of = f"/{self.total}" if self.total else ""
             time_left = "" if left is None else f"  {left / 60:4.1f} min left"
             self.say(
-                f"step {row['step']:>4}{of}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-                f"grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s{time_left}"
+                f"step {row['step']:>4}{of}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad "
+                f"{row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} learned tokens/s{time_left}"
             )
 
     def evaluation(self, row: dict) -> None:
@@ -79,19 +75,26 @@ class Monitor:
             self.bar.close()
 
     def _append(self, row: dict) -> None:
-        if self.file is not None:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        if self.file is None:
+            return
+        plain = {  # JSON knows no NaN and no infinity
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")
 
 
-def _rows(file: Path) -> list[dict]:
-    """Read metrics; a line that a kill cut short is left out."""
+def read_metrics(file: Path) -> list[dict]:
+    """Read metrics; a line that a kill cut short is left out, null is what was not finite."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
@@ -99,21 +102,23 @@ def _keep_until(file: Path, step: int) -> None:
     """Drop what was logged after the state that a resumed run continues from."""
     kept = []
     if step and file.exists():
-        kept = [json.dumps(row) for row in _rows(file) if row["step"] <= step]
+        kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def draw_curve(out: Path) -> Path | None:
-    """Draw training and held-out loss from metrics.jsonl, or return None without matplotlib."""
+    """Draw the losses in metrics.jsonl; return None without matplotlib or any number."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = _rows(out / METRICS_FILE)
-    steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    evals = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    rows = read_metrics(out / METRICS_FILE) if (out / METRICS_FILE).exists() else []
+    steps = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    evals = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    if not steps and not evals:
+        return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -132,67 +137,6 @@ def draw_curve(out: Path) -> Path | None:
     axes.legend(frameon=False)
     figure.savefig(out / CURVE_FILE, dpi=120)
     return out / CURVE_FILE
-
-
-class Health:
-    """Catch adapters that silently learn nothing, in the first steps of a run.
-
-    Step 1: the zero-initialised factor of every trainable layer that saw a token has a finite,
-    non-zero gradient. Step 2: the other factor too (at step 1 its gradient is exactly 0). Step 5:
-    the zero-initialised factor has moved. A layer that saw no token is reported, not failed.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.layers: dict[str, LoRALayer] = {
-            name: layer
-            for name, layer in lora_layers(model).items()
-            if any(p.requires_grad for n in layer.active for p in layer.adapters[n].parameters())
-        }
-        self.start: dict[str, torch.Tensor] = {}
-        for layer in self.layers.values():
-            layer.last_path = None
-
-    def check(self, step: int) -> list[str]:
-        """Check after the backward pass of a step, before the update; return remarks.
-
-        Raises:
-            RuntimeError: a factor without a gradient, or one that does not move.
-        """
-        seen = {name: layer for name, layer in self.layers.items() if layer.last_path}
-        remarks = []
-        if step == 1:
-            self.start = {n: p.detach().clone() for n, p in self._factors(seen, "lora_B")}
-            unseen = [name for name in self.layers if name not in seen]
-            if unseen:
-                remarks.append(f"{len(unseen)} adapted layers saw no token (first: {unseen[0]})")
-        if step in (1, 2):
-            self._require_gradients(seen, "lora_B" if step == 1 else "lora_A", step)
-        if step == 5:
-            for name, factor in self._factors(seen, "lora_B"):
-                if name in self.start and torch.equal(factor, self.start[name]):
-                    raise RuntimeError(
-                        f"{name} must move as it is trained, but after {step - 1} steps it is what "
-                        f"it was; is the optimizer given this parameter, and its rate above 0?"
-                    )
-            self.start = {}
-        return remarks
-
-    def _factors(self, layers: dict[str, LoRALayer], which: str):
-        for name, layer in layers.items():
-            for adapter in layer.active:
-                factor = getattr(layer.adapters[adapter], which)
-                if factor.requires_grad:
-                    yield f"{name} ({which} of {adapter})", factor
-
-    def _require_gradients(self, layers: dict[str, LoRALayer], which: str, step: int) -> None:
-        dead = [n for n, f in self._factors(layers, which) if f.grad is None or not f.grad.any()]
-        if dead:
-            raise RuntimeError(
-                f"every adapted layer must get a gradient, but {len(dead)} got none at step {step} "
-                f"(first: {dead[0]}); something cuts the graph – a torch.no_grad() or .detach() in "
-                f"the model, or activation checkpointing whose inputs need no gradient "
-                f"(use_reentrant=True)"
-            )
 
 
 def seconds() -> float:

@@ -5,61 +5,150 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import require_layers
+from minilora.copies import all_copies, copies_of
+from minilora.data import Batch, Batches
+from minilora.generation import CONTEXT_NAMES
 from minilora.kernels import hardware
 from minilora.lora_layer import LoRALayer
 from minilora.training.config import TrainConfig
 
 
-def trained(model: nn.Module, layers: dict[str, LoRALayer]) -> set[Tensor]:
-    """Return the parameters to train; refuse others that require gradients."""
-    mine: set[Tensor] = {
-        p
-        for layer in layers.values()
-        for name in layer.active
-        for p in layer.adapters[name].parameters()
-        if p.requires_grad
-    }
-    if not mine:
+def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+    """Refuse models whose training could not work or not be saved."""
+    if any("_orig_mod" in name.split(".") for name in layers):
+        raise ValueError(
+            "fit() needs the model itself, found a torch.compile wrapper, which puts _orig_mod "
+            "into every name that is saved; pass the model you wrapped, or compile it in place "
+            "with model.compile()"
+        )
+    if any(layer.merged for layer in layers.values()):
+        raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
+    for name, layer in layers.items():
+        for tensor in (layer.weight, *layer.adapters.parameters()):
+            if tensor.dtype == torch.float16:
+                what = "the base" if tensor is layer.weight else "the factors"
+                raise ValueError(
+                    f"fit() trains in float32 or bfloat16, found float16 in {what} of {name} "
+                    f"(its gradients would underflow; loss scaling is not built); load or inject "
+                    f"with dtype float32 or bfloat16"
+                )
+
+
+def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
+    """Return the one adapter that is active and trainable."""
+    active = dict.fromkeys(name for layer in layers.values() for name in layer.active)
+    names = [n for n in active if any(p.requires_grad for p in _belonging(model, layers, n))]
+    if not names:
         raise ValueError(
             "fit() needs an active adapter that requires gradients, found none; use "
             "minilora.load(..., trainable=True) or minilora.activate(model, name, trainable=name)"
         )
-    adapters = {p for layer in layers.values() for p in layer.adapters.parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in adapters:
-            raise ValueError(
-                f"fit() trains adapters only, but {name} requires gradients too; freeze it, or "
-                f"write your own loop"
-            )
-    return mine
-
-
-def trained_adapter(layers: dict[str, LoRALayer]) -> str:
-    """Return the one adapter that is active and trainable."""
-    names = {
-        name
-        for layer in layers.values()
-        for name in layer.active
-        if any(p.requires_grad for p in layer.adapters[name].parameters())
-    }
     if len(names) > 1:
         raise ValueError(
             f"fit() trains one adapter at a time, found {', '.join(sorted(names))} active and "
             f"trainable; say which with minilora.activate(model, ..., trainable=name)"
         )
-    return names.pop()
+    return names[0]
 
 
-def compute_dtype(model: nn.Module, choice: str, device: torch.device) -> torch.dtype | None:
+def _belonging(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> list[Tensor]:
+    """Return an adapter's parameters: factors, and trained copies of base parameters."""
+    own = [layer.adapters[adapter] for layer in layers.values() if adapter in layer.adapters]
+    factors = [p for factors in own for p in factors.parameters()]
+    return [*factors, *copies_of(model, adapter).values()]
+
+
+def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dict[Tensor, str]:
+    """Return the parameters to train with their names; refuse others that require gradients."""
+    mine = {p for p in _belonging(model, layers, adapter) if p.requires_grad}
+    known = {p for layer in layers.values() for p in layer.adapters.parameters()}
+    known |= {p for copies in all_copies(model).values() for p in copies.values()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter not in known:
+            raise ValueError(
+                f"fit() trains adapters only, but {name} requires gradients too; freeze it, or "
+                f"write your own loop"
+            )
+    return {p: name for name, p in model.named_parameters() if p in mine}
+
+
+def make_optimizer(names: dict[Tensor, str], config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over the parameters; each group's `ratio` multiplies the learning rate."""
+    fast = [p for p, name in names.items() if name.endswith(".lora_B")]
+    rest = [p for p, name in names.items() if not name.endswith(".lora_B")]
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "ratio": 1.0},
+        {"params": fast, "ratio": config.lora_plus_ratio},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=tuple(config.betas),  # type: ignore[arg-type]
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def make_batches(data: Iterable[Any], what: str, **options: Any) -> Batches:
+    """Return `Batches` over examples, or say that batches were given."""
+    if isinstance(data, Batches):
+        raise TypeError(
+            f"fit() makes its own batches, found Batches as {what}; pass its .examples (size and "
+            f"order are set by TrainConfig)"
+        )
+    data = list(data)
+    if any(isinstance(item, Batch) for item in data):
+        raise TypeError(
+            f"fit() makes its own batches, found a Batch in {what}; pass single examples"
+        )
+    return Batches(data, **options)
+
+
+def check_examples(data: Batches, what: str, model: nn.Module, labels: bool) -> None:
+    """Hold the examples against the model's context and vocabulary, before the first step.
+
+    Args:
+        data: the examples and their `pad_id`.
+        what: what to call them in the message.
+        model: its `config`, if any, says what fits.
+        labels: whether the labels are token ids too.
+    """
+    config = getattr(model, "config", None)
+    found = (getattr(config, name, None) for name in CONTEXT_NAMES)
+    context = next((n for n in found if isinstance(n, int)), math.inf)
+    vocabulary = getattr(config, "vocab_size", None)
+    vocabulary = vocabulary if isinstance(vocabulary, int) else math.inf
+    if not 0 <= data.pad_id < vocabulary:
+        raise ValueError(
+            f"pad_id must lie in [0, {vocabulary}), found {data.pad_id}; any token id will do"
+        )
+    for i, example in enumerate(data.examples):
+        if len(example.input_ids) > context:
+            raise ValueError(
+                f"examples must fit the model's context of {context} tokens, but example {i} of "
+                f"{what} has {len(example.input_ids)}; cut them (--max-length {context}, or "
+                f"encode_records(..., max_length={context}))"
+            )
+        largest = max(*example.input_ids, *(example.labels if labels else ()), 0)
+        if largest >= vocabulary:
+            raise ValueError(
+                f"token ids must lie in [0, {vocabulary}), but example {i} of {what} holds "
+                f"{largest}; encode the data with this model's own tokenizer"
+            )
+
+
+def compute_dtype(
+    layers: dict[str, LoRALayer], choice: str, device: torch.device
+) -> torch.dtype | None:
     """Return the dtype to autocast to, or None to compute in the base's own."""
-    base = next(iter(require_layers(model, "fit").values())).base.weight.dtype
+    base = next(iter(layers.values())).weight.dtype
     if choice == "auto":
         if base != torch.float32 or device.type not in ("cpu", "cuda"):
             return None
@@ -87,58 +176,66 @@ def planned_steps(config: TrainConfig, batches: int) -> int | None:
     return min(limits) if limits else None
 
 
+# Where modules keep whether, and transformers' how, they recompute.
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
 @contextmanager
-def checkpointing(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """Switch activation checkpointing on for the block, where the config asks for it."""
-    if not config.checkpointing:
+def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Switch activation checkpointing on for the block; afterwards all is as it was before."""
+    if not wanted:
         yield
         return
-    if isinstance(getattr(model, "gradient_checkpointing", None), bool):
-        before = model.gradient_checkpointing
-        model.gradient_checkpointing = True  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            model.gradient_checkpointing = before
-    elif callable(getattr(model, "gradient_checkpointing_enable", None)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming the pair
-            # The reentrant kind drops gradients of a frozen base's adapters silently.
-            kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-            model.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_disable()  # type: ignore[operator]
-    else:
+    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    if not callable(enable) and not isinstance(getattr(model, _CHECKPOINTING[0], None), bool):
         raise ValueError(
             f"checkpointing=True needs a model with a gradient_checkpointing flag or Hugging "
             f"Face's gradient_checkpointing_enable(), {type(model).__name__} has neither; wrap "
             f"its blocks in torch.utils.checkpoint yourself and set checkpointing=False"
         )
+    before = [
+        (module, key, module.__dict__.get(key), key in module.__dict__)
+        for module in model.modules()
+        for key in _CHECKPOINTING
+    ]
+    try:
+        # First the method: some of transformers' models have a flag too, which alone does nothing.
+        if callable(enable):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming it
+                # The reentrant kind drops gradients of a frozen base's adapters silently.
+                enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module, key, value, present in before:
+            if present:
+                module.__dict__[key] = value
+            else:
+                module.__dict__.pop(key, None)
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is read between steps; the second one raises."""
+    """Turn the first Ctrl-C or SIGTERM into a flag to be read between steps; the second raises."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     asked: list[bool] = []
 
-    def on_interrupt(number, frame):
+    def on_signal(number, frame):
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
         print("\nfinishing the step in hand; Ctrl-C again to drop it", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
 
 
 def mix_seed(seed: int, step: int, index: int) -> int:

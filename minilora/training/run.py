@@ -1,0 +1,238 @@
+"""A run: what it trains and with what, how far it is, and how that gets to the disk and back."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter_config import config_of
+from minilora.adapter_files import fingerprint
+from minilora.adapters import active_adapters, require_layers
+from minilora.checkpoint import save_adapter
+from minilora.data import Batches
+from minilora.evaluation import Evaluation, Loss, device_of, token_loss
+from minilora.training.config import TrainConfig, learning_rate
+from minilora.training.prepare import (
+    check_examples,
+    check_model,
+    compute_dtype,
+    make_batches,
+    make_optimizer,
+    planned_steps,
+    trained,
+    trained_adapter,
+)
+from minilora.training.state import (
+    STATE_FILE,
+    check_out,
+    check_same_run,
+    check_tensors,
+    damaged,
+    load_state,
+    optimizer_tensors,
+    restore_optimizer,
+    save_state,
+)
+
+LAST = "last"
+_COUNTERS = ("step", "tokens", "skipped", "bad", "elapsed", "evaluated", "best_step", "lr")
+_ANY_BASE = ("base_model_name_or_path", "peft_version", "task_type")  # a path may differ
+
+
+class Run:
+    """The parts of a run and its counters; everything is checked when it is made.
+
+    Attributes:
+        names: the trained parameters and their dotted names.
+        total: optimizer steps planned, None under a time limit alone.
+        step: optimizer steps done; skipped ones count.
+        tokens: learned tokens processed.
+        skipped: steps skipped for a loss or gradient that was not finite; `bad` in a row.
+        elapsed: seconds spent in steps.
+        evaluated: the step after which the last evaluation was made, -1 before the first.
+        lr: the rate of the last step.
+        place: where in the data the last complete step ended.
+        remarks: what a resumed run should say.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Iterable[Any],
+        valid: Iterable[Any] | None,
+        config: TrainConfig,
+        out: Path | None,
+        resume: bool,
+        loss: Loss | None,
+        pad_id: int,
+    ):
+        self.model, self.config, self.out = model, config, out
+        self.loss: Loss = loss or token_loss
+        self.layers = require_layers(model, "fit")
+        check_model(model, self.layers)
+        self.adapter = trained_adapter(model, self.layers)
+        self.names = trained(model, self.layers, self.adapter)
+        self.device = device_of(model)
+        self.dtype = compute_dtype(self.layers, config.dtype, self.device)
+        self.batches = make_batches(
+            train,
+            "train",
+            batch_size=config.batch_size,
+            shuffle=config.shuffle,
+            group_by_length=config.group_by_length,
+            seed=config.seed,
+            pad_id=pad_id,
+        )
+        self.valid: Batches | None = None
+        if valid is not None:
+            size = config.eval_batch_size or config.batch_size
+            self.valid = make_batches(valid, "valid", batch_size=size, pad_id=pad_id)
+        for what, data in (("train", self.batches), ("valid", self.valid)):
+            if data is not None:
+                check_examples(data, what, model, labels=loss is None)
+        self.optimizer = make_optimizer(self.names, config)
+        self.total = planned_steps(config, len(self.batches))
+        self.step = self.tokens = self.skipped = self.bad = self.best_step = 0
+        self.elapsed = self.lr = 0.0
+        self.evaluated = -1
+        self.before: Evaluation | None = None
+        self.best: Evaluation | None = None
+        self.best_values: dict[str, Tensor] = {}
+        self.remarks: list[str] = []
+        if resume and out is None:
+            raise ValueError("resume=True needs out, the folder of the run to continue")
+        if out is not None:
+            check_out(out, resume)
+        if resume and out is not None:
+            self._resume(out)
+        self.place = self.batches.state_dict()
+
+    # --- how far it is
+
+    def progress(self) -> float:
+        """Return the share of the run that is done, by the limit that is nearest; 1 or above."""
+        steps = self.step / self.total if self.total else 0.0
+        minutes = self.config.max_minutes
+        return max(steps, self.elapsed / 60 / minutes if minutes else 0.0)
+
+    def rate(self) -> float:
+        """Return the learning rate of the next step."""
+        share = 1 / self.total if self.total else self.progress() / max(1, self.step)
+        if self.step == 0 and not self.total:
+            share = 0.1 * self.config.warmup
+        return learning_rate(self.config, min(1.0, self.progress()), share)
+
+    def out_of_time(self) -> bool:
+        """Tell whether no further step may begin."""
+        minutes = self.config.max_minutes
+        return minutes is not None and self.elapsed >= 60 * minutes
+
+    def time_left(self) -> float | None:
+        """Return the seconds left, None before the first step."""
+        progress = self.progress()
+        return self.elapsed * max(0.0, 1 - progress) / progress if progress else None
+
+    # --- the best adapter
+
+    def keep(self, found: Evaluation) -> bool:
+        """Note an evaluation after the current step; tell whether it is the best so far."""
+        self.evaluated = self.step
+        if self.step == 0:
+            self.before = found
+        if not math.isfinite(found.loss) or (self.best and found.loss >= self.best.loss):
+            return False
+        self.best, self.best_step = found, self.step
+        self.best_values = {name: p.detach().clone() for p, name in self.names.items()}
+        return True
+
+    def restore_best(self) -> None:
+        """Put the best adapter into the model, where there is one."""
+        with torch.no_grad():
+            for parameter, name in self.names.items():
+                if name in self.best_values:
+                    parameter.copy_(self.best_values[name])
+
+    # --- to the disk and back
+
+    def save(self) -> None:
+        """Write what `resume` needs, and the current adapter into `last/`."""
+        if self.out is None:
+            return
+        tensors = {f"parameter.{name}": p for p, name in self.names.items()}
+        tensors |= {f"buffer.{name}": b for name, b in self._buffers().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
+        tensors |= optimizer_tensors(self.optimizer, self.names)  # type: ignore[arg-type]
+        facts = {key: getattr(self, key) for key in _COUNTERS}
+        facts |= {"data": self.place, "identity": self._identity(), "total": self.total}
+        for key, found in (("before", self.before), ("best", self.best)):
+            facts[key] = None if found is None else vars(found)
+        save_state(self.out, tensors, facts)
+        save_adapter(self.model, self.out / LAST, self.adapter)
+
+    def save_adapter(self) -> None:
+        """Write the adapter as it is in the model into the run's folder."""
+        if self.out is not None:
+            save_adapter(self.model, self.out, self.adapter)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return what is frozen of the adapter (PiSSA's offset, a slice's mask) by dotted name."""
+        return {
+            f"{fqn}.{name}": buffer
+            for fqn, layer in self.layers.items()
+            if self.adapter in layer.adapters
+            for name, buffer in layer.adapters[self.adapter].named_buffers()
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what makes it this run: a resumed one must have the same."""
+        mine = {n: layer for n, layer in self.layers.items() if self.adapter in layer.adapters}
+        adapter = config_of(self.model, mine, self.adapter)
+        return {
+            "config": self.config.to_dict(),
+            "compute": [str(self.dtype), *sorted({str(v.compute_dtype) for v in mine.values()})],
+            "adapter": {k: v for k, v in adapter.items() if k not in _ANY_BASE}
+            | {"active adapters": list(active_adapters(self.model))},
+            "base": json.loads(fingerprint(self.layers)),
+            "valid": None if self.valid is None else self.valid.digest,
+        }
+
+    def _resume(self, out: Path) -> None:
+        """Take up the run whose state lies in `out`; nothing changes before all is checked."""
+        file = out / STATE_FILE
+        tensors, facts = load_state(out)
+        trained, buffers = {name: p for p, name in self.names.items()}, self._buffers()
+        try:
+            self.remarks = check_same_run(out, facts["identity"], self._identity())
+            check_tensors(file, tensors, trained, buffers)  # type: ignore[arg-type]
+            self.batches.load_state_dict(facts["data"])
+            for key in _COUNTERS:
+                if not isinstance(facts[key], (int, float)):
+                    raise TypeError(f"{key} is {facts[key]!r}")
+                setattr(self, key, facts[key])
+            old_total = facts["total"]
+            self.before = None if facts["before"] is None else Evaluation(**facts["before"])
+            self.best = None if facts["best"] is None else Evaluation(**facts["best"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise damaged(file, error) from None
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+            for name, buffer in buffers.items():
+                buffer.copy_(tensors[f"buffer.{name}"])
+        restore_optimizer(self.optimizer, self.names, tensors)  # type: ignore[arg-type]
+        self.best_values = {
+            name: tensors[f"best.{name}"].to(p.device)
+            for name, p in trained.items()
+            if f"best.{name}" in tensors
+        }
+        old_minutes = facts["identity"]["config"].get("max_minutes")
+        moved = (old_total, old_minutes) != (self.total, self.config.max_minutes)
+        if moved and self.config.schedule != "constant" and self.step and self.progress() < 1:
+            self.remarks.append(
+                f"the limits are not those of the first run, and the schedule follows them: the "
+                f"learning rate goes on at {self.rate():.2e}, the last step had {self.lr:.2e}"
+            )

@@ -1,0 +1,314 @@
+"""State on the disk: resuming bit for bit, refusing another run, saving what an error ends."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_training import examples, factors, fit, plain, same, tiny
+
+import minilora
+from minilora.evaluation import token_loss
+from minilora.training import TrainConfig
+from minilora.training.state import STATE_FILE, check_same_run, load_state
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def counting(action):
+    """A loss that calls `action(n)` before the n-th training batch."""
+    calls = []
+
+    def loss(model, batch):
+        if torch.is_grad_enabled():
+            calls.append(1)
+            action(len(calls))
+        return token_loss(model, batch)
+
+    return loss
+
+
+def failing(at, error=MemoryError):
+    def action(n):
+        if n == at:
+            raise error("out of memory")
+
+    return counting(action)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7, 8])
+def test_fit_resume_is_bit_equal(tmp_path, stop):
+    """Dropout, accumulation, several epochs, evaluations: stop anywhere, go on, same bits."""
+    options = {"accumulate": 2, "epochs": 5, "eval_every": 4, "lr": 1e-2, "schedule": "constant",
+               "warmup": 0.0, "lora_plus_ratio": 4}  # fmt: skip
+    whole = tiny(dropout=0.2)
+    expected = fit(whole, valid=examples(5, seed=1), **options)
+    half = tiny(dropout=0.2)
+    fit(half, valid=examples(5, seed=1), out=tmp_path, **{**options, "max_steps": stop})
+    again = tiny(seed=9, dropout=0.2)  # other factors: the state must bring them back
+    again.load_state_dict(
+        {n: v for n, v in whole.state_dict().items() if "adapters" not in n}, strict=False
+    )
+    torch.manual_seed(1234)  # whatever ran before must not matter
+    got = fit(again, valid=examples(5, seed=1), out=tmp_path, resume=True, **options)
+    assert got.steps == expected.steps and got.best_step == expected.best_step
+    assert got.before == expected.before
+    assert same(factors(whole), factors(again))
+
+
+def test_fit_saves_the_last_complete_step_when_an_error_ends_the_run(tmp_path):
+    """The batches in hand count as not done: what follows is bit-equal to an unbroken run."""
+    options = {"accumulate": 2, "max_steps": 9, "eval_every": 4, "valid": examples(4, seed=1)}
+    whole, broken, again = (tiny(dropout=0.2) for _ in range(3))
+    fit(whole, **options)
+    with pytest.raises(MemoryError):
+        fit(broken, out=tmp_path, loss=failing(12), **options)
+    assert load_state(tmp_path)[1]["step"] == 5
+    assert (tmp_path / "last" / "adapter_model.safetensors").exists()
+    fit(again, out=tmp_path, resume=True, **options)
+    assert same(factors(whole), factors(again))
+
+
+def test_fit_says_when_an_error_ends_the_run_and_nothing_can_be_saved(tmp_path, capsys):
+    def action(n):
+        if n == 3:
+            (tmp_path / "state.safetensors").mkdir()
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fit(tiny(), max_steps=9, out=tmp_path, loss=counting(action), quiet=False)
+    assert "the state could not be saved" in capsys.readouterr().err
+
+
+def test_fit_leaves_no_run_behind_when_the_first_step_fails(tmp_path):
+    with pytest.raises(MemoryError):
+        fit(tiny(), valid=examples(3), max_steps=9, out=tmp_path, loss=failing(1))
+    assert fit(tiny(), valid=examples(3), max_steps=2, out=tmp_path).steps == 2
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_fit_stops_on_a_signal_and_goes_on_bit_equal(tmp_path, number, capsys):
+    def action(n):
+        if n == 7:
+            os.kill(os.getpid(), number)
+
+    options = {"accumulate": 2, "max_steps": 9}
+    whole, half, again = (tiny(dropout=0.2) for _ in range(3))
+    fit(whole, **options)
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    result = fit(half, out=tmp_path, loss=counting(action), quiet=False, **options)
+    assert (result.stopped, result.steps) == ("interrupted", 4)
+    assert "continue with resume=True (--resume)" in capsys.readouterr().err
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert fit(again, out=tmp_path, resume=True, **options).stopped == "finished"
+    assert same(factors(whole), factors(again))
+
+
+def test_fit_stops_within_an_evaluation(tmp_path, capsys):
+    """Ctrl-C in the first one: no step is done. In a later one: it is made after resuming."""
+    calls = []
+
+    def loss(model, batch):
+        if not torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+        return token_loss(model, batch)
+
+    stop, options = 2, {"valid": examples(12, seed=1), "max_steps": 6, "eval_every": 3}
+    model = tiny()
+    start = factors(model)
+    result = fit(model, loss=loss, out=tmp_path, quiet=False, **options)
+    assert (result.stopped, result.steps, len(calls)) == ("interrupted", 0, 2)
+    assert "stopped before the first step" in capsys.readouterr().err
+    assert same(factors(model), start) and not list(tmp_path.glob("*.safetensors"))
+    calls, stop = [], 4  # the first batch of the evaluation after step 3
+    result = fit(tiny(), loss=loss, out=tmp_path, **options)
+    assert (result.stopped, result.steps) == ("interrupted", 3)
+    expected = fit(tiny(), **options)
+    got = fit(tiny(), out=tmp_path, resume=True, **options)
+    assert (got.best, got.best_step) == (expected.best, expected.best_step)
+    assert [row["step"] for row in metrics(tmp_path) if "eval_loss" in row] == [0, 3, 6]
+
+
+def test_fit_interrupted_leaves_the_best_so_far_in_out(tmp_path):
+    rows = examples(4)
+
+    def loss(model, batch):  # from the third step on training makes it worse
+        total, tokens = token_loss(model, batch)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+        return (-total if torch.is_grad_enabled() and len(calls) > 2 else total), tokens
+
+    calls, model = [], tiny()
+    result = fit(model, rows, valid=rows, loss=loss, max_steps=9, eval_every=2, lr=1e-2,
+                 warmup=0.0, out=tmp_path)  # fmt: skip
+    assert (result.stopped, result.steps, result.best_step) == ("interrupted", 6, 2)
+    best, last = (minilora.load(plain(), folder) for folder in (tmp_path, tmp_path / "last"))
+    assert minilora.evaluate(best, rows, batch_size=4).loss == result.best.loss
+    assert same(factors(last), factors(model))
+
+
+def test_fit_resume_of_a_finished_run_changes_nothing(tmp_path):
+    options = {"valid": examples(4, seed=1), "max_steps": 3, "out": tmp_path}
+    first = fit(tiny(), **options)
+    again = fit(tiny(), resume=True, **options)
+    assert (again.steps, again.best, again.losses) == (3, first.best, [])
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 3, 3]
+
+
+def test_fit_resume_does_no_step_when_the_time_is_spent(tmp_path):
+    first = fit(tiny(), max_minutes=1e-4, out=tmp_path)
+    again = fit(tiny(), max_minutes=1e-4, out=tmp_path, resume=True)
+    assert again.steps == first.steps >= 1 and again.stopped == "time"
+
+
+def test_fit_resume_says_what_the_new_limits_and_rate_do(tmp_path, capsys):
+    fit(tiny(), max_steps=4, out=tmp_path)
+    options = {"eval_every": 2, "valid": None, "out": tmp_path, "resume": True, "quiet": False}
+    fit(tiny(), max_steps=8, lr=1e-3, **options)
+    said = capsys.readouterr().err
+    assert "note: lr was 0.0005 and is 0.001 from here on" in said
+    assert "the learning rate goes on at" in said
+    fit(tiny(), max_steps=8, lr=1e-3, **options)
+    assert "note:" not in capsys.readouterr().err
+
+
+BASE = {"max_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (tiny, {"weight_decay": 0.1}, r"settings, but weight_decay was 0\.0 and is 0\.1"),
+        (tiny, {"lora_plus_ratio": 2.0}, "lora_plus_ratio was 1.0 and is 2.0"),
+        (tiny, {"data": examples(9)}, "same data and options"),
+        (tiny, {"dtype": "bfloat16"}, "keep its settings, but dtype"),
+        (lambda: minilora.inject(plain(), r=4, alpha=60), {}, "lora_alpha was 6 and is 60"),
+        (lambda: minilora.inject(plain(), r=2, alpha=3), {}, "state of another adapter"),
+        (lambda: tiny(dropout=0.5), {}, r"lora_dropout was 0\.0 and is 0\.5"),
+        (lambda: tiny(rslora=True), {}, "use_rslora was False and is True"),
+        (lambda: tiny(targets=["q_proj"]), {}, "target_modules was"),
+        (lambda: tiny(adapter="b"), {}, "active adapters was"),
+        (lambda: tiny(dtype="bfloat16"), {}, r"must be .* in torch\.bfloat16, found"),
+        (lambda: tiny(compute_dtype="bfloat16"), {}, "autocast and compute_dtype were"),
+        (lambda: tiny(seed=5), {}, r"another base: the weights of model\.layers\.0"),
+        (tiny, {"valid": examples(3, seed=8)}, "keep its held-out examples"),
+        (tiny, {"valid": None}, "and is None; pass the same valid"),
+    ],
+)  # fmt: skip
+def test_fit_resume_refuses_another_run(tmp_path, make, options, message):
+    fit(tiny(), valid=examples(3, seed=7), max_steps=2, out=tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    model = make()
+    start = factors(model)
+    given = {"valid": examples(3, seed=7), "max_steps": 4, **options}
+    with pytest.raises(ValueError, match=message):
+        fit(model, out=tmp_path, resume=True, **given)
+    assert same(factors(model), start)
+    assert before == {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+
+
+def test_fit_resume_refuses_held_out_examples_where_there_were_none(tmp_path):
+    fit(tiny(), max_steps=2, out=tmp_path)
+    with pytest.raises(ValueError, match="valid was None and is"):
+        fit(tiny(), valid=examples(3), max_steps=4, out=tmp_path, resume=True)
+
+
+def test_fit_resume_restores_what_is_frozen_of_an_adapter(tmp_path):
+    """PiSSA's offset is drawn anew by inject; the state has the one the factors belong to."""
+
+    def pissa(seed):
+        model = plain()
+        torch.manual_seed(seed)
+        return minilora.inject(model, r=2, alpha=3, init="pissa_niter_1")
+
+    whole, half, again = pissa(1), pissa(1), pissa(2)
+    fit(whole, max_steps=6, schedule="constant")
+    fit(half, max_steps=3, schedule="constant", out=tmp_path)
+    fit(again, max_steps=6, schedule="constant", out=tmp_path, resume=True)
+    assert same(whole.state_dict(), again.state_dict())
+    other = minilora.inject(plain(), r=4, alpha=4)  # what PiSSA's would be saved as
+    with pytest.raises(ValueError, match="must hold the tensors of this adapter"):
+        fit(other, max_steps=6, schedule="constant", out=tmp_path, resume=True)
+
+
+def test_check_same_run_refuses_another_autocast(tmp_path):
+    fit(tiny(), max_steps=1, out=tmp_path)
+    saved = load_state(tmp_path)[1]["identity"]
+    with pytest.raises(ValueError, match="must compute in the same dtype"):
+        check_same_run(tmp_path, saved, {**saved, "compute": ["torch.bfloat16", "None"]})
+
+
+def rewrite(folder, change):
+    """Write the state again, changed."""
+    file = folder / STATE_FILE
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()["minilora_run"])
+    tensors, facts = change(load_file(file), facts)
+    save_file(tensors, file, {"minilora_run": json.dumps(facts)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, f: (t, []), "reading it failed"),
+        (lambda t, f: (t, {**f, "version": 1}), "state version 1, this minilora reads 2"),
+        (lambda t, f: (t, {"version": 2}), r"reading it failed \(KeyError\('identity'\)"),
+        (lambda t, f: (t, {**f, "step": "3"}), "reading it failed.*step is '3'"),
+        (lambda t, f: (t, {**f, "best": [1]}), "reading it failed"),
+        (lambda t, f: (t, {**f, "data": None}), "reading it failed"),
+        (lambda t, f: ({k: v for k, v in t.items() if "exp_avg_sq" not in k}, f),
+         r"under optimizer\.exp_avg_sq.* there must be \[.*, found nothing"),
+        (lambda t, f: ({k: v for k, v in t.items() if not k.startswith("parameter")}, f),
+         "under parameter.*found nothing"),
+        (lambda t, f: (t | {"other": torch.zeros(2)}, f), r"under other there must be nothing"),
+    ],
+)  # fmt: skip
+def test_fit_resume_refuses_a_damaged_state(tmp_path, change, message):
+    fit(tiny(), max_steps=2, out=tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        fit(tiny(), max_steps=4, out=tmp_path, resume=True)
+
+
+def test_fit_resume_refuses_half_a_state(tmp_path):
+    fit(tiny(), max_steps=2, out=tmp_path)
+    state = tmp_path / STATE_FILE
+    state.write_bytes(state.read_bytes()[:200])
+    with pytest.raises(ValueError, match="reading it failed"):
+        fit(tiny(), max_steps=4, out=tmp_path, resume=True)
+
+
+def test_fit_refuses_an_out_that_holds_something(tmp_path):
+    fit(tiny(), max_steps=2, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="holds the state of an earlier run"):
+        fit(tiny(), max_steps=2, out=tmp_path / "run")
+    (tmp_path / "run" / STATE_FILE).unlink()
+    logged = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"another adapter or run, found metrics\.jsonl"):
+        fit(tiny(), max_steps=2, out=tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == logged
+    minilora.save(tiny(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"another adapter or run, found adapter_config\.json"):
+        fit(tiny(), max_steps=2, out=tmp_path / "adapter")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="out must be a folder, found a file"):
+        fit(tiny(), max_steps=2, out=tmp_path / "file")
+
+
+def test_train_config_keeps_its_defaults_in_the_state(tmp_path):
+    config = TrainConfig(betas=[0.9, 0.99], batch_size=4, dtype="float32", max_steps=2)
+    minilora.fit(tiny(), examples(), config=config, out=tmp_path, quiet=True)
+    more = dataclasses.replace(config, max_steps=3, max_bad_steps=9)
+    result = minilora.fit(tiny(), examples(), config=more, out=tmp_path, resume=True, quiet=True)
+    assert result.steps == 3
