@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ def storage_format(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
-def fingerprint(layers: dict[str, LoRALayer]) -> str:
-    """Describe the unmerged base of each layer as JSON: shape, format and sampled weights."""
+def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None = None) -> str:
+    """Describe the unmerged base of each layer as JSON: shape, format and sampled weights.
+
+    `own` are the base's own parameters that a trained copy may stand for, by dotted name.
+    """
     rows = {}
     for fqn, layer in layers.items():
-        weight = layer.base.weight
+        weight = (own or {}).get(f"{fqn}.weight", layer.base.weight)
         sample = weight_sample(fqn, weight) if layer.base_sample is None else layer.base_sample
         rows[fqn] = {
             "shape": [layer.out_features, layer.in_features],

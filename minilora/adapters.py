@@ -21,6 +21,7 @@ from minilora.copies import (
     copies_of,
     in_place,
     install,
+    original_parameters,
     remove_copies,
     rename_copies,
 )
@@ -53,6 +54,12 @@ def _known(model: nn.Module, names: object, verb: str) -> tuple[str, ...]:
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"each adapter may be named once, found {list(wanted)}")
     return tuple(wanted)
+
+
+def _one(model: nn.Module, name: object, verb: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{verb}() takes one adapter's name, found {name!r}")
+    return _known(model, name, verb)[0]
 
 
 def require_unmerged(layers: dict[str, LoRALayer], verb: str) -> None:
@@ -184,7 +191,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size() if tensor.numel() else start
 
 
-def _check_kind(name: str, layer: LoRALayer, names: tuple[str, ...], copied: set[int]) -> None:
+def _check_kind(name: str, layer: LoRALayer, names: tuple[str, ...]) -> None:
     base = layer.base
     plain = (
         (type(layer) is LoRALinear and (type(base) is nn.Linear or is_conv1d(base)))
@@ -199,33 +206,33 @@ def _check_kind(name: str, layer: LoRALayer, names: tuple[str, ...], copied: set
             f"but {name} wraps a {type(base).__name__} whose weight is no plain parameter; leave "
             f"that layer unmerged or use a plain base"
         )
-    factors: list[Any] = [layer.adapters[n] for n in names]
-    if any(f.lora_bias is not None for f in factors):
-        bias = base._parameters.get("bias")
-        if bias is None or id(bias) in copied:
-            found = "none" if bias is None else "a trained copy of another adapter"
-            raise ValueError(
-                f"merging lora_bias adds to the bias of {name}, found {found}; leave that adapter "
-                f"unmerged"
-            )
+    if "bias" in _changed(layer, names) and base._parameters.get("bias") is None:
+        raise ValueError(
+            f"merging lora_bias adds to the bias of {name}, found none; leave that adapter unmerged"
+        )
 
 
-def _sharers(model: nn.Module, layers: dict[str, LoRALayer]) -> dict[str, str]:
-    """Return, for layers whose weight shares memory with another tensor, that tensor's name."""
+def _sharers(
+    model: nn.Module, layers: dict[str, LoRALayer], plan: dict[str, tuple[str, ...]]
+) -> dict[tuple[str, str], str]:
+    """Return, for weights and biases that share memory with another tensor, that one's name."""
+    inside = tuple(f"{name}.{part}." for name in layers for part in ("adapters", "held"))
     spans = [
         (tensor.device, *_span(tensor), f"{name}.{key}")
         for name, module in model.named_modules()
-        if not name.startswith("_minilora")
+        if not f"{name}.".startswith(inside)
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]
         if tensor is not None
     ]
     found = {}
     for name, layer in layers.items():
-        start, end = _span(layer.base.weight)
-        for device, first, last, owner in spans:
-            same_memory = device == layer.base.weight.device and first < end and start < last
-            if same_memory and owner != f"{name}.base.weight":
-                found[name] = owner
+        for part in _changed(layer, plan[name]):
+            tensor = layer.base._parameters[part]
+            start, end = _span(tensor)
+            for device, first, last, owner in spans:
+                same_memory = device == tensor.device and first < end and start < last
+                if same_memory and owner != f"{name}.base.{part}":
+                    found[name, part] = owner
     return found
 
 
@@ -270,39 +277,58 @@ def merge(
         plan = {n: layer.active for n, layer in layers.items()}
     plan = {n: wanted for n, wanted in plan.items() if wanted}
     chosen = {n: layers[n] for n in plan}
-    copied = {id(p) for copies in all_copies(model).values() for p in copies.values()}
-    for name, layer in chosen.items():
-        _check_kind(name, layer, plan[name], copied)
-    tied = _sharers(model, chosen)
-    for name, owner in tied.items():
-        if not untie:
-            raise ValueError(
-                f"merging into {name} would change {owner} too, because both share one weight; "
-                f"pass untie=True to give {name} a weight of its own"
-            )
-    for name, layer in chosen.items():  # a first pass that changes nothing
-        if not all(t.isfinite().all() for t in _merged_tensors(layer, plan[name]).values()):
-            raise ValueError(
-                f"the merged weight of {name} must be finite, found NaN or Inf in "
-                f"{layer.base.weight.dtype}; check the adapter, or merge into a wider dtype"
-            )
-    disk = None
-    if keep == "disk":
-        kept = {n: layer for n, layer in chosen.items() if n not in tied}
-        disk = _DiskCopy({f"{n}.{k}": getattr(layer.base, k) for n, layer in kept.items()
-                          for k in ("weight", "bias") if _changes(layer, plan[n], k)})  # fmt: skip
+    before = [n for n in all_copies(model) if in_place(model, n)]
+    own = original_parameters(model)
     install(model, names)
+    try:
+        # What must not be written: weights that others read, and trained copies.
+        apart = _kept_apart(model, plan, chosen, untie)
+        disk = None
+        if keep == "disk":
+            disk = _DiskCopy({f"{n}.{key}": layer.base._parameters[key]
+                              for n, layer in chosen.items() for key in _changed(layer, plan[n])
+                              if (n, key) not in apart})  # fmt: skip
+    except BaseException:
+        install(model, before)
+        raise
     with torch.no_grad():
         for name, layer in chosen.items():
-            _merge_layer(name, layer, plan[name], keep, disk, name in tied)
+            _merge_layer(name, layer, plan[name], keep, disk, apart, own)
     for name, layer in layers.items():
         if name not in chosen:  # the merged model is base + names: nothing else adds there either
             layer.merged, layer.original = names, {}
 
 
-def _changes(layer: LoRALayer, names: tuple[str, ...], key: str) -> bool:
+def _kept_apart(
+    model: nn.Module, plan: dict[str, tuple[str, ...]], chosen: dict[str, LoRALayer], untie: bool
+) -> set[tuple[str, str]]:
+    """Check that everything can be merged; return the (layer, key) that need a new parameter."""
+    apart = set()
+    for name, layer in chosen.items():
+        _check_kind(name, layer, plan[name])
+    for (name, key), owner in _sharers(model, chosen, plan).items():
+        if not untie:
+            raise ValueError(
+                f"merging into {name} would change {owner} too, because both share one {key}; "
+                f"pass untie=True to give {name} a {key} of its own"
+            )
+        apart.add((name, key))
+    copied = {id(p) for copies in all_copies(model).values() for p in copies.values()}
+    for name, layer in chosen.items():
+        changed = _changed(layer, plan[name])
+        apart |= {(name, key) for key in changed if id(layer.base._parameters[key]) in copied}
+        if not all(t.isfinite().all() for t in _merged_tensors(layer, plan[name]).values()):
+            raise ValueError(
+                f"the merged weight of {name} must be finite, found NaN or Inf in "
+                f"{layer.base.weight.dtype}; check the adapter, or merge into a wider dtype"
+            )
+    return apart
+
+
+def _changed(layer: LoRALayer, names: tuple[str, ...]) -> list[str]:
+    """Return which of the base's parameters merging these adapters changes."""
     factors: list[Any] = [layer.adapters[n] for n in names]
-    return key == "weight" or any(f.lora_bias is not None for f in factors)
+    return ["weight", "bias"] if any(f.lora_bias is not None for f in factors) else ["weight"]
 
 
 def _merge_layer(
@@ -311,21 +337,22 @@ def _merge_layer(
     names: tuple[str, ...],
     keep: str | None,
     disk: _DiskCopy | None,
-    tied: bool,
+    apart: set[tuple[str, str]],
+    own: dict[str, nn.Parameter],
 ) -> None:
     merged = _merged_tensors(layer, names)
-    layer.base_sample = weight_sample(name, layer.base.weight)
+    layer.base_sample = weight_sample(name, own.get(f"{name}.weight", layer.base.weight))
     originals: dict[str, Any] = {}
     for key, value in merged.items():
         held = layer.base._parameters[key]
-        if tied and key == "weight":
-            originals[key] = held  # the shared parameter itself, put back by unmerge
+        if (name, key) in apart:
+            originals[key] = held  # the parameter itself, put back by unmerge
             layer.base._parameters[key] = nn.Parameter(value, requires_grad=False)
             continue
         if keep is not None:
             originals[key] = held.detach().clone() if disk is None else (disk, f"{name}.{key}")
         held.copy_(value)
-    layer.original = originals if len(originals) == len(merged) else None
+    layer.original = None if keep is None else originals
     layer.merged = names
 
 
@@ -369,7 +396,8 @@ def unmerge(model: nn.Module) -> None:
                 else:
                     layer.base._parameters[key].copy_(value)
             layer.merged, layer.original, layer.base_sample = (), None, None
-    install(model, {name for layer in layers.values() for name in layer.active})
+    active = {name for layer in layers.values() for name in layer.active}
+    install(model, [name for name in all_adapter_names(model) if name in active])
 
 
 def delete(model: nn.Module, adapter: str) -> None:
@@ -384,7 +412,7 @@ def delete(model: nn.Module, adapter: str) -> None:
         RuntimeError: adapters are merged.
     """
     layers = require_layers(model, "delete")
-    (adapter,) = _known(model, adapter, "delete")
+    adapter = _one(model, adapter, "delete")
     require_unmerged(layers, "delete")
     if all_adapter_names(model) == [adapter]:
         eject(model)
@@ -414,7 +442,7 @@ def rename(model: nn.Module, adapter: str, new: str) -> None:
         RuntimeError: adapters are merged.
     """
     layers = require_layers(model, "rename")
-    (adapter,) = _known(model, adapter, "rename")
+    adapter = _one(model, adapter, "rename")
     require_unmerged(layers, "rename")
     check_adapter_name(new)
     if new in all_adapter_names(model):
@@ -451,12 +479,15 @@ def eject(model: nn.Module) -> nn.Module:
     layers = require_layers(model, "eject")
     if not any(layer.merged for layer in layers.values()):
         install(model, ())
+    for copies in all_copies(model).values():  # one that a merge left in place is plain now
+        for parameter in copies.values():
+            parameter.requires_grad_(False)
     remove_copies(model)
     for layer in layers.values():
         _put_back(model, layer)
     for module in model.modules():  # `inject` may have been called on a part of the model
         trainable = set(module.__dict__.pop("_minilora_trainable", ()))
-        for name, parameter in module.named_parameters() if trainable else ():
+        for name, parameter in module.named_parameters(remove_duplicate=False):
             if name in trainable:
                 parameter.requires_grad_(True)
     return model

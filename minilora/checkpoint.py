@@ -25,7 +25,14 @@ from minilora.adapter_files import (
     write_pair,
 )
 from minilora.adapters import require_layers, set_trainable
-from minilora.copies import TrainedCopies, all_adapter_names, copies_of, original_of
+from minilora.copies import (
+    TrainedCopies,
+    all_adapter_names,
+    copies_of,
+    original_of,
+    original_parameters,
+    originals_in_place,
+)
 from minilora.factors import LoRAAdapter
 from minilora.injection import as_dtype, attach, check_adapter_name
 from minilora.kernels import check_backend
@@ -103,7 +110,13 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
         for name, key in _keys(fqn, type(layer), config).items():
             _require_finite(values[name], f"{fqn}: {name} of adapter {adapter!r}")
             tensors[key] = values[name]
+    places = parameter_places(model)
     for name, value in copies_of(model, adapter).items():
+        if name not in places:
+            raise ValueError(
+                f"the adapter has a trained copy of {name}, and this model has no such parameter; "
+                f"call save with the module that inject was called with"
+            )
         _require_finite(value, f"{name} of adapter {adapter!r}")
         tensors[_copy_key(name, layers)] = value
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
@@ -111,7 +124,7 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
     metadata = {
         "format": "pt",
         "minilora_config_sha256": hashlib.sha256(text).hexdigest(),
-        "minilora_base": fingerprint(layers),
+        "minilora_base": fingerprint(layers, original_parameters(model)),
     }
     slices = {fqn: _slices(layer.adapters[adapter]) for fqn, layer in layers.items()}
     if any(slices.values()):
@@ -251,7 +264,7 @@ def _restore_slices(built: dict[str, LoRAAdapter], metadata: dict[str, str], fil
     """Give fused layers that were adapted in slices their masks back."""
     try:
         for fqn, columns in json.loads(metadata.get("minilora_slices", "{}")).items():
-            B = built[fqn].lora_B
+            B = built[fqn].lora_B.flatten(1)
             mask = torch.zeros(B.shape, dtype=torch.bool, device=B.device)
             for column, (start, stop) in enumerate(columns):
                 mask[start:stop, column] = True
@@ -333,7 +346,8 @@ def load(
                 f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}; {name} is missing"
                 f"{_adapters_below(folder)}"
             )
-    built, copies = _read(model, folder, dtype, verify)
+    with originals_in_place(model):
+        built, copies = _read(model, folder, dtype, verify)
     if present:
         _swap(model, adapter, built, {} if copies is None else copies.items())
         return model

@@ -1,23 +1,27 @@
 """Trained copies of base parameters: what `bias=` and `modules_to_save=` give an adapter.
 
 The base's own parameter stays untouched. Activating an adapter puts its copy in the parameter's
-place in the module, deactivating it puts the original back; so any module works, unwrapped.
+place in the module, deactivating it puts the original back; so any module works, unwrapped. The
+copies are kept in a LoRA layer of their adapter, so that they move, save and copy with the model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from minilora.lora_layer import lora_layers
+from minilora.lora_layer import LoRALayer, lora_layers
 
-ORIGINAL = "<base>"  # the key of what the copies replaced; no adapter can have this name
+Place = tuple[nn.Module, str]  # a module, and a parameter's attribute in it
 
 
 class TrainedCopies(nn.Module):
-    """The copies of one adapter, or the originals they replaced, by dotted parameter name.
+    """The copies of one adapter by dotted parameter name, with what they stand for.
 
-    `bias` and `modules` are the options of `inject` that asked for them.
+    Args:
+        values: the copies.
+        bias, modules: the options of `inject` that asked for them.
     """
 
     def __init__(
@@ -27,31 +31,49 @@ class TrainedCopies(nn.Module):
         self.bias, self.modules_to_save = bias, list(modules)
         self.names = list(values)
         self.values = nn.ParameterList(values.values())
+        self.originals = nn.ParameterList()  # the base's own, in the same order
+        self.places: list[Place] = []
+
+    def settle(self, places: Mapping[str, Place], own: Mapping[str, nn.Parameter]) -> None:
+        """Note where each copied parameter belongs, and the base's own."""
+        self.places = [places[name] for name in self.names]
+        found = [own.get(n, m._parameters[k]) for n, (m, k) in self._by_name()]
+        self.originals = nn.ParameterList(found)
+
+    def _by_name(self) -> list[tuple[str, Place]]:
+        return list(zip(self.names, self.places, strict=True))
 
     def items(self) -> dict[str, nn.Parameter]:
-        """Return the parameters by their dotted name in the plain model."""
+        """Return the copies by their dotted name in the plain model."""
         return dict(zip(self.names, self.values, strict=True))
 
+    def originals_by_name(self) -> dict[str, nn.Parameter]:
+        """Return the base's own parameters by the same names."""
+        return dict(zip(self.names, self.originals, strict=True))
 
-def _held(model: nn.Module) -> Any:
-    """Return the container of all copies by adapter, originals under `ORIGINAL`, or {}."""
-    return getattr(model, "_minilora_copies", {})
+    def put(self, values: Iterable[nn.Parameter]) -> None:
+        """Put these into the places."""
+        for (module, key), value in zip(self.places, values, strict=True):
+            module._parameters[key] = value
 
 
-def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return the module and attribute that hold each copied parameter."""
-    return getattr(model, "_minilora_places", {})
+def _holders(model: nn.Module) -> dict[str, TrainedCopies]:
+    """Return every adapter's container."""
+    found: dict[str, Any] = {}
+    for layer in lora_layers(model).values():
+        found.update(layer.held.items())
+    return found
 
 
 def all_copies(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Return every adapter's copies by adapter name."""
-    return {name: c.items() for name, c in _held(model).items() if name != ORIGINAL}
+    return {adapter: held.items() for adapter, held in _holders(model).items()}
 
 
 def asked_copies(model: nn.Module, adapter: str) -> tuple[str, list[str]]:
     """Return the `bias` and `modules_to_save` that an adapter was made with."""
-    held = _held(model)
-    return (held[adapter].bias, held[adapter].modules_to_save) if adapter in held else ("none", [])
+    held = _holders(model).get(adapter)
+    return ("none", []) if held is None else (held.bias, held.modules_to_save)
 
 
 def copies_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -61,62 +83,68 @@ def copies_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 def original_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base's own parameters that have copies, by dotted name."""
-    held = _held(model)
-    return held[ORIGINAL].items() if held else {}
+    found: dict[str, nn.Parameter] = {}
+    for held in _holders(model).values():
+        found.update(held.originals_by_name())
+    return found
 
 
-def original_of(model: nn.Module, name: str, places: Mapping) -> nn.Parameter:
+def original_of(model: nn.Module, name: str, places: Mapping[str, Place]) -> nn.Parameter:
     """Return the base's own parameter of a dotted name, whether a copy is in its place or not."""
     module, key = places[name]
-    return original_parameters(model).get(name, module._parameters[key])
+    own = module._parameters[key]
+    assert own is not None  # places list parameters that are there
+    return original_parameters(model).get(name, own)
 
 
 def all_adapter_names(model: nn.Module) -> list[str]:
-    """Return the adapters' names in the order they were added, copies' owners included."""
+    """Return the adapters' names in the order they were added."""
     names: dict[str, None] = {}
     for layer in lora_layers(model).values():
         names.update(dict.fromkeys(layer.adapters))
-    names.update(dict.fromkeys(all_copies(model)))
     return list(names)
 
 
 def add_copies(
-    model: nn.Module, adapter: str, copies: TrainedCopies | None, places: Mapping
+    model: nn.Module, adapter: str, copies: TrainedCopies | None, places: Mapping[str, Place]
 ) -> None:
-    """Register an adapter's copies; `places[name]` is the module and attribute that hold one."""
-    if copies is None:
-        return
-    values = copies.items()
-    if not hasattr(model, "_minilora_copies"):
-        model._minilora_copies = nn.ModuleDict({ORIGINAL: TrainedCopies({})})
-        model._minilora_places = {}  # type: ignore[assignment]
-    held = _held(model)
-    originals = held[ORIGINAL].items()
-    for name in values:
-        if name not in originals:
-            module, key = places[name]
-            originals[name] = module._parameters[key]
-            _places(model)[name] = (module, key)
-    held[ORIGINAL] = TrainedCopies(originals)
-    held[adapter] = copies
+    """Keep an adapter's copies; `places[name]` is the module and attribute that hold one."""
+    if copies is not None:
+        copies.settle(places, original_parameters(model))
+        _last_layer(model, adapter).held[adapter] = copies
+
+
+def _last_layer(model: nn.Module, adapter: str) -> LoRALayer:
+    return [layer for layer in lora_layers(model).values() if adapter in layer.adapters][-1]
 
 
 def install(model: nn.Module, active: Iterable[str]) -> None:
     """Put the copies of the active adapters in their places, originals elsewhere."""
-    chosen = original_parameters(model)
+    holders = _holders(model)
+    for held in holders.values():
+        held.put(held.originals)
     for name in active:
-        chosen = chosen | copies_of(model, name)
-    for name, parameter in chosen.items():
-        module, key = _places(model)[name]
-        module._parameters[key] = parameter
+        if name in holders:
+            holders[name].put(holders[name].values)
+
+
+@contextmanager
+def originals_in_place(model: nn.Module) -> Iterator[None]:
+    """Within the block every parameter is the base's own, afterwards copies are back."""
+    before = [adapter for adapter in _holders(model) if in_place(model, adapter)]
+    install(model, ())
+    try:
+        yield
+    finally:
+        install(model, before)
 
 
 def in_place(model: nn.Module, adapter: str) -> bool:
     """Tell whether an adapter's copies are where the model computes with them."""
-    places = _places(model)
-    return any(
-        places[name][0]._parameters[places[name][1]] is parameter
-        for name, parameter in copies_of(model, adapter).items()
+    held = _holders(model).get(adapter)
+    return held is not None and any(
+        module._parameters[key] is value
+        for (module, key), value in zip(held.places, held.values, strict=True)
     )
 
 
@@ -135,18 +163,14 @@ def conflict(model: nn.Module, active: Iterable[str]) -> str | None:
 
 
 def remove_copies(model: nn.Module, adapter: str | None = None) -> None:
-    """Forget an adapter's copies (None: all); the last one takes the bookkeeping along."""
-    held = _held(model)
-    if not held:
-        return
-    if adapter in held:
-        del held[adapter]
-    if adapter is None or len(held) == 1:
-        del model._minilora_copies, model._minilora_places
+    """Forget an adapter's copies (None: all)."""
+    for layer in lora_layers(model).values():
+        for name in [n for n in layer.held if adapter in (None, n)]:
+            del layer.held[name]
 
 
 def rename_copies(model: nn.Module, adapter: str, new: str) -> None:
     """Give an adapter's copies another owner's name."""
-    held = _held(model)
-    if adapter in held:
-        held[new] = held.pop(adapter)
+    for layer in lora_layers(model).values():
+        if adapter in layer.held:
+            layer.held[new] = layer.held.pop(adapter)

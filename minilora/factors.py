@@ -129,7 +129,7 @@ class LoRAAdapter(nn.Module):
         if self.offset_A is None:
             B = self.lora_B.detach()
             if self.row_mask is not None:
-                B = B * self.row_mask
+                B = B * self.row_mask.reshape(B.shape)
             return self.lora_A.detach(), B, self.r, self.alpha, self.rslora
         A, B = self.product()
         return A.to(self.lora_A.dtype), B.to(self.lora_B.dtype), len(A), len(A), False
@@ -153,6 +153,12 @@ class LoRAAdapter(nn.Module):
             W = weight.detach().to(A.dtype)
             squares = W.square().sum(1) + 2 * ((W @ A.T) * B).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
             return squares.clamp(min=0).sqrt()
+
+    def length_ratio(self, weight: Tensor) -> Tensor:
+        """Return DoRA's `m / ‖W + scaling · B A‖` as `[N]`; 1 for a row of zeros."""
+        assert self.magnitude is not None
+        lengths = self.row_lengths(weight)
+        return torch.where(lengths == 0, 1.0, self.magnitude / lengths.clamp(min=1e-30))
 
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
@@ -178,12 +184,14 @@ class LoRAAdapter(nn.Module):
             else:
                 U, S, V = torch.svd_lowrank(W, self.r, niter=int(self.init.rpartition("_")[2]))
                 Vh = V.T
-            root = (S[: self.r] / self.scaling).sqrt()
+            root = (S[: self.r] / abs(self.scaling)).sqrt()
             A, B = root[:, None] * Vh[: self.r], U[:, : self.r] * root
+            B = B if self.scaling > 0 else -B
         self.lora_A.copy_(A.reshape(self.lora_A.shape))
         self.lora_B.copy_(B.reshape(self.lora_B.shape))
         A, B = self.product()  # as rounded to the factors' dtype
-        self.offset_A, self.offset_B = A.to(self.lora_A.dtype), B.to(self.lora_B.dtype)
+        # Cloned: `product` may have returned lora_A's own memory, which training moves.
+        self.offset_A, self.offset_B = A.to(self.lora_A.dtype).clone(), B.to(self.lora_B.dtype)
 
     def extra_repr(self) -> str:
         """Show the numbers that make the scaling."""

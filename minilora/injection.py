@@ -6,11 +6,19 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from minilora.copies import TrainedCopies, add_copies, all_adapter_names, install, original_of
+from minilora.copies import (
+    TrainedCopies,
+    add_copies,
+    all_adapter_names,
+    install,
+    original_of,
+    originals_in_place,
+)
 from minilora.factors import FROM_WEIGHT, INITS, LoRAAdapter
 from minilora.kernels import check_backend
 from minilora.layers import LoRALinear, layer_class
@@ -154,7 +162,8 @@ def _copied_parameters(
                     f"modules_to_save trains a whole copy of {hit}, but {target} is a target of "
                     f"LoRA too; name it in one of the two"
                 )
-            if not inside or any(True for _ in modules[hit].buffers()):
+            within = [m for n, m in modules.items() if f"{n}.".startswith(f"{hit}.")]
+            if not inside or any(b is not None for m in within for b in m._buffers.values()):
                 found = "buffers, which are not copied" if inside else "none"
                 raise ValueError(
                     f"modules_to_save needs a module of parameters, found {found} in {hit}"
@@ -166,15 +175,17 @@ def _copied_parameters(
 
 def _slice_rows(value: object, N: int, name: str) -> list[tuple[int, int]]:
     """Return the row ranges that one value of `slices` means for an output of N rows."""
+    ranges: list[Any]
     if isinstance(value, str) and value and set(value) <= set("qkv") and N % 3 == 0:
         third = N // 3
-        return [("qkv".index(c) * third, ("qkv".index(c) + 1) * third) for c in value]
-    ranges = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+        ranges = [("qkv".index(c) * third, ("qkv".index(c) + 1) * third) for c in value]
+    else:
+        ranges = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
     good = bool(ranges) and all(
         isinstance(r, (tuple, list)) and len(r) == 2 and all(type(i) is int for i in r)
         and 0 <= r[0] < r[1] <= N for r in ranges
     )  # fmt: skip
-    ordered = sorted(ranges) if good else []
+    ordered = sorted(tuple(r) for r in ranges) if good else []
     if not good or any(a[1] > b[0] for a, b in itertools.pairwise(ordered)):
         raise ValueError(
             f"slices must give separate (start, stop) rows within {name}'s {N} outputs, or "
@@ -281,7 +292,8 @@ def inject(
     present = lora_layers(model)
     if any(layer.merged for layer in present.values()):
         raise RuntimeError("inject() needs unmerged weights; call minilora.unmerge(model) first")
-    names = select_targets(model, targets, exclude, layers)
+    with originals_in_place(model):  # a copy would hide a tied head
+        names = select_targets(model, targets, exclude, layers)
     taken = [name for name in names if name in present and adapter in present[name].adapters]
     if taken or adapter in all_adapter_names(model):
         where = f"{taken[0]} already has" if taken else "the model already has"
@@ -301,13 +313,14 @@ def inject(
     rows = _slices_of(model, names, slices)
     copied, whole = _copied_parameters(model, names, bias, modules_to_save)
     _warn_wide_ranks(model, names, ranks)
-    new = {
-        name: _fresh(modules[name], ranks[name], alphas[name], rows.get(name), {
-            "dropout": dropout, "rslora": rslora, "dora": dora, "init": init,
-            "lora_bias": lora_bias, "device": modules[name].weight.device, "dtype": dtype,
-        })
-        for name in names
-    }  # fmt: skip
+    with originals_in_place(model):  # DoRA, PiSSA and OLoRA read the base's own weight
+        new = {
+            name: _fresh(modules[name], ranks[name], alphas[name], rows.get(name), {
+                "dropout": dropout, "rslora": rslora, "dora": dora, "init": init,
+                "lora_bias": lora_bias, "device": modules[name].weight.device, "dtype": dtype,
+            })
+            for name in names
+        }  # fmt: skip
     places = parameter_places(model)
     values = {n: nn.Parameter(original_of(model, n, places).detach().clone()) for n in copied}
     copies = TrainedCopies(values, bias, whole) if values else None
@@ -338,7 +351,7 @@ def _fresh(base, r: int, alpha: float, rows: list[tuple[int, int]] | None, optio
     alpha = alpha * (math.sqrt(parts) if options["rslora"] else parts)
     factors = kind(base).new_adapter(r=r * parts, alpha=alpha, **options)
     if rows:
-        mask = torch.zeros(factors.lora_B.shape, dtype=torch.bool, device=factors.lora_B.device)
+        mask = torch.zeros(factors.lora_B.shape[:2], dtype=torch.bool, device=factors.lora_B.device)
         for i, (start, stop) in enumerate(rows):
             mask[start:stop, i * r : (i + 1) * r] = True
         factors.row_mask = mask
@@ -371,7 +384,13 @@ def attach(
     places = parameter_places(model)
     if not hasattr(model, "_minilora_trainable"):
         factors_there = {id(p) for m in present.values() for p in m.adapters.parameters()}
-        others = {n: p for n, p in model.named_parameters() if id(p) not in factors_there}
+        every = model.named_parameters(remove_duplicate=False)  # a tied one under all its names
+        others = {n: p for n, p in every if id(p) not in factors_there}
+        lazy = next((n for n, p in others.items() if nn.parameter.is_lazy(p)), None)
+        if lazy is not None:
+            raise ValueError(
+                f"{lazy} has no weight yet (it is lazy); run the model once before injecting"
+            )
         trainable = tuple(name for name, p in others.items() if p.requires_grad)
         model._minilora_trainable = trainable  # type: ignore[assignment]
         for parameter in others.values():

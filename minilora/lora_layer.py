@@ -40,6 +40,7 @@ class LoRALayer(nn.Module):
         super().__init__()
         self.base: Any = base
         self.adapters = nn.ModuleDict()
+        self.held = nn.ModuleDict()  # an adapter's trained copies of base parameters
         self.active: tuple[str, ...] = ()
         self.compute_dtype = compute_dtype
         self.backend = backend
@@ -108,7 +109,7 @@ class LoRALayer(nn.Module):
         if factors.magnitude is None:
             return delta
         W = self.weight_matrix().detach().to(delta.dtype)
-        ratio = factors.magnitude.detach().to(delta.dtype) / factors.row_lengths(W)
+        ratio = factors.length_ratio(W).detach().to(delta.dtype)
         return ratio[:, None] * (W + delta) - W
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,21 +154,26 @@ class LoRALayer(nn.Module):
         self, y: Tensor, x: Tensor, factors: LoRAAdapter, p: float, dtype: torch.dtype
     ) -> Tensor:
         """Return what one adapter adds to the base's output y."""
+        whole = x
         if p:
             x = x * dropout_mask(x, p) * (1 / (1 - p))
         A, B = factors.matrices()
         branch = self._branch(x, A.to(dtype), B.to(dtype)) * factors.scaling
-        if factors.offset_A is not None and factors.offset_B is not None:
-            branch = branch - self._branch(
-                x, factors.offset_A.to(dtype), factors.offset_B.to(dtype)
-            )
         if factors.lora_bias is not None:
             branch = branch + self._rows(factors.lora_bias.to(dtype) * factors.scaling)
+        offset = self._offset(whole, factors, dtype)  # a part of the base: it sees the whole input
         if factors.magnitude is None:
-            return branch
-        ratio = self._rows(factors.magnitude / factors.row_lengths(self.weight_matrix()))
+            return branch - offset
+        ratio = self._rows(factors.length_ratio(self.weight_matrix()))
         plain = self._base_product(x) if p else self._without_bias(y, dtype)
-        return _rescaled(plain, branch, ratio)
+        plain = plain - (self._offset(x, factors, dtype) if p else offset)
+        return _rescaled(plain, branch, ratio) - offset
+
+    def _offset(self, x: Tensor, factors: LoRAAdapter, dtype: torch.dtype) -> Tensor | float:
+        """Apply what PiSSA or OLoRA took off the base, 0 for other adapters."""
+        if factors.offset_A is None or factors.offset_B is None:
+            return 0.0
+        return self._branch(x, factors.offset_A.to(dtype), factors.offset_B.to(dtype))
 
     def _branch_dtype(self, x: Tensor) -> torch.dtype:
         if self.compute_dtype is not None:
@@ -275,6 +281,11 @@ class LoRALayer(nn.Module):
         drop = torch.tensor([a.dropout if self.training else 0.0 for a in adapters] + [0.0])
         p = drop.to(x.device)[owner].reshape(shape)  # -1 picks the last entry
         dropped = bool(drop.any()) and x.is_floating_point()
+        if dropped and any(a.offset_A is not None for a in adapters):
+            raise ValueError(
+                "mixed() in training can't drop inputs of adapters started by PiSSA or OLoRA, "
+                "whose offset sees the whole input; set dropout to 0 or run their rows apart"
+            )
         if x.is_floating_point():
             x = x.to(dtype)
         if dropped:
@@ -296,10 +307,7 @@ class LoRALayer(nn.Module):
                 branch = branch + self._per_row(chosen, branch)
             if any(a.magnitude is not None for a in adapters):
                 W = self.weight_matrix()
-                ratios = [
-                    zeros + 1 if a.magnitude is None else a.magnitude / a.row_lengths(W)
-                    for a in adapters
-                ]
+                ratios = [zeros + 1 if a.magnitude is None else a.length_ratio(W) for a in adapters]
                 ratio = self._per_row(torch.stack([*ratios, zeros + 1])[owner], branch)
                 plain = self._base_product(x) if dropped else self._without_bias(y, dtype)
                 branch = _rescaled(plain, branch, ratio)
@@ -324,7 +332,7 @@ class LoRALayer(nn.Module):
 
 
 def _rescaled(plain: Tensor, branch: Tensor, ratio: Tensor) -> Tensor:
-    """DoRA's `(ratio − 1) W x + ratio · s B A x`; ratio − 1 is small and rounded only afterwards."""
+    """DoRA's `(ratio − 1) W x + ratio · s B A x`, with the small ratio − 1 rounded last."""
     return (ratio - 1).to(plain.dtype) * plain + ratio.to(branch.dtype) * branch
 
 

@@ -55,7 +55,7 @@ def plain_modules(model: nn.Module) -> dict[str, Any]:
     return {
         name: module.base if isinstance(module, LoRALayer) else module
         for name, module in model.named_modules()
-        if name and not (inside and name.startswith(inside)) and not name.startswith("_minilora")
+        if name and not (inside and name.startswith(inside))
     }
 
 
@@ -207,6 +207,8 @@ def select_targets(
     chosen = _select(modules, targets, "targets", model)
     if layers is not None:
         chosen = _in_layers(chosen, layers, layers_pattern, targets)
+    if not isinstance(exclude, str) and exclude not in (None, ()):
+        exclude = _string_list(exclude, "exclude")
     if exclude:
         dropped = _select(modules, exclude, "exclude", model)
         chosen = {
