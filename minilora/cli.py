@@ -39,39 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--valid", nargs="+", metavar="FILE", help="held-out data, as --data")
     train.add_argument("--out", required=True, type=Path, help="folder for adapter and metrics")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
-    lora = train.add_argument_group("adapter")
-    lora.add_argument("--r", type=_positive, default=8, help="rank (default %(default)s)")
-    lora.add_argument("--alpha", type=float, help="scaling is alpha / r (default: r)")
-    lora.add_argument("--dropout", type=float, default=0.0, help="default %(default)s")
-    lora.add_argument("--rslora", action="store_true", help="scaling is alpha / sqrt(r)")
-    lora.add_argument(
-        "--targets", nargs="+", metavar="NAME", help="default: all linears but the head"
-    )
-    lora.add_argument("--exclude", nargs="+", metavar="NAME", default=())
-    run = train.add_argument_group("run")
-    defaults = minilora.TrainConfig()
-    run.add_argument("--lr", type=float, default=defaults.lr, help="default %(default)s")
-    run.add_argument(
-        "--lora-plus-ratio",
-        type=float,
-        default=defaults.lora_plus_ratio,
-        metavar="RATIO",
-        help="LoRA+: lora_B learns at RATIO times the rate (default %(default)s)",
-    )
-    run.add_argument(
-        "--batch-size", type=_positive, default=defaults.batch_size, help="default %(default)s"
-    )
-    run.add_argument(
-        "--accumulate", type=_positive, default=1, help="micro-batches a step (default 1)"
-    )
-    run.add_argument("--epochs", type=float, help="default 1, unless another limit is given")
-    run.add_argument("--max-steps", type=int)
-    run.add_argument("--minutes", type=float, help="training time at most")
-    run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine")
-    run.add_argument("--eval-every", type=int, metavar="STEPS")
-    run.add_argument("--save-every", type=int, metavar="STEPS")
-    run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
-    run.add_argument("--seed", type=int, default=0)
+    _add_lora(train.add_argument_group("adapter"))
+    _add_run(train.add_argument_group("run"))
     _add_data_options(train)
 
     evaluation = commands.add_parser("eval", help="loss and perplexity on a file")
@@ -111,6 +80,53 @@ def _parser() -> argparse.ArgumentParser:
     fetching = commands.add_parser("fetch", help="fetch a small real model into the cache")
     fetching.add_argument("name", nargs="?", default="smollm2-135m")
     return parser
+
+
+def _add_lora(lora: argparse._ArgumentGroup) -> None:
+    lora.add_argument("--r", type=_positive, default=8, help="rank (default %(default)s)")
+    lora.add_argument("--alpha", type=float, help="scaling is alpha / r (default: r)")
+    lora.add_argument("--dropout", type=float, default=0.0, help="default %(default)s")
+    lora.add_argument("--rslora", action="store_true", help="scaling is alpha / sqrt(r)")
+    lora.add_argument(
+        "--targets", nargs="+", metavar="NAME", help="default: all linears but the head"
+    )
+    lora.add_argument("--exclude", nargs="+", metavar="NAME", default=())
+    lora.add_argument("--dora", action="store_true", help="train row lengths apart")
+    lora.add_argument("--init", default="kaiming", help="kaiming (default), pissa, olora, …")
+    lora.add_argument("--bias", default="none", choices=("none", "all", "lora_only"))
+    lora.add_argument(
+        "--modules-to-save",
+        nargs="+",
+        metavar="NAME",
+        default=(),
+        help="train whole copies of these",
+    )
+
+
+def _add_run(run: argparse._ArgumentGroup) -> None:
+    defaults = minilora.TrainConfig()
+    run.add_argument("--lr", type=float, default=defaults.lr, help="default %(default)s")
+    run.add_argument(
+        "--lora-plus-ratio",
+        type=float,
+        default=defaults.lora_plus_ratio,
+        metavar="RATIO",
+        help="LoRA+: lora_B learns at RATIO times the rate (default %(default)s)",
+    )
+    run.add_argument(
+        "--batch-size", type=_positive, default=defaults.batch_size, help="default %(default)s"
+    )
+    run.add_argument(
+        "--accumulate", type=_positive, default=1, help="micro-batches a step (default 1)"
+    )
+    run.add_argument("--epochs", type=float, help="default 1, unless another limit is given")
+    run.add_argument("--max-steps", type=int)
+    run.add_argument("--minutes", type=float, help="training time at most")
+    run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine")
+    run.add_argument("--eval-every", type=int, metavar="STEPS")
+    run.add_argument("--save-every", type=int, metavar="STEPS")
+    run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
+    run.add_argument("--seed", type=int, default=0)
 
 
 def _positive(text: str) -> int:
@@ -248,6 +264,10 @@ def _train(options: argparse.Namespace) -> int:
         exclude=options.exclude,
         dropout=options.dropout,
         rslora=options.rslora,
+        dora=options.dora,
+        init=options.init,
+        bias=options.bias,
+        modules_to_save=options.modules_to_save,
     )
     result = minilora.fit(
         model, train, valid, config=config, out=options.out, resume=options.resume

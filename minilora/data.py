@@ -143,7 +143,8 @@ class Batches:
     Args:
         examples: whatever `as_examples` takes.
         batch_size: examples per batch, ≥ 1.
-        shuffle: a new order each epoch; False keeps the given one.
+        shuffle: a new order each epoch; False keeps the given one (within pools sorted by length
+            when `group_by_length`).
         group_by_length: put examples of similar length together, to pad less: pools of 50
             batches are sorted by length and cut, then the batches are shuffled.
         seed: with the epoch, decides the order; the global random state is not touched.

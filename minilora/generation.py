@@ -216,8 +216,10 @@ class _Cached:
 def _check_options(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens must be a whole number of at least 1, found {max_new_tokens!r}"
+        )
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or a positive number, found {temperature}")
     if top_k is not None and top_k < 1:

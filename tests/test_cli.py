@@ -260,3 +260,18 @@ def test_cli_reports_bad_lines_by_file_and_number(tmp_path, no_model, capsys):
     assert run("eval", "smollm2-135m", "--data", file) == 2
     error = capsys.readouterr().err
     assert f"{file}:2:" in error and f"{file}:3:" in error
+
+
+@pytest.mark.real_model
+def test_cli_train_passes_the_adapters_options_on(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--dora", "--modules-to-save", "model.norm", "--targets", "q_proj", "--r", 2]
+    assert (
+        run("train", "smollm2-135m", "--data", data, "--out", out, "--max-steps", 2, *options) == 0
+    )
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["modules_to_save"]) == (True, ["model.norm"])
+    assert (
+        run("train", "smollm2-135m", "--data", data, "--out", tmp_path / "b", "--bias", "all") == 2
+    )
+    assert "bias='all' must find a bias to train, found none" in capsys.readouterr().err

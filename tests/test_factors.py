@@ -399,7 +399,7 @@ def test_dropout_does_not_reach_the_frozen_offset(dora):
     """W − offset is PiSSA's base: its x is whole, and DoRA's part of the base sees D(x)."""
     model, f, plain, W = injected("linear", dtype=F64, init="pissa", dropout=0.4, dora=dora)
     base = W - f.offset_B @ f.offset_A
-    f.offset_A = f.offset_A.clone()  # see BUG 1
+    f.offset_A = f.offset_A.clone()
     randomise(f, 0.3)
     x = input_of("linear", dtype=F64)
     torch.manual_seed(5)

@@ -625,7 +625,8 @@ def test_generate_is_in_the_public_interface():
 # --- what is refused ----------------------------------------------------------------------------
 
 BAD_VALUES = [
-    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, found 0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, found 2.5"),
     ({"temperature": -0.5}, r"temperature must be 0 or a positive number, found -0\.5"),
     ({"temperature": math.nan}, "temperature must be 0 or a positive number, found nan"),
     ({"temperature": math.inf}, "temperature must be 0 or a positive number, found inf"),
