@@ -252,10 +252,16 @@ def test_fit_checkpointing_gives_the_same_numbers():
 
 def test_fit_trains_biases_and_whole_modules_beside_the_factors():
     model = minilora.inject(Tiny(), r=2, alpha=3, bias="all", modules_to_save=["lm_head"])
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
     fit(model, max_steps=4, lr=1e-2)
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+    moved = {
+        n
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if not torch.equal(p, before[n])
+    }
+    assert moved == {
+        n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
     assert "lm_head.weight" in moved and "first.base.bias" in moved
 
 

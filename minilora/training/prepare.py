@@ -76,7 +76,9 @@ def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dic
                 f"fit() trains adapters only, but {name} requires gradients too; freeze it, or "
                 f"write your own loop"
             )
-    return {p: name for name, p in model.named_parameters() if p in mine}
+    # A trained copy goes by the name of the parameter it stands for, not by where it is kept.
+    names = model.named_parameters(remove_duplicate=False)
+    return {p: name for name, p in names if p in mine and ".held." not in name}
 
 
 def make_optimizer(names: dict[Tensor, str], config: TrainConfig) -> torch.optim.AdamW:
