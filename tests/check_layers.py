@@ -30,6 +30,7 @@ layers =
     minilora.checkpoint
     minilora.adapter_files
     minilora.adapter_config
+    minilora.combination
     minilora.serving
     minilora.adapters
     minilora.injection
