@@ -21,7 +21,7 @@ from minilora.combination import (
     plain_adapter,
     stored_dtype,
 )
-from minilora.copies import all_adapter_names
+from minilora.copies import all_adapter_names, copies_of
 from minilora.report.spectra import rank_for, small_svd
 from minilora.selection import check_rank
 
@@ -215,6 +215,16 @@ def truncate(
         fits.append(fit)
     add_frozen(model, name, new)
     return Fit(name, f"truncated, keep={keep:g}" if ranks is None else "truncated", tuple(fits))
+
+
+def is_product(model: nn.Module, adapter: str) -> bool:
+    """Tell whether all that an adapter does is to add products B A: no DoRA, biases or copies."""
+    biases = [f.lora_bias for f in factors_of(model, adapter).values() if f.lora_bias is not None]
+    return not (
+        copies_of(model, adapter)
+        or any(f.magnitude is not None for f in factors_of(model, adapter).values())
+        or any(bool(bias.detach().any()) for bias in biases)
+    )
 
 
 def check_keep(keep: Any) -> None:

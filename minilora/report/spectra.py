@@ -34,7 +34,7 @@ class LayerReport:
         shape: `[N, K]` of W as a matrix; a kernel is flattened, an embedding transposed.
         r: rank of the factors, a frozen offset (PiSSA, OLoRA) included.
         norm, weight_norm: ‖ΔW‖ and ‖W‖.
-        singular_values: of ΔW, largest first, R of them.
+        singular_values: of ΔW, largest first, min(R, N, K) of them.
         suggested_r: the smallest rank that keeps the asked share of the energy.
         truncation_error: ‖ΔW − its best rank-suggested_r part‖ / ‖ΔW‖, predicted.
         overlap_out, overlap_in: share of ‖ΔW‖² within the span of W's first R left (outputs) and

@@ -10,11 +10,11 @@ from torch import nn
 from minilora.adapters import require_layers, require_unmerged
 from minilora.combination import Fit
 from minilora.copies import all_adapter_names, copies_of, original_parameters
-from minilora.data import Example, as_examples, learned_labels
+from minilora.data import Batches, Example, as_examples, learned_labels
 from minilora.lora_layer import lora_layers
 from minilora.report.ablation import ablate, kinds_of, only, parts_of, place_of
 from minilora.report.attention import Attention, attention_masses, word_ids
-from minilora.report.comparison import check_adapter, check_keep, compare, truncate
+from minilora.report.comparison import check_adapter, check_keep, compare, is_product, truncate
 from minilora.report.explanation import Behaviour, CopyReport, Explanation
 from minilora.report.spectra import layer_report
 from minilora.report.tokens import Measured, effects, gap, measured, shown, token_losses
@@ -53,7 +53,7 @@ def explain(
     Args:
         model: holds the adapter, unmerged; left as it was.
         adapter: its name; None when there is only one.
-        data: held-out examples as for `evaluate` (not batches).
+        data: held-out examples as for `evaluate`, or a `Batches` of them.
         train: examples it was trained on, for the gap; needs `data`.
         outside: examples of other text, for forgetting.
         against: another adapter of the model, to compare subspaces with.
@@ -98,7 +98,8 @@ def explain(
     if against == adapter:
         raise ValueError(f"against must name another adapter than {adapter!r}")
     held, seen, other = (
-        None if some is None else as_examples(some) for some in (data, train, outside)
+        None if some is None else as_examples(some.examples if isinstance(some, Batches) else some)
+        for some in (data, train, outside)
     )
     patterns = word_ids([words] if isinstance(words, str) else words, tokenizer) if words else []
     say = _Say(progress)
@@ -189,13 +190,12 @@ class _Run:
         self, ranks: dict[str, int], examples: Sequence[Example] | None
     ) -> tuple[Fit | None, float | None]:
         """Cut the adapter for a while; return its error and, with data, its loss."""
+        if not is_product(self.model, self.adapter):
+            return None, None
         name = _CUT
         while name in all_adapter_names(self.model):
             name += "_"
-        try:
-            fit = truncate(self.model, self.adapter, name, ranks=ranks)
-        except ValueError:  # DoRA, a bias on B or trained copies: more than a product
-            return None, None
+        fit = truncate(self.model, self.adapter, name, ranks=ranks)
         layers = lora_layers(self.model)
         try:
             if examples is None:
