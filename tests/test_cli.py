@@ -275,3 +275,61 @@ def test_cli_train_passes_the_adapters_options_on(data, tmp_path, capsys):
         run("train", "smollm2-135m", "--data", data, "--out", tmp_path / "b", "--bias", "all") == 2
     )
     assert "bias='all' must find a bias to train, found none" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(folder, letters, tmp_path):
+    """Two adapters of the tiny Llama, the first of which names its base."""
+    for seed in (0, 1):
+        train = ["train", folder, "--data", letters, "--out", tmp_path / f"v{seed}", "--seed", seed]
+        assert run(*train, "--max-steps", 3, "--max-length", 32, "--r", 3, "--alpha", 5) == 0
+    return tmp_path / "v0"
+
+
+def test_cli_explain_writes_everything_it_found(trained, letters, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("e.json", "e.html", "small")}
+    command = ["explain", trained, "--data", letters, "--train", letters, "--outside", letters]
+    command += ["--against", tmp_path / "v1", "--words", "b", "--max-length", 32, "--examples", 3]
+    command += ["--ablate", 2, "--keep", 0.5, "--truncate", files["small"]]
+    capsys.readouterr()
+    assert run(*command, "--json", files["e.json"], "--html", files["e.html"]) == 0
+    said = capsys.readouterr()
+    for line in ("adapter default", "default / other", "held-out data: loss", "attention on b",
+                 "outside the task", "over-fitted", f"page in {files['e.html']}",
+                 f"adapter at the suggested ranks in {files['small']}"):  # fmt: skip
+        assert line in said.out, line
+    assert "reading model" not in said.err  # not a terminal
+    found = json.loads(files["e.json"].read_text())
+    assert found["behaviour"]["loss"]["examples"] == 3
+    assert found["behaviour"]["ablated"][0] == 2
+    ranks = {layer["name"]: layer["suggested_r"] for layer in found["layers"]}
+    assert {layer["r"] for layer in found["layers"]} == {3} and set(ranks.values()) <= {1, 2}
+    assert files["e.html"].read_text().startswith("<!doctype html>")
+    capsys.readouterr()
+    assert run("explain", files["small"], "--keep", 1) == 0
+    shown = capsys.readouterr().out
+    assert f"ranks {sum(ranks.values())} → {sum(ranks.values())} in all keep 100 %" in shown
+    assert "held-out" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["missing"], "OUT must name a folder with adapter_config.json"),
+        ([".", "--against", "missing"], "--against must name a folder with adapter_config.json"),
+        ([".", "--keep", 2], "keep must lie in (0, 1]"),
+        ([".", "--html", "missing/e.html"], "must lie in a folder that is there, found no missing"),
+        ([".", "--truncate", "."], "--truncate must be a new or empty folder, found files at ."),
+        (["."], "must name its base, found none; pass --model"),
+        ([".", "--model", "x", "--data", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_cli_explain_refuses_options_before_it_loads_the_model(
+    trained, no_model, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(trained)
+    config = json.loads((trained / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (trained / "adapter_config.json").write_text(json.dumps(config))
+    assert run("explain", *options) == 2
+    assert message in capsys.readouterr().err

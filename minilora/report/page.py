@@ -32,7 +32,8 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 34px 0 2p
 p { margin: 2px 0 12px; color: var(--muted); max-width: 80ch; }
 svg { display: block; max-width: 100%; height: auto; } figure { margin: 6px 0; overflow-x: auto; }
 svg text { fill: var(--fg); font: 13px system-ui, sans-serif; }
-svg text.small { font-size: 11.5px; fill: var(--muted); } svg text.number { font-size: 12px; } svg text.strong { font-weight: 600; }
+svg text.small { font-size: 11.5px; fill: var(--muted); } svg text.number { font-size: 12px; }
+svg text.strong { font-weight: 600; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--muted); }
 .dashed { stroke: var(--muted); stroke-dasharray: 4 4; } .error { stroke: var(--fg); }
 .cell, .accent, .better { fill: var(--accent); } .warm, .worse { fill: var(--warm); }
@@ -275,8 +276,8 @@ def _ablations(behaviour: Behaviour) -> list[str]:
             drawn += bars(title, names, values, errors, kind, wide=470)
     about = (
         f"Nats per token over {examples} examples ({tokens} tokens), with standard errors. Left: "
-        f"how far the loss falls with this part of the adapter only. Right: how far it rises when only "
-        f"this part is left out; below 0 the rest does better without it."
+        f"how far the loss falls with this part of the adapter only. Right: how far it rises when "
+        f"only this part is left out; below 0 the rest does better without it."
     )
     return [_section("Which parts matter", about), f'<div class="halves">{drawn}</div>']
 
@@ -325,8 +326,8 @@ def _tokens(behaviour: Behaviour) -> list[str]:
 def _attention(found: Attention) -> list[str]:
     about = (
         f"Share of the attention that falls on {', '.join(found.words)} ({found.tokens} tokens), "
-        f"per layer, over {found.queries} tokens that see one: grey without, blue with the adapter; "
-        f"dashed if every visible token got as much."
+        f"per layer, over {found.queries} tokens that see one: grey without, blue with the "
+        f"adapter; dashed if every visible token got as much."
     )
     drawn = two_lines("Attention on chosen words", found.before, found.after, found.even, percent)
     return [_section("Attention on chosen words", about), _figure(drawn)]
@@ -340,7 +341,8 @@ def _comparison(found: Comparison, layers: Sequence[LayerReport]) -> list[str]:
     about = (
         f"How much of the same subspaces {first} and {second} use: the mean of cos² over the "
         f"principal angles of their outputs and inputs, 1 for the same, 0 for orthogonal ones. "
-        f"Only {first} changes {len(found.only_first)} layers, only {second} {len(found.only_second)}."
+        f"Only {first} changes {len(found.only_first)} layers, only {second} "
+        f"{len(found.only_second)}."
     )
     parts = [_section(f"{first} and {second}", about)]
     if here:

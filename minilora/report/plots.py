@@ -152,13 +152,13 @@ def spectra(title: str, lines_: Sequence[tuple[str, float, Sequence[float]]]) ->
     for name, place, values in lines_:
         points = [(x(i), y(v)) for i, v in enumerate(values) if v > 0]
         joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        mark = f"<title>{escape(name)}</title>"
+        tip = f"<title>{escape(name)}</title>"
         body.append(
-            f'<polyline points="{joined}" class="curve" stroke="{blend(place)}">{mark}</polyline>'
+            f'<polyline points="{joined}" class="curve" stroke="{blend(place)}">{tip}</polyline>'
         )
         if len(points) == 1:
             body.append(f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3" '
-                        f'fill="{blend(place)}">{mark}</circle>')  # fmt: skip
+                        f'fill="{blend(place)}">{tip}</circle>')  # fmt: skip
     about = (
         f"singular values of {len(lines_)} layers, the largest from "
         f"{short(min(v[0] for *_, v in lines_))} to {short(max(v[0] for *_, v in lines_))}"

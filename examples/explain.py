@@ -1,0 +1,78 @@
+"""Tell what the demo's adapter changed in the model, and whether it matters, as one page.
+
+    python examples/explain.py [--adapter out/demo] [--against out/demo-2] [--out out/explain]
+
+Run `make demo` first. The held-out data are the demo's test functions, the training data a part of
+its training functions, and this project's README stands for text outside the task.
+"""
+
+import argparse
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import minilora
+from minilora.models import load_model
+from minilora.records import encode_records
+
+HERE = Path(__file__).resolve().parent
+WORDS = ["return", "self", "raise"]
+
+
+def some(examples, count):
+    """Pick `count` examples, evenly."""
+    count = min(count, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def windows(text, tokenizer, length):
+    """Cut a text into examples of `length` tokens."""
+    ids = tokenizer.encode(text)
+    return [{"input_ids": ids[i : i + length]} for i in range(0, len(ids) - length, length)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--adapter", type=Path, default=Path("out/demo"))
+    parser.add_argument("--against", type=Path, help="another run's adapter, to compare with")
+    parser.add_argument("--out", type=Path, default=Path("out/explain"))
+    parser.add_argument("--examples", type=int, default=150, help="of each kind of data")
+    parser.add_argument("--ablate", type=int, default=40, help="examples to ablate on")
+    options = parser.parse_args()
+    if not (options.adapter / "adapter_config.json").is_file():
+        sys.exit(f"no adapter in {options.adapter}: run `make demo` first, or name one")
+    began = time.perf_counter()
+    demo = runpy.run_path(str(HERE / "demo.py"))
+    model, tokenizer = load_model("smollm2-135m", dtype=minilora.hardware().dtype)
+    minilora.load(model, options.adapter, "demo")
+    if options.against is not None:
+        minilora.load(model, options.against, "other")
+    parts = demo["split"](demo["docstring_pairs"]())
+    data = {}
+    for name in ("train", "test"):
+        records = demo["rows"](some(parts[name], options.examples), tokenizer)[1]
+        data[name] = encode_records(records, tokenizer, max_length=demo["MAX_TOKENS"])[0]
+    prose = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    found = minilora.explain(
+        model,
+        "demo",
+        data=data["test"],
+        train=data["train"],
+        outside=windows(prose, tokenizer, 128),
+        against=None if options.against is None else "other",
+        words=WORDS,
+        tokenizer=tokenizer,
+        ablate_examples=options.ablate,
+        batch_size=16,
+        progress=sys.stderr.isatty(),
+    )
+    print(found)
+    options.out.mkdir(parents=True, exist_ok=True)
+    found.to_json(options.out / "report.json")
+    print(f"page: {found.to_html(options.out / 'report.html')} "
+          f"({(time.perf_counter() - began) / 60:.1f} minutes)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
