@@ -230,8 +230,8 @@ def verdicts(found: Explanation) -> list[str]:
     if found.gap is not None:
         word = "over-fitted" if found.gap.overfitted else "not over-fitted"
         lines.append(
-            f"{word}: the gap to the training loss grew by {found.gap.growth:+.4f} ± "
-            f"{found.gap.error:.4f}, {percent(found.gap.share)} of the gain on training data"
+            f"{word}: the gap to the training loss changed by {found.gap.growth:+.4f} ± "
+            f"{found.gap.error:.4f}; training data gained {-found.gap.train.change:.4f}"
         )
     if found.forgetting is not None:
         lost = found.forgetting

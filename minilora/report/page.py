@@ -51,9 +51,9 @@ ul.cards { list-style: none; padding: 0; display: grid; gap: 10px; margin: 14px 
 table { border-collapse: collapse; font-size: 13.5px; } td, th { padding: 3px 10px 3px 0;
   text-align: right; border-bottom: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
 th { color: var(--muted); font-weight: 600; } td:first-child, th:first-child,
-td.words { text-align: left; } .scroll { overflow-x: auto; } td.words { color: var(--muted); }
+td.words, th.words { text-align: left; } .scroll { overflow-x: auto; } td.words { color: var(--muted); }
 code, pre, .words { font-family: ui-monospace, monospace; font-size: 12.5px; }
-.words { white-space: pre-wrap; }
+td { white-space: nowrap; } td.words { white-space: pre-wrap; }
 pre { background: var(--card); border: 1px solid var(--grid); border-radius: 10px;
   padding: 10px 14px; overflow-x: auto; white-space: pre; max-height: 340px; }
 pre.told { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none; line-height: 1.75; }
@@ -105,7 +105,10 @@ def _figure(drawing: str) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int | None = None) -> str:
     """Make a table of text; column `words` is set as text, the first one always."""
-    head = "".join(f'<th scope="col">{_e(cell)}</th>' for cell in header)
+    head = "".join(
+        f'<th scope="col"{" class=words" if i == words else ""}>{_e(cell)}</th>'
+        for i, cell in enumerate(header)
+    )
     body = "".join(
         "<tr>"
         + "".join(
@@ -137,9 +140,8 @@ def _cards(found: Explanation) -> str:
         flag = found.gap.overfitted
         cards.append(
             _card("over-fitted" if flag else "not over-fitted",
-                  f"the gap to the training loss grew by {found.gap.growth:+.3f} ± "
-                  f"{found.gap.error:.3f}, {percent(found.gap.share)} of what training gained",
-                  flag)
+                  f"the gap to the training loss changed by {found.gap.growth:+.3f} ± "
+                  f"{found.gap.error:.3f}; training data gained {-found.gap.train.change:.3f}", flag)
         )  # fmt: skip
     if found.forgetting is not None:
         lost = found.forgetting
@@ -284,7 +286,7 @@ def _ablations(behaviour: Behaviour) -> list[str]:
 
 def _effect_rows(effects: Sequence[TokenEffect]) -> list[list[str]]:
     return [
-        [repr(t.token)[1:-1], f"{t.total:+.1f}", str(t.times), f"{t.before:.2f} → {t.after:.2f}",
+        [repr(t.token)[1:-1].replace(" ", "␣"), f"{t.total:+.1f}", str(t.times), f"{t.before:.2f} → {t.after:.2f}",
          t.context[-60:].replace("\n", "⏎")]
         for t in effects
     ]  # fmt: skip
