@@ -53,7 +53,8 @@ table { border-collapse: collapse; font-size: 13.5px; } td, th { padding: 3px 10
 th { color: var(--muted); font-weight: 600; } td:first-child, th:first-child,
 td.words, th.words { text-align: left; } .scroll { overflow-x: auto; } td.words { color: var(--muted); }
 code, pre, .words { font-family: ui-monospace, monospace; font-size: 12.5px; }
-td { white-space: nowrap; } td.words { white-space: pre-wrap; }
+td { white-space: nowrap; }
+td.words { white-space: pre-wrap; }
 pre { background: var(--card); border: 1px solid var(--grid); border-radius: 10px;
   padding: 10px 14px; overflow-x: auto; white-space: pre; max-height: 340px; }
 pre.told { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none; line-height: 1.75; }
@@ -141,7 +142,8 @@ def _cards(found: Explanation) -> str:
         cards.append(
             _card("over-fitted" if flag else "not over-fitted",
                   f"the gap to the training loss changed by {found.gap.growth:+.3f} ± "
-                  f"{found.gap.error:.3f}; training data gained {-found.gap.train.change:.3f}", flag)
+                  f"{found.gap.error:.3f}; training data gained {-found.gap.train.change:.3f}",
+                  flag)
         )  # fmt: skip
     if found.forgetting is not None:
         lost = found.forgetting
@@ -286,7 +288,8 @@ def _ablations(behaviour: Behaviour) -> list[str]:
 
 def _effect_rows(effects: Sequence[TokenEffect]) -> list[list[str]]:
     return [
-        [repr(t.token)[1:-1].replace(" ", "␣"), f"{t.total:+.1f}", str(t.times), f"{t.before:.2f} → {t.after:.2f}",
+        [repr(t.token)[1:-1].replace(" ", "␣"), f"{t.total:+.1f}",
+         str(t.times), f"{t.before:.2f} → {t.after:.2f}",
          t.context[-60:].replace("\n", "⏎")]
         for t in effects
     ]  # fmt: skip
