@@ -51,7 +51,8 @@ ul.cards { list-style: none; padding: 0; display: grid; gap: 10px; margin: 14px 
 table { border-collapse: collapse; font-size: 13.5px; } td, th { padding: 3px 10px 3px 0;
   text-align: right; border-bottom: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
 th { color: var(--muted); font-weight: 600; } td:first-child, th:first-child,
-td.words, th.words { text-align: left; } .scroll { overflow-x: auto; } td.words { color: var(--muted); }
+td.words, th.words { text-align: left; } .scroll { overflow-x: auto; }
+td.words { color: var(--muted); }
 code, pre, .words { font-family: ui-monospace, monospace; font-size: 12.5px; }
 td { white-space: nowrap; }
 td.words { white-space: pre-wrap; }
