@@ -183,6 +183,22 @@ def test_layer_report_of_dora_measures_the_whole_change(shape):
     check_directions(found, W, delta)
 
 
+def test_layer_report_reads_the_base_once_through_its_matrix():
+    """So a base that decodes its weight is decoded once per layer."""
+    layer, calls = one(9, 5, 2), []
+    other = torch.randn(9, 5)
+
+    def decoded():
+        calls.append(1)
+        return other
+
+    layer.weight_matrix = decoded
+    found = report(layer)
+    assert len(calls) == 1
+    assert found.weight_norm == pytest.approx(float(other.double().norm()), rel=1e-12)
+    check_directions(found, other.double().numpy(), dense(layer)[1])
+
+
 def test_layer_report_reads_bf16_bases_as_they_are():
     layer = one(9, 5, 2, dtype=torch.bfloat16)
     W, delta = dense(layer)
