@@ -128,6 +128,23 @@ def test_rank_pattern_is_taken_by_inject():
     assert {n: layer.adapters["new"].r for n, layer in lora_layers(model).items()} == ranks
 
 
+@pytest.mark.peers
+def test_rank_pattern_is_taken_by_peft():
+    from peft import LoraConfig, get_peft_model  # a second to import
+
+    net = nn.ModuleDict({"layers": nn.ModuleList(
+        nn.ModuleDict({"q": nn.Linear(4, 4), "mlp": nn.Sequential(nn.Linear(4, 4))})
+        for _ in range(12))})  # fmt: skip
+    names = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+    ranks = {name: 1 + i * 5 % 4 for i, name in enumerate(names)}
+    r, patterns = rank_pattern(ranks)
+    model = get_peft_model(net, LoraConfig(r=r, rank_pattern=patterns, target_modules=names))
+    found = {
+        n: m.r["default"] for n, m in model.base_model.model.named_modules() if hasattr(m, "r")
+    }
+    assert found == ranks
+
+
 @pytest.mark.parametrize("keep", [0.5, 0.9, 1.0])
 def test_truncate_is_the_best_approximation_and_off_by_what_the_spectrum_says(keep):
     model = kinds()

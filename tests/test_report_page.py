@@ -67,6 +67,7 @@ def parsed(text):
 
 def test_page_is_well_formed_and_loads_nothing(whole, tmp_path):
     text = whole.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text == page(whole)
     found = parsed(text)
     assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link|<img|<iframe", text)
     assert not any(

@@ -13,6 +13,7 @@ from minilora.report.tokens import (
     Measured,
     decode,
     effects,
+    encode,
     gap,
     measured,
     pieces,
@@ -99,8 +100,15 @@ def test_effects_and_shown_examples_point_at_the_right_tokens():
 
 def test_pieces_come_from_tokenizers_of_either_make():
     class Theirs:
-        def decode(self, ids, skip_special_tokens=True):
-            return f"{ids[0]}{skip_special_tokens}"
+        """Drops the space a text begins with, as SentencePiece does."""
 
-    assert pieces(Theirs(), [7, 8, 7]) == ["7False", "8False", "7False"]
+        def encode(self, text, add_special_tokens=True):
+            return [1] * add_special_tokens + [ord(c) for c in text]
+
+        def decode(self, ids, skip_special_tokens=True):
+            return "".join(map(chr, ids)).removeprefix(" ") + "." * skip_special_tokens
+
+    assert pieces(Theirs(), [98, 32, 97]) == ["b", " ", "a"]
+    assert (encode(Theirs(), "ab"), encode(Letters(), "ab")) == ([97, 98], [1, 2])
+    assert pieces(Letters(), [1, 0, 1]) == ["a", " ", "a"]
     assert decode(Letters(), [1, 0, 2]) == "a b"

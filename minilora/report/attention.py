@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from minilora.data import Example, pad
 from minilora.evaluation import device_of, eval_mode, forward_logits
+from minilora.report.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,7 @@ def word_ids(words: Sequence[str], tokenizer: Any) -> list[list[int]]:
         if not isinstance(word, str) or not word.strip():
             raise ValueError(f"words must be strings with something in them, found {word!r}")
         for text in (word, " " + word):
-            try:
-                ids = tokenizer.encode(text, special=False)
-            except TypeError:  # transformers' name for it
-                ids = tokenizer.encode(text, add_special_tokens=False)
+            ids = encode(tokenizer, text)
             if ids and ids not in patterns:
                 patterns.append(ids)
     return patterns

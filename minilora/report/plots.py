@@ -4,22 +4,22 @@ Colours are CSS variables of the page (`--accent`, `--warm`, …), so that light
 Every plot has a title and a description for readers who don't see it.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from itertools import count
 
-_ids = count(1)
 EARLY, LATE = (31, 119, 200), (222, 120, 32)  # of lines, from the first block to the last
 
 
 def svg(width: float, height: float, title: str, about: str, body: Sequence[str]) -> str:
     """Frame a drawing; `about` says in words what can be seen."""
-    key = next(_ids)
+    inside = "".join(body)
+    key = hashlib.sha256(f"{title}{about}{inside}".encode()).hexdigest()[:10]  # one page, one text
     return (
         f'<svg role="img" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'aria-labelledby="t{key} d{key}"><title id="t{key}">{escape(title)}</title>'
-        f'<desc id="d{key}">{escape(about)}</desc>{"".join(body)}</svg>'
+        f'<desc id="d{key}">{escape(about)}</desc>{inside}</svg>'
     )
 
 

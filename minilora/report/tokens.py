@@ -148,12 +148,26 @@ def gap(train: Measured, valid: Measured) -> Gap:
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text of each token; without a tokenizer its number in angle brackets.
 
-    A token that holds a part of a character shows as the replacement sign.
+    A token that holds a part of a character shows as the replacement sign. Each is read behind
+    another token, because some tokenizers drop the space that a text begins with.
     """
     if tokenizer is None:
         return [f"<{i}>" for i in ids]
-    texts = {i: decode(tokenizer, [i]) for i in set(ids)}
+    anchor = encode(tokenizer, "a")[-1:]
+    before = decode(tokenizer, anchor)
+    texts = {}
+    for i in set(ids):
+        text = decode(tokenizer, [*anchor, i])
+        texts[i] = text[len(before) :] if text.startswith(before) else decode(tokenizer, [i])
     return [texts[i] for i in ids]
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text without those that begin or end one, for tokenizers of any make."""
+    try:
+        return list(tokenizer.encode(text, special=False))
+    except TypeError:  # transformers' name for it
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
