@@ -7,10 +7,13 @@ its training functions, and this project's README stands for text outside the ta
 """
 
 import argparse
+import csv
 import runpy
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 import minilora
 from minilora.models import load_model
@@ -32,6 +35,36 @@ def windows(text, tokenizer, length):
     return [{"input_ids": ids[i : i + length]} for i in range(0, len(ids) - length, length)]
 
 
+def write_table(file, found) -> None:
+    """Write what was measured, one row each, beside the conditions it was measured under."""
+    here = [minilora.hardware().name, torch.get_num_threads(), torch.__version__]
+    here.append(str(minilora.hardware().dtype).removeprefix("torch."))
+    rows = [
+        [what, m.before, m.after, m.change, m.error, m.examples, m.tokens]
+        for what, m in (("held out", found.behaviour.loss), ("training", found.gap.train),
+                        ("outside the task", found.forgetting))
+    ]  # fmt: skip
+    cut, loss = found.behaviour.truncated, found.behaviour.loss
+    if cut is not None:
+        what = (
+            f"held out at the suggested ranks ({sum(v.suggested_r for v in found.layers)} in all)"
+        )
+        rows.append([what, loss.before, cut, cut - loss.before, None, loss.examples, loss.tokens])
+    for a in found.behaviour.ablations:
+        full, base = a.without - a.rise, a.alone + a.gain
+        rows += [
+            [f"without {a.part}", full, a.without, a.rise, a.rise_error, *found.behaviour.ablated],
+            [f"{a.part} alone", base, a.alone, -a.gain, a.gain_error, *found.behaviour.ablated],
+        ]
+    head = ["what", "loss before", "loss after", "change", "standard error", "examples", "tokens"]
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["processor", "threads", "torch", "dtype", *head])
+        for row in rows:
+            cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row]
+            writer.writerow([*here, *cells])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", type=Path, default=Path("out/demo"))
@@ -39,6 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/explain"))
     parser.add_argument("--examples", type=int, default=150, help="of each kind of data")
     parser.add_argument("--ablate", type=int, default=40, help="examples to ablate on")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the numbers as a table")
     options = parser.parse_args()
     if not (options.adapter / "adapter_config.json").is_file():
         sys.exit(f"no adapter in {options.adapter}: run `make demo` first, or name one")
@@ -69,6 +103,8 @@ def main() -> None:
     )
     print(found)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.csv is not None:
+        write_table(options.csv, found)
     found.to_json(options.out / "report.json")
     print(f"page: {found.to_html(options.out / 'report.html')} "
           f"({(time.perf_counter() - began) / 60:.1f} minutes)")  # fmt: skip

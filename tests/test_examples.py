@@ -87,10 +87,16 @@ def test_explain_example_tells_of_an_adapter(tmp_path):
     torch.nn.init.normal_(model.model.layers[3].self_attn.v_proj.adapters["default"].lora_B)
     minilora.save(model, tmp_path / "adapter")
     arguments = ["--adapter", tmp_path / "adapter", "--out", tmp_path / "told", "--examples", 3]
+    arguments += ["--csv", tmp_path / "table.csv"]
     text = run([ROOT / "examples/explain.py", *arguments, "--ablate", 1], tmp_path)
     assert "model.layers.3.self_attn.v_proj" in text and "attention on return, self, raise" in text
     found = json.loads((tmp_path / "told/report.json").read_text())
     assert found["behaviour"]["loss"]["examples"] == 3 and found["forgetting"]["tokens"] > 500
+    rows = {row["what"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    assert list(rows)[:3] == ["held out", "training", "outside the task"] and len(rows) == 10
+    assert float(rows["held out"]["change"]) == pytest.approx(
+        found["behaviour"]["loss"]["change"], abs=1e-4
+    )
     assert (tmp_path / "told/report.html").read_text().startswith("<!doctype html>")
 
 
