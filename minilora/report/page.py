@@ -55,7 +55,7 @@ td.words, th.words { text-align: left; } .scroll { overflow-x: auto; }
 td.words { color: var(--muted); }
 code, pre, .words { font-family: ui-monospace, monospace; font-size: 12.5px; }
 td { white-space: nowrap; }
-td.words { white-space: pre-wrap; }
+td.words { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { background: var(--card); border: 1px solid var(--grid); border-radius: 10px;
   padding: 10px 14px; overflow-x: auto; white-space: pre; max-height: 340px; }
 pre.told { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none; line-height: 1.75; }
@@ -291,7 +291,7 @@ def _effect_rows(effects: Sequence[TokenEffect]) -> list[list[str]]:
     return [
         [repr(t.token)[1:-1].replace(" ", "␣"), f"{t.total:+.1f}",
          str(t.times), f"{t.before:.2f} → {t.after:.2f}",
-         t.context[-60:].replace("\n", "⏎")]
+         t.context[-44:].replace("\n", "⏎")]
         for t in effects
     ]  # fmt: skip
 
@@ -346,10 +346,11 @@ def _comparison(found: Comparison, layers: Sequence[LayerReport]) -> list[str]:
     columns, rows = _grid([known[c.name] for c in here])
     about = (
         f"How much of the same subspaces {first} and {second} use: the mean of cos² over the "
-        f"principal angles of their outputs and inputs, 1 for the same, 0 for orthogonal ones. "
-        f"Only {first} changes {len(found.only_first)} layers, only {second} "
-        f"{len(found.only_second)}."
+        f"principal angles of their outputs and inputs, 1 for the same, 0 for orthogonal ones."
     )
+    for name, alone in ((first, found.only_first), (second, found.only_second)):
+        if alone:
+            about += f" Layers that only {name} changes: {len(alone)}."
     parts = [_section(f"{first} and {second}", about)]
     if here:
         values = {_place(known[c.name]): c.shared for c in here}

@@ -39,7 +39,7 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Return round numbers from low to high, about as many as wanted."""
     if not high > low:
         return [low]
