@@ -211,3 +211,23 @@ def test_explain_says_on_stderr_what_it_does(capsys):
         assert line in said
     minilora.explain(causal(), data=Batches(sentences(2), batch_size=1))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.peers
+def test_explain_reads_transformers_models():
+    """A GPT-2 of theirs: Conv1D layers, a tied head, attention through SDPA."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # seconds to import
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=13, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+    model = GPT2LMHeadModel(config).eval()
+    minilora.inject(model, r=2, alpha=3)
+    filled(model, scale=0.2)
+    found = minilora.explain(model, data=sentences(5), words="b", tokenizer=Letters())
+    on = evaluate(model, sentences(5))
+    assert found.behaviour.loss.after == pytest.approx(on.loss, rel=1e-5)
+    assert {v.kind for v in found.layers} == {
+        "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"
+    }  # fmt: skip
+    assert [v.shape for v in found.layers[:2]] == [(24, 8), (8, 8)]
+    assert len(found.behaviour.attention.after) == 2

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from report_models import causal, filled, sentences
+from report_models import Causal, causal, filled, sentences
 
 import minilora
 from minilora.lora_layer import lora_layers
@@ -115,9 +115,30 @@ def test_parts_of_puts_layers_outside_blocks_apart():
 
 
 def test_place_and_kind_of_a_name():
-    assert place_of("h.3.attn.c_proj") == (3, "attn.c_proj")
-    assert place_of("0.q") == (0, "q")
-    assert place_of("wte") == (None, "wte")
-    assert place_of("mlp.0") == (None, "mlp.0")
+    assert place_of("h.3.attn.c_proj") == ("h", 3, "attn.c_proj")
+    assert place_of("a.h.3.mlp.0") == ("a.h", 3, "mlp.0")
+    assert place_of("0.q") == ("", 0, "q")
+    assert place_of("wte") == ("", None, "wte")
+    assert place_of("mlp.0") == ("", None, "mlp.0")
     names = ["h.3.attn.c_proj", "h.3.mlp.c_proj", "h.1.mlp.c_fc", "h.1.mlp.0", "wte"]
     assert list(kinds_of(names).values()) == ["attn.c_proj", "mlp.c_proj", "c_fc", "mlp.0", "wte"]
+
+
+def test_parts_of_keeps_stacks_of_blocks_apart():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"encoder": Causal(blocks=1), "decoder": Causal()})
+    minilora.inject(model, r=1, targets=["q_proj", "encoder.lm_head"])
+    parts = parts_of(model, "default")
+    assert [(part, names) for part, by, names in parts if by == "block"] == [
+        ("encoder.layers.0", ["encoder.layers.0.q_proj"]),
+        ("decoder.layers.0", ["decoder.layers.0.q_proj"]),
+        ("decoder.layers.1", ["decoder.layers.1.q_proj"]),
+        ("outside blocks", ["encoder.lm_head"]),
+    ]
+    assert [part for part, by, _ in parts if by == "kind"] == [
+        "encoder.layers.q_proj",
+        "lm_head",
+        "decoder.layers.q_proj",
+    ]
+    found = minilora.explain(model).layers
+    assert len({(v.kind, v.block) for v in found}) == len(found)  # a cell of the heat map each

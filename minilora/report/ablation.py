@@ -42,22 +42,36 @@ class Ablation:
     gain_error: float
 
 
-def place_of(name: str) -> tuple[int | None, str]:
-    """Split a dotted name at its first number: the block, and the module's name within it."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
-    return (int(found.group(1)), found.group(2)) if found else (None, name)
+def place_of(name: str) -> tuple[str, int | None, str]:
+    """Split a dotted name at its first number: the stack of blocks, the block, what is in it."""
+    found = re.search(r"(.*?)(?:^|\.)(\d+)\.(.+)", name)
+    if found is None:
+        return "", None, name
+    return found.group(1), int(found.group(2)), found.group(3)
+
+
+def stacks_of(names: Sequence[str]) -> list[str]:
+    """Return the stacks of blocks; an encoder and a decoder are two."""
+    places = map(place_of, names)
+    return list(dict.fromkeys(stack for stack, block, _ in places if block is not None))
 
 
 def kinds_of(names: Sequence[str]) -> dict[str, str]:
-    """Return the kind of each module: its name within the block, in short where that is clear."""
-    whole = {name: place_of(name)[1] for name in names}
+    """Return the kind of each module: its name within the block, in short where that is clear.
+
+    Where there are several stacks of blocks, the stack is part of it.
+    """
+    whole = {name: place_of(name)[2] for name in names}
     short: dict[str, set[str]] = {}
     for kind in whole.values():
         short.setdefault(kind.rpartition(".")[2], set()).add(kind)
+    several = len(stacks_of(names)) > 1
     kinds = {}
     for name, kind in whole.items():
         last = kind.rpartition(".")[2]
-        kinds[name] = last if len(short[last]) == 1 and not last.isdigit() else kind
+        said = last if len(short[last]) == 1 and not last.isdigit() else kind
+        stack = place_of(name)[0]
+        kinds[name] = f"{stack}.{said}" if several and stack else said
     return kinds
 
 
@@ -91,14 +105,21 @@ def parts_of(model: nn.Module, adapter: str) -> list[tuple[str, str, list[str]]]
     """Return the parts of an adapter as (part, by, dotted names), the whole first."""
     names = [name for name, layer in lora_layers(model).items() if adapter in layer.adapters]
     kinds = kinds_of(names)
-    blocks: dict[int | None, list[str]] = {}
+    blocks: dict[tuple[str, int | None], list[str]] = {}
     modules: dict[str, list[str]] = {}
     for name in names:
-        blocks.setdefault(place_of(name)[0], []).append(name)
+        blocks.setdefault(place_of(name)[:2], []).append(name)
         modules.setdefault(kinds[name], []).append(name)
     parts = [("whole adapter", "all", names)]
-    order = sorted(blocks, key=lambda b: (b is None, b or 0))
-    parts += [(OUTSIDE if b is None else f"block {b}", "block", blocks[b]) for b in order]
+    stacks = stacks_of(names)
+    order = sorted(
+        blocks,
+        key=lambda b: (b[1] is None, stacks.index(b[0]) if b[1] is not None else 0, b[1] or 0),
+    )
+    for stack, block in order:
+        label = f"block {block}" if len(stacks) == 1 else f"{stack}.{block}".strip(".")
+        label = OUTSIDE if block is None else label
+        parts.append((label, "block", blocks[stack, block]))
     parts += [(kind, "kind", inside) for kind, inside in modules.items()]
     if copies_of(model, adapter):
         parts.append((COPIES, "kind", []))

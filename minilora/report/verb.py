@@ -109,7 +109,7 @@ def explain(
     reports = []
     for name, layer in mine.items():
         say(f"reading {name}")
-        block = place_of(name)[0]
+        block = place_of(name)[1]
         reports.append(layer_report(name, block, kinds[name], layer, adapter, keep, largest))
     run = _Run(model, adapter, tokenizer, batch_size, pad_id, say)
     ranks = {report.name: report.suggested_r for report in reports}
