@@ -7,6 +7,7 @@ from minilora.generation import generate
 from minilora.injection import inject
 from minilora.kernels import hardware
 from minilora.layers import LoRALinear
+from minilora.report import explain
 from minilora.selection import targets
 from minilora.training import TrainConfig, fit
 
@@ -20,6 +21,7 @@ __all__ = [
     "disabled",
     "eject",
     "evaluate",
+    "explain",
     "fit",
     "generate",
     "hardware",
