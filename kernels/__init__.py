@@ -2,8 +2,8 @@
 
 from .cross_entropy import linear_cross_entropy
 from .four_bit import (
+    DYNAMIC_CODE,
     NF4_TABLE,
-    dynamic_code,
     int4_codes,
     int4_linear,
     nf4_absmax,
@@ -53,6 +53,7 @@ def check_backend(backend: str) -> None:
 __all__ = [
     "BACKENDS",
     "COMPUTE",
+    "DYNAMIC_CODE",
     "NF4_TABLE",
     "FrozenLinear",
     "Hardware",
@@ -62,7 +63,6 @@ __all__ = [
     "dense_forward",
     "dense_grad_x",
     "dropout_mask",
-    "dynamic_code",
     "frozen_product",
     "hardware",
     "int4_codes",

@@ -16,8 +16,6 @@ Decoding goes through `workspace` in panels of whole rows, small enough that wha
 steps stays in cache. N out, K in. Bytes read: ~0.52 a weight; written: one dtype each.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,19 +40,20 @@ NF4_TABLE = (
 )  # fmt: skip
 
 
-@functools.cache
-def _pairs(device: torch.device) -> Tensor:
-    """For each byte the two f32 weights it stands for, as one int64."""
+def _pairs() -> Tensor:
     table = torch.tensor(NF4_TABLE)
     byte = torch.arange(256)
-    both = torch.stack([table[byte // 16], table[byte % 16]], dim=1)
-    return both.view(torch.int64).reshape(-1).to(device)
+    return torch.stack([table[byte // 16], table[byte % 16]], dim=1).view(torch.int64).reshape(-1)
+
+
+# For each byte the two f32 weights it stands for, as one int64.
+_PAIRS = _pairs()
 
 
 def _decode_line(packed: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
     """Decode bytes `[n/2]` into `out [n]`; `absmax [⌈n/block⌉]` starts at out's first weight."""
     # index_select is several times faster than indexing by a tensor.
-    values = torch.index_select(_pairs(packed.device), 0, packed.to(torch.int32))
+    values = torch.index_select(_PAIRS.to(packed.device), 0, packed.to(torch.int32))
     line = values.view(torch.float32)[: out.numel()]
     whole = out.numel() // block
     if whole:  # f32 products rounded once, as bitsandbytes does
@@ -64,19 +63,19 @@ def _decode_line(packed: Tensor, absmax: Tensor, block: int, out: Tensor) -> Non
         out[whole * block :].copy_(line[whole * block :].mul_(absmax[whole]))
 
 
-@functools.cache
-def dynamic_code(device: torch.device) -> Tensor:
-    """Return the 256 values of bitsandbytes' signed 8-bit dynamic code, ascending, f32.
-
-    Dettmers 2016, "8-Bit Approximations for Parallelism in Deep Learning", section 1.2: six
-    decades and the bits left over as a linear fraction: decade i holds 2^i midpoints.
-    """
+def _dynamic_code() -> Tensor:
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
         middle = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [*middle.tolist(), *(-middle).tolist()]
-    return torch.tensor(sorted(values)).to(device)
+    return torch.tensor(sorted(values))
+
+
+# The 256 values of bitsandbytes' signed 8-bit dynamic code, ascending: seven decades, of which
+# decade i holds 2^i midpoints (Dettmers 2016, "8-Bit Approximations for Parallelism in Deep
+# Learning", section 1.2).
+DYNAMIC_CODE = _dynamic_code()
 
 
 def nf4_absmax(absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> Tensor:
@@ -90,7 +89,7 @@ def nf4_absmax(absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) ->
     absmax = absmax.reshape(-1)
     if absmax2 is None or offset is None:
         return scales_from_bits(absmax)
-    values = torch.index_select(dynamic_code(absmax.device), 0, absmax.to(torch.int32))
+    values = torch.index_select(DYNAMIC_CODE.to(absmax.device), 0, absmax.to(torch.int32))
     second = scales_from_bits(absmax2).repeat_interleave(256)[: len(values)]
     return values * second + scales_from_bits(offset)
 
@@ -108,10 +107,9 @@ def nf4_dequantize(
         out: where to; its dtype is what weights are rounded to.
     """
     n, line = shape.numel(), out.view(-1)
+    step = max(1, _PANEL // (2 * block)) * 2 * block
     if torch.compiler.is_compiling():
         step = n  # one panel: the compiler fuses the steps itself
-    else:
-        step = max(1, _PANEL // (2 * block)) * 2 * block
     for start in range(0, n, step):
         stop = min(n, start + step)
         scales = absmax[start // block : -(-stop // block)]

@@ -1,6 +1,7 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
 from minilora.adapters import activate, delete, disabled, eject, merge, rename, summary, unmerge
+from minilora.bases import quantize
 from minilora.checkpoint import load, save
 from minilora.evaluation import evaluate
 from minilora.generation import generate
@@ -28,6 +29,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "quantize",
     "rename",
     "save",
     "summary",

@@ -34,12 +34,14 @@ layers =
     minilora.combination
     minilora.serving
     minilora.adapters
+    minilora.bases
     minilora.injection
     minilora.selection
     minilora.copies
     minilora.layers
     minilora.lora_layer
     minilora.factors
+    minilora.quantization
     minilora.kernels
 """
 

@@ -5,13 +5,14 @@ as the int32 bit patterns of f32 (names ending in `_bits`), so that no cast of a
 parameters touches them. `out` is dimension 0 wherever the layout has one, and nothing is 0-dim.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minilora.kernels import NF4_TABLE, dynamic_code, quantize_rows
+from minilora.kernels import DYNAMIC_CODE, NF4_TABLE, quantize_rows
 
 FORMATS = ("int8", "nf4", "int4")
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes has
@@ -140,14 +141,31 @@ def _blockwise(line: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]
     return codes.to(torch.uint8), absmax
 
 
+def _second(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize scales to 8 bits as bitsandbytes 0.50 does on a CPU.
+
+    It rounds to one of 65536 even steps first and then to the nearest value of the code, so a few
+    codes in a thousand are the second nearest (its other backends have the nearest).
+    """
+    table = DYNAMIC_CODE.to(scales.device)
+    blocks = torch.nn.functional.pad(scales, (0, -len(scales) % SECOND_BLOCK))
+    blocks = blocks.view(-1, SECOND_BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax)[:, None]).clamp(-1, 1)
+    step = ((scaled + 1) * 0.5 * 65535 + 0.5).floor()
+    value = -1 + 2 * step / 65535
+    codes = torch.bucketize(value, (table[:-1] + table[1:]) * 0.5, out_int32=True)
+    codes = codes.masked_fill_((absmax == 0)[:, None], 0)
+    return codes.to(torch.uint8).view(-1)[: len(scales)], absmax
+
+
 def _encode_nf4(weight: Tensor, spec: Spec) -> dict[str, Tensor]:
     table = torch.tensor(NF4_TABLE, device=weight.device)
     block = spec.block_size
-    N, K = weight.shape
-    # Panels have to end where a block does, the last one apart.
-    aligned = 2 * block // torch.gcd(torch.tensor(2 * block), torch.tensor(K)).item()
+    # Panels have to end where a block and a byte do, the last one apart.
+    aligned = 2 * block // math.gcd(2 * block, weight.shape[1])
     codes, scales = [], []
-    for panel in _panels(weight, int(aligned)):
+    for panel in _panels(weight, aligned):
         found, absmax = _blockwise(panel.to(torch.float32).reshape(-1), table, block)
         if len(found) % 2:  # bitsandbytes fills the last nibble with the code of 0
             found = torch.cat([found, found.new_full((1,), 7)])
@@ -157,7 +175,7 @@ def _encode_nf4(weight: Tensor, spec: Spec) -> dict[str, Tensor]:
     if not spec.double_quant:
         return {"codes": torch.cat(codes), "absmax_bits": _bits(absmax)}
     offset = absmax.mean()
-    second, absmax2 = _blockwise(absmax - offset, dynamic_code(weight.device), SECOND_BLOCK)
+    second, absmax2 = _second(absmax - offset)
     return {
         "codes": torch.cat(codes),
         "absmax": second,

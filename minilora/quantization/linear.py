@@ -68,6 +68,11 @@ class QuantizedLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._dtype = dtype
+        self._pays = _int8_pays()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pays = _int8_pays()  # it may be another machine
 
     @classmethod
     def from_weight(
@@ -117,7 +122,7 @@ class QuantizedLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the codes lie."""
-        return self.codes.device
+        return self._parameters["codes"].device  # type: ignore[union-attr]
 
     @property
     def weight(self) -> Tensor:
@@ -169,7 +174,7 @@ class QuantizedLinear(nn.Module):
     def _way(self, asked: str) -> str:
         if asked != "auto":
             return asked
-        return "int8" if self.device.type == "cpu" and _int8_pays() else "dequantize"
+        return "int8" if self.device.type == "cpu" and self._pays else "dequantize"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; computes in x's dtype, or autocast's."""
@@ -184,9 +189,7 @@ class QuantizedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        for name, (shape, dtype) in layout(
-            self.spec, self.out_features, self.in_features
-        ).items():
+        for name, (shape, dtype) in layout(self.spec, self.out_features, self.in_features).items():
             found = state.get(prefix + name)
             if found is not None and (found.dtype != dtype or tuple(found.shape) != shape):
                 errors.append(
@@ -194,15 +197,11 @@ class QuantizedLinear(nn.Module):
                     f"{self.spec.format} layer, found {found.dtype} of shape {list(found.shape)}"
                 )
                 return
-        reason = bad_scales(
-            {n: state[prefix + n] for n in self._parameters if prefix + n in state}
-        )
+        reason = bad_scales({n: state[prefix + n] for n in self._parameters if prefix + n in state})
         if reason is not None:
             errors.append(f"{prefix[:-1]} {reason}")
             return
-        super()._load_from_state_dict(
-            state, prefix, metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         """Show shape, format and how it multiplies."""
