@@ -33,6 +33,8 @@ layers =
     minilora.adapter_config
     minilora.combination
     minilora.serving
+    minilora.merging
+    minilora.stored_weights
     minilora.adapters
     minilora.bases
     minilora.injection
