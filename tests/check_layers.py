@@ -27,6 +27,7 @@ layers =
     minilora.evaluation
     minilora.records
     minilora.data
+    minilora.quantized_models
     minilora.models
     minilora.checkpoint
     minilora.adapter_files
@@ -38,6 +39,7 @@ layers =
     minilora.adapters
     minilora.bases
     minilora.injection
+    minilora.sizes
     minilora.selection
     minilora.copies
     minilora.layers
