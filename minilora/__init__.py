@@ -7,6 +7,8 @@ from minilora.generation import generate
 from minilora.injection import inject
 from minilora.kernels import hardware
 from minilora.layers import LoRALinear
+from minilora.portable import export
+from minilora.readers import check
 from minilora.selection import targets
 from minilora.training import TrainConfig, fit
 
@@ -16,10 +18,12 @@ __all__ = [
     "LoRALinear",
     "TrainConfig",
     "activate",
+    "check",
     "delete",
     "disabled",
     "eject",
     "evaluate",
+    "export",
     "fit",
     "generate",
     "hardware",

@@ -69,6 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", required=True, type=Path, help="folder with the two files")
     merge.add_argument("--out", required=True, type=Path, help="a new or empty folder")
 
+    export = commands.add_parser(
+        "export", help="write an adapter as plain LoRA that PEFT, vLLM and llama.cpp read alike"
+    )
+    export.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder with the two files")
+    export.add_argument("out", metavar="NEW", type=Path, help="a new or empty folder")
+    export.add_argument("--model", help=f"{MODEL_HELP}; default: what the adapter's config names")
+    export.add_argument("--r", type=_positive, help="rank; needed for DoRA, else it stays")
+    export.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the factors written (default %(default)s)",
+    )
+
+    check = commands.add_parser("check", help="say which programs read an adapter folder, and why")
+    check.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder with the two files")
+
     targets = commands.add_parser(
         "targets", help="list the linear layers and what would be adapted"
     )
@@ -308,13 +325,17 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(options: argparse.Namespace) -> int:
-    out = options.out
+def _require_empty(out: Path, name: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
-            f"--out must be a new or empty folder, found files at {out}; nothing is overwritten, "
+            f"{name} must be a new or empty folder, found files at {out}; nothing is overwritten, "
             f"so name another one"
         )
+
+
+def _merge(options: argparse.Namespace) -> int:
+    out = options.out
+    _require_empty(out, "--out")
     model, tokenizer = _load(options)
     minilora.merge(model, keep=None)
     minilora.eject(model)
@@ -322,6 +343,29 @@ def _merge(options: argparse.Namespace) -> int:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     print(f"merged model in {out}, weights in {dtype}")
     return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    _require_empty(options.out, "NEW")
+    minilora.check(options.adapter)  # both files are there and readable, before the slow part
+    named = json.loads((options.adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    source = options.model or named.get("base_model_name_or_path")
+    if not source:
+        raise ValueError(
+            f"export needs the model the adapter is for, and {options.adapter / CONFIG_FILE} names "
+            f"none; pass --model"
+        )
+    model, _ = load_model(source, dtype=None)
+    minilora.load(model, options.adapter)
+    print(minilora.export(model, options.out, r=options.r, dtype=options.dtype))
+    print(minilora.check(options.out))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    readers = minilora.check(options.adapter)
+    print(readers)
+    return 0 if all(reader.takes for reader in readers) else 1
 
 
 def _targets(options: argparse.Namespace) -> int:
@@ -341,6 +385,8 @@ _COMMANDS = {
     "eval": _eval,
     "generate": _generate,
     "merge": _merge,
+    "export": _export,
+    "check": _check,
     "targets": _targets,
     "fetch": _fetch,
 }

@@ -27,6 +27,8 @@ layers =
     minilora.records
     minilora.data
     minilora.models
+    minilora.portable
+    minilora.readers
     minilora.checkpoint
     minilora.adapter_files
     minilora.adapter_config
