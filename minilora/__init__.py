@@ -1,6 +1,7 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
 from minilora.adapters import activate, delete, disabled, eject, merge, rename, summary, unmerge
+from minilora.bases import quantize
 from minilora.checkpoint import load, save
 from minilora.evaluation import evaluate
 from minilora.generation import generate
@@ -9,6 +10,7 @@ from minilora.kernels import hardware
 from minilora.layers import LoRALinear
 from minilora.portable import export
 from minilora.readers import check
+from minilora.report import explain
 from minilora.selection import targets
 from minilora.training import TrainConfig, fit
 
@@ -23,6 +25,7 @@ __all__ = [
     "disabled",
     "eject",
     "evaluate",
+    "explain",
     "export",
     "fit",
     "generate",
@@ -30,6 +33,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "quantize",
     "rename",
     "save",
     "summary",

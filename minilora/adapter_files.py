@@ -18,17 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from minilora.lora_layer import LoRALayer, weight_sample
+from minilora.lora_layer import LoRALayer, storage_format, weight_sample
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # A base of the same storage format must agree exactly; another format only this closely.
 _MIN_COSINE = 0.98
-
-
-def storage_format(weight: Tensor) -> str:
-    """Name how a base stores its weight."""
-    return str(weight.dtype).removeprefix("torch.")
 
 
 def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None = None) -> str:
@@ -42,7 +37,7 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
         sample = weight_sample(fqn, weight) if layer.base_sample is None else layer.base_sample
         rows[fqn] = {
             "shape": [layer.out_features, layer.in_features],
-            "format": storage_format(weight),
+            "format": layer.base_format or storage_format(layer.base),
             "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
         }
     return json.dumps(rows)
@@ -133,7 +128,7 @@ def check_base(
         here = samples[fqn].to(torch.float64)
         if saved.shape != here.shape:
             same, how = False, f"{len(here)} numbers"
-        elif saved_format == storage_format(modules[fqn].weight):
+        elif saved_format == storage_format(modules[fqn]):
             same, how = torch.equal(saved, here), "equal"
         else:
             norm = float(saved.norm() * here.norm())

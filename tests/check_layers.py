@@ -21,6 +21,7 @@ name = a room imports only rooms to its left
 type = layers
 layers =
     minilora.cli
+    minilora.report
     minilora.training
     minilora.generation
     minilora.evaluation
@@ -35,12 +36,14 @@ layers =
     minilora.combination
     minilora.serving
     minilora.adapters
+    minilora.bases
     minilora.injection
     minilora.selection
     minilora.copies
     minilora.layers
     minilora.lora_layer
     minilora.factors
+    minilora.quantization
     minilora.kernels
 """
 
