@@ -1,6 +1,6 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
-from minilora.adapters import activate, delete, disabled, eject, merge, rename, summary, unmerge
+from minilora.adapters import activate, delete, disabled, eject, rename, summary
 from minilora.bases import quantize
 from minilora.checkpoint import load, save
 from minilora.evaluation import evaluate
@@ -8,6 +8,7 @@ from minilora.generation import generate
 from minilora.injection import inject
 from minilora.kernels import hardware
 from minilora.layers import LoRALinear
+from minilora.merging import merge, unmerge
 from minilora.portable import export
 from minilora.readers import check
 from minilora.report import explain

@@ -35,6 +35,7 @@ layers =
     minilora.adapter_config
     minilora.combination
     minilora.serving
+    minilora.merging
     minilora.adapters
     minilora.bases
     minilora.injection
