@@ -76,9 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export", help="write an adapter as plain LoRA that PEFT, vLLM and llama.cpp read alike"
     )
-    export.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder with the two files")
-    export.add_argument("out", metavar="NEW", type=Path, help="a new or empty folder")
-    export.add_argument("--model", help=f"{MODEL_HELP}; default: what the adapter's config names")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder with the adapter")
+    export.add_argument("new", type=Path, metavar="NEW", help="a new or empty folder")
+    export.add_argument(
+        "--model", help=f"default: what the adapter names as its base; {MODEL_HELP}"
+    )
     export.add_argument("--r", type=_positive, help="rank; needed for DoRA, else it stays")
     export.add_argument(
         "--dtype",
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     check = commands.add_parser("check", help="say which programs read an adapter folder, and why")
-    check.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder with the two files")
+    check.add_argument("out", type=Path, metavar="OUT", help="folder with the adapter")
 
     targets = commands.add_parser(
         "targets", help="list the linear layers and what would be adapted"
@@ -225,6 +227,14 @@ def _check_adapter(folder: Path, what: str) -> None:
             f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
             f"{CONFIG_FILE} in {folder}"
         )
+
+
+def _base_of(adapter: Path, model: str | None) -> str:
+    """Return the model that was asked for, or else the one that an adapter names as its base."""
+    named = model or read_config(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{adapter / CONFIG_FILE} must name its base, found none; pass --model")
+    return named
 
 
 def _check_new_folder(out: Path, what: str) -> None:
@@ -388,24 +398,17 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    _check_new_folder(options.out, "NEW")
-    minilora.check(options.adapter)  # both files are there and readable, before the slow part
-    named = json.loads((options.adapter / CONFIG_FILE).read_text(encoding="utf-8"))
-    source = options.model or named.get("base_model_name_or_path")
-    if not source:
-        raise ValueError(
-            f"export needs the model the adapter is for, and {options.adapter / CONFIG_FILE} names "
-            f"none; pass --model"
-        )
-    model, _ = load_model(source, dtype=None)
-    minilora.load(model, options.adapter)
-    print(minilora.export(model, options.out, r=options.r, dtype=options.dtype))
-    print(minilora.check(options.out))
+    _check_new_folder(options.new, "NEW")
+    _check_adapter(options.out, "OUT")
+    model, _ = load_model(_base_of(options.out, options.model), dtype=None)
+    minilora.load(model, options.out)
+    print(minilora.export(model, options.new, r=options.r, dtype=options.dtype))
+    print(minilora.check(options.new))
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
-    readers = minilora.check(options.adapter)
+    readers = minilora.check(options.out)
     print(readers)
     return 0 if all(reader.takes for reader in readers) else 1
 
@@ -429,12 +432,7 @@ def _explain(options: argparse.Namespace) -> int:
         _check_new_folder(options.truncate, "--truncate")
     for folder in folders.values():
         _check_adapter(folder, "OUT" if folder == options.out else "--against")
-    if options.model is None:
-        options.model = read_config(options.out / CONFIG_FILE)["base_model_name_or_path"]
-        if not options.model:
-            raise ValueError(
-                f"{options.out / CONFIG_FILE} must name its base, found none; pass --model"
-            )
+    options.model = _base_of(options.out, options.model)
     files = {key: getattr(options, key) for key in ("data", "train", "outside")}
     data = {key: _Data(names) for key, names in files.items() if names}
     model, tokenizer = _load(options)

@@ -155,14 +155,14 @@ def test_cli_exports_and_checks_an_adapter(folder, letters, tmp_path, capsys):
 
 def test_cli_export_needs_a_model_and_an_adapter(folder, tmp_path, capsys):
     assert run("export", tmp_path, tmp_path / "new") == 2
-    assert "adapter_config.json is missing" in capsys.readouterr().err
+    assert "OUT must name a folder with adapter_config.json" in capsys.readouterr().err
     assert run("check", tmp_path) == 2
     assert "adapter_config.json is missing" in capsys.readouterr().err
     model, _ = load_model(folder)
     model.name_or_path = None
     minilora.save(minilora.inject(model, r=2), tmp_path)
     assert run("export", tmp_path, tmp_path / "new") == 2
-    assert "names none; pass --model" in capsys.readouterr().err
+    assert "must name its base, found none; pass --model" in capsys.readouterr().err
     assert run("export", tmp_path, tmp_path / "new", "--model", folder) == 0
     assert "error 0" in capsys.readouterr().out
 
