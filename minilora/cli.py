@@ -200,7 +200,7 @@ def _length(text: str) -> int:
 
 def _add_model(parser: argparse.ArgumentParser, stored: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    choices: tuple[str, ...] = ("auto", "float32", "bfloat16")
+    choices: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
     what = "auto is the fastest this machine multiplies; float32 computes in float32 as well"
     if stored:
         choices, what = ("stored", *choices), "stored is what the model's file has"

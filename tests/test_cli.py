@@ -102,6 +102,16 @@ def test_cli_train_computes_in_float32_where_asked(folder, letters, tmp_path, ca
     assert "base float32, no autocast" in capsys.readouterr().err
 
 
+def test_cli_trains_and_generates_in_float16(folder, letters, tmp_path, capsys):
+    train = ["train", folder, "--data", letters, "--max-length", 32, "--max-steps", 2]
+    assert run(*train, "--out", tmp_path / "run", "--dtype", "float16") == 0
+    assert "base float16, no autocast, losses scaled by 256" in capsys.readouterr().err
+    assert dtypes(tmp_path / "run" / "adapter_model.safetensors") == {"F32"}
+    generate = ["generate", folder, "--adapter", tmp_path / "run", "--dtype", "float16"]
+    assert run(*generate, "a b c", "--max-new-tokens", 3) == 0
+    assert capsys.readouterr().out.strip()
+
+
 def test_cli_cuts_a_text_file_into_windows(folder, tmp_path, capsys):
     """Every token but the first is learned once, whatever the window."""
     file = tmp_path / "long.txt"

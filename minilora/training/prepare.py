@@ -70,8 +70,8 @@ def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dic
     # A trained copy goes by the name of the parameter it stands for, not by where it is kept.
     names = model.named_parameters(remove_duplicate=False)
     found: dict[Tensor, str] = {p: n for n, p in names if p in mine and ".held." not in n}
-    for parameter, name in found.items():
-        if parameter.dtype == torch.float16:
+    for one, name in found.items():
+        if one.dtype == torch.float16:
             raise ValueError(
                 f"fit() trains parameters in float32 or bfloat16, found {name} in float16, in "
                 f"which small updates would be lost; load or inject the adapter with dtype "
