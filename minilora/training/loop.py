@@ -206,7 +206,11 @@ class _Loop:
         if good:
             self._update(lr, norm)
             self.losses.append(value)
-        run.bad = 0 if good else run.bad + 1
+        overflow = tokens > 0 and math.isfinite(value) and not good and run.scale.may_shrink()
+        if tokens:
+            run.scale.after(math.isfinite(norm))
+        if not overflow:  # the next step has half the scale: only what it can't mend counts
+            run.bad = 0 if good else run.bad + 1
         run.skipped += not good
         run.step += 1
         run.tokens += tokens
@@ -217,10 +221,12 @@ class _Loop:
         if not good:
             self.monitor.say(
                 f"step {run.step} skipped: loss {value} over {tokens} tokens, gradient norm {norm} "
-                f"(not finite)"
+                f"(not finite){f'; loss scale now {run.scale.value:g}' if overflow else ''}"
             )
         row = {"step": run.step, "loss": value, "lr": lr, "grad_norm": norm, "tokens": tokens,
                "tokens_per_s": tokens / took, "elapsed_s": run.elapsed}  # fmt: skip
+        if run.scale.growth:
+            row["loss_scale"] = run.scale.value
         self.monitor.step(row, run.time_left())
 
     def _gradient(self, micro: list[Batch]) -> tuple[float, float, int]:
@@ -234,14 +240,14 @@ class _Loop:
             torch.manual_seed(mix_seed(self.config.seed, run.step, index))
             with self._autocast():
                 total, count = _checked(run.loss(run.model, batch.to(run.device)))
-            total.backward()
+            (total * run.scale.value).backward()
             value += float(total.detach())
             tokens += count
         if tokens == 0:
             return math.nan, math.nan, 0
         gradients = [p.grad for p in run.names if p.grad is not None]
         for gradient in gradients:  # once at the end: only now is the step's number of tokens known
-            gradient.div_(tokens)
+            gradient.div_(tokens * run.scale.value)
         return value / tokens, float(torch.nn.utils.get_total_norm(gradients)), tokens
 
     def _update(self, lr: float, norm: float) -> None:
@@ -336,6 +342,8 @@ class _Loop:
         limits = [f"{run.total} steps"] if run.total else []
         if self.config.max_minutes is not None:
             limits.append(f"{self.config.max_minutes:g} minutes")
+        if run.scale.growth:
+            how += f", losses scaled by {run.scale.value:g}"
         plain = [str(text).replace("torch.", "") for text in (dtype, how)]
         self.monitor.say(
             f"training {parameters:,} parameters of adapter '{run.adapter}' for "
