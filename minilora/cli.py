@@ -15,6 +15,7 @@ from minilora.data import Example
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.records import encode_records, read_records
+from minilora.training.lock import check_free
 from minilora.training.state import check_out
 
 MODEL_HELP = "a Hugging Face folder, a .gguf file, or smollm2-135m (fetched once)"
@@ -233,6 +234,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.alpha is not None:
         check_alpha(options.alpha, "--alpha")
     check_dropout(options.dropout)
+    check_free(options.out)  # before the slow part
     check_out(options.out, options.resume)
     config = minilora.TrainConfig(
         lr=options.lr,

@@ -35,8 +35,8 @@ class TrainConfig:
         eval_every: steps between evaluations; there is one before the first step and one after
             the last in any case. None: only these.
         eval_batch_size: rows per evaluation batch; None is batch_size.
-        save_every: steps between saves of the run's state; None saves at the end, on Ctrl-C or
-            SIGTERM, and when an error ends the run.
+        save_every: steps between saves of the run's state; None saves every ten minutes. It is
+            also saved at the end, on Ctrl-C or SIGTERM, and when an error ends the run.
         dtype: what to compute in. `"auto"`: a base that is not f32 is used as it is; an f32 base
             runs under autocast in what `minilora.hardware()` found fastest. `"bfloat16"` puts an
             f32 base under autocast; `"float32"` computes in f32 and needs an f32 base.

@@ -14,11 +14,14 @@ from minilora.data import Batch
 from minilora.evaluation import Evaluation, Loss, evaluate
 from minilora.training.config import TrainConfig
 from minilora.training.health import Health
+from minilora.training.lock import FolderLock, check_free
 from minilora.training.monitor import Monitor, draw_curve, seconds
 from minilora.training.prepare import checkpointing, interruptible, mix_seed
 from minilora.training.run import LAST, Run
+from minilora.training.state import check_out
 
 _RESUME = "resume=True (--resume)"
+SAVE_SECONDS = 600  # between saves, where save_every is None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def fit(
             after the last.
         config: settings; `TrainConfig()` if None.
         out: folder for the best adapter (PEFT's two files), the last one in `last/`,
-            `state.safetensors`, `metrics.jsonl` and `loss.png`; None leaves nothing behind.
+            `state.safetensors` with the one before it, `metrics.jsonl` and `loss.png`; None
+            leaves nothing behind. One process at a time may work in it.
         resume: continue the run whose state lies in `out`, with the same base, adapter, data and
             config; limits, lr and what only reports may differ.
         loss: (model, batch) → (loss summed over tokens, tokens); `evaluation.token_loss` if None.
@@ -93,16 +97,34 @@ def fit(
             a damaged one, an `out` that holds a run while `resume` is False.
         TypeError: data or a loss of another kind.
         RuntimeError: a merged model; an adapted layer that gets no gradient; too many non-finite
-            steps in a row. On any error after a step the state of the last complete one is saved.
+            steps in a row; another process at work in `out`, or no room there. On any error after
+            a step the state of the last complete one is saved.
     """
     place = None if out is None else Path(out)
-    run = Run(model, train, valid, config or TrainConfig(), place, resume, loss, pad_id)
-    with interruptible() as interrupted, _training(run):
-        monitor = Monitor(run.total, run.step, run.out, run.config.log_every, quiet)
-        try:
-            return _Loop(run, monitor, interrupted).train()
-        finally:
-            monitor.close()
+    lock = None
+    if place is not None:
+        check_free(place)
+        check_out(place, resume)
+        lock = FolderLock(place)
+    try:
+        if lock is not None and place is not None:
+            check_out(place, resume, begun=lock.left)  # as another run may just have ended
+        run = Run(model, train, valid, config or TrainConfig(), place, resume, loss, pad_id)
+        run.sweep()
+    except BaseException:
+        if lock is not None:
+            lock.withdraw()
+        raise
+    try:
+        with interruptible() as interrupted, _training(run):
+            monitor = Monitor(run.total, run.step, run.out, run.config.log_every, quiet)
+            try:
+                return _Loop(run, monitor, interrupted).train()
+            finally:
+                monitor.close()
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 @contextmanager
@@ -133,6 +155,7 @@ class _Loop:
         self.losses: list[float] = []
         self.start = run.step
         self.updating = False
+        self.saved = seconds()
 
     def train(self) -> FitResult:
         """Step until a limit is reached."""
@@ -164,9 +187,15 @@ class _Loop:
                 self._give_up()
             if self._due(self.config.eval_every):
                 self._evaluate()
-            if self._due(self.config.save_every):
+            if self._save_due():
                 run.save()
+                self.saved = seconds()
         return "finished"
+
+    def _save_due(self) -> bool:
+        if self.config.save_every is None:
+            return seconds() - self.saved >= SAVE_SECONDS
+        return self._due(self.config.save_every)
 
     def _due(self, every: int | None) -> bool:
         """Tell whether this step is one of every so many, and not the last."""
@@ -295,7 +324,7 @@ class _Loop:
         try:
             run.save()
             self.monitor.say(f"saved after step {run.step} in {run.out}; go on with {_RESUME}")
-        except (OSError, ValueError) as error:  # the error that ended the run matters more
+        except (OSError, ValueError, RuntimeError) as error:  # what ended the run matters more
             self.monitor.say(f"the state could not be saved: {error}")
 
     def _finish(self, stopped: str) -> FitResult:

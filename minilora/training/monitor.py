@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -81,8 +82,14 @@ class Monitor:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
         }
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            raise RuntimeError(
+                f"{self.file} must take another line, but writing failed: "
+                f"{error.strerror or error}; free space there and go on with resume=True (--resume)"
+            ) from error
 
 
 def read_metrics(file: Path) -> list[dict]:
@@ -104,7 +111,9 @@ def _keep_until(file: Path, step: int) -> None:
     if step and file.exists():
         kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(aside, file)
 
 
 def draw_curve(out: Path) -> Path | None:

@@ -26,16 +26,17 @@ from minilora.training.prepare import (
     trained,
     trained_adapter,
 )
+from minilora.training.same_run import check_same_run, check_tensors
 from minilora.training.state import (
     STATE_FILE,
-    check_out,
-    check_same_run,
-    check_tensors,
     damaged,
+    has_state,
     load_state,
     optimizer_tensors,
     restore_optimizer,
     save_state,
+    sweep,
+    unwritable,
 )
 
 LAST = "last"
@@ -105,10 +106,13 @@ class Run:
         self.remarks: list[str] = []
         if resume and out is None:
             raise ValueError("resume=True needs out, the folder of the run to continue")
-        if out is not None:
-            check_out(out, resume)
         if resume and out is not None:
-            self._resume(out)
+            if has_state(out):
+                self._resume(out)
+            else:
+                self.remarks.append(
+                    "the run was killed before its first save, so it begins from the start"
+                )
         self.place = self.batches.state_dict()
 
     # --- how far it is
@@ -171,12 +175,23 @@ class Run:
         for key, found in (("before", self.before), ("best", self.best)):
             facts[key] = None if found is None else vars(found)
         save_state(self.out, tensors, facts)
-        save_adapter(self.model, self.out / LAST, self.adapter)
+        self._save_adapter(self.out / LAST)
 
     def save_adapter(self) -> None:
         """Write the adapter as it is in the model into the run's folder."""
         if self.out is not None:
-            save_adapter(self.model, self.out, self.adapter)
+            self._save_adapter(self.out)
+
+    def _save_adapter(self, folder: Path) -> None:
+        try:
+            save_adapter(self.model, folder, self.adapter)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half written."""
+        if self.out is not None:
+            sweep(self.out)
 
     def _buffers(self) -> dict[str, Tensor]:
         """Return what is frozen of the adapter (PiSSA's offset, a slice's mask) by dotted name."""
@@ -206,7 +221,8 @@ class Run:
         tensors, facts = load_state(out)
         trained, buffers = {name: p for p, name in self.names.items()}, self._buffers()
         try:
-            self.remarks = check_same_run(out, facts["identity"], self._identity())
+            fallback = [facts["fallback"]] if facts["fallback"] else []
+            self.remarks = fallback + check_same_run(out, facts["identity"], self._identity())
             check_tensors(file, tensors, trained, buffers)  # type: ignore[arg-type]
             self.batches.load_state_dict(facts["data"])
             for key in _COUNTERS:
