@@ -35,9 +35,9 @@ def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A tiny bfloat16 Llama that reads words of one letter."""
+def tiny_folder(folder, dtype=torch.float32):
+    """Write a tiny Llama that reads words of one letter."""
+    torch.manual_seed(0)
     vocabulary = {"<s>": 0, "<end>": 1, **{chr(97 + i): 2 + i for i in range(26)}}
     backend = Backend(models.WordLevel(vocabulary, unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -45,9 +45,14 @@ def folder(tmp_path):
     config = LlamaConfig(vocab_size=28, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=6,
                          max_position_embeddings=32, eos_token_id=1)  # fmt: skip
-    model = Llama(config).bfloat16()
-    save_pretrained(model, tmp_path / "model", Tokenizer(backend, eos="<end>", stop_ids={1}))
-    return tmp_path / "model"
+    model = Llama(config).to(dtype)
+    save_pretrained(model, folder, Tokenizer(backend, eos="<end>", stop_ids={1}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_folder(tmp_path / "model", torch.bfloat16)
 
 
 @pytest.fixture
