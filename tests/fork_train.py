@@ -12,8 +12,12 @@ import os
 import signal
 import sys
 
-import minilora.models  # noqa: F401
+import jinja2  # noqa: F401
+import tokenizers  # noqa: F401
+
+import minilora
 from minilora.cli import main
+from minilora.models import LlamaConfig
 
 
 def _die_at(name, call):
@@ -79,6 +83,13 @@ def _child(request):
 
 
 def serve():
+    """Fork for every request; what a run imports on the way is imported before."""
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4}
+    model = minilora.inject(minilora.models.Llama(LlamaConfig(**config, **heads)), r=1, alpha=2)
+    rows = [{"input_ids": [1, 2, 3]}]
+    minilora.fit(model, rows, quiet=True, config=minilora.TrainConfig(dtype="float32"))
+    print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from test_cli import tiny_folder
 
@@ -23,9 +23,9 @@ ADAPTER = "adapter_model.safetensors"
 # Everything a resumed run must get right: dropout, accumulation, more than one epoch, a schedule,
 # evaluations with a best one, and a save after every step.
 OPTIONS = [
-    *("--max-steps", "24", "--batch-size", "3", "--accumulate", "2", "--dropout", "0.2"),
-    *("--eval-every", "5", "--save-every", "1", "--max-length", "12", "--lr", "0.01"),
-    *("--r", "4", "--alpha", "6", "--seed", "3"),
+    *("--max-steps", "12", "--batch-size", "3", "--accumulate", "2", "--dropout", "0.2"),
+    *("--eval-every", "3", "--save-every", "1", "--max-length", "12", "--lr", "0.01"),
+    *("--r", "4", "--alpha", "6", "--seed", "3", "--dtype", "float32"),
 ]
 
 
@@ -62,6 +62,8 @@ class Forks:
             text=True,
             env=environment,
         )
+
+        self._answer()  # what it imports is imported
 
     def start(self, args, die=None):
         request = {"args": args, "stderr": str(self.log), "die": die}
@@ -121,7 +123,7 @@ def test_train_killed_at_random_moments_ends_with_the_same_bits(place, forks, un
     chance, done, inside, before_save = random.Random(11), 0, 0, 0
     for run in range(KILLS):
         out = place / f"random-{run}"
-        for _ in range(3):
+        for _ in range(5):
             more = ["--resume"] if out.exists() and any(out.iterdir()) else []
             pid = forks.start(arguments(place, out, *more))
             time.sleep(chance.uniform(0.0, took))
@@ -140,9 +142,8 @@ def test_train_killed_at_random_moments_ends_with_the_same_bits(place, forks, un
     assert done >= KILLS
 
 
-# (function, call): every call that a save makes, in an early and in a later save. A save of state
-# and adapter makes four `replace` and `fsync` more or less; the first belongs to metrics.jsonl.
-POINTS = [(name, call) for name in ("replace", "fsync") for call in (*range(1, 10), 17, 30)]
+# (function, call): every call of the first saves, of state, adapter and metrics, and a later one.
+POINTS = [(name, call) for name in ("replace", "fsync") for call in (*range(1, 8), 12)]
 
 
 @pytest.mark.parametrize("point", [*POINTS, ("write", 1), ("write", 2), ("write", 9)])
@@ -192,9 +193,10 @@ def test_train_asked_to_stop_finishes_the_step_and_says_how_to_go_on(
 
 def test_train_goes_on_from_the_state_before_a_damaged_one(place, forks, unbroken):
     """One flipped bit in the tensors, which safetensors itself would not notice."""
+    killed = place / "damaged"
+    assert forks.run(arguments(place, killed), die=("fsync", 30)) == -signal.SIGKILL
     for damage in ("flip", "cut", "gone"):
-        out = place / f"damaged-{damage}"
-        assert forks.run(arguments(place, out), die=("fsync", 30)) == -signal.SIGKILL
+        out = shutil.copytree(killed, place / f"damaged-{damage}")
         state = out / "state.safetensors"
         content = bytearray(state.read_bytes())
         content[-9] ^= 1
@@ -232,8 +234,8 @@ def test_train_refuses_a_folder_at_work_and_takes_one_whose_holder_was_killed(
     assert adapters(out) == unbroken[0]
 
 
-def test_kill_harness_would_notice_other_bits(place, unbroken):
-    """The comparison can fail: one step less is another adapter."""
-    whole = load_file(place / "whole" / "last" / ADAPTER)
-    assert any(not torch.equal(v, torch.zeros_like(v)) for k, v in whole.items() if "lora_B" in k)
-    assert unbroken[0]["last"] != (place / "whole" / ADAPTER).read_bytes() or len(whole) == 28
+def test_kill_harness_would_notice_other_bits(place, forks, unbroken):
+    """The comparison can fail: another seed gives another adapter."""
+    out = place / "other"
+    assert forks.run([*arguments(place, out), "--seed", "4"]) == 0
+    assert adapters(out) != unbroken[0]
