@@ -10,6 +10,7 @@ from .low_rank import (
     dropout_mask,
     lora_add,
     lora_linear,
+    row_masks,
 )
 from .probe import Hardware, hardware
 
@@ -46,4 +47,5 @@ __all__ = [
     "linear_cross_entropy",
     "lora_add",
     "lora_linear",
+    "row_masks",
 ]

@@ -26,6 +26,7 @@ from minilora.training.prepare import (
     trained,
     trained_adapter,
 )
+from minilora.training.ranks import Ranks, is_sharded, shard, whole_factors
 from minilora.training.same_run import check_same_run, check_tensors
 from minilora.training.state import (
     STATE_FILE,
@@ -40,7 +41,10 @@ from minilora.training.state import (
 )
 
 LAST = "last"
-_COUNTERS = ("step", "tokens", "skipped", "bad", "elapsed", "evaluated", "best_step", "lr")
+_COUNTERS = (
+    *("step", "tokens", "skipped", "bad", "elapsed", "evaluated", "best_step", "lr"),
+    *("stale", "rows"),
+)
 _ANY_BASE = ("base_model_name_or_path", "peft_version", "task_type")  # a path may differ
 
 
@@ -55,7 +59,10 @@ class Run:
         skipped: steps skipped for a loss or gradient that was not finite; `bad` in a row.
         elapsed: seconds spent in steps.
         evaluated: the step after which the last evaluation was made, -1 before the first.
+        stale: evaluations since the best one.
+        rows: rows in a pass, once a micro-batch did not fit; 0 until then.
         lr: the rate of the last step.
+        ranks: the processes of the run.
         place: where in the data the last complete step ended.
         remarks: what a resumed run should say.
     """
@@ -70,9 +77,12 @@ class Run:
         resume: bool,
         loss: Loss | None,
         pad_id: int,
+        ranks: Ranks | None = None,
     ):
         self.model, self.config, self.out = model, config, out
+        self.ranks = ranks or Ranks()
         self.loss: Loss = loss or token_loss
+        self.own_loss = loss is not None
         self.layers = require_layers(model, "fit")
         check_model(model, self.layers)
         self.adapter = trained_adapter(model, self.layers)
@@ -87,6 +97,7 @@ class Run:
             group_by_length=config.group_by_length,
             seed=config.seed,
             pad_id=pad_id,
+            part=(self.ranks.rank, self.ranks.world),
         )
         self.valid: Batches | None = None
         if valid is not None:
@@ -95,9 +106,16 @@ class Run:
         for what, data in (("train", self.batches), ("valid", self.valid)):
             if data is not None:
                 check_examples(data, what, model, labels=loss is None)
+        if config.patience is not None and valid is None:
+            raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
+        if self.ranks.kind == "fsdp" and not is_sharded(model):
+            shard(model)
+            self.names = trained(model, self.layers, self.adapter)
+        self.ranks.look_after(self.names)
         self.optimizer = make_optimizer(self.names, config)
         self.total = planned_steps(config, len(self.batches))
         self.step = self.tokens = self.skipped = self.bad = self.best_step = 0
+        self.stale = self.rows = 0
         self.elapsed = self.lr = 0.0
         self.evaluated = -1
         self.before: Evaluation | None = None
@@ -148,8 +166,9 @@ class Run:
         if self.step == 0:
             self.before = found
         if not math.isfinite(found.loss) or (self.best and found.loss >= self.best.loss):
+            self.stale += 1
             return False
-        self.best, self.best_step = found, self.step
+        self.best, self.best_step, self.stale = found, self.step, 0
         self.best_values = {name: p.detach().clone() for p, name in self.names.items()}
         return True
 
@@ -166,6 +185,7 @@ class Run:
         """Write what `resume` needs, and the current adapter into `last/`."""
         if self.out is None:
             return
+        full = self.ranks.full
         tensors = {f"parameter.{name}": p for p, name in self.names.items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
@@ -174,7 +194,9 @@ class Run:
         facts |= {"data": self.place, "identity": self._identity(), "total": self.total}
         for key, found in (("before", self.before), ("best", self.best)):
             facts[key] = None if found is None else vars(found)
-        save_state(self.out, tensors, facts)
+        tensors = {key: full(tensor) for key, tensor in tensors.items()}
+        if self.ranks.rank == 0:
+            save_state(self.out, tensors, facts)
         self._save_adapter(self.out / LAST)
 
     def save_adapter(self) -> None:
@@ -184,13 +206,15 @@ class Run:
 
     def _save_adapter(self, folder: Path) -> None:
         try:
-            save_adapter(self.model, folder, self.adapter)
+            with whole_factors(self.model, self.adapter):
+                if self.ranks.rank == 0:
+                    save_adapter(self.model, folder, self.adapter)
         except OSError as error:
             raise unwritable(folder, error) from error
 
     def sweep(self) -> None:
         """Remove what a killed run left half written."""
-        if self.out is not None:
+        if self.out is not None and self.ranks.rank == 0:
             sweep(self.out)
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -218,7 +242,7 @@ class Run:
     def _resume(self, out: Path) -> None:
         """Take up the run whose state lies in `out`; nothing changes before all is checked."""
         file = out / STATE_FILE
-        tensors, facts = load_state(out)
+        tensors, facts = self.ranks.one_after_the_first(lambda: load_state(out))
         trained, buffers = {name: p for p, name in self.names.items()}, self._buffers()
         try:
             fallback = [facts["fallback"]] if facts["fallback"] else []
@@ -234,14 +258,13 @@ class Run:
             self.best = None if facts["best"] is None else Evaluation(**facts["best"])
         except (KeyError, TypeError, AttributeError) as error:
             raise damaged(file, error) from None
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors[f"parameter.{name}"])
-            for name, buffer in buffers.items():
-                buffer.copy_(tensors[f"buffer.{name}"])
-        restore_optimizer(self.optimizer, self.names, tensors)  # type: ignore[arg-type]
+        for name, parameter in trained.items():
+            self.ranks.put(parameter, tensors[f"parameter.{name}"])
+        for name, buffer in buffers.items():
+            self.ranks.put(buffer, tensors[f"buffer.{name}"])
+        restore_optimizer(self.optimizer, self.names, tensors, self.ranks.like)
         self.best_values = {
-            name: tensors[f"best.{name}"].to(p.device)
+            name: self.ranks.like(p, tensors[f"best.{name}"])
             for name, p in trained.items()
             if f"best.{name}" in tensors
         }

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -215,13 +216,16 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    names: dict[Tensor, str],
+    tensors: dict[str, Tensor],
+    like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` returned."""
+    """Put back what `optimizer_tensors` returned; `like` lays a value out as a parameter is."""
     for parameter, name in names.items():
         if f"optimizer.step.{name}" in tensors:
             state = {key: tensors[f"optimizer.{key}.{name}"] for key in ADAM}
             optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device)
+                key: value.clone() if key == "step" else like(parameter, value)
                 for key, value in state.items()
             }
