@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.data import Example
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
-from minilora.records import encode_records, read_records
+from minilora.packing import pack
+from minilora.records import encode_records, iter_records, read_records
+from minilora.streaming import Stream
+from minilora.token_cache import cached
 from minilora.training.lock import check_free
 from minilora.training.state import check_out
 
@@ -43,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_lora(train.add_argument_group("adapter"))
     _add_run(train.add_argument_group("run"))
     _add_data_options(train)
+    _add_data_path(train.add_argument_group("data path"))
 
     evaluation = commands.add_parser("eval", help="loss and perplexity on a file")
     _add_model(evaluation)
@@ -128,6 +133,25 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--save-every", type=int, metavar="STEPS")
     run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument(
+        "--patience", type=int, metavar="N", help="stop after N evaluations without a better one"
+    )
+    run.add_argument(
+        "--sample", nargs="+", metavar="PROMPT", help="continue these at each evaluation"
+    )
+    run.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="under torchrun: each process holds the model (ddp), or a part of every weight (fsdp)",
+    )
+
+
+def _add_data_path(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--pack", action="store_true", help="several documents in a row, kept apart")
+    group.add_argument(
+        "--stream", action="store_true", help="read .jsonl as it is needed; needs a limit on steps"
+    )
+    group.add_argument("--token-cache", type=Path, metavar="FOLDER", help="keep encoded data there")
 
 
 def _positive(text: str) -> int:
@@ -192,8 +216,31 @@ class _Data:
         self.documents = read_records(self.texts) if self.texts else []
 
     def examples(self, tokenizer, options: argparse.Namespace) -> list[Example]:
+        """Encode, or take from the cache, and report."""
+        folder = getattr(options, "token_cache", None)
+        decides = {"max_length": options.max_length, "all_tokens": options.all_tokens}
+        if folder is None:
+            examples, report = self._encode(tokenizer, options)
+        else:
+            examples, report, known = cached(
+                folder, self.files, tokenizer, decides, lambda: self._encode(tokenizer, options)
+            )
+            report = [f"{line} (from the cache)" if known else line for line in report]
+        if int(os.environ.get("RANK", "0")) == 0:  # torchrun's; one process reports
+            for line in report:
+                print(line, file=sys.stderr)
+        if not examples:
+            raise ValueError(
+                f"{', '.join(self.files)} must hold something to learn, found none within the "
+                f"first {options.max_length} tokens of any record; raise --max-length, or pass "
+                f"--all-tokens to learn prompts too"
+            )
+        return examples
+
+    def _encode(self, tokenizer, options: argparse.Namespace) -> tuple[list[Example], list[str]]:
         """Encode: rows are cut at --max-length, documents into windows of it."""
         examples: list[Example] = []
+        lines: list[str] = []
         if self.rows:
             examples, report = encode_records(
                 self.rows,
@@ -202,23 +249,41 @@ class _Data:
                 completion_only=not options.all_tokens,
             )
             rows = [file for file in self.files if file not in self.texts]
-            print(f"{', '.join(rows)}: {report}", file=sys.stderr)
+            lines.append(f"{', '.join(rows)}: {report}")
         for file, document in zip(self.texts, self.documents, strict=True):
             (whole,), _ = encode_records([document], tokenizer, max_length=sys.maxsize)
             cut = _windows(whole, options.max_length)
-            print(
+            lines.append(
                 f"{file}: {len(whole.input_ids)} tokens in {len(cut)} windows of up to "
-                f"{options.max_length}",
-                file=sys.stderr,
+                f"{options.max_length}"
             )
             examples += cut
-        if not examples:
-            raise ValueError(
-                f"{', '.join(self.files)} must hold something to learn, found none within the "
-                f"first {options.max_length} tokens of any record; raise --max-length, or pass "
-                f"--all-tokens to learn prompts too"
-            )
-        return examples
+        return examples, lines
+
+
+class _Records:
+    """The records of files, read anew by every iteration."""
+
+    def __init__(self, files: Sequence[str]):
+        self.files = files
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter_records(self.files)
+
+
+def _streamed(files: Sequence[str], tokenizer, options: argparse.Namespace) -> Stream:
+    """Return the files' records as a stream that is encoded in the background."""
+
+    def encode(record: dict[str, Any]) -> Example | None:
+        found, _ = encode_records(
+            [record],
+            tokenizer,
+            max_length=options.max_length,
+            completion_only=not options.all_tokens,
+        )
+        return found[0] if found else None
+
+    return Stream(_Records(files), encode)
 
 
 def _windows(whole: Example, length: int) -> list[Example]:
@@ -236,6 +301,8 @@ def _train(options: argparse.Namespace) -> int:
     check_dropout(options.dropout)
     check_free(options.out)  # before the slow part
     check_out(options.out, options.resume)
+    if options.pack and options.stream:
+        raise ValueError("--pack needs all documents at once, found --stream too; leave one away")
     config = minilora.TrainConfig(
         lr=options.lr,
         lora_plus_ratio=options.lora_plus_ratio,
@@ -249,13 +316,21 @@ def _train(options: argparse.Namespace) -> int:
         save_every=options.save_every,
         checkpointing=options.checkpointing,
         seed=options.seed,
+        patience=options.patience,
+        parallel=options.parallel,
         # An f32 base would else be multiplied in what is fastest here.
         dtype="float32" if options.dtype == "float32" else "auto",
     )
-    train_data = _Data(options.data)
+    train_data = None if options.stream else _Data(options.data)
     valid_data = _Data(options.valid) if options.valid else None
     model, tokenizer = _load(options)
-    train = train_data.examples(tokenizer, options)
+    train: Any = (
+        _streamed(options.data, tokenizer, options)
+        if train_data is None
+        else train_data.examples(tokenizer, options)
+    )
+    if options.pack:
+        train = pack(train, options.max_length)
     valid = valid_data.examples(tokenizer, options) if valid_data is not None else None
     torch.manual_seed(options.seed)
     minilora.inject(
@@ -272,15 +347,36 @@ def _train(options: argparse.Namespace) -> int:
         modules_to_save=options.modules_to_save,
     )
     result = minilora.fit(
-        model, train, valid, config=config, out=options.out, resume=options.resume
+        model,
+        train,
+        valid,
+        config=config,
+        out=options.out,
+        resume=options.resume,
+        sample=_sampler(options.sample, tokenizer) if options.sample else None,
     )
     if result.stopped == "interrupted":
         return 130
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
         print(f"held out after:  {result.best} (step {result.best_step})")
     print(f"{result.steps} steps in {result.minutes:.1f} minutes; adapter in {options.out}")
     return 0
+
+
+def _sampler(prompts: Sequence[str], tokenizer) -> Callable[[Any], str]:
+    """Return what continues the prompts, greedily."""
+
+    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+
+    def sample(model) -> str:
+        room = max(1, min(32, model.config.max_position_embeddings - longest))
+        texts = minilora.generate(model, prompts, tokenizer=tokenizer, max_new_tokens=room)
+        return " | ".join(f"{a}{b}" for a, b in zip(prompts, texts, strict=True))
+
+    return sample
 
 
 def _eval(options: argparse.Namespace) -> int:

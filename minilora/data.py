@@ -169,9 +169,11 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     """Pad examples on the right to the longest of them.
 
     Args:
-        examples: at least one.
+        examples: of none there is a batch without rows, of one column.
         pad_id: the token id put in the padding, whose labels are -100.
     """
+    if not examples:
+        return Batch(*torch.zeros(2, 0, 1, dtype=torch.int64))
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     input_ids = torch.full(mask.shape, pad_id)
@@ -189,9 +191,6 @@ def _numbers(example: Example) -> Iterator[int]:
     """Yield for each token the number of its document in the row."""
     for number, length in enumerate(example.lengths or (len(example.input_ids),)):
         yield from [number] * length
-
-
-_NOTHING = Batch(torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64))
 
 
 class Batches:
@@ -241,7 +240,7 @@ class Batches:
         self.rank, self.world = part
         self.epoch = 0
         self._start = self._index = 0  # batches of this epoch done before iterating, done by now
-        self.digest = _digest(self.examples)
+        self.digest = digest(self.examples)
 
     def __len__(self) -> int:
         extra = 0 if self.drop_last else self.batch_size - 1
@@ -251,8 +250,7 @@ class Batches:
         order, epoch = self.order(self.epoch), self.epoch
         for done, batch in enumerate(order[self._start :], self._start + 1):
             self._index = done
-            rows = [self.examples[i] for i in batch[self.rank :: self.world]]
-            yield pad(rows, self.pad_id) if rows else _NOTHING
+            yield pad([self.examples[i] for i in batch[self.rank :: self.world]], self.pad_id)
         self.set_epoch(epoch + 1)
 
     def order(self, epoch: int) -> list[list[int]]:
@@ -263,13 +261,9 @@ class Batches:
             rng.shuffle(indices)
         if self.drop_last:
             del indices[len(self) * self.batch_size :]
-        if self.group_by_length:
-            pools = _cut(indices, self.batch_size * POOL)
-            indices = [i for pool in pools for i in sorted(pool, key=self._length)]
-        batches = _cut(indices, self.batch_size)
-        if self.shuffle and self.group_by_length:
-            rng.shuffle(batches)
-        return batches
+        return _batched(
+            self.examples, indices, self.batch_size, self.group_by_length, self.shuffle, rng
+        )
 
     def _length(self, index: int) -> int:
         return len(self.examples[index].input_ids)
@@ -329,15 +323,48 @@ class Batches:
         return {"examples": len(self.examples)} | {key: getattr(self, key) for key in keys}
 
 
+def grouped(
+    examples: Sequence[Example],
+    batch_size: int,
+    shuffle: bool,
+    group_by_length: bool,
+    rng: random.Random,
+) -> list[list[int]]:
+    """Cut examples into batches of indices, in an order that `rng` decides; see `Batches`."""
+    indices = list(range(len(examples)))
+    if shuffle:
+        rng.shuffle(indices)
+    return _batched(examples, indices, batch_size, group_by_length, shuffle, rng)
+
+
+def _batched(
+    examples: Sequence[Example],
+    indices: list[int],
+    batch_size: int,
+    group_by_length: bool,
+    shuffle: bool,
+    rng: random.Random,
+) -> list[list[int]]:
+    if group_by_length:
+        pools = _cut(indices, batch_size * POOL)
+        indices = [
+            i for pool in pools for i in sorted(pool, key=lambda i: len(examples[i].input_ids))
+        ]
+    batches = _cut(indices, batch_size)
+    if shuffle and group_by_length:
+        rng.shuffle(batches)
+    return batches
+
+
 def _cut(values: list[int], size: int) -> list[list[int]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def digest(examples: Sequence[Example]) -> str:
     """Fingerprint ids, labels and lengths."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for example in examples:
-        digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]))
+        found.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]))
         if example.lengths:
-            digest.update(array("q", [-len(example.lengths), *example.lengths]))
-    return digest.hexdigest()[:16]
+            found.update(array("q", [-len(example.lengths), *example.lengths]))
+    return found.hexdigest()[:16]

@@ -24,6 +24,9 @@ layers =
     minilora.training
     minilora.generation
     minilora.evaluation
+    minilora.token_cache
+    minilora.streaming
+    minilora.packing
     minilora.records
     minilora.data
     minilora.models

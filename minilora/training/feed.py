@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Feed:
         self.batches, self.device = batches, device
         self.waited = 0.0
 
-    def epoch(self) -> Iterator[tuple[Batch, dict]]:
+    def epoch(self) -> Generator[tuple[Batch, dict], None, None]:
         """Yield the rest of the epoch: each batch, and the position after it."""
         ready: queue.Queue = queue.Queue(DEPTH)
         over = threading.Event()

@@ -295,9 +295,10 @@ class _Loop:
                 f"step {run.step} skipped: loss {value} over {tokens} tokens, gradient norm {norm} "
                 f"(not finite)"
             )
-        row = {"step": run.step, "loss": value, "lr": lr, "grad_norm": norm, "tokens": tokens,
-               "tokens_per_s": tokens / took, "elapsed_s": run.elapsed,
-               "data_wait": waited / took}  # fmt: skip
+        row: dict[str, Any] = {
+            "step": run.step, "loss": value, "lr": lr, "grad_norm": norm, "tokens": tokens,
+            "tokens_per_s": tokens / took, "elapsed_s": run.elapsed, "data_wait": waited / took,
+        }  # fmt: skip
         if run.step % self.config.log_every == 0:
             row["b_norm"] = self._b_norms()
         self.monitor.step(row, run.time_left())
@@ -423,6 +424,11 @@ class _Loop:
             )
         elif run.valid is not None and run.best is None:
             self.monitor.say("no evaluation was finite: the adapter is that of the last step")
+        if self.took and self.ranks.rank == 0:
+            self.monitor.say(
+                f"{100 * self.waited / self.took:.2f} % of the training time went into waiting for "
+                f"data"
+            )
         for parameter in run.names:
             parameter.grad = None
         return FitResult(run.step, stopped, run.elapsed / 60, run.tokens, run.skipped, run.before,

@@ -15,11 +15,12 @@ from minilora.adapters import active_adapters, require_layers
 from minilora.checkpoint import save_adapter
 from minilora.data import Batches
 from minilora.evaluation import Evaluation, Loss, device_of, token_loss
+from minilora.streaming import Stream
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.prepare import (
-    check_examples,
     check_model,
     compute_dtype,
+    example_check,
     make_batches,
     make_optimizer,
     planned_steps,
@@ -89,9 +90,11 @@ class Run:
         self.names = trained(model, self.layers, self.adapter)
         self.device = device_of(model)
         self.dtype = compute_dtype(self.layers, config.dtype, self.device)
-        self.batches = make_batches(
+        check = example_check(model, pad_id, self.own_loss)
+        self.batches: Any = make_batches(
             train,
             "train",
+            check,
             batch_size=config.batch_size,
             shuffle=config.shuffle,
             group_by_length=config.group_by_length,
@@ -102,10 +105,10 @@ class Run:
         self.valid: Batches | None = None
         if valid is not None:
             size = config.eval_batch_size or config.batch_size
-            self.valid = make_batches(valid, "valid", batch_size=size, pad_id=pad_id)
-        for what, data in (("train", self.batches), ("valid", self.valid)):
-            if data is not None:
-                check_examples(data, what, model, labels=loss is None)
+            if isinstance(valid, Stream):
+                raise TypeError("valid must be a list of examples, found a Stream; read it first")
+            held_out: Any = make_batches(valid, "valid", check, batch_size=size, pad_id=pad_id)
+            self.valid = held_out
         if config.patience is not None and valid is None:
             raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
         if self.ranks.kind == "fsdp" and not is_sharded(model):
@@ -113,7 +116,9 @@ class Run:
             self.names = trained(model, self.layers, self.adapter)
         self.ranks.look_after(self.names)
         self.optimizer = make_optimizer(self.names, config)
-        self.total = planned_steps(config, len(self.batches))
+        self.total = planned_steps(
+            config, len(self.batches) if isinstance(self.batches, Batches) else None
+        )
         self.step = self.tokens = self.skipped = self.bad = self.best_step = 0
         self.stale = self.rows = 0
         self.elapsed = self.lr = 0.0

@@ -143,7 +143,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
