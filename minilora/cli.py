@@ -20,6 +20,7 @@ from minilora.records import encode_records, iter_records, read_records
 from minilora.streaming import Stream
 from minilora.token_cache import cached
 from minilora.training.lock import check_free
+from minilora.training.ranks import leave
 from minilora.training.state import check_out
 
 MODEL_HELP = "a Hugging Face folder, a .gguf file, or smollm2-135m (fetched once)"
@@ -299,8 +300,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.alpha is not None:
         check_alpha(options.alpha, "--alpha")
     check_dropout(options.dropout)
-    check_free(options.out)  # before the slow part
-    check_out(options.out, options.resume)
+    if int(os.environ.get("RANK", "0")) == 0:  # before the slow part
+        check_free(options.out)
+        check_out(options.out, options.resume)
     if options.pack and options.stream:
         raise ValueError("--pack needs all documents at once, found --stream too; leave one away")
     config = minilora.TrainConfig(
@@ -346,7 +348,7 @@ def _train(options: argparse.Namespace) -> int:
         bias=options.bias,
         modules_to_save=options.modules_to_save,
     )
-    result = minilora.fit(
+    result = minilora.fit(  # torchrun ends the others when one fails
         model,
         train,
         valid,
@@ -355,6 +357,7 @@ def _train(options: argparse.Namespace) -> int:
         resume=options.resume,
         sample=_sampler(options.sample, tokenizer) if options.sample else None,
     )
+    leave()
     if result.stopped == "interrupted":
         return 130
     if int(os.environ.get("RANK", "0")) > 0:

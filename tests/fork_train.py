@@ -4,13 +4,20 @@ Start-up is most of a short run; a fork has it behind it. A request is a line of
 `{"args": [...], "stderr": file, "die": [function, call]}`; the answer `{"pid": n}` and, when it has
 ended, `{"code": n}` (negative: the signal). `die` sends SIGKILL to itself at the call-th use of a
 function of `os`, before it acts, and for "write" half way through the state's bytes.
+
+`{"call": "module:function", "options": {...}, "ranks": n, "stderr": file}` calls a function of a
+test file in n processes with torchrun's variables; the answers are `{"pids"}` and `{"codes"}`.
 """
 
 import builtins
+import importlib
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import traceback
 
 import jinja2  # noqa: F401
 import tokenizers  # noqa: F401
@@ -82,6 +89,36 @@ def _child(request):
         os._exit(code)
 
 
+def _ranks(request):
+    module, function = request["call"].split(":")
+    call = getattr(importlib.import_module(module), function)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        log = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                       "WORLD_SIZE": str(request["ranks"]), "MASTER_PORT": str(port),
+                       "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+        code = 3
+        try:
+            call(**request["options"])
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pids
+
+
 def serve():
     """Fork for every request; what a run imports on the way is imported before."""
     config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
@@ -92,12 +129,68 @@ def serve():
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        if "call" in request:
+            pids = _ranks(request)
+            print(json.dumps({"pids": pids}), flush=True)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+            print(json.dumps({"codes": codes}), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
             _child(request)
         print(json.dumps({"pid": pid}), flush=True)
         _, status = os.waitpid(pid, 0)
         print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+class Forks:
+    """`minilora` processes from one that has imported it already."""
+
+    def __init__(self, log):
+        self.log = log
+        place = os.path.dirname(__file__)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+        self._answer()  # what it imports is imported
+
+    def start(self, args, die=None):
+        request = {"args": args, "stderr": str(self.log), "die": die}
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return self._answer()["pid"]
+
+    def code(self):
+        return self._answer()["code"]
+
+    def run(self, args, die=None):
+        self.start(args, die)
+        return self.code()
+
+    def start_ranks(self, call, ranks, **options):
+        """Call a function in several processes."""
+        request = {"call": call, "ranks": ranks, "options": options, "stderr": str(self.log)}
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return self._answer()["pids"]
+
+    def codes(self):
+        return self._answer()["codes"]
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+
+    def _answer(self):
+        line = self.server.stdout.readline()
+        assert line, f"the server ended: {self.log.read_text()}"
+        return json.loads(line)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from fork_train import Forks
 from safetensors.torch import load_file
 from test_cli import tiny_folder
 
@@ -49,47 +49,11 @@ def arguments(place, out, *more):
     return [str(part) for part in whole]
 
 
-class Forks:
-    """`minilora` processes from one that has imported it already."""
-
-    def __init__(self, log):
-        self.log = log
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-        self.server = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("fork_train.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-        self._answer()  # what it imports is imported
-
-    def start(self, args, die=None):
-        request = {"args": args, "stderr": str(self.log), "die": die}
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return self._answer()["pid"]
-
-    def code(self):
-        return self._answer()["code"]
-
-    def run(self, args, die=None):
-        self.start(args, die)
-        return self.code()
-
-    def _answer(self):
-        line = self.server.stdout.readline()
-        assert line, f"the server ended: {self.log.read_text()}"
-        return json.loads(line)
-
-
 @pytest.fixture(scope="module")
 def forks(place):
     made = Forks(place / "log.txt")
     yield made
-    made.server.stdin.close()
-    made.server.wait(timeout=30)
+    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from minilora.training.monitor import Monitor, draw_curve, seconds
 from minilora.training.prepare import checkpointing, interruptible
 from minilora.training.ranks import Ranks
 from minilora.training.run import LAST, Run
-from minilora.training.state import check_out
+from minilora.training.state import check_out, has_state
 
 _RESUME = "resume=True (--resume)"
 SAVE_SECONDS = 600  # between saves, where save_every is None
@@ -196,8 +196,10 @@ class _Loop:
             except _InterruptedError:
                 stopped = "interrupted"
             return self._finish(stopped)
-        except BaseException:
+        except BaseException as error:
             self._rescue()
+            if self.ranks.lost(error):
+                raise self._lost(error) from error
             raise
 
     def _steps(self) -> str:
@@ -394,6 +396,16 @@ class _Loop:
             self.monitor.say(f"saved after step {run.step} in {run.out}; go on with {_RESUME}")
         except (OSError, ValueError, RuntimeError) as error:  # what ended the run matters more
             self.monitor.say(f"the state could not be saved: {error}")
+
+    def _lost(self, error: BaseException) -> RuntimeError:
+        out, ranks = self.run.out, self.ranks
+        saved = out is not None and has_state(out)
+        go_on = f"the state in {out} is whole: start all again with {_RESUME}, on any number of "
+        go_on = f"{go_on}processes" if saved else "nothing was saved: start all again"
+        return RuntimeError(
+            f"all {ranks.world} processes must go on together, but process {ranks.rank} lost "
+            f"another one after step {self.run.step} ({str(error).splitlines()[0]:.120}); {go_on}"
+        )
 
     def _finish(self, stopped: str) -> FitResult:
         run = self.run

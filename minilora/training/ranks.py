@@ -7,6 +7,7 @@ every pass.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -110,6 +111,13 @@ class Ranks:
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
         return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
+    def lost(self, error: BaseException) -> bool:
+        """Tell whether an error means that another process is gone."""
+        words = r"(?i)connection|by peer|gloo|nccl|timed out|socket"
+        return self.kind is not None and isinstance(error, RuntimeError) and bool(
+            re.search(words, str(error))
+        )  # fmt: skip
+
     def close(self) -> None:
         """Forget what looks after the parameters."""
         self.reducer = None
@@ -131,6 +139,12 @@ def start(kind: str, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Leave the other processes, at the end of the program."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_sharded(model: nn.Module) -> bool:
