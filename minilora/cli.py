@@ -20,7 +20,8 @@ from minilora.records import encode_records, iter_records, read_records
 from minilora.streaming import Stream
 from minilora.token_cache import cached
 from minilora.training.lock import check_free
-from minilora.training.ranks import leave
+from minilora.training.ranks import Ranks, common_dtype, leave
+from minilora.training.sharded_loading import sharded
 from minilora.training.state import check_out
 
 MODEL_HELP = "a Hugging Face folder, a .gguf file, or smollm2-135m (fetched once)"
@@ -90,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_lora(lora: argparse._ArgumentGroup) -> None:
-    lora.add_argument("--r", type=_positive, default=8, help="rank (default %(default)s)")
+    lora.add_argument(  # torchrun takes --r for the beginning of an option of its own
+        "--r", "--rank", dest="r", type=_positive, default=8, help="rank (default %(default)s)"
+    )
     lora.add_argument("--alpha", type=float, help="scaling is alpha / r (default: r)")
     lora.add_argument("--dropout", type=float, default=0.0, help="default %(default)s")
     lora.add_argument("--rslora", action="store_true", help="scaling is alpha / sqrt(r)")
@@ -191,7 +194,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all-tokens", action="store_true", help="learn prompts too")
 
 
-def _load(options: argparse.Namespace):
+def _load(options: argparse.Namespace, prepare=None):
     adapter = getattr(options, "adapter", None)
     if adapter is not None and not (adapter / CONFIG_FILE).is_file():  # before the slow part
         raise ValueError(
@@ -200,7 +203,9 @@ def _load(options: argparse.Namespace):
         )
     dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
     dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
-    model, tokenizer = load_model(options.model, dtype=dtype)
+    if getattr(options, "parallel", None) is not None and dtype == "auto":
+        dtype = common_dtype(options.parallel)
+    model, tokenizer = load_model(options.model, dtype=dtype, prepare=prepare)
     if adapter is not None:
         minilora.load(model, adapter)
     return model, tokenizer
@@ -325,7 +330,27 @@ def _train(options: argparse.Namespace) -> int:
     )
     train_data = None if options.stream else _Data(options.data)
     valid_data = _Data(options.valid) if options.valid else None
-    model, tokenizer = _load(options)
+
+    def inject(model) -> None:
+        torch.manual_seed(options.seed)
+        minilora.inject(
+            model,
+            options.r,
+            options.alpha,
+            targets=options.targets or "all-linear",
+            exclude=options.exclude,
+            dropout=options.dropout,
+            rslora=options.rslora,
+            dora=options.dora,
+            init=options.init,
+            bias=options.bias,
+            modules_to_save=options.modules_to_save,
+        )
+
+    if options.parallel == "fsdp":  # each process reads its part alone
+        model, tokenizer = _load(options, sharded(Ranks("fsdp"), inject))
+    else:
+        model, tokenizer = _load(options)
     train: Any = (
         _streamed(options.data, tokenizer, options)
         if train_data is None
@@ -334,20 +359,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.pack:
         train = pack(train, options.max_length)
     valid = valid_data.examples(tokenizer, options) if valid_data is not None else None
-    torch.manual_seed(options.seed)
-    minilora.inject(
-        model,
-        options.r,
-        options.alpha,
-        targets=options.targets or "all-linear",
-        exclude=options.exclude,
-        dropout=options.dropout,
-        rslora=options.rslora,
-        dora=options.dora,
-        init=options.init,
-        bias=options.bias,
-        modules_to_save=options.modules_to_save,
-    )
+    if options.parallel != "fsdp":
+        inject(model)
     result = minilora.fit(  # torchrun ends the others when one fails
         model,
         train,

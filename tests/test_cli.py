@@ -35,16 +35,18 @@ def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-def tiny_folder(folder, dtype=torch.float32):
+def tiny_folder(folder, dtype=torch.float32, config=None):
     """Write a tiny Llama that reads words of one letter."""
     torch.manual_seed(0)
     vocabulary = {"<s>": 0, "<end>": 1, **{chr(97 + i): 2 + i for i in range(26)}}
     backend = Backend(models.WordLevel(vocabulary, unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(["<s>", "<end>"])
-    config = LlamaConfig(vocab_size=28, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=6,
-                         max_position_embeddings=32, eos_token_id=1)  # fmt: skip
+    config = config or LlamaConfig(
+        vocab_size=28, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, max_position_embeddings=32,
+        eos_token_id=1,
+    )  # fmt: skip
     model = Llama(config).to(dtype)
     save_pretrained(model, folder, Tokenizer(backend, eos="<end>", stop_ids={1}))
     return folder
@@ -131,7 +133,7 @@ def test_cli_merge_refuses_a_folder_that_holds_something(folder, tmp_path, no_mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--r", 0], "--r: must be a whole number of at least 1, found '0'"),
+        (["--r", 0], "--r/--rank: must be a whole number of at least 1, found '0'"),
         (["--batch-size", "x"], "--batch-size: must be a whole number"),
         (["--max-length", 1], "--max-length: must be at least 2"),
         (["--alpha", 0], "--alpha must be a finite number other than 0"),

@@ -4,18 +4,24 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from fork_train import Forks
 from safetensors.torch import load_file
+from test_cli import tiny_folder
 from test_training import examples, fit, tiny
 from torch import nn
 
 import minilora
+from minilora.cli import main
 from minilora.evaluation import token_loss
+from minilora.models import LlamaConfig, load_model
 from minilora.training.ranks import Ranks, blocks, is_sharded
+from minilora.training.sharded_loading import sharded
 from minilora.training.state import load_state
 
 OPTIONS = {"batch_size": 5, "accumulate": 2, "max_steps": 6, "lr": 1e-2, "schedule": "constant",
@@ -282,3 +288,120 @@ def test_one_process_communicates_nothing():
     assert ranks.sums(1.5, True) == [1.5, True] and ranks.of_first(3.0) == 3.0
     assert not ranks.lost(RuntimeError("Connection closed by peer"))
     assert len(blocks(tiny())) == 2 and blocks(nn.Linear(2, 2)) == []
+
+
+# --- the command, and loading in parts
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Arguments of `minilora train` on a tiny model, and the adapters that one process makes."""
+    place = tmp_path_factory.mktemp("command")
+    tiny_folder(place / "model")
+    lines = [
+        json.dumps({"text": " ".join("abcdefgh"[i % 5 : i % 5 + 2 + i % 3])}) for i in range(15)
+    ]
+    (place / "train.jsonl").write_text("\n".join(lines))
+
+    def arguments(out, *more):
+        options = ["--max-steps", "5", "--batch-size", "3", "--lr", "0.01", "--dropout", "0.1"]
+        given = ["train", place / "model", "--data", place / "train.jsonl", "--out", out]
+        return [str(x) for x in (*given, *options, "--dtype", "float32", "--rank", "4", *more)]
+
+    assert main(arguments(place / "alone")) == 0
+    return arguments, adapters(place / "alone")["last"]
+
+
+def torchrun(ranks, arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    free = [
+        "--master-addr",
+        "127.0.0.1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
+    return subprocess.run(
+        [*start, *free, "-m", "minilora", *arguments], env=environment, capture_output=True,
+        text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_torchrun_minilora_train_gives_the_single_processs_adapter(command, tmp_path, kind):
+    arguments, expected = command
+    done = torchrun(2, arguments(tmp_path / "run", "--parallel", kind))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"2 processes ({kind})" in done.stderr
+    assert done.stderr.count("documents kept") == 1 and done.stdout.count("adapter in") == 1
+    for key, value in adapters(tmp_path / "run")["last"].items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-5)
+    again = main(arguments(tmp_path / "run", "--resume", "--max-steps", "6"))
+    assert again == 0
+
+
+def cli(arguments):
+    """The command in a process that torchrun's variables are set in."""
+    torch.set_num_threads(1)
+    assert main(arguments) == 0
+
+
+def test_fsdp_refuses_a_start_from_weights_it_never_holds(forks, command, tmp_path):
+    arguments, _ = command
+    forks.log.write_text("")
+    options = ["--parallel", "fsdp", "--dora"]
+    forks.start_ranks("test_training_ranks:cli", 1, arguments=arguments(tmp_path / "run", *options))
+    assert forks.codes() == [3]
+    assert "can't start from its weights, found init='kaiming' and dora on" in forks.log.read_text()
+
+
+def peak(place, kind, out):
+    """Load and write down by how much the process grew at most, in bytes."""
+    torch.set_num_threads(1)
+
+    def status(key):
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    def inject(model):
+        minilora.inject(model, r=2, alpha=3)
+
+    seen = []
+    prepare = sharded(Ranks(kind), inject)
+
+    def watched(model):
+        put = prepare(model)
+
+        def putting(fqn, value):
+            put(fqn, value)
+            seen.append(status("RssAnon"))  # the mapped file's pages are the system's to drop
+
+        return putting
+
+    before = status("RssAnon")
+    model = load_model(place, dtype=torch.float32, prepare=watched)[0]
+    grown = max(seen) - before
+    name = os.environ.get("RANK", "0")
+    (pathlib.Path(out) / f"{name}.json").write_text(json.dumps(grown))
+    assert sum(p.numel() for p in model.parameters()) > 2**25
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_no_rank_ever_holds_the_whole_model(forks, tmp_path):
+    config = LlamaConfig(vocab_size=28, hidden_size=1024, intermediate_size=2048,
+                         num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
+                         head_dim=128, max_position_embeddings=32, eos_token_id=1)  # fmt: skip
+    tiny_folder(tmp_path / "model", config=config)
+    whole = (tmp_path / "model" / "model.safetensors").stat().st_size
+    peaks = {}
+    for ranks in (2, 4):
+        options = {"place": str(tmp_path / "model"), "kind": "fsdp", "out": str(tmp_path)}
+        forks.start_ranks("test_training_ranks:peak", ranks, **options)
+        assert set(forks.codes()) == {0}, forks.log.read_text()[-3000:]
+        peaks[ranks] = max(json.loads((tmp_path / f"{i}.json").read_text()) for i in range(ranks))
+    print({ranks: f"{grown / 1e6:.0f} of {whole / 1e6:.0f} MB" for ranks, grown in peaks.items()})
+    for ranks, grown in peaks.items():
+        assert whole / ranks < grown < whole / ranks + 2**26  # gloo, code, a few tensors
+    assert peaks[4] < peaks[2] < whole

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minilora.kernels import hardware
 from minilora.lora_layer import lora_layers, weight_sample
 
 KINDS = ("ddp", "fsdp")
@@ -66,6 +67,11 @@ class Ranks:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return sums.tolist()
+
+    def agree(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Return rank 0's dtype."""
+        known = [None, torch.float64, torch.float32, torch.bfloat16, torch.float16]
+        return known[int(self.of_first(known.index(dtype)))]
 
     def of_first(self, value: float) -> float:
         """Return rank 0's value."""
@@ -139,6 +145,14 @@ def start(kind: str, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def common_dtype(kind: str) -> torch.dtype:
+    """Return the dtype that is fastest on rank 0, for all: the others' probe may find another."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    ranks = Ranks(kind)
+    mine = dtypes.index(hardware().dtype) if ranks.rank == 0 else 0
+    return dtypes[int(ranks.of_first(mine))]
 
 
 def leave() -> None:

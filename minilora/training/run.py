@@ -89,7 +89,8 @@ class Run:
         self.adapter = trained_adapter(model, self.layers)
         self.names = trained(model, self.layers, self.adapter)
         self.device = device_of(model)
-        self.dtype = compute_dtype(self.layers, config.dtype, self.device)
+        chosen = compute_dtype(self.layers, config.dtype, self.device)
+        self.dtype = self.ranks.agree(chosen)
         check = example_check(model, pad_id, self.own_loss)
         self.batches: Any = make_batches(
             train,
