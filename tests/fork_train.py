@@ -10,7 +10,9 @@ test file in n processes with torchrun's variables; the answers are `{"pids"}` a
 """
 
 import builtins
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -21,10 +23,10 @@ import traceback
 
 import jinja2  # noqa: F401
 import tokenizers  # noqa: F401
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
 
-import minilora
 from minilora.cli import main
-from minilora.models import LlamaConfig
 
 
 def _die_at(name, call):
@@ -121,11 +123,10 @@ def _ranks(request):
 
 def serve():
     """Fork for every request; what a run imports on the way is imported before."""
-    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4}
-    model = minilora.inject(minilora.models.Llama(LlamaConfig(**config, **heads)), r=1, alpha=2)
-    rows = [{"input_ids": [1, 2, 3]}]
-    minilora.fit(model, rows, quiet=True, config=minilora.TrainConfig(dtype="float32"))
+    if len(sys.argv) > 1:  # a run of the command
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            assert main(json.loads(sys.argv[1])) == 0
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -146,12 +147,12 @@ def serve():
 class Forks:
     """`minilora` processes from one that has imported it already."""
 
-    def __init__(self, log):
+    def __init__(self, log, warm_up=None):
         self.log = log
         place = os.path.dirname(__file__)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
         self.server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *([json.dumps(warm_up)] if warm_up else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

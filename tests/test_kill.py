@@ -51,7 +51,7 @@ def arguments(place, out, *more):
 
 @pytest.fixture(scope="module")
 def forks(place):
-    made = Forks(place / "log.txt")
+    made = Forks(place / "log.txt", arguments(place, place / "warm"))
     yield made
     made.close()
 

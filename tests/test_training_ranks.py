@@ -84,7 +84,8 @@ def adapters(out):
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-    made = Forks(tmp_path_factory.mktemp("ranks") / "log.txt")
+    place = tmp_path_factory.mktemp("ranks")
+    made = Forks(place / "log.txt", command_in(place)(place / "warm"))
     yield made
     made.close()
 
@@ -293,10 +294,8 @@ def test_one_process_communicates_nothing():
 # --- the command, and loading in parts
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """Arguments of `minilora train` on a tiny model, and the adapters that one process makes."""
-    place = tmp_path_factory.mktemp("command")
+def command_in(place):
+    """Return what makes the arguments of `minilora train` on a tiny model."""
     tiny_folder(place / "model")
     lines = [
         json.dumps({"text": " ".join("abcdefgh"[i % 5 : i % 5 + 2 + i % 3])}) for i in range(15)
@@ -308,6 +307,14 @@ def command(tmp_path_factory):
         given = ["train", place / "model", "--data", place / "train.jsonl", "--out", out]
         return [str(x) for x in (*given, *options, "--dtype", "float32", "--rank", "4", *more)]
 
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Arguments of `minilora train`, and the adapter that one process makes."""
+    place = tmp_path_factory.mktemp("command")
+    arguments = command_in(place)
     assert main(arguments(place / "alone")) == 0
     return arguments, adapters(place / "alone")["last"]
 
