@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,10 @@ import torch
 import minilora
 from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.data import Example
+from minilora.data_files import DataFiles, streamed
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.packing import pack
-from minilora.records import encode_records, iter_records, read_records
-from minilora.streaming import Stream
-from minilora.token_cache import cached
 from minilora.training.lock import check_free
 from minilora.training.ranks import Ranks, common_dtype, leave
 from minilora.training.sharded_loading import sharded
@@ -211,94 +209,17 @@ def _load(options: argparse.Namespace, prepare=None):
     return model, tokenizer
 
 
-class _Data:
-    """Data files, read before the model and encoded after it."""
-
-    def __init__(self, files: Sequence[str]):
-        self.files = files
-        rows = [file for file in files if not file.endswith(".txt")]
-        self.texts = [file for file in files if file.endswith(".txt")]
-        self.rows = read_records(rows) if rows else []
-        self.documents = read_records(self.texts) if self.texts else []
-
-    def examples(self, tokenizer, options: argparse.Namespace) -> list[Example]:
-        """Encode, or take from the cache, and report."""
-        folder = getattr(options, "token_cache", None)
-        decides = {"max_length": options.max_length, "all_tokens": options.all_tokens}
-        if folder is None:
-            examples, report = self._encode(tokenizer, options)
-        else:
-            examples, report, known = cached(
-                folder, self.files, tokenizer, decides, lambda: self._encode(tokenizer, options)
-            )
-            report = [f"{line} (from the cache)" if known else line for line in report]
-        if int(os.environ.get("RANK", "0")) == 0:  # torchrun's; one process reports
-            for line in report:
-                print(line, file=sys.stderr)
-        if not examples:
-            raise ValueError(
-                f"{', '.join(self.files)} must hold something to learn, found none within the "
-                f"first {options.max_length} tokens of any record; raise --max-length, or pass "
-                f"--all-tokens to learn prompts too"
-            )
-        return examples
-
-    def _encode(self, tokenizer, options: argparse.Namespace) -> tuple[list[Example], list[str]]:
-        """Encode: rows are cut at --max-length, documents into windows of it."""
-        examples: list[Example] = []
-        lines: list[str] = []
-        if self.rows:
-            examples, report = encode_records(
-                self.rows,
-                tokenizer,
-                max_length=options.max_length,
-                completion_only=not options.all_tokens,
-            )
-            rows = [file for file in self.files if file not in self.texts]
-            lines.append(f"{', '.join(rows)}: {report}")
-        for file, document in zip(self.texts, self.documents, strict=True):
-            (whole,), _ = encode_records([document], tokenizer, max_length=sys.maxsize)
-            cut = _windows(whole, options.max_length)
-            lines.append(
-                f"{file}: {len(whole.input_ids)} tokens in {len(cut)} windows of up to "
-                f"{options.max_length}"
-            )
-            examples += cut
-        return examples, lines
+def _data(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
+    return DataFiles(files, options.max_length, options.all_tokens)
 
 
-class _Records:
-    """The records of files, read anew by every iteration."""
-
-    def __init__(self, files: Sequence[str]):
-        self.files = files
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter_records(self.files)
-
-
-def _streamed(files: Sequence[str], tokenizer, options: argparse.Namespace) -> Stream:
-    """Return the files' records as a stream that is encoded in the background."""
-
-    def encode(record: dict[str, Any]) -> Example | None:
-        found, _ = encode_records(
-            [record],
-            tokenizer,
-            max_length=options.max_length,
-            completion_only=not options.all_tokens,
-        )
-        return found[0] if found else None
-
-    return Stream(_Records(files), encode)
-
-
-def _windows(whole: Example, length: int) -> list[Example]:
-    """Cut into windows that share one token, so that every token but the first is learned once."""
-    ids, labels = whole.input_ids, whole.labels
-    return [
-        Example(ids[i : i + length], labels[i : i + length])
-        for i in range(0, len(ids) - 1, length - 1)
-    ]
+def _examples(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[Example]:
+    """Encode and say what became of the files; of several processes one does."""
+    examples, report = data.examples(tokenizer, getattr(options, "token_cache", None))
+    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's
+        for line in report:
+            print(line, file=sys.stderr)
+    return examples
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -328,8 +249,8 @@ def _train(options: argparse.Namespace) -> int:
         # An f32 base would else be multiplied in what is fastest here.
         dtype="float32" if options.dtype == "float32" else "auto",
     )
-    train_data = None if options.stream else _Data(options.data)
-    valid_data = _Data(options.valid) if options.valid else None
+    train_data = None if options.stream else _data(options.data, options)
+    valid_data = _data(options.valid, options) if options.valid else None
 
     def inject(model) -> None:
         torch.manual_seed(options.seed)
@@ -352,13 +273,13 @@ def _train(options: argparse.Namespace) -> int:
     else:
         model, tokenizer = _load(options)
     train: Any = (
-        _streamed(options.data, tokenizer, options)
+        streamed(options.data, tokenizer, options.max_length, options.all_tokens)
         if train_data is None
-        else train_data.examples(tokenizer, options)
+        else _examples(train_data, tokenizer, options)
     )
     if options.pack:
         train = pack(train, options.max_length)
-    valid = valid_data.examples(tokenizer, options) if valid_data is not None else None
+    valid = _examples(valid_data, tokenizer, options) if valid_data is not None else None
     if options.parallel != "fsdp":
         inject(model)
     result = minilora.fit(  # torchrun ends the others when one fails
@@ -396,9 +317,9 @@ def _sampler(prompts: Sequence[str], tokenizer) -> Callable[[Any], str]:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    data = _Data(options.data)
+    data = _data(options.data, options)
     model, tokenizer = _load(options)
-    examples = data.examples(tokenizer, options)
+    examples = _examples(data, tokenizer, options)
     found = minilora.evaluate(model, examples, batch_size=options.batch_size)
     print(json.dumps(vars(found)) if options.json else found)
     return 0

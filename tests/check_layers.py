@@ -24,6 +24,7 @@ layers =
     minilora.training
     minilora.generation
     minilora.evaluation
+    minilora.data_files
     minilora.token_cache
     minilora.streaming
     minilora.packing

@@ -39,6 +39,17 @@ def test_lock_takes_over_what_a_crash_left(tmp_path):
     assert not (tmp_path / LOCK_FILE).exists()
 
 
+def test_lock_takes_a_file_without_content_for_the_mark_of_a_killed_run(tmp_path):
+    """The moment between making the file and writing into it is a moment to be killed in."""
+    (tmp_path / LOCK_FILE).touch()
+    lock = FolderLock(tmp_path)
+    assert lock.left
+    lock.release()
+    lock = FolderLock(tmp_path)
+    assert not lock.left
+    lock.release()
+
+
 def test_lock_withdraws_the_folders_it_made(tmp_path):
     lock = FolderLock(tmp_path / "a" / "b")
     lock.withdraw()

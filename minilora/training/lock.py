@@ -38,14 +38,19 @@ class FolderLock:
                 f"out must be a folder that can be written, but {folder} can not: "
                 f"{error.strerror or error}; name another one"
             ) from error
-        self.left = bool(os.read(self.opened, 1))  # by a run that was killed
         told = {"pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         os.truncate(self.opened, 0)
         os.pwrite(self.opened, json.dumps(told).encode(), 0)
 
     def _open(self) -> int:
         while True:
-            opened = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+            # The file itself is the mark: a run may be killed before it writes anything into it.
+            self.left = self.file.exists()  # by a run that was killed, if the lock is free
+            new = 0 if self.left else os.O_CREAT | os.O_EXCL
+            try:
+                opened = os.open(self.file, os.O_RDWR | new, 0o644)
+            except (FileExistsError, FileNotFoundError):
+                continue  # another run began or ended just now
             try:
                 _take(opened, self.file)
                 if self._is(opened):

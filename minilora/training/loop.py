@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Batch, Batches, pad
-from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate, summarize
-from minilora.lora_layer import lora_layers
+from minilora.data import Batch
+from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate
 from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig
 from minilora.training.feed import Feed
 from minilora.training.gradient import Gradient
 from minilora.training.health import Health
 from minilora.training.lock import FolderLock, check_free
+from minilora.training.measures import b_norms, evaluate_on_ranks
 from minilora.training.monitor import Monitor, draw_curve, seconds
 from minilora.training.prepare import checkpointing, interruptible
 from minilora.training.ranks import Ranks
@@ -302,18 +302,8 @@ class _Loop:
             "tokens_per_s": tokens / took, "elapsed_s": run.elapsed, "data_wait": waited / took,
         }  # fmt: skip
         if run.step % self.config.log_every == 0:
-            row["b_norm"] = self._b_norms()
+            row["b_norm"] = b_norms(run)
         self.monitor.step(row, run.time_left())
-
-    def _b_norms(self) -> dict[str, float]:
-        """Return the norm of each layer's B: which layers learn, and how much."""
-        norms = {}
-        for fqn, layer in lora_layers(self.run.model).items():
-            if self.run.adapter in layer.adapters:
-                factors: Any = layer.adapters[self.run.adapter]
-                norm = torch.linalg.vector_norm(factors.lora_B.detach())
-                norms[fqn] = float(self.ranks.full(norm))
-        return norms
 
     def _update(self, lr: float, norm: float) -> None:
         if self.config.clip is not None and norm > self.config.clip:
@@ -355,7 +345,7 @@ class _Loop:
             if self.ranks.world == 1:
                 found = evaluate(run.model, run.valid, loss=loss)
             else:
-                found = self._evaluate_parts(run.valid)
+                found = evaluate_on_ranks(run, run.valid)
         self.monitor.evaluation(
             {"step": run.step, "eval_loss": found.loss, "eval_perplexity": found.perplexity}
         )
@@ -364,22 +354,6 @@ class _Loop:
         if self.sample is not None:
             with torch.no_grad(), eval_mode(run.model), self._autocast():
                 self.monitor.sample(run.step, self.sample(run.model))
-
-    def _evaluate_parts(self, valid: Batches) -> Evaluation:
-        """Evaluate with each rank taking a part of each batch; sums are over all ranks' tokens."""
-        run, ranks = self.run, self.ranks
-        examples = sorted(valid.examples, key=lambda example: len(example.input_ids))
-        total, tokens = 0.0, 0
-        with torch.no_grad(), eval_mode(run.model):
-            for start in range(0, len(examples), valid.batch_size):
-                rows = examples[start : start + valid.batch_size][ranks.rank :: ranks.world]
-                if rows or ranks.kind == "fsdp":  # sharded: all must compute, if only along
-                    batch = pad(rows or examples[:1], valid.pad_id).to(run.device)
-                    part, count = run.loss(run.model, batch)
-                    total += float(part) if rows else 0.0
-                    tokens += int(count) if rows else 0
-        total, counted = ranks.sums(total, tokens)
-        return summarize(total, int(counted))
 
     def _rescue(self) -> None:
         """On an error, save the state as of the last complete step of this call."""
