@@ -87,3 +87,9 @@ def test_fit_releases_the_folder_however_it_ends(tmp_path):
     with pytest.raises(TypeError):
         fit(tiny(), 3, max_steps=1, out=tmp_path / "new" / "none")
     assert not (tmp_path / "new").exists()
+
+
+def test_lock_does_not_follow_a_link_to_nowhere(tmp_path):
+    (tmp_path / LOCK_FILE).symlink_to(tmp_path / "gone" / "file")
+    with pytest.raises(RuntimeError, match="a folder that can be written, but .* can not"):
+        FolderLock(tmp_path)

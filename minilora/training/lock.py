@@ -45,11 +45,13 @@ class FolderLock:
     def _open(self) -> int:
         while True:
             # The file itself is the mark: a run may be killed before it writes anything into it.
-            self.left = self.file.exists()  # by a run that was killed, if the lock is free
+            self.left = os.path.lexists(self.file)  # by a run that was killed, if the lock is free
             new = 0 if self.left else os.O_CREAT | os.O_EXCL
             try:
                 opened = os.open(self.file, os.O_RDWR | new, 0o644)
             except (FileExistsError, FileNotFoundError):
+                if os.path.lexists(self.file) == self.left:
+                    raise
                 continue  # another run began or ended just now
             try:
                 _take(opened, self.file)
