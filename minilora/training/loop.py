@@ -1,7 +1,7 @@
 """The training loop, to be read top to bottom: prepare, step, evaluate, save, finish."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +99,7 @@ def fit(
         pad_id: token id put into the padding, of no influence.
         quiet: print nothing.
         callbacks: objects with any of the methods on_step, on_eval, on_save, on_log; see
-            `minilora.training.callbacks.Callbacks`.
+            `minilora.training.callbacks.Callbacks`. Each process calls its own.
         sample: writes some text with the model; called at each evaluation (in evaluation mode,
             without gradients), and the text is said and put into `metrics.jsonl`.
 
@@ -209,7 +209,12 @@ class _Loop:
             self._evaluate()
         if self._patience_over():
             return "early"
-        for micro, place in self._groups():
+        with closing(self._groups()) as groups:
+            return self._step_through(groups)
+
+    def _step_through(self, groups: Iterable[tuple[list[Batch], dict]]) -> str:
+        run = self.run
+        for micro, place in groups:
             stop, save_now = self._agreed()
             if stop:
                 return "interrupted"
@@ -251,7 +256,7 @@ class _Loop:
 
     # --- one step
 
-    def _groups(self) -> Iterator[tuple[list[Batch], dict]]:
+    def _groups(self) -> Generator[tuple[list[Batch], dict], None, None]:
         """Yield each step's micro-batches and the place after them, epoch after epoch."""
         run = self.run
         group: list[Batch] = []
