@@ -27,26 +27,28 @@ OPTIONS = {"batch_size": 5, "accumulate": 2, "max_steps": 6, "lr": 1e-2, "schedu
 
 
 class Codes(nn.Module):
-    """Stands in for a quantized linear: frozen int8 codes and a scale per row."""
+    """Stands in for a quantized linear: frozen int8 or uint8 codes and a scale per row."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, dtype):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         scale = linear.weight.detach().abs().amax(1) / 127
-        codes = (linear.weight.detach() / scale[:, None]).round().to(torch.int8)
-        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.zero = 128 if dtype == torch.uint8 else 0
+        codes = (linear.weight.detach() / scale[:, None]).round() + self.zero
+        self.weight = nn.Parameter(codes.to(dtype), requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype))
+        weight = (self.weight.to(x.dtype) - self.zero) * self.scale[:, None].to(x.dtype)
+        return nn.functional.linear(x, weight)
 
 
 def model_of(base, dropout=0.0):
     model = tiny(dropout=dropout)
-    if base == "int8":
+    if base in ("int8", "uint8"):
         for layer in model.modules():
             if isinstance(layer, minilora.LoRALinear):
-                layer.base = Codes(layer.base)
+                layer.base = Codes(layer.base, getattr(torch, base))
     if base == "bfloat16":
         for p in model.parameters():
             if not p.requires_grad:
@@ -125,7 +127,7 @@ def close(told, expected, tolerance):
 @pytest.mark.parametrize(
     ("kind", "ranks", "base"),
     [("ddp", 2, "float32"), ("fsdp", 2, "float32"), ("fsdp", 4, "float32"),
-     ("ddp", 2, "int8"), ("fsdp", 4, "int8")],
+     ("ddp", 2, "int8"), ("fsdp", 2, "uint8"), ("fsdp", 4, "int8")],
 )  # fmt: skip
 def test_ranks_give_the_single_processs_losses(go, alone, kind, ranks, base):
     """Ragged rows, unequal tokens, batches with fewer rows than ranks, dropout, evaluations."""
@@ -151,6 +153,12 @@ def test_ranks_compute_a_bfloat16_base_to_its_rounding(go, alone):
     told, _ = go(2, kind="fsdp", base="bfloat16", dropout=0.0)
     expected, _ = go(1, kind=None, base="bfloat16", dropout=0.0)
     close(told, expected, 1e-2)
+
+
+def test_fsdp_recomputes_activations_with_the_same_masks(go, alone):
+    """Checkpointing gathers each block once more, and dropout draws what it drew."""
+    told, _ = go(2, kind="fsdp", checkpointing=True)
+    close(told, alone("float32")[0], 1e-5)
 
 
 def test_fsdp_gives_each_rank_its_part_of_the_bytes(go):
