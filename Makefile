@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A bare `kernels` package belongs to Hugging Face: keep this folder off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test soak check format clean
+.PHONY: demo explain test soak check format clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ $(VENV)/dev: $(VENV)/demo
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
+
+explain: $(VENV)/demo  # what the demo's adapter changed: out/explain/report.html
+	$(BIN)/python examples/explain.py
 
 # Threads that wait by spinning starve each other as soon as a second process runs.
 test: export OMP_WAIT_POLICY := PASSIVE

@@ -1,6 +1,24 @@
 """Low-rank matmuls and the fused loss on plain tensors; every op's meaning is in `reference`."""
 
 from .cross_entropy import linear_cross_entropy
+from .four_bit import (
+    DYNAMIC_CODE,
+    NF4_TABLE,
+    int4_codes,
+    int4_linear,
+    nf4_absmax,
+    nf4_dequantize,
+    nf4_linear,
+)
+from .frozen import frozen_product
+from .int8 import (
+    COMPUTE,
+    int8_dequantize,
+    int8_is_exact,
+    int8_linear,
+    quantize_rows,
+    scales_from_bits,
+)
 from .low_rank import (
     FrozenLinear,
     conv1d_forward,
@@ -35,6 +53,9 @@ def check_backend(backend: str) -> None:
 
 __all__ = [
     "BACKENDS",
+    "COMPUTE",
+    "DYNAMIC_CODE",
+    "NF4_TABLE",
     "FrozenLinear",
     "Hardware",
     "check_backend",
@@ -43,9 +64,20 @@ __all__ = [
     "dense_forward",
     "dense_grad_x",
     "dropout_mask",
+    "frozen_product",
     "hardware",
+    "int4_codes",
+    "int4_linear",
+    "int8_dequantize",
+    "int8_is_exact",
+    "int8_linear",
     "linear_cross_entropy",
     "lora_add",
     "lora_linear",
+    "nf4_absmax",
+    "nf4_dequantize",
+    "nf4_linear",
+    "quantize_rows",
     "row_masks",
+    "scales_from_bits",
 ]

@@ -1,12 +1,15 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
-from minilora.adapters import activate, delete, disabled, eject, merge, rename, summary, unmerge
+from minilora.adapters import activate, delete, disabled, eject, rename, summary
+from minilora.bases import quantize
 from minilora.checkpoint import load, save
 from minilora.evaluation import evaluate
 from minilora.generation import generate
 from minilora.injection import inject
 from minilora.kernels import hardware
 from minilora.layers import LoRALinear
+from minilora.merging import merge, unmerge
+from minilora.report import explain
 from minilora.selection import targets
 from minilora.training import TrainConfig, fit
 
@@ -20,12 +23,14 @@ __all__ = [
     "disabled",
     "eject",
     "evaluate",
+    "explain",
     "fit",
     "generate",
     "hardware",
     "inject",
     "load",
     "merge",
+    "quantize",
     "rename",
     "save",
     "summary",

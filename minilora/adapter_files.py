@@ -18,17 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from minilora.lora_layer import LoRALayer, weight_sample
+from minilora.lora_layer import LoRALayer, storage_format, weight_sample
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # A base of the same storage format must agree exactly; another format only this closely.
 _MIN_COSINE = 0.98
-
-
-def storage_format(weight: Tensor) -> str:
-    """Name how a base stores its weight."""
-    return str(weight.dtype).removeprefix("torch.")
 
 
 def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None = None) -> str:
@@ -38,11 +33,14 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
     """
     rows = {}
     for fqn, layer in layers.items():
-        weight = (own or {}).get(f"{fqn}.weight", layer.base.weight)
-        sample = weight_sample(fqn, weight) if layer.base_sample is None else layer.base_sample
+        sample = layer.base_sample
+        if sample is None:  # else the weight may be merged, or sharded and not at hand
+            key = f"{fqn}.weight"
+            weight = own[key] if own and key in own else layer.base.weight
+            sample = weight_sample(fqn, weight)
         rows[fqn] = {
             "shape": [layer.out_features, layer.in_features],
-            "format": storage_format(weight),
+            "format": layer.base_format or storage_format(layer.base),
             "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
         }
     return json.dumps(rows)
@@ -133,7 +131,7 @@ def check_base(
         here = samples[fqn].to(torch.float64)
         if saved.shape != here.shape:
             same, how = False, f"{len(here)} numbers"
-        elif saved_format == storage_format(modules[fqn].weight):
+        elif saved_format == storage_format(modules[fqn]):
             same, how = torch.equal(saved, here), "equal"
         else:
             norm = float(saved.norm() * here.norm())

@@ -37,8 +37,15 @@ from minilora.factors import LoRAAdapter
 from minilora.injection import as_dtype, attach, check_adapter_name
 from minilora.kernels import check_backend
 from minilora.layers import LoRAConv2d, LoRAEmbedding, layer_class
-from minilora.lora_layer import LoRALayer, lora_layers, weight_sample
-from minilora.selection import parameter_places, pattern_value, plain_modules, select_targets
+from minilora.lora_layer import LoRALayer, lora_layers, weight_device, weight_sample
+from minilora.quantization import QuantizedLinear
+from minilora.selection import (
+    matrix_shape,
+    parameter_places,
+    pattern_value,
+    plain_modules,
+    select_targets,
+)
 
 _PREFIX = "base_model.model."
 
@@ -213,8 +220,8 @@ class _Reader:
     def __init__(self, file: Path, tensors: dict[str, Tensor]):
         self.file, self.tensors = file, tensors
 
-    def take(self, key: str, shape: list[int], like: Tensor, dtype: torch.dtype, of: str):
-        """Return a parameter of this shape, on like's device; refuse what isn't finite floats."""
+    def take(self, key: str, shape: list[int], device: torch.device, dtype: torch.dtype, of: str):
+        """Return a parameter of this shape there; refuse what isn't finite floats."""
         value = self.tensors[key]
         if list(value.shape) != shape:
             raise ValueError(
@@ -222,7 +229,7 @@ class _Reader:
                 f"is this the model the adapter was trained on?"
             )
         if value.is_floating_point():  # copied: the tensors of the file are mapped from it
-            value = value.to(like.device, dtype, copy=True)
+            value = value.to(device, dtype, copy=True)
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise ValueError(
                 f"{self.file}: {key} must hold floats that are finite in {dtype}, found "
@@ -247,13 +254,13 @@ def _build(
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         device="meta",
     )
-    weight: Any = base.weight
-    of = f"r={r}, {fqn} is {list(weight.shape)}"
+    shown = matrix_shape(base) if isinstance(base, QuantizedLinear) else base.weight.shape
+    of = f"r={r}, {fqn} is {list(shown)}"  # type: ignore[arg-type]
     for name, key in _keys(fqn, kind, config).items():
         shape = list(getattr(factors, name).shape)
         if name == "magnitude" and kind is LoRAConv2d:
             shape = [1, *shape, 1, 1]
-        value = reader.take(key, shape, weight, dtype, of)
+        value = reader.take(key, shape, weight_device(base), dtype, of)
         if name == "magnitude":
             value = nn.Parameter(value.detach().flatten())
         setattr(factors, name, value)
@@ -389,7 +396,9 @@ def _read(
     values = {}
     for name, key in copied.items():
         own = original_of(model, name, places)
-        values[name] = reader.take(key, list(own.shape), own, own.dtype, f"as {name} has here")
+        values[name] = reader.take(
+            key, list(own.shape), own.device, own.dtype, f"as {name} has here"
+        )
     if verify:
         samples = {n: weight_sample(n, modules[n].weight) for n in names}
         check_base(folder, metadata, modules, samples)

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 import minilora
+from minilora.adapter_config import read_config
 from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.checkpoint import save_adapter
 from minilora.data import Example
 from minilora.data_files import DataFiles, streamed
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.packing import pack
+from minilora.report import truncate
+from minilora.report.comparison import check_keep
 from minilora.training.lock import check_free
 from minilora.training.ranks import Ranks, common_dtype, leave
 from minilora.training.sharded_loading import sharded
@@ -83,9 +87,42 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--exclude", nargs="+", metavar="NAME", default=())
     targets.add_argument("--r", type=_positive, default=8)
 
+    _add_explain(commands.add_parser("explain", help="what an adapter changed, and does it matter"))
+
     fetching = commands.add_parser("fetch", help="fetch a small real model into the cache")
     fetching.add_argument("name", nargs="?", default="smollm2-135m")
     return parser
+
+
+def _add_explain(explain: argparse.ArgumentParser) -> None:
+    explain.add_argument("out", type=Path, metavar="OUT", help="folder with the adapter")
+    explain.add_argument(
+        "--model", help=f"default: what the adapter names as its base; {MODEL_HELP}"
+    )
+    explain.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base"
+    )
+    explain.add_argument("--data", nargs="+", metavar="FILE", help=f"held-out data: {DATA_HELP}")
+    explain.add_argument("--train", nargs="+", metavar="FILE", help="data it was trained on")
+    explain.add_argument("--outside", nargs="+", metavar="FILE", help="text outside the task")
+    explain.add_argument(
+        "--examples", type=_positive, default=200, help="of each, evenly picked (default 200)"
+    )
+    explain.add_argument(
+        "--ablate", type=int, default=32, help="examples to ablate on, 0 for none (default 32)"
+    )
+    explain.add_argument(
+        "--words", nargs="+", default=(), metavar="WORD", help="whose attention to measure"
+    )
+    explain.add_argument("--against", type=Path, metavar="OUT", help="another adapter's folder")
+    explain.add_argument("--keep", type=float, default=0.95, help="energy to keep (default 0.95)")
+    explain.add_argument("--batch-size", type=_positive, default=8)
+    explain.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    explain.add_argument("--html", type=Path, metavar="FILE", help="write one page with plots")
+    explain.add_argument(
+        "--truncate", type=Path, metavar="FOLDER", help="write the adapter at the suggested ranks"
+    )
+    _add_data_options(explain)
 
 
 def _add_lora(lora: argparse._ArgumentGroup) -> None:
@@ -192,13 +229,26 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all-tokens", action="store_true", help="learn prompts too")
 
 
+def _check_adapter(folder: Path, what: str) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
+            f"{CONFIG_FILE} in {folder}"
+        )
+
+
+def _check_new_folder(out: Path, what: str) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{what} must be a new or empty folder, found files at {out}; nothing is overwritten, "
+            f"so name another one"
+        )
+
+
 def _load(options: argparse.Namespace, prepare=None):
     adapter = getattr(options, "adapter", None)
-    if adapter is not None and not (adapter / CONFIG_FILE).is_file():  # before the slow part
-        raise ValueError(
-            f"--adapter must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
-            f"{CONFIG_FILE} in {adapter}"
-        )
+    if adapter is not None:
+        _check_adapter(adapter, "--adapter")  # before the slow part
     dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
     dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
     if getattr(options, "parallel", None) is not None and dtype == "auto":
@@ -345,11 +395,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     out = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"--out must be a new or empty folder, found files at {out}; nothing is overwritten, "
-            f"so name another one"
-        )
+    _check_new_folder(out, "--out")
     model, tokenizer = _load(options)
     minilora.merge(model, keep=None)
     minilora.eject(model)
@@ -366,6 +412,60 @@ def _targets(options: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(options: argparse.Namespace) -> int:
+    check_keep(options.keep)
+    for file in (options.json, options.html):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file} must lie in a folder that is there, found no {file.parent}")
+    folders = {"default": options.out}
+    if options.against is not None:
+        folders["other"] = options.against
+    if options.truncate is not None:
+        _check_new_folder(options.truncate, "--truncate")
+    for folder in folders.values():
+        _check_adapter(folder, "OUT" if folder == options.out else "--against")
+    if options.model is None:
+        options.model = read_config(options.out / CONFIG_FILE)["base_model_name_or_path"]
+        if not options.model:
+            raise ValueError(
+                f"{options.out / CONFIG_FILE} must name its base, found none; pass --model"
+            )
+    files = {key: getattr(options, key) for key in ("data", "train", "outside")}
+    data = {key: _data(names, options) for key, names in files.items() if names}
+    model, tokenizer = _load(options)
+    for name, folder in folders.items():
+        minilora.load(model, folder, name)
+    examples = {}
+    for key, some in data.items():
+        whole = _examples(some, tokenizer, options)
+        count = min(len(whole), options.examples)
+        examples[key] = [whole[i * len(whole) // count] for i in range(count)]
+    found = minilora.explain(
+        model,
+        "default",
+        data=examples.get("data"),
+        train=examples.get("train"),
+        outside=examples.get("outside"),
+        against="other" if "other" in folders else None,
+        words=options.words,
+        tokenizer=tokenizer,
+        keep=options.keep,
+        ablate_examples=options.ablate,
+        batch_size=options.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    print(found)
+    if options.json is not None:
+        print(f"JSON in {found.to_json(options.json)}")
+    if options.html is not None:
+        print(f"page in {found.to_html(options.html)}")
+    if options.truncate is not None:
+        fit = truncate(model, "default", "truncated", keep=options.keep)
+        save_adapter(model, options.truncate, "truncated")
+        print(f"adapter at the suggested ranks in {options.truncate}, error {fit.error:.3g}")
+    return 0
+
+
 def _fetch(options: argparse.Namespace) -> int:
     print(fetch(options.name))
     return 0
@@ -377,6 +477,7 @@ _COMMANDS = {
     "generate": _generate,
     "merge": _merge,
     "targets": _targets,
+    "explain": _explain,
     "fetch": _fetch,
 }
 

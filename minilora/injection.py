@@ -22,7 +22,7 @@ from minilora.copies import (
 from minilora.factors import FROM_WEIGHT, INITS, LoRAAdapter
 from minilora.kernels import check_backend
 from minilora.layers import LoRALinear, layer_class
-from minilora.lora_layer import lora_layers
+from minilora.lora_layer import lora_layers, weight_device
 from minilora.selection import (
     check_patterns,
     check_rank,
@@ -317,7 +317,7 @@ def inject(
         new = {
             name: _fresh(modules[name], ranks[name], alphas[name], rows.get(name), {
                 "dropout": dropout, "rslora": rslora, "dora": dora, "init": init,
-                "lora_bias": lora_bias, "device": modules[name].weight.device, "dtype": dtype,
+                "lora_bias": lora_bias, "device": weight_device(modules[name]), "dtype": dtype,
             })
             for name in names
         }  # fmt: skip

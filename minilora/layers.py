@@ -20,6 +20,7 @@ from minilora.kernels import (
     lora_linear,
 )
 from minilora.lora_layer import LoRALayer, scaled_factors
+from minilora.quantization import QuantizedLinear
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -31,29 +32,32 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell what "all-linear" means: nn.Linear, its subclasses, and Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Tell what "all-linear" means: nn.Linear, its subclasses, Conv1D, and either quantized."""
+    return isinstance(module, (nn.Linear, QuantizedLinear)) or is_conv1d(module)
 
 
 def frozen_linear(base: nn.Module) -> FrozenLinear | None:
     """Return how the fused path multiplies by `base`, or None when only calling `base` is right.
 
-    Exactly `nn.Linear` or Conv1D with a plain frozen weight qualifies. A subclass, a
-    parametrization, a hook, a replaced `forward`, a trainable weight or a tensor subclass (a
-    sharded or quantized weight) may change what `base(x)` computes, so those are called as they
+    Exactly `nn.Linear`, Conv1D or `QuantizedLinear` with plain frozen parameters qualifies. A
+    subclass, a parametrization, a hook, a replaced `forward`, a trainable weight or a tensor
+    subclass (a sharded weight) may change what `base(x)` computes, so those are called as they
     are.
     """
-    if not (type(base) is nn.Linear or is_conv1d(base)) or "forward" in base.__dict__:
+    quantized = type(base) is QuantizedLinear
+    if not (type(base) is nn.Linear or quantized or is_conv1d(base)) or "forward" in base.__dict__:
         return None
     if base._forward_hooks or base._forward_pre_hooks:
         return None
     if base._backward_hooks or base._backward_pre_hooks or torch_module._has_any_global_hook():
         return None
-    for tensor in (base.weight, base.bias):
+    for tensor in base._parameters.values() if quantized else (base.weight, base.bias):
         if tensor is not None and (
             type(tensor) not in (nn.Parameter, Tensor) or tensor.requires_grad
         ):
             return None
+    if isinstance(base, QuantizedLinear):
+        return base.frozen()
     if type(base) is nn.Linear:
         return FrozenLinear((base.weight, base.bias), dense_forward, dense_grad_x)
     return FrozenLinear((base.weight, base.bias), conv1d_forward, conv1d_grad_x)
@@ -77,7 +81,7 @@ class LoRALinear(LoRALayer):
         return self.base.weight.shape[1] if is_conv1d(self.base) else self.base.out_features
 
     def weight_matrix(self) -> Tensor:
-        """Return W `[N, K]`, a view."""
+        """Return W `[N, K]`: a view, or a fresh tensor where the base is quantized."""
         return self.base.weight.T if is_conv1d(self.base) else self.base.weight
 
     def as_weight(self, matrix: Tensor) -> Tensor:
@@ -95,7 +99,8 @@ class LoRALinear(LoRALayer):
         fused = (
             frozen is not None
             and self.compute_dtype in (None, dtype)
-            and (autocast or dtype == self.base.weight.dtype)
+            # Stored codes are decoded to whatever x has.
+            and (autocast or isinstance(self.base, QuantizedLinear) or dtype == self.weight.dtype)
             # One mask for the whole branch: a second adapter, or the offset, must not share it.
             and (not any(drops) or (len(adapters) == 1 and adapters[0].offset_A is None))
         )
@@ -204,7 +209,7 @@ class LoRAConv2d(LoRALayer):
 
 def unsupported(base: nn.Module) -> str | None:
     """Say why no adapter can go on a module of a known kind, or None."""
-    if nn.parameter.is_lazy(base.weight):  # type: ignore[arg-type]
+    if nn.parameter.is_lazy(base._parameters.get("weight")):  # type: ignore[arg-type]
         return "has no weight yet (it is lazy); run the model once before injecting"
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
         return "rescales its weight in every forward (max_norm), so it can't stay frozen"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from minilora.factors import LoRAAdapter
 from minilora.kernels import dropout_mask
+from minilora.quantization import QuantizedLinear
 
 
 class LoRALayer(nn.Module):
@@ -48,6 +49,7 @@ class LoRALayer(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.original: object = None  # what `merge(keep=...)` kept
         self.base_sample: Tensor | None = None  # of the unmerged weight, while merged
+        self.base_format: str | None = None  # and how that is stored
         self.rows: tuple[str | None, ...] | None = None  # an adapter per row, see `mixed`
         self.register_buffer("slot_A", None, persistent=False)  # see `prepare_switching`
         self.register_buffer("slot_B", None, persistent=False)
@@ -179,7 +181,7 @@ class LoRALayer(nn.Module):
         if self.compute_dtype is not None:
             return self.compute_dtype
         if not x.is_floating_point():
-            return self.weight.dtype
+            return weight_dtype(self.base)
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             return torch.get_autocast_dtype(x.device.type)
         return x.dtype
@@ -353,6 +355,23 @@ def scaled_factors(factors: LoRAAdapter) -> tuple[Tensor, Tensor]:
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the model's LoRA layers by dotted name, a shared one under its first name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+
+
+def weight_dtype(base: Any) -> torch.dtype:
+    """Return the dtype of a module's weight, a quantized one's without decoding it."""
+    return base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+
+
+def weight_device(base: Any) -> torch.device:
+    """Return where a module's weight lies."""
+    return base.device if isinstance(base, QuantizedLinear) else base.weight.device
+
+
+def storage_format(base: Any) -> str:
+    """Name how a module stores its weight: a dtype, or a quantized format."""
+    if isinstance(base, QuantizedLinear):
+        return base.spec.format
+    return str(base.weight.dtype).removeprefix("torch.")
 
 
 def weight_sample(fqn: str, weight: Tensor, count: int = 64) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from minilora.layers import is_linear, layer_class, unsupported
 from minilora.lora_layer import LoRALayer, lora_layers
+from minilora.quantization import QuantizedLinear
 
 _HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
 
@@ -85,7 +86,7 @@ def find_head(model: nn.Module) -> str | None:
                 return name
     tied = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     for name, module in modules.items():
-        if is_linear(module) and id(module.weight) in tied:
+        if is_linear(module) and id(module._parameters.get("weight")) in tied:
             return name
     return next((n for n in _HEAD_NAMES if is_linear(modules.get(n, model))), None)
 
@@ -95,6 +96,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     kind = layer_class(module)
     if kind is None:
         raise TypeError(f"no adapter goes on a {type(module).__name__}")
+    if isinstance(module, QuantizedLinear):
+        return module.out_features, module.in_features
     N, K = kind(module).weight_matrix().shape
     return N, K
 

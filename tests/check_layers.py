@@ -21,6 +21,7 @@ name = a room imports only rooms to its left
 type = layers
 layers =
     minilora.cli
+    minilora.report
     minilora.training
     minilora.generation
     minilora.evaluation
@@ -30,19 +31,25 @@ layers =
     minilora.packing
     minilora.records
     minilora.data
+    minilora.quantized_models
     minilora.models
     minilora.checkpoint
     minilora.adapter_files
     minilora.adapter_config
     minilora.combination
     minilora.serving
+    minilora.merging
+    minilora.stored_weights
     minilora.adapters
+    minilora.bases
     minilora.injection
+    minilora.sizes
     minilora.selection
     minilora.copies
     minilora.layers
     minilora.lora_layer
     minilora.factors
+    minilora.quantization
     minilora.kernels
 """
 

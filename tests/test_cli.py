@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
+import minilora
 from minilora.cli import main
 from minilora.models import Llama, LlamaConfig, Tokenizer, load_model, save_pretrained
 from minilora.training.state import load_state
@@ -319,3 +323,88 @@ def test_cli_train_samples_and_stops_early(folder, letters, tmp_path, capsys):
     assert run(*train, *more, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().err
     assert "sample: a b" in said and "evaluations in a row were not better" in said
+
+
+@pytest.fixture
+def trained(folder, letters, tmp_path):
+    """Two adapters of the tiny Llama, the first of which names its base."""
+    for seed in (0, 1):
+        train = ["train", folder, "--data", letters, "--out", tmp_path / f"v{seed}", "--seed", seed]
+        assert run(*train, "--max-steps", 3, "--max-length", 32, "--r", 3, "--alpha", 5) == 0
+    return tmp_path / "v0"
+
+
+def test_cli_explain_writes_everything_it_found(trained, letters, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("e.json", "e.html", "small")}
+    command = ["explain", trained, "--data", letters, "--train", letters, "--outside", letters]
+    command += ["--against", tmp_path / "v1", "--words", "b", "--max-length", 32, "--examples", 3]
+    command += ["--ablate", 2, "--keep", 0.5, "--truncate", files["small"]]
+    capsys.readouterr()
+    assert run(*command, "--json", files["e.json"], "--html", files["e.html"]) == 0
+    said = capsys.readouterr()
+    for line in ("adapter default", "default / other", "held-out data: loss", "attention on b",
+                 "outside the task", "over-fitted", f"page in {files['e.html']}",
+                 f"adapter at the suggested ranks in {files['small']}"):  # fmt: skip
+        assert line in said.out, line
+    assert "reading model" not in said.err  # not a terminal
+    found = json.loads(files["e.json"].read_text())
+    assert found["behaviour"]["loss"]["examples"] == 3
+    assert found["behaviour"]["ablated"][0] == 2
+    ranks = {layer["name"]: layer["suggested_r"] for layer in found["layers"]}
+    assert {layer["r"] for layer in found["layers"]} == {3} and set(ranks.values()) <= {1, 2}
+    assert files["e.html"].read_text().startswith("<!doctype html>")
+    capsys.readouterr()
+    assert run("explain", files["small"], "--keep", 1) == 0
+    shown = capsys.readouterr().out
+    assert f"ranks {sum(ranks.values())} → {sum(ranks.values())} in all keep 100 %" in shown
+    assert "held-out" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["missing"], "OUT must name a folder with adapter_config.json"),
+        ([".", "--against", "missing"], "--against must name a folder with adapter_config.json"),
+        ([".", "--keep", 2], "keep must lie in (0, 1]"),
+        ([".", "--html", "missing/e.html"], "must lie in a folder that is there, found no missing"),
+        ([".", "--truncate", "."], "--truncate must be a new or empty folder, found files at ."),
+        (["."], "must name its base, found none; pass --model"),
+        ([".", "--model", "x", "--data", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_cli_explain_refuses_options_before_it_loads_the_model(
+    trained, no_model, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(trained)
+    config = json.loads((trained / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (trained / "adapter_config.json").write_text(json.dumps(config))
+    assert run("explain", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_explain_page_commands_run(trained, letters, tmp_path, monkeypatch, capsys):
+    """Every command and call of docs/explain.md, as it stands there."""
+    text = (Path(__file__).resolve().parents[1] / "docs/explain.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "v0").rename("out/v1")
+    (tmp_path / "v1").rename("out/v2")
+    for name in ("test.jsonl", "train.jsonl"):
+        (tmp_path / name).write_bytes(letters.read_bytes())
+    (tmp_path / "other.txt").write_text("e d c b a " * 3)
+    commands = re.search(r"```sh\n(.*?)```", text, re.S).group(1).splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "minilora" and run(*arguments, "--max-length", 32) == 0, command
+    assert (tmp_path / "report.html").stat().st_size > 20_000
+    assert (tmp_path / "out/v1-small/adapter_model.safetensors").exists()
+    model, tokenizer = load_model(tmp_path / "model")
+    minilora.load(model, "out/v1")
+    rows = [{"input_ids": [2, 3, 4, 5]}] * 3
+    (tmp_path / "report.html").unlink()
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    names = {"minilora": minilora, "model": model, "tokenizer": tokenizer}
+    exec(code, names | {"test": rows, "train": rows, "other": rows})
+    assert (tmp_path / "report.html").exists()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import minilora
+from minilora.models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +78,26 @@ def test_demo_adds_rows_under_one_header(tmp_path):
         "perplexity_before", "perplexity_after", "reload_bit_equal", "merge_error_float32",
         "merge_error_dtype", "total_minutes",
     ]  # fmt: skip
+
+
+@pytest.mark.real_model
+def test_explain_example_tells_of_an_adapter(tmp_path):
+    model, _ = load_model("smollm2-135m")
+    minilora.inject(model, r=2, alpha=3, targets=["layers.3.self_attn.v_proj"])
+    torch.nn.init.normal_(model.model.layers[3].self_attn.v_proj.adapters["default"].lora_B)
+    minilora.save(model, tmp_path / "adapter")
+    arguments = ["--adapter", tmp_path / "adapter", "--out", tmp_path / "told", "--examples", 3]
+    arguments += ["--csv", tmp_path / "table.csv"]
+    text = run([ROOT / "examples/explain.py", *arguments, "--ablate", 1], tmp_path)
+    assert "model.layers.3.self_attn.v_proj" in text and "attention on return, self, raise" in text
+    found = json.loads((tmp_path / "told/report.json").read_text())
+    assert found["behaviour"]["loss"]["examples"] == 3 and found["forgetting"]["tokens"] > 500
+    rows = {row["what"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    assert list(rows)[:3] == ["held out", "training", "outside the task"] and len(rows) == 10
+    assert float(rows["held out"]["change"]) == pytest.approx(
+        found["behaviour"]["loss"]["change"], abs=1e-4
+    )
+    assert (tmp_path / "told/report.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.real_model

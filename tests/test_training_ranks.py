@@ -49,6 +49,10 @@ def model_of(base, dropout=0.0):
         for layer in model.modules():
             if isinstance(layer, minilora.LoRALinear):
                 layer.base = Codes(layer.base, getattr(torch, base))
+    if base == "nf4":
+        minilora.quantize(model, "nf4", block_size=32)
+    if base == "quantized int8":
+        minilora.quantize(model, "int8", compute="dequantize")
     if base == "bfloat16":
         for p in model.parameters():
             if not p.requires_grad:
@@ -60,7 +64,7 @@ def train(out, kind, base="float32", dropout=0.2, steps=6, resume=False, sleep=0
     """What every process does; the first one writes down what it saw."""
     torch.set_num_threads(1)
     model = model_of(base, dropout)
-    dtype = "float32" if base == "float32" else "auto"
+    dtype = "auto" if base in ("bfloat16", "int8", "uint8") else "float32"
     options = {**OPTIONS, "max_steps": steps, "dtype": dtype, **more}
 
     class Wait:
@@ -126,8 +130,9 @@ def close(told, expected, tolerance):
 
 @pytest.mark.parametrize(
     ("kind", "ranks", "base"),
-    [("ddp", 2, "float32"), ("fsdp", 2, "float32"), ("fsdp", 4, "float32"),
-     ("ddp", 2, "int8"), ("fsdp", 2, "uint8"), ("fsdp", 4, "int8")],
+    [("ddp", 2, "float32"), ("fsdp", 2, "float32"), ("fsdp", 4, "float32"), ("ddp", 2, "nf4"),
+     ("fsdp", 2, "nf4"), ("ddp", 2, "quantized int8"), ("fsdp", 2, "quantized int8"),
+     ("fsdp", 2, "uint8"), ("fsdp", 4, "int8")],
 )  # fmt: skip
 def test_ranks_give_the_single_processs_losses(go, alone, kind, ranks, base):
     """Ragged rows, unequal tokens, batches with fewer rows than ranks, dropout, evaluations."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minilora.data import Batch
 from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate
+from minilora.lora_layer import weight_dtype
 from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig
 from minilora.training.feed import Feed
@@ -429,7 +430,7 @@ class _Loop:
     def _announce(self) -> None:
         run = self.run
         parameters = sum(p.numel() for p in run.names)
-        dtype = next(iter(run.layers.values())).weight.dtype
+        dtype = weight_dtype(next(iter(run.layers.values())).base)
         how = f"autocast {run.dtype}" if run.dtype is not None else "no autocast"
         limits = [f"{run.total} steps"] if run.total else []
         if self.config.max_minutes is not None:

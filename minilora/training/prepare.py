@@ -17,7 +17,7 @@ from minilora.data import Batch, Batches, Example
 from minilora.evaluation import takes_packed
 from minilora.generation import CONTEXT_NAMES
 from minilora.kernels import hardware
-from minilora.lora_layer import LoRALayer
+from minilora.lora_layer import LoRALayer, weight_dtype
 from minilora.streaming import Stream, StreamBatches
 from minilora.training.config import TrainConfig
 
@@ -33,9 +33,10 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
     for name, layer in layers.items():
-        for tensor in (layer.weight, *layer.adapters.parameters()):
-            if tensor.dtype == torch.float16:
-                what = "the base" if tensor is layer.weight else "the factors"
+        dtypes = [weight_dtype(layer.base), *(p.dtype for p in layer.adapters.parameters())]
+        for i, dtype in enumerate(dtypes):
+            if dtype == torch.float16:
+                what = "the factors" if i else "the base"
                 raise ValueError(
                     f"fit() trains in float32 or bfloat16, found float16 in {what} of {name} "
                     f"(its gradients would underflow; loss scaling is not built); load or inject "
@@ -168,7 +169,7 @@ def compute_dtype(
     layers: dict[str, LoRALayer], choice: str, device: torch.device
 ) -> torch.dtype | None:
     """Return the dtype to autocast to, or None to compute in the base's own."""
-    base = next(iter(layers.values())).weight.dtype
+    base = weight_dtype(next(iter(layers.values())).base)
     if choice == "auto":
         if base != torch.float32 or device.type not in ("cpu", "cuda"):
             return None

@@ -1,0 +1,36 @@
+"""Y = base(X) for a frozen base alone: no low-rank branch, no gradient but X's, X not kept."""
+
+import torch
+from torch import Tensor
+
+from .low_rank import FrozenLinear
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, linear_forward, linear_grad_x, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.linear_grad_x = linear_grad_x
+        return linear_forward(x, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        with torch.autocast(grad_out.device.type, enabled=False):
+            grad_x = ctx.linear_grad_x(grad_out, *ctx.saved_tensors)
+        return grad_x, *[None] * (2 + len(ctx.saved_tensors))
+
+
+def frozen_product(x: Tensor, base: FrozenLinear) -> Tensor:
+    """Compute `base(x)`; backward needs the base's own tensors and nothing else.
+
+    Args:
+        x: `[..., K]` floating point, not kept for backward.
+        base: the frozen linear; gets no gradient.
+
+    Returns:
+        `[..., N]` in x's dtype.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):
+        y = _Frozen.apply(flat, base.linear_forward, base.linear_grad_x, *base.tensors)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,159 @@
+"""Frozen linears over INT8 codes, in traceable torch: both products from one stored matrix.
+
+    W ≈ diag(scale) Q            Q int8 [N, K] in −127..127, scale f32 [N]: max|row| / 127
+    Y = X Wᵀ + b                 grad_X = G W
+
+Two ways to multiply, chosen apart for each direction:
+
+    "int8"        rows of X are quantized too, X ≈ diag(t) P:   Y = t ∘ (P Qᵀ) ∘ scaleᵀ
+                  rows of G ∘ scaleᵀ alike:                     grad_X = u ∘ (R Q)
+    "dequantize"  Q is cast to X's dtype, which holds ±127 exactly: Y = (X Qᵀ) ∘ scaleᵀ
+
+M tokens, K in, N out. Integer products accumulate in int32, exactly while K, N < 2³¹ / 127².
+Bytes: 1 per weight read in both directions; M·K (M·N) codes written and read.
+Rounding is done in f32 and clamped: in bf16 the value 127.4 rounds to 128, which wraps to −128.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .low_rank import FrozenLinear
+from .workspace import workspace
+
+_LONGEST = 2**31 // 127**2  # products of codes that one int32 can sum
+COMPUTE = ("auto", "int8", "dequantize")
+
+
+def scales_from_bits(bits: Tensor) -> Tensor:
+    """View the int32 bit patterns of f32 scales as what they stand for, same shape.
+
+    Modules store scales as integers, because `.to(torch.bfloat16)`, `.half()` and FSDP2's
+    mixed-precision policy cast every floating-point parameter they see.
+    """
+    return bits.view(torch.float32)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row symmetrically: `x ≈ codes · scales`, scale = max|row| / 127.
+
+    Args:
+        x: `[M, K]` floating point; not changed.
+
+    Returns:
+        Codes int8 `[M, K]` in −127..127, rounded half to even, and scales f32 `[M, 1]`. A row of
+        zeros has scale 1. A row with NaN or Inf has a scale that is not finite, so that its
+        outputs show it.
+    """
+    if x.shape[1] == 0:
+        return x.to(torch.int8), torch.ones(len(x), 1, device=x.device)
+    largest = x.abs().amax(dim=1, keepdim=True).to(torch.float32)
+    # The bound keeps a row of subnormals from a scale of 0.
+    scales = (largest / 127).clamp_(min=1e-37).masked_fill_(largest == 0, 1.0)
+    codes = (x.to(torch.float32) / scales).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scales
+
+
+@functools.cache
+def int8_is_exact() -> bool:
+    """Tell whether `torch._int_mm` on this CPU gives the integers it should.
+
+    Without VNNI its sums of two products saturate at 16 bits (seen with torch 2.13 under an AVX2
+    limit: 127·127·512 comes out wrong), so no figure of speed makes it usable there.
+    """
+    left = torch.full((16, 64), 127, dtype=torch.int8)
+    try:
+        both = torch._int_mm(left, left.t()), torch._int_mm(left, -left.t())
+    except RuntimeError:  # not built for this platform
+        return False
+    want = 127 * 127 * 64
+    return bool((both[0] == want).all() and (both[1] == -want).all())
+
+
+def _can_multiply(M: int, K: int, N: int, device: torch.device) -> bool:
+    if max(K, N) > _LONGEST:
+        return False
+    # cuBLAS wants more than 16 rows, and sizes that are multiples of 8.
+    return device.type == "cpu" or (M > 16 and K % 8 == 0 and N % 8 == 0)
+
+
+def int8_product(x: Tensor, codes: Tensor) -> Tensor:
+    """Return `x @ codes` in f32 by an integer product, rows of x quantized on the way.
+
+    Args:
+        x: `[M, J]` floating point.
+        codes: int8 `[J, L]`, any strides.
+
+    Returns:
+        f32 `[M, L]`.
+    """
+    quantized, scales = quantize_rows(x)
+    return torch._int_mm(quantized, codes).to(torch.float32).mul_(scales)
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias.to(y.dtype))
+
+
+def int8_forward(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x Wᵀ + b` through integers, in x's dtype; sums and scales in f32."""
+    if not _can_multiply(len(x), *codes.shape[::-1], x.device):
+        return int8_forward_dequantized(x, codes, bits, bias)
+    y = int8_product(x, codes.t()).mul_(scales_from_bits(bits))
+    return _add_bias(y, bias).to(x.dtype)
+
+
+def int8_grad_x(grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `G W` through integers; the scales go into G before its rows are quantized."""
+    if not _can_multiply(len(grad_out), *codes.shape, grad_out.device):
+        return int8_grad_x_dequantized(grad_out, codes, bits, bias)
+    scaled = grad_out.to(torch.float32) * scales_from_bits(bits)
+    return int8_product(scaled, codes).to(grad_out.dtype)
+
+
+def _cast(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return workspace(codes.shape, dtype, codes.device).copy_(codes)
+
+
+def int8_forward_dequantized(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x Wᵀ + b` by a floating product with the codes, exact in every dtype but for sums."""
+    y = F.linear(x, _cast(codes, x.dtype))
+    if y.dtype == torch.float64:
+        return _add_bias(y.mul_(scales_from_bits(bits)), bias)
+    wide = y.to(torch.float32).mul_(scales_from_bits(bits))
+    return _add_bias(wide, bias).to(x.dtype)
+
+
+def int8_grad_x_dequantized(
+    grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return `G W`, the scales applied to G in f32."""
+    scales = scales_from_bits(bits)
+    scaled = grad_out * scales if grad_out.dtype == torch.float64 else grad_out.float() * scales
+    return torch.mm(scaled.to(grad_out.dtype), _cast(codes, grad_out.dtype))
+
+
+def int8_dequantize(codes: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return W `[N, K]`: `codes · scale` in f32, rounded to `dtype`."""
+    return (codes.to(torch.float32) * scales_from_bits(bits)[:, None]).to(dtype)
+
+
+def int8_linear(
+    codes: Tensor, bits: Tensor, bias: Tensor | None, forward: str, backward: str
+) -> FrozenLinear:
+    """Return the pair of products for INT8 storage; `forward` and `backward` as in `COMPUTE`[1:].
+
+    Args:
+        codes: int8 `[N, K]`.
+        bits: int32 `[N]`, the bit patterns of f32 scales.
+        bias: `[N]` or None.
+        forward: `"int8"` or `"dequantize"`, for Y.
+        backward: likewise, for grad_X.
+    """
+    return FrozenLinear(
+        (codes, bits, bias),
+        int8_forward if forward == "int8" else int8_forward_dequantized,
+        int8_grad_x if backward == "int8" else int8_grad_x_dequantized,
+    )

@@ -1,0 +1,124 @@
+"""The verb that stores a model's frozen linears in fewer bits."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from minilora.injection import places_of
+from minilora.layers import is_conv1d
+from minilora.lora_layer import lora_layers
+from minilora.quantization import (
+    QuantizedLinear,
+    Spec,
+    check_compute,
+    check_spec,
+    is_finite,
+    problem,
+)
+from minilora.selection import plain_modules, select_targets
+
+
+def quantize(
+    model: nn.Module,
+    format: str = "nf4",
+    *,
+    targets: object = "all-linear",
+    exclude: object = (),
+    layers: Iterable[int] | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    compute: str = "auto",
+    grad_compute: str = "auto",
+) -> nn.Module:
+    """Store linear layers in 8 or 4 bits, in place: they become frozen `QuantizedLinear` modules.
+
+    Everything is checked before the first change. Call it before or after `inject`; adapters that
+    are there stay on. Bytes a weight: int8 1 + 4/K, nf4 0.516 (0.563 without double quantization),
+    int4 0.516 + 4/K at blocks of 64.
+
+    Args:
+        model: any module with linear layers; changed in place.
+        format: `"int8"` (a scale per output), `"nf4"` (QLoRA's, codes as bitsandbytes writes
+            them) or `"int4"` (groups with small integer steps, multiplied through INT8).
+        targets: as for `inject`: every Linear and Conv1D but the head, unless named. A head named
+            here is unshared from its embedding, which stays as it is.
+        exclude: as for `inject`.
+        layers: as for `inject`.
+        block_size: weights that share a scale: 32 to 4096 in powers of two for nf4; 32, 64 or 128
+            for int4, dividing the layer's inputs. int8 has none.
+        double_quant: store nf4's scales in 8 bits.
+        compute: how int8 and int4 multiply in the forward: `"int8"` (rows of the input are
+            quantized too), `"dequantize"` or `"auto"`, the faster exact one here.
+        grad_compute: likewise for the gradient of the input.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown format, a block size that does not fit, NaN or Inf, a layer that is
+            quantized already or no plain Linear or Conv1D; the model is unchanged.
+        TypeError: model or targets of another type.
+        RuntimeError: adapters are merged, or int8 products are not exact on this processor.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize() needs an nn.Module, found {type(model).__name__}")
+    spec = check_spec(format, block_size, double_quant)
+    for choice in (compute, grad_compute):
+        check_compute(choice)
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise RuntimeError("quantize() needs unmerged weights; call minilora.unmerge(model) first")
+    modules = plain_modules(model)
+    chosen = {name: modules[name] for name in select_targets(model, targets, exclude, layers)}
+    for name, module in chosen.items():
+        check_quantizable(name, module, spec)
+    for module in chosen.values():
+        with torch.no_grad():
+            small = quantized(module, spec, compute, grad_compute)
+        for parent, child in places_of(model, module):
+            parent._modules[child] = small
+    return model
+
+
+def check_quantizable(name: str, module: Any, spec: Spec, values: bool = True) -> None:
+    """Raise unless this module can be stored in the format; `values` looks for NaN too."""
+    if isinstance(module, QuantizedLinear):
+        raise ValueError(
+            f"{name} is quantized already ({module.spec.format}); quantize a model loaded in full "
+            f"precision, or leave that layer out with exclude=[{name!r}]"
+        )
+    if not (type(module) is nn.Linear or is_conv1d(module)):
+        raise ValueError(
+            f"quantize() stores plain nn.Linear and Conv1D layers, but {name} is a "
+            f"{type(module).__name__}; leave it out with exclude=[{name!r}]"
+        )
+    weight = module._parameters.get("weight")
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if type(weight) is not nn.Parameter or hooked or parametrize.is_parametrized(module):
+        raise ValueError(
+            f"quantize() needs a weight that is a plain parameter, but {name} computes its own or "
+            f"has hooks; leave it out with exclude=[{name!r}]"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight of {name} must be floating point, found {weight.dtype}")
+    reason = problem(spec, *(weight.shape[::-1] if is_conv1d(module) else weight.shape))
+    if reason is not None:
+        raise ValueError(f"{name} {reason}")
+    if values and not weight.is_meta and not is_finite(weight):
+        raise ValueError(f"the weight of {name} must be finite, found NaN or Inf in it")
+
+
+def quantized(module: Any, spec: Spec, compute: str, grad_compute: str) -> QuantizedLinear:
+    """Return the layer stored in this format; the given one is not changed."""
+    weight = module.weight.detach()
+    small = QuantizedLinear.from_weight(
+        weight.T if is_conv1d(module) else weight,
+        spec,
+        bias=module.bias,
+        compute=compute,
+        grad_compute=grad_compute,
+        plain=type(module),
+    )
+    return small.train(module.training)

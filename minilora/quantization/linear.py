@@ -1,0 +1,275 @@
+"""`QuantizedLinear`: a frozen linear layer whose weight is stored in INT8, NF4 or INT4."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.kernels import (
+    COMPUTE,
+    FrozenLinear,
+    frozen_product,
+    hardware,
+    int4_codes,
+    int4_linear,
+    int8_dequantize,
+    int8_is_exact,
+    int8_linear,
+    nf4_absmax,
+    nf4_dequantize,
+    nf4_linear,
+    scales_from_bits,
+)
+
+from .formats import Spec, layout, problem, quantize_weight
+
+
+class QuantizedLinear(nn.Module):
+    """Apply `x Ŵᵀ + b` with Ŵ `[N, K]` stored in 8 or 4 bits; maps `[..., K]` to `[..., N]`.
+
+    Made by `minilora.quantize`. Codes and scales are parameters without gradient; scales are kept
+    as int32 bit patterns of f32, so `.half()`, `.to(torch.bfloat16)` and mixed-precision policies
+    leave them alone (such calls change the bias and `dtype`, which `dequantize` returns).
+
+    Args:
+        parts: what `minilora.quantization.quantize_weight` gave.
+        in_features: K.
+        out_features: N.
+        spec: the format.
+        bias: `[N]` or None.
+        dtype: of `dequantize()`: what the layer's weight was before.
+        compute: how INT8 and INT4 multiply in the forward: `"int8"` (rows of x are quantized at
+            run time), `"dequantize"`, or `"auto"`: int8 on a CPU where it is exact and faster than
+            the dtypes there, else dequantize. NF4 always dequantizes.
+        grad_compute: likewise for the input's gradient.
+        plain: the class the layer had, `nn.Linear` or a Conv1D.
+
+    Dettmers et al. 2022, "LLM.int8()", section 2; Dettmers et al. 2023, "QLoRA", section 3.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        parts: dict[str, Tensor],
+        in_features: int,
+        out_features: int,
+        spec: Spec,
+        *,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        compute: str = "auto",
+        grad_compute: str = "auto",
+        plain: type[nn.Module] = nn.Linear,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.spec, self.compute, self.grad_compute = spec, compute, grad_compute
+        self.plain = plain
+        for name, tensor in parts.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
+        self._dtype = dtype
+        self._pays = _int8_pays()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pays = _int8_pays()  # it may be another machine
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        spec: Spec,
+        *,
+        bias: Tensor | None = None,
+        compute: str = "auto",
+        grad_compute: str = "auto",
+        plain: type[nn.Module] = nn.Linear,
+    ) -> "QuantizedLinear":
+        """Quantize a weight `[N, K]`.
+
+        Raises:
+            ValueError: a weight that is not finite, not 2-D or does not fit the format.
+        """
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"a weight to quantize must be a floating-point matrix, found {weight.dtype} of "
+                f"shape {list(weight.shape)}"
+            )
+        reason = problem(spec, *weight.shape)
+        if reason is not None:
+            raise ValueError(f"the weight {reason}")
+        if not is_finite(weight):
+            raise ValueError("a weight to quantize must be finite, found NaN or Inf")
+        for choice in (compute, grad_compute):
+            check_compute(choice)
+        return cls(
+            quantize_weight(weight, spec),
+            weight.shape[1],
+            weight.shape[0],
+            spec,
+            bias=bias,
+            dtype=weight.dtype,
+            compute=compute,
+            grad_compute=grad_compute,
+            plain=plain,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `dequantize()` returns."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes lie."""
+        return self._parameters["codes"].device  # type: ignore[union-attr]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight: a fresh tensor at every access; `dtype` and `device` are free."""
+        return self.dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales (the bias and the shared tables are not counted)."""
+        return sum(p.nbytes for name, p in self._parameters.items() if p is not None
+                   and name != "bias")  # fmt: skip
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return Ŵ as a fresh tensor `[N, K]` in `dtype` (default: the dtype before)."""
+        dtype = dtype or self.dtype
+        shape = torch.Size((self.out_features, self.in_features))
+        p: Any = self._parameters
+        if self.spec.format == "int8":
+            return int8_dequantize(p["codes"], p["scale_bits"], dtype)
+        if self.spec.format == "int4":
+            codes = int4_codes(p["codes"], p["steps"], self.spec.block_size)
+            return int8_dequantize(codes, p["scale_bits"], dtype)
+        out = torch.empty(shape, dtype=dtype, device=self.device)
+        packed = p["codes"].reshape(-1)
+        return nf4_dequantize(packed, self._absmax(), self.spec.block_size, shape, out)
+
+    def _absmax(self) -> Tensor:
+        p: Any = self._parameters
+        if not self.spec.double_quant:
+            return nf4_absmax(p["absmax_bits"], None, None)
+        return nf4_absmax(p["absmax"], p["absmax2_bits"], p["offset_bits"])
+
+    def frozen(self) -> FrozenLinear:
+        """Return the pair of products, for the fused path."""
+        p: Any = self._parameters
+        if self.spec.format == "nf4":
+            double = self.spec.double_quant
+            scales = (p["absmax"], p["absmax2_bits"], p["offset_bits"]) if double else (
+                p["absmax_bits"], None, None)  # fmt: skip
+            shape = (self.out_features, self.in_features)
+            return nf4_linear(p["codes"], *scales, self.bias, shape, self.spec.block_size)
+        ways = (self._way(self.compute), self._way(self.grad_compute))
+        if self.spec.format == "int8":
+            return int8_linear(p["codes"], p["scale_bits"], self.bias, *ways)
+        return int4_linear(
+            p["codes"], p["steps"], p["scale_bits"], self.bias, self.spec.block_size, *ways
+        )
+
+    def _way(self, asked: str) -> str:
+        if asked != "auto":
+            return asked
+        return "int8" if self.device.type == "cpu" and self._pays else "dequantize"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer; computes in x's dtype, or autocast's."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return frozen_product(x, self.frozen())
+
+    def _apply(self, fn, recurse=True):
+        # A cast reaches no parameter but the bias: what it does to the weight's dtype is asked
+        # of an empty tensor.
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        for name, (shape, dtype) in layout(self.spec, self.out_features, self.in_features).items():
+            found = state.get(prefix + name)
+            if found is not None and (found.dtype != dtype or tuple(found.shape) != shape):
+                errors.append(
+                    f"{prefix}{name} must be {dtype} of shape {list(shape)} for this "
+                    f"{self.spec.format} layer, found {found.dtype} of shape {list(found.shape)}"
+                )
+                return
+        reason = bad_scales({n: state[prefix + n] for n in self._parameters if prefix + n in state})
+        if reason is not None:
+            errors.append(f"{prefix[:-1]} {reason}")
+            return
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        """Show shape, format and how it multiplies."""
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.spec.format}"
+        )
+        if self.spec.format != "int8":
+            text += f", block_size={self.spec.block_size}"
+        if self.spec.format == "nf4":
+            return f"{text}, double_quant={self.spec.double_quant}"
+        return f"{text}, compute={self.compute}, grad_compute={self.grad_compute}"
+
+    def plain_module(self, weight: Tensor) -> nn.Module:
+        """Return the layer as it was before quantization, with this weight `[N, K]`."""
+        N, K = weight.shape
+        if self.plain is nn.Linear:
+            module: Any = nn.Linear(K, N, bias=self.bias is not None, device="meta")
+        else:
+            module, weight = self.plain(N, K), weight.T.contiguous()
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return module.train(self.training)
+
+
+def check_compute(choice: object) -> None:
+    """Raise unless this names a way to multiply that can run here."""
+    if choice not in COMPUTE:
+        raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, found {choice!r}")
+    if choice == "int8" and not int8_is_exact() and not torch.cuda.is_available():
+        raise RuntimeError(
+            "compute='int8' cannot run: torch's int8 product saturates on this processor (it has "
+            "no VNNI or AMX), so results would be wrong; use compute='auto' or 'dequantize'"
+        )
+
+
+def _int8_pays() -> bool:
+    """Tell whether integer products are exact here and at least as fast as floating ones."""
+    if not int8_is_exact():
+        return False
+    found = hardware()
+    return found.int8 >= max(found.float32, found.bfloat16)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether every value is finite, without a temporary of the tensor's size."""
+    return bool(tensor.detach().aminmax().min.isfinite() and tensor.aminmax().max.isfinite())
+
+
+def bad_scales(parts: dict[str, Tensor]) -> str | None:
+    """Say what is wrong with stored codes and scales, or None."""
+    for name, tensor in parts.items():
+        if tensor.is_meta:
+            continue
+        if name.endswith("_bits") and tensor.dtype == torch.int32:
+            scales = scales_from_bits(tensor.detach().contiguous())
+            if not bool(scales.isfinite().all()):
+                return f"must have finite scales, found NaN or Inf in {name}"
+            if name == "scale_bits" and not bool((scales > 0).all()):
+                return f"must have scales above 0, found {float(scales.min()):g} in {name}"
+            if name != "offset_bits" and bool((scales < 0).any()):
+                return f"must have scales of at least 0, found {float(scales.min()):g} in {name}"
+        if name == "steps" and not bool(((tensor >= 1) & (tensor <= 18)).all()):
+            return f"must have steps of 1 to 18, found {int(tensor.min())} to {int(tensor.max())}"
+        if name == "codes" and tensor.dtype == torch.int8 and bool((tensor == -128).any()):
+            return "must have codes of -127 to 127, found -128"
+    return None

@@ -1,0 +1,179 @@
+"""Switch an adapter off in parts of a model, or on in one part alone, and measure the loss."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from minilora.adapters import active_adapters
+from minilora.copies import copies_of, install
+from minilora.data import Example
+from minilora.lora_layer import lora_layers
+from minilora.report.tokens import measured, token_losses
+
+COPIES = "trained copies"
+OUTSIDE = "outside blocks"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One part of the adapter taken away, and one alone; losses in nats per token.
+
+    Attributes:
+        part: `"block 3"`, a kind of module, or what else the adapter brings.
+        by: `"block"`, `"kind"`, or `"all"` for the adapter as a whole.
+        layers: how many of the adapter's layers are in it.
+        without, alone: the loss with all of the adapter but this part, and with this part only.
+        rise: what leaving it out costs, without − the whole adapter's loss.
+        gain: what it brings by itself, the base's loss − alone.
+        rise_error, gain_error: their standard errors, from the differences between examples.
+    """
+
+    part: str
+    by: str
+    layers: int
+    without: float
+    alone: float
+    rise: float
+    gain: float
+    rise_error: float
+    gain_error: float
+
+
+def place_of(name: str) -> tuple[str, int | None, str]:
+    """Split a dotted name at its first number: the stack of blocks, the block, what is in it."""
+    found = re.search(r"(.*?)(?:^|\.)(\d+)\.(.+)", name)
+    if found is None:
+        return "", None, name
+    return found.group(1), int(found.group(2)), found.group(3)
+
+
+def stacks_of(names: Sequence[str]) -> list[str]:
+    """Return the stacks of blocks; an encoder and a decoder are two."""
+    places = map(place_of, names)
+    return list(dict.fromkeys(stack for stack, block, _ in places if block is not None))
+
+
+def kinds_of(names: Sequence[str]) -> dict[str, str]:
+    """Return the kind of each module: its name within the block, in short where that is clear.
+
+    Where there are several stacks of blocks, the stack is part of it.
+    """
+    whole = {name: place_of(name)[2] for name in names}
+    short: dict[str, set[str]] = {}
+    for kind in whole.values():
+        short.setdefault(kind.rpartition(".")[2], set()).add(kind)
+    several = len(stacks_of(names)) > 1
+    kinds = {}
+    for name, kind in whole.items():
+        last = kind.rpartition(".")[2]
+        said = last if len(short[last]) == 1 and not last.isdigit() else kind
+        stack = place_of(name)[0]
+        kinds[name] = f"{stack}.{said}" if several and stack else said
+    return kinds
+
+
+@contextmanager
+def only(
+    model: nn.Module, adapter: str, names: Sequence[str], copies: bool = True
+) -> Iterator[None]:
+    """Within the block this adapter alone is active, on these layers alone.
+
+    Args:
+        model: its active adapters are back afterwards.
+        adapter: its name.
+        names: dotted names of layers; without any the model is its base.
+        copies: whether the adapter's trained copies are in place.
+    """
+    layers = lora_layers(model)
+    before = {name: layer.active for name, layer in layers.items()}
+    active, chosen = active_adapters(model), set(names)
+    try:
+        for name, layer in layers.items():
+            layer.activate((adapter,) if name in chosen else ())
+        install(model, (adapter,) if copies else ())
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.activate(before[name])
+        install(model, active)
+
+
+def parts_of(model: nn.Module, adapter: str) -> list[tuple[str, str, list[str]]]:
+    """Return the parts of an adapter as (part, by, dotted names), the whole first."""
+    names = [name for name, layer in lora_layers(model).items() if adapter in layer.adapters]
+    kinds = kinds_of(names)
+    blocks: dict[tuple[str, int | None], list[str]] = {}
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(place_of(name)[:2], []).append(name)
+        modules.setdefault(kinds[name], []).append(name)
+    parts = [("whole adapter", "all", names)]
+    stacks = stacks_of(names)
+    order = sorted(
+        blocks,
+        key=lambda b: (b[1] is None, stacks.index(b[0]) if b[1] is not None else 0, b[1] or 0),
+    )
+    for stack, block in order:
+        label = f"block {block}" if len(stacks) == 1 else f"{stack}.{block}".strip(".")
+        label = OUTSIDE if block is None else label
+        parts.append((label, "block", blocks[stack, block]))
+    parts += [(kind, "kind", inside) for kind, inside in modules.items()]
+    if copies_of(model, adapter):
+        parts.append((COPIES, "kind", []))
+    return parts
+
+
+def ablate(
+    model: nn.Module,
+    adapter: str,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int,
+    say=lambda done, total: None,
+) -> tuple[Ablation, ...]:
+    """Measure each part of an adapter by leaving it out, and by using it alone.
+
+    The whole adapter left out is the base: the same bits as with the adapter disabled.
+
+    Args:
+        model: left as it was.
+        adapter: its name.
+        examples: the same for every measurement.
+        batch_size, pad_id: as for `evaluate`; the same batches every time.
+        say: called with measurements done and to do.
+    """  # fmt: skip
+
+    def losses(names: Sequence[str], copies: bool) -> list[Tensor]:
+        with only(model, adapter, names, copies):
+            return token_losses(model, examples, batch_size=batch_size, pad_id=pad_id)
+
+    parts = parts_of(model, adapter)
+    every = parts[0][2]
+    copied = bool(copies_of(model, adapter))
+    base, full = losses((), False), losses(every, copied)
+    # A part that is all of the adapter, or nothing of it, is measured once.
+    known = {((), False): base, (tuple(every), copied): full}
+    found = []
+    for done, (part, by, names) in enumerate(parts):
+        say(done, len(parts))
+        inside, whole = set(names), by == "all"
+        rest = tuple(n for n in every if n not in inside)
+        sides = []
+        for chosen, copies in (
+            (rest, copied and part != COPIES and not whole),
+            (tuple(names), copied and (part == COPIES or whole)),
+        ):
+            if (chosen, copies) not in known:
+                known[chosen, copies] = losses(chosen, copies)
+            sides.append(known[chosen, copies])
+        rise, gain = measured(full, sides[0]), measured(sides[1], base)
+        found.append(
+            Ablation(part, by, len(names), rise.after, gain.before, rise.change, gain.change,
+                     rise.error, gain.error)
+        )  # fmt: skip
+    say(len(parts), len(parts))
+    return tuple(found)

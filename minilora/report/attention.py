@@ -1,0 +1,160 @@
+"""How much attention goes to chosen tokens, read where a model attends.
+
+A torch function mode sees every call of `scaled_dot_product_attention` within a block, so any model
+that attends through it works, and nothing of it is changed or patched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minilora.data import Example, pad
+from minilora.evaluation import device_of, eval_mode, forward_logits
+from minilora.report.tokens import encode
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The share of attention on chosen tokens, a mean over heads and over the tokens that see one.
+
+    Attributes:
+        before, after: per attention layer in the order they run, without and with the adapter.
+        even: the share if every visible token got as much.
+        tokens: how many of the data's tokens are chosen ones.
+        queries: how many tokens see a chosen one.
+    """
+
+    words: tuple[str, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    even: float
+    tokens: int
+    queries: int
+
+
+class AttentionMass(TorchFunctionMode):
+    """Sums, per call within one forward pass, the attention that falls on the chosen keys.
+
+    Args:
+        chosen: bool `[B, T]`, the keys.
+        counted: bool `[B, T]`, the queries to sum over.
+    """
+
+    def __init__(self, chosen: Tensor, counted: Tensor):
+        super().__init__()
+        self.chosen, self.counted = chosen, counted
+        self.sums: list[float] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Look at attention calls and leave every call as it is."""
+        if func is F.scaled_dot_product_attention:
+            self.sums.append(self.mass(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def mass(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *,
+             scale=None, enable_gqa=False) -> float:  # fmt: skip
+        """Return the summed share of one call: q `[B, H, T, d]`, k `[B, H or fewer, T, d]`."""
+        width = self.chosen.shape[1]
+        if query.dim() != 4 or (query.shape[2], key.shape[2]) != (width, width):
+            raise ValueError(
+                f"attention mass needs self-attention [batch, heads, tokens, size] over the whole "
+                f"input, found queries {list(query.shape)} and keys {list(key.shape)}; leave words "
+                f"out"
+            )
+        k = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = (query.float() * scale) @ k.transpose(2, 3)
+        T, S = scores.shape[2:]
+        if is_causal:
+            future = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask.float()
+        weights = scores.softmax(3).mean(1)  # [B, T, S]
+        mass = (weights * self.chosen[:, None]).sum(2)
+        return float(mass[self.counted].double().sum())
+
+
+def occurrences(ids: Sequence[int], patterns: Sequence[Sequence[int]]) -> list[bool]:
+    """Tell, token by token, which belong to an occurrence of one of the patterns."""
+    found = [False] * len(ids)
+    for pattern in patterns:
+        wanted, size = list(pattern), len(pattern)
+        for start in range(len(ids) - size + 1):
+            if list(ids[start : start + size]) == wanted:
+                found[start : start + size] = [True] * size
+    return found
+
+
+def word_ids(words: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Return the words' token ids, each as written at a start and after a space."""
+    if tokenizer is None:
+        raise ValueError("words need a tokenizer to be found in the data; pass tokenizer=")
+    patterns = []
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise ValueError(f"words must be strings with something in them, found {word!r}")
+        for text in (word, " " + word):
+            ids = encode(tokenizer, text)
+            if ids and ids not in patterns:
+                patterns.append(ids)
+    return patterns
+
+
+def attention_masses(
+    model: nn.Module,
+    examples: Sequence[Example],
+    patterns: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    pad_id: int = 0,
+) -> tuple[tuple[float, ...], float, int, int]:
+    """Measure how much attention falls on the patterns, with the model as it is now.
+
+    Returns:
+        The mean share per attention layer, the share if attention were even, chosen tokens, and
+        tokens that see one.
+
+    Raises:
+        ValueError: none of the patterns occurs, or the model does not attend through
+            `scaled_dot_product_attention`.
+    """  # fmt: skip
+    marked = [(e, occurrences(e.input_ids, patterns)) for e in examples]
+    marked = sorted((m for m in marked if any(m[1])), key=lambda m: len(m[0].input_ids))
+    if not marked:
+        raise ValueError(
+            "words must occur in the data, found none of them; check their spelling and case"
+        )
+    totals: list[float] = []
+    even, tokens, queries = 0.0, 0, 0
+    with torch.no_grad(), eval_mode(model):
+        for start in range(0, len(marked), batch_size):
+            rows = marked[start : start + batch_size]
+            batch = pad([example for example, _ in rows], pad_id).to(device_of(model))
+            width = batch.input_ids.shape[1]
+            chosen = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in rows])
+            real = torch.ones_like(chosen) if batch.attention_mask is None else batch.attention_mask
+            seen = chosen.cumsum(1)
+            counted = real.to(chosen.device) & (seen > 0)
+            share = seen / torch.arange(1, width + 1)
+            even += float(share[counted].double().sum())
+            tokens, queries = tokens + int(chosen.sum()), queries + int(counted.sum())
+            device = batch.input_ids.device
+            with AttentionMass(chosen.to(device), counted.to(device)) as mode:
+                forward_logits(model, batch.input_ids, batch.attention_mask)
+            if not mode.sums:
+                raise ValueError(
+                    "attention mass needs a model that attends through "
+                    "torch.nn.functional.scaled_dot_product_attention, found no call of it; load "
+                    'transformers\' models with attn_implementation="sdpa", or leave words out'
+                )
+            totals = [a + b for a, b in zip(totals or [0.0] * len(mode.sums), mode.sums,
+                                            strict=True)]  # fmt: skip
+    return tuple(total / queries for total in totals), even / queries, tokens, queries

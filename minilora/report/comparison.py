@@ -1,0 +1,234 @@
+"""Two adapters side by side by the subspaces they use, and one adapter cut to lower ranks."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapters import require_layers, require_unmerged
+from minilora.combination import (
+    Fit,
+    add_frozen,
+    check_new_name,
+    check_source,
+    factors_of,
+    fitted,
+    plain_adapter,
+    stored_dtype,
+)
+from minilora.copies import all_adapter_names, copies_of
+from minilora.report.spectra import rank_for, small_svd
+from minilora.selection import check_rank
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """Two adapters' ΔW of one layer.
+
+    Attributes:
+        cosine: ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖): 1 the same change, −1 its opposite.
+        angles_out, angles_in: principal angles between the spaces their outputs and inputs span,
+            in degrees, smallest first; as many as the smaller of the two ranks.
+    """
+
+    name: str
+    cosine: float
+    angles_out: tuple[float, ...]
+    angles_in: tuple[float, ...]
+
+    @property
+    def shared(self) -> float:
+        """Mean of cos² over all angles: 1 the same subspaces, 0 orthogonal ones."""
+        angles = self.angles_out + self.angles_in
+        return sum(math.cos(math.radians(a)) ** 2 for a in angles) / len(angles)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two adapters: the layers both change, and those only one of them does."""
+
+    adapters: tuple[str, str]
+    layers: tuple[LayerComparison, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+
+
+def principal_angles(first: Tensor, second: Tensor) -> tuple[float, ...]:
+    """Return the angles between two subspaces in degrees, smallest first.
+
+    Each from its cosine and its sine, so that small ones are exact too (Björck and Golub 1973).
+
+    Args:
+        first, second: orthonormal columns, `[N, p]` and `[N, q]`.
+    """
+    small, large = sorted((first, second), key=lambda basis: basis.shape[1])
+    inner = large.T @ small
+    cosines = torch.linalg.svdvals(inner)
+    sines = torch.linalg.svdvals(small - large @ inner).flip(0)
+    return tuple(torch.rad2deg(torch.atan2(sines, cosines)).tolist())
+
+
+@torch.no_grad()
+def compare(model: nn.Module, first: str, second: str) -> Comparison:
+    """Compare what two adapters of a model add, layer by layer.
+
+    DoRA's scaling of W is left out: it is the low-rank parts that are compared.
+
+    Args:
+        model: holds both adapters; not changed.
+        first, second: their names.
+
+    Raises:
+        ValueError: an unknown adapter, or the same one twice.
+    """
+    require_layers(model, "compare")
+    if first == second:
+        raise ValueError(f"compare() needs two different adapters, found {first!r} twice")
+    for name in (first, second):
+        check_adapter(model, name)
+    mine, other = factors_of(model, first), factors_of(model, second)
+    layers, used = [], {}
+    for fqn in mine | other:
+        spaces = []
+        for factors in (mine.get(fqn), other.get(fqn)):
+            if factors is None:
+                continue
+            U, S, V = small_svd(*factors.product(torch.float64))
+            there = S / S[0] > torch.finfo(torch.float32).eps  # the factors are stored in f32
+            spaces.append((U[:, there], S[there], V[:, there]) if S[0] else None)
+        used[fqn] = [fqn in mine and spaces[0] is not None,
+                     fqn in other and spaces[-1] is not None]  # fmt: skip
+        if all(used[fqn]):
+            (U1, S1, V1), (U2, S2, V2) = spaces  # type: ignore[misc]
+            inner = ((U1.T @ U2) * (V1.T @ V2) * (S1[:, None] * S2)).sum()
+            cosine = float(inner / (S1.norm() * S2.norm()))
+            layers.append(
+                LayerComparison(fqn, cosine, principal_angles(U1, U2), principal_angles(V1, V2))
+            )
+    return Comparison(
+        (first, second),
+        tuple(layers),
+        tuple(fqn for fqn, (a, b) in used.items() if a and not b),
+        tuple(fqn for fqn, (a, b) in used.items() if b and not a),
+    )
+
+
+def check_adapter(model: nn.Module, adapter: str) -> None:
+    """Raise unless the adapter is there and its factors are all finite."""
+    present = all_adapter_names(model)
+    if adapter not in present:
+        raise ValueError(f"there is no adapter {adapter!r}; this model has: {', '.join(present)}")
+    for fqn, factors in factors_of(model, adapter).items():
+        if not all(p.detach().isfinite().all() for p in factors.parameters()):
+            raise ValueError(
+                f"adapter {adapter!r} must be finite, found NaN or Inf on {fqn}; load or train it "
+                f"again"
+            )
+
+
+def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """Return r and the rank_pattern that give `inject`, and PEFT, exactly these ranks.
+
+    Blocks that differ in their number alone share a pattern: `^model.layers.(0|3).mlp.up_proj`.
+
+    Args:
+        ranks: by dotted name.
+
+    Returns:
+        The commonest rank, and patterns for the layers that have another.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    patterns = {}
+    for name, r in ranks.items():
+        found = re.fullmatch(r"((?:[^.\d][^.]*\.)*)(\d+)(\..+)", name)
+        if r != common and found:
+            groups.setdefault((found.group(1), found.group(3), r), []).append(found.group(2))
+        elif r != common:
+            patterns[f"^{re.escape(name)}"] = r
+    for (start, end, r), numbers in groups.items():
+        block = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+        # Bare dots where they can only mean themselves: they are easier to read and to paste.
+        meant = {f"{start}{number}{end}" for number in numbers}
+        bare = f"^{start}{block}{end}"
+        exact = {name for name in ranks if re.fullmatch(bare, name)} == meant
+        patterns[bare if exact else f"^{re.escape(start)}{block}{re.escape(end)}"] = r
+    return common, patterns
+
+
+@torch.no_grad()
+def truncate(
+    model: nn.Module,
+    adapter: str,
+    name: str,
+    *,
+    keep: float = 0.95,
+    ranks: Mapping[str, int] | None = None,
+) -> Fit:
+    """Add the best approximation of an adapter at lower ranks as a new adapter.
+
+    The new one has scaling 1, is frozen and not active. On each layer it is the product's own
+    truncated SVD (Eckart and Young 1936), so its error is what the spectrum predicts.
+
+    Args:
+        model: a model with the adapter; changed in place.
+        adapter: the source; stays as it is.
+        name: of the new adapter.
+        keep: the share of each layer's ‖ΔW‖² to keep, in (0, 1].
+        ranks: ranks by dotted name instead; layers left out keep theirs.
+
+    Returns:
+        The relative error per layer and overall.
+
+    Raises:
+        ValueError: an unknown adapter, a name in use, a keep or ranks that can't be, and what is
+            no low-rank product: DoRA, a lora_bias, trained copies, NaN or Inf.
+        RuntimeError: adapters are merged.
+    """
+    layers = require_layers(model, "truncate")
+    require_unmerged(layers, "truncate")
+    check_keep(keep)
+    check_new_name(model, name)
+    check_source(model, adapter, "truncate")
+    sources = factors_of(model, adapter)
+    for fqn in ranks or {}:
+        if fqn not in sources:
+            raise ValueError(f"ranks must name layers of adapter {adapter!r}, {fqn!r} is none")
+        check_rank((ranks or {})[fqn], f"the rank of {fqn}")
+    new, fits = {}, []
+    for fqn, factors in sources.items():
+        if factors.magnitude is not None:
+            raise ValueError(
+                f"truncate() cuts a product B A, but adapter {adapter!r} is DoRA (first: {fqn}), "
+                f"which changes all of W; convert it with minilora.portable.to_lora"
+            )
+        A, B = factors.product(torch.float64)
+        values = tuple(small_svd(A, B)[1].tolist())
+        r = rank_for(values, keep) if ranks is None else ranks.get(fqn, len(values))
+        A, B, fit = fitted(fqn, (A, B), r, stored_dtype(None, [factors]))
+        new[fqn] = plain_adapter(layers[fqn], A, B)
+        fits.append(fit)
+    add_frozen(model, name, new)
+    return Fit(name, f"truncated, keep={keep:g}" if ranks is None else "truncated", tuple(fits))
+
+
+def is_product(model: nn.Module, adapter: str) -> bool:
+    """Tell whether all that an adapter does is to add products B A: no DoRA, biases or copies."""
+    biases = [f.lora_bias for f in factors_of(model, adapter).values() if f.lora_bias is not None]
+    return not (
+        copies_of(model, adapter)
+        or any(f.magnitude is not None for f in factors_of(model, adapter).values())
+        or any(bool(bias.detach().any()) for bias in biases)
+    )
+
+
+def check_keep(keep: Any) -> None:
+    """Raise unless `keep` is a share that can be kept."""
+    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+    if not number or not 0 < keep <= 1:
+        raise ValueError(f"keep must lie in (0, 1], the share of ‖ΔW‖² to keep, found {keep!r}")

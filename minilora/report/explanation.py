@@ -1,0 +1,285 @@
+"""What `minilora.explain` found, as an object, a terminal table and JSON."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minilora.combination import Fit
+from minilora.report.ablation import Ablation
+from minilora.report.attention import Attention
+from minilora.report.comparison import Comparison, rank_pattern
+from minilora.report.spectra import LayerReport, truncation_error
+from minilora.report.tokens import Gap, Measured, ShownExample, TokenEffect
+
+ROWS = 12  # of a table in the terminal
+
+
+@dataclass(frozen=True)
+class CopyReport:
+    """A trained copy of a base parameter: the norms of what it changes, and of the original."""
+
+    name: str
+    norm: float
+    weight_norm: float
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What the adapter does to held-out data.
+
+    Attributes:
+        loss: before and after, per token.
+        truncated: the loss with the adapter cut to the suggested ranks, None where it can't be cut.
+        helped, hurt: the tokens whose loss changed most.
+        better: the share of tokens whose loss fell.
+        examples: a few, token by token.
+        ablations: the whole adapter first; empty when they were not asked for.
+        ablated: over how many examples and tokens they were measured.
+    """
+
+    loss: Measured
+    truncated: float | None
+    better: float
+    helped: tuple[TokenEffect, ...]
+    hurt: tuple[TokenEffect, ...]
+    examples: tuple[ShownExample, ...]
+    ablations: tuple[Ablation, ...]
+    ablated: tuple[int, int]
+    attention: Attention | None
+    token_losses: tuple[list[Tensor], list[Tensor]] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an adapter changed, where, and whether it matters; prints as tables.
+
+    Attributes:
+        adapter: its name.
+        keep: the share of each layer's energy that the suggested ranks keep.
+        layers: one report per layer.
+        copies: trained copies (`bias=`, `modules_to_save=`), beside the layers.
+        truncation: the adapter cut to the suggested ranks, as measured on the stored factors; None
+            for adapters that are more than products B A.
+        comparison: with `against`.
+        behaviour: with `data`.
+        gap: with `train` too.
+        forgetting: with `outside`: loss on text outside the task.
+    """
+
+    adapter: str
+    keep: float
+    layers: tuple[LayerReport, ...]
+    copies: tuple[CopyReport, ...]
+    truncation: Fit | None
+    comparison: Comparison | None
+    behaviour: Behaviour | None
+    gap: Gap | None
+    forgetting: Measured | None
+
+    @property
+    def suggestion(self) -> tuple[int, dict[str, int]]:
+        """r and rank_pattern for `minilora.inject` with the suggested rank on every layer."""
+        return rank_pattern({layer.name: layer.suggested_r for layer in self.layers})
+
+    @property
+    def predicted_error(self) -> float:
+        """Relative error of the truncated adapter over all layers, from the spectra."""
+        lost = kept = 0.0
+        for layer in self.layers:
+            whole = math.fsum(s * s for s in layer.singular_values)
+            lost += whole * truncation_error(layer.singular_values, layer.suggested_r) ** 2
+            kept += whole
+        return math.sqrt(lost / kept) if kept else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the tensors as plain values, infinities as null."""
+        found = {
+            "adapter": self.adapter,
+            "keep": self.keep,
+            "layers": [_layer(layer) for layer in self.layers],
+            "copies": [asdict(copy) for copy in self.copies],
+            "suggestion": dict(zip(("r", "rank_pattern"), self.suggestion, strict=True)),
+            "predicted_error": self.predicted_error,
+            "truncation_error": None if self.truncation is None else self.truncation.error,
+            "comparison": None if self.comparison is None else asdict(self.comparison),
+            "behaviour": None if self.behaviour is None else _behaviour(self.behaviour),
+            "gap": None
+            if self.gap is None
+            else asdict(self.gap) | {"share": self.gap.share, "overfitted": self.gap.overfitted},
+            "forgetting": None if self.forgetting is None else asdict(self.forgetting),
+        }
+        return _plain(found)
+
+    def to_json(self, file: str | Path) -> Path:
+        """Write `to_dict` to a file."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        file = Path(file)
+        file.write_text(text + "\n", encoding="utf-8")
+        return file
+
+    def to_html(self, file: str | Path) -> Path:
+        """Write one page with plots that needs nothing beside it: no script, no network."""
+        from minilora.report.page import page
+
+        file = Path(file)
+        file.write_text(page(self), encoding="utf-8")
+        return file
+
+    def __str__(self) -> str:
+        return "\n".join(_text(self))
+
+
+def _layer(layer: LayerReport) -> dict[str, Any]:
+    derived = ("relative", "spectral_norm", "effective_rank", "energy", "intruders")
+    return asdict(layer) | {key: getattr(layer, key) for key in derived}
+
+
+def _behaviour(found: Behaviour) -> dict[str, Any]:
+    keys = [k for k in found.__dataclass_fields__ if k != "token_losses"]
+    values = {key: getattr(found, key) for key in keys}
+    return {k: _values(v) for k, v in values.items()}
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_values(item) for item in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _plain(value: Any) -> Any:
+    """Make JSON's types of tuples, mappings and floats that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out cells in columns, the first left, the others right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        first, *rest = (c.ljust(w) if i == 0 else c.rjust(w)
+                        for i, (c, w) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
+        lines.append("  ".join([first, *rest]).rstrip())
+    return lines
+
+
+def percent(share: float | None) -> str:
+    """Write a share as a percentage of three digits."""
+    return "–" if share is None else f"{100 * share:.3g} %"
+
+
+def layer_row(layer: LayerReport) -> list[str]:
+    """Return a layer's cells, as text."""
+    return [
+        layer.name, str(layer.r), f"{layer.norm:.3g}", percent(layer.relative),
+        f"{layer.spectral_norm:.3g}", f"{layer.effective_rank:.1f}", str(layer.suggested_r),
+        percent(layer.truncation_error), percent(layer.overlap_out), percent(layer.overlap_in),
+        "–" if layer.intruders is None else str(layer.intruders),
+    ]  # fmt: skip
+
+
+LAYER_HEADER = (
+    "module", "r", "‖ΔW‖", "‖ΔW‖/‖W‖", "σ₁", "eff. rank", "suggested r", "error", "in W's outputs",
+    "in W's inputs", "intruders",
+)  # fmt: skip
+
+
+def measured_line(what: str, found: Measured) -> str:
+    """Write a loss before and after with its uncertainty."""
+    return (
+        f"{what}: loss {found.before:.4f} → {found.after:.4f} "
+        f"({found.change:+.4f} ± {found.error:.4f}) over {found.tokens} tokens"
+    )
+
+
+def verdicts(found: Explanation) -> list[str]:
+    """Say in words what the figures mean, as far as they are there."""
+    lines = []
+    top = max(found.layers, key=lambda layer: layer.relative)
+    middle = statistics.median(layer.relative for layer in found.layers)
+    lines.append(
+        f"{len(found.layers)} layers changed by {percent(middle)} of their norm (median), most "
+        f"{top.name} ({percent(top.relative)})"
+    )
+    known = [v.intruders for v in found.layers if v.intruders is not None]
+    if known:
+        lines.append(
+            f"intruder dimensions: {sum(known)}, in {sum(n > 0 for n in known)} of {len(known)} "
+            f"layers"
+        )
+    total, kept = (sum(getattr(v, k) for v in found.layers) for k in ("r", "suggested_r"))
+    cut = f"ranks {total} → {kept} in all keep {percent(found.keep)} of every layer's energy"
+    lines.append(f"{cut}; error {percent(found.predicted_error)}")
+    if found.copies:
+        lines.append(f"and trained copies of {len(found.copies)} base parameters")
+    behaviour = found.behaviour
+    if behaviour is not None:
+        lines.append(measured_line("held-out data", behaviour.loss))
+        if behaviour.truncated is not None:
+            lines.append(f"held-out loss at the suggested ranks: {behaviour.truncated:.4f}")
+        lines.append(f"{percent(behaviour.better)} of the tokens got likelier")
+    if found.gap is not None:
+        word = "over-fitted" if found.gap.overfitted else "not over-fitted"
+        lines.append(
+            f"{word}: the gap to the training loss changed by {found.gap.growth:+.4f} ± "
+            f"{found.gap.error:.4f}; training data gained {-found.gap.train.change:.4f}"
+        )
+    if found.forgetting is not None:
+        lost = found.forgetting
+        word = "within the error" if not lost.clear else "forgot" if lost.change > 0 else "gained"
+        lines.append(measured_line(f"outside the task ({word})", lost))
+    if behaviour is not None and behaviour.attention is not None:
+        a = behaviour.attention
+        before, after = (sum(side) / len(side) for side in (a.before, a.after))
+        lines.append(
+            f"attention on {', '.join(a.words)}: {percent(before)} → {percent(after)} "
+            f"(even: {percent(a.even)})"
+        )
+    return lines
+
+
+def _signed(value: float, error: float) -> str:
+    return f"{value:+.4f} ± {error:.4f}"
+
+
+def _text(found: Explanation) -> list[str]:
+    layers = sorted(found.layers, key=lambda v: -v.relative)[:ROWS]
+    lines = [f"adapter {found.adapter}", "", *table(LAYER_HEADER, [layer_row(v) for v in layers])]
+    if len(found.layers) > ROWS:
+        lines.append(f"… the {ROWS} most changed of {len(found.layers)} layers")
+    behaviour = found.behaviour
+    if behaviour is not None and behaviour.ablations:
+        rows = [
+            [a.part, str(a.layers), _signed(a.rise, a.rise_error), _signed(a.gain, a.gain_error)]
+            for by in ("all", "kind", "block")
+            for a in sorted(
+                (a for a in behaviour.ablations if a.by == by), key=lambda a: -a.gain
+            )[:ROWS]
+        ]  # fmt: skip
+        lines += ["", *table(("ablation", "layers", "loss rises without", "gain alone"), rows)]
+    if behaviour is not None:
+        for what, some in (("helped most", behaviour.helped), ("hurt most", behaviour.hurt)):
+            cells = [
+                [repr(t.token), f"{t.total:+.1f} in {t.times}", f"{t.before:.2f} → {t.after:.2f}",
+                 repr(t.context[-40:])]
+                for t in some[:ROWS]
+            ]  # fmt: skip
+            lines += ["", *table((what, "nats in all", "most changed", "after"), cells)]
+    if found.comparison is not None:
+        first, second = found.comparison.adapters
+        cells = [[v.name, f"{v.cosine:+.3f}", f"{v.shared:.3f}"] for v in
+                 sorted(found.comparison.layers, key=lambda v: v.shared)[:ROWS]]  # fmt: skip
+        lines += ["", *table((f"{first} / {second}", "cosine", "shared"), cells)]
+    r, pattern = found.suggestion
+    lines += ["", *verdicts(found), "", f"suggested: r={r}, rank_pattern={{"]
+    lines += [f"    {json.dumps(key)}: {value}," for key, value in pattern.items()] + ["}"]
+    return lines

@@ -1,0 +1,396 @@
+"""An explanation as one HTML page: plots, tables and text, nothing loaded from anywhere."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+from minilora.report.ablation import Ablation
+from minilora.report.attention import Attention
+from minilora.report.comparison import Comparison
+from minilora.report.explanation import (
+    LAYER_HEADER,
+    Behaviour,
+    Explanation,
+    layer_row,
+    percent,
+    verdicts,
+)
+from minilora.report.plots import arrows, bars, blend, heat_map, spectra, two_lines
+from minilora.report.spectra import DIRECTIONS, SIMILAR, LayerReport
+from minilora.report.tokens import Measured, ShownExample, TokenEffect
+
+STRONG = 3.0  # nats at which a token has its full colour
+
+STYLE = """
+:root { color-scheme: light dark; --bg: #fbfbf9; --card: #ffffff; --fg: #1d1f24; --muted: #565d68;
+  --grid: #dfe1e5; --accent: #0b66c3; --warm: #b8500a; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14161a; --card: #1c1f25; --fg: #e8eaed;
+  --muted: #a3abb6; --grid: #343943; --accent: #5aa9ff; --warm: #ff9d4d; } }
+* { box-sizing: border-box; }
+body { background: var(--bg); color: var(--fg); font: 15px/1.5 system-ui, sans-serif; margin: 0; }
+main { max-width: 1000px; margin: 0 auto; padding: 24px 20px 60px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 34px 0 2px; }
+p { margin: 2px 0 12px; color: var(--muted); max-width: 80ch; }
+svg { display: block; max-width: 100%; height: auto; } figure { margin: 6px 0; overflow-x: auto; }
+svg text { fill: var(--fg); font: 13px system-ui, sans-serif; }
+svg text.small { font-size: 11.5px; fill: var(--muted); } svg text.number { font-size: 12px; }
+svg text.strong { font-weight: 600; }
+.grid { stroke: var(--grid); } .axis { stroke: var(--muted); }
+.dashed { stroke: var(--muted); stroke-dasharray: 4 4; } .error { stroke: var(--fg); }
+.cell, .accent, .better { fill: var(--accent); } .warm, .worse { fill: var(--warm); }
+.muted { fill: var(--muted); } .hollow { fill: var(--bg); }
+.better { stroke: var(--accent); } .worse { stroke: var(--warm); } .thick { stroke-width: 3; }
+.curve { fill: none; stroke-width: 1.4; stroke-opacity: .75; }
+.accent-line { stroke: var(--accent); } .muted-line { stroke: var(--muted); }
+.row { display: flex; flex-wrap: wrap; gap: 6px 14px; }
+ul.cards { list-style: none; padding: 0; display: grid; gap: 10px; margin: 14px 0 6px;
+  grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); }
+.cards li { background: var(--card); border: 1px solid var(--grid); border-radius: 10px;
+  padding: 10px 14px; } .cards b { display: block; font-size: 21px; line-height: 1.3; }
+.cards span { color: var(--muted); font-size: 13px; }
+.cards li.flag { border-color: var(--warm); }
+table { border-collapse: collapse; font-size: 13.5px; } td, th { padding: 3px 10px 3px 0;
+  text-align: right; border-bottom: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
+th { color: var(--muted); font-weight: 600; } td:first-child, th:first-child,
+td.words, th.words { text-align: left; } .scroll { overflow-x: auto; }
+td.words { color: var(--muted); }
+code, pre, .words { font-family: ui-monospace, monospace; font-size: 12.5px; }
+td { white-space: nowrap; }
+td.words { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--card); border: 1px solid var(--grid); border-radius: 10px;
+  padding: 10px 14px; overflow-x: auto; white-space: pre; max-height: 340px; }
+pre.told { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none; line-height: 1.75; }
+.told span { border-radius: 3px; } .told .lost { text-decoration: underline dotted var(--warm); }
+.halves { display: grid; gap: 8px 24px;
+  grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
+summary { cursor: pointer; color: var(--muted); margin: 8px 0; }
+.scale { display: inline-block; width: 120px; height: 9px; border-radius: 4px; margin: 0 6px;
+  background: linear-gradient(90deg, FIRST, LAST); }
+""".replace("FIRST", blend(0)).replace("LAST", blend(1))
+
+
+def page(found: Explanation) -> str:
+    """Return the whole page; it holds no script and its policy forbids loading anything."""
+    parts = [
+        f"<h1>What adapter {_e(found.adapter)} changed</h1>", _cards(found), *_losses(found),
+        *_size(found), *_spectra(found.layers), *_ranks(found), *_intruders(found.layers),
+    ]  # fmt: skip
+    if found.behaviour is not None:
+        parts += _ablations(found.behaviour)
+        parts += _tokens(found.behaviour)
+        if found.behaviour.attention is not None:
+            parts += _attention(found.behaviour.attention)
+    if found.comparison is not None:
+        parts += _comparison(found.comparison, found.layers)
+    parts += _tables(found)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Adapter {_e(found.adapter)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(parts)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _e(words: object) -> str:
+    return html.escape(str(words))
+
+
+def _section(title: str, about: str) -> str:
+    return f"<h2>{_e(title)}</h2><p>{_e(about)}</p>"
+
+
+def _figure(drawing: str) -> str:
+    return f"<figure>{drawing}</figure>"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int | None = None) -> str:
+    """Make a table of text; column `words` is set as text, the first one always."""
+    head = "".join(
+        f'<th scope="col"{" class=words" if i == words else ""}>{_e(cell)}</th>'
+        for i, cell in enumerate(header)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{' class=words' if i == words else ''}>{_e(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    rows_ = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{rows_}</table></div>'
+
+
+def _card(figure: str, words: str, flag: bool = False) -> str:
+    return f"<li{' class=flag' if flag else ''}><b>{_e(figure)}</b><span>{_e(words)}</span></li>"
+
+
+def _cards(found: Explanation) -> str:
+    layers, behaviour, cards = found.layers, found.behaviour, []
+    if behaviour is not None:
+        loss = behaviour.loss
+        cards.append(
+            _card(f"{loss.before:.3f} → {loss.after:.3f}",
+                  f"held-out loss, nats per token (change {loss.change:+.3f} ± {loss.error:.3f}); "
+                  f"{percent(behaviour.better)} of {loss.tokens} tokens got likelier",
+                  loss.change > 0)
+        )  # fmt: skip
+    if found.gap is not None:
+        flag = found.gap.overfitted
+        cards.append(
+            _card("over-fitted" if flag else "not over-fitted",
+                  f"the gap to the training loss changed by {found.gap.growth:+.3f} ± "
+                  f"{found.gap.error:.3f}; training data gained {-found.gap.train.change:.3f}",
+                  flag)
+        )  # fmt: skip
+    if found.forgetting is not None:
+        lost = found.forgetting
+        cards.append(
+            _card(f"{lost.before:.3f} → {lost.after:.3f}",
+                  f"loss on text outside the task ({lost.change:+.3f} ± {lost.error:.3f})",
+                  lost.clear and lost.change > 0)
+        )  # fmt: skip
+    ordered = sorted(layers, key=lambda v: v.relative)
+    cards.append(
+        _card(percent(ordered[len(ordered) // 2].relative),
+              f"of its weight's norm: what the median of {len(layers)} layers changed by; at most "
+              f"{percent(ordered[-1].relative)}")
+    )  # fmt: skip
+    total, kept = (sum(getattr(v, k) for v in layers) for k in ("r", "suggested_r"))
+    said = f"ranks in all that keep {percent(found.keep)} of every layer's energy"
+    if behaviour is not None and behaviour.truncated is not None:
+        said += f"; held-out loss so truncated {behaviour.truncated:.3f}"
+    cards.append(_card(f"{total} → {kept}", said))
+    known = [v.intruders for v in layers if v.intruders is not None]
+    if known:
+        cards.append(
+            _card(str(sum(known)), f"intruder dimensions, in {sum(n > 0 for n in known)} of "
+                  f"{len(known)} layers", sum(known) > 0)
+        )  # fmt: skip
+    return f'<ul class="cards">{"".join(cards)}</ul>'
+
+
+def _losses(found: Explanation) -> list[str]:
+    rows: list[tuple[str, Measured]] = []
+    if found.behaviour is not None:
+        rows.append(("held out", found.behaviour.loss))
+    if found.gap is not None:
+        rows.append(("training", found.gap.train))
+    if found.forgetting is not None:
+        rows.append(("outside the task", found.forgetting))
+    if not rows:
+        return []
+    drawn = arrows(
+        "Loss without and with the adapter",
+        [(name, m.before, m.after, f"{m.before:.3f} → {m.after:.3f} ± {m.error:.3f}")
+         for name, m in rows],
+    )  # fmt: skip
+    about = "Nats per token, from the base (circle) to the adapter (arrow head). Lower is better."
+    return [_section("Loss without and with the adapter", about), _figure(drawn)]
+
+
+def _grid(layers: Sequence[LayerReport]) -> tuple[list[str], list[str]]:
+    """Return the columns (blocks) and rows (kinds) of the heat maps."""
+    blocks = sorted({v.block for v in layers if v.block is not None})
+    columns = [str(b) for b in blocks] + (["–"] if any(v.block is None for v in layers) else [])
+    return columns, list(dict.fromkeys(v.kind for v in layers))
+
+
+def _place(layer: LayerReport) -> tuple[str, str]:
+    return layer.kind, "–" if layer.block is None else str(layer.block)
+
+
+def _size(found: Explanation) -> list[str]:
+    columns, rows = _grid(found.layers)
+    values = {_place(v): v.relative for v in found.layers}
+    about = (
+        "Norm of ΔW as a share of its weight's norm, by kind of module (rows) and block (columns)."
+    )
+    drawn = heat_map("Size of the change", columns, rows, values, percent)
+    return [_section("Where it changed the model", about), _figure(drawn)]
+
+
+def _spectra(layers: Sequence[LayerReport]) -> list[str]:
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.kind, []).append(layer)
+    blocks = [v.block for v in layers if v.block is not None]
+    last = max(blocks, default=0) or 1
+    drawn = "".join(
+        spectra(kind, [(v.name, (v.block or 0) / last, v.singular_values) for v in inside])
+        for kind, inside in kinds.items()
+    )
+    return [
+        _section("Singular values of the change", "One line per layer, on a logarithmic axis: a "
+                 "steep line needs few ranks, a flat one uses all it was given."),
+        f'<p>first block <span class="scale"></span> last block</p><div class="row">{drawn}</div>',
+    ]  # fmt: skip
+
+
+def _ranks(found: Explanation) -> list[str]:
+    columns, rows = _grid(found.layers)
+    values = {_place(v): v.suggested_r for v in found.layers}
+    r, pattern = found.suggestion
+    lines = "".join(f"    {key!r}: {value},\n" for key, value in pattern.items())
+    call = f"minilora.inject(model, r={r}, rank_pattern={{\n{lines}}})"
+    error = "" if found.truncation is None else f", measured {percent(found.truncation.error)}"
+    about = (
+        f"The smallest rank that keeps {percent(found.keep)} of ‖ΔW‖² on each layer. Cut to these, "
+        f"the whole adapter is off by {percent(found.predicted_error)} (predicted{error})."
+    )
+    drawn = heat_map("Suggested rank", columns, rows, values, lambda v: f"{v:.0f}", numbers=True)
+    return [
+        _section("Ranks it needs", about), _figure(drawn),
+        f"<details><summary>To paste</summary><pre>{_e(call)}</pre></details>",
+    ]  # fmt: skip
+
+
+def _intruders(layers: Sequence[LayerReport]) -> list[str]:
+    known = [v for v in layers if v.similarities is not None]
+    if not known:
+        return []
+    columns, rows = _grid(known)
+    values = {_place(v): 1 - min(v.similarities or (1.0,)) for v in known}
+    new = sum(v.intruders or 0 for v in known)
+    about = (
+        f"For the first {DIRECTIONS} singular vectors of W + ΔW: 1 − the cosine to the most "
+        f"similar one of W's own, the largest of each layer. Above {1 - SIMILAR:g} it counts as an "
+        f"intruder dimension; here are {new}."
+    )
+    drawn = heat_map("Novelty of directions", columns, rows, values, lambda v: f"{v:.2f}")
+    return [_section("Directions the base did not have", about), _figure(drawn)]
+
+
+def _ablations(behaviour: Behaviour) -> list[str]:
+    if not behaviour.ablations:
+        return []
+    examples, tokens = behaviour.ablated
+    drawn = ""
+    for by, what in (("kind", "kinds of modules"), ("block", "blocks")):
+        some: list[Ablation] = [a for a in behaviour.ablations if a.by == by]
+        names = [a.part.removeprefix("block ") for a in some]
+        for series, kind, title in (
+            ("gain", "accent", f"{what}: gain of one alone"),
+            ("rise", "warm", f"{what}: rise without it"),
+        ):
+            values = [getattr(a, series) for a in some]
+            errors = [getattr(a, f"{series}_error") for a in some]
+            drawn += bars(title, names, values, errors, kind, wide=470)
+    about = (
+        f"Nats per token over {examples} examples ({tokens} tokens), with standard errors. Left: "
+        f"how far the loss falls with this part of the adapter only. Right: how far it rises when "
+        f"only this part is left out; below 0 the rest does better without it."
+    )
+    return [_section("Which parts matter", about), f'<div class="halves">{drawn}</div>']
+
+
+def _effect_rows(effects: Sequence[TokenEffect]) -> list[list[str]]:
+    return [
+        [repr(t.token)[1:-1].replace(" ", "␣"), f"{t.total:+.1f}",
+         str(t.times), f"{t.before:.2f} → {t.after:.2f}",
+         t.context[-44:].replace("\n", "⏎")]
+        for t in effects
+    ]  # fmt: skip
+
+
+def _told(example: ShownExample) -> str:
+    spans = []
+    for token, before, after in zip(example.tokens, example.before, example.after, strict=True):
+        if before is None or after is None:
+            spans.append(_e(token))
+            continue
+        change = after - before
+        share = min(1.0, abs(change) / STRONG)
+        colour = "--accent" if change < 0 else "--warm"
+        kind = ' class="lost"' if change > 0.5 else ""
+        spans.append(
+            f'<span{kind} title="{before:.2f} → {after:.2f}" style="background: color-mix(in srgb, '
+            f'var({colour}) {55 * share:.0f}%, transparent)">{_e(token)}</span>'
+        )
+    return f'<pre class="told">{"".join(spans)}</pre>'
+
+
+def _tokens(behaviour: Behaviour) -> list[str]:
+    about = (
+        "Change of the loss of each learned token: blue where the adapter made it likelier, orange "
+        f"and underlined where less likely, in full from {STRONG:g} nats. Other text was given."
+    )
+    header = ("token", "nats in all", "times", "most changed", "after")
+    tables = "".join(
+        f"<div><h3>{what}</h3>{_table(header, _effect_rows(some), words=4)}</div>"
+        for what, some in (("Helped most", behaviour.helped), ("Hurt most", behaviour.hurt))
+    )
+    return [
+        _section("Token by token", about), *map(_told, behaviour.examples),
+        f'<div class="halves">{tables}</div>',
+    ]  # fmt: skip
+
+
+def _attention(found: Attention) -> list[str]:
+    about = (
+        f"Share of the attention that falls on {', '.join(found.words)} ({found.tokens} tokens), "
+        f"per layer, over {found.queries} tokens that see one: grey without, blue with the "
+        f"adapter; dashed if every visible token got as much."
+    )
+    drawn = two_lines("Attention on chosen words", found.before, found.after, found.even, percent)
+    return [_section("Attention on chosen words", about), _figure(drawn)]
+
+
+def _comparison(found: Comparison, layers: Sequence[LayerReport]) -> list[str]:
+    first, second = found.adapters
+    known = {v.name: v for v in layers}
+    here = [c for c in found.layers if c.name in known]
+    columns, rows = _grid([known[c.name] for c in here])
+    about = (
+        f"How much of the same subspaces {first} and {second} use: the mean of cos² over the "
+        f"principal angles of their outputs and inputs, 1 for the same, 0 for orthogonal ones."
+    )
+    for name, alone in ((first, found.only_first), (second, found.only_second)):
+        if alone:
+            about += f" Layers that only {name} changes: {len(alone)}."
+    parts = [_section(f"{first} and {second}", about)]
+    if here:
+        values = {_place(known[c.name]): c.shared for c in here}
+        parts.append(
+            _figure(heat_map("Shared subspaces", columns, rows, values, lambda v: f"{v:.2f}"))
+        )
+        cells = [
+            [c.name, f"{c.cosine:+.3f}", f"{c.shared:.3f}", _degrees(c.angles_out),
+             _degrees(c.angles_in)]
+            for c in here
+        ]  # fmt: skip
+        header = ("module", "cosine", "shared", "angles of outputs", "angles of inputs")
+        parts.append(f"<details><summary>Angles</summary>{_table(header, cells)}</details>")
+    return parts
+
+
+def _degrees(angles: Sequence[float]) -> str:
+    return " ".join(f"{a:.0f}°" for a in angles)
+
+
+def _tables(found: Explanation) -> list[str]:
+    said = "".join(f"<li>{_e(line)}</li>" for line in verdicts(found))
+    parts = [
+        f"<h2>In words and figures</h2><ul>{said}</ul>",
+        f"<details><summary>All {len(found.layers)} layers</summary>"
+        f"{_table(LAYER_HEADER, map(layer_row, found.layers))}</details>",
+    ]
+    if found.copies:
+        cells = [[c.name, f"{c.norm:.3g}", f"{c.weight_norm:.3g}"] for c in found.copies]
+        parts.append(
+            "<details><summary>Trained copies of base parameters</summary>"
+            f"{_table(('parameter', 'norm of the change', 'norm'), cells)}</details>"
+        )
+    behaviour = found.behaviour
+    if behaviour is not None and behaviour.ablations:
+        cells = [
+            [a.part, str(a.layers), f"{a.without:.4f}", f"{a.rise:+.4f} ± {a.rise_error:.4f}",
+             f"{a.alone:.4f}", f"{a.gain:+.4f} ± {a.gain_error:.4f}"]
+            for a in behaviour.ablations
+        ]  # fmt: skip
+        header = ("part", "layers", "loss without it", "rise", "loss of it alone", "gain")
+        parts.append(f"<details><summary>All ablations</summary>{_table(header, cells)}</details>")
+    return parts

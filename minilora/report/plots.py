@@ -1,0 +1,287 @@
+"""Plots as SVG text for a page: written by hand, so that they need neither script nor network.
+
+Colours are CSS variables of the page (`--accent`, `--warm`, …), so that light and dark both read.
+Every plot has a title and a description for readers who don't see it.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+EARLY, LATE = (31, 119, 200), (222, 120, 32)  # of lines, from the first block to the last
+
+
+def svg(width: float, height: float, title: str, about: str, body: Sequence[str]) -> str:
+    """Frame a drawing; `about` says in words what can be seen."""
+    inside = "".join(body)
+    key = hashlib.sha256(f"{title}{about}{inside}".encode()).hexdigest()[:10]  # one page, one text
+    return (
+        f'<svg role="img" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'aria-labelledby="t{key} d{key}"><title id="t{key}">{escape(title)}</title>'
+        f'<desc id="d{key}">{escape(about)}</desc>{inside}</svg>'
+    )
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
+    """Write at a place; `anchor` is start, middle or end."""
+    place = f'x="{x:.1f}" y="{y:.1f}"'
+    return f'<text {place} text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
+    """Draw a line of a CSS class."""
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def short(value: float) -> str:
+    """Write an axis label."""
+    return f"{value:.3g}"
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Return round numbers from low to high, about as many as wanted."""
+    if not high > low:
+        return [low]
+    step = 10 ** math.floor(math.log10((high - low) / wanted))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= wanted)
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
+
+
+def heat_map(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    values: Mapping[tuple[str, str], float],
+    tell: Callable[[float], str],
+    numbers: bool = False,
+) -> str:
+    """Draw a value per row and column, darker for more; cells without one stay empty.
+
+    Args:
+        title: of the plot.
+        columns, rows: the labels, in order.
+        values: by (row, column), at least 0; infinite ones count as the largest.
+        tell: how to write a value.
+        numbers: whether to write it into the cell.
+    """
+    left, cell = 12 + 7.2 * max(map(len, rows)), max(17.0, min(40.0, 760 / len(columns)))
+    tall = 24.0
+    finite = [v for v in values.values() if math.isfinite(v)]
+    top = max(finite, default=0.0) or 1.0
+    body = []
+    for j, column in enumerate(columns):
+        if len(columns) <= 16 or j % 2 == 0:
+            body.append(text(left + (j + 0.5) * cell, 13, column, "middle", "small"))
+    for i, row in enumerate(rows):
+        y = 20 + i * tall
+        body.append(text(left - 8, y + tall / 2 + 4, row, "end"))
+        for j, column in enumerate(columns):
+            value = values.get((row, column))
+            if value is None:
+                continue
+            share = min(1.0, value / top)
+            shade = 0.06 + (0.5 if numbers else 0.94) * share
+            body.append(
+                f'<rect x="{left + j * cell + 1:.1f}" y="{y + 1:.1f}" width="{cell - 2:.1f}" '
+                f'height="{tall - 2:.1f}" rx="3" class="cell" fill-opacity="{shade:.3f}"><title>'
+                f"{escape(f'{row}, {column}: {tell(value)}')}</title></rect>"
+            )
+            if numbers:
+                where = (left + (j + 0.5) * cell, y + tall / 2 + 4)
+                body.append(text(*where, tell(value), "middle", "number"))
+    bottom = 20 + len(rows) * tall
+    if not numbers:
+        for k in range(40):
+            body.append(
+                f'<rect x="{left + 4 * k:.1f}" y="{bottom + 12:.1f}" width="4" height="9" '
+                f'class="cell" fill-opacity="{0.06 + 0.94 * k / 39:.3f}"/>'
+            )
+        body.append(text(left + 168, bottom + 21, f"0 to {tell(top)}", kind="small"))
+    most = max(values, key=lambda key: values[key], default=None)
+    about = "no values"
+    if most is not None:
+        about = (
+            f"{len(rows)} kinds of modules by {len(columns)} blocks; the largest is "
+            f"{tell(values[most])} at {most[0]}, {most[1]}"
+        )
+    width = left + len(columns) * cell + 8
+    return svg(max(width, left + 300), bottom + (28 if not numbers else 6), title, about, body)
+
+
+def blend(share: float) -> str:
+    """Return a colour between the first block's and the last one's."""
+    mixed = (round(a + (b - a) * share) for a, b in zip(EARLY, LATE, strict=True))
+    return "rgb({},{},{})".format(*mixed)
+
+
+def spectra(title: str, lines_: Sequence[tuple[str, float, Sequence[float]]]) -> str:
+    """Draw singular values on a logarithmic axis, one line per layer.
+
+    Args:
+        title: of the plot.
+        lines_: a name, a place from 0 (first block) to 1 (last), and the values; zeros end a line.
+    """
+    width, height, left, low = 228.0, 180.0, 42.0, 26.0
+    found = [v for _, _, values in lines_ for v in values if v > 0]
+    if not found:
+        return svg(width, 40, title, "all are 0", [text(8, 24, f"{title}: ΔW = 0")])
+    bottom, top = math.log10(min(found)), math.log10(max(found))
+    bottom = max(bottom, top - 4)  # four decades
+    top, bottom = top + 0.05, bottom - 0.05
+    most = max(len(values) for _, _, values in lines_)
+
+    def x(i: int) -> float:
+        return left + (width - left - 12) * (i / max(1, most - 1))
+
+    def y(value: float) -> float:
+        share = (top - math.log10(value)) / (top - bottom)
+        return low + (height - low - 28) * min(1.0, share)
+
+    body = [text(left, 14, title, kind="strong")]
+    marks = [m * 10.0**e for e in range(-12, 9) for m in (1, 2, 5)]
+    marks = [m for m in marks if bottom <= math.log10(m) <= top]
+    for mark in marks if len(marks) <= 6 else [m for m in marks if f"{m:e}"[0] == "1"]:
+        body += [line(left, y(mark), width - 12, y(mark)),
+                 text(left - 6, y(mark) + 4, short(mark), "end", "small")]  # fmt: skip
+    for i in range(most):
+        if most <= 10 or i % math.ceil(most / 8) == 0:
+            body.append(text(x(i), height - 10, str(i + 1), "middle", "small"))
+    for name, place, values in lines_:
+        points = [(x(i), y(v)) for i, v in enumerate(values) if v > 0]
+        joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        tip = f"<title>{escape(name)}</title>"
+        body.append(
+            f'<polyline points="{joined}" class="curve" stroke="{blend(place)}">{tip}</polyline>'
+        )
+        if len(points) == 1:
+            body.append(f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3" '
+                        f'fill="{blend(place)}">{tip}</circle>')  # fmt: skip
+    about = (
+        f"singular values of {len(lines_)} layers, the largest from "
+        f"{short(min(v[0] for *_, v in lines_))} to {short(max(v[0] for *_, v in lines_))}"
+    )
+    return svg(width, height, title, about, body)
+
+
+def bars(
+    title: str,
+    names: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float],
+    kind: str = "accent",
+    wide: float = 560.0,
+) -> str:
+    """Draw a bar per name with its standard error; bars of less than 0 hang down."""  # fmt: skip
+    height, left, low = 210.0, 54.0, 28.0
+    longest = max(map(len, names))
+    step = (wide - left - 8) / len(names)
+    turned = longest * 7 > step and longest > 3
+    foot = 14 + (6.3 * longest * 0.75 if turned else 8)
+    ends = [v + s * e for v, e in zip(values, errors, strict=True) for s in (-1, 1)]
+    bottom, top = min(0.0, *ends), max(0.0, *ends)
+    top, bottom = (top, bottom) if top > bottom else (1.0, 0.0)
+
+    def y(value: float) -> float:
+        return low + (height - low - foot) * (top - value) / (top - bottom)
+
+    body = [text(left, 14, title, kind="strong")]
+    for mark in ticks(bottom, top):
+        body += [line(left, y(mark), wide - 8, y(mark), "axis" if mark == 0 else "grid"),
+                 text(left - 6, y(mark) + 4, short(mark), "end", "small")]  # fmt: skip
+    for i, (name, value, error) in enumerate(zip(names, values, errors, strict=True)):
+        x, width = left + (i + 0.5) * step, max(2.0, min(36.0, 0.66 * step))
+        upper, lower = y(max(0.0, value)), y(min(0.0, value))
+        said = escape(f"{name}: {value:+.4f} ± {error:.4f}")
+        body.append(
+            f'<rect x="{x - width / 2:.1f}" y="{upper:.1f}" width="{width:.1f}" '
+            f'height="{max(0.8, lower - upper):.1f}" class="{kind}"><title>{said}</title></rect>'
+        )
+        body.append(line(x, y(value - error), x, y(value + error), "error"))
+        if turned:
+            at = f"{x + 4:.1f} {height - foot + 14:.1f}"
+            body.append(
+                f'<text transform="translate({at}) rotate(-40)" text-anchor="end" class="small">'
+                f"{escape(name)}</text>"
+            )
+        elif len(names) <= 16 or i % 2 == 0:
+            body.append(text(x, height - foot + 16, name, "middle", "small"))
+    most = max(range(len(values)), key=lambda i: values[i])
+    about = f"{len(names)} bars; the largest is {names[most]} with {values[most]:+.4f}"
+    return svg(wide, height, title, about, body)
+
+
+def arrows(title: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
+    """Draw a loss before and after as an arrow per row, with what to write behind it."""
+    left, wide, step = 12 + 7.2 * max(len(row[0]) for row in rows), 900.0, 34.0
+    ends = [value for _, a, b, _ in rows for value in (a, b)]
+    low, high = min(ends), max(ends)
+    low, high = (
+        (low - 0.06 * (high - low), high + 0.06 * (high - low))
+        if high > low
+        else (low - 1, high + 1)
+    )
+    right = wide - 12 - 6.6 * max(len(row[3]) for row in rows)
+
+    def x(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
+
+    floor = 14 + step * len(rows)
+    body = [
+        part
+        for mark in ticks(low, high, 6)
+        for part in (line(x(mark), 8, x(mark), floor),
+                     text(x(mark), floor + 16, short(mark), "middle", "small"))
+    ]  # fmt: skip
+    for i, (name, before, after, words) in enumerate(rows):
+        y = 8 + step * (i + 0.5)
+        kind = "better" if after <= before else "worse"
+        tip = x(after)
+        back = tip + (9 if after <= before else -9)
+        body += [
+            text(left - 8, y + 4, name, "end"),
+            f'<circle cx="{x(before):.1f}" cy="{y:.1f}" r="4" class="{kind} hollow"/>',
+            line(x(before), y, tip, y, f"{kind} thick"),
+            f'<path d="M{tip:.1f} {y:.1f} L{back:.1f} {y - 5:.1f} L{back:.1f} {y + 5:.1f} Z" '
+            f'class="{kind}"/>',
+            text(right + 12, y + 4, words, kind="small"),
+        ]
+    about = "; ".join(f"{name}: {short(a)} to {short(b)}" for name, a, b, _ in rows)
+    return svg(wide, floor + 24, title, about, body)
+
+
+def two_lines(
+    title: str, before: Sequence[float], after: Sequence[float], even: float, tell: Callable
+) -> str:
+    """Draw a share per layer without (hollow) and with the adapter (filled), and an even share."""
+    wide, height, left, low = 900.0, 200.0, 54.0, 14.0
+    top = 1.08 * max(*before, *after, even)
+    count_ = len(before)
+
+    def x(i: int) -> float:
+        return left + (wide - left - 90) * (i / max(1, count_ - 1))
+
+    def y(value: float) -> float:
+        return low + (height - low - 30) * (1 - value / top)
+
+    body = []
+    for mark in ticks(0, top):
+        body += [line(left, y(mark), wide - 90, y(mark), "axis" if mark == 0 else "grid"),
+                 text(left - 6, y(mark) + 4, tell(mark), "end", "small")]  # fmt: skip
+    body += [line(left, y(even), wide - 90, y(even), "dashed"),
+             text(wide - 84, y(even) + 4, "even", kind="small")]  # fmt: skip
+    for values, kind in ((before, "muted"), (after, "accent")):
+        path = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values))
+        body.append(f'<polyline points="{path}" class="curve {kind}-line"/>')
+        for i, value in enumerate(values):
+            said = f"layer {i}: {tell(before[i])} → {tell(after[i])}"
+            body.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" class="{kind}"><title>'
+                        f"{escape(said)}</title></circle>")  # fmt: skip
+    for i in range(count_):
+        if count_ <= 16 or i % 2 == 0:
+            body.append(text(x(i), height - 12, str(i), "middle", "small"))
+    means = [sum(side) / count_ for side in (before, after)]
+    about = f"mean over {count_} layers {tell(means[0])} without, {tell(means[1])} with the adapter"
+    return svg(wide, height, title, about, body)

@@ -1,0 +1,226 @@
+"""The loss of single tokens with and without an adapter, and what follows from it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.data import IGNORE, Example, pad
+from minilora.evaluation import device_of, eval_mode, forward_logits
+
+CHUNK = 2**24  # logits widened at a time
+CONTEXT = 12  # tokens shown before the one in question
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean loss in nats per token, before and after the adapter.
+
+    Attributes:
+        change: after − before.
+        error: standard error of the change, from the differences between examples (0 for one).
+    """
+
+    before: float
+    after: float
+    change: float
+    error: float
+    tokens: int
+    examples: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the change is more than two standard errors."""
+        return abs(self.change) > 2 * self.error
+
+
+@dataclass(frozen=True)
+class TokenEffect:
+    """A token, where its loss changed most, and what came of all its occurrences.
+
+    Attributes:
+        context: the text before it in that place; `example` and `position` say where.
+        before, after: its loss there, in nats.
+        times: how often it occurs among the learned tokens.
+        total: the change summed over all of these, in nats.
+    """
+
+    token: str
+    context: str
+    before: float
+    after: float
+    example: int
+    position: int
+    times: int
+    total: float
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example token by token; the losses are None where nothing was learned."""
+
+    tokens: tuple[str, ...]
+    before: tuple[float | None, ...]
+    after: tuple[float | None, ...]
+
+
+def token_losses(
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_id: int = 0
+) -> list[Tensor]:
+    """Return −log p of each learned token, an f32 tensor per example, in the order given.
+
+    Args:
+        model: as it is now; without dropout and gradients.
+        examples: each with a label that counts.
+        batch_size: examples at a time; they are sorted by length first.
+        pad_id: token id in the padding.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    device = device_of(model)
+    with torch.no_grad(), eval_mode(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = pad([examples[i] for i in rows], pad_id).to(device)
+            logits = forward_logits(model, batch.input_ids, batch.attention_mask)[:, :-1]
+            labels = batch.labels[:, 1:]
+            counts = labels != IGNORE
+            chosen, wanted = logits[counts], labels[counts]
+            size = max(1, CHUNK // logits.shape[-1])
+            parts = [
+                F.cross_entropy(c.float(), w, reduction="none")
+                for c, w in zip(chosen.split(size), wanted.split(size), strict=True)
+            ]
+            losses = torch.cat(parts).cpu().split(counts.sum(1).tolist())
+            for i, loss in zip(rows, losses, strict=True):
+                found[i] = loss
+    return found
+
+
+def measured(before: Sequence[Tensor], after: Sequence[Tensor]) -> Measured:
+    """Return the means over all tokens, and how sure their difference is."""
+    tokens = sum(len(b) for b in before)
+    old, new = (math.fsum(float(t.double().sum()) for t in side) for side in (before, after))
+    change = (new - old) / tokens
+    sums = [float((a - b).double().sum()) for b, a in zip(before, after, strict=True)]
+    spread = math.fsum((s - change * len(b)) ** 2 for s, b in zip(sums, before, strict=True))
+    count = len(before)
+    error = math.sqrt(spread * count / max(1, count - 1)) / tokens
+    return Measured(old / tokens, new / tokens, change, error, tokens, count)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Training against held-out data, which tells learning from memorising.
+
+    Attributes:
+        train, valid: losses before and after.
+        growth: how much the gap (held-out − training loss) grew, in nats per token.
+        error: its standard error.
+    """
+
+    train: Measured
+    valid: Measured
+    growth: float
+    error: float
+
+    @property
+    def share(self) -> float:
+        """The share of what was gained on the training data that held-out data did not gain."""
+        return self.growth / -self.train.change if self.train.change < 0 else 0.0
+
+    @property
+    def overfitted(self) -> bool:
+        """Whether, beyond two standard errors, over half was lost or held-out data suffered."""
+        suffered = self.valid.change > 2 * self.valid.error and self.train.change < 0
+        return suffered or (self.share > 0.5 and self.growth > 2 * self.error)
+
+
+def gap(train: Measured, valid: Measured) -> Gap:
+    """Return how the gap between held-out and training loss grew."""
+    return Gap(train, valid, valid.change - train.change, math.hypot(train.error, valid.error))
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token; without a tokenizer its number in angle brackets.
+
+    A token that holds a part of a character shows as the replacement sign. Each is read behind
+    another token, because some tokenizers drop the space that a text begins with.
+    """
+    if tokenizer is None:
+        return [f"<{i}>" for i in ids]
+    anchor = encode(tokenizer, "a")[-1:]
+    before = decode(tokenizer, anchor)
+    texts = {}
+    for i in set(ids):
+        text = decode(tokenizer, [*anchor, i])
+        texts[i] = text[len(before) :] if text.startswith(before) else decode(tokenizer, [i])
+    return [texts[i] for i in ids]
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text without those that begin or end one, for tokenizers of any make."""
+    try:
+        return list(tokenizer.encode(text, special=False))
+    except TypeError:  # transformers' name for it
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of ids, control tokens included, for tokenizers of any make."""
+    try:
+        return tokenizer.decode(list(ids), skip_special=False)
+    except TypeError:
+        return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def effects(
+    examples: Sequence[Example],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    tokenizer: Any,
+    count: int,
+) -> tuple[tuple[TokenEffect, ...], tuple[TokenEffect, ...]]:
+    """Return the tokens whose loss fell and rose most in all, at most `count` of each."""
+    places = [
+        (i, position)
+        for i, example in enumerate(examples)
+        for position, label in enumerate(example.labels)
+        if position and label != IGNORE
+    ]
+    old, new = torch.cat(list(before)).double(), torch.cat(list(after)).double()
+    changes = (new - old).tolist()
+    by_token: dict[int, list[int]] = {}
+    for flat, (i, position) in enumerate(places):
+        by_token.setdefault(examples[i].labels[position], []).append(flat)
+    totals = {token: math.fsum(changes[f] for f in flats) for token, flats in by_token.items()}
+
+    def effect(token: int, sign: int) -> TokenEffect:
+        flat = max(by_token[token], key=lambda f: sign * changes[f])
+        i, position = places[flat]
+        context = pieces(tokenizer, examples[i].input_ids[max(0, position - CONTEXT) : position])
+        return TokenEffect(
+            pieces(tokenizer, [token])[0], "".join(context), float(old[flat]), float(new[flat]),
+            i, position, len(by_token[token]), totals[token],
+        )  # fmt: skip
+
+    order = sorted(totals, key=lambda token: totals[token])
+    helped = [effect(token, -1) for token in order[:count] if totals[token] < 0]
+    hurt = [effect(token, 1) for token in order[::-1][:count] if totals[token] > 0]
+    return tuple(helped), tuple(hurt)
+
+
+def shown(example: Example, before: Tensor, after: Tensor, tokenizer: Any) -> ShownExample:
+    """Put an example's losses beside its tokens."""
+    sides: list[list[float | None]] = [[], []]
+    for side, losses in zip(sides, (before.tolist(), after.tolist()), strict=True):
+        rest = iter(losses)
+        for position, label in enumerate(example.labels):
+            side.append(next(rest) if position and label != IGNORE else None)
+    return ShownExample(
+        tuple(pieces(tokenizer, example.input_ids)), tuple(sides[0]), tuple(sides[1])
+    )

@@ -1,0 +1,233 @@
+"""`minilora.explain` as a whole: what it returns, prints and writes, and what it refuses."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from report_models import ALL, Letters, causal, filled, kinds, sentences
+
+import minilora
+from minilora.data import Batches
+from minilora.evaluation import evaluate
+from minilora.lora_layer import lora_layers
+from minilora.report import Explanation, truncate
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = causal()
+    minilora.inject(made, r=2, alpha=3, adapter="v2", targets=["q_proj"], dtype=torch.float64)
+    return filled(made, "v2", seed=2)
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    """Everything at once."""
+    return minilora.explain(
+        model, "default", data=sentences(6), train=sentences(4, seed=1), words=["b"],
+        outside=sentences(3, seed=2), against="v2", tokenizer=Letters(), keep=0.8, batch_size=4,
+        top=3, ablate_examples=4,
+    )  # fmt: skip
+
+
+def test_explain_without_data_reads_the_weights(snapshot, same):
+    model = kinds()
+    minilora.activate(model, None)
+    before = snapshot(model)
+    found = minilora.explain(model)
+    same(before, snapshot(model))
+    assert isinstance(found, Explanation) and found.adapter == "default"
+    assert [(v.name, v.block, v.kind) for v in found.layers] == [(n, None, n) for n in ALL]
+    assert found.behaviour is found.gap is found.forgetting is found.comparison is None
+    assert found.copies == ()
+    ranks = {v.name: v.suggested_r for v in found.layers}
+    minilora.delete(model, "default")
+    r, pattern = found.suggestion
+    minilora.inject(model, r=r, rank_pattern=pattern, targets=ALL)
+    assert {n: layer.adapters["default"].r for n, layer in lora_layers(model).items()} == ranks
+
+
+def test_explain_with_data_measures_the_adapter_alone(model, found):
+    minilora.activate(model, "default")
+    on = evaluate(model, sentences(6))
+    with minilora.disabled(model):
+        off = evaluate(model, sentences(6))
+        outside = evaluate(model, sentences(3, seed=2))
+        train = evaluate(model, sentences(4, seed=1))
+    loss = found.behaviour.loss
+    assert (loss.before, loss.after) == pytest.approx((off.loss, on.loss), rel=1e-6)
+    assert (loss.tokens, loss.examples) == (on.tokens, 6)
+    assert found.forgetting.before == pytest.approx(outside.loss, rel=1e-6)
+    assert found.gap.train.before == pytest.approx(train.loss, rel=1e-6)
+    assert found.gap.valid == loss
+    changes = torch.cat(found.behaviour.token_losses[1]) - torch.cat(
+        found.behaviour.token_losses[0]
+    )
+    assert found.behaviour.better == pytest.approx(float((changes < 0).double().mean()))
+    assert 1 <= len(found.behaviour.helped) <= 3 and 1 <= len(found.behaviour.hurt) <= 3
+    assert len(found.behaviour.examples) == 3
+    whole = found.behaviour.ablations[0]
+    some = [sentences(6)[i] for i in (0, 1, 3, 4)]
+    assert whole.alone == pytest.approx(evaluate(model, some).loss, rel=1e-6)
+    assert found.behaviour.ablated == (4, evaluate(model, some).tokens)
+    assert [v.name for v in found.comparison.layers] == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert len(found.behaviour.attention.before) == 2
+    assert found.behaviour.attention.words == ("b",)
+
+
+def test_explain_measures_the_truncated_adapter(model, found):
+    ranks = {v.name: v.suggested_r for v in found.layers}
+    truncate(model, "default", "small", ranks=ranks)
+    minilora.activate(model, "small")
+    assert found.behaviour.truncated == pytest.approx(evaluate(model, sentences(6)).loss, rel=1e-6)
+    minilora.delete(model, "small")
+    assert found.truncation.error == pytest.approx(found.predicted_error, abs=1e-9)
+
+
+def test_explain_with_data_leaves_the_model_as_it_was(snapshot, same):
+    model = causal()
+    minilora.inject(model, r=2, alpha=3, adapter="v2", targets=["q_proj"], dtype=torch.float64)
+    minilora.activate(model, ["v2", "default"])
+    model.train()
+    before = snapshot(model)
+    minilora.explain(model, "default", data=sentences(2), words="b", tokenizer=Letters())
+    same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("options", [{"dora": True}, {"bias": "all"}, {"lora_bias": True}])
+def test_explain_of_more_than_a_product_has_no_truncation(options):
+    model = causal(**options)
+    for layer in lora_layers(model).values():
+        if layer.adapters["default"].lora_bias is not None:
+            layer.adapters["default"].lora_bias.data += 1
+    copies = minilora.copies.copies_of(model, "default")
+    for value in copies.values():
+        value.data += 2
+    found = minilora.explain(model, data=sentences(2), ablate_examples=0)
+    assert found.truncation is found.behaviour.truncated is None
+    assert found.behaviour.ablations == () and found.behaviour.ablated == (0, 0)
+    assert [copy.name for copy in found.copies] == list(copies)
+    for copy in found.copies:
+        assert copy.norm == pytest.approx(2 * math.sqrt(copies[copy.name].numel()))
+    assert json.loads(json.dumps(found.to_dict()))["truncation_error"] is None
+
+
+def test_explanation_prints_tables(found):
+    text = str(found)
+    for line in (
+        "adapter default", "module ", "helped most", "hurt most", "whole adapter", "block 1",
+        "mlp.2", "default / v2", "held-out data: loss ", "held-out loss at the suggested ranks",
+        "outside the task", "over-fitted", "attention on b:", "intruder dimensions:",
+        "% of every layer's energy", "suggested: r=",
+    ):  # fmt: skip
+        assert line in text, line
+    assert re.search(r"^layers\.\d\.\S+ +3 ", text, re.M)
+    pattern = json.loads(text[text.rindex("{") :].replace(",\n}", "}"))
+    assert pattern == found.suggestion[1]
+
+
+def test_explanation_prints_the_most_changed_of_many_layers():
+    model = minilora.inject(torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(14)]), r=1)
+    text = str(minilora.explain(filled(model)))
+    assert "… the 12 most changed of 14 layers" in text
+
+
+def test_explanation_writes_json_that_holds_everything(found, tmp_path):
+    file = found.to_json(tmp_path / "report.json")
+    read = json.loads(file.read_text(encoding="utf-8"))
+    assert read == found.to_dict()
+    assert read["layers"][0]["energy"][-1] == 1.0
+    assert read["layers"][0]["suggested_r"] == found.layers[0].suggested_r
+    assert read["suggestion"]["r"] == found.suggestion[0]
+    assert read["behaviour"]["ablations"][0]["part"] == "whole adapter"
+    assert read["behaviour"]["helped"][0]["token"] == found.behaviour.helped[0].token
+    assert read["gap"]["overfitted"] == found.gap.overfitted
+    assert "token_losses" not in read["behaviour"]
+
+
+def test_explanation_writes_null_for_what_is_infinite():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    model[0].weight.data.zero_()
+    found = minilora.explain(filled(minilora.inject(model, r=1)))
+    assert found.layers[0].relative == math.inf
+    assert found.to_dict()["layers"][0]["relative"] is None
+    assert "–" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"adapter": None}, ValueError, "several adapters are there (default, v2); say which"),
+        ({"adapter": "v9"}, ValueError, "there is no adapter 'v9'; this model has: default, v2"),
+        ({"against": "v9"}, ValueError, "there is no adapter 'v9'; this model has: default, v2"),
+        ({"against": "default"}, ValueError, "against must name another adapter than 'default'"),
+        ({"keep": 1.1}, ValueError, "keep must lie in (0, 1]"),
+        ({"top": -1}, ValueError, "top must be a whole number of at least 0, found -1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number of at least 1"),
+        ({"ablate_examples": 2.5}, ValueError, "ablate_examples must be a whole number"),
+        ({"largest": True}, ValueError, "largest must be a whole number"),
+        ({"words": ["b"]}, ValueError, "words needs data, the held-out examples to measure on"),
+        ({"train": sentences()}, ValueError, "train needs data, the held-out examples"),
+        ({"data": []}, ValueError, "data must hold at least one example, found none"),
+        ({"data": "text"}, TypeError, "data must be a sequence of examples, found str"),
+        ({"data": [[1]]}, TypeError, "example 0 must have input_ids"),
+        ({"data": sentences(), "words": ["b"]}, ValueError, "words need a tokenizer"),
+        (
+            {"data": sentences(), "words": ["bbbbbbbbb"], "tokenizer": Letters()},
+            ValueError,
+            "words must occur in the data",
+        ),
+    ],
+)
+def test_explain_says_what_is_wrong_and_changes_nothing(
+    model, arguments, error, message, snapshot, same
+):
+    before = snapshot(model)
+    with pytest.raises(error, match=re.escape(message)):
+        minilora.explain(model, **({"adapter": "default"} | arguments))
+    same(before, snapshot(model))
+
+
+def test_explain_needs_finite_unmerged_adapters():
+    with pytest.raises(ValueError, match=r"explain\(\) needs a model with adapters"):
+        minilora.explain(torch.nn.Linear(2, 2))
+    model = causal()
+    minilora.merge(model)
+    with pytest.raises(RuntimeError, match=r"explain\(\) needs unmerged weights"):
+        minilora.explain(model)
+    minilora.unmerge(model)
+    lora_layers(model)["layers.1.q_proj"].adapters["default"].lora_A.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="must be finite, found NaN or Inf on layers.1.q_proj"):
+        minilora.explain(model)
+
+
+def test_explain_says_on_stderr_what_it_does(capsys):
+    minilora.explain(causal(), data=sentences(2), progress=True)
+    said = capsys.readouterr().err
+    for line in ("reading layers.1.q_proj", "measuring held-out data without the adapter",
+                 "ablation 3 of 7", "measuring the adapter at the suggested ranks"):  # fmt: skip
+        assert line in said
+    minilora.explain(causal(), data=Batches(sentences(2), batch_size=1))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.peers
+def test_explain_reads_transformers_models():
+    """A GPT-2 of theirs: Conv1D layers, a tied head, attention through SDPA."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # seconds to import
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=13, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+    model = GPT2LMHeadModel(config).eval()
+    minilora.inject(model, r=2, alpha=3)
+    filled(model, scale=0.2)
+    found = minilora.explain(model, data=sentences(5), words="b", tokenizer=Letters())
+    on = evaluate(model, sentences(5))
+    assert found.behaviour.loss.after == pytest.approx(on.loss, rel=1e-5)
+    assert {v.kind for v in found.layers} == {
+        "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"
+    }  # fmt: skip
+    assert [v.shape for v in found.layers[:2]] == [(24, 8), (8, 8)]
+    assert len(found.behaviour.attention.after) == 2

@@ -1,0 +1,142 @@
+"""Attention mass against weights computed by hand, in our models and in transformers'."""
+
+import re
+
+import pytest
+import torch
+from report_models import Letters, causal, sentences
+from torch import nn
+from transformers import LlamaConfig as TheirConfig
+from transformers import LlamaForCausalLM
+
+from minilora.data import Example
+from minilora.models import Llama, LlamaConfig
+from minilora.report.attention import AttentionMass, attention_masses, occurrences, word_ids
+
+
+def weights_of(q, k, causal=True):
+    """Attention weights of one sequence, head by head."""
+    T = q.shape[-2]
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if causal:
+        scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+    return scores.softmax(-1)
+
+
+@torch.no_grad()
+def test_attention_masses_are_the_weights_on_the_chosen_tokens():
+    model, examples = causal(), sentences(6)
+    pattern = [examples[0].input_ids[1]]
+    found, even, tokens, queries = attention_masses(model, examples, [pattern], batch_size=4)
+    sums, shares, count, chosen = [0.0, 0.0], 0.0, 0, 0
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        marks = ids[0] == pattern[0]
+        sees = marks.cumsum(0) > 0
+        chosen, count = chosen + int(marks.sum()), count + int(sees.sum())
+        shares += float((marks.cumsum(0) / torch.arange(1, len(marks) + 1))[sees].sum())
+        x = model.embed(ids)
+        for i, block in enumerate(model.layers):
+            q, k = (p(x).unflatten(-1, (2, -1)).transpose(1, 2)
+                    for p in (block.q_proj, block.k_proj))  # fmt: skip
+            mass = weights_of(q, k)[..., marks].sum(-1)[0].mean(0)
+            sums[i] += float(mass[sees].sum())
+            x = block(x)
+    assert (tokens, queries) == (chosen, count)
+    assert found == pytest.approx([s / count for s in sums], rel=1e-5)
+    assert even == pytest.approx(shares / count, rel=1e-6)
+
+
+SHAPE = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+         "max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.peers
+def test_attention_masses_match_what_transformers_reports():
+    """Grouped heads, padding and masks: eager attention of transformers gives the weights out."""
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(TheirConfig(**SHAPE, attn_implementation="eager")).eval()
+    ours = Llama(LlamaConfig(**SHAPE)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    sdpa = LlamaForCausalLM(TheirConfig(**SHAPE, attn_implementation="sdpa")).eval()
+    sdpa.load_state_dict(theirs.state_dict())
+    examples = sentences(5)
+    sums, count = torch.zeros(3), 0
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        marks = ids[0] == 2
+        if not marks.any():
+            continue
+        sees = marks.cumsum(0) > 0
+        count += int(sees.sum())
+        with torch.no_grad():
+            layers = theirs(ids, output_attentions=True).attentions
+        sums += torch.stack([w[0].mean(0)[:, marks].sum(-1)[sees].sum() for w in layers])
+    wanted = (sums / count).tolist()
+    for model in (ours, sdpa):
+        for size in (1, 4):
+            found = attention_masses(model, examples, [[2]], batch_size=size)[0]
+            assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_attention_mass_follows_masks_and_scale():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 4, 3)
+    chosen, counted = torch.tensor([[True, False, True, False]]), torch.ones(1, 4).bool()
+    mode = AttentionMass(chosen, counted)
+    allowed = torch.ones(4, 4).bool().tril()
+    plain = weights_of(q, k)[..., chosen[0]].sum(-1).mean(1).sum().item()
+    added = torch.zeros(4, 4).masked_fill(~allowed, -torch.inf)
+    for options in ({"is_causal": True}, {"attn_mask": allowed}, {"attn_mask": added},
+                    {"is_causal": True, "scale": 3**-0.5}):  # fmt: skip
+        assert mode.mass(q, k, k, **options) == pytest.approx(plain, rel=1e-5)
+    free = weights_of(q, k, causal=False)[..., chosen[0]].sum(-1).mean(1).sum().item()
+    assert mode.mass(q, k, k) == pytest.approx(free, rel=1e-5)
+    twice = weights_of(2 * q, k)[..., chosen[0]].sum(-1).mean(1).sum().item()
+    assert mode.mass(q, k, k, is_causal=True, scale=2 * 3**-0.5) == pytest.approx(twice, rel=1e-5)
+    with mode:
+        torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True)
+    assert mode.sums == pytest.approx([plain], rel=1e-5)
+    with pytest.raises(ValueError, match=r"needs self-attention \[batch, heads, tokens, size\]"):
+        mode.mass(q[:, :, :1], k, k)
+
+
+def test_words_are_found_at_starts_and_after_spaces():
+    assert word_ids(["ab", "c"], Letters()) == [[1, 2], [0, 1, 2], [3], [0, 3]]
+    assert occurrences([0, 1, 2, 3, 1, 1, 2], [[0, 1, 2], [1, 2]]) == [True] * 3 + [False] * 2 + [
+        True,
+        True,
+    ]
+
+    class Theirs:
+        def encode(self, text, add_special_tokens=True):
+            return [len(text), add_special_tokens]
+
+    assert word_ids(["ab"], Theirs()) == [[2, False], [3, False]]
+
+
+class Rows(nn.Module):
+    def forward(self, ids):
+        return torch.zeros(*ids.shape, 13)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: word_ids(["a"], None), "words need a tokenizer"),
+        (lambda: word_ids([" "], Letters()), "words must be strings with something in them"),
+        (lambda: word_ids([3], Letters()), "words must be strings with something in them"),
+        (
+            lambda: attention_masses(causal(), sentences(), [[1] * 9], batch_size=2),
+            "words must occur in the data, found none of them",
+        ),
+        (
+            lambda: attention_masses(Rows(), [Example((1, 2), (1, 2))], [[1]], batch_size=2),
+            "attention mass needs a model that attends through",
+        ),
+    ],
+)
+def test_attention_says_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
