@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A bare `kernels` package belongs to Hugging Face: keep this folder off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo explain test check format clean
+.PHONY: demo explain test soak check format clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,12 @@ explain: $(VENV)/demo  # what the demo's adapter changed: out/explain/report.htm
 test: export OMP_WAIT_POLICY := PASSIVE
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# Training killed KILLS times at random, inside saves too, and held against an unbroken run.
+KILLS ?= 200
+soak: export OMP_WAIT_POLICY := PASSIVE
+soak: $(VENV)/dev
+	KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/test_kill.py $(ARGS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .

@@ -28,6 +28,7 @@ from .low_rank import (
     dropout_mask,
     lora_add,
     lora_linear,
+    row_masks,
 )
 from .probe import Hardware, hardware
 
@@ -77,5 +78,6 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "quantize_rows",
+    "row_masks",
     "scales_from_bits",
 ]

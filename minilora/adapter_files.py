@@ -33,8 +33,11 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
     """
     rows = {}
     for fqn, layer in layers.items():
-        weight = (own or {}).get(f"{fqn}.weight", layer.base.weight)
-        sample = weight_sample(fqn, weight) if layer.base_sample is None else layer.base_sample
+        sample = layer.base_sample
+        if sample is None:  # else the weight may be merged, or sharded and not at hand
+            key = f"{fqn}.weight"
+            weight = own[key] if own and key in own else layer.base.weight
+            sample = weight_sample(fqn, weight)
         rows[fqn] = {
             "shape": [layer.out_features, layer.in_features],
             "format": layer.base_format or storage_format(layer.base),

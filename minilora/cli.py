@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from minilora.adapter_config import read_config
 from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.checkpoint import save_adapter
 from minilora.data import Example
+from minilora.data_files import DataFiles, streamed
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
-from minilora.records import encode_records, read_records
+from minilora.packing import pack
 from minilora.report import truncate
 from minilora.report.comparison import check_keep
+from minilora.training.lock import check_free
+from minilora.training.ranks import Ranks, common_dtype, leave
+from minilora.training.sharded_loading import sharded
 from minilora.training.state import check_out
 
 MODEL_HELP = "a Hugging Face folder, a .gguf file, or smollm2-135m (fetched once)"
@@ -46,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_lora(train.add_argument_group("adapter"))
     _add_run(train.add_argument_group("run"))
     _add_data_options(train)
+    _add_data_path(train.add_argument_group("data path"))
 
     evaluation = commands.add_parser("eval", help="loss and perplexity on a file")
     _add_model(evaluation)
@@ -139,7 +145,9 @@ def _add_explain(explain: argparse.ArgumentParser) -> None:
 
 
 def _add_lora(lora: argparse._ArgumentGroup) -> None:
-    lora.add_argument("--r", type=_positive, default=8, help="rank (default %(default)s)")
+    lora.add_argument(  # torchrun takes --r for the beginning of an option of its own
+        "--r", "--rank", dest="r", type=_positive, default=8, help="rank (default %(default)s)"
+    )
     lora.add_argument("--alpha", type=float, help="scaling is alpha / r (default: r)")
     lora.add_argument("--dropout", type=float, default=0.0, help="default %(default)s")
     lora.add_argument("--rslora", action="store_true", help="scaling is alpha / sqrt(r)")
@@ -183,6 +191,25 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--save-every", type=int, metavar="STEPS")
     run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument(
+        "--patience", type=int, metavar="N", help="stop after N evaluations without a better one"
+    )
+    run.add_argument(
+        "--sample", nargs="+", metavar="PROMPT", help="continue these at each evaluation"
+    )
+    run.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="under torchrun: each process holds the model (ddp), or a part of every weight (fsdp)",
+    )
+
+
+def _add_data_path(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--pack", action="store_true", help="several documents in a row, kept apart")
+    group.add_argument(
+        "--stream", action="store_true", help="read .jsonl as it is needed; needs a limit on steps"
+    )
+    group.add_argument("--token-cache", type=Path, metavar="FOLDER", help="keep encoded data there")
 
 
 def _positive(text: str) -> int:
@@ -245,72 +272,42 @@ def _check_new_folder(out: Path, what: str) -> None:
         )
 
 
-def _load(options: argparse.Namespace):
+def _load(options: argparse.Namespace, prepare=None):
     adapter = getattr(options, "adapter", None)
     if adapter is not None:
         _check_adapter(adapter, "--adapter")  # before the slow part
     dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
     dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
-    model, tokenizer = load_model(options.model, dtype=dtype)
+    if getattr(options, "parallel", None) is not None and dtype == "auto":
+        dtype = common_dtype(options.parallel)
+    model, tokenizer = load_model(options.model, dtype=dtype, prepare=prepare)
     if adapter is not None:
         minilora.load(model, adapter)
     return model, tokenizer
 
 
-class _Data:
-    """Data files, read before the model and encoded after it."""
-
-    def __init__(self, files: Sequence[str]):
-        self.files = files
-        rows = [file for file in files if not file.endswith(".txt")]
-        self.texts = [file for file in files if file.endswith(".txt")]
-        self.rows = read_records(rows) if rows else []
-        self.documents = read_records(self.texts) if self.texts else []
-
-    def examples(self, tokenizer, options: argparse.Namespace) -> list[Example]:
-        """Encode: rows are cut at --max-length, documents into windows of it."""
-        examples: list[Example] = []
-        if self.rows:
-            examples, report = encode_records(
-                self.rows,
-                tokenizer,
-                max_length=options.max_length,
-                completion_only=not options.all_tokens,
-            )
-            rows = [file for file in self.files if file not in self.texts]
-            print(f"{', '.join(rows)}: {report}", file=sys.stderr)
-        for file, document in zip(self.texts, self.documents, strict=True):
-            (whole,), _ = encode_records([document], tokenizer, max_length=sys.maxsize)
-            cut = _windows(whole, options.max_length)
-            print(
-                f"{file}: {len(whole.input_ids)} tokens in {len(cut)} windows of up to "
-                f"{options.max_length}",
-                file=sys.stderr,
-            )
-            examples += cut
-        if not examples:
-            raise ValueError(
-                f"{', '.join(self.files)} must hold something to learn, found none within the "
-                f"first {options.max_length} tokens of any record; raise --max-length, or pass "
-                f"--all-tokens to learn prompts too"
-            )
-        return examples
+def _data(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
+    return DataFiles(files, options.max_length, options.all_tokens)
 
 
-def _windows(whole: Example, length: int) -> list[Example]:
-    """Cut into windows that share one token, so that every token but the first is learned once."""
-    ids, labels = whole.input_ids, whole.labels
-    return [
-        Example(ids[i : i + length], labels[i : i + length])
-        for i in range(0, len(ids) - 1, length - 1)
-    ]
+def _examples(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[Example]:
+    """Encode and say what became of the files; of several processes one does."""
+    examples, report = data.examples(tokenizer, getattr(options, "token_cache", None))
+    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's
+        for line in report:
+            print(line, file=sys.stderr)
+    return examples
 
 
 def _train(options: argparse.Namespace) -> int:
     if options.alpha is not None:
         check_alpha(options.alpha, "--alpha")
     check_dropout(options.dropout)
-    check_out(options.out, options.resume)
+    if int(os.environ.get("RANK", "0")) == 0:  # before the slow part
+        check_free(options.out)
+        check_out(options.out, options.resume)
+    if options.pack and options.stream:
+        raise ValueError("--pack needs all documents at once, found --stream too; leave one away")
     config = minilora.TrainConfig(
         lr=options.lr,
         lora_plus_ratio=options.lora_plus_ratio,
@@ -324,33 +321,58 @@ def _train(options: argparse.Namespace) -> int:
         save_every=options.save_every,
         checkpointing=options.checkpointing,
         seed=options.seed,
+        patience=options.patience,
+        parallel=options.parallel,
         # An f32 base would else be multiplied in what is fastest here.
         dtype="float32" if options.dtype == "float32" else "auto",
     )
-    train_data = _Data(options.data)
-    valid_data = _Data(options.valid) if options.valid else None
-    model, tokenizer = _load(options)
-    train = train_data.examples(tokenizer, options)
-    valid = valid_data.examples(tokenizer, options) if valid_data is not None else None
-    torch.manual_seed(options.seed)
-    minilora.inject(
+    train_data = None if options.stream else _data(options.data, options)
+    valid_data = _data(options.valid, options) if options.valid else None
+
+    def inject(model) -> None:
+        torch.manual_seed(options.seed)
+        minilora.inject(
+            model,
+            options.r,
+            options.alpha,
+            targets=options.targets or "all-linear",
+            exclude=options.exclude,
+            dropout=options.dropout,
+            rslora=options.rslora,
+            dora=options.dora,
+            init=options.init,
+            bias=options.bias,
+            modules_to_save=options.modules_to_save,
+        )
+
+    if options.parallel == "fsdp":  # each process reads its part alone
+        model, tokenizer = _load(options, sharded(Ranks("fsdp"), inject))
+    else:
+        model, tokenizer = _load(options)
+    train: Any = (
+        streamed(options.data, tokenizer, options.max_length, options.all_tokens)
+        if train_data is None
+        else _examples(train_data, tokenizer, options)
+    )
+    if options.pack:
+        train = pack(train, options.max_length)
+    valid = _examples(valid_data, tokenizer, options) if valid_data is not None else None
+    if options.parallel != "fsdp":
+        inject(model)
+    result = minilora.fit(  # torchrun ends the others when one fails
         model,
-        options.r,
-        options.alpha,
-        targets=options.targets or "all-linear",
-        exclude=options.exclude,
-        dropout=options.dropout,
-        rslora=options.rslora,
-        dora=options.dora,
-        init=options.init,
-        bias=options.bias,
-        modules_to_save=options.modules_to_save,
+        train,
+        valid,
+        config=config,
+        out=options.out,
+        resume=options.resume,
+        sample=_sampler(options.sample, tokenizer) if options.sample else None,
     )
-    result = minilora.fit(
-        model, train, valid, config=config, out=options.out, resume=options.resume
-    )
+    leave()
     if result.stopped == "interrupted":
         return 130
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
         print(f"held out after:  {result.best} (step {result.best_step})")
@@ -358,10 +380,23 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sampler(prompts: Sequence[str], tokenizer) -> Callable[[Any], str]:
+    """Return what continues the prompts, greedily."""
+
+    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+
+    def sample(model) -> str:
+        room = max(1, min(32, model.config.max_position_embeddings - longest))
+        texts = minilora.generate(model, prompts, tokenizer=tokenizer, max_new_tokens=room)
+        return " | ".join(f"{a}{b}" for a, b in zip(prompts, texts, strict=True))
+
+    return sample
+
+
 def _eval(options: argparse.Namespace) -> int:
-    data = _Data(options.data)
+    data = _data(options.data, options)
     model, tokenizer = _load(options)
-    examples = data.examples(tokenizer, options)
+    examples = _examples(data, tokenizer, options)
     found = minilora.evaluate(model, examples, batch_size=options.batch_size)
     print(json.dumps(vars(found)) if options.json else found)
     return 0
@@ -434,13 +469,13 @@ def _explain(options: argparse.Namespace) -> int:
         _check_adapter(folder, "OUT" if folder == options.out else "--against")
     options.model = _base_of(options.out, options.model)
     files = {key: getattr(options, key) for key in ("data", "train", "outside")}
-    data = {key: _Data(names) for key, names in files.items() if names}
+    data = {key: _data(names, options) for key, names in files.items() if names}
     model, tokenizer = _load(options)
     for name, folder in folders.items():
         minilora.load(model, folder, name)
     examples = {}
     for key, some in data.items():
-        whole = some.examples(tokenizer, options)
+        whole = _examples(some, tokenizer, options)
         count = min(len(whole), options.examples)
         examples[key] = [whole[i * len(whole) // count] for i in range(count)]
     found = minilora.explain(

@@ -26,10 +26,13 @@ class Example:
     Attributes:
         input_ids: T ≥ 1 token ids.
         labels: T ids, -100 where nothing is to be learned.
+        lengths: of the documents packed into it one after another (`minilora.packing`), () for a
+            single one.
     """
 
     input_ids: Sequence[int]
     labels: Sequence[int]
+    lengths: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,18 @@ class Batch:
         input_ids: [B, T] int64.
         labels: [B, T] int64, -100 on padding and on what is not learned.
         attention_mask: [B, T] bool, False on padding; None when nothing is padded.
+        documents: [B, T] int64, which of its row's documents a token belongs to, -1 on padding;
+            None where rows are single documents.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.input_ids)
 
     @property
     def tokens(self) -> int:
@@ -52,10 +62,42 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on `device`."""
-        mask = self.attention_mask
-        mask = mask if mask is None else mask.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), mask)
+        """Return the batch on `device`; a pinned one is copied without waiting."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pinned(self) -> Batch:
+        """Return the batch in page-locked memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return some of the rows, padded as they were."""
+        return self._each(lambda tensor: tensor[start:stop])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        mask, documents = (
+            None if tensor is None else change(tensor)
+            for tensor in (self.attention_mask, self.documents)
+        )
+        return Batch(change(self.input_ids), change(self.labels), mask, documents)
+
+    def positions(self) -> torch.Tensor:
+        """Return [B, T] positions that start anew with each document; of packed rows only."""
+        documents = self._documents()
+        counted = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        return counted - torch.where(begins, counted, 0).cummax(1).values
+
+    def document_mask(self) -> torch.Tensor:
+        """Return [B, 1, T, T] bool: what is before a token in its own document, and itself."""
+        documents = self._documents()
+        own = documents[:, :, None] == documents[:, None, :]
+        return own.tril()[:, None]
+
+    def _documents(self) -> torch.Tensor:
+        if self.documents is None:
+            raise ValueError("the batch must hold packed rows, found single documents")
+        return self.documents
 
 
 def learned_labels(labels: Sequence[int]) -> int:
@@ -104,7 +146,13 @@ def _as_example(item: Any, name: str) -> Example:
     mask = get("attention_mask")
     if mask is not None and not all(_integers(mask, f"{name}: attention_mask")):
         raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
-    return Example(ids, labels)
+    lengths = _integers(get("lengths") or (), f"{name}: lengths")
+    if lengths and (sum(lengths) != len(ids) or min(lengths) < 1):
+        raise ValueError(
+            f"{name}: lengths must be those of its documents, {len(ids)} in all, found "
+            f"{sum(lengths)}"
+        )
+    return Example(ids, labels, lengths)
 
 
 def _integers(values: Any, name: str) -> tuple[int, ...]:
@@ -121,16 +169,28 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     """Pad examples on the right to the longest of them.
 
     Args:
-        examples: at least one.
+        examples: of none there is a batch without rows, of one column.
         pad_id: the token id put in the padding, whose labels are -100.
     """
+    if not examples:
+        return Batch(*torch.zeros(2, 0, 1, dtype=torch.int64))
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     input_ids = torch.full(mask.shape, pad_id)
     labels = torch.full(mask.shape, IGNORE)
     input_ids[mask] = torch.tensor([i for example in examples for i in example.input_ids])
     labels[mask] = torch.tensor([label for example in examples for label in example.labels])
-    return Batch(input_ids, labels, None if mask.all() else mask)
+    documents = None
+    if any(example.lengths for example in examples):
+        documents = torch.full(mask.shape, -1)
+        documents[mask] = torch.tensor([i for example in examples for i in _numbers(example)])
+    return Batch(input_ids, labels, None if mask.all() else mask, documents)
+
+
+def _numbers(example: Example) -> Iterator[int]:
+    """Yield for each token the number of its document in the row."""
+    for number, length in enumerate(example.lengths or (len(example.input_ids),)):
+        yield from [number] * length
 
 
 class Batches:
@@ -150,6 +210,8 @@ class Batches:
         seed: with the epoch, decides the order; the global random state is not touched.
         pad_id: token id in the padding.
         drop_last: leave out what does not fill a batch.
+        part: (rank, world): yield only every world-th row of each batch from the rank-th on. The
+            order does not depend on it. A batch may then have no row.
 
     Raises:
         ValueError, TypeError: bad examples, or no batch to make.
@@ -165,6 +227,7 @@ class Batches:
         seed: int = 0,
         pad_id: int = 0,
         drop_last: bool = False,
+        part: tuple[int, int] = (0, 1),
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -174,9 +237,10 @@ class Batches:
             raise ValueError(f"drop_last needs examples to fill one batch, {found}")
         self.batch_size, self.shuffle, self.group_by_length = batch_size, shuffle, group_by_length
         self.seed, self.pad_id, self.drop_last = seed, pad_id, drop_last
+        self.rank, self.world = part
         self.epoch = 0
         self._start = self._index = 0  # batches of this epoch done before iterating, done by now
-        self.digest = _digest(self.examples)
+        self.digest = digest(self.examples)
 
     def __len__(self) -> int:
         extra = 0 if self.drop_last else self.batch_size - 1
@@ -186,7 +250,7 @@ class Batches:
         order, epoch = self.order(self.epoch), self.epoch
         for done, batch in enumerate(order[self._start :], self._start + 1):
             self._index = done
-            yield pad([self.examples[i] for i in batch], self.pad_id)
+            yield pad([self.examples[i] for i in batch[self.rank :: self.world]], self.pad_id)
         self.set_epoch(epoch + 1)
 
     def order(self, epoch: int) -> list[list[int]]:
@@ -197,16 +261,25 @@ class Batches:
             rng.shuffle(indices)
         if self.drop_last:
             del indices[len(self) * self.batch_size :]
-        if self.group_by_length:
-            pools = _cut(indices, self.batch_size * POOL)
-            indices = [i for pool in pools for i in sorted(pool, key=self._length)]
-        batches = _cut(indices, self.batch_size)
-        if self.shuffle and self.group_by_length:
-            rng.shuffle(batches)
-        return batches
+        return _batched(
+            self.examples, indices, self.batch_size, self.group_by_length, self.shuffle, rng
+        )
 
     def _length(self, index: int) -> int:
         return len(self.examples[index].input_ids)
+
+    def any_batch(self) -> Batch:
+        """Return one row, for who must compute something."""
+        return pad(self.examples[:1], self.pad_id)
+
+    def about(self) -> str:
+        """Say how much there is to learn from."""
+        tokens = sum(map(len, (example.input_ids for example in self.examples)))
+        packed = sum(len(example.lengths) for example in self.examples)
+        rows = f"{packed} documents packed in {len(self.examples)} rows" if packed else (
+            f"{len(self.examples)} examples"
+        )  # fmt: skip
+        return f"{rows}, {tokens} tokens, {100 * self.padding_share():.1f} % padding"
 
     def padding_share(self) -> float:
         """Return the share of padding among the positions of the current epoch, in [0, 1)."""
@@ -250,13 +323,48 @@ class Batches:
         return {"examples": len(self.examples)} | {key: getattr(self, key) for key in keys}
 
 
+def grouped(
+    examples: Sequence[Example],
+    batch_size: int,
+    shuffle: bool,
+    group_by_length: bool,
+    rng: random.Random,
+) -> list[list[int]]:
+    """Cut examples into batches of indices, in an order that `rng` decides; see `Batches`."""
+    indices = list(range(len(examples)))
+    if shuffle:
+        rng.shuffle(indices)
+    return _batched(examples, indices, batch_size, group_by_length, shuffle, rng)
+
+
+def _batched(
+    examples: Sequence[Example],
+    indices: list[int],
+    batch_size: int,
+    group_by_length: bool,
+    shuffle: bool,
+    rng: random.Random,
+) -> list[list[int]]:
+    if group_by_length:
+        pools = _cut(indices, batch_size * POOL)
+        indices = [
+            i for pool in pools for i in sorted(pool, key=lambda i: len(examples[i].input_ids))
+        ]
+    batches = _cut(indices, batch_size)
+    if shuffle and group_by_length:
+        rng.shuffle(batches)
+    return batches
+
+
 def _cut(values: list[int], size: int) -> list[list[int]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def digest(examples: Sequence[Example]) -> str:
     """Fingerprint ids, labels and lengths."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for example in examples:
-        digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]))
-    return digest.hexdigest()[:16]
+        found.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]))
+        if example.lengths:
+            found.update(array("q", [-len(example.lengths), *example.lengths]))
+    return found.hexdigest()[:16]

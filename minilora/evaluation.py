@@ -60,14 +60,29 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
             f"a batch must have a label to learn, found {tuple(batch.labels.shape)} labels of "
             f"which all after the first column are {IGNORE}; leave such batches out"
         )
-    if argument_names(getattr(type(model), "loss", None)) >= {"input_ids", "labels"}:
-        mean = model.loss(batch.input_ids, batch.labels)  # type: ignore[operator]
+    known = argument_names(getattr(type(model), "loss", None))
+    beside = {}
+    if batch.documents is not None:
+        if not takes_packed(model):
+            raise ValueError(
+                f"packed rows need a model whose loss takes positions and mask, as those of "
+                f"minilora.models do, found {type(model).__name__}; do not pack for it"
+            )
+        beside = {"positions": batch.positions(), "mask": batch.document_mask()}
+    if known >= {"input_ids", "labels"}:
+        mean = model.loss(batch.input_ids, batch.labels, **beside)  # type: ignore[operator]
         return _full(mean) * tokens, tokens
     logits = forward_logits(model, batch.input_ids, batch.attention_mask)
     labels = batch.labels[:, 1:]
     counts = labels != IGNORE
     chosen = _full(logits[:, :-1][counts])
     return F.cross_entropy(chosen, labels[counts], reduction="sum"), tokens
+
+
+def takes_packed(model: nn.Module) -> bool:
+    """Tell whether the model's loss keeps documents in one row apart."""
+    needed = {"input_ids", "labels", "positions", "mask"}
+    return argument_names(getattr(type(model), "loss", None)) >= needed
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,6 +174,15 @@ def evaluate(
             part, count = (loss or token_loss)(model, batch.to(device))
             total += float(part)
             tokens += count
+    return summarize(total, tokens)
+
+
+def summarize(total: float, tokens: int) -> Evaluation:
+    """Return mean and perplexity of a loss summed over tokens.
+
+    Raises:
+        ValueError: no token.
+    """
     if tokens == 0:
         raise ValueError("data must hold a label to learn, found none: loss counted 0 tokens")
     mean = total / tokens

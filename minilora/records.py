@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,18 +84,43 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> list[dict[str, Any
     return records
 
 
+def iter_records(paths: Sequence[str | Path]) -> Iterator[dict[str, Any]]:
+    """Yield the records of `.jsonl` files one by one, reading on only as they are asked for.
+
+    Raises:
+        ValueError: another kind of file, or a bad line, with its place, when it is reached.
+    """
+    for file in map(Path, paths):
+        if file.suffix != ".jsonl":
+            raise ValueError(f"{file}: only .jsonl files can be streamed; leave --stream away")
+        with open(file, "rb") as opened:
+            for number, read in enumerate(opened, 1):
+                line = read.removeprefix(b"\xef\xbb\xbf") if number == 1 else read
+                found: list[dict[str, Any]] = []
+                problems: list[str] = []
+                _read_line(file, number, line, found, problems)
+                _refuse(problems, "cannot read the data")
+                yield from found
+
+
 def _read_jsonl(file: Path, content: bytes, records: list[Any], problems: list[str]) -> None:
     """Collect a record or a problem per line; only newlines end lines, JSON may hold U+2028."""
     for number, line in enumerate(content.split(b"\n"), 1):
-        try:
-            if line.strip():
-                records.append(_checked(json.loads(line.decode("utf-8"))))
-        except UnicodeDecodeError as error:
-            problems.append(f"{file}:{number}: must be UTF-8: {error.reason}")
-        except json.JSONDecodeError as error:
-            problems.append(f"{file}:{number}: must be JSON: {error.msg} (column {error.colno})")
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{file}:{number}: {error}")
+        _read_line(file, number, line, records, problems)
+
+
+def _read_line(
+    file: Path, number: int, line: bytes, records: list[Any], problems: list[str]
+) -> None:
+    try:
+        if line.strip():
+            records.append(_checked(json.loads(line.decode("utf-8"))))
+    except UnicodeDecodeError as error:
+        problems.append(f"{file}:{number}: must be UTF-8: {error.reason}")
+    except json.JSONDecodeError as error:
+        problems.append(f"{file}:{number}: must be JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{file}:{number}: {error}")
 
 
 def _refuse(problems: Sequence[str], what: str) -> None:

@@ -25,6 +25,10 @@ layers =
     minilora.training
     minilora.generation
     minilora.evaluation
+    minilora.data_files
+    minilora.token_cache
+    minilora.streaming
+    minilora.packing
     minilora.records
     minilora.data
     minilora.quantized_models

@@ -39,19 +39,26 @@ def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A tiny bfloat16 Llama that reads words of one letter."""
+def tiny_folder(folder, dtype=torch.float32, config=None):
+    """Write a tiny Llama that reads words of one letter."""
+    torch.manual_seed(0)
     vocabulary = {"<s>": 0, "<end>": 1, **{chr(97 + i): 2 + i for i in range(26)}}
     backend = Backend(models.WordLevel(vocabulary, unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(["<s>", "<end>"])
-    config = LlamaConfig(vocab_size=28, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=6,
-                         max_position_embeddings=32, eos_token_id=1)  # fmt: skip
-    model = Llama(config).bfloat16()
-    save_pretrained(model, tmp_path / "model", Tokenizer(backend, eos="<end>", stop_ids={1}))
-    return tmp_path / "model"
+    config = config or LlamaConfig(
+        vocab_size=28, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, max_position_embeddings=32,
+        eos_token_id=1,
+    )  # fmt: skip
+    model = Llama(config).to(dtype)
+    save_pretrained(model, folder, Tokenizer(backend, eos="<end>", stop_ids={1}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_folder(tmp_path / "model", torch.bfloat16)
 
 
 @pytest.fixture
@@ -180,7 +187,7 @@ def test_cli_export_needs_a_model_and_an_adapter(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--r", 0], "--r: must be a whole number of at least 1, found '0'"),
+        (["--r", 0], "--r/--rank: must be a whole number of at least 1, found '0'"),
         (["--batch-size", "x"], "--batch-size: must be a whole number"),
         (["--max-length", 1], "--max-length: must be at least 2"),
         (["--alpha", 0], "--alpha must be a finite number other than 0"),
@@ -329,6 +336,43 @@ def test_cli_train_passes_the_adapters_options_on(data, tmp_path, capsys):
         run("train", "smollm2-135m", "--data", data, "--out", tmp_path / "b", "--bias", "all") == 2
     )
     assert "bias='all' must find a bias to train, found none" in capsys.readouterr().err
+
+
+def test_cli_train_packs_streams_and_keeps_tokens(folder, tmp_path, capsys):
+    file = tmp_path / "some.jsonl"
+    file.write_text(
+        "".join(json.dumps({"text": "a b c d e"[: 2 * n + 1]}) + "\n" for n in (1, 4, 2))
+    )
+    train = ["train", folder, "--data", file, "--max-length", 16, "--max-steps", 2]
+    assert run(*train, "--out", tmp_path / "a", "--pack", "--token-cache", tmp_path / "c") == 0
+    said = capsys.readouterr().err
+    assert "3 of 3 documents kept: 13 tokens" in said
+    assert "3 documents packed in 1 rows, 13 tokens, 0.0 % padding" in said
+    assert run(*train, "--out", tmp_path / "b", "--token-cache", tmp_path / "c") == 0
+    assert "0 dropped with nothing left to learn (from the cache)" in capsys.readouterr().err
+    assert run(*train, "--out", tmp_path / "d", "--stream") == 0
+    assert "a stream of examples, in windows of 400" in capsys.readouterr().err
+    assert run(*train[:-2], "--out", tmp_path / "e", "--stream") == 2
+    assert "a stream has no known length" in capsys.readouterr().err
+    assert run(*train, "--out", tmp_path / "e", "--stream", "--pack") == 2
+    assert "--pack needs all documents at once" in capsys.readouterr().err
+
+
+def test_cli_train_on_a_stream_names_the_bad_line(folder, letters, tmp_path, capsys):
+    letters.write_text(letters.read_text() + '{"txt": "a"}\n')
+    train = ["train", folder, "--data", letters, "--stream", "--max-steps", 3, "--max-length", 16]
+    assert run(*train, "--out", tmp_path / "run") == 2
+    assert "letters.jsonl:9: a record must have" in capsys.readouterr().err
+    assert run("train", folder, "--data", "x.txt", *train[4:], "--out", tmp_path / "run") == 2
+    assert "x.txt: only .jsonl files can be streamed" in capsys.readouterr().err
+
+
+def test_cli_train_samples_and_stops_early(folder, letters, tmp_path, capsys):
+    train = ["train", folder, "--data", letters, "--valid", letters, "--max-length", 16]
+    more = ["--sample", "a b", "--eval-every", 1, "--patience", 1, "--max-steps", 30, "--lr", 10]
+    assert run(*train, *more, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().err
+    assert "sample: a b" in said and "evaluations in a row were not better" in said
 
 
 @pytest.fixture

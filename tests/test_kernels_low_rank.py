@@ -15,6 +15,7 @@ from minilora.kernels import (
     lora_add,
     lora_linear,
     reference,
+    row_masks,
 )
 
 # How many times plain torch's own error, in the same dtype, a kernel may make: the one table.
@@ -254,3 +255,42 @@ def test_check_backend_refuses_what_cannot_run():
         check_backend("cuda")
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: .*use backend='auto'"):
         check_backend("triton")
+
+
+# --- masks row by row
+
+
+def masks(seeds, x, p=0.4, calls=2):
+    torch.manual_seed(3)
+    with row_masks(seeds):
+        return [dropout_mask(x, p) for _ in range(calls)]
+
+
+def test_row_masks_do_not_depend_on_the_rows_beside_them():
+    x = torch.randn(5, 7, 11)
+    whole = masks([1, 2, 3, 4, 5], x)
+    for call in range(2):
+        parts = [masks([1, 2], x[:2]), masks([3], x[2:3]), masks([4, 5], x[3:])]
+        assert torch.equal(torch.cat([part[call] for part in parts]), whole[call])
+        longer = masks([4, 1], torch.randn(2, 9, 11))[call]  # more padding: the same beginning
+        assert torch.equal(longer[:, :7], whole[call][[3, 0]])
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole[0][0], whole[0][1])
+    flat = masks([1, 2, 3, 4, 5], x.view(35, 11))
+    assert torch.equal(flat[0].view(5, 7, 11), whole[0])
+
+
+def test_row_masks_are_kept_with_the_right_probability():
+    mask = masks(list(range(50)), torch.randn(50, 40, 40), p=0.3)[0]
+    assert abs(float(mask.float().mean()) - 0.7) < 0.01
+    assert abs(float(mask.float().mean((1, 2)).std()) - (0.21 / 1600) ** 0.5) < 0.005
+
+
+def test_row_masks_end_with_the_block_and_skip_what_has_other_rows():
+    x = torch.randn(5, 3)
+    outside = masks([], x)[0]
+    with pytest.raises(KeyError), row_masks([1]):
+        raise KeyError
+    torch.manual_seed(3)
+    assert torch.equal(dropout_mask(x, 0.4), outside)
+    assert torch.equal(masks([1, 2], x)[0], outside)  # 5 rows are not 2 rows' tokens

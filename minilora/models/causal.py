@@ -19,6 +19,8 @@ IGNORED = -100  # the label of a token that does not count, as in Hugging Face
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped
 
 Transform = Callable[[str, torch.Tensor], torch.Tensor | nn.Module]
+# Called with the model on the meta device; what it returns takes each tensor as it is read.
+Prepare = Callable[[Any], Callable[[str, torch.Tensor], None]]
 
 
 class CausalLM(nn.Module):
@@ -124,7 +126,14 @@ class CausalLM(nn.Module):
         x = self.hidden(input_ids, positions=positions, mask=mask, cache=cache)
         return self.lm_head(x if last is None else x[:, -last:])
 
-    def loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute the mean next-token cross-entropy, never holding all logits at once.
 
         Position t predicts `labels[:, t + 1]`, as in Hugging Face.
@@ -132,6 +141,8 @@ class CausalLM(nn.Module):
         Args:
             input_ids: `[B, T]` as in `forward`.
             labels: `[B, T]` int64 beside `input_ids`; −100 marks tokens that do not count.
+            positions: as in `forward`.
+            mask: as in `forward`; for several documents in a row, each seeing only itself.
 
         Returns:
             A 0-dim tensor in f32 (f64 for an f64 model): the mean over the tokens that count.
@@ -150,7 +161,8 @@ class CausalLM(nn.Module):
                 f"at least one label after the first token must count, found all of them "
                 f"{IGNORED} (or sequences of one token); leave such a batch out"
             )
-        rows = self.hidden(input_ids)[:, :-1].flatten(0, 1)
+        hidden = self.hidden(input_ids, positions=positions, mask=mask)
+        rows = hidden[:, :-1].flatten(0, 1)
         if _is_plain_linear(self.lm_head):
             return linear_cross_entropy(rows, self.lm_head.weight, target, ignore_index=IGNORED)
         return self._loss_through_head(rows, target)

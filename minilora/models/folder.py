@@ -18,7 +18,7 @@ from torch import nn
 
 from minilora.kernels import hardware
 
-from .causal import Transform
+from .causal import Prepare, Transform
 from .gpt2 import GPT2, stored_fqn
 from .gpt2_config import GPT2Config
 from .llama import Llama
@@ -70,6 +70,7 @@ def read_folder(
     device: torch.device | str,
     transform: Transform | None,
     kind: str = "llama",
+    prepare: Prepare | None = None,
 ) -> Any:
     """Read a folder into the model of that kind; its `from_pretrained` says what holds."""
     folder = Path(folder)
@@ -90,7 +91,7 @@ def read_folder(
             _refuse_mixed_dtypes(files, owner, folder)
         if config.tie_word_embeddings and "lm_head.weight" in owner:
             _check_tied_head(files, owner, folder, known.embedding)
-    fill(model, _stored(owner), wanted, device, transform)
+    fill(model, _stored(owner), wanted, device, transform, prepare)
     model.name_or_path = str(folder)
     return model.eval()
 
@@ -164,13 +165,21 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device | str,
     transform: Transform | None,
+    prepare: Prepare | None = None,
 ) -> None:
     """Put tensors into a model on the meta device, one at a time, then tie the head.
 
     Only one stored tensor is alive beside what has been put in. A transform may have a method
     `start(model)`, called first with the model on the meta device; and for a layer's weight it
-    may return a module to stand in the layer's place.
+    may return a module to stand in the layer's place. With `prepare`, what it returns puts the
+    tensors in.
     """
+    if prepare is not None:
+        put = prepare(model.to(dtype or torch.float32).eval())
+        for fqn, tensor in stored:
+            if fqn != "lm_head.weight" or not model.config.tie_word_embeddings:
+                put(fqn, tensor.to(dtype or torch.float32))
+        return
     start = getattr(transform, "start", None)
     if start is not None:
         start(model)

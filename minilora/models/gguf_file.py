@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .causal import Transform
+from .causal import Prepare, Transform
 from .folder import check_names_and_shapes, fill, resolve_dtype
 from .llama import Llama
 from .llama_config import LlamaConfig
@@ -321,6 +321,7 @@ def read_model(
     dtype: torch.dtype | str | None,
     device: torch.device | str,
     transform: Transform | None,
+    prepare: Prepare | None = None,
 ) -> Llama:
     """Make the model of an open file; `Llama.from_gguf` says what holds."""
     config = model_config(source)
@@ -339,7 +340,7 @@ def read_model(
                 tensor = _half_rotation_order(tensor, config.num_key_value_heads)
             yield fqn, tensor
 
-    fill(model, stored(), wanted, device, transform)
+    fill(model, stored(), wanted, device, transform, prepare)
     model.name_or_path = str(source.path)
     return model.eval()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from .causal import Transform
+from .causal import Prepare, Transform
 from .fetching import fetch
 from .folder import KINDS, Model, read_folder, read_json
 from .gguf_file import read_gguf, read_model
@@ -20,6 +20,7 @@ def load_model(
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
     transform: Transform | None = None,
+    prepare: Prepare | None = None,
 ) -> tuple[Model, Tokenizer]:
     """Read a model and its tokenizer from the same place.
 
@@ -30,6 +31,9 @@ def load_model(
         dtype: `"auto"` the fastest here, None as stored, or a floating-point torch dtype.
         device: where the weights go.
         transform: called per tensor; see `Llama.from_pretrained`.
+        prepare: called with the model on the meta device, in its dtype; returns a function that is
+            called with name and value of each tensor, one at a time, and puts it where it belongs.
+            None keeps each tensor whole.
 
     Returns:
         The model, a `Llama` or `GPT2` in evaluation mode, and the tokenizer.
@@ -43,13 +47,16 @@ def load_model(
         place = fetch(str(path))
     if place.is_dir():
         kind = _model_type(place)
-        model = read_folder(place, dtype=dtype, device=device, transform=transform, kind=kind)
+        model = read_folder(
+            place, dtype=dtype, device=device, transform=transform, kind=kind, prepare=prepare
+        )
         tokenizer = Tokenizer.from_pretrained(place)
         return model, _with_gpt2_tokens(tokenizer) if kind == "gpt2" else tokenizer
     if place.is_file():
         source = read_gguf(place)
         tokenizer = Tokenizer._from_gguf(source)
-        return read_model(source, dtype=dtype, device=device, transform=transform), tokenizer
+        model = read_model(source, dtype=dtype, device=device, transform=transform, prepare=prepare)
+        return model, tokenizer
     raise ValueError(
         f"a model is a folder with config.json, a .gguf file or one of {', '.join(_NAMES)}, found "
         f"nothing at {str(path)!r}"

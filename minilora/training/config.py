@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 SCHEDULES = ("cosine", "linear", "constant")
+PARALLEL = ("ddp", "fsdp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,7 +25,8 @@ class TrainConfig:
         betas: AdamW's.
         eps: AdamW's.
         clip: largest global gradient norm; None never clips.
-        batch_size: rows in a micro-batch.
+        batch_size: rows in a micro-batch, over all ranks. What does not fit in memory is computed
+            in smaller passes with the same gradient.
         accumulate: micro-batches in an optimizer step. The gradient is that of the mean over all
             tokens of the step, however they are spread over the micro-batches.
         epochs: passes over the data; may be a fraction. None: 1, unless another limit is set.
@@ -35,8 +37,8 @@ class TrainConfig:
         eval_every: steps between evaluations; there is one before the first step and one after
             the last in any case. None: only these.
         eval_batch_size: rows per evaluation batch; None is batch_size.
-        save_every: steps between saves of the run's state; None saves at the end, on Ctrl-C or
-            SIGTERM, and when an error ends the run.
+        save_every: steps between saves of the run's state; None saves every ten minutes. It is
+            also saved at the end, on Ctrl-C or SIGTERM, and when an error ends the run.
         dtype: what to compute in. `"auto"`: a base that is not f32 is used as it is; an f32 base
             runs under autocast in what `minilora.hardware()` found fastest. `"bfloat16"` and
             `"float16"` put an f32 base under autocast; `"float32"` computes in f32 and needs an
@@ -46,6 +48,11 @@ class TrainConfig:
         shuffle: a new order each epoch.
         group_by_length: batches of similar lengths (less padding).
         seed: decides order and dropout, nothing else; the global random state is left alone.
+        patience: evaluations in a row without a better one after which the run ends; None never
+            ends it early. Needs `eval_every` and `valid`.
+        parallel: `"ddp"` (each rank holds the model) or `"fsdp"` (each holds a part of every
+            weight) under torchrun; None is one process. A step has the same rows on any number
+            of ranks: each takes a part of every micro-batch.
         max_bad_steps: a run stops after that many steps in a row with a non-finite loss or
             gradient, which are skipped.
         log_every: steps between plain log lines.
@@ -73,13 +80,15 @@ class TrainConfig:
     shuffle: bool = True
     group_by_length: bool = True
     seed: int = 0
+    patience: int | None = None
+    parallel: str | None = None
     max_bad_steps: int = 5
     log_every: int = 10
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "accumulate", "max_bad_steps", "log_every"):
             self._require(key, _whole(getattr(self, key)), "a whole number of at least 1")
-        for key in ("max_steps", "eval_every", "eval_batch_size", "save_every"):
+        for key in ("max_steps", "eval_every", "eval_batch_size", "save_every", "patience"):
             value = getattr(self, key)
             self._require(key, value is None or _whole(value), "a whole number ≥ 1, or None")
         for key in ("epochs", "max_minutes", "clip"):
@@ -102,6 +111,13 @@ class TrainConfig:
             self._require(key, isinstance(getattr(self, key), bool), "True or False")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        good = self.parallel in (None, *PARALLEL)
+        self._require("parallel", good, f"None, or one of {', '.join(PARALLEL)}")
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError(
+                f"patience counts evaluations, so it needs eval_every, found patience="
+                f"{self.patience} and eval_every=None; set both"
+            )
         good = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
         self._require("seed", good, "a whole number of at least 0")
 

@@ -58,10 +58,10 @@ class Health:
             for what, factor, other in _factors(name, layer):
                 if factor.grad is None:
                     raise _no_gradient(what, "none at all")
-                if what in self.alive or factor.grad.any():
+                if what in self.alive or _any(factor.grad):
                     learning = True
                     self._follow(what, factor)
-                elif other.any() and not self.resumed:
+                elif _any(other) and not self.resumed:
                     zero.append(what)
                     self.zeros[what] = self.zeros.get(what, 0) + 1
                     if self.zeros[what] == PATIENCE:
@@ -82,11 +82,17 @@ class Health:
     def _follow(self, what: str, factor: Tensor) -> None:
         """Count a factor's steps since its first gradient, and see that it does not stay 0."""
         steps = self.alive[what] = self.alive.get(what, 0) + 1
-        if steps == PATIENCE and not factor.any():
+        if steps == PATIENCE and not _any(factor):
             raise RuntimeError(
                 f"{what} must move as it is trained, but after {steps - 1} steps it is still 0; "
                 f"is the optimizer given this parameter, and its learning rate above 0?"
             )
+
+
+def _any(tensor: Tensor) -> bool:
+    """Tell whether anything is not 0, over all shards of a sharded tensor."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return bool(whole.any())
 
 
 def _no_gradient(what: str, found: str) -> RuntimeError:

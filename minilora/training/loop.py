@@ -1,8 +1,8 @@
 """The training loop, to be read top to bottom: prepare, step, evaluate, save, finish."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data import Batch
-from minilora.evaluation import Evaluation, Loss, evaluate
+from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate
 from minilora.lora_layer import weight_dtype
+from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig
+from minilora.training.feed import Feed
+from minilora.training.gradient import Gradient
 from minilora.training.health import Health
+from minilora.training.lock import FolderLock, check_free
+from minilora.training.measures import b_norms, evaluate_on_ranks
 from minilora.training.monitor import Monitor, draw_curve, seconds
-from minilora.training.prepare import checkpointing, interruptible, mix_seed
+from minilora.training.prepare import checkpointing, interruptible
+from minilora.training.ranks import Ranks
 from minilora.training.run import LAST, Run
+from minilora.training.state import check_out, has_state
 
 _RESUME = "resume=True (--resume)"
+SAVE_SECONDS = 600  # between saves, where save_every is None
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class FitResult:
 
     Attributes:
         steps: optimizer steps done, over all resumptions, skipped ones included.
-        stopped: `"finished"`, `"time"` (max_minutes) or `"interrupted"` (Ctrl-C, SIGTERM).
+        stopped: `"finished"`, `"time"` (max_minutes), `"early"` (patience) or `"interrupted"`
+            (Ctrl-C, SIGTERM).
         minutes: time spent in training steps; evaluations and saving not counted.
         tokens: learned tokens processed.
         skipped: steps skipped for a non-finite loss or gradient.
@@ -37,6 +46,7 @@ class FitResult:
         best_step: the step after which it was made; the model holds that step's adapter. 0: no
             evaluation was better than the one before the first step.
         losses: training loss of each step of this call, without the skipped ones.
+        data_wait: share of this call's training time spent waiting for batches, in [0, 1].
     """
 
     steps: int
@@ -48,6 +58,7 @@ class FitResult:
     best: Evaluation | None
     best_step: int
     losses: list[float] = field(repr=False)
+    data_wait: float = 0.0
 
 
 def fit(
@@ -61,6 +72,8 @@ def fit(
     loss: Loss | None = None,
     pad_id: int = 0,
     quiet: bool = False,
+    callbacks: Sequence[Any] = (),
+    sample: Callable[[nn.Module], str] | None = None,
 ) -> FitResult:
     """Train the model's active, trainable adapter with AdamW.
 
@@ -78,13 +91,18 @@ def fit(
             after the last.
         config: settings; `TrainConfig()` if None.
         out: folder for the best adapter (PEFT's two files), the last one in `last/`,
-            `state.safetensors`, `metrics.jsonl` and `loss.png`; None leaves nothing behind.
+            `state.safetensors` with the one before it, `metrics.jsonl` and `loss.png`; None
+            leaves nothing behind. One process at a time may work in it.
         resume: continue the run whose state lies in `out`, with the same base, adapter, data and
             config; limits, lr and what only reports may differ.
         loss: (model, batch) → (loss summed over tokens, tokens); `evaluation.token_loss` if None.
             The counts it returns are what the sums are divided by.
         pad_id: token id put into the padding, of no influence.
         quiet: print nothing.
+        callbacks: objects with any of the methods on_step, on_eval, on_save, on_log; see
+            `minilora.training.callbacks.Callbacks`. Each process calls its own.
+        sample: writes some text with the model; called at each evaluation (in evaluation mode,
+            without gradients), and the text is said and put into `metrics.jsonl`.
 
     Returns:
         A `FitResult`. Ctrl-C or SIGTERM end the run after the step in hand, with the state saved.
@@ -94,16 +112,39 @@ def fit(
             a damaged one, an `out` that holds a run while `resume` is False.
         TypeError: data or a loss of another kind.
         RuntimeError: a merged model; an adapted layer that gets no gradient; too many non-finite
-            steps in a row. On any error after a step the state of the last complete one is saved.
+            steps in a row; another process at work in `out`, or no room there. On any error after
+            a step the state of the last complete one is saved.
     """
+    config, told = config or TrainConfig(), Callbacks(callbacks)
     place = None if out is None else Path(out)
-    run = Run(model, train, valid, config or TrainConfig(), place, resume, loss, pad_id)
-    with interruptible() as interrupted, _training(run):
-        monitor = Monitor(run.total, run.step, run.out, run.config.log_every, quiet)
-        try:
-            return _Loop(run, monitor, interrupted).train()
-        finally:
-            monitor.close()
+    lock = None
+    ranks = Ranks(config.parallel, device_of(model))
+    if place is not None and ranks.rank == 0:
+        check_free(place)
+        check_out(place, resume)
+        lock = FolderLock(place)
+    try:
+        if lock is not None and place is not None:
+            check_out(place, resume, begun=lock.left)  # as another run may just have ended
+        run = Run(model, train, valid, config, place, resume, loss, pad_id, ranks)
+        run.sweep()
+    except BaseException:
+        if lock is not None:
+            lock.withdraw()
+        raise
+    try:
+        with interruptible() as interrupted, _training(run):
+            first = ranks.rank == 0
+            written, mute = run.out if first else None, quiet or not first
+            monitor = Monitor(run.total, run.step, written, config.log_every, mute, told)
+            try:
+                return _Loop(run, monitor, interrupted, sample).train()
+            finally:
+                monitor.close()
+    finally:
+        ranks.close()
+        if lock is not None:
+            lock.release()
 
 
 @contextmanager
@@ -127,13 +168,23 @@ class _InterruptedError(Exception):
 class _Loop:
     """The steps of one call of `fit`."""
 
-    def __init__(self, run: Run, monitor: Monitor, interrupted: Callable[[], bool]):
-        self.run, self.config, self.monitor = run, run.config, monitor
-        self.interrupted = interrupted
+    def __init__(
+        self,
+        run: Run,
+        monitor: Monitor,
+        interrupted: Callable[[], bool],
+        sample: Callable[[nn.Module], str] | None,
+    ):
+        self.run, self.config, self.monitor, self.ranks = run, run.config, monitor, run.ranks
+        self.interrupted, self.sample = interrupted, sample
+        self.feed = Feed(run.batches, run.device)
+        self.gradient = Gradient(run, self._autocast, monitor.say)
         self.health = Health(run.model, resumed=run.step > 0)
         self.losses: list[float] = []
         self.start = run.step
         self.updating = False
+        self.saved = seconds()
+        self.took = self.waited = 0.0
 
     def train(self) -> FitResult:
         """Step until a limit is reached."""
@@ -146,8 +197,10 @@ class _Loop:
             except _InterruptedError:
                 stopped = "interrupted"
             return self._finish(stopped)
-        except BaseException:
+        except BaseException as error:
             self._rescue()
+            if self.ranks.lost(error):
+                raise self._lost(error) from error
             raise
 
     def _steps(self) -> str:
@@ -155,19 +208,47 @@ class _Loop:
         run = self.run
         if run.step == 0 or self._due(self.config.eval_every):
             self._evaluate()
-        for micro in self._groups():
-            if self.interrupted():
+        if self._patience_over():
+            return "early"
+        with closing(self._groups()) as groups:
+            return self._step_through(groups)
+
+    def _step_through(self, groups: Iterable[tuple[list[Batch], dict]]) -> str:
+        run = self.run
+        for micro, place in groups:
+            stop, save_now = self._agreed()
+            if stop:
                 return "interrupted"
             if run.out_of_time():
                 return "time"
-            self._step(micro)
+            self._step(micro, place)
             if run.bad >= self.config.max_bad_steps:
                 self._give_up()
             if self._due(self.config.eval_every):
                 self._evaluate()
-            if self._due(self.config.save_every):
-                run.save()
+            if self._due(self.config.save_every) or (save_now and self.config.save_every is None):
+                self._save()
+            if self._patience_over():
+                return "early"
         return "finished"
+
+    def _agreed(self) -> tuple[bool, bool]:
+        """Ask all ranks whether to stop and rank 0 whether to save; take over rank 0's clock."""
+        run, first = self.run, self.ranks.rank == 0
+        late = first and seconds() - self.saved >= SAVE_SECONDS
+        elapsed = run.elapsed if first else 0.0
+        stop, save_now, run.elapsed = self.ranks.sums(self.interrupted(), late, elapsed)
+        return bool(stop), bool(save_now)
+
+    def _patience_over(self) -> bool:
+        return self.config.patience is not None and self.run.stale >= self.config.patience
+
+    def _save(self) -> None:
+        run = self.run
+        run.save()
+        self.saved = seconds()
+        if run.out is not None:
+            self.monitor.callbacks("on_save", run.out)
 
     def _due(self, every: int | None) -> bool:
         """Tell whether this step is one of every so many, and not the last."""
@@ -176,28 +257,29 @@ class _Loop:
 
     # --- one step
 
-    def _groups(self) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each optimizer step, over as many epochs as it takes."""
+    def _groups(self) -> Generator[tuple[list[Batch], dict], None, None]:
+        """Yield each step's micro-batches and the place after them, epoch after epoch."""
         run = self.run
         group: list[Batch] = []
         while run.total is None or run.step < run.total:
-            for batch in run.batches:
-                group.append(batch)
-                if len(group) == self.config.accumulate:
-                    yield group
-                    group = []
-                if run.total is not None and run.step >= run.total:
-                    return
+            with closing(self.feed.epoch()) as epoch:
+                for batch, place in epoch:
+                    group.append(batch)
+                    if len(group) == self.config.accumulate:
+                        yield group, place
+                        group = []
+                    if run.total is not None and run.step >= run.total:
+                        return
             if group:  # an epoch's tail is a step of its own: no window spans two epochs
-                yield group
+                yield group, place
                 group = []
 
-    def _step(self, micro: list[Batch]) -> None:
+    def _step(self, micro: list[Batch], place: dict) -> None:
         """Do one optimizer step, or skip it where loss or gradient are not finite."""
         run = self.run
         lr, begin = run.rate(), seconds()
         self.health.begin()
-        value, norm, tokens = self._gradient(micro)
+        value, norm, tokens = self.gradient.of(micro)
         good = math.isfinite(value) and math.isfinite(norm)
         if good:
             for remark in self.health.check():
@@ -214,41 +296,26 @@ class _Loop:
         run.skipped += not good
         run.step += 1
         run.tokens += tokens
-        run.lr, run.place = lr, run.batches.state_dict()
+        run.lr, run.place = lr, place
         self.updating = False
-        took = seconds() - begin
+        waited, self.waited = self.feed.waited - self.waited, self.feed.waited
+        took = seconds() - begin + waited
         run.elapsed += took
+        self.took += took
         if not good:
             self.monitor.say(
                 f"step {run.step} skipped: loss {value} over {tokens} tokens, gradient norm {norm} "
                 f"(not finite){f'; loss scale now {run.scale.value:g}' if overflow else ''}"
             )
-        row = {"step": run.step, "loss": value, "lr": lr, "grad_norm": norm, "tokens": tokens,
-               "tokens_per_s": tokens / took, "elapsed_s": run.elapsed}  # fmt: skip
+        row: dict[str, Any] = {
+            "step": run.step, "loss": value, "lr": lr, "grad_norm": norm, "tokens": tokens,
+            "tokens_per_s": tokens / took, "elapsed_s": run.elapsed, "data_wait": waited / took,
+        }  # fmt: skip
+        if run.step % self.config.log_every == 0:
+            row["b_norm"] = b_norms(run)
         if run.scale.growth:
             row["loss_scale"] = run.scale.value
         self.monitor.step(row, run.time_left())
-
-    def _gradient(self, micro: list[Batch]) -> tuple[float, float, int]:
-        """Accumulate the gradient of the mean over all tokens; return loss, norm and tokens."""
-        run = self.run
-        run.optimizer.zero_grad(set_to_none=True)
-        value, tokens = 0.0, 0
-        for index, batch in enumerate(micro):
-            # Dropout depends on where in the run we are, not on what ran before: so a resumed
-            # run draws the same masks.
-            torch.manual_seed(mix_seed(self.config.seed, run.step, index))
-            with self._autocast():
-                total, count = _checked(run.loss(run.model, batch.to(run.device)))
-            (total * run.scale.value).backward()
-            value += float(total.detach())
-            tokens += count
-        if tokens == 0:
-            return math.nan, math.nan, 0
-        gradients = [p.grad for p in run.names if p.grad is not None]
-        for gradient in gradients:  # once at the end: only now is the step's number of tokens known
-            gradient.div_(tokens * run.scale.value)
-        return value / tokens, float(torch.nn.utils.get_total_norm(gradients)), tokens
 
     def _update(self, lr: float, norm: float) -> None:
         if self.config.clip is not None and norm > self.config.clip:
@@ -287,34 +354,55 @@ class _Loop:
             return total, int(count)
 
         with self._autocast():
-            found = evaluate(run.model, run.valid, loss=loss)
+            if self.ranks.world == 1:
+                found = evaluate(run.model, run.valid, loss=loss)
+            else:
+                found = evaluate_on_ranks(run, run.valid)
         self.monitor.evaluation(
             {"step": run.step, "eval_loss": found.loss, "eval_perplexity": found.perplexity}
         )
         if run.keep(found) and run.step:
             run.save_adapter()
+        if self.sample is not None:
+            with torch.no_grad(), eval_mode(run.model), self._autocast():
+                self.monitor.sample(run.step, self.sample(run.model))
 
     def _rescue(self) -> None:
         """On an error, save the state as of the last complete step of this call."""
         run = self.run
         if run.out is None or run.step == self.start or self.updating:
             return
+        if self.ranks.rank > 0 or self.ranks.kind == "fsdp":
+            self.monitor.say(
+                f"the last save in {run.out} is what {_RESUME} goes on from, on any number of ranks"
+            )
+            return
         try:
             run.save()
             self.monitor.say(f"saved after step {run.step} in {run.out}; go on with {_RESUME}")
-        except (OSError, ValueError) as error:  # the error that ended the run matters more
+        except (OSError, ValueError, RuntimeError) as error:  # what ended the run matters more
             self.monitor.say(f"the state could not be saved: {error}")
+
+    def _lost(self, error: BaseException) -> RuntimeError:
+        out, ranks = self.run.out, self.ranks
+        saved = out is not None and has_state(out)
+        go_on = f"the state in {out} is whole: start all again with {_RESUME}, on any number of "
+        go_on = f"{go_on}processes" if saved else "nothing was saved: start all again"
+        return RuntimeError(
+            f"all {ranks.world} processes must go on together, but process {ranks.rank} lost "
+            f"another one after step {self.run.step} ({str(error).splitlines()[0]:.120}); {go_on}"
+        )
 
     def _finish(self, stopped: str) -> FitResult:
         run = self.run
         interrupted = stopped == "interrupted"
         if not interrupted or run.step:
-            run.save()
+            self._save()
         if not interrupted:
             run.restore_best()
         if not interrupted or (run.step and run.best_step == 0):
             run.save_adapter()
-        if run.out is not None:
+        if run.out is not None and self.ranks.rank == 0:
             draw_curve(run.out)
         if interrupted and run.step == 0:
             self.monitor.say("stopped before the first step: nothing was trained or saved")
@@ -327,12 +415,23 @@ class _Loop:
                 f"no evaluation was better than the one before the first step (held-out loss "
                 f"{run.best.loss:.4f}), so the adapter is the one the run began with{last}"
             )
+        elif stopped == "early":
+            self.monitor.say(
+                f"stopped after step {run.step}: {run.stale} evaluations in a row were not better "
+                f"than the one after step {run.best_step}, whose adapter is kept"
+            )
         elif run.valid is not None and run.best is None:
             self.monitor.say("no evaluation was finite: the adapter is that of the last step")
+        if self.took and self.ranks.rank == 0:
+            self.monitor.say(
+                f"{100 * self.waited / self.took:.2f} % of the training time went into waiting for "
+                f"data"
+            )
         for parameter in run.names:
             parameter.grad = None
         return FitResult(run.step, stopped, run.elapsed / 60, run.tokens, run.skipped, run.before,
-                         run.best, run.best_step, self.losses)  # fmt: skip
+                         run.best, run.best_step, self.losses,
+                         self.waited / self.took if self.took else 0.0)  # fmt: skip
 
     def _announce(self) -> None:
         run = self.run
@@ -348,30 +447,8 @@ class _Loop:
         self.monitor.say(
             f"training {parameters:,} parameters of adapter '{run.adapter}' for "
             f"{' or '.join(limits)}{', whichever ends first' if len(limits) > 1 else ''}; base "
-            f"{plain[0]}, {plain[1]}; {len(run.batches.examples)} examples, "
-            f"{100 * run.batches.padding_share():.1f} % padding"
+            f"{plain[0]}, {plain[1]}; {run.batches.about()}"
+            f"{f'; {self.ranks.world} processes ({self.ranks.kind})' if self.ranks.kind else ''}"
         )
         for remark in run.remarks:
             self.monitor.say(f"note: {remark}")
-
-
-def _checked(result: Any) -> tuple[Tensor, int]:
-    """Check what a loss returned."""
-    good = isinstance(result, tuple) and len(result) == 2
-    total, count = result if good else (result, None)
-    if isinstance(count, Tensor) and count.numel() == 1 and not count.is_floating_point():
-        count = int(count)
-    good = good and isinstance(total, Tensor) and total.numel() == 1
-    if not good or not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        found = tuple(type(x).__name__ for x in result) if isinstance(result, tuple) else result
-        raise TypeError(
-            f"loss must return (sum over tokens, tokens): a tensor of one element and a whole "
-            f"number of at least 0, found {found!r:.80}"
-        )
-    if not total.requires_grad:
-        raise RuntimeError(
-            "the loss must carry a gradient to the adapter, found a tensor that requires none; is "
-            "fit or the model run under torch.no_grad(), is its output detached, or does no input "
-            "reach an adapted layer?"
-        )
-    return total, count

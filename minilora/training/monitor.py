@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from minilora.training.callbacks import Callbacks
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -21,12 +24,20 @@ class Monitor:
         out: the run's folder, or None to leave nothing behind.
         every: steps between plain lines.
         quiet: show nothing.
+        callbacks: are told what is recorded and said.
     """
 
     def __init__(
-        self, total: int | None, start: int, out: Path | None, every: int, quiet: bool = False
+        self,
+        total: int | None,
+        start: int,
+        out: Path | None,
+        every: int,
+        quiet: bool = False,
+        callbacks: Callbacks | None = None,
     ):
         self.total, self.every, self.quiet = total, every, quiet
+        self.callbacks = callbacks or Callbacks()
         self.file = None if out is None else out / METRICS_FILE
         if self.file is not None:
             _keep_until(self.file, start)
@@ -39,6 +50,7 @@ class Monitor:
     def step(self, row: dict, left: float | None) -> None:
         """Record one optimizer step; `left` is the time left in seconds, if known."""
         self._append(row)
+        self.callbacks("on_step", row)
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix_str(
@@ -55,13 +67,20 @@ class Monitor:
     def evaluation(self, row: dict) -> None:
         """Record one evaluation."""
         self._append(row)
+        self.callbacks("on_eval", row)
         self.say(
             f"step {row['step']:>4}  held-out loss {row['eval_loss']:.4f}, "
             f"perplexity {row['eval_perplexity']:.3f}"
         )
 
+    def sample(self, step: int, text: str) -> None:
+        """Record what the model wrote."""
+        self._append({"step": step, "sample": text})
+        self.say(f"step {step:>4}  sample: {text}")
+
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""
+        self.callbacks("on_log", line)
         if self.quiet:
             return
         if self.bar is not None:
@@ -81,8 +100,14 @@ class Monitor:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
         }
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            raise RuntimeError(
+                f"{self.file} must take another line, but writing failed: "
+                f"{error.strerror or error}; free space there and go on with resume=True (--resume)"
+            ) from error
 
 
 def read_metrics(file: Path) -> list[dict]:
@@ -104,7 +129,9 @@ def _keep_until(file: Path, step: int) -> None:
     if step and file.exists():
         kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(aside, file)
 
 
 def draw_curve(out: Path) -> Path | None:

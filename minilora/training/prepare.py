@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.copies import all_copies, copies_of
-from minilora.data import Batch, Batches
+from minilora.data import Batch, Batches, Example
+from minilora.evaluation import takes_packed
 from minilora.generation import CONTEXT_NAMES
 from minilora.kernels import hardware
 from minilora.lora_layer import LoRALayer, weight_dtype
+from minilora.streaming import Stream, StreamBatches
 from minilora.training.config import TrainConfig
 
 
@@ -97,8 +99,12 @@ def make_optimizer(names: dict[Tensor, str], config: TrainConfig) -> torch.optim
     )
 
 
-def make_batches(data: Iterable[Any], what: str, **options: Any) -> Batches:
-    """Return `Batches` over examples, or say that batches were given."""
+def make_batches(
+    data: Iterable[Any], what: str, check: Callable[[Example, str], None], **options: Any
+) -> Batches | StreamBatches:
+    """Return batches over examples, each checked, or say that batches were given."""
+    if isinstance(data, Stream):
+        return StreamBatches(data, check=check, **options)
     if isinstance(data, Batches):
         raise TypeError(
             f"fit() makes its own batches, found Batches as {what}; pass its .examples (size and "
@@ -109,40 +115,52 @@ def make_batches(data: Iterable[Any], what: str, **options: Any) -> Batches:
         raise TypeError(
             f"fit() makes its own batches, found a Batch in {what}; pass single examples"
         )
-    return Batches(data, **options)
+    batches = Batches(data, **options)
+    for i, example in enumerate(batches.examples):
+        check(example, f"example {i} of {what}")
+    return batches
 
 
-def check_examples(data: Batches, what: str, model: nn.Module, labels: bool) -> None:
-    """Hold the examples against the model's context and vocabulary, before the first step.
+def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Example, str], None]:
+    """Return what holds an example against the model's context and vocabulary.
 
     Args:
-        data: the examples and their `pad_id`.
-        what: what to call them in the message.
         model: its `config`, if any, says what fits.
-        labels: whether the labels are token ids too.
+        pad_id: of the padding.
+        own_loss: whether the user's loss says what labels are, and knows packed rows.
     """
     config = getattr(model, "config", None)
     found = (getattr(config, name, None) for name in CONTEXT_NAMES)
     context = next((n for n in found if isinstance(n, int)), math.inf)
     vocabulary = getattr(config, "vocab_size", None)
     vocabulary = vocabulary if isinstance(vocabulary, int) else math.inf
-    if not 0 <= data.pad_id < vocabulary:
+    if not 0 <= pad_id < vocabulary:
         raise ValueError(
-            f"pad_id must lie in [0, {vocabulary}), found {data.pad_id}; any token id will do"
+            f"pad_id must lie in [0, {vocabulary}), found {pad_id}; any token id will do"
         )
-    for i, example in enumerate(data.examples):
+    apart = own_loss or takes_packed(model)
+
+    def check(example: Example, name: str) -> None:
         if len(example.input_ids) > context:
             raise ValueError(
-                f"examples must fit the model's context of {context} tokens, but example {i} of "
-                f"{what} has {len(example.input_ids)}; cut them (--max-length {context}, or "
+                f"examples must fit the model's context of {context} tokens, but {name} has "
+                f"{len(example.input_ids)}; cut them (--max-length {context}, or "
                 f"encode_records(..., max_length={context}))"
             )
-        largest = max(*example.input_ids, *(example.labels if labels else ()), 0)
+        largest = max(*example.input_ids, *(() if own_loss else example.labels), 0)
         if largest >= vocabulary:
             raise ValueError(
-                f"token ids must lie in [0, {vocabulary}), but example {i} of {what} holds "
-                f"{largest}; encode the data with this model's own tokenizer"
+                f"token ids must lie in [0, {vocabulary}), but {name} holds {largest}; encode the "
+                f"data with this model's own tokenizer"
             )
+        if example.lengths and not apart:
+            raise ValueError(
+                f"packed rows need a model whose loss takes positions and mask, as those of "
+                f"minilora.models do, but {type(model).__name__} does not, and {name} is packed; "
+                f"do not pack for it"
+            )
+
+    return check
 
 
 def compute_dtype(
@@ -165,13 +183,26 @@ def compute_dtype(
     return wanted
 
 
-def planned_steps(config: TrainConfig, batches: int) -> int | None:
-    """Return the number of optimizer steps, or None when only the clock limits the run."""
+def planned_steps(config: TrainConfig, batches: int | None) -> int | None:
+    """Return the number of optimizer steps, or None when only the clock limits the run.
+
+    `batches` of an epoch is None for a stream, whose length nobody knows.
+    """
     epochs = config.epochs
+    if batches is None and (config.epochs, config.max_steps, config.max_minutes) == (None,) * 3:
+        raise ValueError(
+            "a stream has no known length, so a run on it needs max_steps (--max-steps) or "
+            "max_minutes (--minutes), found neither"
+        )
+    if batches is None and epochs is not None:
+        raise ValueError(
+            f"a stream has no known length, so epochs can't be counted, found epochs={epochs}; set "
+            f"max_steps or max_minutes"
+        )
     if epochs is None and config.max_steps is None and config.max_minutes is None:
         epochs = 1
     limits = [] if config.max_steps is None else [config.max_steps]
-    if epochs is not None:
+    if epochs is not None and batches is not None:
         per_epoch = math.ceil(batches / config.accumulate)
         limits.append(max(1, round(per_epoch * epochs)))
     return min(limits) if limits else None

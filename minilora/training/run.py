@@ -15,32 +15,38 @@ from minilora.adapters import active_adapters, require_layers
 from minilora.checkpoint import save_adapter
 from minilora.data import Batches
 from minilora.evaluation import Evaluation, Loss, device_of, token_loss
+from minilora.streaming import Stream
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.prepare import (
-    check_examples,
     check_model,
     compute_dtype,
+    example_check,
     make_batches,
     make_optimizer,
     planned_steps,
     trained,
     trained_adapter,
 )
+from minilora.training.ranks import Ranks, is_sharded, shard, whole_factors
+from minilora.training.same_run import check_same_run, check_tensors
 from minilora.training.scaling import LossScale, loss_scale
 from minilora.training.state import (
     STATE_FILE,
-    check_out,
-    check_same_run,
-    check_tensors,
     damaged,
+    has_state,
     load_state,
     optimizer_tensors,
     restore_optimizer,
     save_state,
+    sweep,
+    unwritable,
 )
 
 LAST = "last"
-_COUNTERS = ("step", "tokens", "skipped", "bad", "elapsed", "evaluated", "best_step", "lr")
+_COUNTERS = (
+    *("step", "tokens", "skipped", "bad", "elapsed", "evaluated", "best_step", "lr"),
+    *("stale", "rows"),
+)
 _ANY_BASE = ("base_model_name_or_path", "peft_version", "task_type")  # a path may differ
 
 
@@ -56,7 +62,10 @@ class Run:
         skipped: steps skipped for a loss or gradient that was not finite; `bad` in a row.
         elapsed: seconds spent in steps.
         evaluated: the step after which the last evaluation was made, -1 before the first.
+        stale: evaluations since the best one.
+        rows: rows in a pass, once a micro-batch did not fit; 0 until then.
         lr: the rate of the last step.
+        ranks: the processes of the run.
         place: where in the data the last complete step ended.
         remarks: what a resumed run should say.
     """
@@ -71,35 +80,51 @@ class Run:
         resume: bool,
         loss: Loss | None,
         pad_id: int,
+        ranks: Ranks | None = None,
     ):
         self.model, self.config, self.out = model, config, out
+        self.ranks = ranks or Ranks()
         self.loss: Loss = loss or token_loss
+        self.own_loss = loss is not None
         self.layers = require_layers(model, "fit")
         check_model(model, self.layers)
         self.adapter = trained_adapter(model, self.layers)
         self.names = trained(model, self.layers, self.adapter)
         self.device = device_of(model)
-        self.dtype = compute_dtype(self.layers, config.dtype, self.device)
+        chosen = compute_dtype(self.layers, config.dtype, self.device)
+        self.dtype = self.ranks.agree(chosen)
         self.scale = loss_scale(self.layers, self.dtype)
-        self.batches = make_batches(
+        check = example_check(model, pad_id, self.own_loss)
+        self.batches: Any = make_batches(
             train,
             "train",
+            check,
             batch_size=config.batch_size,
             shuffle=config.shuffle,
             group_by_length=config.group_by_length,
             seed=config.seed,
             pad_id=pad_id,
+            part=(self.ranks.rank, self.ranks.world),
         )
         self.valid: Batches | None = None
         if valid is not None:
             size = config.eval_batch_size or config.batch_size
-            self.valid = make_batches(valid, "valid", batch_size=size, pad_id=pad_id)
-        for what, data in (("train", self.batches), ("valid", self.valid)):
-            if data is not None:
-                check_examples(data, what, model, labels=loss is None)
+            if isinstance(valid, Stream):
+                raise TypeError("valid must be a list of examples, found a Stream; read it first")
+            held_out: Any = make_batches(valid, "valid", check, batch_size=size, pad_id=pad_id)
+            self.valid = held_out
+        if config.patience is not None and valid is None:
+            raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
+        if self.ranks.kind == "fsdp" and not is_sharded(model):
+            shard(model)
+            self.names = trained(model, self.layers, self.adapter)
+        self.ranks.look_after(self.names)
         self.optimizer = make_optimizer(self.names, config)
-        self.total = planned_steps(config, len(self.batches))
+        self.total = planned_steps(
+            config, len(self.batches) if isinstance(self.batches, Batches) else None
+        )
         self.step = self.tokens = self.skipped = self.bad = self.best_step = 0
+        self.stale = self.rows = 0
         self.elapsed = self.lr = 0.0
         self.evaluated = -1
         self.before: Evaluation | None = None
@@ -108,10 +133,13 @@ class Run:
         self.remarks: list[str] = []
         if resume and out is None:
             raise ValueError("resume=True needs out, the folder of the run to continue")
-        if out is not None:
-            check_out(out, resume)
         if resume and out is not None:
-            self._resume(out)
+            if has_state(out):
+                self._resume(out)
+            else:
+                self.remarks.append(
+                    "the run was killed before its first save, so it begins from the start"
+                )
         self.place = self.batches.state_dict()
 
     # --- how far it is
@@ -147,8 +175,9 @@ class Run:
         if self.step == 0:
             self.before = found
         if not math.isfinite(found.loss) or (self.best and found.loss >= self.best.loss):
+            self.stale += 1
             return False
-        self.best, self.best_step = found, self.step
+        self.best, self.best_step, self.stale = found, self.step, 0
         self.best_values = {name: p.detach().clone() for p, name in self.names.items()}
         return True
 
@@ -165,6 +194,7 @@ class Run:
         """Write what `resume` needs, and the current adapter into `last/`."""
         if self.out is None:
             return
+        full = self.ranks.full
         tensors = {f"parameter.{name}": p for p, name in self.names.items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
@@ -174,13 +204,28 @@ class Run:
         facts["scale"] = vars(self.scale)
         for key, found in (("before", self.before), ("best", self.best)):
             facts[key] = None if found is None else vars(found)
-        save_state(self.out, tensors, facts)
-        save_adapter(self.model, self.out / LAST, self.adapter)
+        tensors = {key: full(tensor) for key, tensor in tensors.items()}
+        if self.ranks.rank == 0:
+            save_state(self.out, tensors, facts)
+        self._save_adapter(self.out / LAST)
 
     def save_adapter(self) -> None:
         """Write the adapter as it is in the model into the run's folder."""
         if self.out is not None:
-            save_adapter(self.model, self.out, self.adapter)
+            self._save_adapter(self.out)
+
+    def _save_adapter(self, folder: Path) -> None:
+        try:
+            with whole_factors(self.model, self.adapter):
+                if self.ranks.rank == 0:
+                    save_adapter(self.model, folder, self.adapter)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half written."""
+        if self.out is not None and self.ranks.rank == 0:
+            sweep(self.out)
 
     def _buffers(self) -> dict[str, Tensor]:
         """Return what is frozen of the adapter (PiSSA's offset, a slice's mask) by dotted name."""
@@ -207,10 +252,11 @@ class Run:
     def _resume(self, out: Path) -> None:
         """Take up the run whose state lies in `out`; nothing changes before all is checked."""
         file = out / STATE_FILE
-        tensors, facts = load_state(out)
+        tensors, facts = self.ranks.one_after_the_first(lambda: load_state(out))
         trained, buffers = {name: p for p, name in self.names.items()}, self._buffers()
         try:
-            self.remarks = check_same_run(out, facts["identity"], self._identity())
+            fallback = [facts["fallback"]] if facts["fallback"] else []
+            self.remarks = fallback + check_same_run(out, facts["identity"], self._identity())
             check_tensors(file, tensors, trained, buffers)  # type: ignore[arg-type]
             self.batches.load_state_dict(facts["data"])
             for key in _COUNTERS:
@@ -223,14 +269,13 @@ class Run:
             self.best = None if facts["best"] is None else Evaluation(**facts["best"])
         except (KeyError, TypeError, AttributeError) as error:
             raise damaged(file, error) from None
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors[f"parameter.{name}"])
-            for name, buffer in buffers.items():
-                buffer.copy_(tensors[f"buffer.{name}"])
-        restore_optimizer(self.optimizer, self.names, tensors)  # type: ignore[arg-type]
+        for name, parameter in trained.items():
+            self.ranks.put(parameter, tensors[f"parameter.{name}"])
+        for name, buffer in buffers.items():
+            self.ranks.put(buffer, tensors[f"buffer.{name}"])
+        restore_optimizer(self.optimizer, self.names, tensors, self.ranks.like)
         self.best_values = {
-            name: tensors[f"best.{name}"].to(p.device)
+            name: self.ranks.like(p, tensors[f"best.{name}"])
             for name, p in trained.items()
             if f"best.{name}" in tensors
         }

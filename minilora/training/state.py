@@ -1,43 +1,63 @@
-"""The state of a run in one file: tensors in safetensors, the rest as JSON in its metadata.
+"""The state of a run on the disk: tensors in safetensors, the rest as JSON in its metadata.
 
-One file, renamed into place, is whole or absent; a state of two files could be half of each.
+One file, renamed into place, is whole or absent; a state of two files could be half of each. The
+one before it is kept, so a newest one that a crash or a bad disk damaged costs one save, not a run.
 """
 
+import errno
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from minilora.adapter_files import CONFIG_FILE
+from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.training.lock import LOCK_FILE
 from minilora.training.monitor import METRICS_FILE, read_metrics
 
 STATE_FILE = "state.safetensors"
-_VERSION = 2
-# Settings that may differ when a run goes on: limits, the rate, and what only reports.
-_FREE = {
-    "epochs", "max_steps", "max_minutes", "lr", "eval_every", "eval_batch_size", "save_every",
-    "log_every", "max_bad_steps",
-}  # fmt: skip
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
+PREVIOUS_FILE = "state.previous.safetensors"
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+_VERSION = 3
+_HINTS = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "name a folder on a file system that can be written",
+    errno.EACCES: "make the folder writable, or name another one",
+    errno.EPERM: "make the folder writable, or name another one",
+}
 
 
-def check_out(out: Path, resume: bool) -> None:
-    """Raise ValueError unless a run may write into `out`: nothing of another run is overwritten."""
+def has_state(out: Path) -> bool:
+    """Tell whether there is a state to go on from."""
+    return (out / STATE_FILE).is_file() or (out / PREVIOUS_FILE).is_file()
+
+
+def check_out(out: Path, resume: bool, begun: bool | None = None) -> None:
+    """Raise ValueError unless a run may write into `out`: nothing of another run is overwritten.
+
+    Args:
+        out: the run's folder.
+        resume: whether it is to go on from what is there.
+        begun: whether a run was killed in it; None: if its lock's file is there.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, found a file at {out}; name another place")
     if resume:
-        if not (out / STATE_FILE).is_file():
+        begun = (out / LOCK_FILE).exists() if begun is None else begun
+        if not (has_state(out) or begun):
             raise ValueError(
                 f"resume needs {out / STATE_FILE}, and there is none; start without resume, or "
                 f"name the folder of an earlier run"
             )
         return
-    if (out / STATE_FILE).exists():
+    if has_state(out):
         raise ValueError(
             f"{out} holds the state of an earlier run; pass resume=True (--resume) to continue it, "
             f"or another folder to start anew"
@@ -52,29 +72,112 @@ def check_out(out: Path, resume: bool) -> None:
         )
 
 
+def unwritable(place: Path, error: OSError) -> RuntimeError:
+    """Return the error for a file that could not be written."""
+    hint = _HINTS.get(error.errno or 0, "see what is wrong with the disk")
+    return RuntimeError(
+        f"{place} must be written, but that failed: {error.strerror or error}; {hint}, then go on "
+        f"with resume=True (--resume): what was saved before is whole"
+    )
+
+
+def sweep(out: Path) -> None:
+    """Remove what writes that were killed left beside the files."""
+    for folder in (out, out / "last"):
+        for name in (STATE_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE):
+            for aside in folder.glob(f".{name}.*tmp"):
+                aside.unlink()
+
+
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Write the state aside, flush it to the disk and rename it into place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{STATE_FILE}.{os.getpid()}.tmp"
-    metadata = {"minilora_run": json.dumps({"version": _VERSION, **facts})}
+    """Write the state aside, flush it to the disk and rename it into place.
+
+    The newest before it stays as the previous one; at every moment one of the two is whole.
+
+    Raises:
+        RuntimeError: it can't be written; the states that were there stay.
+    """
     plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    told = {"version": _VERSION, "sha256": digest(plain), **facts}
+    newest, previous = folder / STATE_FILE, folder / PREVIOUS_FILE
+    aside = folder / f".{STATE_FILE}.tmp"
     try:
-        with open(aside, "wb") as file:
-            file.write(serialize(plain, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, folder / STATE_FILE)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(aside, serialize(plain, {"minilora_run": json.dumps(told)}))
+            if newest.is_file():
+                os.replace(newest, previous)
+            try:
+                os.replace(aside, newest)
+            except OSError:
+                if previous.is_file() and not newest.exists():
+                    os.replace(previous, newest)
+                raise
+            _sync_folder(folder)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(newest, error) from error
+
+
+def _write(file: Path, content: bytes) -> None:
+    with open(file, "wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the renames, where folders can be opened."""
+    if os.name != "posix":
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(place)
     finally:
-        aside.unlink(missing_ok=True)
+        os.close(place)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of names and bytes: safetensors itself has no checksum."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """Read a state that `save_state` wrote.
+    """Read the newest state, or the one before where the newest is missing or damaged.
+
+    A damaged newest state is replaced by the previous one, so that the next save can't push the
+    good one out.
+
+    Returns:
+        The tensors, and the facts with a remark under `"fallback"` (None for the newest).
 
     Raises:
-        ValueError: a damaged file, or one of another version.
+        ValueError: no state that is whole, or one of another version.
     """
-    file = folder / STATE_FILE
+    newest, previous = folder / STATE_FILE, folder / PREVIOUS_FILE
+    try:
+        tensors, facts = _read(newest)
+        return tensors, facts | {"fallback": None}
+    except ValueError as error:
+        if not previous.is_file():
+            raise
+        try:
+            tensors, facts = _read(previous)
+        except ValueError:
+            raise error from None
+    why = "is damaged" if newest.exists() else "is missing (a save was cut short)"
+    os.replace(previous, newest)
+    return tensors, facts | {
+        "fallback": f"{newest} {why}: going on from the state before it, of step {facts['step']}"
+    }
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -88,6 +191,8 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
             f"{file} has state version {facts.get('version')!r}, this minilora reads {_VERSION}; "
             f"finish the run with the version that began it"
         )
+    if facts.get("sha256") != digest(tensors):
+        raise damaged(file, "its SHA-256 is not the one written in it")
     return tensors, facts
 
 
@@ -97,85 +202,6 @@ def damaged(file: Path, why: object) -> ValueError:
         f"{file} must be a state that minilora wrote, but reading it failed ({why!r:.200}); start "
         f"anew in another folder"
     )
-
-
-def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Compare what defines two runs (`Run.identity`); return remarks on what may differ.
-
-    Raises:
-        ValueError: settings, adapter, base, computation or held-out examples differ.
-    """
-    here = json.loads(json.dumps(here))  # tuples become lists, as in the file
-    remarks = []
-    for key, value in here["config"].items():
-        old = saved["config"].get(key)
-        if old == value:
-            continue
-        if key not in _FREE:
-            raise ValueError(
-                f"a resumed run must keep its settings, but {key} was {old!r} and is {value!r}; "
-                f"set it back, or start anew in another folder"
-            )
-        if key == "lr":
-            remarks.append(f"lr was {old!r} and is {value!r} from here on")
-    if saved["compute"] != here["compute"]:
-        raise ValueError(
-            f"a resumed run must compute in the same dtype, but autocast and compute_dtype were "
-            f"{saved['compute']} and are {here['compute']}; set dtype in the config, and "
-            f"compute_dtype as for the first run"
-        )
-    for key in saved["adapter"].keys() | here["adapter"].keys():
-        old, new = saved["adapter"].get(key), here["adapter"].get(key)
-        if old != new:
-            raise ValueError(
-                f"{folder} holds the state of another adapter: {key} was {old!r} and is {new!r}; "
-                f"inject as for the first run"
-            )
-    for fqn, row in here["base"].items():
-        if saved["base"].get(fqn) != row:
-            raise ValueError(
-                f"{folder} holds the state of a run on another base: the weights of {fqn} are not "
-                f"what they were (or not in that dtype); load the same base"
-            )
-    if saved["valid"] != here["valid"]:
-        raise ValueError(
-            f"a resumed run must keep its held-out examples, or old and new losses could not be "
-            f"compared, but valid was {saved['valid']} and is {here['valid']}; pass the same valid"
-        )
-    return remarks
-
-
-def check_tensors(
-    file: Path, tensors: dict[str, Tensor], trained: dict[str, Tensor], buffers: dict[str, Tensor]
-) -> None:
-    """Raise ValueError unless a state holds exactly what an adapter needs, in shape and dtype.
-
-    Args:
-        file: named in the message.
-        tensors: `parameter.<name>` and `buffer.<name>` of all; `best.<name>` of all parameters or
-            none; `optimizer.<key>.<name>` of the parameters that have had a gradient.
-        trained: the adapter's parameters by name.
-        buffers: what is frozen of it.
-    """
-    wanted = {f"parameter.{name}": p for name, p in trained.items()}
-    wanted |= {f"buffer.{name}": b for name, b in buffers.items()}
-    if any(key.startswith("best.") for key in tensors):
-        wanted |= {f"best.{name}": p for name, p in trained.items()}
-    for name, p in trained.items():
-        if f"optimizer.step.{name}" in tensors:
-            wanted |= {f"optimizer.{key}.{name}": p for key in _ADAM[1:]}
-            wanted[f"optimizer.step.{name}"] = torch.zeros(())
-    for key in sorted(tensors.keys() | wanted.keys()):
-        found, must = (
-            f"{list(kept[key].shape)} in {kept[key].dtype}" if key in kept else "nothing"
-            for kept in (tensors, wanted)
-        )
-        if found != must:
-            raise ValueError(
-                f"{file} must hold the tensors of this adapter, but under {key} there must be "
-                f"{must}, found {found}; inject as for the first run (if you did, the file is "
-                f"damaged: start anew in another folder)"
-            )
 
 
 def optimizer_tensors(
@@ -190,13 +216,16 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    names: dict[Tensor, str],
+    tensors: dict[str, Tensor],
+    like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` returned."""
+    """Put back what `optimizer_tensors` returned; `like` lays a value out as a parameter is."""
     for parameter, name in names.items():
         if f"optimizer.step.{name}" in tensors:
-            state = {key: tensors[f"optimizer.{key}.{name}"] for key in _ADAM}
+            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ADAM}
             optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device)
+                key: value.clone() if key == "step" else like(parameter, value)
                 for key, value in state.items()
             }

@@ -1,0 +1,116 @@
+"""Keep encoded examples beside the next run: same files, tokenizer and options, same tokens."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from minilora.data import Example
+
+_VERSION = 1
+
+
+def cached(
+    folder: str | Path,
+    files: Sequence[str | Path],
+    tokenizer: Any,
+    options: dict[str, Any],
+    make: Callable[[], tuple[list[Example], list[str]]],
+) -> tuple[list[Example], list[str], bool]:
+    """Return what `make` returns, from the cache where it has been made before.
+
+    Args:
+        folder: of the cache; made if missing.
+        files: what the examples are made from. Their contents, the tokenizer's files and the
+            options are the key, names and times are not.
+        tokenizer: has a method `save(folder)`.
+        options: JSON-able values that decide what becomes of the files.
+        make: encodes the files: unpacked examples, and lines of a report.
+
+    Returns:
+        The examples, the report, and whether they came from the cache. A damaged entry is made
+        anew; a cache that can't be written is done without.
+    """
+    key = {
+        "version": _VERSION,
+        "files": [_file_hash(Path(file)) for file in files],
+        "suffixes": [Path(file).suffix for file in files],
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "options": options,
+    }
+    text = json.dumps(key, sort_keys=True)
+    entry = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    found = _read(entry)
+    if found is not None:
+        return *found, True
+    examples, report = make()
+    _write(entry, examples, report)
+    return examples, report, False
+
+
+def _file_hash(file: Path) -> str:
+    found = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    found = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer.save(Path(name))
+        for file in sorted(Path(name).iterdir()):
+            found.update(f"{file.name}:{_file_hash(file)};".encode())
+    return found.hexdigest()
+
+
+def _write(entry: Path, examples: list[Example], report: list[str]) -> None:
+    tensors = {
+        "ids": torch.tensor([i for example in examples for i in example.input_ids]),
+        "labels": torch.tensor([i for example in examples for i in example.labels]),
+        "lengths": torch.tensor([len(example.input_ids) for example in examples]),
+    }
+    metadata = {"report": json.dumps(report), "sha256": _digest(tensors)}
+    aside = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(serialize(tensors, metadata))
+        os.replace(aside, entry)
+    except OSError:  # a full disk must not keep anyone from training
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def _read(entry: Path) -> tuple[list[Example], list[str]] | None:
+    """Return an entry, or None where there is none that is whole."""
+    try:
+        with safe_open(entry, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in ("ids", "labels", "lengths")}
+            metadata = opened.metadata()
+        if metadata["sha256"] != _digest(tensors):
+            return None
+        report = json.loads(metadata["report"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+    sizes = tensors["lengths"].tolist()
+    ids, labels = (tensors[key].split(sizes) for key in ("ids", "labels"))
+    examples = [
+        Example(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(ids, labels, strict=True)
+    ]
+    return examples, report
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        found.update(tensors[key].numpy().data)
+    return found.hexdigest()

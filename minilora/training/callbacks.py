@@ -1,0 +1,37 @@
+"""What a user's own code is told while a run goes on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+NAMES = ("on_step", "on_eval", "on_save", "on_log")
+
+
+class Callbacks:
+    """Call the methods that a user's objects have.
+
+    - `on_step(row)` after every optimizer step, with what `metrics.jsonl` gets.
+    - `on_eval(row)` after every evaluation, likewise.
+    - `on_save(folder)` after the state was saved.
+    - `on_log(line)` with every line the run says, quiet or not.
+
+    An exception in one ends the run with the state saved.
+
+    Raises:
+        TypeError: an object without any of these methods.
+    """
+
+    def __init__(self, objects: Sequence[Any] = ()):
+        self.objects = list(objects)
+        for each in self.objects:
+            if not any(callable(getattr(each, name, None)) for name in NAMES):
+                raise TypeError(
+                    f"a callback must have a method on_step, on_eval, on_save or on_log, found "
+                    f"{type(each).__name__} without any"
+                )
+
+    def __call__(self, name: str, told: Any) -> None:
+        """Tell all of them."""
+        for each in self.objects:
+            method = getattr(each, name, None)
+            if callable(method):
+                method(told)

@@ -1,0 +1,160 @@
+"""The gradient of one optimizer step, over as many passes as the memory needs."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.data import Batch
+from minilora.kernels import row_masks
+from minilora.training.prepare import mix_seed
+from minilora.training.run import Run
+
+_CPU_OUT = "DefaultCPUAllocator"  # "can't allocate memory", or "not enough memory" on Windows
+
+
+class Gradient:
+    """Accumulate the gradient of `Σ loss / Σ tokens` over the micro-batches of a step.
+
+    A micro-batch that does not fit in memory is split in halves, down to one row, and the split is
+    remembered. The gradient stays the same: sums are divided once, at the end, and dropout's masks
+    depend on (seed, step, row).
+
+    Args:
+        run: what is trained; its `rows` is the split (0: none so far).
+        autocast: makes the context to compute in.
+        say: takes a line for the user.
+        fits: tells before a pass whether it will fit; None: only the pass itself tells.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        autocast: Callable[[], AbstractContextManager],
+        say: Callable[[str], None],
+        fits: Callable[[Batch], bool] | None = None,
+    ):
+        self.run, self.autocast, self.say, self.fits = run, autocast, say, fits
+
+    def of(self, micro: Sequence[Batch]) -> tuple[float, float, int]:
+        """Return loss per token, gradient norm and tokens; gradients are left on the parameters."""
+        run = self.run
+        run.optimizer.zero_grad(set_to_none=True)
+        value, tokens = 0.0, 0
+        for index, batch in enumerate(micro):
+            part, count = self._micro(batch, index)
+            value += part
+            tokens += count
+        run.ranks.reduce()
+        value, tokens = run.ranks.sums(value, tokens)  # type: ignore[assignment]
+        tokens = int(tokens)
+        if tokens == 0:
+            return math.nan, math.nan, 0
+        gradients = [p.grad for p in run.names if p.grad is not None]
+        for gradient in gradients:  # once at the end: only now is the step's number of tokens known
+            gradient.div_(tokens * run.scale.value / run.ranks.world)  # reduce() gives their mean
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        return value / tokens, float(run.ranks.full(norm)), tokens
+
+    def _micro(self, batch: Batch, index: int) -> tuple[float, int]:
+        """Add one micro-batch's gradient, in parts that fit; return the sums of loss and tokens."""
+        run = self.run
+        size = min(run.rows or len(batch), len(batch))
+        if size == 0:  # this rank has no row of it, but must take part in the collectives
+            return (0.0, 0) if run.ranks.kind != "fsdp" else self._idle(index)
+        while True:
+            kept = [None if p.grad is None else p.grad.clone() for p in run.names]
+            found = self._parts(batch, size, index)
+            if found is not None:
+                return found
+            # Here the error and, with it, the graph of the failed pass are gone.
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            for parameter, gradient in zip(run.names, kept, strict=True):
+                parameter.grad = gradient
+            if size == 1:
+                raise RuntimeError(
+                    f"one row of {batch.input_ids.shape[1]} tokens must fit in memory, and it does "
+                    f"not; cut examples (max_length), set checkpointing=True (--checkpointing), or "
+                    f"load the base in a narrower dtype"
+                )
+            size = run.rows = math.ceil(size / 2)
+            self.say(
+                f"a micro-batch of {len(batch)} rows did not fit in memory: from here on in "
+                f"passes of {size}, with the same gradient"
+            )
+
+    def _parts(self, batch: Batch, size: int, index: int) -> tuple[float, int] | None:
+        value, tokens = 0.0, 0
+        for start in range(0, len(batch), size):
+            part = batch.rows(start, start + size)
+            if size > 1 and self.fits is not None and not self.fits(part):
+                return None
+            found = self._attempt(part, index, start)
+            if found is None:
+                return None
+            value += found[0]
+            tokens += found[1]
+        return value, tokens
+
+    def _attempt(self, batch: Batch, index: int, start: int) -> tuple[float, int] | None:
+        """Run forward and backward; None when the memory did not suffice."""
+        if batch.tokens == 0 and not self.run.own_loss:
+            return 0.0, 0  # a half in which nothing is learned; the mean of nothing has no meaning
+        try:
+            return self._pass(batch, index, start)
+        except RuntimeError as error:
+            if not _out_of_memory(error) or self.run.ranks.kind == "fsdp":
+                raise
+        return None
+
+    def _pass(self, batch: Batch, index: int, start: int) -> tuple[float, int]:
+        run, seed = self.run, self.run.config.seed
+        # Dropout depends on where in the run we are, not on what ran before: so a resumed run draws
+        # the same masks. On every rank and in every part a row has the number it has in the step.
+        first = index * run.config.batch_size
+        rows = [first + run.ranks.rank + run.ranks.world * (start + i) for i in range(len(batch))]
+        torch.manual_seed(mix_seed(seed, run.step, index))
+        with row_masks([mix_seed(seed + 1, run.step, row) for row in rows]):
+            with self.autocast():
+                total, count = _checked(run.loss(run.model, batch))
+            (total * run.scale.value).backward()
+        return float(total.detach()), count
+
+    def _idle(self, index: int) -> tuple[float, int]:
+        """Take part in a pass of the other ranks without adding to it."""
+        batch = self.run.batches.any_batch().to(self.run.device)
+        torch.manual_seed(mix_seed(self.run.config.seed, self.run.step, index))
+        with self.autocast():
+            total, _ = _checked(self.run.loss(self.run.model, batch))
+        (total * 0).backward()
+        return 0.0, 0
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_OUT in str(error)
+
+
+def _checked(result: Any) -> tuple[Tensor, int]:
+    """Check what a loss returned."""
+    good = isinstance(result, tuple) and len(result) == 2
+    total, count = result if good else (result, None)
+    if isinstance(count, Tensor) and count.numel() == 1 and not count.is_floating_point():
+        count = int(count)
+    good = good and isinstance(total, Tensor) and total.numel() == 1
+    if not good or not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        found = tuple(type(x).__name__ for x in result) if isinstance(result, tuple) else result
+        raise TypeError(
+            f"loss must return (sum over tokens, tokens): a tensor of one element and a whole "
+            f"number of at least 0, found {found!r:.80}"
+        )
+    if not total.requires_grad:
+        raise RuntimeError(
+            "the loss must carry a gradient to the adapter, found a tensor that requires none; is "
+            "fit or the model run under torch.no_grad(), is its output detached, or does no input "
+            "reach an adapted layer?"
+        )
+    return total, count

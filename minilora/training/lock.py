@@ -1,0 +1,114 @@
+"""One process per output folder: a lock that the system lets go of when its holder dies."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = "run.lock"
+
+
+class FolderLock:
+    """Hold a run's folder until `release`; the file says who does.
+
+    The lock is the kernel's, on the open file, so a crash leaves no lock behind: only the file,
+    which then tells that a run was killed here.
+
+    Args:
+        folder: made if missing.
+
+    Raises:
+        RuntimeError: another process works in the folder, or it can't be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = folder / LOCK_FILE
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.made = missing
+            self.opened = self._open()
+        except OSError as error:
+            raise RuntimeError(
+                f"out must be a folder that can be written, but {folder} can not: "
+                f"{error.strerror or error}; name another one"
+            ) from error
+        told = {"pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        os.truncate(self.opened, 0)
+        os.pwrite(self.opened, json.dumps(told).encode(), 0)
+
+    def _open(self) -> int:
+        while True:
+            # The file itself is the mark: a run may be killed before it writes anything into it.
+            self.left = os.path.lexists(self.file)  # by a run that was killed, if the lock is free
+            new = 0 if self.left else os.O_CREAT | os.O_EXCL
+            try:
+                opened = os.open(self.file, os.O_RDWR | new, 0o644)
+            except (FileExistsError, FileNotFoundError):
+                if os.path.lexists(self.file) == self.left:
+                    raise
+                continue  # another run began or ended just now
+            try:
+                _take(opened, self.file)
+                if self._is(opened):
+                    return opened
+            except BaseException:
+                os.close(opened)
+                raise
+            os.close(opened)  # its holder removed it as we waited: not the folder's lock any more
+
+    def _is(self, opened: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(opened), os.stat(self.file))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Let go of a folder whose run has ended, well or not."""
+        self.file.unlink(missing_ok=True)
+        os.close(self.opened)
+
+    def withdraw(self) -> None:
+        """Leave the folder as it was found: the run did not begin."""
+        if self.left:
+            os.close(self.opened)
+            return
+        self.release()
+        for place in self.made:
+            place.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Raise RuntimeError if a process works in the folder now."""
+    if fcntl is None or not (folder / LOCK_FILE).is_file():
+        return
+    opened = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    try:
+        _take(opened, folder / LOCK_FILE)
+    finally:
+        os.close(opened)
+
+
+def _take(opened: int, file: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(
+            f"out must be the folder of one process at a time, but {_holder(file)} is at work in "
+            f"{file.parent}; wait for it, stop it, or name another folder"
+        ) from None
+
+
+def _holder(file: Path) -> str:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {told['pid']} (started {told['started']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

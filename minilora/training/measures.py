@@ -1,0 +1,37 @@
+"""What a run measures besides its losses, on one process or several."""
+
+from typing import Any
+
+import torch
+
+from minilora.data import Batches, pad
+from minilora.evaluation import Evaluation, eval_mode, summarize
+from minilora.training.run import Run
+
+
+def evaluate_on_ranks(run: Run, valid: Batches) -> Evaluation:
+    """Evaluate with each rank taking a part of each batch; sums are over all ranks' tokens."""
+    ranks = run.ranks
+    examples = sorted(valid.examples, key=lambda example: len(example.input_ids))
+    total, tokens = 0.0, 0
+    with torch.no_grad(), eval_mode(run.model):
+        for start in range(0, len(examples), valid.batch_size):
+            rows = examples[start : start + valid.batch_size][ranks.rank :: ranks.world]
+            if rows or ranks.kind == "fsdp":  # sharded: all must compute, if only along
+                batch = pad(rows or examples[:1], valid.pad_id).to(run.device)
+                part, count = run.loss(run.model, batch)
+                total += float(part) if rows else 0.0
+                tokens += int(count) if rows else 0
+    total, counted = ranks.sums(total, tokens)
+    return summarize(total, int(counted))
+
+
+def b_norms(run: Run) -> dict[str, float]:
+    """Return the norm of each layer's B: which layers learn, and how much."""
+    norms = {}
+    for fqn, layer in run.layers.items():
+        if run.adapter in layer.adapters:
+            factors: Any = layer.adapters[run.adapter]
+            norm = torch.linalg.vector_norm(factors.lora_B.detach())
+            norms[fqn] = float(run.ranks.full(norm))
+    return norms

@@ -1,0 +1,81 @@
+"""The pages' commands, run as they are printed, and README's own loop."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import tiny_folder
+from test_training import examples, plain
+
+import minilora
+from minilora.cli import main
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+README = DOCS.with_name("README.md")
+
+
+def fenced(file, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", file.read_text(), re.M | re.S)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with what the pages' commands name."""
+    monkeypatch.chdir(tmp_path)
+    tiny_folder(tmp_path / "model")
+    for name in ("train", "valid"):
+        rows = [{"text": " ".join("abcdefgh"[i % 4 : i % 4 + 3 + i % 2])} for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["resume.md", "data.md", "many-gpus.md"])
+def test_the_commands_of_a_page_work(place, page):
+    commands = [line for block in fenced(DOCS / page, "sh") for line in block.splitlines()]
+    assert commands
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        if program == "minilora":
+            assert main(arguments) == 0, command
+            continue
+        assert program == "torchrun"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        free = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        run = [sys.executable, "-m", "torch.distributed.run", *free, *arguments]
+        done = subprocess.run(
+            run, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_streaming_example_of_the_data_page_runs(place):
+    (code,) = fenced(DOCS / "data.md", "python")
+    rows = examples(9)
+    names = {"my_dataset": rows, "to_example": lambda item: item, "minilora": minilora}
+    model = minilora.inject(plain(), r=2, alpha=3)
+    exec(code.replace("max_steps=1000", "max_steps=2"), names | {"model": model})
+    assert (place / "out" / "run" / "adapter_config.json").exists()
+
+
+def test_the_loop_in_the_readme_trains(place):
+    """The plain loop, 15 lines at most, learns, and touches the adapter alone."""
+    loops = [code for code in fenced(README, "python") if "optimizer.step()" in code]
+    assert len(loops) == 1
+    (code,) = loops
+    assert len(code.strip().splitlines()) <= 15
+    model, rows = plain(), examples(12)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    names = {"model": model, "examples": rows, "minilora": minilora, "torch": torch}
+    start = minilora.evaluate(model, rows).loss
+    exec(code, names)
+    assert minilora.evaluate(model, rows).loss < start - 1e-3
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[name.replace(".base.", ".")])
+    assert (place / "out" / "mine" / "adapter_config.json").exists()

@@ -1,0 +1,72 @@
+"""The token cache: same files, tokenizer and options give the same tokens, anything else not."""
+
+import os
+
+import pytest
+from test_cli import tiny_folder
+
+from minilora.data import Example
+from minilora.models import load_model
+from minilora.token_cache import cached
+
+MADE = [Example((1, 2, 3), (-100, 2, 3)), Example((4,) * 5, (4,) * 5)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_model(tiny_folder(tmp_path_factory.mktemp("model") / "m"))[1]
+
+
+@pytest.fixture
+def ask(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    file.write_text("content")
+    calls = []
+
+    def make():
+        calls.append(1)
+        return MADE, ["2 documents"]
+
+    def asked(tokenizer=tokenizer, options=None, files=(file,)):
+        before = len(calls)
+        examples, report, known = cached(
+            tmp_path / "cache", files, tokenizer, options or {"max_length": 9}, make
+        )
+        assert known == (len(calls) == before)
+        assert examples == MADE and report == ["2 documents"]
+        return known
+
+    return asked
+
+
+def test_cache_is_keyed_by_content_tokenizer_and_options(ask, tmp_path, tokenizer):
+    assert [ask(), ask()] == [False, True]
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert ask()
+    assert not ask(options={"max_length": 8})
+    (tmp_path / "b.jsonl").write_text("content")
+    assert ask(files=[tmp_path / "b.jsonl"])  # the name does not matter
+    (tmp_path / "a.jsonl").write_text("Content")
+    assert [ask(), ask()] == [False, True]
+
+    class Other:
+        def save(self, folder):
+            tokenizer.save(folder)
+            (folder / "tokenizer_config.json").write_text("{}")
+
+    assert [ask(tokenizer=Other()), ask(tokenizer=Other())] == [False, True]
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "empty"])
+def test_cache_makes_a_damaged_entry_anew(ask, tmp_path, how):
+    assert not ask()
+    (entry,) = (tmp_path / "cache").iterdir()
+    content = bytearray(entry.read_bytes())
+    content[-3] ^= 1
+    entry.write_bytes({"flip": content, "cut": content[:-9], "empty": b""}[how])
+    assert [ask(), ask()] == [False, True]
+
+
+def test_cache_that_can_not_be_written_is_done_without(ask, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    assert [ask(), ask()] == [False, False]

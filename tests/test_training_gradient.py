@@ -1,0 +1,207 @@
+"""Passes that do not fit: split in halves, the same gradient, remembered, and said."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from test_training import Tiny, examples, factors, fit, same, tiny
+
+import minilora
+from minilora.evaluation import token_loss
+from minilora.training.state import load_state
+
+
+def limited(rows, seen=None):
+    """A loss that, as CUDA would, runs out of memory on more than so many rows: in the backward
+    pass, after part of the gradient has been accumulated."""
+
+    def loss(model, batch):
+        if seen is not None and torch.is_grad_enabled():
+            seen.append(len(batch))
+        total, tokens = token_loss(model, batch)
+        if len(batch) > rows and torch.is_grad_enabled():
+            total = total + Fails.apply(model.model.layers[0].self_attn.q_proj.adapters[
+                "default"].lora_A.sum())  # fmt: skip
+        return total, tokens
+
+    return loss
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_split_has_the_same_gradient(dropout):
+    """In float64 three steps agree to rounding, dropout's masks included."""
+    whole, parts = (tiny(dropout=dropout).double() for _ in range(2))
+    options = {"max_steps": 3, "batch_size": 7, "accumulate": 2, "dtype": "auto", "lr": 1e-2}
+    expected = fit(whole, examples(21), **options)
+    got = fit(parts, examples(21), loss=limited(2), **options)
+    assert got.losses == pytest.approx(expected.losses, rel=1e-12)
+    left, right = factors(whole), factors(parts)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=1e-7, atol=1e-10)
+
+
+def test_split_is_remembered_and_said(capsys):
+    seen = []
+    fit(tiny(), examples(16), loss=limited(3, seen), batch_size=8, max_steps=3, quiet=False)
+    assert seen == [8, 4, 2, 2, 2, 2, *[2] * 8][: len(seen)] and len(seen) == 2 + 12
+    said = capsys.readouterr().err
+    assert "a micro-batch of 8 rows did not fit in memory: from here on in passes of 2" in said
+
+
+def test_split_is_bit_equal_over_a_resumption(tmp_path):
+    """The state knows the split, so no pass has to fail again."""
+    options = {"batch_size": 6, "max_steps": 6, "schedule": "constant", "accumulate": 2}
+    whole, half, again = (tiny(dropout=0.2) for _ in range(3))
+    fit(whole, loss=limited(3), **options)
+    fit(half, loss=limited(3), out=tmp_path, **{**options, "max_steps": 3})
+    assert load_state(tmp_path)[1]["rows"] == 3
+    seen = []
+    fit(again, loss=limited(3, seen), out=tmp_path, resume=True, **options)
+    assert max(seen) == 3
+    assert same(factors(whole), factors(again))
+
+
+def test_split_of_a_half_in_which_nothing_is_learned():
+    rows = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}]
+    one, two = tiny().double(), tiny().double()
+    options = {"batch_size": 2, "max_steps": 2, "dtype": "auto"}
+    a, b = fit(one, rows, **options), fit(two, rows, loss=limited(1), **options)
+    assert a.losses == pytest.approx(b.losses, rel=1e-12)
+
+
+def test_one_row_that_does_not_fit_says_what_would():
+    message = r"one row of \d+ tokens must fit in memory, .* checkpointing=True"
+    with pytest.raises(RuntimeError, match=message):
+        fit(tiny(), loss=limited(0), max_steps=1)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    def loss(model, batch):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fit(tiny(), loss=loss, max_steps=1)
+
+
+def test_error_and_graph_are_gone_before_the_next_attempt():
+    """Memory that the failed pass held must be free when it is tried again."""
+    import gc
+    import weakref
+
+    held, alive = [], []
+
+    class Holder:
+        pass
+
+    def loss(model, batch):
+        if held and not alive:
+            alive.append(held[0]() is not None)
+        total, tokens = token_loss(model, batch)
+        if len(batch) > 2:
+            holder = Holder()
+            held.append(weakref.ref(holder))
+            raise torch.OutOfMemoryError(f"out of memory {len(batch)}")
+        return total, tokens
+
+    gc.disable()
+    try:
+        fit(tiny(), loss=loss, max_steps=1, batch_size=4)
+    finally:
+        gc.enable()
+    assert alive == [False]
+
+
+def test_a_prediction_splits_before_anything_fails():
+    import contextlib
+
+    from minilora.data import Batches
+    from minilora.training import TrainConfig
+    from minilora.training.gradient import Gradient
+    from minilora.training.run import Run
+
+    model = tiny()
+    config = TrainConfig(batch_size=8, dtype="float32")
+    run = Run(model, examples(8), None, config, None, False, None, 0)
+    asked, lines = [], []
+
+    def fits(batch):
+        asked.append(len(batch))
+        return len(batch) <= 2
+
+    gradient = Gradient(run, contextlib.nullcontext, lines.append, fits)
+    batch = next(iter(Batches(examples(8), batch_size=8)))
+    value, norm, tokens = gradient.of([batch])
+    assert tokens == batch.tokens and norm > 0 and value > 0
+    assert asked == [8, 4, 2, 2, 2, 2] and run.rows == 2 and len(lines) == 2
+
+
+CHILD = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_training import examples, fit, tiny
+from minilora.evaluation import token_loss
+torch.set_num_threads(1)
+fit(tiny(), examples(16), max_steps=1, batch_size=16)  # whatever is allocated once
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, -1))
+def loss(model, batch):
+    ballast = torch.empty(len(batch), 2**25 + 2**24, dtype=torch.uint8)  # 48 MiB a row
+    total, tokens = token_loss(model, batch)
+    return total + 0 * ballast[0, 0], tokens
+result = fit(tiny(), examples(16), loss=loss, max_steps=2, batch_size=16, quiet=False)
+print(result.losses)
+"""
+
+
+def test_split_on_the_cpus_own_lack_of_memory():
+    """In a process whose address space is limited the allocator fails in earnest."""
+    code = textwrap.dedent(CHILD.format(tests=os.path.dirname(__file__)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        "a micro-batch of 16 rows did not fit in memory: from here on in passes of" in done.stderr
+    )
+    expected = fit(tiny(), examples(16), max_steps=2, batch_size=16).losses
+    assert eval(done.stdout) == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_survive_checkpointing():
+    """What the backward pass computes again draws the same masks."""
+    plain, again = (tiny(dropout=0.3).double() for _ in range(2))
+    options = {"max_steps": 2, "dtype": "auto"}
+    fit(plain, **options)
+    fit(again, checkpointing=True, **options)
+    left, right = factors(plain), factors(again)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=1e-9, atol=1e-12)
+
+
+def test_a_split_with_a_loss_of_ones_own():
+    """A model that is not ours, its own loss, a tail batch smaller than the split."""
+
+    def loss(model, batch):
+        logits = model(batch.input_ids)[:, :-1].flatten(0, 1)
+        labels = batch.labels[:, 1:].flatten()
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("too much")
+        total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return total, int((labels != -100).sum())
+
+    torch.manual_seed(0)
+    model = minilora.inject(Tiny(), r=2, alpha=3, exclude=["lm_head"])
+    result = fit(model, examples(9), loss=loss, batch_size=4)
+    assert result.steps == 3 and all(map(torch.isfinite, map(torch.tensor, result.losses)))

@@ -1,0 +1,95 @@
+"""One process per folder; the file that a killed run leaves is no lock."""
+
+import json
+import os
+
+import pytest
+from test_training import fit, tiny
+
+from minilora.training.lock import LOCK_FILE, FolderLock, check_free
+
+
+def test_lock_refuses_a_second_holder_by_pid_and_start(tmp_path):
+    lock = FolderLock(tmp_path)
+    told = json.loads((tmp_path / LOCK_FILE).read_text())
+    assert told["pid"] == os.getpid()
+    message = rf"one process at a time, but process {told['pid']} \(started {told['started'][:4]}"
+    for second in (FolderLock, check_free):
+        with pytest.raises(RuntimeError, match=message):
+            second(tmp_path)
+    with pytest.raises(RuntimeError, match="is at work in"):
+        fit(tiny(), max_steps=1, out=tmp_path)
+    (tmp_path / LOCK_FILE).write_text("?")
+    with pytest.raises(RuntimeError, match="but another process is at work"):
+        check_free(tmp_path)
+    lock.release()
+    check_free(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_takes_over_what_a_crash_left(tmp_path):
+    lock = FolderLock(tmp_path)
+    os.close(lock.opened)  # as when its process dies
+    check_free(tmp_path)
+    again = FolderLock(tmp_path)
+    assert again.left
+    again.withdraw()
+    assert (tmp_path / LOCK_FILE).exists()  # still the mark of a run that was killed
+    FolderLock(tmp_path).release()
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_lock_takes_a_file_without_content_for_the_mark_of_a_killed_run(tmp_path):
+    """The moment between making the file and writing into it is a moment to be killed in."""
+    (tmp_path / LOCK_FILE).touch()
+    lock = FolderLock(tmp_path)
+    assert lock.left
+    lock.release()
+    lock = FolderLock(tmp_path)
+    assert not lock.left
+    lock.release()
+
+
+def test_lock_withdraws_the_folders_it_made(tmp_path):
+    lock = FolderLock(tmp_path / "a" / "b")
+    lock.withdraw()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_is_of_the_file_that_is_there(tmp_path, monkeypatch):
+    """A holder that ends between opening and locking takes its file with it: lock the new one."""
+    import minilora.training.lock as module
+
+    real, first = module._take, []
+
+    def racing(opened, file):
+        real(opened, file)
+        if not first:
+            first.append(opened)
+            file.unlink()
+
+    monkeypatch.setattr(module, "_take", racing)
+    lock = FolderLock(tmp_path)
+    assert lock._is(lock.opened)
+    lock.release()
+
+
+def test_fit_releases_the_folder_however_it_ends(tmp_path):
+    fit(tiny(), max_steps=1, out=tmp_path / "good")
+    assert not (tmp_path / "good" / LOCK_FILE).exists()
+
+    def loss(model, batch):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fit(tiny(), max_steps=1, out=tmp_path / "bad", loss=loss)
+    assert not (tmp_path / "bad" / LOCK_FILE).exists()
+    with pytest.raises(TypeError):
+        fit(tiny(), 3, max_steps=1, out=tmp_path / "new" / "none")
+    assert not (tmp_path / "new").exists()
+
+
+def test_lock_does_not_follow_a_link_to_nowhere(tmp_path):
+    (tmp_path / LOCK_FILE).symlink_to(tmp_path / "gone" / "file")
+    with pytest.raises(RuntimeError, match="a folder that can be written, but .* can not"):
+        FolderLock(tmp_path)

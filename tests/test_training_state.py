@@ -1,0 +1,232 @@
+"""The state's file: two kept, damage noticed, a disk that is full or can't be written."""
+
+import builtins
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from test_training import factors, fit, same, tiny
+
+from minilora.training.state import (
+    PREVIOUS_FILE,
+    STATE_FILE,
+    check_out,
+    digest,
+    has_state,
+    load_state,
+    save_state,
+)
+
+FACTS = {"step": 7}
+
+
+def value(step):
+    return {"a": torch.full((3,), float(step)), "b": torch.zeros((), dtype=torch.float64)}
+
+
+def write(folder, step):
+    save_state(folder, value(step), {"step": step})
+
+
+def test_save_state_keeps_the_last_two(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([STATE_FILE, PREVIOUS_FILE])
+    tensors, facts = load_state(tmp_path)
+    assert facts["step"] == 3 and facts["fallback"] is None
+    assert torch.equal(tensors["a"], value(3)["a"])
+    (tmp_path / STATE_FILE).unlink()
+    assert has_state(tmp_path)
+    tensors, facts = load_state(tmp_path)
+    assert facts["step"] == 2 and "is missing (a save was cut short)" in facts["fallback"]
+    assert torch.equal(tensors["a"], value(2)["a"])
+
+
+@pytest.mark.parametrize("where", [0, 9, 60, -1, -25])
+def test_load_state_notices_one_flipped_bit(tmp_path, where):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    content = bytearray((tmp_path / STATE_FILE).read_bytes())
+    content[where] ^= 4
+    (tmp_path / STATE_FILE).write_bytes(content)
+    _, facts = load_state(tmp_path)
+    assert facts["step"] == 1 and "is damaged: going on from" in facts["fallback"]
+    write(tmp_path, 3)  # what pushed the damaged one out, not the good one
+    (tmp_path / STATE_FILE).unlink()
+    assert load_state(tmp_path)[1]["step"] == 1
+
+
+def test_load_state_refuses_two_damaged_ones(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    for name in (STATE_FILE, PREVIOUS_FILE):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{STATE_FILE} must be a state that minilora wrote"):
+        load_state(tmp_path)
+
+
+def test_digest_sees_names_and_bytes():
+    a, b = torch.zeros(2), torch.zeros(2)
+    assert digest({"x": a}) == digest({"x": b}) != digest({"y": a})
+    b[0] = -0.0
+    assert digest({"x": a}) != digest({"x": b})
+
+
+def test_check_out_takes_a_folder_in_which_a_run_was_killed_before_its_first_save(tmp_path):
+    with pytest.raises(ValueError, match="resume needs"):
+        check_out(tmp_path, resume=True)
+    (tmp_path / "run.lock").write_text("{}")
+    check_out(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="resume needs"):
+        check_out(tmp_path, resume=True, begun=False)
+
+
+# --- a disk that fails
+
+
+def failing(monkeypatch, what, number, at=1):
+    """Let the at-th call fail as the system would."""
+    error = OSError(number, os.strerror(number))
+    left = [at]
+
+    def fails():
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+
+    if what == "write":
+        real = builtins.open
+
+        def opening(file, mode="r", *arguments, **options):
+            if mode == "wb" and ".state." in str(file):
+                fails()
+            return real(file, mode, *arguments, **options)
+
+        monkeypatch.setattr(builtins, "open", opening)
+        return
+    real_call = getattr(os, what)
+
+    def failing_call(*arguments, **options):
+        fails()
+        return real_call(*arguments, **options)
+
+    monkeypatch.setattr(os, what, failing_call)
+
+
+@pytest.mark.parametrize(
+    ("what", "at"), [("write", 1), ("fsync", 1), ("replace", 1), ("replace", 2), ("fsync", 2)]
+)
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "No space left on device; free space there"),
+        (errno.EROFS, "Read-only file system; name a folder on a file system that can be written"),
+        (errno.EIO, "Input/output error; see what is wrong with the disk"),
+    ],
+)
+def test_save_state_names_what_failed_and_leaves_the_states(
+    tmp_path, monkeypatch, what, at, number, hint
+):
+    for step in (1, 2):
+        write(tmp_path, step)
+    with monkeypatch.context() as patch:
+        failing(patch, what, number, at)
+        with pytest.raises(RuntimeError, match=f"{STATE_FILE} must be written, .*: {hint}"):
+            write(tmp_path, 3)
+    renamed = (what, at) == ("fsync", 2)  # the folder's: the file is there, its entry not flushed
+    assert load_state(tmp_path)[1] == load_state(tmp_path)[1] | {
+        "step": 3 if renamed else 2, "fallback": None,
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_fit_on_a_disk_that_fills_up_goes_on_bit_equal(tmp_path, monkeypatch, capsys):
+    options = {"max_steps": 6, "save_every": 2, "batch_size": 3}
+    whole, broken, again = (tiny(dropout=0.2) for _ in range(3))
+    fit(whole, **options)
+    real = os.fsync
+
+    def full(opened):
+        if (tmp_path / STATE_FILE).exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(opened)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RuntimeError, match=r"No space left on device; free space there, then"):
+            fit(broken, out=tmp_path, quiet=False, **options)
+    assert "the state could not be saved" in capsys.readouterr().err
+    assert load_state(tmp_path)[1]["step"] == 2
+    assert not (tmp_path / "run.lock").exists()
+    fit(again, out=tmp_path, resume=True, **options)
+    assert same(factors(whole), factors(again))
+
+
+def test_fit_names_the_metrics_file_that_takes_no_line(tmp_path, monkeypatch):
+    real = builtins.open
+
+    def opening(file, mode="r", *arguments, **options):
+        if mode == "a" and (tmp_path / STATE_FILE).exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, mode, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", opening)
+    with pytest.raises(RuntimeError, match=r"metrics.jsonl must take another line.*No space left"):
+        fit(tiny(), max_steps=4, save_every=2, out=tmp_path)
+    assert load_state(tmp_path)[1]["step"] == 3  # rescued: its step was complete
+
+
+CHILD = """
+import os, resource, signal, sys
+sys.path.insert(0, {tests!r})
+from test_training import fit, tiny
+if {limit}:
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+elif os.getuid() == 0:
+    os.setuid(65534)
+try:
+    fit(tiny(), max_steps=6, save_every=2, out={out!r}, resume={resume})
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def child(tmp_path, out, limit=0, resume=True):
+    tests = os.path.dirname(__file__)
+    code = CHILD.format(tests=tests, limit=limit, out=str(out), resume=resume)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_fit_says_that_a_file_may_not_grow_and_keeps_the_state(tmp_path):
+    """A limit of the system on files, in a process of its own: a short write in earnest."""
+    out = tmp_path / "run"
+    fit(tiny(), max_steps=2, out=out)
+    before = (out / STATE_FILE).read_bytes()
+    said = child(tmp_path, out, limit=len(before) // 2)
+    assert f"{out / STATE_FILE} must be written, but that failed: File too large" in said
+    assert "raise the limit on the size of files (ulimit -f)" in said
+    assert (out / STATE_FILE).read_bytes() == before
+    assert json.dumps(load_state(out)[1]["step"]) == "2"
+
+
+def test_fit_says_that_a_folder_is_read_only(tmp_path):
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    out = tmp_path / "run"
+    out.mkdir()
+    out.chmod(0o555)
+    said = child(tmp_path, out, resume=False)
+    assert f"out must be a folder that can be written, but {out} can not: Permission denied" in said
+    assert list(out.iterdir()) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
