@@ -12,7 +12,7 @@ from minilora.models import Tokenizer
 NASTY = [
     "", " ", "  ", "\n", "\r\n\r\n", "\t \t", "a", " a", "  a  b   ", "don't we'll I'M they'Re",
     "x=1;y  =\t2\n\n\ndef f():\n    return", "0123456789 3.14 1,000,000", "naïve café Ünïcödé",
-    "日本語のテキスト、漢字", "Привет, мир!", "مرحبا بالعالم", "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301", 
+    "日本語のテキスト、漢字", "Привет, мир!", "مرحبا بالعالم", "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301",
     "\u00a0\u2003\u200b\ufeff",
     "\u0000\u0001\u007f\u0085\u2028", "#version: 0.2", "<|endoftext|>", "a<|endoftext|>b",
     " <|endoftext|> <think></think>", "<|endoftext", "Ġhello Ċ", "\\u0120 %s {} ''", "a" * 300,
