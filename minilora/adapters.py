@@ -34,7 +34,7 @@ def require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
 
 
 def known_adapters(model: nn.Module, names: object, verb: str) -> tuple[str, ...]:
-    """Return the adapters named, each one of the model's and named once, else raise."""
+    """Return the names a verb was given, each once and known, or raise."""
     wanted = (names,) if isinstance(names, str) else names
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
         raise TypeError(
@@ -324,6 +324,9 @@ def summary(model: nn.Module) -> Summary:
         for value in (layer.original or {}).values()  # type: ignore[attr-defined]
         if type(value) is Tensor
     ]
+    for layer in layers.values():
+        base = (layer.original or {}).get("base")  # type: ignore[attr-defined]
+        kept += list(base.parameters()) if isinstance(base, nn.Module) else []
     return Summary(
         tuple(rows),
         sum(p.numel() for p in everything),

@@ -1,17 +1,19 @@
-"""Adapters into the base's weights and out again: merge, unmerge."""
+"""Merging adapters into base weights, and taking that back to the very bits."""
 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minilora.adapters import (
+    activate,
     active_adapters,
     known_adapters,
     require_layers,
@@ -26,7 +28,11 @@ from minilora.copies import (
     original_parameters,
 )
 from minilora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear, is_conv1d
-from minilora.lora_layer import LoRALayer, weight_sample
+from minilora.lora_layer import LoRALayer, storage_format, weight_dtype, weight_sample
+from minilora.quantization import QuantizedLinear
+from minilora.stored_weights import StoredWeights
+
+MODES = ("dequantize", "requantize")
 
 
 class _DiskCopy:
@@ -45,19 +51,99 @@ class _DiskCopy:
         return _DiskCopy, (load_file(self.file),)  # a pickle outlives the file, so it holds it
 
 
-def _merged_tensors(layer: LoRALayer, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """W + Σ delta_weight (and b + Σ scaling · lora_bias), summed in f32 (f64), rounded once."""
-    weight = layer.base.weight.detach()
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+class _Emptied(NamedTuple):
+    """A quantized base whose codes lie in a file."""
+
+    disk: _DiskCopy
+    name: str
+    module: QuantizedLinear
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """How far the stored weight is from W + ΔW: relative to it, and in units of ‖ΔW‖."""
+
+    name: str
+    relative: float
+    of_delta: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What quantizing merged weights again cost, worst layer first.
+
+    `outputs` is the relative RMS difference of the model's outputs on `sample`, or None.
+    """
+
+    layers: tuple[MergedLayer, ...]
+    outputs: float | None = None
+
+    def __str__(self) -> str:
+        lines = [
+            f"{x.name}: {x.relative:.2%} of the weight, {x.of_delta:.2f} times the adapter's part"
+            for x in self.layers[:5]
+        ]
+        if len(self.layers) > 5:
+            lines.append(f"... and {len(self.layers) - 5} layers with less")
+        outputs = "not measured (pass sample=)" if self.outputs is None else f"{self.outputs:.2%}"
+        return "\n".join([*lines, f"outputs differ by: {outputs}"])
+
+
+# How the weight a merge starts from is read, per quantized layer; others have their own.
+Read = Callable[[str], Tensor] | None
+
+
+def _merged_tensors(
+    name: str, layer: LoRALayer, names: tuple[str, ...], read: Read = None
+) -> dict[str, Tensor]:
+    """W + Σ delta_weight (and b + Σ scaling · lora_bias) in f32 (f64), rounded once.
+
+    Of a quantized layer W is decoded, or comes from `read`, and the sum is not rounded yet.
+    """
+    quantized = isinstance(layer.base, QuantizedLinear)
+    if quantized:
+        weight = wide = layer.base.dequantize(torch.float32) if read is None else read(name)
+    else:
+        weight = layer.base.weight.detach()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     bias = None
-    for name in names:
-        wide += layer.as_weight(layer.delta_weight(name).to(wide))
-        factors: Any = layer.adapters[name]
+    for adapter in names:
+        wide = wide + layer.as_weight(layer.delta_weight(adapter).to(wide))
+        factors: Any = layer.adapters[adapter]
         if factors.lora_bias is not None:
             bias = layer.base.bias.detach().to(wide) if bias is None else bias
             bias = bias + factors.lora_bias.detach().to(wide) * factors.scaling
-    merged = {"weight": wide.to(weight.dtype)}
+    merged = {"weight": wide if quantized else wide.to(weight.dtype)}
     return merged if bias is None else merged | {"bias": bias.to(layer.base.bias.dtype)}
+
+
+def _new_base(base: QuantizedLinear, merged: dict[str, Tensor], mode: str | None) -> nn.Module:
+    """Return what stands in a quantized layer's place: plain, or of the same format again."""
+    bias = merged.get("bias", base.bias)
+    if mode != "requantize":
+        module: Any = base.plain_module(merged["weight"].to(base.dtype))
+        if "bias" in merged:
+            module.bias = nn.Parameter(merged["bias"], requires_grad=False)
+        return module
+    again = QuantizedLinear.from_weight(
+        merged["weight"],
+        base.spec,
+        bias=bias,
+        compute=base.compute,
+        grad_compute=base.grad_compute,
+        plain=base.plain,
+    )
+    again._dtype = base.dtype
+    return again.train(base.training)
+
+
+def _requantized_error(name: str, layer: LoRALayer, names: tuple[str, ...]) -> MergedLayer:
+    before = layer.base.dequantize(torch.float32)
+    wanted = _merged_tensors(name, layer, names)["weight"]
+    stored = QuantizedLinear.from_weight(wanted, layer.base.spec).dequantize(torch.float32)
+    error, delta = float((stored - wanted).norm()), float((wanted - before).norm())
+    of_delta = error / delta if delta else (float("inf") if error else 0.0)
+    return MergedLayer(name, error / max(float(wanted.norm()), 1e-30), of_delta)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -74,9 +160,14 @@ def _check_kind(name: str, layer: LoRALayer, names: tuple[str, ...]) -> None:
         or type(layer) is LoRAEmbedding
         or (type(layer) is LoRAConv2d and type(base) is nn.Conv2d)
     )
+    if isinstance(base, QuantizedLinear):
+        plain = type(layer) is LoRALinear
     # Under weight_norm, spectral_norm and pruning `weight` is recomputed by a hook.
-    weight = base._parameters.get("weight")
-    if not plain or type(weight) is not nn.Parameter or not weight.is_floating_point():
+    weight = base._parameters.get("codes" if isinstance(base, QuantizedLinear) else "weight")
+    floating = (
+        isinstance(base, QuantizedLinear) or getattr(weight, "dtype", torch.int8).is_floating_point
+    )
+    if not plain or type(weight) is not nn.Parameter or not floating:
         raise ValueError(
             f"merge() adds to the weight of a plain nn.Linear, Conv1D, nn.Embedding or nn.Conv2d, "
             f"but {name} wraps a {type(base).__name__} whose weight is no plain parameter; leave "
@@ -102,7 +193,9 @@ def _sharers(
     ]
     found = {}
     for name, layer in layers.items():
-        for part in _changed(layer, plan[name]):
+        # A quantized base is replaced, not written to.
+        parts = [] if isinstance(layer.base, QuantizedLinear) else _changed(layer, plan[name])
+        for part in parts:
             tensor = layer.base._parameters[part]
             start, end = _span(tensor)
             for device, first, last, owner in spans:
@@ -118,7 +211,11 @@ def merge(
     *,
     keep: str | None = "memory",
     untie: bool = False,
-) -> None:
+    mode: str | None = None,
+    into: str | Path | None = None,
+    tolerance: float | None = 1.0,
+    sample: Tensor | None = None,
+) -> MergeReport | None:
     """Add `scaling · B A` of adapters to the base weights, in place: no branch is left to compute.
 
     The sum is formed in f32 (f64 for f64 bases) and rounded once to the storage dtype. The
@@ -132,10 +229,22 @@ def merge(
             (`unmerge` then raises).
         untie: give a layer that shares its weight (a head tied to the embedding) a weight of its
             own for the merged values; `unmerge` ties them again. False refuses such a layer.
+        mode: what becomes of a quantized base: `"dequantize"` a plain layer in the dtype it had
+            before, or `"requantize"` the same format again, which rounds the sum anew.
+        into: instead of `mode`, a Hugging Face folder with the weights the base was quantized
+            from: the adapter is added to those, and the layers become plain ones.
+        tolerance: refuse `"requantize"` where in some layer the new rounding exceeds this many
+            times what the adapter adds, ‖ΔW‖_F; None accepts any.
+        sample: an input for `model(sample)`; with `"requantize"` the report then says how far the
+            outputs moved.
+
+    Returns:
+        With `mode="requantize"` a `MergeReport` with the error per layer, else None.
 
     Raises:
         ValueError: unknown names, nothing to merge, a weight shared with another module, a base
-            of another kind, a result that is not finite; the model is unchanged.
+            of another kind, a quantized base without `mode` or `into`, a rounding error above the
+            tolerance, a result that is not finite; the model is unchanged.
         RuntimeError: adapters are merged already.
     """
     layers = require_layers(model, "merge")
@@ -153,30 +262,127 @@ def merge(
         plan = {n: layer.active for n, layer in layers.items()}
     plan = {n: wanted for n, wanted in plan.items() if wanted}
     chosen = {n: layers[n] for n in plan}
+    small = {n: layer for n, layer in chosen.items() if isinstance(layer.base, QuantizedLinear)}
+    _check_mode(small, mode, into)
     before = [n for n in all_copies(model) if in_place(model, n)]
     own = original_parameters(model)
     install(model, names)
     try:
         # What must not be written: weights that others read, and trained copies.
-        apart = _kept_apart(model, plan, chosen, untie)
+        read = None if into is None else StoredWeights(into).reader(small)
+        apart = _kept_apart(model, plan, chosen, untie, read)
+        errors = []
+        if mode == "requantize":
+            errors = [_requantized_error(n, layer, plan[n]) for n, layer in small.items()]
+            errors.sort(key=lambda x: -x.of_delta)
+            _check_tolerance(errors, tolerance)
         disk = None
         if keep == "disk":
             disk = _DiskCopy({f"{n}.{key}": layer.base._parameters[key]
-                              for n, layer in chosen.items() for key in _changed(layer, plan[n])
+                              for n, layer in chosen.items()
+                              for key in (_held(layer.base) if n in small
+                                          else _changed(layer, plan[n]))
                               if (n, key) not in apart})  # fmt: skip
+        outputs = None
+        if sample is not None and errors:
+            active = active_adapters(model)
+            activate(model, names)
+            outputs = _outputs(model, sample)
+            activate(model, active)
     except BaseException:
         install(model, before)
         raise
     with torch.no_grad():
         for name, layer in chosen.items():
-            _merge_layer(name, layer, plan[name], keep, disk, apart, own)
+            if name in small:
+                _replace_base(name, layer, plan[name], keep, disk, read, mode)
+            else:
+                _merge_layer(name, layer, plan[name], keep, disk, apart, own)
     for name, layer in layers.items():
         if name not in chosen:  # the merged model is base + names: nothing else adds there either
             layer.merged, layer.original = names, {}
+    if not errors:
+        return None
+    if outputs is None or sample is None:
+        return MergeReport(tuple(errors))
+    moved = (_outputs(model, sample) - outputs).norm() / outputs.norm()
+    return MergeReport(tuple(errors), float(moved))
+
+
+def _held(base: nn.Module) -> list[str]:
+    return [name for name, parameter in base._parameters.items() if parameter is not None]
+
+
+def _check_mode(small: dict[str, LoRALayer], mode: object, into: object) -> None:
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode must be one of {', '.join(MODES)} or None, found {mode!r}")
+    if mode is not None and into is not None:
+        raise ValueError("merge() takes mode= or into=, found both; leave one of them out")
+    if small and mode is None and into is None:
+        raise ValueError(
+            f"merging into a quantized base needs mode='dequantize' (plain layers), "
+            f"'requantize' (the same format, rounded anew) or into=<the unquantized model's "
+            f"folder>; {next(iter(small))} and {len(small) - 1} more are quantized"
+        )
+    if not small and (mode is not None or into is not None):
+        what = "mode" if mode is not None else "into"
+        raise ValueError(f"{what}= is for quantized bases, found none; leave it out")
+
+
+def _check_tolerance(errors: list[MergedLayer], tolerance: float | None) -> None:
+    over = [x for x in errors if tolerance is not None and not x.of_delta <= tolerance]
+    if over:
+        raise ValueError(
+            f"mode='requantize' must not lose more than tolerance={tolerance:g} times what the "
+            f"adapter adds, found {over[0].of_delta:.2f} times in {over[0].name} ({len(over)} of "
+            f"{len(errors)} layers are above); use mode='dequantize' or into=, or pass "
+            f"tolerance=None to merge all the same"
+        )
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, sample: Tensor) -> Tensor:
+    training = model.training
+    model.eval()
+    try:
+        found = model(sample)
+    finally:
+        model.train(training)
+    return getattr(found, "logits", found).double()
+
+
+def _replace_base(
+    name: str,
+    layer: LoRALayer,
+    names: tuple[str, ...],
+    keep: str | None,
+    disk: _DiskCopy | None,
+    read: Read,
+    mode: str | None,
+) -> None:
+    """Put a new base in place of a quantized one, which stays what `unmerge` brings back."""
+    old: QuantizedLinear = layer.base
+    new = _new_base(old, _merged_tensors(name, layer, names, read), mode)
+    layer.base_sample = weight_sample(name, old.weight)
+    layer.base_format = storage_format(old)
+    layer.base = new
+    layer.merged = names
+    if keep is None:
+        layer.original = None
+    elif disk is None:
+        layer.original = {"base": old}
+    else:
+        for key in _held(old):
+            old._parameters[key] = None
+        layer.original = {"base": _Emptied(disk, name, old)}
 
 
 def _kept_apart(
-    model: nn.Module, plan: dict[str, tuple[str, ...]], chosen: dict[str, LoRALayer], untie: bool
+    model: nn.Module,
+    plan: dict[str, tuple[str, ...]],
+    chosen: dict[str, LoRALayer],
+    untie: bool,
+    read: Read = None,
 ) -> set[tuple[str, str]]:
     """Check that everything can be merged; return the (layer, key) that need a new parameter."""
     apart = set()
@@ -191,12 +397,15 @@ def _kept_apart(
         apart.add((name, key))
     copied = {id(p) for copies in all_copies(model).values() for p in copies.values()}
     for name, layer in chosen.items():
-        changed = _changed(layer, plan[name])
-        apart |= {(name, key) for key in changed if id(layer.base._parameters[key]) in copied}
-        if not all(t.isfinite().all() for t in _merged_tensors(layer, plan[name]).values()):
+        dtype = weight_dtype(layer.base)
+        merged = _merged_tensors(name, layer, plan[name], read)
+        if not isinstance(layer.base, QuantizedLinear):
+            held = layer.base._parameters
+            apart |= {(name, key) for key in merged if id(held[key]) in copied}
+        if not all(t.to(dtype).isfinite().all() for t in merged.values()):
             raise ValueError(
                 f"the merged weight of {name} must be finite, found NaN or Inf in "
-                f"{layer.base.weight.dtype}; check the adapter, or merge into a wider dtype"
+                f"{dtype}; check the adapter, or merge into a wider dtype"
             )
     return apart
 
@@ -216,7 +425,7 @@ def _merge_layer(
     apart: set[tuple[str, str]],
     own: dict[str, nn.Parameter],
 ) -> None:
-    merged = _merged_tensors(layer, names)
+    merged = _merged_tensors(name, layer, names)
     layer.base_sample = weight_sample(name, own.get(f"{name}.weight", layer.base.weight))
     originals: dict[str, Any] = {}
     for key, value in merged.items():
@@ -253,11 +462,13 @@ def unmerge(model: nn.Module) -> None:
             f"{lost}); load the base again, or merge with keep='memory' or 'disk'"
         )
     files: dict[Path, dict[str, Tensor]] = {}
-    originals: dict[str, dict[str, Tensor]] = {}
+    originals: dict[str, dict[str, Any]] = {}
     for name, layer in merged.items():
         kept: Any = layer.original
         for key, value in kept.items():
-            if not isinstance(value, tuple):
+            if isinstance(value, _Emptied):
+                files.setdefault(value.disk.file, load_file(value.disk.file))
+            if not isinstance(value, tuple) or isinstance(value, _Emptied):
                 originals.setdefault(name, {})[key] = value
                 continue
             disk, entry = value
@@ -267,10 +478,23 @@ def unmerge(model: nn.Module) -> None:
     with torch.no_grad():
         for name, layer in merged.items():
             for key, value in originals.get(name, {}).items():
-                if isinstance(value, nn.Parameter):
+                if key == "base":
+                    layer.base = _refilled(value, files).train(layer.training)
+                elif isinstance(value, nn.Parameter):
                     layer.base._parameters[key] = value
                 else:
                     layer.base._parameters[key].copy_(value)
-            layer.merged, layer.original, layer.base_sample = (), None, None
+            layer.merged, layer.original = (), None
+            layer.base_sample = layer.base_format = None
     active = {name for layer in layers.values() for name in layer.active}
     install(model, [name for name in all_adapter_names(model) if name in active])
+
+
+def _refilled(kept: Any, files: dict[Path, dict[str, Tensor]]) -> QuantizedLinear:
+    if isinstance(kept, _Emptied):
+        for key in kept.module._parameters:
+            value = files[kept.disk.file].get(f"{kept.name}.{key}")
+            if value is not None:
+                kept.module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        return kept.module
+    return kept

@@ -27,6 +27,7 @@ layers =
     minilora.evaluation
     minilora.records
     minilora.data
+    minilora.quantized_models
     minilora.models
     minilora.portable
     minilora.readers
@@ -36,9 +37,11 @@ layers =
     minilora.combination
     minilora.serving
     minilora.merging
+    minilora.stored_weights
     minilora.adapters
     minilora.bases
     minilora.injection
+    minilora.sizes
     minilora.selection
     minilora.copies
     minilora.layers

@@ -18,7 +18,7 @@ from .decoder import KVCache
 IGNORED = -100  # the label of a token that does not count, as in Hugging Face
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped
 
-Transform = Callable[[str, torch.Tensor], torch.Tensor]
+Transform = Callable[[str, torch.Tensor], torch.Tensor | nn.Module]
 
 
 class CausalLM(nn.Module):

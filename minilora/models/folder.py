@@ -35,7 +35,7 @@ _FOREIGN = (
     "*.index.json",
     "adapter_config.json",
 )
-_MAPPED = 2**26  # bytes of a file read through one mapping
+_MAPPED = 2**24  # bytes of a file read through one mapping
 _MARK = {"written_by": "minilora"}  # in config.json: what save_pretrained may replace
 _DERIVED = ".rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
 
@@ -167,15 +167,23 @@ def fill(
 ) -> None:
     """Put tensors into a model on the meta device, one at a time, then tie the head.
 
-    Only one stored tensor is alive beside what has been put in.
+    Only one stored tensor is alive beside what has been put in. A transform may have a method
+    `start(model)`, called first with the model on the meta device; and for a layer's weight it
+    may return a module to stand in the layer's place.
     """
+    start = getattr(transform, "start", None)
+    if start is not None:
+        start(model)
     for fqn, tensor in stored:
         if fqn == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         # A copy even where nothing changes: a parameter must not be a view of a mapped file.
-        value = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        value: Any = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
         if transform is not None:
             value = transform(fqn, value)
+            if isinstance(value, nn.Module):
+                _replace(model, fqn, value)
+                continue
             if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
                 raise ValueError(
                     f"transform must return a tensor of shape {list(tensor.shape)} for {fqn}, "
@@ -185,6 +193,16 @@ def fill(
         trainable = value.is_floating_point()
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trainable))
     model.tie_weights()
+
+
+def _replace(model: Model, fqn: str, module: nn.Module) -> None:
+    """Put a module where the owner of a weight is; a bias read before goes along."""
+    name = fqn.rpartition(".")[0]
+    parent, _, child = name.rpartition(".")
+    bias = model.get_submodule(name)._parameters.get("bias")
+    if bias is not None and not bias.is_meta:
+        module.register_parameter("bias", bias)
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ FORMATS = ("int8", "nf4", "int4")
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes has
 INT4_GROUPS = (32, 64, 128)
 SECOND_BLOCK = 256  # scales that share a scale under double quantization
-_PANEL = 2**20  # weights quantized at a time
+_PANEL = 2**18  # weights quantized at a time
 _LARGEST_STEP = 18  # 7 · 18 = 126 fits an int8 code
 
 

@@ -47,6 +47,8 @@ class QuantizedLinear(nn.Module):
     Dettmers et al. 2022, "LLM.int8()", section 2; Dettmers et al. 2023, "QLoRA", section 3.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         parts: dict[str, Tensor],
@@ -66,7 +68,8 @@ class QuantizedLinear(nn.Module):
         self.plain = plain
         for name, tensor in parts.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
         self._dtype = dtype
         self._pays = _int8_pays()
 

@@ -1,0 +1,419 @@
+"""`minilora.quantize` on whole models, and adapters over what it makes."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+
+import minilora
+from minilora.models import GPT2, GPT2Config
+from minilora.quantization import QuantizedLinear
+
+FORMATS = ["int8", "nf4", "int4"]
+
+
+class Small(nn.Module):
+    """Widths that INT4's groups divide, a tied head, a bias here and there."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 64)
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64, bias=False)
+        self.lm_head = nn.Linear(64, 11, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        return self.lm_head(x + self.down(torch.tanh(self.up(x))))
+
+
+def small(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return Small().to(dtype)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=31, n_positions=16, n_embd=64, n_layer=2, n_head=2, n_inner=None)
+    return GPT2(config).eval()
+
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])
+BLOCK = {"int8": 64, "nf4": 64, "int4": 32}
+
+
+def quantized(format, **options):
+    return minilora.quantize(small().eval(), format, block_size=BLOCK[format], **options)
+
+
+def dense(model):
+    """A plain copy of a model with its quantized layers decoded, in float64."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.plain_module(module.dequantize()))
+    return model.double()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantize_takes_all_linears_but_the_head(format):
+    model = quantized(format)
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    assert kinds["up"] is kinds["down"] is QuantizedLinear
+    assert kinds["lm_head"] is nn.Linear
+    assert kinds["embed"] is nn.Embedding
+    assert model.lm_head.weight is model.embed.weight
+    assert torch.equal(model.up.bias, small().up.bias)
+    assert (model(IDS) - small()(IDS)).norm() < 0.2 * small()(IDS).norm()
+
+
+def test_quantize_takes_the_head_when_asked():
+    model = minilora.quantize(small(), "int8", targets=["lm_head", "up"])
+    assert type(model.lm_head) is QuantizedLinear
+    assert torch.equal(model.embed.weight, small().embed.weight)
+    assert type(model.down) is nn.Linear
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_conv1d_is_quantized_over_out_in_and_comes_back(format):
+    plain = gpt2()
+    model = minilora.quantize(copy.deepcopy(plain), format)
+    layer = model.transformer.h[0].mlp.c_fc
+    weight = plain.transformer.h[0].mlp.c_fc.weight
+    assert (layer.in_features, layer.out_features) == tuple(weight.shape)
+    direct = QuantizedLinear.from_weight(weight.T, layer.spec)
+    assert torch.equal(layer.codes, direct.codes)
+    back = layer.plain_module(layer.dequantize())
+    assert type(back) is type(plain.transformer.h[0].mlp.c_fc)
+    assert torch.equal(back.weight, layer.dequantize().T)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(back(x), x @ layer.dequantize().T + layer.bias)
+    minilora.inject(model, r=2)
+    assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
+
+
+@settings(max_examples=25)
+@given(
+    format=st.sampled_from(FORMATS),
+    r=st.sampled_from([1, 3, 8]),
+    alpha=st.sampled_from([1.0, 5.0]),
+    bf16=st.booleans(),
+    seed=st.integers(0, 20),
+)
+def test_every_gradient_is_that_of_the_dense_oracle(format, r, alpha, bf16, seed):
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = minilora.quantize(
+        small(seed, dtype), format, block_size=BLOCK[format],
+        compute="dequantize", grad_compute="dequantize",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    minilora.inject(model, r=r, alpha=alpha)
+    for layer in (model.up, model.down):
+        nn.init.normal_(layer.adapters["default"].lora_B, std=0.3)
+    W = [m.base.dequantize(torch.float64) for m in (model.up, model.down)]
+    parts = [m.adapters["default"] for m in (model.up, model.down)]
+    leaves = [t.detach().double().requires_grad_() for p in parts for t in (p.lora_A, p.lora_B)]
+    E, b = model.embed.weight.detach().double(), model.up.base.bias.detach().double()
+    x = E[IDS]
+    up = W[0] + alpha / r * leaves[1] @ leaves[0]
+    down = W[1] + alpha / r * leaves[3] @ leaves[2]
+    want = (x + torch.tanh(x @ up.T + b) @ down.T) @ E.T
+    torch.manual_seed(1)
+    g = torch.randn(want.shape, dtype=torch.float64)
+    want.backward(g)
+    out = model(IDS)
+    out.backward(g.to(dtype))
+    assert model.up.last_path == model.down.last_path == "fused"
+    tolerance = 0.05 if bf16 else 2e-5
+    assert (out.detach().double() - want.detach()).norm() <= tolerance * want.norm()
+    found = [t.grad for p in parts for t in (p.lora_A, p.lora_B)]
+    for mine, leaf in zip(found, leaves, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine.double() - leaf.grad).norm() <= tolerance * leaf.grad.norm()
+    frozen = [p for n, p in model.named_parameters() if "lora" not in n]
+    assert not any(p.requires_grad or p.grad is not None for p in frozen)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_fused_and_general_path_agree_and_checkpointing_too(format):
+    model = minilora.inject(quantized(format), r=3, alpha=5)
+    nn.init.normal_(model.up.adapters["default"].lora_B)
+    fused = model(IDS)
+    assert model.up.last_path == "fused"
+    model.up.base.register_forward_hook(lambda *_: None)
+    general = model(IDS)
+    assert model.up.last_path == "general"
+    torch.testing.assert_close(general, fused, rtol=1e-4, atol=1e-4)
+    again = torch.utils.checkpoint.checkpoint(model, IDS, use_reentrant=False)
+    again.sum().backward()
+    grad = model.up.adapters["default"].lora_A.grad.clone()
+    model.zero_grad()
+    model(IDS).sum().backward()
+    assert torch.equal(grad, model.up.adapters["default"].lora_A.grad)
+
+
+def test_quantize_after_inject_keeps_the_adapters():
+    model = minilora.inject(small(), r=3, alpha=5)
+    nn.init.normal_(model.up.adapters["default"].lora_B)
+    before = model.up.adapters["default"].lora_B.clone()
+    minilora.quantize(model, "nf4")
+    assert type(model.up.base) is QuantizedLinear
+    assert torch.equal(model.up.adapters["default"].lora_B, before)
+    assert model.up.adapters["default"].lora_A.requires_grad
+    assert minilora.eject(model) is model
+    assert type(model.up) is QuantizedLinear
+
+
+def test_dora_over_nf4_is_exact_against_the_decoded_base():
+    model = quantized("nf4")
+    plain = dense(model).float()
+    torch.manual_seed(0)
+    minilora.inject(model, r=3, alpha=5, dora=True)
+    torch.manual_seed(0)
+    minilora.inject(plain, r=3, alpha=5, dora=True)
+    for m in (model, plain):
+        torch.manual_seed(1)
+        for layer in (m.up, m.down):
+            nn.init.normal_(layer.adapters["default"].lora_B)
+    torch.testing.assert_close(model(IDS), plain(IDS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_adapters_move_between_quantized_and_plain_bases(format, tmp_path):
+    model = minilora.inject(quantized(format), r=2, alpha=3)
+    nn.init.normal_(model.up.adapters["default"].lora_B)
+    minilora.save(model, tmp_path / "a")
+    again = minilora.load(quantized(format), tmp_path / "a")
+    assert torch.equal(again(IDS), model(IDS))
+    plain = minilora.load(small(), tmp_path / "a")
+    assert torch.equal(plain.up.adapters["default"].lora_B, model.up.adapters["default"].lora_B)
+    with pytest.raises(ValueError, match="was trained on another base"):
+        minilora.load(minilora.quantize(small(seed=3), format, block_size=32), tmp_path / "a")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_merge_dequantized_and_back(format, keep, lora_bias):
+    model = quantized(format)
+    minilora.inject(model, r=3, alpha=5, targets=["up"] if lora_bias else "all-linear",
+                    lora_bias=lora_bias)  # fmt: skip
+    nn.init.normal_(model.up.adapters["default"].lora_B)
+    if lora_bias:
+        nn.init.normal_(model.up.adapters["default"].lora_bias)
+    codes = {n: p.clone() for n, p in model.named_parameters()}
+    for layer in (model.up.base, model.down if lora_bias else model.down.base):
+        layer.compute = "dequantize"  # so that merging changes rounding only
+    before = model(IDS)
+    assert minilora.merge(model, mode="dequantize", keep=keep) is None
+    assert type(model.up.base) is nn.Linear
+    torch.testing.assert_close(model(IDS), before, rtol=1e-4, atol=1e-4)
+    assert bool(minilora.summary(model).kept_bytes) == (keep == "memory")
+    minilora.unmerge(model)
+    assert {n for n, _ in model.named_parameters()} == set(codes)
+    assert all(torch.equal(p, codes[n]) for n, p in model.named_parameters())
+    assert torch.equal(model(IDS), before)
+
+
+def test_merge_without_keep_and_eject_gives_a_plain_model(tmp_path):
+    model = minilora.inject(quantized("nf4"), r=3, alpha=5)
+    nn.init.normal_(model.up.adapters["default"].lora_B)
+    want = dense_delta(model)
+    minilora.merge(model, mode="dequantize", keep=None)
+    minilora.save(model, tmp_path / "a")  # the file names the quantized base, not the merged one
+    minilora.load(quantized("nf4"), tmp_path / "a")
+    with pytest.raises(RuntimeError, match="kept none"):
+        minilora.unmerge(model)
+    minilora.eject(model)
+    assert type(model.up) is nn.Linear
+    torch.testing.assert_close(model.up.weight.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def dense_delta(model):
+    factors = model.up.adapters["default"]
+    delta = factors.lora_B.double() @ factors.lora_A.double() * factors.scaling
+    return (model.up.base.dequantize(torch.float64) + delta).detach()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_merge_requantized_reports_its_error(format):
+    model = minilora.inject(quantized(format), r=3, alpha=5)
+    for layer in (model.up, model.down):
+        nn.init.normal_(layer.adapters["default"].lora_B)
+    want, base = dense_delta(model), model.up.base.dequantize(torch.float64)
+    codes = model.up.base.codes.clone()
+    report = minilora.merge(model, mode="requantize", sample=IDS)
+    assert type(model.up.base) is QuantizedLinear
+    stored = model.up.base.dequantize(torch.float64)
+    row = next(x for x in report.layers if x.name == "up")
+    assert row.relative == pytest.approx(float((stored - want).norm() / want.norm()), rel=1e-3)
+    error = float((stored - want).norm() / (want - base).norm())
+    assert row.of_delta == pytest.approx(error, rel=1e-3)
+    assert [x.of_delta for x in report.layers] == sorted(x.of_delta for x in report.layers)[::-1]
+    assert 0 < report.outputs < 0.5
+    assert "of the weight" in str(report)
+    assert f"outputs differ by: {report.outputs:.2%}" in str(report)
+    minilora.unmerge(model)
+    assert torch.equal(model.up.base.codes, codes)
+
+
+def test_requantizing_that_drowns_the_adapter_is_refused(snapshot, same):
+    model = minilora.inject(quantized("nf4"), r=3, alpha=5)
+    for layer in (model.up, model.down):
+        nn.init.normal_(layer.adapters["default"].lora_B, std=1e-4)
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError,
+        match=r"must not lose more than tolerance=1 times .*\(2 of 2 layers .*tolerance=",
+    ):
+        minilora.merge(model, mode="requantize")
+    same(before, snapshot(model))
+    report = minilora.merge(model, mode="requantize", tolerance=None)
+    assert report.layers[0].of_delta > 1
+    assert report.outputs is None
+    assert "pass sample=" in str(report)
+
+
+def test_merge_into_the_unquantized_weights(tmp_path):
+    plain = gpt2()
+    from minilora.models import save_pretrained
+
+    save_pretrained(plain, tmp_path / "full")
+    model = minilora.quantize(copy.deepcopy(plain), "nf4")
+    minilora.inject(model, r=3, alpha=5)
+    layer = model.transformer.h[0].attn.c_attn
+    nn.init.normal_(layer.adapters["default"].lora_B)
+    factors = layer.adapters["default"]
+    delta = (factors.lora_B @ factors.lora_A * factors.scaling).T.detach()
+    codes = layer.base.codes.clone()
+    minilora.merge(model, into=tmp_path / "full")
+    want = plain.transformer.h[0].attn.c_attn.weight + delta
+    torch.testing.assert_close(layer.base.weight, want, rtol=1e-6, atol=1e-6)
+    minilora.unmerge(model)
+    assert torch.equal(layer.base.codes, codes)
+    torch.manual_seed(9)
+    other = GPT2(plain.config)
+    save_pretrained(other, tmp_path / "other")
+    with pytest.raises(ValueError, match="is not the weight transformer.* was quantized from"):
+        minilora.merge(model, into=tmp_path / "other")
+    with pytest.raises(ValueError, match="must name a folder with model.safetensors"):
+        minilora.merge(model, into=tmp_path / "none")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "model.safetensors").write_bytes(b"123")
+    with pytest.raises(ValueError, match="is damaged or cut short"):
+        minilora.merge(model, into=damaged)
+    (damaged / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match="must map tensor names to files"):
+        minilora.merge(model, into=damaged)
+    smaller = GPT2(GPT2Config(**{**plain.config.__dict__, "n_embd": 32}))
+    save_pretrained(smaller, tmp_path / "smaller")
+    with pytest.raises(ValueError, match=r"must be a floating-point weight for \[192, 64\]"):
+        minilora.merge(model, into=tmp_path / "smaller")
+    fewer = GPT2(GPT2Config(**{**plain.config.__dict__, "n_layer": 1}))
+    save_pretrained(fewer, tmp_path / "fewer")
+    with pytest.raises(ValueError, match=r"must hold transformer.h.1.* of the unquantized model"):
+        minilora.merge(model, into=tmp_path / "fewer")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs mode='dequantize' .* 'requantize' .* or into=.*; up and 1 more are quantized"),
+        ({"mode": "x"}, "mode must be one of dequantize, requantize or None, found 'x'"),
+        ({"mode": "dequantize", "into": "x"}, "takes mode= or into=, found both"),
+    ],
+)
+def test_merge_wants_to_know_how(options, message, snapshot, same):
+    model = minilora.inject(quantized("int8"), r=2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        minilora.merge(model, **options)
+    same(before, snapshot(model))
+
+
+def test_mode_on_a_plain_base_is_refused():
+    with pytest.raises(ValueError, match="mode= is for quantized bases, found none"):
+        minilora.merge(minilora.inject(small(), r=2), mode="dequantize")
+
+
+def broken(change):
+    model = small()
+    change(model)
+    return model
+
+
+def _nan(model):
+    model.down.weight.data[3, 4] = float("nan")
+
+
+def _norm(model):
+    parametrize.register_parametrization(model.down, "weight", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "error", "message"),
+    [
+        (broken(_nan), {}, ValueError, "the weight of down must be finite, found NaN or Inf"),
+        (broken(_norm), {}, ValueError, "down is a Parametrized|down computes its own"),
+        (small(), {"format": "fp4"}, ValueError, "format must be one of int8, nf4, int4"),
+        (small(), {"format": "int4"}, ValueError, "down has 96 inputs, .*pass block_size=32"),
+        (small(), {"block_size": 65}, ValueError, "block_size of nf4 must be one of"),
+        (small(), {"compute": "fast"}, ValueError, "compute must be one of auto, int8, dequ"),
+        (small(), {"targets": ["nope"]}, ValueError, "'nope' matches none"),
+        (small(), {"targets": ["embed"]}, ValueError, "nn.Linear and Conv1D layers, but embed"),
+        ("model", {}, TypeError, r"quantize\(\) needs an nn.Module, found str"),
+    ],
+)  # fmt: skip
+def test_quantize_checks_all_before_it_changes_any(model, arguments, error, message, snapshot):
+    before = snapshot(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(error, match=message):
+        minilora.quantize(model, **{"format": "nf4", **arguments})
+    if before is not None:
+        assert before[0] == snapshot(model)[0]
+
+
+def test_quantized_layers_are_not_quantized_again():
+    model = quantized("int8")
+    with pytest.raises(ValueError, match=r"up is quantized already \(int8\).*exclude=\['up'\]"):
+        minilora.quantize(model, "nf4")
+    hooked = small()
+    hooked.up.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="up computes its own or has hooks"):
+        minilora.quantize(hooked, "nf4")
+    merged = minilora.inject(small(), r=2)
+    minilora.merge(merged)
+    with pytest.raises(RuntimeError, match="needs unmerged weights"):
+        minilora.quantize(merged, "nf4")
+    whole = small()
+    whole.up = nn.Linear(64, 96, dtype=torch.float32)
+    whole.up.weight = nn.Parameter(torch.ones(96, 64, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match="the weight of up must be floating point, found torch.int8"
+    ):
+        minilora.quantize(whole, "nf4")
+
+
+def test_summary_counts_the_stored_bytes():
+    model = minilora.inject(quantized("nf4"), r=2)
+    found = minilora.summary(model)
+    assert found.bytes == sum(p.nbytes for p in model.parameters())
+    assert found.bytes < sum(p.nbytes for p in minilora.inject(small(), r=2).parameters())
+
+
+def test_explain_and_switching_work_over_codes():
+    model = minilora.inject(quantized("nf4"), r=2, alpha=3)
+    nn.init.normal_(model.up.adapters["default"].lora_B)
+    assert {row.name for row in minilora.explain(model).layers} == {"up", "down"}
+    from minilora.serving import prepare_switching
+
+    before = model(IDS)
+    prepare_switching(model, max_r=4)
+    torch.testing.assert_close(model.eval()(IDS), before, rtol=1e-4, atol=1e-4)
+    assert copy.deepcopy(model)(IDS).equal(model(IDS))

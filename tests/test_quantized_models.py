@@ -1,0 +1,287 @@
+"""Quantizing while loading, quantized folders, and those transformers saved with bitsandbytes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import minilora
+from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig, load_model, save_pretrained
+from minilora.quantization import QuantizedLinear
+from minilora.quantized_models import load_quantized, save_quantized
+
+IDS = torch.tensor([[1, 2, 3, 4, 5]])
+
+
+def llama(tied=False):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    return Llama(config)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2(GPT2Config(vocab_size=61, n_positions=32, n_embd=64, n_layer=2, n_head=2))
+
+
+def a_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, 61)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+
+
+@pytest.fixture(params=["llama", "tied llama", "gpt2"])
+def folder(request, tmp_path):
+    kind = request.param
+    model = gpt2() if kind == "gpt2" else llama(tied="tied" in kind)
+    save_pretrained(model, tmp_path / "full")
+    a_tokenizer(tmp_path / "full")
+    return tmp_path / "full"
+
+
+def same_state(a, b):
+    mine, theirs = a.state_dict(), b.state_dict()
+    assert list(mine) == list(theirs)
+    for name, value in mine.items():
+        assert value.dtype == theirs[name].dtype, name
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_quantizing_while_loading_is_quantizing_after(folder, format):
+    model, _ = load_quantized(folder, format, dtype=torch.float32)
+    after, _ = load_model(folder, dtype=torch.float32)
+    minilora.quantize(after, format)
+    same_state(model, after)
+    assert torch.equal(model(IDS), after(IDS))
+    assert not any(
+        p.requires_grad
+        for m in model.modules()
+        if isinstance(m, QuantizedLinear)
+        for p in m.parameters()
+    )
+    if model.config.tie_word_embeddings:
+        assert (
+            model.lm_head.weight
+            is model.get_submodule(
+                "transformer.wte" if isinstance(model, GPT2) else "model.embed_tokens"
+            ).weight
+        )
+    minilora.inject(model, r=2)
+    assert minilora.summary(model).paths
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_save_and_load_give_the_same_codes(folder, format, tmp_path):
+    model, tokenizer = load_quantized(folder, format, dtype=torch.bfloat16)
+    save_quantized(model, tmp_path / "q", tokenizer)
+    again, other = load_quantized(tmp_path / "q", dtype=None)
+    same_state(model, again)
+    assert torch.equal(model(IDS), again(IDS))
+    assert other.encode("w3 w4") == tokenizer.encode("w3 w4")
+    assert sum(p.nbytes for p in again.parameters()) == sum(p.nbytes for p in model.parameters())
+    wide, _ = load_quantized(tmp_path / "q", dtype=torch.float32)
+    assert wide(IDS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_folders_of_transformers_with_bitsandbytes_load(tmp_path, double):
+    save_pretrained(llama(), tmp_path / "full")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "bnb")
+    a_tokenizer(tmp_path / "bnb")
+    ours, _ = load_quantized(tmp_path / "bnb", dtype=torch.float32)
+    kinds = [m for m in ours.modules() if isinstance(m, QuantizedLinear)]
+    assert len(kinds) == 14
+    assert kinds[0].spec.double_quant == double
+    direct, _ = load_quantized(_with_tokenizer(tmp_path / "full"), "nf4", dtype=torch.float32,
+                               double_quant=double)  # fmt: skip
+    same_state(ours, direct)
+    with torch.no_grad():
+        mine, judge = ours(IDS), theirs(IDS).logits
+    # The codes are the same; bitsandbytes multiplies them in bf16 on a CPU.
+    assert float((mine - judge).norm() / judge.norm()) < 1e-2
+
+
+def _with_tokenizer(folder):
+    a_tokenizer(folder)
+    return folder
+
+
+def spoil(folder, name, change):
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def _key(tensors, end):
+    return next(name for name in tensors if name.endswith(end))
+
+
+def _cut(tensors):
+    key = _key(tensors, "up_proj.codes")
+    tensors[key] = tensors[key][:-1].clone()
+
+
+def _zero(tensors):
+    tensors[_key(tensors, "scale_bits")].zero_()
+
+
+def _drop(tensors):
+    del tensors[_key(tensors, "down_proj.scale_bits")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_cut, "up_proj.codes must be torch.int8 of shape"),
+        (_zero, "must have scales above 0, found 0"),
+        (_drop, "down_proj.scale_bits"),
+    ],
+)
+def test_damaged_quantized_folders(tmp_path, change, message):
+    save_pretrained(llama(), tmp_path / "full")
+    a_tokenizer(tmp_path / "full")
+    model, tokenizer = load_quantized(tmp_path / "full", "int8", dtype=torch.float32)
+    save_quantized(model, tmp_path / "q", tokenizer)
+    spoil(tmp_path / "q", "quantized.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        load_quantized(tmp_path / "q")
+
+
+def test_other_errors_of_quantized_folders(tmp_path):
+    save_pretrained(llama(), tmp_path / "full")
+    full = _with_tokenizer(tmp_path / "full")
+    with pytest.raises(ValueError, match="needs a quantized folder, found"):
+        load_quantized(full)
+    model, tokenizer = load_quantized(full, "int8")
+    save_quantized(model, tmp_path / "q", tokenizer)
+    with pytest.raises(ValueError, match="is quantized already; load it without a format"):
+        load_quantized(tmp_path / "q", "nf4")
+    with pytest.raises(ValueError, match="writes a new or empty folder, found files"):
+        save_quantized(model, tmp_path / "q")
+    with pytest.raises(ValueError, match="needs quantized layers, found none"):
+        save_quantized(llama(), tmp_path / "r")
+    with pytest.raises(TypeError, match="writes a Llama or GPT2"):
+        save_quantized(torch.nn.Linear(2, 2), tmp_path / "r")
+    minilora.inject(model, r=2)
+    with pytest.raises(ValueError, match="writes a base without adapters"):
+        save_quantized(model, tmp_path / "r")
+    entries = json.loads((tmp_path / "q/quantization.json").read_text())
+    for version, layers, message in (
+        (2, entries["layers"], "version 1 is read, found 2"),
+        (1, {"model.layers.9.up": dict(next(iter(entries["layers"].values())))}, "does not have"),
+        (1, {"model.layers.0.mlp.up_proj": {"format": "int3"}}, "must describe the layers"),
+    ):
+        (tmp_path / "q/quantization.json").write_text(
+            json.dumps({"version": version, "layers": layers})
+        )
+        with pytest.raises(ValueError, match=message):
+            load_quantized(tmp_path / "q")
+    (tmp_path / "q/quantization.json").write_text(json.dumps(entries))
+    (tmp_path / "q/quantized.safetensors").write_bytes(b"12345")
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        load_quantized(tmp_path / "q")
+    config = json.loads((full / "config.json").read_text())
+    for change, message in (
+        ({"quantization_config": {}}, "found no 4-bit layers of bitsandbytes"),
+        ({"quantization_config": {}, "model_type": "bert"}, "a model of type gpt2, llama, found"),
+    ):
+        (full / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            load_quantized(full)
+
+
+def test_nan_in_a_stored_tensor_is_found_while_loading(tmp_path):
+    save_pretrained(llama(), tmp_path / "full")
+    full = _with_tokenizer(tmp_path / "full")
+    for end in ("up_proj.weight", "norm.weight"):
+        spoil(full, "model.safetensors", lambda t, end=end: t[_key(t, end)].view(-1)[3:4].fill_(
+            float("nan")))  # fmt: skip
+        with pytest.raises(ValueError, match="must be finite, found NaN or Inf; fetch the model"):
+            load_quantized(full, "nf4")
+    with pytest.raises(ValueError, match="'nope' matches none"):
+        load_quantized(full, "nf4", targets=["nope"])
+    with pytest.raises(ValueError, match="format must be one of"):
+        load_quantized(full, "fp4")
+
+
+PEAK = """
+import sys, torch
+from minilora.quantized_models import load_quantized
+def status(key):
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) / 1024
+load_quantized(sys.argv[2], "nf4", dtype=torch.bfloat16)  # so that all code is in memory
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+model, _ = load_quantized(sys.argv[1], "nf4", dtype=torch.bfloat16)
+peak = status("VmHWM")
+final = sum(p.nbytes for p in model.parameters()) / 2**20
+print(peak - before - final, final)
+"""
+
+
+def test_peak_memory_while_quantizing_is_one_tensor(tmp_path):
+    """A checkpoint of over 1 GB, written shard by shard: the peak is the result and one tensor."""
+    hidden, wide, blocks, vocab = 2048, 8192, 5, 8000
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=blocks,
+        num_attention_heads=16, num_key_value_heads=16, head_dim=128,
+        max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Llama(config, device="meta")
+    folder = tmp_path / "big"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict(torch.float32)))
+    a_tokenizer(folder)
+    save_pretrained(llama(), tmp_path / "little")
+    little = _with_tokenizer(tmp_path / "little")
+    shards: dict[str, list] = {}
+    for name, parameter in model.named_parameters():
+        shards.setdefault(name.split(".")[2] if ".layers." in name else "x", []).append(
+            (name, parameter.shape)
+        )
+    index, total = {}, 0
+    for shard, rows in shards.items():
+        tensors = {name: torch.full(shape, 0.01) for name, shape in rows}
+        total += sum(t.nbytes for t in tensors.values())
+        save_file(tensors, folder / f"s{shard}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, f"s{shard}.safetensors")
+        del tensors
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert total > 1e9
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), str(little)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    over, final = map(float, done.stdout.split())
+    largest = max(wide * hidden, vocab * hidden) * 4 / 2**20
+    assert final < 0.3 * total / 2**20
+    # 16 MB of a file may be mapped beside it.
+    assert over <= largest + 16 + 48, f"{over:.0f} MB over the result of {final:.0f} MB"
