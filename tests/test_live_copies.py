@@ -171,17 +171,18 @@ def verbs(model):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_copy_made_while_rows_are_mixed_keeps_its_rows(way):
+def test_a_copy_made_while_rows_are_mixed_is_outside_of_it(way):
     model = two(targets=["linear", "turned"]).eval()
     rows = (["a", "base", "b"] * 5)[: len(IDS)]
+    expected = model(IDS)
     with mixed(model, rows):
         y = model(IDS)
         twin = WAYS[way](model)
-    assert torch.equal(twin(IDS), y)  # as it was when it was copied
-    assert not torch.equal(model(IDS), y)
-    with mixed(twin, ["b"] * len(IDS)):
-        minilora.activate(model, "b")
-        torch.testing.assert_close(twin(IDS), model(IDS))
+        assert torch.equal(twin(IDS), expected)
+        assert torch.equal(model(IDS), y) and not torch.equal(y, expected)
+    with mixed(twin, rows):
+        assert torch.equal(twin(IDS), y)
+    assert torch.equal(model(IDS), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
