@@ -7,6 +7,7 @@ two files are written and checked: `adapter_files.py`.
 import hashlib
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -401,8 +402,14 @@ def _read(
         )
     if verify:
         samples = {n: weight_sample(n, modules[n].weight) for n in names}
-        check_base(folder, metadata, modules, samples)
+        known = check_base(folder, metadata, modules, samples)
         _check_frozen(reader, frozen, modules)
+        if not known:
+            warnings.warn(
+                f"minilora: {folder} says nothing of the base it was trained on (only minilora "
+                f"writes that), so a wrong base can't be told here; compare outputs",
+                stacklevel=3,
+            )
     if not values:
         return built, None
     whole = config.get("modules_to_save") or []

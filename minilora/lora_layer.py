@@ -76,6 +76,10 @@ class LoRALayer(nn.Module):
                 raise
             return getattr(base, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle made within `mixed` is outside of it, since nothing would end it."""
+        return {**super().__getstate__(), "rows": None}
+
     def new_adapter(self, **options: Any) -> LoRAAdapter:
         """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
 

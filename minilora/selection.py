@@ -33,7 +33,15 @@ class Target:
 
 
 class TargetList(list[Target]):
-    """A list of `Target` that prints as a table."""
+    """A list of `Target` that prints as a table.
+
+    Attributes:
+        counts: how many layers each entry of a list of targets chose.
+    """
+
+    def __init__(self, rows: Iterable[Target] = (), counts: Mapping[str, int] | None = None):
+        super().__init__(rows)
+        self.counts = dict(counts or {})
 
     def __str__(self) -> str:
         width = max([len(t.name) for t in self] + [6])
@@ -46,7 +54,11 @@ class TargetList(list[Target]):
             lines.append(f"{t.name:<{width}}  {shape:>15}  {r:>4}  {t.parameters:>11,}{note}")
         chosen = [t for t in self if t.selected]
         total = sum(t.parameters for t in chosen)
-        lines.append(f"{len(chosen)} of {len(self)} linear layers, {total:,} adapter parameters")
+        counts = ", ".join(f"{entry} {count}" for entry, count in self.counts.items())
+        lines.append(
+            f"{len(chosen)} of {len(self)} linear layers{f' ({counts})' if counts else ''}, "
+            f"{total:,} adapter parameters"
+        )
         return "\n".join(lines)
 
 
@@ -317,11 +329,13 @@ def targets(
     Raises:
         ValueError: what `inject` would refuse.
     """
+    if not isinstance(targets, str):
+        targets = _string_list(targets, "targets")
     chosen = set(select_targets(model, targets, exclude, layers))
     check_rank(r)
     check_patterns(rank_pattern, list(chosen), "rank_pattern")
     head = find_head(model)
-    return TargetList(
+    rows = (
         Target(
             name,
             *matrix_shape(module)[::-1],
@@ -332,3 +346,8 @@ def targets(
         for name, module in plain_modules(model).items()
         if is_linear(module) or name in chosen
     )
+    counts = {
+        entry: sum(_entry_matches(entry, name) for name in chosen)
+        for entry in (() if isinstance(targets, str) else targets)
+    }
+    return TargetList(rows, counts)

@@ -2,7 +2,14 @@
 
 import base64
 import copy
+import itertools
 import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,6 +256,67 @@ def test_read_config_refuses(tmp_path, text, message):
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path / "adapter_config.json")
+
+
+def test_load_refuses_another_base_in_another_format(tmp_path):
+    """Rounded to bfloat16 the same base is alike, another one is not."""
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"weights of q_proj must be alike .cosine -?0\.\d+, 0.98"):
+        minilora.load(net(seed=1, dtype=torch.bfloat16), tmp_path)
+
+
+def test_load_notes_that_the_base_is_unknown(tmp_path):
+    model, x = saved(tmp_path), torch.randn(2, 12)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file)  # as PEFT writes it
+    with pytest.warns(UserWarning, match="says nothing of the base it was trained on"):
+        again = minilora.load(net(), tmp_path)
+    assert torch.equal(again(x), model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minilora.load(net(), tmp_path, verify=False)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(["frozen", "trained", "also"]))
+def test_load_makes_trainable_exactly_what_was_asked(tmp_path, order):
+    """By name, whatever was loaded before, and whatever the base was."""
+    for seed, name in enumerate(order):
+        model = shake(minilora.inject(net(), r=2 + seed, alpha=3, adapter=name), name)
+        minilora.save(model, tmp_path, name)
+    model = net()
+    asked = {"frozen": False, "trained": True, "also": True}
+    for loaded, name in enumerate(order, 1):
+        minilora.load(model, tmp_path / name, name, trainable=asked[name])
+        for key, parameter in model.named_parameters():
+            mine = [n for n in order[:loaded] if f".adapters.{n}." in key]
+            assert parameter.requires_grad == any(asked[n] for n in mine), key
+    minilora.load(model, tmp_path / "frozen", "frozen", replace=True)
+    minilora.delete(model, "also")
+    flags = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert flags == {key for key, _ in model.named_parameters() if ".adapters.trained." in key}
+
+
+def test_save_into_a_read_only_folder_says_so_and_keeps_what_is_there():
+    """Also for root, whom no mode stops: so the test gives that up while it saves."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        saved(folder)
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        other = shake(minilora.inject(net(), r=2, alpha=3))
+        folder.chmod(0o555)
+        owner = os.geteuid()
+        if owner == 0:
+            os.seteuid(65534)
+        try:
+            for call in (minilora.save, minilora.export):
+                with pytest.raises(PermissionError, match=re.escape(str(folder))):
+                    call(other, folder)
+        finally:
+            os.seteuid(owner)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    finally:
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
 
 
 class Nested(nn.Module):

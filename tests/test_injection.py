@@ -84,7 +84,7 @@ def test_inject_selection():
     assert [f.r for f in found.values()] == [4, 4, 2, 2]
     assert [f.scaling for f in found.values()] == [2.0, 1.5, 3.0, 3.0]
     text = str(minilora.targets(net(), ["q_proj"], r=3))
-    assert "1 of 5 linear layers, 96 adapter parameters" in text and "head" in text
+    assert "1 of 5 linear layers (q_proj 1), 96 adapter parameters" in text and "head" in text
 
 
 def test_fused_encoder_layer_calls_its_adapters():

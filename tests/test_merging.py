@@ -114,3 +114,59 @@ def test_disk_copy_survives_a_pickle_of_the_model():
     twin = pickle.loads(data)
     minilora.unmerge(twin)
     assert all(torch.equal(value, before[name]) for name, value in bits(twin).items())
+
+
+class Tied(nn.Module):
+    """A head that is its embedding's weight, and a layer between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mid = nn.Embedding(9, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.mid(self.embed(ids))))
+
+
+def test_a_tied_head_trains_and_merges_without_touching_the_embedding():
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(9)
+    weight = model.embed.weight.detach().clone()
+    shake(minilora.inject(model, r=2, alpha=3, targets=["head", "mid"]))
+    y = model(ids)
+    y.square().sum().backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer.step()
+    assert torch.equal(model.embed.weight, weight) and model.embed.weight.grad is None
+    assert model.head.base.weight is model.embed.weight
+    trained = model(ids)
+    assert not torch.equal(trained, y)
+    model.eval()
+    with pytest.raises(ValueError, match=r"would change embed\.weight too.*untie=True"):
+        minilora.merge(model)
+    minilora.merge(model, untie=True)
+    torch.testing.assert_close(model(ids), trained)
+    assert torch.equal(model.embed.weight, weight)
+    assert not torch.equal(model.head.weight, weight)
+    minilora.unmerge(model)
+    assert model.head.base.weight is model.embed.weight
+    assert torch.equal(model.embed.weight, weight)
+    assert torch.equal(model(ids), trained)
+
+
+@pytest.mark.parametrize("one", ["default", "b"])
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_merging_one_of_several_adds_that_one_alone(one, keep):
+    model, x = two_adapters().eval(), torch.randn(3, 12)
+    minilora.activate(model, one)
+    alone, before = model(x), bits(model)
+    for active in (["default", "b"], None, "default"):
+        minilora.activate(model, active)
+        expected = model(x)
+        minilora.merge(model, one, keep=keep)
+        torch.testing.assert_close(model(x), alone)
+        assert {row.name: row.merged for row in minilora.summary(model).adapters}[one]
+        minilora.unmerge(model)
+        assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+        assert torch.equal(model(x), expected)

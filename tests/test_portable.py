@@ -222,6 +222,30 @@ def test_errors_leave_model_and_folder_unchanged(tmp_path, snapshot, same):
             call()
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_export_from_a_quantized_base(tmp_path, format, dora):
+    """The change is that of the decoded base, and the file goes onto the same quantized one."""
+
+    def base():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64))
+        return minilora.quantize(net, format, block_size=32)
+
+    model = shake(minilora.inject(base(), r=3, alpha=5, dora=dora))
+    report = export(model, tmp_path, r=64 if dora else None)
+    assert report.error < 1e-5
+    again = minilora.load(base(), tmp_path)
+    for fqn, layer in lora_layers(model).items():
+        delta = layer.delta_weight("default")
+        assert delta.abs().max() > 0.01
+        found = lora_layers(again)[fqn].delta_weight("default")
+        torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-5)
+    if not dora:  # which also scales what the formats' products of activations round
+        x = torch.randn(5, 64)
+        torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "conv2d"])
 @pytest.mark.parametrize("option", ["plain", "rslora", "dora", "dora-rslora", "patterns", "pissa"])

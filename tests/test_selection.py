@@ -233,6 +233,15 @@ def test_targets_prints_one_row_per_linear_and_target():
     assert str(TargetList()).split("\n")[-1].startswith("0 of 0 ")
 
 
+def test_targets_counts_what_each_entry_chose():
+    found = minilora.targets(Mixed(), (e for e in ("proj", "mlp.0", "wte")), exclude=["h.3"])
+    assert found.counts == {"proj": 11, "mlp.0": 11, "wte": 1}
+    assert "linear layers (proj 11, mlp.0 11, wte 1), " in str(found).split("\n")[-1]
+    for whole in ("all-linear", r".*\.proj"):
+        found = minilora.targets(Mixed(), whole)
+        assert found.counts == {} and "linear layers, " in str(found).split("\n")[-1]
+
+
 @settings(max_examples=40)
 @given(
     ends=st.lists(

@@ -10,16 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .byte_level import folder_backend, gguf_backend, tokenizers_library
 from .chat_template import ChatTemplate, map_strings, plain_messages
 from .folder import read_json, write_json, write_text
 
-# Values of a GGUF's `tokenizer.ggml.pre` that are built: how text is cut before merging. From
-# llama.cpp's llama-vocab.cpp; the same cuts in the models' own tokenizer.json.
-_PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "smollm")
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 # Control tokens that end a turn or a document in any model; llama.cpp stops at them too.
@@ -80,27 +74,23 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """Read a Hugging Face folder.
 
-        `tokenizer.json` is needed; `tokenizer_config.json`, `special_tokens_map.json`,
-        `chat_template.jinja`, `config.json` and `generation_config.json` are read where they lie.
+        `tokenizer.json` is needed, or GPT-2's `vocab.json` and `merges.txt`;
+        `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, `config.json`
+        and `generation_config.json` are read where they lie.
         Which tokens frame a text stands in `tokenizer.json`; as in transformers 5, `add_bos_token`
-        and `add_eos_token` don't override it.
+        and `add_eos_token` don't override it (and count where there is no such file).
 
         Raises:
             ValueError: a file that is missing or damaged, or special tokens that contradict it.
             RuntimeError: the `tokenizers` package is missing.
         """
         folder = Path(folder)
-        library = _tokenizers()
-        file = folder / "tokenizer.json"
-        read_json(file)  # a clear error where it is missing or no JSON
-        try:
-            backend = library.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"'{file}' must describe a tokenizer, found: {error}") from error
         entries: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 entries |= read_json(folder / name)
+        backend, defaults = folder_backend(folder, entries)
+        entries = defaults | entries
         named = {
             name: _text_of(entries.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")
         }
@@ -114,7 +104,10 @@ class Tokenizer:
             template = {each["name"]: each["template"] for each in template}.get("default")
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        return cls(backend, **named, stop_ids=stops, chat_template=template)
+        made = cls(backend, **named, stop_ids=stops, chat_template=template)
+        if not (folder / "tokenizer.json").is_file():
+            made._frame(bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token")))
+        return made
 
     @classmethod
     def from_gguf(cls, file: str | Path) -> "Tokenizer":
@@ -131,9 +124,9 @@ class Tokenizer:
 
     @classmethod
     def _from_gguf(cls, source: Any) -> "Tokenizer":
-        library = _tokenizers()
+        library = tokenizers_library()
         tokens = source.need("tokenizer.ggml.tokens")
-        backend = _gguf_backend(source, tokens)
+        backend = gguf_backend(source, tokens)
         kinds = source.metadata.get("tokenizer.ggml.token_type", [])
         added = [
             library.AddedToken(token, normalized=False, special=kind == _CONTROL)
@@ -173,7 +166,7 @@ class Tokenizer:
 
     def _frame(self, begin: bool, end: bool) -> None:
         """Let `encode` put the beginning and ending tokens around a text."""
-        processors = _tokenizers().processors
+        processors = tokenizers_library().processors
         special, single = [], "$A"
         if begin and self.bos_id is not None:
             special.append((self._named["bos_token"], self.bos_id))
@@ -334,14 +327,6 @@ class Tokenizer:
             write_text(folder / "chat_template.jinja", self.chat_template)
 
 
-def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise RuntimeError('a Tokenizer needs tokenizers: pip install "minilora[text]"') from error
-    return tokenizers
-
-
 def _text_of(token: Any) -> str | None:
     """A special token's text: in config files it stands bare or as an object."""
     return token.get("content") if isinstance(token, dict) else token
@@ -357,44 +342,3 @@ def _longest_run(value: Any) -> str:
 
     map_strings(value, note)
     return max(runs, key=len)
-
-
-def _gguf_backend(source: Any, tokens: list[str]) -> Any:
-    """The BPE model, its cuts and its decoder, without added tokens."""
-    library = _tokenizers()
-    kind, cut = source.need("tokenizer.ggml.model"), source.need("tokenizer.ggml.pre")
-    if kind != "gpt2":
-        raise ValueError(
-            f"'{source.path}': tokenizer.ggml.model must be 'gpt2' (byte-level BPE), found "
-            f"{kind!r}, which is not built; read the tokenizer from a folder with tokenizer.json"
-        )
-    if cut not in _PRE_TOKENIZERS:
-        raise ValueError(
-            f"'{source.path}': tokenizer.ggml.pre must be one of "
-            f"{', '.join(_PRE_TOKENIZERS)}, found {cut!r}, which is not built; read the "
-            f"tokenizer from a folder with tokenizer.json"
-        )
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges")]
-    if len(vocabulary) != len(tokens) or any(len(pair) != 2 for pair in merges):
-        raise ValueError(
-            f"'{source.path}': tokens must differ and merges must be pairs, found otherwise"
-        )
-    try:
-        model = library.models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe")
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(
-            f"'{source.path}': the merges must lie in the vocabulary: {error}"
-        ) from error
-    backend = library.Tokenizer(model)
-    pre = library.pre_tokenizers
-    steps = []
-    if cut == "smollm":
-        steps.append(pre.Digits(individual_digits=True))
-    elif cut == "llama-bpe":
-        steps.append(pre.Split(library.Regex(_LLAMA3), behavior="isolated"))
-    # ByteLevel's own regex is GPT-2's.
-    steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=cut != "llama-bpe"))
-    backend.pre_tokenizer = pre.Sequence(steps)
-    backend.decoder = library.decoders.ByteLevel()
-    return backend
