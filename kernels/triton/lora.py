@@ -1,0 +1,154 @@
+"""The LoRA linear on Triton: two `torch.library` operators, and autograd between them.
+
+    minilora::lora_linear           X, W, b, A, B, s, seed, p → Y, S
+    minilora::lora_linear_backward  G, X, W, A, B, S, s, seed, p, wanted → grad_X, grad_A, grad_B
+
+W comes as `[K, N]` (a transposed view of nn.Linear's). Kept for backward: X, S and the factors;
+the dropout mask is made again from the seed. Launches are listed by plain functions, so that the
+same list can be run, compiled ahead of time and counted.
+"""
+
+import torch
+from torch import Tensor
+
+from .launch import Launch, architecture, cdiv
+from .lora_backward import launch_expand, launch_sum, launch_tall
+from .lora_forward import launch_gemm, launch_shrink
+from .tiles import expand_tile, splits_for, tall_tile
+
+
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def plan_forward(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
+    seed: Tensor | None, p: float, y: Tensor, s: Tensor,
+) -> list[Launch]:  # fmt: skip
+    """Return the launches that fill `y [M, N]` and `s [M, R]`."""
+    return [
+        launch_shrink(x, A, seed, p, s),
+        launch_gemm(x, w, bias, s, B.t(), scaling, None, 0.0, y),
+    ]
+
+
+def plan_factors(
+    grad_out: Tensor, x: Tensor, A: Tensor, B: Tensor, s: Tensor, scaling: float,
+    seed: Tensor | None, p: float, grad_s: Tensor, grad_A: Tensor | None, grad_B: Tensor | None,
+) -> list[Launch]:  # fmt: skip
+    """Return the launches that fill grad_s `[M, R]` and what is given of grad_A, grad_B."""
+    (M, N), (R, K) = grad_out.shape, A.shape
+    arch = architecture(grad_out.device)
+    launches = []
+    tile = expand_tile(R, grad_out.dtype, arch)
+
+    def partials(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    if tile is None or grad_B is None:
+        launches.append(launch_shrink(grad_out, B.t(), None, 0.0, grad_s, scaling))
+    else:
+        blocks = cdiv(M, tile.m)
+        splits = splits_for(blocks, cdiv(N, tile.n))
+        if splits == 1:
+            pieces, factor = grad_s[None], scaling
+        else:
+            pieces, factor = partials(splits, M, R), 1.0
+        sums = partials(blocks, R, N)
+        launches.append(launch_expand(grad_out, B, s, pieces, sums, factor, tile))
+        if splits > 1:
+            launches.append(launch_sum(pieces, grad_s, scaling))
+        launches.append(launch_sum(sums, grad_B.t(), scaling))
+
+    def tall(u: Tensor, v: Tensor, out: Tensor, seed: Tensor | None, scale: float) -> None:
+        tile = tall_tile(R, v.dtype, arch)
+        slices = splits_for(cdiv(v.shape[1], tile.k) * cdiv(R, tile.r), cdiv(M, tile.m), 64)
+        sums = partials(slices, R, v.shape[1])
+        launches.append(launch_tall(u, v, seed, p, sums, tile))
+        launches.append(launch_sum(sums, out, scale))
+
+    if tile is None and grad_B is not None:
+        tall(s, grad_out, grad_B.t(), None, scaling)
+    if grad_A is not None:
+        tall(grad_s, x, grad_A, seed, 1 / (1 - p) if seed is not None else 1.0)
+    return launches
+
+
+@torch.library.triton_op("minilora::lora_linear", mutates_args={})
+def _forward(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
+    seed: Tensor | None, p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = torch.empty((len(x), w.shape[1]), dtype=x.dtype, device=x.device)
+    s = torch.empty((len(x), len(A)), dtype=x.dtype, device=x.device)
+    w, A, B = (t.to(x.dtype) for t in (w, A, B))
+    _run(plan_forward(x, w, bias, A, B, scaling, seed, p, y, s))
+    return y, s
+
+
+@torch.library.triton_op("minilora::lora_linear_backward", mutates_args={})
+def _backward(
+    grad_out: Tensor, x: Tensor, w: Tensor, A: Tensor, B: Tensor, s: Tensor, scaling: float,
+    seed: Tensor | None, p: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x = torch.empty(x.shape if wanted[0] else (0,), dtype=x.dtype, device=x.device)
+    grad_A = torch.empty(A.shape if wanted[1] else (0,), dtype=A.dtype, device=x.device)
+    grad_B = torch.empty(B.shape if wanted[2] else (0,), dtype=B.dtype, device=x.device)
+    grad_s = torch.empty(s.shape, dtype=s.dtype, device=x.device)
+    w, narrow_A, narrow_B = (t.to(x.dtype) for t in (w, A, B))
+    _run(
+        plan_factors(
+            grad_out, x, narrow_A, narrow_B, s, scaling, seed, p, grad_s,
+            grad_A if wanted[1] else None, grad_B if wanted[2] else None,
+        )  # fmt: skip
+    )
+    if wanted[0]:
+        _run([launch_gemm(grad_out, w.t(), None, grad_s, narrow_A, 1.0, seed, p, grad_x)])
+    return grad_x, grad_A, grad_B
+
+
+def _keep(ctx, inputs, output):
+    x, w, _, A, B, scaling, seed, p = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w, A, B, output[1], seed)
+    ctx.scaling, ctx.p = scaling, p
+
+
+def _differentiate(ctx, grad_out, _):
+    if grad_out is None:
+        return (None,) * 8
+    x, w, A, B, s, seed = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    grads = torch.ops.minilora.lora_linear_backward(
+        grad_out.to(x.dtype), x, w, A, B, s, ctx.scaling, seed, ctx.p, wanted
+    )
+    grad_x, grad_A, grad_B = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return grad_x, None, None, grad_A, grad_B, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def lora_dense(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
+    seed: Tensor | None = None, p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute `x w + bias + scaling · D(x) Aᵀ Bᵀ` by two kernels, backward by five.
+
+    Args:
+        x: `[M, K]` f32, f16 or bf16, any strides; kept for backward.
+        w: `[K, N]`, frozen, any strides; cast to x's dtype.
+        bias: `[N]` or None.
+        A: `[R, K]`, any floating dtype, cast to x's for the products; its gradient is rounded once,
+            from f32 sums.
+        B: `[N, R]`, likewise.
+        scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
+        seed: int64 `[1]` that the dropout mask is a hash of, or None.
+        p: the probability to drop.
+
+    Returns:
+        `[M, N]` in x's dtype.
+    """
+    return torch.ops.minilora.lora_linear(x, w, bias, A, B, scaling, seed, p)[0]
