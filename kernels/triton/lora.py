@@ -99,13 +99,35 @@ def _backward(
     w, narrow_A, narrow_B = (t.to(x.dtype) for t in (w, A, B))
     _run(
         plan_factors(
-            grad_out, x, narrow_A, narrow_B, s, scaling, seed, p, grad_s,
-            grad_A if wanted[1] else None, grad_B if wanted[2] else None,
+            grad_out,
+            x,
+            narrow_A,
+            narrow_B,
+            s,
+            scaling,
+            seed,
+            p,
+            grad_s,
+            grad_A if wanted[1] else None,
+            grad_B if wanted[2] else None,
         )  # fmt: skip
     )
     if wanted[0]:
         _run([launch_gemm(grad_out, w.t(), None, grad_s, narrow_A, 1.0, seed, p, grad_x)])
     return grad_x, grad_A, grad_B
+
+
+@_forward.register_fake
+def _forward_shape(x, w, bias, A, B, scaling, seed, p):
+    return x.new_empty((len(x), w.shape[1])), x.new_empty((len(x), len(A)))
+
+
+@_backward.register_fake
+def _backward_shape(grad_out, x, w, A, B, s, scaling, seed, p, wanted):
+    grads = zip((x, A, B), wanted, strict=True)
+    return tuple(
+        torch.empty(t.shape if w else (0,), dtype=t.dtype, device=x.device) for t, w in grads
+    )
 
 
 def _keep(ctx, inputs, output):

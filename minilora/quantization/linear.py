@@ -184,9 +184,7 @@ class QuantizedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        for name, (shape, dtype) in layout(
-            self.spec, self.out_features, self.in_features
-        ).items():
+        for name, (shape, dtype) in layout(self.spec, self.out_features, self.in_features).items():
             found = state.get(prefix + name)
             if found is not None and (found.dtype != dtype or tuple(found.shape) != shape):
                 errors.append(
@@ -194,15 +192,11 @@ class QuantizedLinear(nn.Module):
                     f"{self.spec.format} layer, found {found.dtype} of shape {list(found.shape)}"
                 )
                 return
-        reason = bad_scales(
-            {n: state[prefix + n] for n in self._parameters if prefix + n in state}
-        )
+        reason = bad_scales({n: state[prefix + n] for n in self._parameters if prefix + n in state})
         if reason is not None:
             errors.append(f"{prefix[:-1]} {reason}")
             return
-        super()._load_from_state_dict(
-            state, prefix, metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         """Show shape, format and how it multiplies."""
