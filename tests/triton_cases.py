@@ -1,4 +1,4 @@
-"""What the kernel tests share: where they run, operands with hostile surroundings, one tolerance."""
+"""What the kernel tests share: where they run, hostile surroundings, one tolerance."""
 
 import importlib.util
 
@@ -18,8 +18,8 @@ CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if CUDA else "cpu"
 
 # Triton's interpreter multiplies bfloat16's bit patterns, so there `multiply` widens the operands
-# to f32 first: bf16 loads and stores are covered, the bf16 product and its rounding (the interpreter
-# cuts bits off where a GPU rounds to nearest) are not.
+# to f32 first: bf16 loads and stores are covered, the bf16 product and its rounding (the
+# interpreter cuts bits off where a GPU rounds to nearest) are not.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = st.sampled_from([1, 2, 3, 7, 13, 16, 17, 31, 32, 33, 47])
 SEED = 0x1234_5678_9ABC_DEF
@@ -33,7 +33,7 @@ def needs_kernels():
 
 
 def operand(*shape, dtype=torch.float32, layout="plain", scale=1.0):
-    """Random values; "strided" lies in a larger matrix of NaN, "transposed" has its columns close."""
+    """Random values; "strided" lies in a larger matrix of NaN, "transposed" has close columns."""
     values = (torch.randn(shape) * scale).to(dtype).to(DEVICE)
     if layout == "transposed":
         return values.t().contiguous().t()

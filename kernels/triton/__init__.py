@@ -1,0 +1,1 @@
+"""Triton kernels; nothing here imports triton until a kernel is asked for."""

@@ -11,65 +11,62 @@ same list can be run, compiled ahead of time and counted.
 import torch
 from torch import Tensor
 
-from .launch import Launch, architecture, cdiv
+from .launch import Launch, architecture, cdiv, precision
 from .lora_backward import launch_expand, launch_sum, launch_tall
 from .lora_forward import launch_gemm, launch_shrink
-from .tiles import expand_tile, splits_for, tall_tile
+from .tiles import expand_tile, gemm_tile, shrink_tile, splits_for, tall_tile
 
 
-def _run(launches: list[Launch]) -> None:
-    for launch in launches:
-        launch.run()
+def plan_gemm(
+    x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float,
+    seed: Tensor | None, p: float, y: Tensor, arch: int,
+) -> Launch:  # fmt: skip
+    """Return the launch that fills `y [M, N]`: the forward's, or the input gradient's."""
+    tile = gemm_tile(len(x), w.shape[1], len(b), x.dtype, arch, precision(x))
+    return launch_gemm(x, w, bias, s, b, scale, seed, p, y, tile)
 
 
-def plan_forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
-    seed: Tensor | None, p: float, y: Tensor, s: Tensor,
-) -> list[Launch]:  # fmt: skip
-    """Return the launches that fill `y [M, N]` and `s [M, R]`."""
-    return [
-        launch_shrink(x, A, seed, p, s),
-        launch_gemm(x, w, bias, s, B.t(), scaling, None, 0.0, y),
-    ]
+def plan_shrink(
+    x: Tensor, A: Tensor, seed: Tensor | None, p: float, s: Tensor, scale: float, arch: int
+) -> Launch:
+    """Return the launch that fills `s [M, R]`."""
+    return launch_shrink(x, A, seed, p, s, scale, shrink_tile(len(x), len(A), x.dtype, arch))
 
 
 def plan_factors(
     grad_out: Tensor, x: Tensor, A: Tensor, B: Tensor, s: Tensor, scaling: float,
     seed: Tensor | None, p: float, grad_s: Tensor, grad_A: Tensor | None, grad_B: Tensor | None,
+    arch: int,
 ) -> list[Launch]:  # fmt: skip
     """Return the launches that fill grad_s `[M, R]` and what is given of grad_A, grad_B."""
-    (M, N), (R, K) = grad_out.shape, A.shape
-    arch = architecture(grad_out.device)
+    (M, N), R = grad_out.shape, len(A)
     launches = []
-    tile = expand_tile(R, grad_out.dtype, arch)
+    tile = expand_tile(R, grad_out.dtype, arch, precision(grad_out))
 
     def partials(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-    if tile is None or grad_B is None:
-        launches.append(launch_shrink(grad_out, B.t(), None, 0.0, grad_s, scaling))
-    else:
-        blocks = cdiv(M, tile.m)
-        splits = splits_for(blocks, cdiv(N, tile.n))
-        if splits == 1:
-            pieces, factor = grad_s[None], scaling
-        else:
-            pieces, factor = partials(splits, M, R), 1.0
-        sums = partials(blocks, R, N)
-        launches.append(launch_expand(grad_out, B, s, pieces, sums, factor, tile))
-        if splits > 1:
-            launches.append(launch_sum(pieces, grad_s, scaling))
-        launches.append(launch_sum(sums, grad_B.t(), scaling))
 
     def tall(u: Tensor, v: Tensor, out: Tensor, seed: Tensor | None, scale: float) -> None:
         tile = tall_tile(R, v.dtype, arch)
         slices = splits_for(cdiv(v.shape[1], tile.k) * cdiv(R, tile.r), cdiv(M, tile.m), 64)
         sums = partials(slices, R, v.shape[1])
-        launches.append(launch_tall(u, v, seed, p, sums, tile))
-        launches.append(launch_sum(sums, out, scale))
+        launches.extend((launch_tall(u, v, seed, p, sums, tile), launch_sum(sums, out, scale)))
 
-    if tile is None and grad_B is not None:
-        tall(s, grad_out, grad_B.t(), None, scaling)
+    if tile is None or grad_B is None:
+        launches.append(plan_shrink(grad_out, B.t(), None, 0.0, grad_s, scaling, arch))
+        if grad_B is not None:
+            tall(s, grad_out, grad_B.t(), None, scaling)
+    else:
+        blocks = cdiv(M, tile.m)
+        splits = splits_for(blocks, cdiv(N, tile.n))
+        sums = partials(blocks, R, N)
+        if splits == 1:
+            launches.append(launch_expand(grad_out, B, s, grad_s[None], sums, scaling, tile))
+        else:
+            pieces = partials(splits, M, R)
+            launches.append(launch_expand(grad_out, B, s, pieces, sums, 1.0, tile))
+            launches.append(launch_sum(pieces, grad_s, scaling))
+        launches.append(launch_sum(sums, grad_B.t(), scaling))
     if grad_A is not None:
         tall(grad_s, x, grad_A, seed, 1 / (1 - p) if seed is not None else 1.0)
     return launches
@@ -83,7 +80,9 @@ def _forward(
     y = torch.empty((len(x), w.shape[1]), dtype=x.dtype, device=x.device)
     s = torch.empty((len(x), len(A)), dtype=x.dtype, device=x.device)
     w, A, B = (t.to(x.dtype) for t in (w, A, B))
-    _run(plan_forward(x, w, bias, A, B, scaling, seed, p, y, s))
+    arch = architecture(x.device)
+    plan_shrink(x, A, seed, p, s, 1.0, arch).run()
+    plan_gemm(x, w, bias, s, B.t(), scaling, None, 0.0, y, arch).run()
     return y, s
 
 
@@ -97,23 +96,17 @@ def _backward(
     grad_B = torch.empty(B.shape if wanted[2] else (0,), dtype=B.dtype, device=x.device)
     grad_s = torch.empty(s.shape, dtype=s.dtype, device=x.device)
     w, narrow_A, narrow_B = (t.to(x.dtype) for t in (w, A, B))
-    _run(
-        plan_factors(
-            grad_out,
-            x,
-            narrow_A,
-            narrow_B,
-            s,
-            scaling,
-            seed,
-            p,
-            grad_s,
-            grad_A if wanted[1] else None,
-            grad_B if wanted[2] else None,
-        )  # fmt: skip
-    )
+    arch = architecture(x.device)
+    launches = plan_factors(
+        grad_out, x, narrow_A, narrow_B, s, scaling, seed, p, grad_s,
+        grad_A if wanted[1] else None, grad_B if wanted[2] else None, arch,
+    )  # fmt: skip
     if wanted[0]:
-        _run([launch_gemm(grad_out, w.t(), None, grad_s, narrow_A, 1.0, seed, p, grad_x)])
+        launches.append(
+            plan_gemm(grad_out, w.t(), None, grad_s, narrow_A, 1.0, seed, p, grad_x, arch)
+        )
+    for launch in launches:
+        launch.run()
     return grad_x, grad_A, grad_B
 
 

@@ -8,11 +8,11 @@ M rows (tokens), N out, R rank, K the width of X; G `[M, N]` grad_out, B `[N, R]
 P f32 `[blocks, R, N]`; U `[M, R]`, X `[M, K]`, D the dropout mask, P f32 `[slices, R, K]`.
 The input gradient is `low_rank_gemm` of lora_forward.py.
 
-| kernel         | program → tile                                 | FLOPs         | elements moved      |
-|----------------|------------------------------------------------|---------------|---------------------|
-| `expand_grad`  | BLOCK_M rows of grad_S and P[i], loop over N   | 4·M·N·R       | MN + NR·M/BLOCK_M f32|
-| `tall_product` | BLOCK_K × R of P[i], loop over a slice's rows  | 2·M·K·R       | MK + slices·KR f32  |
-| `sum_partials` | BLOCK of out, loop over i in order             | blocks·N·R    | blocks·NR f32 + NR  |
+| kernel         | program → tile                          | FLOPs      | elements moved        |
+|----------------|-----------------------------------------|------------|-----------------------|
+| `expand_grad`  | BLOCK_M rows of grad_S, P[i]; loop on N | 4·M·N·R    | MN + NR·M/BLOCK_M f32 |
+| `tall_product` | BLOCK_K × R of P[i]; loop on rows       | 2·M·K·R    | MK + slices·KR f32    |
+| `sum_partials` | BLOCK of out; loop on i, in order       | blocks·N·R | blocks·NR f32 + NR    |
 
 Each element of G is loaded once by `expand_grad`: while a tile of it is on the chip it feeds both
 products. Few rows leave the grid too small for a GPU; then N is cut into `splits` pieces, and
@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, architecture, cdiv, precision
+from .launch import Launch, cdiv, precision
 from .primitives import is_kept, multiply, threshold_of
-from .tiles import Tile, expand_tile, tall_tile
+from .tiles import Tile
 
 
 @triton.jit
@@ -134,17 +134,14 @@ def sum_partials(
 
 def launch_expand(
     grad_out: Tensor, B: Tensor, s: Tensor, grad_s: Tensor, partial: Tensor, scale: float,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> Launch:  # fmt: skip
-    """Fill `grad_s [splits, M, R]`, whose sum is `scale · grad_out B`, and `partial [blocks, R, N]`.
+    """Fill `grad_s [splits, M, R]`, which sums to `scale · grad_out B`, and `partial [i, R, N]`.
 
     grad_out `[M, N]` and B `[N, R]` of any strides; s `[M, R]`, grad_s and partial are contiguous;
-    blocks is ⌈M / tile.m⌉.
+    i counts ⌈M / tile.m⌉ blocks of rows.
     """
     (M, N), R, splits = grad_out.shape, B.shape[1], len(grad_s)
-    tile = tile or expand_tile(R, grad_out.dtype, architecture(grad_out.device))
-    if tile is None:
-        raise ValueError(f"expand_grad holds ranks its tile table names, found {R}")
     columns = cdiv(cdiv(N, splits), tile.n) * tile.n
     args = (
         grad_out, B, s, grad_s, partial, M, N, columns, scale, *grad_out.stride(), *B.stride()
@@ -157,11 +154,10 @@ def launch_expand(
 
 
 def launch_tall(
-    u: Tensor, x: Tensor, seed: Tensor | None, p: float, partial: Tensor, tile: Tile | None = None
+    u: Tensor, x: Tensor, seed: Tensor | None, p: float, partial: Tensor, tile: Tile
 ) -> Launch:
-    """Fill `partial [slices, R, K]`, whose sum is `uᵀ (x ∘ D)`; u `[M, R]`, x `[M, K]`, any strides."""
+    """Fill `partial [slices, R, K]`, which sums to `uᵀ (x ∘ D)`; u `[M, R]`, x `[M, K]`."""
     (M, K), R, slices = x.shape, u.shape[1], len(partial)
-    tile = tile or tall_tile(R, x.dtype, architecture(x.device))
     rows = cdiv(cdiv(M, slices), tile.m) * tile.m
     args = (
         u, x, seed, partial, M, K, rows, threshold_of(p if seed is not None else 0.0),
@@ -175,7 +171,7 @@ def launch_tall(
 
 
 def launch_sum(partial: Tensor, out: Tensor, scale: float) -> Launch:
-    """Fill `out [rows, width]`, any strides, with `scale` times the sum of `partial [n, rows, width]`."""
+    """Fill `out [rows, width]`, any strides, with `scale · partial.sum(0)`."""
     tile = Tile(0, 256, 0, 0, 4, 1)
     length = out.numel()
     args = (partial, out, length, len(partial), out.shape[1], scale, *out.stride())

@@ -8,12 +8,12 @@ shape it multiplies, W `[K, N]`, b `[N]`, S `[M, R]`, B `[R, N]`, Y `[M, N]`. Ev
 strides, so a transposed weight is a view. The same GEMM is the input gradient: X is grad_out, W is
 W, S is grad_S, B is A, and D masks the branch.
 
-| kernel          | program → tile                        | FLOPs         | elements moved              |
-|-----------------|---------------------------------------|---------------|-----------------------------|
-| `shrink`        | BLOCK_M rows of S, all R, loop over K | 2·M·K·R       | MK + MR, A once a program   |
-| `low_rank_gemm` | BLOCK_M × BLOCK_N of Y, loop over K   | 2·M·N·(K + R) | MK·N/BLOCK_N + KN·M/BLOCK_M |
+| kernel          | program → tile                      | FLOPs         | elements moved               |
+|-----------------|-------------------------------------|---------------|------------------------------|
+| `shrink`        | BLOCK_M rows of S, all R; loop on K | 2·M·K·R       | MK + MR, A once a program    |
+| `low_rank_gemm` | BLOCK_M × BLOCK_N of Y; loop on K   | 2·M·N·(K + R) | X a column of tiles, W a row |
 
-before cache hits. X is read once by `shrink`; Y is written once and never read; the mask is hashed,
+X is read once by `shrink`; Y is written once and never read; the mask is hashed,
 not read. Accumulation is f32 throughout; S is rounded once to X's dtype.
 """
 
@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, architecture, cdiv, precision
+from .launch import Launch, cdiv, precision
 from .primitives import is_kept, multiply, threshold_of, tile_of
-from .tiles import Tile, gemm_tile, padded, shrink_tile
+from .tiles import Tile, padded
 
 
 @triton.jit
@@ -123,12 +123,10 @@ def low_rank_gemm(
 
 
 def launch_shrink(
-    x: Tensor, A: Tensor, seed: Tensor | None, p: float, s: Tensor, scale: float = 1.0,
-    tile: Tile | None = None,
+    x: Tensor, A: Tensor, seed: Tensor | None, p: float, s: Tensor, scale: float, tile: Tile
 ) -> Launch:  # fmt: skip
     """Fill `s [M, R]` with `scale / (1 − p) · (x ∘ D) Aᵀ`; x `[M, K]`, A `[R, K]`, any strides."""
     (M, K), R = x.shape, len(A)
-    tile = tile or shrink_tile(M, R, x.dtype, architecture(x.device))
     p = p if seed is not None else 0.0
     args = (x, A, seed, s, M, K, scale / (1 - p), threshold_of(p), *x.stride(), *A.stride())
     constants = {
@@ -140,14 +138,13 @@ def launch_shrink(
 
 def launch_gemm(
     x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float,
-    seed: Tensor | None, p: float, y: Tensor, tile: Tile | None = None,
+    seed: Tensor | None, p: float, y: Tensor, tile: Tile,
 ) -> Launch:  # fmt: skip
     """Fill `y [M, N]` with `x w + bias + scale / (1 − p) · (s b) ∘ D`.
 
     x `[M, K]`, w `[K, N]` and b `[R, N]` of any strides; s `[M, R]` and y are contiguous.
     """
     (M, K), N, R = x.shape, w.shape[1], len(b)
-    tile = tile or gemm_tile(M, N, R, x.dtype, architecture(x.device))
     p = p if seed is not None else 0.0
     args = (
         x, w, bias, s, b, seed, y, M, N, K, scale / (1 - p), threshold_of(p),

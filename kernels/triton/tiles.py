@@ -45,47 +45,51 @@ def rows_for(M: int, most: int) -> int:
     return rows
 
 
-def gemm_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
+def gemm_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile:
     """Choose for `low_rank_gemm`: Y `[M, N]`, rank R."""
     known, r = nearest(arch), min(padded(R), 32)
     if dtype == torch.float32:
-        return Tile(64, 64, 32, 16, 4, 3)
+        wide = precision == "tf32" and M > 64
+        return Tile(128, 128, 32, 16, 8, 3) if wide and known in (80, 90) else Tile(64, 64, 16, 16)
     if M <= 64:
         return Tile(64, 64, 64, r, 4, 4)
     if -(-M // 128) * -(-N // 128) < _FILLED // 2:
         return Tile(64, 128, 64, r, 4, 3)
     if known != 90:
         return Tile(128, 128, 32, r, 8, 4)
-    return Tile(128, 256, 64, r, 8, 3) if N > 128 else Tile(128, 128, 64, r, 8, 3)
+    return Tile(128, 256, 64, r, 8, 3)
 
 
 def shrink_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     """Choose for `shrink`: M rows, the whole rank."""
     r = padded(R)
-    wide = dtype == torch.float32
-    most = 64 if r <= 64 else 32
-    k = (64 if r <= 64 else 32) if wide else (128 if r <= 64 else 64)
-    return Tile(min(rows_for(M, most), 32 if wide else most), 0, k, r, 8 if r > 64 else 4, 3)
+    warps = 8 if r > 64 else 4
+    if dtype == torch.float32:
+        return Tile(rows_for(M, 32), 0, 64 if r <= 32 else 32, r, warps, 3)
+    return Tile(rows_for(M, 64), 0, 128 if r <= 32 else 64, r, warps, 3)
 
 
-def expand_tile(R: int, dtype: torch.dtype, arch: int) -> Tile | None:
-    """Choose for `expand_grad`, or None where two passes over grad_out move fewer bytes.
+def expand_tile(R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile | None:
+    """Choose for `expand_grad`, or None where two passes over grad_out are better.
 
-    A program writes R f32 for each column of grad_out, read once more by the sum: 8·R / m bytes a
-    element of grad_out, against 2 for reading it a second time. So r ≤ m / 4.
+    A program writes R f32 for each column of grad_out, read once more by the sum: 8·R / m bytes an
+    element of grad_out, against 2 for reading it a second time. So r ≤ m / 4. In tf32, sm_80 can't
+    feed both products from one asynchronous copy.
     """
     r = padded(R)
+    if r > 32 or precision == "tf32":
+        return None
     if dtype == torch.float32:
-        return Tile(64, 32, 0, r, 4, 2) if r <= 32 else None
-    return Tile(128, 64, 0, r, 4, 3) if r <= 32 else None
+        return Tile(64, 32, 0, r, 4, 2)
+    return Tile(128, 64, 0, r, 8, 3)
 
 
 def tall_tile(R: int, dtype: torch.dtype, arch: int) -> Tile:
     """Choose for `tall_product`; a rank over `r` takes several programs."""
-    r = min(padded(R), 64)
+    r = padded(R)
     if dtype == torch.float32:
-        return Tile(32, 0, 64, min(r, 32), 4, 3)
-    return Tile(64, 0, 128, r, 4, 3)
+        return Tile(32, 0, 64, min(r, 32), 8, 3)
+    return Tile(64, 0, 128, min(r, 64), 4 if r == 16 else 8, 3)
 
 
 def splits_for(programs: int, steps: int, most: int = 8) -> int:
