@@ -40,7 +40,7 @@ COUNTED = {
     "imma": r"\bIMMA\.",
     "hgmma": r"\bHGMMA\.",
     "igmma": r"\bIGMMA\.",
-    "async_copies": r"\bLDGSTS\.\S*\b128\b",
+    "async_copies": r"\bLDGSTS\b",
     "loads_128": r"\bLDG\.E\.\S*\b128\b",
     "local": r"\b(?:LDL|STL)\b",
     "instructions": r"(?m)^\s+/\*[0-9a-f]{4,}\*/",

@@ -8,10 +8,10 @@ shape it multiplies, W `[K, N]`, b `[N]`, S `[M, R]`, B `[R, N]`, Y `[M, N]`. Ev
 strides, so a transposed weight is a view. The same GEMM is the input gradient: X is grad_out, W is
 W, S is grad_S, B is A, and D masks the branch.
 
-| kernel          | program → tile                      | FLOPs         | elements moved               |
-|-----------------|-------------------------------------|---------------|------------------------------|
-| `shrink`        | BLOCK_M rows of S, all R; loop on K | 2·M·K·R       | MK + MR, A once a program    |
-| `low_rank_gemm` | BLOCK_M × BLOCK_N of Y; loop on K   | 2·M·N·(K + R) | X a column of tiles, W a row |
+| kernel          | program → tile                      | FLOPs         | reads and writes   |
+|-----------------|-------------------------------------|---------------|--------------------|
+| `shrink`        | BLOCK_M rows of S, all R; loop on K | 2·M·K·R       | MK + MR + RK        |
+| `low_rank_gemm` | BLOCK_M × BLOCK_N of Y; loop on K   | 2·M·N·(K + R) | MK + KN + (M+N)R + MN |
 
 X is read once by `shrink`; Y is written once and never read; the mask is hashed,
 not read. Accumulation is f32 throughout; S is rounded once to X's dtype.
