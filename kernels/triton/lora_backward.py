@@ -90,23 +90,24 @@ def tall_product(
     offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     end = tl.minimum(M, (pid_i + 1) * rows)
     mask_k = offs_k[None, :] < K
-    mask_r = offs_r[None, :] < R
+    mask_r = offs_r[:, None] < R
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    u_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_r[None, :] * stride_ur
+    # Uᵀ is addressed, not transposed after its load, which would cost it its asynchronous copies.
+    u_ptrs = u_ptr + offs_r[:, None] * stride_ur + offs_m[None, :] * stride_um
     step = tl.full((), BLOCK_M, tl.int64)
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for m in range(0, rows, BLOCK_M):
-        mask_m = (offs_m + m)[:, None] < end
-        x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
-        u = tl.load(u_ptrs, mask=mask_m & mask_r, other=0.0)
+        mask_m = offs_m + m < end
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
+        u = tl.load(u_ptrs, mask=mask_r & mask_m[None, :], other=0.0)
         if seed_ptr is not None:
             keep = is_kept(tl.load(seed_ptr), (offs_m + m)[:, None], offs_k[None, :], threshold)
             x = tl.where(keep, x, 0.0).to(x.dtype)
-        acc = multiply(tl.trans(u), x, acc, PRECISION)
+        acc = multiply(u, x, acc, PRECISION)
         x_ptrs += step * stride_xm
         u_ptrs += step * stride_um
     p_ptrs = partial_ptr + (pid_i * R + offs_r[:, None]) * K + offs_k[None, :]
-    tl.store(p_ptrs, acc, mask=(offs_r[:, None] < R) & mask_k)
+    tl.store(p_ptrs, acc, mask=mask_r & mask_k)
 
 
 @triton.jit
