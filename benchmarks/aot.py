@@ -279,6 +279,14 @@ def recorded():
         return {(r["case"], r["dtype"], r["arch"]): r for r in csv.DictReader(file)}
 
 
+def worse(found, before):
+    """Say what got worse than the recorded row."""
+    more = ("registers", "stack", "shared", "instructions")
+    changes = [n for n in more if int(found[n]) > int(before[n])]
+    changes += [n for n in ("async_copies",) if int(found[n]) < int(before[n])]
+    return [f"{name} {before[name]} -> {found[name]}" for name in changes]
+
+
 def main(arguments):
     only = arguments[0] if arguments else None
     found = []

@@ -129,7 +129,9 @@ def test_checkpointing_repeats_the_mask(shake, reentrant):
         leaf = x.clone().requires_grad_()
         y = checkpoint(ours, leaf, use_reentrant=reentrant) if again else ours(leaf)
         y.square().sum().backward()
-        results.append([y.detach(), leaf.grad, *(p.grad for p in ours.parameters() if p.requires_grad)])
+        results.append(
+            [y.detach(), leaf.grad, *(p.grad for p in ours.parameters() if p.requires_grad)]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

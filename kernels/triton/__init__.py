@@ -33,7 +33,7 @@ def covers(base: FrozenLinear) -> bool:
 def lora_linear(
     x: Tensor, base: FrozenLinear, A: Tensor, B: Tensor, scaling: float, p: float = 0.0
 ) -> Tensor:
-    """Compute `base(x) + scaling · D(x) Aᵀ Bᵀ` on Triton; as `kernels.lora_linear`, drawing D itself.
+    """Compute `base(x) + scaling · D(x) Aᵀ Bᵀ` on Triton; as `kernels.lora_linear`, D drawn here.
 
     Args:
         x: `[..., K]` f32, f16 or bf16; kept for backward.

@@ -63,10 +63,10 @@ def gemm_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, precision: 
 def shrink_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     """Choose for `shrink`: M rows, the whole rank."""
     r = padded(R)
-    warps = 8 if r > 64 else 4
+    warps, stages = 8 if r > 64 else 4, 2 if r > 128 else 3
     if dtype == torch.float32:
-        return Tile(rows_for(M, 32), 0, 64 if r <= 32 else 32, r, warps, 3)
-    return Tile(rows_for(M, 64), 0, 128 if r <= 32 else 64, r, warps, 3)
+        return Tile(rows_for(M, 32), 0, 64 if r <= 32 else 32, r, warps, stages)
+    return Tile(rows_for(M, 64), 0, 128 if r <= 32 else 64, r, warps, stages)
 
 
 def expand_tile(R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile | None:
