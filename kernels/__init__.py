@@ -31,6 +31,9 @@ from .low_rank import (
     row_masks,
 )
 from .probe import Hardware, hardware
+from .triton import covers as triton_covers
+from .triton import lora_linear as triton_lora_linear
+from .triton import problem as triton_problem
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -44,11 +47,9 @@ def check_backend(backend: str) -> None:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
-    if backend == "triton":
-        raise RuntimeError(
-            "backend='triton' cannot run: this version of minilora has no Triton kernels; "
-            "use backend='auto' or 'torch'"
-        )
+    reason = triton_problem() if backend == "triton" else None
+    if reason is not None:
+        raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")
 
 
 __all__ = [
@@ -80,4 +81,7 @@ __all__ = [
     "quantize_rows",
     "row_masks",
     "scales_from_bits",
+    "triton_covers",
+    "triton_lora_linear",
+    "triton_problem",
 ]

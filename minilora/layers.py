@@ -18,6 +18,8 @@ from minilora.kernels import (
     dropout_mask,
     lora_add,
     lora_linear,
+    triton_covers,
+    triton_lora_linear,
 )
 from minilora.lora_layer import LoRALayer, scaled_factors
 from minilora.quantization import QuantizedLinear
@@ -68,6 +70,7 @@ class LoRALinear(LoRALayer):
 
     Two paths give the same numbers: fused (one autograd step that owns both products) where
     `frozen_linear(base)` allows it, else general (`base` is called, then the branch is added).
+    With `backend="triton"` the fused step runs on Triton's kernels; the general one never does.
     """
 
     @property
@@ -104,6 +107,10 @@ class LoRALinear(LoRALayer):
             # One mask for the whole branch: a second adapter, or the offset, must not share it.
             and (not any(drops) or (len(adapters) == 1 and adapters[0].offset_A is None))
         )
+        if fused and frozen is not None and self.backend == "triton" and triton_covers(frozen):
+            self._used("triton", x)
+            y = triton_lora_linear(x.to(dtype), frozen, *_concatenated(adapters), drops[0])
+            return _with_bias(y, adapters)
         self._used("fused" if fused else "general", x)
         if fused and frozen is not None:
             x = x.to(dtype)

@@ -27,7 +27,7 @@ class LoRALayer(nn.Module):
         base: the module to wrap; has a `weight`.
         compute_dtype: dtype of the branch; None computes in the input's (under autocast, in
             autocast's; for an embedding, in its weight's).
-        backend: `"auto"` or `"torch"`; the request is kept and shown, see `minilora.inject`.
+        backend: `"auto"`, `"torch"` or `"triton"`; kept and shown, see `minilora.inject`.
     """
 
     in_features: int

@@ -17,6 +17,21 @@ def _seed():
     torch.manual_seed(0)
 
 
+TALLY = pytest.StashKey[dict]()
+
+
+@pytest.fixture(scope="session")
+def tally(pytestconfig):
+    """Return a dict whose numbers are printed at the end of the run."""
+    return pytestconfig.stash.setdefault(TALLY, {})
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say how many cases ran behind a test that stands for many."""
+    for name, count in config.stash.get(TALLY, {}).items():
+        terminalreporter.write_line(f"{count} {name}")
+
+
 @pytest.fixture
 def nan_memory():
     """Fill uninitialised memory with NaN, so that a kernel that skips an element shows it."""

@@ -1,0 +1,79 @@
+"""Triton kernels; nothing here imports triton until a kernel is asked for."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..low_rank import FrozenLinear, conv1d_forward, dense_forward
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def problem() -> str | None:
+    """Say why no kernel can run in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
+    return None
+
+
+def covers(base: FrozenLinear) -> bool:
+    """Tell whether there are kernels for a frozen linear stored like this."""
+    return base.linear_forward in (dense_forward, conv1d_forward)
+
+
+def lora_linear(
+    x: Tensor, base: FrozenLinear, A: Tensor, B: Tensor, scaling: float, p: float = 0.0
+) -> Tensor:
+    """Compute `base(x) + scaling · D(x) Aᵀ Bᵀ` on Triton; as `kernels.lora_linear`, D drawn here.
+
+    Args:
+        x: `[..., K]` f32, f16 or bf16; kept for backward.
+        base: a frozen linear that `covers` accepts; gets no gradient.
+        A: `[R, K]`, kept for backward; any floating dtype, cast to x's for the products.
+        B: `[N, R]`, likewise.
+        scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
+        p: the probability to drop an element of x. The mask is a hash of a seed drawn from torch's
+            generator on x's device, so activation checkpointing repeats it.
+
+    Returns:
+        `[..., N]` in x's dtype.
+
+    Raises:
+        RuntimeError: x is not where kernels run, or of a dtype they lack.
+    """
+    _check(x)
+    from .lora import lora_dense
+
+    w, bias = base.tensors
+    w = w.t() if base.linear_forward is dense_forward else w
+    seed = None
+    if p:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    flat = x.reshape(-1, x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):
+        y = lora_dense(flat, w, bias, A, B, scaling, seed, p)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _check(x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise RuntimeError(
+            f"backend='triton' cannot run: its kernels compute in float32, float16 or bfloat16, "
+            f"found {x.dtype}; cast the input or use backend='torch'"
+        )
+    if torch.compiler.is_compiling():
+        return
+    reason = problem()
+    if reason is None and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = f"the input is on {x.device}, and kernels run on CUDA"
+    if reason is not None:
+        raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")

@@ -1,0 +1,57 @@
+"""One kernel launch as a value: it can be run, compiled ahead of time, or counted."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiles import Tile
+
+
+class Launch(NamedTuple):
+    """A kernel, its grid and its arguments; `kernel` is a `triton.jit` function."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    tile: Tile
+
+    def run(self) -> None:
+        """Launch on the arguments' device (or in Triton's interpreter)."""
+        if 0 in self.grid:
+            return
+        kernel = torch.library.wrap_triton(self.kernel)
+        options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        if kernel is self.kernel:  # a traced launch takes Inductor's options, where this is True
+            options["enable_fp_fusion"] = True
+        kernel[self.grid](*self.args, **self.constants, **options)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return ⌈a / b⌉."""
+    return (a + b - 1) // b
+
+
+@functools.cache
+def is_interpreted() -> bool:
+    """Tell whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def architecture(device: torch.device) -> int:
+    """Return 80, 90 and the like; devices that are no CUDA device take sm_80's tiles."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def precision(x: Tensor) -> str:
+    """Return what `multiply` is told: see there. f32 follows torch's matmul precision."""
+    if x.dtype == torch.float32:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "widened" if x.dtype == torch.bfloat16 and is_interpreted() else "ieee"

@@ -1,0 +1,169 @@
+"""The LoRA linear on Triton: two `torch.library` operators, and autograd between them.
+
+    minilora::lora_linear           X, W, b, A, B, s, seed, p → Y, S
+    minilora::lora_linear_backward  G, X, W, A, B, S, s, seed, p, wanted → grad_X, grad_A, grad_B
+
+W comes as `[K, N]` (a transposed view of nn.Linear's). Kept for backward: X, S and the factors;
+the dropout mask is made again from the seed. Launches are listed by plain functions, so that the
+same list can be run, compiled ahead of time and counted.
+"""
+
+import torch
+from torch import Tensor
+
+from .launch import Launch, architecture, cdiv, precision
+from .lora_backward import launch_expand, launch_sum, launch_tall
+from .lora_forward import launch_gemm, launch_shrink
+from .tiles import expand_tile, gemm_tile, shrink_tile, splits_for, tall_tile
+
+
+def plan_gemm(
+    x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float,
+    seed: Tensor | None, p: float, y: Tensor, arch: int,
+) -> Launch:  # fmt: skip
+    """Return the launch that fills `y [M, N]`: the forward's, or the input gradient's."""
+    tile = gemm_tile(len(x), w.shape[1], len(b), x.dtype, arch, precision(x))
+    return launch_gemm(x, w, bias, s, b, scale, seed, p, y, tile)
+
+
+def plan_shrink(
+    x: Tensor, A: Tensor, seed: Tensor | None, p: float, s: Tensor, scale: float, arch: int
+) -> Launch:
+    """Return the launch that fills `s [M, R]`."""
+    return launch_shrink(x, A, seed, p, s, scale, shrink_tile(len(x), len(A), x.dtype, arch))
+
+
+def plan_factors(
+    grad_out: Tensor, x: Tensor, A: Tensor, B: Tensor, s: Tensor, scaling: float,
+    seed: Tensor | None, p: float, grad_s: Tensor, grad_A: Tensor | None, grad_B: Tensor | None,
+    arch: int,
+) -> list[Launch]:  # fmt: skip
+    """Return the launches that fill grad_s `[M, R]` and what is given of grad_A, grad_B."""
+    (M, N), R = grad_out.shape, len(A)
+    launches = []
+    tile = expand_tile(R, grad_out.dtype, arch, precision(grad_out))
+
+    def partials(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    def tall(u: Tensor, v: Tensor, out: Tensor, seed: Tensor | None, scale: float) -> None:
+        tile = tall_tile(R, v.dtype, arch)
+        slices = splits_for(cdiv(v.shape[1], tile.k) * cdiv(R, tile.r), cdiv(M, tile.m), 64)
+        sums = partials(slices, R, v.shape[1])
+        launches.extend((launch_tall(u, v, seed, p, sums, tile), launch_sum(sums, out, scale)))
+
+    if tile is None or grad_B is None:
+        launches.append(plan_shrink(grad_out, B.t(), None, 0.0, grad_s, scaling, arch))
+        if grad_B is not None:
+            tall(s, grad_out, grad_B.t(), None, scaling)
+    else:
+        blocks = cdiv(M, tile.m)
+        splits = splits_for(blocks, cdiv(N, tile.n))
+        sums = partials(blocks, R, N)
+        if splits == 1:
+            launches.append(launch_expand(grad_out, B, s, grad_s[None], sums, scaling, tile))
+        else:
+            pieces = partials(splits, M, R)
+            launches.append(launch_expand(grad_out, B, s, pieces, sums, 1.0, tile))
+            launches.append(launch_sum(pieces, grad_s, scaling))
+        launches.append(launch_sum(sums, grad_B.t(), scaling))
+    if grad_A is not None:
+        tall(grad_s, x, grad_A, seed, 1 / (1 - p) if seed is not None else 1.0)
+    return launches
+
+
+@torch.library.triton_op("minilora::lora_linear", mutates_args={})
+def _forward(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
+    seed: Tensor | None, p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = torch.empty((len(x), w.shape[1]), dtype=x.dtype, device=x.device)
+    s = torch.empty((len(x), len(A)), dtype=x.dtype, device=x.device)
+    w, A, B = (t.to(x.dtype) for t in (w, A, B))
+    arch = architecture(x.device)
+    plan_shrink(x, A, seed, p, s, 1.0, arch).run()
+    plan_gemm(x, w, bias, s, B.t(), scaling, None, 0.0, y, arch).run()
+    return y, s
+
+
+@torch.library.triton_op("minilora::lora_linear_backward", mutates_args={})
+def _backward(
+    grad_out: Tensor, x: Tensor, w: Tensor, A: Tensor, B: Tensor, s: Tensor, scaling: float,
+    seed: Tensor | None, p: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x = torch.empty(x.shape if wanted[0] else (0,), dtype=x.dtype, device=x.device)
+    grad_A = torch.empty(A.shape if wanted[1] else (0,), dtype=A.dtype, device=x.device)
+    grad_B = torch.empty(B.shape if wanted[2] else (0,), dtype=B.dtype, device=x.device)
+    grad_s = torch.empty(s.shape, dtype=s.dtype, device=x.device)
+    w, narrow_A, narrow_B = (t.to(x.dtype) for t in (w, A, B))
+    arch = architecture(x.device)
+    launches = plan_factors(
+        grad_out, x, narrow_A, narrow_B, s, scaling, seed, p, grad_s,
+        grad_A if wanted[1] else None, grad_B if wanted[2] else None, arch,
+    )  # fmt: skip
+    if wanted[0]:
+        launches.append(
+            plan_gemm(grad_out, w.t(), None, grad_s, narrow_A, 1.0, seed, p, grad_x, arch)
+        )
+    for launch in launches:
+        launch.run()
+    return grad_x, grad_A, grad_B
+
+
+@_forward.register_fake
+def _forward_shape(x, w, bias, A, B, scaling, seed, p):
+    return x.new_empty((len(x), w.shape[1])), x.new_empty((len(x), len(A)))
+
+
+@_backward.register_fake
+def _backward_shape(grad_out, x, w, A, B, s, scaling, seed, p, wanted):
+    grads = zip((x, A, B), wanted, strict=True)
+    return tuple(
+        torch.empty(t.shape if w else (0,), dtype=t.dtype, device=x.device) for t, w in grads
+    )
+
+
+def _keep(ctx, inputs, output):
+    x, w, _, A, B, scaling, seed, p = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w, A, B, output[1], seed)
+    ctx.scaling, ctx.p = scaling, p
+
+
+def _differentiate(ctx, grad_out, _):
+    if grad_out is None:
+        return (None,) * 8
+    x, w, A, B, s, seed = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    grads = torch.ops.minilora.lora_linear_backward(
+        grad_out.to(x.dtype), x, w, A, B, s, ctx.scaling, seed, ctx.p, wanted
+    )
+    grad_x, grad_A, grad_B = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return grad_x, None, None, grad_A, grad_B, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def lora_dense(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
+    seed: Tensor | None = None, p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute `x w + bias + scaling · D(x) Aᵀ Bᵀ` by two kernels, backward by five.
+
+    Args:
+        x: `[M, K]` f32, f16 or bf16, any strides; kept for backward.
+        w: `[K, N]`, frozen, any strides; cast to x's dtype.
+        bias: `[N]` or None.
+        A: `[R, K]`, any floating dtype, cast to x's for the products; its gradient is rounded once,
+            from f32 sums.
+        B: `[N, R]`, likewise.
+        scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
+        seed: int64 `[1]` that the dropout mask is a hash of, or None.
+        p: the probability to drop.
+
+    Returns:
+        `[M, N]` in x's dtype.
+    """
+    return torch.ops.minilora.lora_linear(x, w, bias, A, B, scaling, seed, p)[0]

@@ -1,0 +1,98 @@
+"""Which tile a kernel uses: pure functions of shape, dtype and architecture, nothing timed here.
+
+Every tile that can be returned is compiled ahead of time for sm_80 and sm_90 by benchmarks/aot.py
+(no local memory, at most 255 registers, shared memory under the limit below); registers and
+instruction counts are in benchmarks/results/aot.csv, what was rejected in benchmarks/NOTES.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+# Bytes of shared memory one program may use (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability": 163, 99, 227 and 99 KiB).
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
+_FILLED = 256  # programs that fill a GPU: about two for each of 108 to 132 multiprocessors
+
+
+class Tile(NamedTuple):
+    """A kernel's block sizes and launch options; sizes a kernel lacks are 0."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    warps: int = 4
+    stages: int = 3
+    group_m: int = 8
+
+
+def nearest(arch: int) -> int:
+    """Return the known architecture whose tiles `arch` takes, e.g. 86 → 89, 100 → 90."""
+    return min(SHARED_MEMORY, key=lambda known: (abs(known - arch), known))
+
+
+def padded(r: int) -> int:
+    """Return the power of two that holds a rank, at least 16 (what `tl.dot` multiplies)."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def rows_for(M: int, most: int) -> int:
+    """Return the most rows a program can own, 16 to `most`, with the GPU still filled."""
+    rows = most
+    while rows > 16 and -(-M // rows) < _FILLED // 2:
+        rows //= 2
+    return rows
+
+
+def gemm_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile:
+    """Choose for `low_rank_gemm`: Y `[M, N]`, rank R."""
+    known, r = nearest(arch), min(padded(R), 32)
+    if dtype == torch.float32:
+        wide = precision == "tf32" and M > 64
+        return Tile(128, 128, 32, 16, 8, 3) if wide and known in (80, 90) else Tile(64, 64, 16, 16)
+    if M <= 64:
+        return Tile(64, 64, 64, r, 4, 4)
+    if -(-M // 128) * -(-N // 128) < _FILLED // 2:
+        return Tile(64, 128, 64, r, 4, 3)
+    if known != 90:
+        return Tile(128, 128, 32, r, 8, 4)
+    return Tile(128, 256, 64, r, 8, 3)
+
+
+def shrink_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
+    """Choose for `shrink`: M rows, the whole rank."""
+    r = padded(R)
+    warps, stages = 8 if r > 64 else 4, 2 if r > 128 else 3
+    if dtype == torch.float32:
+        return Tile(rows_for(M, 32), 0, 64 if r <= 32 else 32, r, warps, stages)
+    return Tile(rows_for(M, 64), 0, 128 if r <= 32 else 64, r, warps, stages)
+
+
+def expand_tile(R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile | None:
+    """Choose for `expand_grad`, or None where two passes over grad_out are better.
+
+    A program writes R f32 for each column of grad_out, read once more by the sum: 8·R / m bytes an
+    element of grad_out, against 2 for reading it a second time. So r ≤ m / 4. In tf32, sm_80 can't
+    feed both products from one asynchronous copy.
+    """
+    r = padded(R)
+    if r > 32 or precision == "tf32":
+        return None
+    if dtype == torch.float32:
+        return Tile(64, 32, 0, r, 4, 2)
+    return Tile(128, 64, 0, r, 8, 3)
+
+
+def tall_tile(R: int, dtype: torch.dtype, arch: int) -> Tile:
+    """Choose for `tall_product`; a rank over `r` takes several programs."""
+    r = padded(R)
+    if dtype == torch.float32:
+        return Tile(32, 0, 64, min(r, 32), 8, 3)
+    return Tile(64, 0, 128, min(r, 64), 4 if r == 16 else 8, 3)
+
+
+def splits_for(programs: int, steps: int, most: int = 8) -> int:
+    """Return how many pieces to cut `steps` loop steps into, so that a small grid fills the GPU."""
+    wanted = max(1, _FILLED // 2 // max(1, programs))
+    return max(1, min(wanted, most, steps))

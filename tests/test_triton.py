@@ -1,0 +1,150 @@
+"""The kernels without a GPU: the interpreter's own process, lowering by torch.compile, reasons.
+
+Triton decides when it is imported whether to interpret, so the files that run kernels skip here
+and run in a process with TRITON_INTERPRET=1; on a machine with CUDA they run here as well.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from triton_cases import INSTALLED, INTERPRETED
+
+from minilora.kernels import check_backend, triton_problem
+
+TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process itself")
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_triton
+def test_kernels_pass_in_the_interpreter(tmp_path, tally):
+    report = tmp_path / "report.xml"
+    files = sorted(TESTS.glob("test_triton_*.py"))
+    done = python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *files,
+        TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    ran = [case for case in cases if case.find("skipped") is None]
+    assert {case.get("classname").split(".")[-1] for case in ran} >= {
+        file.stem for file in files if file.stem != "test_triton_aot"
+    }
+    tally["interpreter tests"] = len(ran)
+
+
+LOWERED = """
+import torch, triton
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from minilora.kernels.triton.lora import lora_dense
+
+class Driver:  # what a GPU would answer: the analysis of mutated arguments compiles to TTIR
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+
+def linear(x, w, A, B, seed):
+    return [lora_dense(x, w.t(), None, A, B, 2.0, seed, 0.1)]
+
+with FakeTensorMode():
+    x = torch.empty(512, 256, dtype=torch.float16, requires_grad=True)
+    w = torch.empty(384, 256, dtype=torch.float16)
+    A, B = torch.empty(16, 256, requires_grad=True), torch.empty(384, 16, requires_grad=True)
+    seed = torch.empty(1, dtype=torch.int64)
+    joint = aot_export_joint_simple(linear, (x, w, A, B, seed), trace_joint=True)
+for node in joint.graph.nodes:
+    if "triton_kernel_wrapper" in str(node.target):
+        kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        written = ",".join(node.kwargs["tensors_to_clone"])
+        print(getattr(kernel, "fn", kernel).__name__, written)
+    elif "minilora" in str(node.target):
+        print("opaque", node.target)
+"""
+
+
+@needs_triton
+def test_forward_and_backward_lower_to_the_kernels_in_one_graph():
+    """What Inductor is given: every launch by name, and the only arguments each one writes."""
+    done = python("-c", LOWERED)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split("\n")[:-1] == [
+        "shrink s_ptr",
+        "low_rank_gemm y_ptr",
+        "expand_grad grad_s_ptr,partial_ptr",
+        "sum_partials out_ptr",
+        "sum_partials out_ptr",
+        "tall_product partial_ptr",
+        "sum_partials out_ptr",
+        "low_rank_gemm y_ptr",
+    ]
+
+
+def test_what_cannot_run_says_why(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert triton_problem() == "triton is not installed"
+    with pytest.raises(
+        RuntimeError,
+        match="backend='triton' cannot run: triton is not installed; use backend='auto'",
+    ):
+        check_backend("triton")
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: there is no CUDA device"):
+        check_backend("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    with pytest.raises(RuntimeError, match="need compute capability 8.0, this device has 7.5"):
+        check_backend("triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    assert triton_problem() is None
+    check_backend("triton")
+
+
+def test_an_input_off_the_gpu_raises_with_the_reason(monkeypatch):
+    from minilora.kernels import FrozenLinear, dense_forward, dense_grad_x, triton_lora_linear
+
+    monkeypatch.setattr("minilora.kernels.triton.problem", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    base = FrozenLinear((torch.zeros(3, 2), None), dense_forward, dense_grad_x)
+    with pytest.raises(
+        RuntimeError,
+        match="backend='triton' cannot run: the input is on cpu, and kernels run on CUDA",
+    ):
+        triton_lora_linear(torch.zeros(4, 2), base, torch.zeros(1, 2), torch.zeros(3, 1), 1.0)
+
+
+def test_a_machine_without_triton_imports_and_trains():
+    code = """
+import sys
+sys.modules["triton"] = None  # what an import of a missing package meets
+import torch, minilora
+model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 2))
+minilora.inject(model, r=2, alpha=3, targets="all-linear", exclude=[])
+model(torch.randn(3, 4)).sum().backward()
+assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,74 @@
+"""The machine code of the main tiles for sm_80 and sm_90, compiled without a GPU."""
+
+import pytest
+from triton_cases import INSTALLED, INTERPRETED
+
+if not INSTALLED or INTERPRETED:
+    pytest.skip("needs triton, not interpreted", allow_module_level=True)
+
+import aot
+import triton
+
+from minilora.kernels.triton.tiles import Tile
+
+CASES = [case.key for case in aot.listed("chosen_cases")]
+
+
+@pytest.fixture(scope="module")
+def compiled(tally):
+    found = {f"{r['case']} {r['dtype']} {r['arch']}": r for r in aot.rows("chosen_cases")}
+    tally["kernels compiled ahead of time"] = len(found)
+    return found
+
+
+def test_the_suite_compiles_enough_and_not_too_much():
+    assert 40 <= len(CASES) == len(set(CASES)) <= 150
+    kernels = {case.launch.kernel.__name__ for case in aot.listed("all_cases")}
+    for arch in aot.ARCHITECTURES:
+        chosen = [c for c in aot.listed("chosen_cases") if c.arch == arch]
+        assert {c.launch.kernel.__name__ for c in chosen} == kernels
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_machine_code_is_as_required_and_no_worse_than_recorded(compiled, key):
+    found = compiled[key]
+    assert found["problems"] == ""
+    before = aot.recorded()[found["case"], found["dtype"], found["arch"]]
+    if before["triton"] != triton.__version__:
+        pytest.skip(f"recorded with triton {before['triton']}, this is {triton.__version__}")
+    assert aot.worse(found, before) == []
+
+
+def test_a_spill_a_synchronous_copy_and_a_lost_tensor_core_are_seen():
+    case = next(c for c in aot.listed("chosen_cases") if "low_rank_gemm forward" in c.name)
+    constants = case.launch.constants | {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}
+    launch = case.launch._replace(constants=constants, tile=Tile(128, 256, 64, 16, 4, 3))
+    spilled = case._replace(launch=launch)
+    found = aot.problems(spilled, aot.compile_launch(launch, case.arch))
+    assert any("local instructions" in text for text in found)
+    good = aot.compile_launch(case.launch, case.arch)
+    assert aot.problems(case, good) == []
+    halved = good.counts | {"async_copies": good.counts["async_copies"] // 2}
+    assert "asynchronous copies" in aot.problems(case, good._replace(counts=halved))[0]
+    none = good.counts | dict.fromkeys(("hmma", "imma", "hgmma", "igmma"), 0)
+    assert aot.problems(case, good._replace(counts=none)) == ["no tensor-core instruction"]
+    assert "registers" in aot.problems(case, good._replace(registers=256))[0]
+    assert "shared memory" in aot.problems(case, good._replace(shared=10**6))[0]
+
+
+def test_a_kernel_that_got_worse_is_seen():
+    before = next(iter(aot.recorded().values()))
+    assert aot.worse(before, before) == []
+    for name, change in (("registers", 1), ("shared", 16), ("instructions", 1)):
+        changed = before | {name: int(before[name]) + change}
+        assert aot.worse(changed, before) == [f"{name} {before[name]} -> {changed[name]}"]
+    fewer = before | {"async_copies": int(before["async_copies"]) - 1}
+    assert aot.worse(fewer, before)
+
+
+def test_the_table_is_complete_and_clean():
+    recorded = aot.recorded()
+    assert recorded.keys() == {
+        (case.name, case.dtype, f"sm_{case.arch}") for case in aot.listed("all_cases")
+    }
+    assert not [r for r in recorded.values() if r["problems"] or r["stack"] != "0"]

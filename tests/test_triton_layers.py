@@ -1,0 +1,178 @@
+"""Layers that asked for Triton: the torch path's numbers, autocast, checkpointing, compile."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from triton_cases import DEVICE, needs_kernels
+
+import minilora
+from minilora.models.gpt2 import Conv1D
+
+needs_kernels()
+
+
+class Two(nn.Module):
+    """A linear with a bias, a Conv1D and a linear without."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        self.one = nn.Linear(width, 40)
+        self.two = Conv1D(width, 40)
+        self.three = nn.Linear(width, 9, bias=False)
+        nn.init.normal_(self.two.weight, std=0.2)
+
+    def forward(self, x):
+        return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+def pair(shake, dtype=torch.float32, **options):
+    """The same adapted model twice: on torch, and on Triton."""
+    models = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(3)
+        model = Two().to(dtype).to(DEVICE)
+        options = {"r": 5, "alpha": 8, "targets": "all-linear", "exclude": []} | options
+        models.append(shake(minilora.inject(model, backend=backend, **options)))
+    return models
+
+
+def gradients(model, x):
+    x = x.detach().clone().requires_grad_()
+    y = model(x)
+    y.float().square().mean().backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad} | named
+
+
+def paths(model):
+    return {m.last_path for m in model.modules() if hasattr(m, "last_path")}
+
+
+def assert_same(found, expected, dtype):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype, name
+        eps = torch.finfo(dtype).eps
+        difference = (value.double() - expected[name].double()).norm()
+        assert difference <= 8 * eps * expected[name].double().norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_triton_layers_match_the_torch_path(shake, dtype):
+    plain, ours = pair(shake, dtype)
+    x = torch.randn(2, 7, 24, device=DEVICE).to(dtype)
+    assert_same(gradients(ours, x), gradients(plain, x), dtype)
+    assert paths(ours) == {"triton"}
+    assert paths(plain) == {"fused"}
+
+
+def test_several_adapters_are_one_of_the_summed_rank(shake):
+    plain, ours = pair(shake)
+    for model in (plain, ours):
+        torch.manual_seed(4)
+        minilora.inject(model, r=3, alpha=5, targets="all-linear", adapter="b",
+                        backend=model.one.backend)  # fmt: skip
+        shake(model, "b", seed=5)
+        minilora.activate(model, ["default", "b"], trainable=["default", "b"])
+    x = torch.randn(11, 24, device=DEVICE)
+    assert_same(gradients(ours, x), gradients(plain, x), torch.float32)
+    assert paths(ours) == {"triton"}
+
+
+def test_autocast_computes_in_its_dtype(shake):
+    plain, ours = pair(shake)
+    x = torch.randn(5, 24, device=DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        found, expected = ours(x), plain(x)
+    assert found.dtype == expected.dtype == torch.float16
+    torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
+    assert paths(ours) == {"triton"}
+
+
+def test_dropout_is_drawn_from_torchs_generator(shake):
+    _, ours = pair(shake, dropout=0.5)
+    x = torch.randn(6, 24, device=DEVICE)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(ours(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    ours.eval()
+    assert torch.equal(ours(x), ours(x))
+
+
+def test_dropout_averages_to_the_undropped_branch():
+    """With W = 0 the output is the branch: its mean over draws is the branch without dropout."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(32, 4, bias=False)).to(DEVICE)
+    layer[0].weight.data.zero_()
+    minilora.inject(layer, r=2, alpha=2, targets=["0"], exclude=[], dropout=0.3, backend="triton")
+    layer[0].adapters["default"].lora_B.data.normal_()
+    x = torch.randn(1, 32, device=DEVICE).expand(4000, 32).contiguous()  # a row is a draw
+    with torch.no_grad():
+        drawn = layer(x)
+        exact = layer.eval()(x[:1])[0]
+    error = drawn.std(0) / 4000**0.5
+    assert ((drawn.mean(0) - exact).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_repeats_the_mask(shake, reentrant):
+    _, ours = pair(shake, dropout=0.4)
+    x = torch.randn(6, 24, device=DEVICE)
+    results = []
+    for again in (False, True):
+        ours.zero_grad()
+        torch.manual_seed(7)
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(ours, leaf, use_reentrant=reentrant) if again else ours(leaf)
+        y.square().sum().backward()
+        results.append(
+            [y.detach(), leaf.grad, *(p.grad for p in ours.parameters() if p.requires_grad)]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compile_breaks_no_graph(shake, dropout):
+    """The operators stay whole under backend="eager"; test_triton.py lowers them to kernels."""
+    _, ours = pair(shake, dropout=dropout)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    x = torch.randn(6, 24, device=DEVICE)
+    torch.manual_seed(1)
+    expected = gradients(ours, x)
+    ours.zero_grad()
+    torch.manual_seed(1)
+    found = gradients(compiled, x)
+    found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+    assert_same(found, expected, torch.float32)
+
+
+def test_a_base_that_must_be_called_takes_the_general_path(shake):
+    plain, ours = pair(shake)
+    for model in (plain, ours):
+        model.one.base.register_forward_hook(lambda module, args, out: out * 2)
+    x = torch.randn(6, 24, device=DEVICE)
+    assert_same(gradients(ours, x), gradients(plain, x), torch.float32)
+    assert ours.one.last_path == "general"
+    assert ours.two.last_path == "triton"
+
+
+def test_float64_raises_with_the_reason(shake):
+    _, ours = pair(shake, torch.float64)
+    with pytest.raises(
+        RuntimeError,
+        match="backend='triton' cannot run: its kernels compute in float32, float16 or bfloat16, "
+        "found torch.float64; cast the input or use backend='torch'",
+    ):
+        ours(torch.randn(2, 24, dtype=torch.float64, device=DEVICE))
+
+
+def test_a_second_derivative_raises(shake):
+    _, ours = pair(shake)
+    x = torch.randn(3, 24, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()

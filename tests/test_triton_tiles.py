@@ -1,0 +1,61 @@
+"""Tile choice: a pure function, so it is tested without triton or a GPU."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.kernels.triton import tiles
+
+ARCHES = st.sampled_from([75, 80, 86, 89, 90, 100, 103, 120, 121, 200])
+FLOATS = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+@pytest.mark.parametrize(
+    ("arch", "known"),
+    [(75, 80), (80, 80), (86, 89), (89, 89), (90, 90), (100, 90), (120, 120), (200, 120)],
+)
+def test_an_unknown_architecture_takes_the_nearest_known_ones_tiles(arch, known):
+    assert tiles.nearest(arch) == known
+    for dtype in (torch.float32, torch.float16):
+        mine = tiles.gemm_tile(4096, 4096, 16, dtype, arch, "ieee")
+        assert mine == tiles.gemm_tile(4096, 4096, 16, dtype, known, "ieee")
+
+
+@given(r=st.integers(1, 256))
+def test_ranks_are_padded_to_a_power_of_two(r):
+    found = tiles.padded(r)
+    assert found >= max(r, 16)
+    assert found == 16 or found < 2 * r
+    assert found & (found - 1) == 0
+
+
+@given(M=st.integers(0, 2**20), N=st.integers(1, 2**18), r=st.integers(1, 256), dtype=FLOATS,
+       arch=ARCHES, precision=st.sampled_from(["ieee", "tf32"]))  # fmt: skip
+def test_tiles_are_powers_of_two_whose_pipeline_fits(M, N, r, dtype, arch, precision):
+    limit, size = tiles.SHARED_MEMORY[tiles.nearest(arch)], dtype.itemsize
+    gemm = tiles.gemm_tile(M, N, r, dtype, arch, precision)
+    assert gemm.stages * (gemm.m + gemm.n) * gemm.k * size <= limit
+    shrink = tiles.shrink_tile(M, r, dtype, arch)
+    assert shrink.r >= r
+    assert shrink.stages * (shrink.m + shrink.r) * shrink.k * size <= limit
+    tall = tiles.tall_tile(r, dtype, arch)
+    assert tall.stages * (tall.k + tall.r) * tall.m * size <= limit
+    expand = tiles.expand_tile(r, dtype, arch, precision)
+    if expand is not None:
+        assert expand.r >= r
+        assert 8 * tiles.padded(r) <= 2 * size * expand.m  # partial sums cost less than a reread
+        assert expand.stages * (expand.m + expand.r) * expand.n * size <= limit
+    for tile in (gemm, shrink, tall, expand):
+        for value in (tile or gemm)[:5]:
+            assert value == 0 or value & (value - 1) == 0
+
+
+def test_few_rows_are_spread_over_the_gpu():
+    assert [tiles.rows_for(M, 64) for M in (1, 512, 2048, 4096, 8192, 10**6)] == [
+        16, 16, 16, 32, 64, 64
+    ]  # fmt: skip
+    assert tiles.splits_for(1000, 50) == 1
+    assert tiles.splits_for(16, 64) == 8
+    assert tiles.splits_for(16, 3) == 3
+    assert tiles.splits_for(0, 0) == 1
