@@ -19,8 +19,11 @@ from minilora.data_files import DataFiles, streamed
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.packing import pack
+from minilora.quantization import FORMATS, QuantizedLinear
+from minilora.quantized_models import is_quantized_folder, load_quantized, save_quantized
 from minilora.report import truncate
 from minilora.report.comparison import check_keep
+from minilora.sizes import sizes
 from minilora.training.lock import check_free
 from minilora.training.ranks import Ranks, common_dtype, leave
 from minilora.training.sharded_loading import sharded
@@ -44,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train an adapter")
     _add_model(train)
+    _add_quantize(train)
     train.add_argument("--data", nargs="+", required=True, metavar="FILE", help=DATA_HELP)
     train.add_argument("--valid", nargs="+", metavar="FILE", help="held-out data, as --data")
     train.add_argument("--out", required=True, type=Path, help="folder for adapter and metrics")
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation = commands.add_parser("eval", help="loss and perplexity on a file")
     _add_model(evaluation)
+    _add_quantize(evaluation)
     _add_adapter(evaluation)
     evaluation.add_argument("--data", nargs="+", required=True, metavar="FILE", help=DATA_HELP)
     evaluation.add_argument("--batch-size", type=_positive, default=8)
@@ -63,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a prompt")
     _add_model(generate)
+    _add_quantize(generate)
     _add_adapter(generate)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     generate.add_argument(
@@ -107,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--r", type=_positive, default=8)
 
     _add_explain(commands.add_parser("explain", help="what an adapter changed, and does it matter"))
+
+    smaller = commands.add_parser("quantize", help="write a model stored in 8 or 4 bits")
+    _add_model(smaller)
+    smaller.add_argument("--format", required=True, choices=FORMATS)
+    _add_block_size(smaller)
+    smaller.add_argument("--out", required=True, type=Path, help="a new or empty folder")
 
     fetching = commands.add_parser("fetch", help="fetch a small real model into the cache")
     fetching.add_argument("name", nargs="?", default="smollm2-135m")
@@ -239,6 +251,19 @@ def _add_model(parser: argparse.ArgumentParser, stored: bool = False) -> None:
     )
 
 
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize", choices=FORMATS, help="store the base's linears in fewer bits while reading"
+    )
+    _add_block_size(parser)
+
+
+def _add_block_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--block-size", type=int, default=64, help="weights that share a scale (default 64)"
+    )
+
+
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, help="folder with the adapter's two files")
 
@@ -280,7 +305,18 @@ def _load(options: argparse.Namespace, prepare=None):
     dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
     if getattr(options, "parallel", None) is not None and dtype == "auto":
         dtype = common_dtype(options.parallel)
-    model, tokenizer = load_model(options.model, dtype=dtype, prepare=prepare)
+    format = getattr(options, "quantize", None)
+    if format is not None or is_quantized_folder(options.model):
+        if prepare is not None:
+            raise ValueError(
+                "--parallel fsdp reads plain weights in parts, found a quantized base; use "
+                "--parallel ddp, or quantize and shard in a script of your own"
+            )
+        model, tokenizer = load_quantized(
+            options.model, format, block_size=getattr(options, "block_size", 64), dtype=dtype
+        )
+    else:
+        model, tokenizer = load_model(options.model, dtype=dtype, prepare=prepare)
     if adapter is not None:
         minilora.load(model, adapter)
     return model, tokenizer
@@ -424,7 +460,8 @@ def _merge(options: argparse.Namespace) -> int:
     out = options.out
     _check_new_folder(out, "--out")
     model, tokenizer = _load(options)
-    minilora.merge(model, keep=None)
+    small = any(isinstance(m, QuantizedLinear) for m in model.modules())
+    minilora.merge(model, keep=None, mode="dequantize" if small else None)
     minilora.eject(model)
     save_pretrained(model, out, tokenizer)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -446,6 +483,15 @@ def _check(options: argparse.Namespace) -> int:
     readers = minilora.check(options.out)
     print(readers)
     return 0 if all(reader.takes for reader in readers) else 1
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    _check_new_folder(options.out, "--out")
+    options.quantize = options.format
+    model, tokenizer = _load(options)
+    save_quantized(model, options.out, tokenizer)
+    print(f"{options.format} model in {options.out}: {sizes(model)}")
+    return 0
 
 
 def _targets(options: argparse.Namespace) -> int:
@@ -518,6 +564,7 @@ _COMMANDS = {
     "check": _check,
     "targets": _targets,
     "explain": _explain,
+    "quantize": _quantize,
     "fetch": _fetch,
 }
 

@@ -458,3 +458,43 @@ def test_explain_page_commands_run(trained, letters, tmp_path, monkeypatch, caps
     names = {"minilora": minilora, "model": model, "tokenizer": tokenizer}
     exec(code, names | {"test": rows, "train": rows, "other": rows})
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_cli_quantizes_trains_evaluates_and_merges(letters, tmp_path, capsys, format):
+    config = LlamaConfig(
+        vocab_size=28, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=64,
+        eos_token_id=1,
+    )  # fmt: skip
+    folder = tiny_folder(tmp_path / "wide", config=config)
+    out, small = tmp_path / "out", tmp_path / "small"
+    train = ["--data", letters, "--max-steps", "2", "--batch-size", "2", "--max-length", "16"]
+    assert run("train", folder, *train, "--out", out, "--quantize", format) == 0
+    assert run("quantize", folder, "--format", format, "--out", small, "--block-size", "64") == 0
+    assert f"{format} model in" in capsys.readouterr().out
+    scores = []
+    for model in ([folder, "--quantize", format], [small]):
+        assert run("eval", *model, "--adapter", out, "--data", letters, "--json") == 0
+        scores.append(json.loads(capsys.readouterr().out)["loss"])
+    assert scores[0] == scores[1]
+    assert run("generate", small, "a", "--max-new-tokens", "2") == 0
+    assert run("merge", small, "--adapter", out, "--out", tmp_path / "merged") == 0
+    assert run("eval", tmp_path / "merged", "--data", letters, "--json") == 0
+    assert run("quantize", small, "--format", format, "--out", tmp_path / "twice") == 2
+    assert "is quantized already" in capsys.readouterr().err
+    assert run("train", folder, *train, "--out", tmp_path / "x", "--quantize", "nf4",
+               "--block-size", "65") == 2  # fmt: skip
+    assert "block_size of nf4 must be one of" in capsys.readouterr().err
+
+
+def test_cli_fsdp_refuses_a_quantized_base(folder, letters, tmp_path, capsys, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    found = run("train", folder, "--data", letters, "--max-steps", "1", "--out", tmp_path / "o",
+                "--quantize", "nf4", "--parallel", "fsdp")  # fmt: skip
+    assert found == 2
+    assert "--parallel fsdp reads plain weights in parts, found a quantized base" in (
+        capsys.readouterr().err
+    )
