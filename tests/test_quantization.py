@@ -275,6 +275,30 @@ def test_bitsandbytes_still_decodes_blocks_across_rows_wrongly():
     assert relative(module.dequantize(), decoded(module)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [  # of N(0, 1), relative RMS; NF4's by integration, see benchmarks/formats.py
+        (Spec("nf4", 32, False), 0.0873),
+        (Spec("nf4", 64, False), 0.0920),
+        (Spec("nf4", 128, False), 0.0956),
+    ],
+)
+def test_nf4_errs_on_normal_weights_as_the_closed_form_says(spec, error):
+    weight = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
+    module = QuantizedLinear.from_weight(weight, spec)
+    assert relative(module.dequantize(), weight.double()) == pytest.approx(error, rel=0.005)
+
+
+def test_int4_beats_a_plain_grid_of_the_same_groups():
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    for group in (32, 64, 128):
+        blocks = weight.view(-1, group)
+        step = blocks.abs().amax(1, keepdim=True) / 7
+        plain = ((blocks / step).round() * step).view_as(weight)
+        found = QuantizedLinear.from_weight(weight, Spec("int4", group)).dequantize()
+        assert relative(found, weight.double()) < relative(plain, weight.double())
+
+
 def test_every_code_of_nf4_is_used_and_decodes():
     table = bnb.get_4bit_type("nf4", device="cpu")
     weight = table.repeat(4).view(1, 64)
