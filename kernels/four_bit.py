@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .int8 import (
-    int8_forward,
-    int8_forward_dequantized,
+    forward_product,
     int8_grad_x,
     int8_grad_x_dequantized,
     scales_from_bits,
@@ -189,6 +188,7 @@ def int4_linear(
     group: int,
     forward: str,
     backward: str,
+    outliers: int = 0,
 ) -> FrozenLinear:
     """Return the pair of products for INT4 storage: widen to int8 codes, then INT8's products.
 
@@ -200,8 +200,9 @@ def int4_linear(
         group: as for `int4_codes`.
         forward: `"int8"` or `"dequantize"`, for Y.
         backward: likewise, for grad_X.
+        outliers: as for `int8_product`, in the forward.
     """
-    product = int8_forward if forward == "int8" else int8_forward_dequantized
+    product = forward_product(forward, outliers)
     gradient = int8_grad_x if backward == "int8" else int8_grad_x_dequantized
 
     def linear_forward(x, packed, steps, bits, bias):

@@ -15,6 +15,7 @@ Rounding is done in f32 and clamped: in bf16 the value 127.4 rounds to 128, whic
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -79,29 +80,41 @@ def _can_multiply(M: int, K: int, N: int, device: torch.device) -> bool:
     return device.type == "cpu" or (M > 16 and K % 8 == 0 and N % 8 == 0)
 
 
-def int8_product(x: Tensor, codes: Tensor) -> Tensor:
+def int8_product(x: Tensor, codes: Tensor, outliers: int = 0) -> Tensor:
     """Return `x @ codes` in f32 by an integer product, rows of x quantized on the way.
 
     Args:
         x: `[M, J]` floating point.
         codes: int8 `[J, L]`, any strides.
+        outliers: this many columns of x, those with the largest magnitudes, are multiplied in f32
+            instead and don't widen the other columns' scales. Which they are depends on all rows.
 
     Returns:
         f32 `[M, L]`.
+
+    Dettmers et al. 2022, "LLM.int8()", section 3.2 (there by a threshold).
     """
-    quantized, scales = quantize_rows(x)
-    return torch._int_mm(quantized, codes).to(torch.float32).mul_(scales)
+    outliers = min(outliers, x.shape[1] // 16) if len(x) else 0
+    if not outliers:
+        quantized, scales = quantize_rows(x)
+        return torch._int_mm(quantized, codes).to(torch.float32).mul_(scales)
+    columns = x.abs().amax(dim=0).topk(outliers).indices
+    quantized, scales = quantize_rows(x.index_fill(1, columns, 0))
+    y = torch._int_mm(quantized, codes).to(torch.float32).mul_(scales)
+    return y.addmm_(x[:, columns].to(torch.float32), codes[columns].to(torch.float32))
 
 
 def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias.to(y.dtype))
 
 
-def int8_forward(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+def int8_forward(
+    x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None, outliers: int = 0
+) -> Tensor:
     """Return `x Wᵀ + b` through integers, in x's dtype; sums and scales in f32."""
     if not _can_multiply(len(x), *codes.shape[::-1], x.device):
         return int8_forward_dequantized(x, codes, bits, bias)
-    y = int8_product(x, codes.t()).mul_(scales_from_bits(bits))
+    y = int8_product(x, codes.t(), outliers).mul_(scales_from_bits(bits))
     return _add_bias(y, bias).to(x.dtype)
 
 
@@ -140,8 +153,20 @@ def int8_dequantize(codes: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.to(torch.float32) * scales_from_bits(bits)[:, None]).to(dtype)
 
 
+def forward_product(way: str, outliers: int) -> Callable[..., Tensor]:
+    """Return the product for Y of `"int8"` or `"dequantize"`."""
+    if way == "dequantize":
+        return int8_forward_dequantized
+    return functools.partial(int8_forward, outliers=outliers) if outliers else int8_forward
+
+
 def int8_linear(
-    codes: Tensor, bits: Tensor, bias: Tensor | None, forward: str, backward: str
+    codes: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    forward: str,
+    backward: str,
+    outliers: int = 0,
 ) -> FrozenLinear:
     """Return the pair of products for INT8 storage; `forward` and `backward` as in `COMPUTE`[1:].
 
@@ -151,9 +176,10 @@ def int8_linear(
         bias: `[N]` or None.
         forward: `"int8"` or `"dequantize"`, for Y.
         backward: likewise, for grad_X.
+        outliers: as for `int8_product`, in the forward.
     """
     return FrozenLinear(
         (codes, bits, bias),
-        int8_forward if forward == "int8" else int8_forward_dequantized,
+        forward_product(forward, outliers),
         int8_grad_x if backward == "int8" else int8_grad_x_dequantized,
     )

@@ -9,6 +9,8 @@ from minilora.injection import inject
 from minilora.kernels import hardware
 from minilora.layers import LoRALinear
 from minilora.merging import merge, unmerge
+from minilora.portable import export
+from minilora.readers import check
 from minilora.report import explain
 from minilora.selection import targets
 from minilora.training import TrainConfig, fit
@@ -19,11 +21,13 @@ __all__ = [
     "LoRALinear",
     "TrainConfig",
     "activate",
+    "check",
     "delete",
     "disabled",
     "eject",
     "evaluate",
     "explain",
+    "export",
     "fit",
     "generate",
     "hardware",

@@ -1,4 +1,4 @@
-"""Whole-model verbs over the adapters that are there: activate, merge, unmerge, eject, summary."""
+"""Whole-model verbs over the adapters that are there: activate, delete, rename, eject, summary."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ def require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
 
 
 def known_adapters(model: nn.Module, names: object, verb: str) -> tuple[str, ...]:
-    """Return the names a verb was given, each once and known, or raise."""
+    """Return the adapters named, each one of the model's and named once, else raise."""
     wanted = (names,) if isinstance(names, str) else names
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
         raise TypeError(

@@ -79,6 +79,25 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", required=True, type=Path, help="folder with the two files")
     merge.add_argument("--out", required=True, type=Path, help="a new or empty folder")
 
+    export = commands.add_parser(
+        "export", help="write an adapter as plain LoRA that PEFT, vLLM and llama.cpp read alike"
+    )
+    export.add_argument("out", type=Path, metavar="OUT", help="folder with the adapter")
+    export.add_argument("new", type=Path, metavar="NEW", help="a new or empty folder")
+    export.add_argument(
+        "--model", help=f"default: what the adapter names as its base; {MODEL_HELP}"
+    )
+    export.add_argument("--r", type=_positive, help="rank; needed for DoRA, else it stays")
+    export.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the factors written (default %(default)s)",
+    )
+
+    check = commands.add_parser("check", help="say which programs read an adapter folder, and why")
+    check.add_argument("out", type=Path, metavar="OUT", help="folder with the adapter")
+
     targets = commands.add_parser(
         "targets", help="list the linear layers and what would be adapted"
     )
@@ -208,7 +227,7 @@ def _length(text: str) -> int:
 
 def _add_model(parser: argparse.ArgumentParser, stored: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    choices: tuple[str, ...] = ("auto", "float32", "bfloat16")
+    choices: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
     what = "auto is the fastest this machine multiplies; float32 computes in float32 as well"
     if stored:
         choices, what = ("stored", *choices), "stored is what the model's file has"
@@ -235,6 +254,14 @@ def _check_adapter(folder: Path, what: str) -> None:
             f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
             f"{CONFIG_FILE} in {folder}"
         )
+
+
+def _base_of(adapter: Path, model: str | None) -> str:
+    """Return the model that was asked for, or else the one that an adapter names as its base."""
+    named = model or read_config(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{adapter / CONFIG_FILE} must name its base, found none; pass --model")
+    return named
 
 
 def _check_new_folder(out: Path, what: str) -> None:
@@ -405,6 +432,22 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    _check_new_folder(options.new, "NEW")
+    _check_adapter(options.out, "OUT")
+    model, _ = load_model(_base_of(options.out, options.model), dtype=None)
+    minilora.load(model, options.out)
+    print(minilora.export(model, options.new, r=options.r, dtype=options.dtype))
+    print(minilora.check(options.new))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    readers = minilora.check(options.out)
+    print(readers)
+    return 0 if all(reader.takes for reader in readers) else 1
+
+
 def _targets(options: argparse.Namespace) -> int:
     model, _ = _load(options)
     targets = options.targets or "all-linear"
@@ -424,12 +467,7 @@ def _explain(options: argparse.Namespace) -> int:
         _check_new_folder(options.truncate, "--truncate")
     for folder in folders.values():
         _check_adapter(folder, "OUT" if folder == options.out else "--against")
-    if options.model is None:
-        options.model = read_config(options.out / CONFIG_FILE)["base_model_name_or_path"]
-        if not options.model:
-            raise ValueError(
-                f"{options.out / CONFIG_FILE} must name its base, found none; pass --model"
-            )
+    options.model = _base_of(options.out, options.model)
     files = {key: getattr(options, key) for key in ("data", "train", "outside")}
     data = {key: _data(names, options) for key, names in files.items() if names}
     model, tokenizer = _load(options)
@@ -476,6 +514,8 @@ _COMMANDS = {
     "eval": _eval,
     "generate": _generate,
     "merge": _merge,
+    "export": _export,
+    "check": _check,
     "targets": _targets,
     "explain": _explain,
     "fetch": _fetch,

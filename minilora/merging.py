@@ -131,6 +131,7 @@ def _new_base(base: QuantizedLinear, merged: dict[str, Tensor], mode: str | None
         bias=bias,
         compute=base.compute,
         grad_compute=base.grad_compute,
+        outliers=base.outliers,
         plain=base.plain,
     )
     again._dtype = base.dtype

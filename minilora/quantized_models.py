@@ -25,6 +25,7 @@ from minilora.quantization import (
     QuantizedLinear,
     Spec,
     check_compute,
+    check_outliers,
     check_spec,
     is_finite,
     layout,
@@ -38,7 +39,7 @@ _STATE = ".quant_state.bitsandbytes__"  # between a weight's name and its 4-bit 
 class _Quantizing:
     """A transform for the model readers: the target's weight becomes a `QuantizedLinear`."""
 
-    def __init__(self, spec: Spec, ways: tuple[str, str], targets: tuple[object, ...]):
+    def __init__(self, spec: Spec, ways: dict[str, Any], targets: tuple[object, ...]):
         self.spec, self.ways, self.targets = spec, ways, targets
         self.wanted: dict[str, Any] = {}
 
@@ -57,9 +58,8 @@ class _Quantizing:
         return QuantizedLinear.from_weight(
             tensor.T if is_conv1d(module) else tensor,
             self.spec,
-            compute=self.ways[0],
-            grad_compute=self.ways[1],
             plain=type(module),
+            **self.ways,
         )
 
 
@@ -74,6 +74,7 @@ def load_quantized(
     double_quant: bool = True,
     compute: str = "auto",
     grad_compute: str = "auto",
+    outliers: int = 0,
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
 ) -> tuple[Model, Tokenizer]:
@@ -94,6 +95,7 @@ def load_quantized(
         double_quant: likewise.
         compute: likewise.
         grad_compute: likewise.
+        outliers: likewise.
         dtype: of everything that is not quantized, and of what is computed; `"auto"` the fastest
             here, None as stored.
         device: where the model goes.
@@ -106,6 +108,8 @@ def load_quantized(
     """
     for choice in (compute, grad_compute):
         check_compute(choice)
+    check_outliers(outliers)
+    ways = {"compute": compute, "grad_compute": grad_compute, "outliers": outliers}
     folder = Path(path)
     stored = is_quantized_folder(folder)
     if format is None and not stored:
@@ -119,10 +123,10 @@ def load_quantized(
                 f"'{folder}' is quantized already; load it without a format, or quantize the "
                 f"model it was made from"
             )
-        model = _read(folder, (compute, grad_compute), resolve_dtype(dtype), device)
+        model = _read(folder, ways, resolve_dtype(dtype), device)
         return model, Tokenizer.from_pretrained(folder)
     spec = check_spec(format, block_size, double_quant)
-    transform = _Quantizing(spec, (compute, grad_compute), (targets, exclude, layers))
+    transform = _Quantizing(spec, ways, (targets, exclude, layers))
     model, tokenizer = load_model(path, dtype=dtype, device=device, transform=transform)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):  # its bias came as any other
@@ -187,7 +191,7 @@ def save_quantized(
 
 
 def _read(
-    folder: Path, ways: tuple[str, str], dtype: torch.dtype | None, device: torch.device | str
+    folder: Path, ways: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str
 ) -> Any:
     config = read_json(folder / "config.json")
     known = KINDS.get(str(config.get("model_type")))
@@ -216,8 +220,8 @@ def _read(
             for part, (shape, kind) in layout(spec, N, K).items()
         }
         small = QuantizedLinear(
-            parts, K, N, spec, dtype=dtype or floats, compute=ways[0], grad_compute=ways[1],
-            bias=torch.empty(N, device="meta") if bias else None, plain=type(old),
+            parts, K, N, spec, dtype=dtype or floats,
+            bias=torch.empty(N, device="meta") if bias else None, plain=type(old), **ways,
         )  # fmt: skip
         setattr(model.get_submodule(parent), child, small)
     for name, tensor in tensors.items():

@@ -33,6 +33,8 @@ layers =
     minilora.data
     minilora.quantized_models
     minilora.models
+    minilora.portable
+    minilora.readers
     minilora.checkpoint
     minilora.adapter_files
     minilora.adapter_config

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+import minilora
 from minilora.lora_layer import lora_layers
 
 
@@ -27,6 +28,11 @@ def shake(model, adapter="default", scale=0.3):
         if adapter in layer.adapters:
             nn.init.normal_(layer.adapters[adapter].lora_B, std=scale)
     return model
+
+
+def two_adapters():
+    model = shake(minilora.inject(net(), r=4, alpha=6))
+    return shake(minilora.inject(model, r=2, alpha=5, adapter="b", targets=["q_proj"]), "b")
 
 
 def bits(model):

@@ -109,6 +109,16 @@ def test_cli_train_computes_in_float32_where_asked(folder, letters, tmp_path, ca
     assert "base float32, no autocast" in capsys.readouterr().err
 
 
+def test_cli_trains_and_generates_in_float16(folder, letters, tmp_path, capsys):
+    train = ["train", folder, "--data", letters, "--max-length", 32, "--max-steps", 2]
+    assert run(*train, "--out", tmp_path / "run", "--dtype", "float16") == 0
+    assert "base float16, no autocast, losses scaled by 256" in capsys.readouterr().err
+    assert dtypes(tmp_path / "run" / "adapter_model.safetensors") == {"F32"}
+    generate = ["generate", folder, "--adapter", tmp_path / "run", "--dtype", "float16"]
+    assert run(*generate, "a b c", "--max-new-tokens", 3) == 0
+    assert capsys.readouterr().out.strip()
+
+
 def test_cli_cuts_a_text_file_into_windows(folder, tmp_path, capsys):
     """Every token but the first is learned once, whatever the window."""
     file = tmp_path / "long.txt"
@@ -132,6 +142,46 @@ def test_cli_merge_refuses_a_folder_that_holds_something(folder, tmp_path, no_mo
     assert run("merge", folder, "--adapter", tmp_path, "--out", tmp_path / "file") == 2
     assert run("merge", folder, "--adapter", tmp_path, "--out", tmp_path / "new") == 2
     assert "found no adapter_config.json in" in capsys.readouterr().err
+
+
+def test_cli_exports_and_checks_an_adapter(folder, letters, tmp_path, capsys):
+    run_folder, new = tmp_path / "run", tmp_path / "new"
+    train = ["train", folder, "--data", letters, "--out", run_folder, "--max-steps", 2]
+    assert run(*train, "--max-length", 32, "--dora", "--r", 2, "--rslora") == 0
+    capsys.readouterr()
+    assert run("check", run_folder) == 1
+    said = capsys.readouterr().out
+    assert "PEFT: yes" in said and "vLLM: no\n  - DoRA is refused" in said
+    assert run("export", run_folder, new) == 2
+    assert "export() needs r=... for a DoRA adapter" in capsys.readouterr().err
+    assert not new.exists()
+    assert run("export", run_folder, new, "--r", 24, "--dtype", "bfloat16") == 0
+    said = capsys.readouterr().out
+    assert "relative error" in said and "llama.cpp: yes" in said
+    assert dtypes(new / "adapter_model.safetensors") == {"BF16"}
+    assert run("check", new) == 0
+    ids = torch.tensor([[3, 4, 5, 6]])
+    outputs = []
+    for adapter in (run_folder, new):
+        model, _ = load_model(folder, dtype=torch.float32)
+        outputs.append(minilora.load(model, adapter)(ids).detach())
+    torch.testing.assert_close(*outputs, rtol=0.01, atol=0.01)
+    assert run("export", run_folder, new) == 2
+    assert "NEW must be a new or empty folder, found files at" in capsys.readouterr().err
+
+
+def test_cli_export_needs_a_model_and_an_adapter(folder, tmp_path, capsys):
+    assert run("export", tmp_path, tmp_path / "new") == 2
+    assert "OUT must name a folder with adapter_config.json" in capsys.readouterr().err
+    assert run("check", tmp_path) == 2
+    assert "adapter_config.json is missing" in capsys.readouterr().err
+    model, _ = load_model(folder)
+    model.name_or_path = None
+    minilora.save(minilora.inject(model, r=2), tmp_path)
+    assert run("export", tmp_path, tmp_path / "new") == 2
+    assert "must name its base, found none; pass --model" in capsys.readouterr().err
+    assert run("export", tmp_path, tmp_path / "new", "--model", folder) == 0
+    assert "error 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def make(N, K, spec, dtype=torch.float32, bias=False, seed=0, **options):
 
 def decoded(module):
     """Ŵ in float64 straight from the definition of each format."""
-    p = {name: t.detach() for name, t in module._parameters.items()}
+    p = {name: t.detach() for name, t in module.named_parameters()}
     N, K, spec = module.out_features, module.in_features, module.spec
     if spec.format == "int8":
         return p["codes"].double() * p["scale_bits"].view(torch.float32).double()[:, None]
@@ -182,6 +182,40 @@ def test_int8_products_match_the_quantized_oracle(spec, M, N, groups, bias, dtyp
         bias_ = 0 if module.bias is None else module.bias.double()
         slack = ROUNDING[dtype] * (y.detach().double().abs() + 1)
         assert ((y.detach().double() - bias_ - exact).abs() <= bound * 1.01 + slack).all()
+
+
+@pytest.mark.skipif(not int8_is_exact(), reason="torch's int8 product saturates here (no VNNI)")
+@given(
+    spec=st.sampled_from([SPECS[0], SPECS[3]]),
+    count=st.sampled_from([1, 3, 16, 500]),
+    M=st.sampled_from([0, 1, 9]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_outlier_channels_are_exact_and_leave_the_scales(spec, count, M, dtype):
+    K = 192
+    _, module = make(7, K, spec, dtype, compute="int8", grad_compute="int8", outliers=count)
+    W = decoded(module)
+    x = torch.randn(M, K).to(dtype)
+    loud = torch.tensor([5, 77, 130])
+    x[:, loud] *= 100
+    y = module(x).double()
+    kept = min(count, K // 16)
+    columns = x.double().abs().amax(0).topk(kept).indices if M else torch.tensor([], dtype=int)
+    rest = x.double().index_fill(1, columns, 0)
+    scale = (rest.abs().amax(1, keepdim=True).float() / 127).double().clamp(min=1e-300)
+    want = ((rest / scale).round() * scale + x.double() - rest) @ W.T
+    assert relative(y, want) < max(1e-4, ROUNDING[dtype])
+    if M and kept >= 3:  # with the loud channels apart the others are rounded finely
+        plain = make(7, K, spec, dtype, compute="int8", grad_compute="int8")[1](x).double()
+        exact = x.double() @ W.T
+        if dtype == torch.float32:
+            assert (y - exact).norm() < 0.2 * (plain - exact).norm()
+
+
+def test_outliers_must_be_a_count():
+    for wrong in (-1, True, 1.5):
+        with pytest.raises(ValueError, match="outliers must be a whole number of at least 0"):
+            make(4, 64, Spec("int8"), outliers=wrong)
 
 
 def test_rounding_to_int8_does_not_wrap():

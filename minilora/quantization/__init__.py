@@ -1,7 +1,7 @@
 """Storage of frozen weights in 8 and 4 bits: formats, exact bytes, and the layer over them."""
 
 from .formats import FORMATS, Spec, check_spec, layout, problem, quantize_weight, stored_bytes
-from .linear import QuantizedLinear, bad_scales, check_compute, is_finite
+from .linear import QuantizedLinear, bad_scales, check_compute, check_outliers, is_finite
 
 __all__ = [
     "FORMATS",
@@ -9,6 +9,7 @@ __all__ = [
     "Spec",
     "bad_scales",
     "check_compute",
+    "check_outliers",
     "check_spec",
     "is_finite",
     "layout",

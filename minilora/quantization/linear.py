@@ -42,6 +42,7 @@ class QuantizedLinear(nn.Module):
             run time), `"dequantize"`, or `"auto"`: int8 on a CPU where it is exact and faster than
             the dtypes there, else dequantize. NF4 always dequantizes.
         grad_compute: likewise for the input's gradient.
+        outliers: input channels that `"int8"` keeps in floating point in the forward.
         plain: the class the layer had, `nn.Linear` or a Conv1D.
 
     Dettmers et al. 2022, "LLM.int8()", section 2; Dettmers et al. 2023, "QLoRA", section 3.
@@ -60,12 +61,13 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype,
         compute: str = "auto",
         grad_compute: str = "auto",
+        outliers: int = 0,
         plain: type[nn.Module] = nn.Linear,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.spec, self.compute, self.grad_compute = spec, compute, grad_compute
-        self.plain = plain
+        self.outliers, self.plain = outliers, plain
         for name, tensor in parts.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -86,6 +88,7 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None = None,
         compute: str = "auto",
         grad_compute: str = "auto",
+        outliers: int = 0,
         plain: type[nn.Module] = nn.Linear,
     ) -> "QuantizedLinear":
         """Quantize a weight `[N, K]`.
@@ -105,6 +108,7 @@ class QuantizedLinear(nn.Module):
             raise ValueError("a weight to quantize must be finite, found NaN or Inf")
         for choice in (compute, grad_compute):
             check_compute(choice)
+        check_outliers(outliers)
         return cls(
             quantize_weight(weight, spec),
             weight.shape[1],
@@ -114,6 +118,7 @@ class QuantizedLinear(nn.Module):
             dtype=weight.dtype,
             compute=compute,
             grad_compute=grad_compute,
+            outliers=outliers,
             plain=plain,
         )
 
@@ -169,9 +174,15 @@ class QuantizedLinear(nn.Module):
             return nf4_linear(p["codes"], *scales, self.bias, shape, self.spec.block_size)
         ways = (self._way(self.compute), self._way(self.grad_compute))
         if self.spec.format == "int8":
-            return int8_linear(p["codes"], p["scale_bits"], self.bias, *ways)
+            return int8_linear(p["codes"], p["scale_bits"], self.bias, *ways, self.outliers)
         return int4_linear(
-            p["codes"], p["steps"], p["scale_bits"], self.bias, self.spec.block_size, *ways
+            p["codes"],
+            p["steps"],
+            p["scale_bits"],
+            self.bias,
+            self.spec.block_size,
+            *ways,
+            self.outliers,
         )
 
     def _way(self, asked: str) -> str:
@@ -216,7 +227,8 @@ class QuantizedLinear(nn.Module):
             text += f", block_size={self.spec.block_size}"
         if self.spec.format == "nf4":
             return f"{text}, double_quant={self.spec.double_quant}"
-        return f"{text}, compute={self.compute}, grad_compute={self.grad_compute}"
+        text += f", compute={self.compute}, grad_compute={self.grad_compute}"
+        return f"{text}, outliers={self.outliers}" if self.outliers else text
 
     def plain_module(self, weight: Tensor) -> nn.Module:
         """Return the layer as it was before quantization, with this weight `[N, K]`."""
@@ -240,6 +252,12 @@ def check_compute(choice: object) -> None:
             "compute='int8' cannot run: torch's int8 product saturates on this processor (it has "
             "no VNNI or AMX), so results would be wrong; use compute='auto' or 'dequantize'"
         )
+
+
+def check_outliers(count: object) -> None:
+    """Raise unless this is a number of channels."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"outliers must be a whole number of at least 0, found {count!r}")
 
 
 def _int8_pays() -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 SCHEDULES = ("cosine", "linear", "constant")
 PARALLEL = ("ddp", "fsdp")
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class TrainConfig:
         save_every: steps between saves of the run's state; None saves every ten minutes. It is
             also saved at the end, on Ctrl-C or SIGTERM, and when an error ends the run.
         dtype: what to compute in. `"auto"`: a base that is not f32 is used as it is; an f32 base
-            runs under autocast in what `minilora.hardware()` found fastest. `"bfloat16"` puts an
-            f32 base under autocast; `"float32"` computes in f32 and needs an f32 base.
+            runs under autocast in what `minilora.hardware()` found fastest. `"bfloat16"` and
+            `"float16"` put an f32 base under autocast; `"float32"` computes in f32 and needs an
+            f32 base. With a float16 base or autocast the loss is scaled, see `LossScale` in
+            `minilora.training.scaling`; the adapter must be float32.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         shuffle: a new order each epoch.
         group_by_length: batches of similar lengths (less padding).

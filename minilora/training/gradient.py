@@ -55,7 +55,7 @@ class Gradient:
             return math.nan, math.nan, 0
         gradients = [p.grad for p in run.names if p.grad is not None]
         for gradient in gradients:  # once at the end: only now is the step's number of tokens known
-            gradient.div_(tokens / run.ranks.world)  # ranks.reduce() gives their mean
+            gradient.div_(tokens * run.scale.value / run.ranks.world)  # reduce() gives their mean
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         return value / tokens, float(run.ranks.full(norm)), tokens
 
@@ -121,7 +121,7 @@ class Gradient:
         with row_masks([mix_seed(seed + 1, run.step, row) for row in rows]):
             with self.autocast():
                 total, count = _checked(run.loss(run.model, batch))
-            total.backward()
+            (total * run.scale.value).backward()
         return float(total.detach()), count
 
     def _idle(self, index: int) -> tuple[float, int]:

@@ -288,7 +288,11 @@ class _Loop:
         if good:
             self._update(lr, norm)
             self.losses.append(value)
-        run.bad = 0 if good else run.bad + 1
+        overflow = tokens > 0 and math.isfinite(value) and not good and run.scale.may_shrink()
+        if tokens:
+            run.scale.after(math.isfinite(norm))
+        if not overflow:  # the next step has half the scale: only what it can't mend counts
+            run.bad = 0 if good else run.bad + 1
         run.skipped += not good
         run.step += 1
         run.tokens += tokens
@@ -301,7 +305,7 @@ class _Loop:
         if not good:
             self.monitor.say(
                 f"step {run.step} skipped: loss {value} over {tokens} tokens, gradient norm {norm} "
-                f"(not finite)"
+                f"(not finite){f'; loss scale now {run.scale.value:g}' if overflow else ''}"
             )
         row: dict[str, Any] = {
             "step": run.step, "loss": value, "lr": lr, "grad_norm": norm, "tokens": tokens,
@@ -309,6 +313,8 @@ class _Loop:
         }  # fmt: skip
         if run.step % self.config.log_every == 0:
             row["b_norm"] = b_norms(run)
+        if run.scale.growth:
+            row["loss_scale"] = run.scale.value
         self.monitor.step(row, run.time_left())
 
     def _update(self, lr: float, norm: float) -> None:
@@ -435,6 +441,8 @@ class _Loop:
         limits = [f"{run.total} steps"] if run.total else []
         if self.config.max_minutes is not None:
             limits.append(f"{self.config.max_minutes:g} minutes")
+        if run.scale.growth:
+            how += f", losses scaled by {run.scale.value:g}"
         plain = [str(text).replace("torch.", "") for text in (dtype, how)]
         self.monitor.say(
             f"training {parameters:,} parameters of adapter '{run.adapter}' for "

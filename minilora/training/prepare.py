@@ -32,16 +32,6 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
         )
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
-    for name, layer in layers.items():
-        dtypes = [weight_dtype(layer.base), *(p.dtype for p in layer.adapters.parameters())]
-        for i, dtype in enumerate(dtypes):
-            if dtype == torch.float16:
-                what = "the factors" if i else "the base"
-                raise ValueError(
-                    f"fit() trains in float32 or bfloat16, found float16 in {what} of {name} "
-                    f"(its gradients would underflow; loss scaling is not built); load or inject "
-                    f"with dtype float32 or bfloat16"
-                )
 
 
 def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
@@ -81,7 +71,15 @@ def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dic
             )
     # A trained copy goes by the name of the parameter it stands for, not by where it is kept.
     names = model.named_parameters(remove_duplicate=False)
-    return {p: name for name, p in names if p in mine and ".held." not in name}
+    found: dict[Tensor, str] = {p: n for n, p in names if p in mine and ".held." not in n}
+    for one, name in found.items():
+        if one.dtype == torch.float16:
+            raise ValueError(
+                f"fit() trains parameters in float32 or bfloat16, found {name} in float16, in "
+                f"which small updates would be lost; load or inject the adapter with dtype "
+                f"float32, and with bias= or modules_to_save= the base as well"
+            )
+    return found
 
 
 def make_optimizer(names: dict[Tensor, str], config: TrainConfig) -> torch.optim.AdamW:

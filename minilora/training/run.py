@@ -29,6 +29,7 @@ from minilora.training.prepare import (
 )
 from minilora.training.ranks import Ranks, is_sharded, shard, whole_factors
 from minilora.training.same_run import check_same_run, check_tensors
+from minilora.training.scaling import LossScale, loss_scale
 from minilora.training.state import (
     STATE_FILE,
     damaged,
@@ -57,6 +58,7 @@ class Run:
         total: optimizer steps planned, None under a time limit alone.
         step: optimizer steps done; skipped ones count.
         tokens: learned tokens processed.
+        scale: what the loss is multiplied with before the backward pass.
         skipped: steps skipped for a loss or gradient that was not finite; `bad` in a row.
         elapsed: seconds spent in steps.
         evaluated: the step after which the last evaluation was made, -1 before the first.
@@ -91,6 +93,7 @@ class Run:
         self.device = device_of(model)
         chosen = compute_dtype(self.layers, config.dtype, self.device)
         self.dtype = self.ranks.agree(chosen)
+        self.scale = loss_scale(self.layers, self.dtype)
         check = example_check(model, pad_id, self.own_loss)
         self.batches: Any = make_batches(
             train,
@@ -198,6 +201,7 @@ class Run:
         tensors |= optimizer_tensors(self.optimizer, self.names)  # type: ignore[arg-type]
         facts = {key: getattr(self, key) for key in _COUNTERS}
         facts |= {"data": self.place, "identity": self._identity(), "total": self.total}
+        facts["scale"] = vars(self.scale)
         for key, found in (("before", self.before), ("best", self.best)):
             facts[key] = None if found is None else vars(found)
         tensors = {key: full(tensor) for key, tensor in tensors.items()}
@@ -259,6 +263,7 @@ class Run:
                 if not isinstance(facts[key], (int, float)):
                     raise TypeError(f"{key} is {facts[key]!r}")
                 setattr(self, key, facts[key])
+            self.scale = LossScale(**facts["scale"])
             old_total = facts["total"]
             self.before = None if facts["before"] is None else Evaluation(**facts["before"])
             self.best = None if facts["best"] is None else Evaluation(**facts["best"])

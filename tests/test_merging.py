@@ -1,0 +1,116 @@
+"""Merging and unmerging: the very bits back, and what is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from small_models import bits, net, shake, two_adapters, unchanged
+from torch import nn
+
+import minilora
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerge_restores_the_very_bits(keep, dtype):
+    model, x = net(dtype=dtype), torch.randn(3, 12, dtype=dtype)
+    shake(minilora.inject(model, r=4, alpha=6))
+    before, y = bits(model), model(x)
+    W = model.q_proj.base.weight
+    delta = model.q_proj.adapters["default"].delta_weight().to(dtype)
+    assert not torch.equal((W + delta) - delta, W)  # subtracting would not do
+    minilora.merge(model, keep=keep)
+    model.eval()
+    assert not torch.equal(model.q_proj.base.weight, before["q_proj.base.weight"])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(model(x), y, rtol=tolerance, atol=tolerance)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        minilora.unmerge(one)
+        unchanged(one, before, [p.requires_grad for p in model.parameters()])
+
+
+def test_merged_model_refuses_what_would_be_lost(tmp_path):
+    model, x = shake(minilora.inject(net(), r=4, alpha=6)), torch.randn(3, 12)
+    minilora.save(model, tmp_path / "before")
+    minilora.merge(model, keep=None)
+    minilora.save(model, tmp_path / "after")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    model.train()
+    calls = {
+        "a merged adapter can't be trained": lambda: model(x),
+        r"inject\(\) needs unmerged": lambda: minilora.inject(model, adapter="b"),
+        r"load\(\) needs unmerged": lambda: minilora.load(model, tmp_path / "before", "b"),
+        r"activate\(\) needs unmerged": lambda: minilora.activate(model, None),
+        r"merge\(\) needs unmerged": lambda: minilora.merge(model),
+        r"kept none": lambda: minilora.unmerge(model),
+    }
+    for text, call in calls.items():
+        with pytest.raises(RuntimeError, match=text):
+            call()
+    merged = model.q_proj.base.weight.clone()
+    assert torch.equal(minilora.eject(model).q_proj.weight, merged)
+
+
+def test_merge_refuses_shared_and_overflowing_weights():
+    tied = nn.Module()
+    tied.embed, tied.out = nn.Embedding(9, 12), nn.Linear(12, 9, bias=False)
+    tied.out.weight = tied.embed.weight
+    shake(minilora.inject(tied, r=2, alpha=3, targets=["out"]))
+    with pytest.raises(ValueError, match=r"merging into out would change embed\.weight too"):
+        minilora.merge(tied)
+    small = minilora.inject(nn.Sequential(nn.Linear(4, 4).half()), r=2, alpha=3)
+    small[0].adapters["default"].lora_B.data.fill_(1e7)
+    before = bits(small)
+    with pytest.raises(ValueError, match="merged weight of 0 must be finite"):
+        minilora.merge(small)
+    unchanged(small, before, [p.requires_grad for p in small.parameters()])
+
+
+def test_merge_refuses_when_no_adapter_is_active():
+    model = two_adapters()
+    minilora.activate(model, None)
+    with pytest.raises(ValueError, match="needs an adapter: none is active and none was named"):
+        minilora.merge(model)
+
+
+def test_unmerge_refuses_without_originals():
+    model = two_adapters()
+    minilora.merge(model, "default", keep=None)
+    with pytest.raises(RuntimeError, match=r"merge\(keep=None\) kept none \(first: q_proj\)"):
+        minilora.unmerge(model)
+
+
+def test_merge_refuses_a_base_whose_weight_is_recomputed():
+    model = net()
+    nn.utils.parametrizations.weight_norm(model.q_proj)
+    minilora.inject(model, r=2, alpha=3, targets=["q_proj"])
+    with pytest.raises(ValueError, match="q_proj wraps a Parametrized.* is no plain parameter"):
+        minilora.merge(model)
+
+
+def test_merge_refuses_a_weight_that_overlaps_another():
+    """Slices of one tensor are no `is`-equal parameters, and yet one memory."""
+    whole = torch.randn(8, 6)
+    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
+    model["a"].weight = nn.Parameter(whole[:4])
+    model["b"].weight = nn.Parameter(whole[3:7])
+    minilora.inject(model, r=2, alpha=3, targets=["a"])
+    with pytest.raises(ValueError, match=r"merging into a would change b\.weight too"):
+        minilora.merge(model)
+
+
+def test_disk_copy_survives_a_pickle_of_the_model():
+    model = two_adapters()
+    minilora.activate(model, "default")
+    before = bits(model)
+    minilora.merge(model, keep="disk")
+    data = pickle.dumps(model)
+    file = model.q_proj.original["weight"][0].file
+    del model
+    assert not file.exists()  # the last user is gone, and the file with it
+    twin = pickle.loads(data)
+    minilora.unmerge(twin)
+    assert all(torch.equal(value, before[name]) for name, value in bits(twin).items())

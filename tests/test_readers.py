@@ -1,0 +1,236 @@
+"""Which reader takes an adapter folder, by edits; PEFT judges what is said of it."""
+
+import json
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import net, shake
+from test_combination import ALL, add, kinds
+
+import minilora
+from minilora.portable import export
+from minilora.readers import Reader, ReaderList, check
+
+# What `check` says, by reader, of what `save` writes with these options; {} takes all.
+SAVED = {
+    "plain": ({}, {}),
+    "rslora": ({"rslora": True}, {"llama.cpp": "use_rslora, rank_pattern.*scaled by 1.25 instead"}),
+    "rank pattern": (
+        {"rank_pattern": {"q_proj": 2}},
+        {"vLLM": "q_proj would be scaled by 1.25 instead of 2.5 .1 such",
+         },
+    ),
+    "same scaling": ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2.5}},
+                     {"llama.cpp": "q_proj would be scaled by 2.5 instead of 1.25"}),
+    "alpha pattern": (
+        {"alpha_pattern": {"q_proj": 9}},
+        {"vLLM": "by 1.25 instead of 2.25", "llama.cpp": "by 1.25 instead of 2.25"},
+    ),
+    "dora": ({"dora": True}, {"vLLM": "DoRA is refused .first: mlp.0",
+                              "llama.cpp": "DoRA is refused"}),
+    "bias": ({"bias": "all"}, {"vLLM": "bias='all' is refused", "llama.cpp": "refused as no LoRA"}),
+    "lora bias": ({"lora_bias": True}, {"vLLM": "a lora_bias is refused",
+                                        "llama.cpp": "a lora_bias is refused"}),
+    "modules to save": (
+        {"modules_to_save": ["lm_head"]},
+        {"vLLM": r"modules_to_save=\['lm_head'\] is refused",
+         "llama.cpp": r"lm_head.(bias|weight) is refused as no LoRA weight .2 such keys"},
+    ),
+}  # fmt: skip
+
+
+def verdicts(folder):
+    return {reader.name: reader for reader in check(folder)}
+
+
+@pytest.mark.parametrize("option", SAVED)
+def test_check_of_what_save_writes(tmp_path, option):
+    options, expected = SAVED[option]
+    minilora.save(shake(minilora.inject(net(), r=4, alpha=5, **options)), tmp_path)
+    found = verdicts(tmp_path)
+    assert list(found) == ["PEFT", "vLLM", "llama.cpp"]
+    for name, reader in found.items():
+        assert reader.takes == (name not in expected), reader
+        assert name not in expected or matches(expected[name], reader.problems), reader
+    assert found["vLLM"].notes == ("the served model must have LoRA on: 0, 2, q_proj, v_proj",)
+    assert "the converter needs --base FOLDER" in found["llama.cpp"].notes[0]
+
+
+def matches(pattern, texts):
+    return any(re.search(pattern, text) for text in texts)
+
+
+@pytest.mark.parametrize("option", [o for o in SAVED if o not in ("bias", "modules to save")])
+def test_all_readers_take_an_export(tmp_path, option):
+    options = SAVED[option][0]
+    model = minilora.inject(net(), r=4, alpha=5, **options)
+    shake(model)
+    export(model, tmp_path, r=3)
+    assert all(reader.takes for reader in check(tmp_path)), str(check(tmp_path))
+
+
+def edited(folder, config=None, tensors=None):
+    """Write other config values, or other keys, into an adapter folder."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
+    if tensors is not None:
+        held = load_file(folder / "adapter_model.safetensors")
+        save_file(tensors(held), folder / "adapter_model.safetensors")
+
+
+P = "base_model.model."
+
+
+def renamed(old, new):
+    return lambda held: {k.replace(old, new): v for k, v in held.items()}
+
+
+def without(part):
+    return lambda held: {k: v for k, v in held.items() if part not in k}
+
+
+def with_key(key):
+    return lambda held: held | {key: torch.zeros(3)}
+
+
+# Edits of a plain adapter on q_proj and v_proj: config, keys, and the problems that they make.
+EDITED = {
+    "no prefix": ({}, renamed(P, ""), {
+        "PEFT": "^q_proj.lora_A.weight is no key that PEFT looks for",
+        "vLLM": "is refused as no LoRA weight .4 such", "llama.cpp": "is refused as no LoRA"}),
+    "no B": ({}, without("q_proj.lora_B"), dict.fromkeys(
+        ("PEFT", "vLLM", "llama.cpp"), "q_proj needs lora_A and lora_B, found only A")),
+    "other rank": ({"r": 2, "lora_alpha": 2.5}, None, {
+        "PEFT": "q_proj has rank 4, the config says 2",
+        "llama.cpp": "scaled by 0.625 instead of 1.25"}),
+    "no target": ({"target_modules": ["v_proj"]}, None, {
+        "PEFT": "q_proj is not in target_modules, so PEFT leaves its factors out"}),
+    "regex": ({"target_modules": "q_proj|v_proj"}, None, {}),
+    "short regex": ({"target_modules": "v_proj"}, None, {
+        "PEFT": "q_proj is not in target_modules"}),
+    "dora without lengths": ({"use_dora": True}, None, {
+        "PEFT": "q_proj lacks a magnitude, the config says use_dora=True",
+        "vLLM": "use_dora=true is refused"}),
+    "lengths without dora": (
+        {}, lambda held: held | {f"{P}q_proj.lora_magnitude_vector": torch.ones(20)}, {
+            "PEFT": "q_proj has a magnitude, the config says use_dora=False",
+            "vLLM": "DoRA is refused .first: q_proj", "llama.cpp": "DoRA is refused"}),
+    "bias without lora_bias": (
+        {}, lambda held: held | {f"{P}v_proj.lora_B.bias": torch.ones(20)}, {
+            "PEFT": "v_proj has a bias, the config says lora_bias=False",
+            "vLLM": "a lora_bias is refused .first: v_proj", "llama.cpp": "a lora_bias is"}),
+    "frozen embedding": ({}, with_key(f"{P}embed_tokens.base_layer.weight"), {}),
+    "frozen layer": ({}, with_key(f"{P}q_proj.base_layer.weight"), {
+        "vLLM": "q_proj.base_layer.weight is refused as no LoRA weight .1 such"}),
+    "norm": ({}, with_key(f"{P}input_layernorm.weight"), {
+        "PEFT": "input_layernorm.weight is no key", "vLLM": "input_layernorm.weight is refused",
+        "llama.cpp": "input_layernorm.weight is converted, but not applied"}),
+    "pissa of PEFT": ({"init_lora_weights": "pissa"}, None, {
+        "vLLM": "init_lora_weights='pissa' fits only the changed base",
+        "llama.cpp": "'pissa' fits"}),
+    "gaussian": ({"init_lora_weights": "gaussian"}, None, {}),
+    "Conv1D": ({"fan_in_fan_out": True}, renamed("q_proj", "c_attn"), {
+        "PEFT": "c_attn is not in target_modules",
+        "llama.cpp": "the factors of Conv1D are transposed by mistake .first: c_attn"}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def plain(tmp_path):
+    model = minilora.inject(net(), r=4, alpha=5, targets=["q_proj", "v_proj"])
+    minilora.save(shake(model), tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("edit", EDITED)
+def test_check_of_edited_folders(plain, edit):
+    config, tensors, expected = EDITED[edit]
+    edited(plain, config, tensors)
+    for name, reader in verdicts(plain).items():
+        assert reader.takes == (name not in expected), reader
+        assert name not in expected or matches(expected[name], reader.problems), reader
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("edit", ["nothing", *EDITED])
+def test_peft_judges_what_check_says_of_it(plain, edit):
+    peft = pytest.importorskip("peft")
+    edited(plain, {"task_type": None})  # a language model would have to generate
+    shutil.copytree(plain, plain.parent / "good")
+    edited(plain, *EDITED[edit][:2] if edit != "nothing" else ())
+    takes = verdicts(plain)["PEFT"].takes
+    model = peft.PeftModel.from_pretrained(net(), plain.parent / "good", adapter_name="good")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the keys say more
+        try:
+            result = model.load_adapter(plain, "judged")
+            loaded = not (result.missing_keys or result.unexpected_keys)
+        except (RuntimeError, ValueError, KeyError):
+            loaded = False
+    # Frozen weights are keys that PEFT writes and reads only where it wrapped that layer.
+    assert loaded == takes or edit in ("frozen embedding", "frozen layer")
+
+
+def test_check_notes(tmp_path):
+    model = minilora.inject(net(), r=20, targets=["q_proj", "lm_head"])
+    model.name_or_path = "someone/model"
+    minilora.save(shake(model), tmp_path)
+    found = verdicts(tmp_path)
+    assert "rank 20 needs --max-lora-rank 32 (16 unless set)" in found["vLLM"].notes
+    assert found["llama.cpp"].notes == (
+        "lm_head is refused where the base ties it to its embedding",
+    )
+    edited(tmp_path, {"r": 600, "lora_alpha": 600})
+    assert matches("rank 600 is above 512", verdicts(tmp_path)["vLLM"].problems)
+    edited(tmp_path, {"fan_in_fan_out": True, "init_lora_weights": "olora"})
+    found = verdicts(tmp_path)
+    assert "fan_in_fan_out means Conv1D, and vLLM's GPT-2 takes no LoRA" in found["vLLM"].notes
+    assert found["PEFT"].notes == (
+        "init_lora_weights='olora' changes the base's weights on loading",
+    )
+
+
+def test_check_of_every_kind_of_layer(tmp_path):
+    export(add(kinds(), "a", targets=ALL), tmp_path)
+    found = verdicts(tmp_path)
+    assert found["PEFT"].takes
+    for name in ("vLLM", "llama.cpp"):
+        assert found[name].problems == ("convolutions take no LoRA (first: conv)",)
+    export(add(kinds(), "a", targets=["embed", "linear"]), tmp_path)
+    assert all(reader.takes for reader in check(tmp_path))
+
+
+def test_table_of_readers():
+    readers = ReaderList([Reader("PEFT", (), ("slow",)), Reader("vLLM", ("no", "never"), ())])
+    assert str(readers).splitlines() == [
+        "PEFT: yes", "  (note: slow)", "vLLM: no", "  - no", "  - never"
+    ]  # fmt: skip
+
+
+def test_check_refuses_what_it_cannot_read(plain):
+    edits = {
+        '{"peft_type": "IA3"}': "must describe a LoRA adapter .peft_type 'LORA'., found 'IA3'",
+        "[1]": r"must describe a LoRA adapter .peft_type 'LORA'., found \[1\]",
+        "{": "adapter_config.json must be JSON",
+        '{"peft_type": "LORA", "r": 0}': "r must be a whole number of at least 1, found 0",
+        '{"peft_type": "LORA", "lora_alpha": "x"}': "lora_alpha must be a finite number",
+        '{"peft_type": "LORA", "rank_pattern": [1]}': "adapter_config.json: 'list' object",
+        '{"peft_type": "LORA", "alpha_pattern": {"(": 1}}': "adapter_config.json: a pattern",
+        '{"peft_type": "LORA", "target_modules": "("}': "adapter_config.json: missing",
+        '{"peft_type": "LORA", "target_modules": 3}': "adapter_config.json: 'int' object",
+    }
+    for text, error in edits.items():
+        (plain / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=error):
+            check(plain)
+    (plain / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (plain / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="must be a whole safetensors file, but reading it failed"):
+        check(plain)
+    (plain / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):
+        check(plain)
