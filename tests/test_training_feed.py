@@ -36,8 +36,12 @@ class Slow:
         return {"made": self.made}
 
 
+def feeding():
+    return [thread for thread in threading.enumerate() if thread.name == "minilora-feed"]
+
+
 def test_feed_is_bounded_and_its_thread_ends_with_the_epoch():
-    slow, before = Slow(), threading.active_count()
+    slow = Slow()
     epoch = Feed(slow, CPU).epoch()
     _, place = next(epoch)
     assert place == {"made": 1}
@@ -46,8 +50,9 @@ def test_feed_is_bounded_and_its_thread_ends_with_the_epoch():
         time.sleep(0.005)
     time.sleep(0.05)
     assert slow.made == 2 + DEPTH  # one in hand, DEPTH waiting, one that found no room
+    assert feeding()
     epoch.close()
-    assert threading.active_count() == before
+    assert not feeding()
 
 
 def test_feed_raises_the_loaders_error_where_the_batches_are_used():
@@ -82,3 +87,13 @@ def test_fit_logs_the_share_of_time_spent_waiting_for_data(tmp_path, capsys):
     assert len(rows) == 3 and all(0 <= row["data_wait"] <= 1 for row in rows)
     assert 0 <= result.data_wait <= 1
     assert "% of the training time went into waiting for data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_fit_leaves_no_thread_behind_when_it_fails(error):
+    def loss(model, batch):
+        raise error
+
+    with pytest.raises(error):
+        fit(tiny(), loss=loss, batch_size=2)
+    assert not feeding()

@@ -36,7 +36,9 @@ class Feed:
         """Yield the rest of the epoch: each batch, and the position after it."""
         ready: queue.Queue = queue.Queue(DEPTH)
         over = threading.Event()
-        worker = threading.Thread(target=self._work, args=(ready, over), daemon=True)
+        worker = threading.Thread(
+            target=self._work, args=(ready, over), name="minilora-feed", daemon=True
+        )
         worker.start()
         try:
             while True:
