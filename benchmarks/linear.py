@@ -1,0 +1,154 @@
+"""Time one frozen linear per storage format: decoding, forward, and the gradient of its input.
+
+    python benchmarks/linear.py [--shape 1536 576] [--rows 1 16 128 512 1024 4096] [--rounds 7]
+
+Providers: plain bfloat16 and float32, INT8 and INT4 through integers and dequantized, NF4, and
+bitsandbytes' NF4, eager and (but for bitsandbytes) under torch.compile. All run in one process, in
+interleaved rounds; a row has the median, the spread (third over first quartile) and the ratio to
+plain bfloat16 in the same run. Writes benchmarks/results/linear.csv.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import minilora
+from minilora.quantization import QuantizedLinear, Spec
+
+ROOT = Path(__file__).resolve().parents[1]
+WAYS = {
+    "int8": (Spec("int8"), "int8"),
+    "int8, dequantized": (Spec("int8"), "dequantize"),
+    "int4, 64": (Spec("int4"), "int8"),
+    "int4, 64, dequantized": (Spec("int4"), "dequantize"),
+    "nf4": (Spec("nf4"), "auto"),
+}
+
+
+def providers(N: int, K: int, compiled: bool) -> dict[str, nn.Module]:
+    """Return the layers to compare, bf16 computing but for plain float32."""
+    torch.manual_seed(0)
+    weight = torch.randn(N, K)
+    found: dict[str, nn.Module] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = nn.Linear(K, N, bias=False, dtype=dtype)
+        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        found[str(dtype).removeprefix("torch.")] = layer
+    for name, (spec, way) in WAYS.items():
+        found[name] = QuantizedLinear.from_weight(
+            weight.to(torch.bfloat16), spec, compute=way, grad_compute=way
+        )
+    if compiled:
+        pairs = [
+            (f"{name}, compiled", torch.compile(m, dynamic=False)) for name, m in found.items()
+        ]
+        found |= dict(pairs)  # type: ignore[arg-type]
+    theirs = bitsandbytes_linear(weight)
+    if theirs is not None:
+        found["bitsandbytes nf4"] = theirs
+    return found
+
+
+def bitsandbytes_linear(weight: Tensor) -> nn.Module | None:
+    """Return bitsandbytes' layer, or None where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        return None
+    N, K = weight.shape
+    layer = bitsandbytes.nn.Linear4bit(
+        K, N, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        weight.to(torch.bfloat16), requires_grad=False, quant_type="nf4"
+    )
+    return layer.to("cpu")
+
+
+def timed(function: Callable[[], object], seconds: float = 0.05) -> float:
+    """Return the seconds of one call, the mean over as many as fit into `seconds`."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        function()
+        calls += 1
+        took = time.perf_counter() - start
+        if took >= seconds:
+            return took / calls
+
+
+def forward(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return layer(x)
+
+    return run
+
+
+def both(layer: nn.Module, x: Tensor, grad_out: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        leaf = x.detach().requires_grad_()
+        layer(leaf).backward(grad_out)
+        return leaf.grad
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", type=int, nargs=2, default=(1536, 576), metavar=("N", "K"))
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512, 1024, 4096])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="compiled layers too")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/linear.csv")
+    options = parser.parse_args()
+    N, K = options.shape
+    layers = providers(N, K, options.compile)
+    rows = []
+
+    def measure(what: str, M: int, runs: dict[str, Callable[[], object]], per: float) -> None:
+        for run in runs.values():
+            run()
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                found[name].append(timed(run))
+        base = statistics.median(found["bfloat16"]) if "bfloat16" in found else None
+        for name, times in found.items():
+            low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+            rows.append({
+                "what": what, "provider": name, "N": N, "K": K, "M": M,
+                "ns_per_weight": f"{middle / per * 1e9:.4f}", "spread": f"{high / low:.2f}",
+                "ratio_to_bfloat16": f"{middle / base:.2f}" if base else "",
+                "processor": minilora.hardware().name, "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            })  # fmt: skip
+            row = rows[-1]
+            shown = [row[key] for key in ("ns_per_weight", "spread", "ratio_to_bfloat16")]
+            print(f"{what:8} M={M:5} {name:32}", *shown, flush=True)
+
+    small: dict[str, QuantizedLinear] = {
+        name: m for name, m in layers.items() if isinstance(m, QuantizedLinear)
+    }
+    decode: dict[str, Callable[[], object]] = {n: m.dequantize for n, m in small.items()}
+    measure("decode", 0, decode, N * K)
+    for M in options.rows:
+        ins, outs = {}, {}
+        for name in layers:
+            dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
+            ins[name], outs[name] = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+        measure("forward", M, {n: forward(m, ins[n]) for n, m in layers.items()}, N * K)
+        measure("both", M, {n: both(m, ins[n], outs[n]) for n, m in layers.items()}, N * K)
+    with open(options.csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
