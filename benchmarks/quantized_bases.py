@@ -19,23 +19,22 @@ import minilora
 from minilora.models import fetch, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
-BASES = {
+INT8 = {"compute": "int8", "grad_compute": "int8"}
+DEQUANTIZE = {"compute": "dequantize", "grad_compute": "dequantize"}
+BASES: dict[str, dict | None] = {
     "plain": None,
-    "int8": {"format": "int8"},
-    "int8, 16 outlier channels": {"format": "int8", "outliers": 16},
-    "int8, input gradient dequantized": {"format": "int8", "grad_compute": "dequantize"},
-    "int8, dequantized": {
-        "format": "int8", "compute": "dequantize", "grad_compute": "dequantize",
+    "int8": {"format": "int8", **INT8},
+    "int8, 16 outlier channels": {"format": "int8", "outliers": 16, **INT8},
+    "int8, input gradient dequantized": {
+        "format": "int8", "compute": "int8", "grad_compute": "dequantize",
     },
+    "int8, dequantized": {"format": "int8", **DEQUANTIZE},
     "nf4": {"format": "nf4"},
-    "int4, groups of 32": {"format": "int4", "block_size": 32},
+    "int4, groups of 32": {"format": "int4", "block_size": 32, **INT8},
     "int4, groups of 32, 16 outlier channels": {
-        "format": "int4", "block_size": 32, "outliers": 16,
+        "format": "int4", "block_size": 32, "outliers": 16, **INT8,
     },
-    "int4, groups of 64": {"format": "int4"},
-    "int4, groups of 32, dequantized": {
-        "format": "int4", "block_size": 32, "compute": "dequantize", "grad_compute": "dequantize",
-    },
+    "int4, groups of 32, dequantized": {"format": "int4", "block_size": 32, **DEQUANTIZE},
 }  # fmt: skip
 
 

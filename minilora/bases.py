@@ -53,7 +53,7 @@ def quantize(
             for int4, dividing the layer's inputs. int8 has none.
         double_quant: store nf4's scales in 8 bits.
         compute: how int8 and int4 multiply in the forward: `"int8"` (rows of the input are
-            quantized too), `"dequantize"` or `"auto"`, the faster exact one here.
+            quantized too), `"dequantize"` or `"auto"`: int8 on a CPU with VNNI or AMX.
         grad_compute: likewise for the gradient of the input.
         outliers: how many input channels, those with the largest values of the batch, int8 and
             int4 multiply in floating point in the forward (at most a 16th of them). It brings the

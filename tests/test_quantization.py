@@ -458,6 +458,14 @@ def test_unknown_ways_to_compute():
 def test_int8_that_saturates_is_refused(monkeypatch):
     from minilora.quantization import linear
 
+    class Busy:
+        flags, int8, float32, bfloat16 = ("avx512_vnni",), 1.0, 100.0, 100.0
+
+    monkeypatch.setattr(linear, "int8_is_exact", lambda: True)
+    monkeypatch.setattr(linear, "hardware", lambda: Busy)  # a measurement does not decide
+    assert make(4, 64, Spec("int8"))[1]._way("auto") == "int8"
+    monkeypatch.setattr(Busy, "flags", ("avx2",))
+    assert make(4, 64, Spec("int8"))[1]._way("auto") == "dequantize"
     monkeypatch.setattr(linear, "int8_is_exact", lambda: False)
     with pytest.raises(RuntimeError, match="int8 product saturates .* compute='auto'"):
         make(4, 64, Spec("int8"), compute="int8")

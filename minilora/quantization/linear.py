@@ -24,6 +24,9 @@ from minilora.kernels import (
 from .formats import Spec, layout, problem, quantize_weight
 
 
+_INT8_FLAGS = ("avx_vnni", "avx512_vnni", "amx_int8")
+
+
 class QuantizedLinear(nn.Module):
     """Apply `x Ŵᵀ + b` with Ŵ `[N, K]` stored in 8 or 4 bits; maps `[..., K]` to `[..., N]`.
 
@@ -39,8 +42,8 @@ class QuantizedLinear(nn.Module):
         bias: `[N]` or None.
         dtype: of `dequantize()`: what the layer's weight was before.
         compute: how INT8 and INT4 multiply in the forward: `"int8"` (rows of x are quantized at
-            run time), `"dequantize"`, or `"auto"`: int8 on a CPU where it is exact and faster than
-            the dtypes there, else dequantize. NF4 always dequantizes.
+            run time), `"dequantize"`, or `"auto"`: int8 on a CPU that has instructions for it (VNNI,
+            AMX) and where it is exact, else dequantize. NF4 always dequantizes.
         grad_compute: likewise for the input's gradient.
         outliers: input channels that `"int8"` keeps in floating point in the forward.
         plain: the class the layer had, `nn.Linear` or a Conv1D.
@@ -261,11 +264,12 @@ def check_outliers(count: object) -> None:
 
 
 def _int8_pays() -> bool:
-    """Tell whether integer products are exact here and at least as fast as floating ones."""
-    if not int8_is_exact():
-        return False
-    found = hardware()
-    return found.int8 >= max(found.float32, found.bfloat16)
+    """Tell whether integer products are exact here and have instructions of their own.
+
+    Not by the rates measured: on a busy machine they vary from process to process, and a resumed
+    run has to multiply as the run before did.
+    """
+    return int8_is_exact() and any(flag in hardware().flags for flag in _INT8_FLAGS)
 
 
 def is_finite(tensor: Tensor) -> bool:
