@@ -23,7 +23,6 @@ from minilora.kernels import (
 
 from .formats import Spec, layout, problem, quantize_weight
 
-
 _INT8_FLAGS = ("avx_vnni", "avx512_vnni", "amx_int8")
 
 
@@ -42,7 +41,7 @@ class QuantizedLinear(nn.Module):
         bias: `[N]` or None.
         dtype: of `dequantize()`: what the layer's weight was before.
         compute: how INT8 and INT4 multiply in the forward: `"int8"` (rows of x are quantized at
-            run time), `"dequantize"`, or `"auto"`: int8 on a CPU that has instructions for it (VNNI,
+            run time), `"dequantize"`, or `"auto"`: int8 on a CPU with instructions for it (VNNI,
             AMX) and where it is exact, else dequantize. NF4 always dequantizes.
         grad_compute: likewise for the input's gradient.
         outliers: input channels that `"int8"` keeps in floating point in the forward.
