@@ -1,5 +1,6 @@
 """Low-rank matmuls and the fused loss on plain tensors; every op's meaning is in `reference`."""
 
+from .attention import causal_attention
 from .cross_entropy import linear_cross_entropy
 from .four_bit import (
     DYNAMIC_CODE,
@@ -59,6 +60,7 @@ __all__ = [
     "NF4_TABLE",
     "FrozenLinear",
     "Hardware",
+    "causal_attention",
     "check_backend",
     "conv1d_forward",
     "conv1d_grad_x",

@@ -1,58 +1,116 @@
 """Output head and cross-entropy in one pass over chunks of rows.
 
-    loss = Σ_m [ logsumexp(h_m Wᵀ) − (h_m Wᵀ)[label_m] ]      over rows with label_m ≠ ignore_index
-    grad_h_m = (softmax(h_m Wᵀ) − onehot(label_m)) W          grad_W = Σ_m (softmax − onehot)ᵀ h_m
+    loss = Σ_m [ log Σ_v exp(z_mv) − z_m,label ]     z = h Wᵀ, over rows with label_m ≠ ignore_index
+    e_mv = exp(z_mv − max z_m)    s_m = Σ_v e_mv     p = e / s
+    grad_h_m = (e_m − s_m·onehot(label_m)) W / s_m   grad_W = Σ_m (e_m − s_m·onehot)ᵀ h_m / s_m
 
-N rows, D hidden, V vocabulary. Only `[chunk, V]` logits exist at a time, and rows whose label is
-ignored are never multiplied. The gradient is formed in the forward pass, while a chunk's logits
-are at hand; backward only scales it. FLOPs: 2·N·D·V forward, as much again for grad_h (and for
-grad_W if asked). Softmax and sums are in f32 (f64 for f64 input). The idea of fusing the head with
-the loss: Hsu et al. 2024, "Liger Kernel", section 3.2.
+N rows, D hidden, V vocabulary. Only `[chunk, V]` logits exist at a time, in a reused buffer that
+turns into e and then into the gradient; not that is divided by s but the narrow `[chunk, D]`
+product (in float16, whose range e·W may leave, e itself).
+The label's entry is formed in f32, so that p − 1 does not cancel. Rows whose label is ignored are
+never multiplied. The gradient is formed in the forward pass; backward only scales it. FLOPs:
+2·N·D·V forward, as much again for grad_h (and for grad_W if asked). Exponents and sums are in f32
+(f64 for f64 input). The idea of fusing the head with the loss: Hsu et al. 2024, "Liger Kernel",
+section 3.2.
 """
 
-import torch
+import functools
+from collections.abc import Callable
+from typing import Any
 
-# Elements of one chunk of logits: 64 MB in f32, which stays near the cache and keeps rows ≥ 256
-# for vocabularies up to 64k, so the products stay compute-bound.
-_CHUNK_ELEMENTS = 2**24
+import torch
+from torch import Tensor
+
+from .workspace import workspace
+
+# Elements of one chunk of logits: enough rows to keep the products compute-bound (256 at a
+# vocabulary of 49152), and 24 MB in bf16.
+_CHUNK_ELEMENTS = 3 * 2**22
+_CACHED_ELEMENTS = 2**19  # of the rows widened at a time on a CPU: 2 MB in f32
+
+
+def _exponents(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits `[rows, V]` in place into `e − s·onehot`; return s and the losses, `[rows, 1]`.
+
+    One pass of few tensor operations, for a compiler to fuse.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    column = labels[:, None]
+    largest = logits.amax(1, keepdim=True).to(wide)
+    picked = logits.gather(1, column).to(wide) - largest
+    e = (logits.to(wide) - largest).exp()
+    sums = e.sum(1, keepdim=True)
+    own, losses = picked.exp() - sums, sums.log() - picked
+    if logits.dtype == torch.float16:
+        e, own, sums = e / sums, own / sums, torch.ones_like(sums)
+    logits.copy_(e)
+    logits.scatter_(1, column, own.to(logits.dtype))
+    return sums, losses
+
+
+def _exponents_by_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same over as many rows as stay in the cache, in a buffer of their own."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    step = len(logits)
+    if logits.device.type == "cpu":
+        step = max(1, _CACHED_ELEMENTS // logits.shape[1])
+    found = []
+    for start in range(0, len(logits), step):
+        narrow, column = logits[start : start + step], labels[start : start + step, None]
+        e = narrow
+        if narrow.dtype != wide:
+            e = workspace(narrow.shape, wide, narrow.device).copy_(narrow)
+        largest = e.amax(1, keepdim=True)
+        picked = e.gather(1, column) - largest
+        sums = e.sub_(largest).exp_().sum(1, keepdim=True)
+        e.scatter_(1, column, picked.exp() - sums)
+        losses = sums.log() - picked
+        if narrow.dtype == torch.float16:
+            e, sums = e.div_(sums), torch.ones_like(sums)
+        if e is not narrow:
+            narrow.copy_(e)
+        found.append((sums, losses))
+    return torch.cat([s for s, _ in found]), torch.cat([loss for _, loss in found])
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_exponents, dynamic=True)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, fused: bool) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_h, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_w else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        exponents = _compiled() if fused else _exponents_by_rows
         rows = max(32, _CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
+        for start in range(0, len(hidden), rows):
             h, label = hidden[start : start + rows], labels[start : start + rows]
-            logits = torch.mm(h, weight.t()).to(wide)
-            lse = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (lse - logits.gather(1, label[:, None])).sum()
-            if grad_h is None and grad_w is None:
-                continue
-            grad = logits.sub_(lse).exp_()
-            grad.scatter_add_(1, label[:, None], grad.new_full((len(label), 1), -1.0))
-            narrow = grad.to(hidden.dtype)
+            logits = workspace(torch.Size((len(h), len(weight))), h.dtype, h.device)
+            torch.mm(h, weight.t(), out=logits)
+            sums, losses = exponents(logits, label)
+            total += losses.sum()
             if grad_h is not None:
-                torch.mm(narrow, weight, out=grad_h[start : start + rows])
+                grad_h[start : start + rows] = torch.mm(logits, weight) / sums
             if grad_w is not None:
-                grad_w += torch.mm(narrow.t(), h)
+                grad_w += torch.mm(logits.t(), (h / sums).to(h.dtype))
         ctx.save_for_backward(grad_h, grad_w)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w = ctx.saved_tensors
         if grad_h is not None:
             grad_h = grad_h * grad_out  # not cast first: 1/N and loss scales leave fp16's range
         if grad_w is not None:
             grad_w = (grad_w * grad_out).to(ctx.weight_dtype)
-        return grad_h, grad_w, None
+        return grad_h, grad_w, None, None
 
 
 def linear_cross_entropy(
@@ -62,6 +120,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    fused: bool = False,
 ) -> torch.Tensor:
     """Compute the cross-entropy of `hidden · weightᵀ` without holding the logits whole.
 
@@ -71,6 +130,7 @@ def linear_cross_entropy(
         labels: `[N]` int64 in `[0, V)`, or `ignore_index` for rows that do not count.
         ignore_index: the label that marks a row to leave out.
         reduction: `"mean"` over the rows that count, or `"sum"`.
+        fused: run the passes over the logits through `torch.compile`, which must work here.
 
     Returns:
         A 0-dim tensor in f32 (f64 for f64 input).
@@ -113,5 +173,5 @@ def linear_cross_entropy(
             f"labels must lie in [0, {weight.shape[0]}) or be {ignore_index}, found values from "
             f"{int(labels.min())} to {int(labels.max())}"
         )
-    total = _LinearCrossEntropy.apply(hidden, weight, labels)
+    total = _LinearCrossEntropy.apply(hidden, weight, labels, fused)
     return total / len(rows) if reduction == "mean" else total

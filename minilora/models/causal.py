@@ -29,6 +29,8 @@ class CausalLM(nn.Module):
     Attributes:
         gradient_checkpointing: when True, each block is run again in the backward pass instead of
             keeping its activations; acts in training mode with gradients on.
+        compiled_loss: when True, `loss` runs its passes over the logits through `torch.compile`
+            (on a CPU, and with a head that is a plain nn.Linear).
         name_or_path: where the weights came from, or None.
     """
 
@@ -39,6 +41,7 @@ class CausalLM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+        self.compiled_loss = False
         self.name_or_path: str | None = None
 
     def _begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
@@ -164,7 +167,10 @@ class CausalLM(nn.Module):
         hidden = self.hidden(input_ids, positions=positions, mask=mask)
         rows = hidden[:, :-1].flatten(0, 1)
         if _is_plain_linear(self.lm_head):
-            return linear_cross_entropy(rows, self.lm_head.weight, target, ignore_index=IGNORED)
+            fused = self.compiled_loss and rows.device.type == "cpu"
+            return linear_cross_entropy(
+                rows, self.lm_head.weight, target, ignore_index=IGNORED, fused=fused
+            )
         return self._loss_through_head(rows, target)
 
     def _loss_through_head(self, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minilora.kernels import causal_attention
+
 from .gpt2_config import GPT2Config
 from .llama_config import LlamaConfig
 
@@ -118,6 +120,17 @@ def _rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attend `[B, heads, T, head_dim]` to `[B, kv_heads, S, head_dim]`; causally without a mask."""
+    # One new token may see everything, so it needs no mask and is not "causal" in SDPA's sense,
+    # which aligns the first query with the first key.
+    if mask is None and q.shape[2] > 1:
+        return causal_attention(q, k, v, scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
 class Attention(nn.Module):
     """Attend with grouped queries: several query heads share one key and value head."""
 
@@ -146,10 +159,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(split).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        # One new token may see everything, so it needs no mask and is not "causal" in SDPA's
-        # sense, which aligns the first query with the first key.
-        causal = mask is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        out = attend(q, k, v, mask, self.head_dim**-0.5)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 

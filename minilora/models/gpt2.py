@@ -15,11 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .causal import CausalLM, Transform
-from .decoder import KVCache
+from .decoder import KVCache, attend
 from .gpt2_config import ACTIVATIONS, GPT2Config
 
 _STD = 0.02  # of a fresh model's weights
@@ -85,10 +84,7 @@ class Attention(nn.Module):
         q, k, v = (part.view(split).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        # One new token may see everything, so it needs no mask and is not "causal" in SDPA's
-        # sense, which aligns the first query with the first key.
-        causal = mask is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
+        out = attend(q, k, v, mask, self.scale)
         return self.c_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 

@@ -45,6 +45,10 @@ class TrainConfig:
             f32 base. With a float16 base or autocast the loss is scaled, see `LossScale` in
             `minilora.training.scaling`; the adapter must be float32.
         checkpointing: recompute activations in the backward pass instead of keeping them.
+        compile: True runs each block of the model through `torch.compile`, which takes a C++
+            compiler and about half a minute once (its result is cached on disk); `"auto"` does
+            where that works and says so where not. Rounding differs from uncompiled steps, and
+            dropout's masks depend on the batch. Not with parallel.
         shuffle: a new order each epoch.
         group_by_length: batches of similar lengths (less padding).
         seed: decides order and dropout, nothing else; the global random state is left alone.
@@ -77,6 +81,7 @@ class TrainConfig:
     save_every: int | None = None
     dtype: str = "auto"
     checkpointing: bool = False
+    compile: bool | str = False
     shuffle: bool = True
     group_by_length: bool = True
     seed: int = 0
@@ -109,6 +114,12 @@ class TrainConfig:
         self._require("betas", good, "two numbers in [0, 1)")
         for key in ("checkpointing", "shuffle", "group_by_length"):
             self._require(key, isinstance(getattr(self, key), bool), "True or False")
+        self._require("compile", self.compile in (True, False, "auto"), "True, False or 'auto'")
+        if self.compile is True and self.parallel is not None:
+            raise ValueError(
+                f"compile=True runs in one process, found parallel={self.parallel!r}; set one of "
+                f"them to its default"
+            )
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         good = self.parallel in (None, *PARALLEL)

@@ -14,6 +14,7 @@ from minilora.data import Batch
 from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate
 from minilora.lora_layer import weight_dtype
 from minilora.training.callbacks import Callbacks
+from minilora.training.compiling import compiled, keep_freed_memory
 from minilora.training.config import TrainConfig
 from minilora.training.feed import Feed
 from minilora.training.gradient import Gradient
@@ -150,9 +151,14 @@ def fit(
 @contextmanager
 def _training(run: Run) -> Iterator[None]:
     """Training mode, checkpointing and the run's own random numbers, all put back after."""
+    keep_freed_memory()
     flags = [(module, module.training) for module in run.model.modules()]
     devices = [run.device] if run.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), checkpointing(run.model, run.config.checkpointing):
+    with (
+        torch.random.fork_rng(devices),
+        checkpointing(run.model, run.config.checkpointing),
+        compiled(run.model, run.compile),
+    ):
         try:
             run.model.train()
             yield

@@ -16,6 +16,7 @@ from minilora.checkpoint import save_adapter
 from minilora.data import Batches
 from minilora.evaluation import Evaluation, Loss, device_of, token_loss
 from minilora.streaming import Stream
+from minilora.training.compiling import settle_compile
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.prepare import (
     check_model,
@@ -90,6 +91,7 @@ class Run:
         check_model(model, self.layers)
         self.adapter = trained_adapter(model, self.layers)
         self.names = trained(model, self.layers, self.adapter)
+        self.compile, reason = settle_compile(config.compile, config.parallel)
         self.device = device_of(model)
         chosen = compute_dtype(self.layers, config.dtype, self.device)
         self.dtype = self.ranks.agree(chosen)
@@ -130,7 +132,7 @@ class Run:
         self.before: Evaluation | None = None
         self.best: Evaluation | None = None
         self.best_values: dict[str, Tensor] = {}
-        self.remarks: list[str] = []
+        self.remarks: list[str] = [] if reason is None else [reason]
         if resume and out is None:
             raise ValueError("resume=True needs out, the folder of the run to continue")
         if resume and out is not None:
@@ -256,7 +258,7 @@ class Run:
         trained, buffers = {name: p for p, name in self.names.items()}, self._buffers()
         try:
             fallback = [facts["fallback"]] if facts["fallback"] else []
-            self.remarks = fallback + check_same_run(out, facts["identity"], self._identity())
+            self.remarks += fallback + check_same_run(out, facts["identity"], self._identity())
             check_tensors(file, tensors, trained, buffers)  # type: ignore[arg-type]
             self.batches.load_state_dict(facts["data"])
             for key in _COUNTERS:

@@ -1,0 +1,99 @@
+"""Run a model's blocks through `torch.compile`, for the time of a run."""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.lora_layer import lora_layers
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of settings in glibc's malloc.h
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step, once for the process.
+
+    By default it hands every block above 32 MB back to the kernel and has the pages cleared again
+    at the next use, in every step. Elsewhere nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**30)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@functools.cache
+def compile_problem() -> str | None:
+    """Say why `torch.compile` cannot work here, by trying it, or return None."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    except Exception as error:  # whatever a missing compiler makes of itself
+        return str(error).strip().splitlines()[0][:200] or type(error).__name__
+    return None
+
+
+def settle_compile(choice: bool | str, parallel: str | None) -> tuple[bool, str | None]:
+    """Return whether to compile, and what to say where `"auto"` cannot.
+
+    Raises:
+        RuntimeError: True where torch.compile does not work.
+    """
+    if not choice or (choice == "auto" and parallel is not None):
+        return False, None
+    problem = compile_problem()
+    if problem is None:
+        return True, None
+    if choice == "auto":
+        return False, f"not compiled, since torch.compile does not work here: {problem}"
+    raise RuntimeError(
+        f"compile=True (--compile) needs torch.compile to work, found: {problem}; install a C++ "
+        f"compiler (g++), or set compile=False"
+    )
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks that hold adapters: entries of the outermost such ModuleLists."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside and lora_layers(module):
+            found[name] = module
+    blocks = [block for blocks in found.values() for block in blocks.children()]
+    return [block for block in blocks if lora_layers(block)]
+
+
+@contextmanager
+def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Compile each block (the whole model where it has none), and the loss of our own models.
+
+    Shapes are left open: batches differ in length, and each length would else be compiled. What
+    is replaced is `forward` alone, so hooks around a block and every name stay as they are.
+    """
+    if not wanted:
+        yield
+        return
+    # A block whose input needs no gradient, evaluation and training are variants of one function.
+    places = [(block, block.__dict__.get("forward")) for block in blocks_of(model) or [model]]
+    flag = getattr(model, "compiled_loss", None)
+    try:
+        for block, _ in places:
+            block.forward = torch.compile(block.forward, dynamic=True)
+        if flag is not None:
+            model.compiled_loss = True  # type: ignore[assignment]
+        yield
+    finally:
+        for block, before in places:
+            if before is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = before
+        if flag is not None:
+            model.compiled_loss = flag
