@@ -202,6 +202,9 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--eval-every", type=int, metavar="STEPS")
     run.add_argument("--save-every", type=int, metavar="STEPS")
     run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
+    run.add_argument(
+        "--compile", action="store_true", help="faster steps after half a minute; needs g++"
+    )
     run.add_argument("--seed", type=int, default=0)
     run.add_argument(
         "--patience", type=int, metavar="N", help="stop after N evaluations without a better one"
@@ -356,6 +359,7 @@ def _train(options: argparse.Namespace) -> int:
         eval_every=options.eval_every,
         save_every=options.save_every,
         checkpointing=options.checkpointing,
+        compile=options.compile,
         seed=options.seed,
         patience=options.patience,
         parallel=options.parallel,

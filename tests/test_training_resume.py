@@ -250,6 +250,17 @@ def test_check_same_run_refuses_another_autocast(tmp_path):
         check_same_run(tmp_path, saved, {**saved, "compute": ["torch.bfloat16", "None"]})
 
 
+def test_check_same_run_takes_a_missing_setting_for_its_default(tmp_path):
+    """States written before a setting existed."""
+    fit(tiny(), max_steps=1, out=tmp_path)
+    here = load_state(tmp_path)[1]["identity"]
+    old = {k: v for k, v in here["config"].items() if k != "compile"}
+    assert check_same_run(tmp_path, {**here, "config": old}, here) == []
+    compiled = {**here, "config": here["config"] | {"compile": True}}
+    with pytest.raises(ValueError, match="compile was False and is True"):
+        check_same_run(tmp_path, {**here, "config": old}, compiled)
+
+
 def rewrite(folder, change):
     """Write the state again, changed."""
     file = folder / STATE_FILE

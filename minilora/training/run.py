@@ -243,7 +243,7 @@ class Run:
         mine = {n: layer for n, layer in self.layers.items() if self.adapter in layer.adapters}
         adapter = config_of(self.model, mine, self.adapter)
         return {
-            "config": self.config.to_dict(),
+            "config": self.config.to_dict() | {"compile": self.compile},  # what "auto" came to
             "compute": [str(self.dtype), *sorted({str(v.compute_dtype) for v in mine.values()})],
             "adapter": {k: v for k, v in adapter.items() if k not in _ANY_BASE}
             | {"active adapters": list(active_adapters(self.model))},

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.training.config import TrainConfig
 from minilora.training.state import ADAM
 
 # Settings that may differ when a run goes on: limits, the rate, and what only reports.
@@ -14,6 +15,8 @@ _FREE = {
     "epochs", "max_steps", "max_minutes", "lr", "eval_every", "eval_batch_size", "save_every",
     "log_every", "max_bad_steps", "patience", "parallel",
 }  # fmt: skip
+
+_DEFAULTS = TrainConfig().to_dict()
 
 
 def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -25,7 +28,7 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
     here = json.loads(json.dumps(here))  # tuples become lists, as in the file
     remarks = []
     for key, value in here["config"].items():
-        old = saved["config"].get(key)
+        old = saved["config"].get(key, _DEFAULTS[key])  # a setting newer than the state
         if old == value:
             continue
         if key not in _FREE:

@@ -1,0 +1,118 @@
+"""Causal attention's own backward pass, against a dense float64 oracle written apart."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from minilora.kernels import causal_attention
+
+module = importlib.import_module("minilora.kernels.attention")
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def case(B, kv_heads, group, T, D, dtype=torch.float32):
+    q, grad_out = (torch.randn(B, T, kv_heads * group, D).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(B, T, kv_heads, D).transpose(1, 2) for _ in range(2))  # as models have them
+    return [t.to(dtype) for t in (q, k, v, grad_out)]
+
+
+def oracle(q, k, v, grad_out, scale):
+    """Output and the three gradients row by row, softmax's derivative written out."""
+    q, k, v, grad_out = (t.detach().double() for t in (q, k, v, grad_out))
+    out, gq, gk, gv = (torch.zeros_like(t) for t in (q, q, k, v))
+    group = q.shape[1] // k.shape[1]
+    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
+        K, V = k[b, h // group], v[b, h // group]
+        for t in range(q.shape[2]):
+            e = torch.exp(scale * (K[: t + 1] @ q[b, h, t]))
+            p = e / e.sum()
+            out[b, h, t] = p @ V[: t + 1]
+            gp = V[: t + 1] @ grad_out[b, h, t]
+            gs = scale * (torch.diag(p) - torch.outer(p, p)) @ gp
+            gq[b, h, t] = gs @ K[: t + 1]
+            gk[b, h // group, : t + 1] += torch.outer(gs, q[b, h, t])
+            gv[b, h // group, : t + 1] += torch.outer(p, grad_out[b, h, t])
+    return out, gq, gk, gv
+
+
+def by_chunks(q, k, v, grad_out, scale):
+    out, log_sums = flash(q, k, v, 0.0, True, scale=scale)
+    return out, *module._backward(module._weights, grad_out, q, k, v, out, log_sums, scale)
+
+
+def by_sdpa(q, k, v, grad_out, scale):
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale, enable_gqa=True)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+
+def errors(found, true):
+    return [float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, true)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 5, 7, 8, 9, 23]),
+    st.sampled_from([1, 8, 13]),
+    st.floats(0.05, 1.5),
+)
+def test_gradients_are_the_oracles(B, kv_heads, group, T, D, scale):
+    torch.manual_seed(T)
+    full = module._QUERIES
+    inputs = case(B, kv_heads, group, T, D, torch.float64)
+    try:
+        module._QUERIES = 4  # several chunks, the last one ragged
+        found = by_chunks(*inputs, scale)
+    finally:
+        module._QUERIES = full
+    for mine, true in zip(found, oracle(*inputs, scale)):
+        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_as_exact_as_torchs_own_backward(dtype):
+    torch.manual_seed(0)
+    inputs = case(2, 3, 3, 150, 16, dtype)  # chunks of 128 and 22
+    true = oracle(*inputs, 0.25)
+    mine, theirs = errors(by_chunks(*inputs, 0.25), true), errors(by_sdpa(*inputs, 0.25), true)
+    assert all(m <= 1.5 * t for m, t in zip(mine, theirs)), (mine, theirs)
+
+
+@pytest.mark.parametrize("T", [1, 5, 150])
+def test_a_traced_model_takes_it_and_gets_sdpas_numbers(T, monkeypatch):
+    torch.manual_seed(1)
+    calls = []
+    own = module._backward
+    monkeypatch.setattr(module, "_backward", lambda *a: calls.append(a[1].shape) or own(*a))
+    q, k, v, grad_out = case(2, 2, 3, T, 8)
+    expected = by_sdpa(q, k, v, grad_out, 0.3)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    compiled = torch.compile(causal_attention, dynamic=True, fullgraph=True)
+    out = compiled(*leaves, 0.3)
+    found = out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert calls == [grad_out.shape]
+
+
+def test_an_untraced_call_is_sdpa():
+    q, k, v, grad_out = case(1, 2, 2, 9, 8)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = causal_attention(*leaves, 0.3)
+    found = out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+    assert all(torch.equal(a, b) for a, b in zip(found, by_sdpa(q, k, v, grad_out, 0.3)))
+
+
+def test_the_operation_is_a_well_formed_one():
+    q, k, v, grad_out = case(1, 2, 2, 9, 8)
+    out, log_sums = flash(q, k, v, 0.0, True, scale=0.3)
+    torch.library.opcheck(
+        torch.ops.minilora.causal_attention_backward, (grad_out, q, k, v, out, log_sums, 0.3)
+    )

@@ -1,0 +1,97 @@
+"""Compiled runs: the same training, everything put back, clear refusals, exact resume."""
+
+import pytest
+import torch
+from test_training import factors, fit, plain, tiny
+
+import minilora
+from minilora.training import TrainConfig, compiling
+from minilora.training.compiling import blocks_of, compile_problem, compiled, settle_compile
+
+needs_compiler = pytest.mark.skipif(compile_problem() is not None, reason=str(compile_problem()))
+
+
+def cannot():
+    return "InvalidCxxCompiler: No working C++ compiler found"
+
+
+def test_settle_compile_asks_only_where_it_is_wanted(monkeypatch):
+    monkeypatch.setattr(compiling, "compile_problem", cannot)
+    assert settle_compile(False, None) == (False, None)
+    assert settle_compile("auto", "ddp") == (False, None)
+    wanted, remark = settle_compile("auto", None)
+    assert not wanted and "not compiled, since torch.compile does not work here: Inv" in remark
+    with pytest.raises(RuntimeError, match=r"compile=True \(--compile\) needs torch.compile to"):
+        settle_compile(True, None)
+
+
+def test_compile_problem_says_what_is_missing(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert compile_problem.__wrapped__() == "no compiler"
+
+
+def test_config_refuses_what_it_cannot_mean():
+    with pytest.raises(ValueError, match="compile must be True, False or 'auto'"):
+        TrainConfig(compile="yes")
+    with pytest.raises(ValueError, match="compile=True runs in one process, found parallel='ddp'"):
+        TrainConfig(compile=True, parallel="ddp")
+
+
+def test_blocks_are_the_outermost_lists_entries_that_hold_adapters():
+    model = tiny()
+    assert blocks_of(model) == list(model.blocks)
+    model = minilora.inject(plain(), r=2, alpha=3, targets="blocks.1.*")
+    assert blocks_of(model) == [model.blocks[1]]
+    assert blocks_of(plain()) == []
+
+
+@needs_compiler
+def test_a_compiled_run_trains_alike_and_leaves_no_trace():
+    one, two = tiny(), tiny()
+    before = {name: dict(module.__dict__) for name, module in two.named_modules()}
+    eager = fit(one, max_steps=4, schedule="constant")
+    quick = fit(two, max_steps=4, schedule="constant", compile=True)
+    after = {name: dict(module.__dict__) for name, module in two.named_modules()}
+    assert {n: d.keys() for n, d in after.items()} == {n: d.keys() for n, d in before.items()}
+    assert not two.compiled_loss
+    assert quick.losses == pytest.approx(eager.losses, rel=1e-5)
+    trained, expected = factors(two), factors(one)
+    for name, value in trained.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@needs_compiler
+def test_a_block_with_its_own_forward_gets_it_back_also_after_an_error():
+    model = tiny()
+    own = model.blocks[0].forward
+    model.blocks[0].forward = own
+    with pytest.raises(KeyError), compiled(model, True):
+        assert model.compiled_loss and model.blocks[0].forward is not own
+        raise KeyError
+    assert model.blocks[0].forward is own and "forward" not in model.blocks[1].__dict__
+    with compiled(model, False):
+        assert not model.compiled_loss
+
+
+@needs_compiler
+def test_resume_is_bit_exact_and_keeps_compile(tmp_path):
+    whole, half, again = tiny(), tiny(), tiny()
+    rest = {"schedule": "constant", "compile": True, "accumulate": 2}
+    fit(whole, max_steps=4, **rest)
+    fit(half, max_steps=2, out=tmp_path, **rest)
+    with pytest.raises(ValueError, match="must keep its settings, but compile was True and is Fal"):
+        fit(tiny(), max_steps=4, schedule="constant", accumulate=2, out=tmp_path, resume=True)
+    fit(again, max_steps=4, out=tmp_path, resume=True, **rest)
+    trained, expected = factors(again), factors(whole)
+    assert all(torch.equal(trained[name], expected[name]) for name in expected)
+
+
+@needs_compiler
+def test_checkpointed_blocks_compile_too():
+    eager, quick = tiny(), tiny()
+    a = fit(eager, max_steps=2, checkpointing=True)
+    b = fit(quick, max_steps=2, checkpointing=True, compile=True)
+    assert b.losses == pytest.approx(a.losses, rel=1e-5)
