@@ -160,6 +160,8 @@ def count_memory(
     gpu: bool = False,
     int8: bool = True,
     process: int | None = None,
+    linears: dict[str, Linear] | None = None,
+    base: Sizes | None = None,
 ) -> Memory:
     """Plan the peak of one process.
 
@@ -169,6 +171,8 @@ def count_memory(
         gpu: whether it trains on a GPU, whose memory is meant then.
         int8: whether INT8 and INT4 are multiplied as integers there.
         process: bytes of a process that trained nothing, None for `constants`.
+        linears: of a model that is there, with their ranks; default: as `settings` say.
+        base: bytes of a model that is there; likewise.
 
     Raises:
         ValueError: what `quantize` or `inject` would refuse by shape; rows longer than the model's
@@ -182,12 +186,10 @@ def count_memory(
         )
     dtype = torch.float32 if settings.autocast else settings.dtype
     model = shape.empty(dtype)
-    found = sizes(
-        model,
-        settings.format,
-        **({} if settings.format is None else _quantizing(settings)),
-    )
-    linears = adapted(model, settings.r, settings.targets, settings.exclude)
+    quantizing = {} if settings.format is None else _quantizing(settings)
+    found = base or sizes(model, settings.format, **quantizing)
+    if linears is None:
+        linears = adapted(model, settings.r, settings.targets, settings.exclude)
     count = sum(one.r * (one.N + one.K) for one in linears.values())
     trained = count * settings.adapter_dtype.itemsize
     moment = settings.adapter_dtype.itemsize
