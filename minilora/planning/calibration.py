@@ -22,7 +22,7 @@ from minilora.layers import is_conv1d
 from minilora.models import GPT2Config
 from minilora.planning import constants
 from minilora.planning.memory import Settings
-from minilora.planning.shapes import Shape
+from minilora.planning.shapes import Config, Shape
 from minilora.quantization import QuantizedLinear, Spec, check_spec, layout
 from minilora.selection import matrix_shape, select_targets
 
@@ -175,8 +175,11 @@ def _shallow(shape: Shape, layers: int) -> Shape:
     """The same widths with fewer blocks and, if it is large, a smaller vocabulary."""
     config = shape.config
     vocabulary = min(config.vocab_size, max(1024, _VOCABULARY // config.hidden_size))
-    depth = "n_layer" if isinstance(config, GPT2Config) else "num_hidden_layers"
-    changed = dataclasses.replace(config, **{depth: layers, "vocab_size": vocabulary})
+    changed: Config
+    if isinstance(config, GPT2Config):
+        changed = dataclasses.replace(config, n_layer=layers, vocab_size=vocabulary)
+    else:
+        changed = dataclasses.replace(config, num_hidden_layers=layers, vocab_size=vocabulary)
     return dataclasses.replace(shape, config=changed)
 
 
