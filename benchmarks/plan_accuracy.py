@@ -36,7 +36,7 @@ from minilora.planning.calibration import (
     timed_step,
 )
 from minilora.planning.constants import MIB
-from minilora.planning.memory import Settings, count_memory
+from minilora.planning.memory import Settings, count_memory, layers_that_grow
 from minilora.planning.shapes import read_shape
 from minilora.quantized_models import load_quantized
 
@@ -61,7 +61,8 @@ FITTED = [
     ("gpt2", "nf4", 8, 256, 0), ("gpt2", "int8", 2, 512, 1), (SMOL, "bfloat16", 4, 256, 0),
     (SMOL, "float32", 4, 256, 0), (SMOL, "bfloat16", 1, 512, 0), (SMOL, "int8", 8, 128, 1),
     (SMOL, "nf4", 1, 512, 1), (TINY, "bfloat16", 1, 512, 0), (TINY, "bfloat16", 1, 512, 1),
-    (TINY, "int8", 1, 256, 0), (TINY, "nf4", 1, 256, 1),
+    (TINY, "int8", 1, 256, 0), (TINY, "nf4", 1, 256, 1), (SMOL, "float32", 2, 256, 1),
+    (SMOL, "float32", 2, 512, 1),
 ]  # fmt: skip
 COLUMNS = (
     "model", "weights", "base", "batch", "length", "checkpointing", "planned_mb", "measured_mb",
@@ -168,13 +169,14 @@ def write(file: Path, rows: list[dict]) -> None:
 
 
 def fit_constants(rows: list[dict]) -> None:
-    """Print the heap's three numbers, by least squares on relative errors."""
+    """Print the heap's four numbers, by least squares on relative errors."""
     sides, wants = [], []
     for row in rows:
         settings, shape = settings_of(setting(row)), read_shape(row["model"])
         found = count_memory(shape, settings, int8=calibrate().int8, process=process_bytes())
         weight = 1e9 / (float(row["measured_mb"]) * 1e6)
-        terms = (MIB, found.activations, found.recomputed)
+        each = found.recomputed * layers_that_grow(shape, settings)
+        terms = (MIB, found.activations, found.recomputed, each)
         sides.append([term * weight / 1e9 for term in terms])
         rest = float(row["measured_mb"]) * 1e6 - (found.peak - found.heap)
         wants.append([rest * weight / 1e9])
@@ -182,8 +184,8 @@ def fit_constants(rows: list[dict]) -> None:
         torch.tensor(sides, dtype=torch.float64), torch.tensor(wants, dtype=torch.float64)
     ).solution.flatten()
     print(f"PROCESS = {process_bytes() / MIB:.0f} * MIB")
-    names = ("HEAP_FIXED", "HEAP_SHARE", "HEAP_RECOMPUTED")
-    for name, value, unit in zip(names, solved.tolist(), (" * MIB", "", ""), strict=True):
+    names = ("HEAP_FIXED", "HEAP_SHARE", "HEAP_RECOMPUTED", "HEAP_EACH_F32")
+    for name, value, unit in zip(names, solved.tolist(), (" * MIB", "", "", ""), strict=True):
         print(f"{name} = {value:.2f}{unit}    # now {getattr(constants, name):.10g}")
 
 

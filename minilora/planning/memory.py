@@ -203,6 +203,7 @@ def count_memory(
     if not gpu:
         heap = constants.HEAP_FIXED + constants.HEAP_SHARE * kept
         heap += constants.HEAP_RECOMPUTED * again
+        heap += constants.HEAP_EACH_F32 * again * layers_that_grow(shape, settings)
     default = constants.CUDA_CONTEXT if gpu else constants.PROCESS
     whole_block = found.base - found.embeddings - _head(linears) * dtype.itemsize
     whole_block = max(0, whole_block) // config.num_hidden_layers
@@ -224,6 +225,12 @@ def count_memory(
         heap=int(heap),
         sizes=found,
     )  # fmt: skip
+
+
+def layers_that_grow(shape: Shape, settings: Settings) -> int:
+    """Count the blocks of a Llama that computes in f32, see `constants.HEAP_EACH_F32`."""
+    grows = shape.kind == "llama" and settings.dtype == torch.float32
+    return shape.config.num_hidden_layers if grows else 0
 
 
 def _quantizing(settings: Settings) -> dict[str, Any]:
