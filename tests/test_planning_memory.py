@@ -163,3 +163,13 @@ def test_memory_knows_what_it_sums():
     assert found.peak == 1 + 2 + 6
     assert found.components() == {"process": 1, "base": 2, "recomputed": 2, "backward": 4}
     assert found.weights == 2
+
+
+def test_the_heap_grows_with_every_block_of_a_llama_in_f32():
+    shape = read_shape("tinyllama-1.1b")
+    options = {"gpu": False, "checkpointing": True, "r": 8}
+    wide, narrow = plan(shape, dtype=torch.float32, **options), plan(shape, **options)
+    grown = constants.HEAP_EACH_F32 * wide.recomputed * 22
+    usual = constants.HEAP_FIXED + constants.HEAP_SHARE * wide.activations
+    assert wide.heap == int(usual + constants.HEAP_RECOMPUTED * wide.recomputed + grown)
+    assert narrow.heap < wide.heap
