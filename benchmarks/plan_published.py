@@ -6,7 +6,8 @@ The plan is of minilora's own code under the stated batch, length, rank, optimiz
 checkpointing; theirs is another program, so a miss is the sum of both differences. `MEASURED` rows
 were measured by their authors and are judged (goal: 15 %). `MINIMA` are round figures of what a
 card must have, with nothing stated: they are only consistent with the plan at one short row, or
-not. Writes benchmarks/results/plan_published.csv.
+not. Figures are quoted from their sources' tables and were not checked against them here. Writes
+benchmarks/results/plan_published.csv.
 """
 
 import csv
