@@ -153,6 +153,11 @@ class Memory:
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
+def linears_of(shape: Shape, settings: Settings) -> dict[str, Linear]:
+    """List a model's linears with the ranks that settings give them."""
+    return _counted(shape, settings, settings.dtype)[1]
+
+
 def count_memory(
     shape: Shape,
     settings: Settings,
@@ -185,11 +190,9 @@ def count_memory(
             f"tokens, found {settings.length}"
         )
     dtype = torch.float32 if settings.autocast else settings.dtype
-    model = shape.empty(dtype)
-    quantizing = {} if settings.format is None else _quantizing(settings)
-    found = base or sizes(model, settings.format, **quantizing)
-    if linears is None:
-        linears = adapted(model, settings.r, settings.targets, settings.exclude)
+    if base is None or linears is None:
+        base, linears = _counted(shape, settings, dtype)
+    found = base
     count = sum(one.r * (one.N + one.K) for one in linears.values())
     trained = count * settings.adapter_dtype.itemsize
     moment = settings.adapter_dtype.itemsize
@@ -225,6 +228,25 @@ def count_memory(
         heap=int(heap),
         sizes=found,
     )  # fmt: skip
+
+
+_known: dict[str, tuple[Sizes, dict[str, Linear]]] = {}  # a plan asks for the same many times
+
+
+def _counted(
+    shape: Shape, settings: Settings, dtype: torch.dtype
+) -> tuple[Sizes, dict[str, Linear]]:
+    """Count the base's bytes and list the linears of a model on the meta device."""
+    quantizing = {} if settings.format is None else _quantizing(settings)
+    key = repr((shape.config, settings.format, quantizing, dtype, settings.r, settings.targets,
+                settings.exclude))  # fmt: skip
+    if key not in _known:
+        model = shape.empty(dtype)
+        found = sizes(model, settings.format, **quantizing)
+        if len(_known) >= 64:
+            _known.clear()
+        _known[key] = (found, adapted(model, settings.r, settings.targets, settings.exclude))
+    return _known[key]
 
 
 def layers_that_grow(shape: Shape, settings: Settings) -> int:

@@ -11,8 +11,8 @@ head_dim, h width, V vocabulary; ×3/2 of the first two terms under checkpointin
 
 from dataclasses import dataclass
 
-from minilora.planning.memory import Memory, Settings
-from minilora.planning.shapes import Shape, adapted
+from minilora.planning.memory import Memory, Settings, linears_of
+from minilora.planning.shapes import Shape
 
 _MOVES = 4  # times that what autograd keeps is written or read, its gradients included
 
@@ -48,7 +48,7 @@ class Work:
 def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
     """Count a step's work; `memory` is the plan for the same settings."""
     config = shape.config
-    linears = adapted(shape.empty(), settings.r, settings.targets, settings.exclude)
+    linears = linears_of(shape, settings)
     blocks = [one for name, one in linears.items() if name != "lm_head"]
     weights = sum(one.N * one.K for one in blocks)
     factors = sum(one.r * (one.N + one.K) for one in blocks)
