@@ -9,6 +9,7 @@ from minilora.injection import inject
 from minilora.kernels import hardware
 from minilora.layers import LoRALinear
 from minilora.merging import merge, unmerge
+from minilora.planning import plan
 from minilora.portable import export
 from minilora.readers import check
 from minilora.report import explain
@@ -34,6 +35,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "plan",
     "quantize",
     "rename",
     "save",

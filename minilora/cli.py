@@ -19,6 +19,7 @@ from minilora.data_files import DataFiles, streamed
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.packing import pack
+from minilora.planning.arguments import add_arguments, from_arguments
 from minilora.quantization import FORMATS, QuantizedLinear
 from minilora.quantized_models import is_quantized_folder, load_quantized, save_quantized
 from minilora.report import truncate
@@ -111,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--targets", nargs="+", metavar="NAME")
     targets.add_argument("--exclude", nargs="+", metavar="NAME", default=())
     targets.add_argument("--r", type=_positive, default=8)
+
+    add_arguments(commands.add_parser("plan", help="do I need a GPU? memory, time and cost"))
 
     _add_explain(commands.add_parser("explain", help="what an adapter changed, and does it matter"))
 
@@ -554,6 +557,12 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    found = from_arguments(options)
+    print(json.dumps(found.to_dict()) if options.json else found)
+    return 0
+
+
 def _fetch(options: argparse.Namespace) -> int:
     print(fetch(options.name))
     return 0
@@ -567,6 +576,7 @@ _COMMANDS = {
     "export": _export,
     "check": _check,
     "targets": _targets,
+    "plan": _plan,
     "explain": _explain,
     "quantize": _quantize,
     "fetch": _fetch,

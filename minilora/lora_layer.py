@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minilora.factors import LoRAAdapter
+from minilora.factors import FROM_WEIGHT, LoRAAdapter
 from minilora.kernels import dropout_mask
 from minilora.quantization import QuantizedLinear
 
@@ -88,7 +88,8 @@ class LoRALayer(nn.Module):
         """
         dora = options.pop("dora", False)
         factors = LoRAAdapter(self.in_features, self.out_features, **self._shape(), **options)
-        if not factors.lora_A.is_meta:
+        # Only when it is read: of a quantized base this is a fresh, decoded tensor.
+        if FROM_WEIGHT.fullmatch(factors.init) and not factors.lora_A.is_meta:
             factors.start_from(self.weight_matrix())
         if dora:
             lengths = torch.empty(self.out_features, device="meta")

@@ -23,6 +23,7 @@ layers =
     minilora.cli
     minilora.report
     minilora.training
+    minilora.planning
     minilora.generation
     minilora.evaluation
     minilora.data_files

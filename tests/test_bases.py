@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import minilora
+from minilora.lora_layer import lora_layers
 from minilora.models import GPT2, GPT2Config
 from minilora.quantization import QuantizedLinear
 
@@ -417,3 +418,15 @@ def test_explain_and_switching_work_over_codes():
     prepare_switching(model, max_r=4)
     torch.testing.assert_close(model.eval()(IDS), before, rtol=1e-4, atol=1e-4)
     assert copy.deepcopy(model)(IDS).equal(model(IDS))
+
+
+def test_adapters_go_on_quantized_layers_without_decoding_them(net, monkeypatch):
+    """Decoding every weight once left gigabytes of a large model's heap behind."""
+    model = minilora.quantize(net(), "int8")
+
+    def never(self, dtype=None):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(QuantizedLinear, "dequantize", never)
+    minilora.inject(model, r=2, alpha=3)
+    assert lora_layers(model)

@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["resume.md", "data.md", "many-gpus.md"])
+@pytest.mark.parametrize("page", ["resume.md", "data.md", "many-gpus.md", "plan.md"])
 def test_the_commands_of_a_page_work(place, page):
     commands = [line for block in fenced(DOCS / page, "sh") for line in block.splitlines()]
     assert commands

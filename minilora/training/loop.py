@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Batch
+from minilora.data import Batch, Batches
 from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate
 from minilora.lora_layer import weight_dtype
+from minilora.planning.foretold import Foretold
 from minilora.training.callbacks import Callbacks
 from minilora.training.compiling import compiled, keep_freed_memory
 from minilora.training.config import TrainConfig
@@ -75,6 +76,7 @@ def fit(
     quiet: bool = False,
     callbacks: Sequence[Any] = (),
     sample: Callable[[nn.Module], str] | None = None,
+    plan: bool = False,
 ) -> FitResult:
     """Train the model's active, trainable adapter with AdamW.
 
@@ -104,6 +106,8 @@ def fit(
             `minilora.training.callbacks.Callbacks`. Each process calls its own.
         sample: writes some text with the model; called at each evaluation (in evaluation mode,
             without gradients), and the text is said and put into `metrics.jsonl`.
+        plan: say first what memory and time are planned (which takes some seconds), and after the
+            last step what was measured. For Llama and GPT2 of minilora.models.
 
     Returns:
         A `FitResult`. Ctrl-C or SIGTERM end the run after the step in hand, with the state saved.
@@ -139,13 +143,30 @@ def fit(
             written, mute = run.out if first else None, quiet or not first
             monitor = Monitor(run.total, run.step, written, config.log_every, mute, told)
             try:
-                return _Loop(run, monitor, interrupted, sample).train()
+                foretold = _foretold(run, monitor) if plan and first else None
+                loop = _Loop(run, monitor, interrupted, sample)
+                result = loop.train()
+                if foretold is not None:
+                    foretold.after(loop.took, run.step - loop.start)
+                return result
             finally:
                 monitor.close()
     finally:
         ranks.close()
         if lock is not None:
             lock.release()
+
+
+def _foretold(run: Run, monitor: Monitor) -> Foretold:
+    """Plan a run that is about to begin."""
+    if not isinstance(run.batches, Batches):
+        raise ValueError("plan=True needs a list of examples, found a stream; plan its size apart")
+    config, ranks = run.config, run.ranks
+    lengths = [len(example.input_ids) for example in run.batches.examples]
+    return Foretold(
+        run.model, lengths, run.dtype, config.batch_size, config.accumulate, config.checkpointing,
+        ranks.world, ranks.kind, monitor.say,
+    )  # fmt: skip
 
 
 @contextmanager

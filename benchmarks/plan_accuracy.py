@@ -1,0 +1,248 @@
+"""What `minilora plan` foretells against what training here really takes.
+
+    python benchmarks/plan_accuracy.py [--budget 280] [--constants] [--csv FILE]
+
+Each row is a real run of a few steps by `minilora.fit` in a process of its own, whose peak is the
+kernel's (VmHWM) and whose seconds are the median after the first step. Planned before it: memory
+on shapes, and time from steps of 1 and of 3 blocks. SmolLM2 is read from its file if that is in
+the cache, the other models have random weights of their shape. Rows that the table holds are not
+run again; `--budget` starts no row after so many seconds.
+
+`--constants` runs other rows than the ones judged and prints the values for
+`minilora/planning/constants.py`.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import minilora
+from minilora.data import Example
+from minilora.models import load_model
+from minilora.models.fetching import _SOURCES, cache_folder
+from minilora.planning import constants
+from minilora.planning.calibration import (
+    calibrate,
+    peak_bytes,
+    process_bytes,
+    random_model,
+    timed_step,
+)
+from minilora.planning.constants import MIB
+from minilora.planning.memory import Settings, count_memory, layers_that_grow
+from minilora.planning.shapes import read_shape
+from minilora.quantized_models import load_quantized
+
+RESULTS = Path(__file__).parent / "results"
+SMOL, TINY = "smollm2-135m", "tinyllama-1.1b"
+# model, format or dtype, rows, length, checkpointing
+JUDGED = [
+    ("gpt2", "float32", 2, 256, 0), ("gpt2", "float32", 4, 512, 1), ("gpt2", "bfloat16", 8, 128, 0),
+    ("gpt2", "bfloat16", 2, 1024, 1), ("gpt2", "int8", 4, 256, 0), ("gpt2", "int8", 8, 256, 1),
+    ("gpt2", "nf4", 4, 512, 0), ("gpt2", "nf4", 2, 256, 1), ("gpt2", "bfloat16", 16, 128, 0),
+    (SMOL, "float32", 2, 256, 0), (SMOL, "float32", 4, 256, 1), (SMOL, "bfloat16", 8, 128, 0),
+    (SMOL, "bfloat16", 8, 256, 0), (SMOL, "bfloat16", 4, 512, 1), (SMOL, "int8", 4, 256, 0),
+    (SMOL, "int8", 2, 512, 1), (SMOL, "nf4", 4, 256, 0), (SMOL, "nf4", 8, 256, 1),
+    (SMOL, "bfloat16", 1, 1024, 0), (SMOL, "bfloat16", 2, 128, 0),
+    (TINY, "float32", 1, 256, 0), (TINY, "float32", 1, 256, 1), (TINY, "bfloat16", 2, 256, 0),
+    (TINY, "bfloat16", 2, 512, 1), (TINY, "bfloat16", 4, 128, 0), (TINY, "int8", 1, 512, 0),
+    (TINY, "int8", 2, 512, 1), (TINY, "nf4", 1, 256, 0), (TINY, "nf4", 2, 256, 1),
+    (TINY, "nf4", 1, 512, 0),
+]  # fmt: skip
+FITTED = [
+    ("gpt2", "bfloat16", 4, 256, 0), ("gpt2", "float32", 4, 256, 0), ("gpt2", "float32", 4, 256, 1),
+    ("gpt2", "nf4", 8, 256, 0), ("gpt2", "int8", 2, 512, 1), (SMOL, "bfloat16", 4, 256, 0),
+    (SMOL, "float32", 4, 256, 0), (SMOL, "bfloat16", 1, 512, 0), (SMOL, "int8", 8, 128, 1),
+    (SMOL, "nf4", 1, 512, 1), (TINY, "bfloat16", 1, 512, 0), (TINY, "bfloat16", 1, 512, 1),
+    (TINY, "int8", 1, 256, 0), (TINY, "nf4", 1, 256, 1), (SMOL, "float32", 2, 256, 1),
+    (SMOL, "float32", 2, 512, 1),
+]  # fmt: skip
+COLUMNS = (
+    "model", "weights", "base", "batch", "length", "checkpointing", "planned_mb", "measured_mb",
+    "memory_error", "planned_s", "measured_s", "time_error", "processor", "threads", "torch",
+)  # fmt: skip
+
+
+def settings_of(row) -> Settings:
+    _, base, rows, length, checkpointing = row
+    quantized = base in ("int8", "nf4", "int4")
+    dtype = torch.bfloat16 if quantized else getattr(torch, base)
+    return Settings(
+        base if quantized else None,
+        dtype,
+        batch_size=rows,
+        length=length,
+        checkpointing=bool(checkpointing),
+    )
+
+
+def cached_file() -> bool:
+    return (cache_folder() / _SOURCES[SMOL].name).exists()
+
+
+def child(row) -> None:
+    """Train a few steps; print the peak and the seconds of each."""
+    settings, shape = settings_of(row), read_shape(row[0])
+    if row[0] == SMOL and cached_file():
+        if settings.format:
+            model, _ = load_quantized(SMOL, settings.format, dtype=settings.dtype)
+        else:
+            model, _ = load_model(SMOL, dtype=settings.dtype)
+        minilora.inject(model, settings.r)
+    else:
+        model = random_model(shape, settings)
+    size, seconds = settings.batch_size * settings.length, []
+    steps = 4 if row[0] == TINY else 5
+    generator = torch.Generator().manual_seed(0)
+    drawn = (steps * settings.batch_size, settings.length)
+    ids = torch.randint(0, shape.config.vocab_size, drawn, generator=generator).tolist()
+
+    class Clock:
+        def on_step(self, found):
+            learned = size - settings.batch_size  # a row's first token is not
+            seconds.append(learned / found["tokens_per_s"])
+
+    config = minilora.TrainConfig(
+        batch_size=settings.batch_size,
+        max_steps=steps,
+        lr=1e-4,
+        checkpointing=settings.checkpointing,
+        dtype="float32" if settings.dtype == torch.float32 else "auto",
+    )
+    rows = [Example(one, one) for one in ids]
+    minilora.fit(model, rows, config=config, quiet=True, callbacks=[Clock()])
+    print(json.dumps({"peak": peak_bytes(), "seconds": seconds}))
+
+
+def measure(row) -> tuple[int, float]:
+    command = [sys.executable, __file__, "--child", json.dumps(row)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    if done.returncode:
+        sys.exit(f"{row}: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["peak"], statistics.median(found["seconds"][1:])
+
+
+def run(row) -> dict[str, object]:
+    settings, shape = settings_of(row), read_shape(row[0])
+    planned = count_memory(shape, settings, int8=calibrate().int8, process=process_bytes()).peak
+    planned_s = timed_step(shape, settings)
+    peak, seconds = measure(row)
+    file = row[0] == SMOL and cached_file()
+    return dict(
+        zip(
+            COLUMNS,
+            (
+                row[0], "file" if file else "random", row[1], row[2], row[3], row[4],
+                f"{planned / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{planned / peak - 1:+.4f}",
+                f"{planned_s:.3f}", f"{seconds:.3f}", f"{planned_s / seconds - 1:+.4f}",
+                minilora.hardware().name, torch.get_num_threads(), torch.__version__,
+            ),
+            strict=True,
+        )
+    )  # fmt: skip
+
+
+def key(row: dict) -> tuple:
+    return tuple(str(row[name]) for name in ("model", "base", "batch", "length", "checkpointing"))
+
+
+def read(file: Path) -> dict[tuple, dict]:
+    if not file.exists():
+        return {}
+    with open(file, newline="", encoding="utf-8") as opened:
+        return {key(row): row for row in csv.DictReader(opened)}
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def fit_constants(rows: list[dict]) -> None:
+    """Print the heap's four numbers, by least squares on relative errors."""
+    sides, wants = [], []
+    for row in rows:
+        settings, shape = settings_of(setting(row)), read_shape(row["model"])
+        found = count_memory(shape, settings, int8=calibrate().int8, process=process_bytes())
+        weight = 1e9 / (float(row["measured_mb"]) * 1e6)
+        each = found.recomputed * layers_that_grow(shape, settings)
+        terms = (MIB, found.activations, found.recomputed, each)
+        sides.append([term * weight / 1e9 for term in terms])
+        rest = float(row["measured_mb"]) * 1e6 - (found.peak - found.heap)
+        wants.append([rest * weight / 1e9])
+    solved = torch.linalg.lstsq(
+        torch.tensor(sides, dtype=torch.float64), torch.tensor(wants, dtype=torch.float64)
+    ).solution.flatten()
+    print(f"PROCESS = {process_bytes() / MIB:.0f} * MIB")
+    names = ("HEAP_FIXED", "HEAP_SHARE", "HEAP_RECOMPUTED", "HEAP_EACH_F32")
+    for name, value, unit in zip(names, solved.tolist(), (" * MIB", "", "", ""), strict=True):
+        print(f"{name} = {value:.2f}{unit}    # now {getattr(constants, name):.10g}")
+
+
+def replan(row: dict) -> None:
+    """Plan a row's memory again, as its constants may have changed since it was measured."""
+    settings, shape = settings_of(setting(row)), read_shape(row["model"])
+    int8 = calibrate().int8
+    planned = count_memory(shape, settings, int8=int8, process=process_bytes()).peak / 1e6
+    row["planned_mb"] = f"{planned:.0f}"
+    row["memory_error"] = f"{planned / float(row['measured_mb']) - 1:+.4f}"
+
+
+def setting(row: dict) -> tuple:
+    """Return what was run from a row of the table."""
+    sizes = (int(row[name]) for name in ("batch", "length", "checkpointing"))
+    return (row["model"], row["base"], *sizes)
+
+
+def summary(rows: list[dict]) -> None:
+    memory = [float(row["memory_error"]) for row in rows]
+    seconds = [float(row["time_error"]) for row in rows]
+    print(f"{len(rows)} rows: memory within 10 % in {sum(abs(e) <= 0.1 for e in memory)}, at worst "
+          f"{min(memory):+.1%} and {max(memory):+.1%}; time within 25 % in "
+          f"{sum(abs(e) <= 0.25 for e in seconds)}, at worst {min(seconds):+.1%} and "
+          f"{max(seconds):+.1%}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--budget", type=float, default=1e9, help="start no row after (seconds)")
+    parser.add_argument("--constants", action="store_true", help="run the rows constants are from")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(json.loads(options.child))
+        return
+    wanted = FITTED if options.constants else JUDGED
+    name = "plan_constants.csv" if options.constants else "plan_accuracy.csv"
+    file = options.csv or RESULTS / name
+    began, rows = time.perf_counter(), read(file)
+    for row in wanted:
+        if tuple(map(str, row)) in rows:
+            continue
+        if time.perf_counter() - began > options.budget:
+            break
+        found = run(row)
+        rows[key(found)] = found
+        write(file, [rows[tuple(map(str, one))] for one in wanted if tuple(map(str, one)) in rows])
+        print(", ".join(f"{k} {v}" for k, v in list(found.items())[:12]), flush=True)
+    for one in rows.values():
+        replan(one)
+    write(file, [rows[tuple(map(str, one))] for one in wanted if tuple(map(str, one)) in rows])
+    summary(list(rows.values()))
+    if options.constants:
+        fit_constants(list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()

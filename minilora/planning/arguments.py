@@ -1,0 +1,119 @@
+"""The arguments of `minilora plan`, and the plan they ask for."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from minilora.data_files import DataFiles
+from minilora.models import Tokenizer, fetch
+from minilora.planning.advice import HERE
+from minilora.planning.devices import DEVICES, device
+from minilora.planning.presets import PRESETS
+from minilora.planning.speed import Prices
+from minilora.planning.verb import Plan, plan
+from minilora.quantization import FORMATS
+
+_FETCHED = "smollm2-135m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `minilora plan` takes; sizes are checked by `plan`."""
+    add = parser.add_argument
+    known = ", ".join(PRESETS)
+    add("model", metavar="MODEL", help=f"a folder, config.json, .gguf, hub name, or: {known}")
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--data", nargs="+", metavar="FILE", help="as for train; counted by the model's tokenizer")
+    add("--examples", type=int, metavar="N", help="rows, where the data is not at hand (1000)")
+    add("--max-length", type=int, default=512, help="tokens of a row at most (default 512)")
+    add("--epochs", type=float, default=1.0, help="default 1")
+    run = parser.add_argument_group("run, as for train")
+    add = run.add_argument
+    add("--r", "--rank", dest="r", type=int, default=8, help="default 8")
+    add("--targets", nargs="+", metavar="NAME")
+    add("--exclude", nargs="+", metavar="NAME", default=())
+    add("--dropout", type=float, default=0.0)
+    add("--batch-size", type=int, default=8, help="default 8")
+    add("--accumulate", type=int, default=1, help="default 1")
+    add("--checkpointing", action="store_true")
+    add("--quantize", choices=FORMATS)
+    add("--block-size", type=int, default=64)
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--ranks", type=int, default=1, help="processes (default 1)")
+    add("--parallel", choices=("ddp", "fsdp"))
+    place = parser.add_argument_group("machine")
+    add = place.add_argument
+    add("--device", default=HERE, metavar="NAME", help=f"here (default), {', '.join(DEVICES)}")
+    add("--memory", type=float, metavar="GB", help="that may be used, in 10⁹ bytes")
+    add("--untimed", action="store_true", help="time no blocks: faster, rougher")
+    add("--price", nargs="+", default=(), metavar="[NAME=]PRICE", help="an hour on demand")
+    add("--purchase", type=float, metavar="PRICE", help="of --device, owned")
+    add("--years", type=float, default=3.0, help="it is used for (default 3)")
+    add("--duty", type=float, default=0.5, help="share of them in which it works (default 0.5)")
+    add("--kwh", type=float, default=0.0, metavar="PRICE", help="of electricity")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def from_arguments(options: argparse.Namespace) -> Plan:
+    """Make the plan."""
+    data: Any = 1000 if options.examples is None else options.examples
+    if options.data:
+        if options.examples is not None:
+            raise ValueError("--examples stands for data that is not at hand, found --data too")
+        files = DataFiles(options.data, options.max_length, False)
+        data, report = files.examples(_tokenizer(options.model), None)
+        for line in report:
+            print(line, file=sys.stderr)
+    return plan(
+        options.model,
+        data,
+        r=options.r,
+        targets=options.targets or "all-linear",
+        exclude=options.exclude,
+        length=options.max_length,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        epochs=options.epochs,
+        quantize=options.quantize,
+        dtype=options.dtype,
+        checkpointing=options.checkpointing,
+        device=options.device,
+        ranks=options.ranks,
+        parallel=options.parallel,
+        dropout=options.dropout,
+        block_size=options.block_size,
+        memory_gb=options.memory,
+        prices=_prices(options),
+        timed=not options.untimed,
+    )
+
+
+def _tokenizer(model: str) -> Tokenizer:
+    place = Path(model)
+    if model == _FETCHED and not place.exists():
+        place = fetch(model)
+    if place.is_dir():
+        return Tokenizer.from_pretrained(place)
+    if place.is_file() and place.suffix != ".json":
+        return Tokenizer.from_gguf(place)
+    raise ValueError(
+        f"--data is counted by the model's tokenizer, found none at {model!r}; pass the folder of "
+        f"the model, or the number of rows (--examples) and their length (--max-length)"
+    )
+
+
+def _prices(options: argparse.Namespace) -> dict[str, Prices]:
+    """Read `--price 0.4 a100-80gb=1.5`, and what is said of owning `--device`."""
+    own = HERE if options.device == HERE else device(options.device).name
+    hourly: dict[str, float] = {}
+    for text in options.price:
+        name, _, number = text.rpartition("=")
+        name = own if not name else name if name == HERE else device(name).name
+        try:
+            hourly[name] = float(number)
+        except ValueError:
+            raise ValueError(f"--price must be a number, or NAME=number, found {text!r}") from None
+    found = {name: Prices(per_hour=price) for name, price in hourly.items()}
+    mine = Prices(hourly.get(own), options.purchase, options.years, options.duty, options.kwh)
+    return found | {own: mine}

@@ -1,0 +1,301 @@
+"""Bytes at the peak of training, by component, on shapes alone.
+
+    peak = process + base + adapters + gradients + optimizer + decoded + activations + gathered
+           + max(loss workspace, recomputed block + backward workspace) + heap
+
+The base is counted by `minilora.sizes`, activations by `activations.py`; what can't be derived
+(the process, the heap) stands in `constants.py`.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from minilora.planning import constants
+from minilora.planning.activations import Pass, block_linears, block_saved, saved
+from minilora.planning.shapes import Linear, Shape, adapted
+from minilora.sizes import Sizes, sizes
+
+_CHUNK = 2**24  # logits the loss holds at a time, as minilora.kernels.cross_entropy
+_F32 = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides memory and time beside the model; checked.
+
+    Attributes:
+        format: of the base's linears: None, `"int8"`, `"nf4"` or `"int4"`.
+        dtype: of everything else, and of what is computed.
+        r: rank.
+        targets: as for `inject`.
+        exclude: likewise.
+        batch_size: rows of a micro-batch, over all ranks.
+        accumulate: micro-batches of a step.
+        length: tokens of a row.
+        checkpointing: recompute blocks in the backward pass.
+        dropout: of the adapters.
+        ranks: processes.
+        parallel: None, `"ddp"` or `"fsdp"`.
+        block_size: of nf4 and int4.
+        double_quant: of nf4.
+        autocast: whether an f32 base computes in `dtype` under autocast.
+        adapter_dtype: of the factors and their gradients.
+        moment_bytes: of one of AdamW's two moments, an element; None: as the factors (an 8-bit
+            optimizer has 1).
+    """
+
+    format: str | None = None
+    dtype: torch.dtype = torch.bfloat16
+    r: int = 8
+    targets: object = "all-linear"
+    exclude: object = ()
+    batch_size: int = 8
+    accumulate: int = 1
+    length: int = 512
+    checkpointing: bool = False
+    dropout: float = 0.0
+    ranks: int = 1
+    parallel: str | None = None
+    block_size: int = 64
+    double_quant: bool = True
+    autocast: bool = False
+    adapter_dtype: torch.dtype = torch.float32
+    moment_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "accumulate", "length", "ranks"):
+            whole(key, getattr(self, key))
+        if self.parallel not in (None, "ddp", "fsdp"):
+            raise ValueError(f"parallel must be None, 'ddp' or 'fsdp', found {self.parallel!r}")
+        if (self.parallel is None) != (self.ranks == 1):
+            raise ValueError(
+                f"several ranks need parallel='ddp' or 'fsdp', and one rank needs none, found "
+                f"ranks={self.ranks} and parallel={self.parallel!r}"
+            )
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"dtype must be float32, bfloat16 or float16, found {self.dtype!r}; leave it out "
+                f"for what is fastest"
+            )
+
+    @property
+    def one_pass(self) -> Pass:
+        """The pass of one rank."""
+        rows = math.ceil(self.batch_size / self.ranks)
+        w = self.dtype.itemsize
+        return Pass(rows, self.length, w, self.autocast, self.dropout > 0)
+
+
+def whole(key: str, value: object) -> int:
+    """Return a whole number of at least 1, or raise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be a whole number of at least 1, found {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per process at the peak of training.
+
+    Attributes:
+        process: Python, torch and their libraries; on a GPU its context.
+        base: plain weights: linears that are not quantized, embeddings, norms, head.
+        codes: quantized weights.
+        scales: of quantized weights.
+        adapters: trained factors.
+        gradients: theirs (twice under DDP, which keeps a bucket).
+        optimizer: AdamW's two moments.
+        activations: what lies between forward and backward.
+        recomputed: one block's, run again under checkpointing.
+        loss: workspace of head and loss.
+        backward: workspace of a block's backward pass.
+        decoded: a matrix decoded from its codes, or cast, to be multiplied.
+        gathered: under FSDP2 the blocks that are whole for a moment, and embeddings and head.
+        heap: what the C library keeps of freed memory (0 on a GPU).
+    """
+
+    process: int = 0
+    base: int = 0
+    codes: int = 0
+    scales: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    recomputed: int = 0
+    loss: int = 0
+    backward: int = 0
+    decoded: int = 0
+    gathered: int = 0
+    heap: int = 0
+    sizes: Sizes = field(default_factory=Sizes, repr=False, compare=False)
+
+    @property
+    def weights(self) -> int:
+        """All of the frozen base."""
+        return self.base + self.codes + self.scales
+
+    @property
+    def peak(self) -> int:
+        """What is held at once at most: the loss and the backward pass follow one another."""
+        apart = ("recomputed", "loss", "backward", "sizes")
+        held = sum(getattr(self, f.name) for f in fields(self) if f.name not in apart)
+        return held + max(self.loss, self.recomputed + self.backward)
+
+    def components(self) -> dict[str, int]:
+        """Return what makes up the peak, by name; it sums to `peak`."""
+        in_loss = self.loss >= self.recomputed + self.backward
+        left_out = ("recomputed", "backward") if in_loss else ("loss",)
+        names = [f.name for f in fields(self) if f.name not in (*left_out, "sizes")]
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+def linears_of(shape: Shape, settings: Settings) -> dict[str, Linear]:
+    """List a model's linears with the ranks that settings give them."""
+    return _counted(shape, settings, settings.dtype)[1]
+
+
+def count_memory(
+    shape: Shape,
+    settings: Settings,
+    *,
+    gpu: bool = False,
+    int8: bool = True,
+    process: int | None = None,
+    linears: dict[str, Linear] | None = None,
+    base: Sizes | None = None,
+) -> Memory:
+    """Plan the peak of one process.
+
+    Args:
+        shape: of the model.
+        settings: of the run.
+        gpu: whether it trains on a GPU, whose memory is meant then.
+        int8: whether INT8 and INT4 are multiplied as integers there.
+        process: bytes of a process that trained nothing, None for `constants`.
+        linears: of a model that is there, with their ranks; default: as `settings` say.
+        base: bytes of a model that is there; likewise.
+
+    Raises:
+        ValueError: what `quantize` or `inject` would refuse by shape; rows longer than the model's
+            context.
+    """
+    config, p = shape.config, settings.one_pass
+    if settings.length > config.max_position_embeddings:
+        raise ValueError(
+            f"length must fit the context of {shape.name}, {config.max_position_embeddings} "
+            f"tokens, found {settings.length}"
+        )
+    dtype = torch.float32 if settings.autocast else settings.dtype
+    if base is None or linears is None:
+        base, linears = _counted(shape, settings, dtype)
+    found = base
+    count = sum(one.r * (one.N + one.K) for one in linears.values())
+    trained = count * settings.adapter_dtype.itemsize
+    moment = settings.adapter_dtype.itemsize
+    if settings.moment_bytes is not None:
+        moment = settings.moment_bytes
+    kept = saved(config, linears, p, settings.checkpointing)
+    block = block_saved(config, block_linears(linears, config.num_hidden_layers - 1), p)
+    again = block if settings.checkpointing else 0
+    share = settings.ranks if settings.parallel == "fsdp" else 1
+    heap = 0.0
+    if not gpu:
+        heap = constants.HEAP_FIXED + constants.HEAP_SHARE * kept
+        heap += constants.HEAP_RECOMPUTED * again
+        heap += constants.HEAP_EACH_F32 * again * layers_that_grow(shape, settings)
+    default = constants.CUDA_CONTEXT if gpu else constants.PROCESS
+    whole_block = found.base - found.embeddings - _head(linears) * dtype.itemsize
+    whole_block = max(0, whole_block) // config.num_hidden_layers
+    return Memory(
+        process=default if process is None else process,
+        base=(found.linears + found.embeddings + found.other) // share,
+        codes=found.codes // share,
+        scales=found.scales // share,
+        adapters=trained // share,
+        gradients=trained * (2 if settings.parallel == "ddp" else 1) // share,
+        optimizer=2 * count * moment // share,
+        activations=kept,
+        recomputed=again,
+        loss=_loss(shape, p),
+        backward=_backward(shape, settings, int8 and not gpu),
+        decoded=_decoded(linears, settings, int8 and not gpu),
+        gathered=0 if share == 1 else 2 * whole_block + found.base - whole_block
+        * config.num_hidden_layers,
+        heap=int(heap),
+        sizes=found,
+    )  # fmt: skip
+
+
+_known: dict[str, tuple[Sizes, dict[str, Linear]]] = {}  # a plan asks for the same many times
+
+
+def _counted(
+    shape: Shape, settings: Settings, dtype: torch.dtype
+) -> tuple[Sizes, dict[str, Linear]]:
+    """Count the base's bytes and list the linears of a model on the meta device."""
+    quantizing = {} if settings.format is None else _quantizing(settings)
+    key = repr((shape.config, settings.format, quantizing, dtype, settings.r, settings.targets,
+                settings.exclude))  # fmt: skip
+    if key not in _known:
+        model = shape.empty(dtype)
+        found = sizes(model, settings.format, **quantizing)
+        if len(_known) >= 64:
+            _known.clear()
+        _known[key] = (found, adapted(model, settings.r, settings.targets, settings.exclude))
+    return _known[key]
+
+
+def layers_that_grow(shape: Shape, settings: Settings) -> int:
+    """Count the blocks of a Llama that computes in f32, see `constants.HEAP_EACH_F32`."""
+    grows = shape.kind == "llama" and settings.dtype == torch.float32
+    return shape.config.num_hidden_layers if grows else 0
+
+
+def _quantizing(settings: Settings) -> dict[str, Any]:
+    return {"block_size": settings.block_size, "double_quant": settings.double_quant}
+
+
+def _head(linears: dict[str, Linear]) -> int:
+    return sum(one.N * one.K for name, one in linears.items() if name == "lm_head")
+
+
+def _loss(shape: Shape, p: Pass) -> int:
+    """Head and loss: the chunk's logits twice in f32, the last chunk's gradient, rows and head.
+
+    While a chunk's logsumexp runs, its logits and a copy of them are there in f32, and from the
+    chunk before the gradient in f32 and, if narrower, in what the model computes in.
+    """
+    V, h = shape.config.vocab_size, shape.config.hidden_size
+    rows = p.tokens - p.B
+    chunk = min(rows, max(32, _CHUNK // V))
+    after = min(chunk, rows - chunk)  # the second chunk, if there is one
+    before = _F32 + (p.w if p.w < _F32 else 0)
+    logits = max(chunk * V * 2 * _F32, (chunk * before + after * 2 * _F32) * V if after else 0)
+    cast = V * h * p.w if p.autocast else 0
+    return logits + rows * h * p.w + cast
+
+
+def _backward(shape: Shape, settings: Settings, int8: bool) -> int:
+    """Gradients within a block, and the f32 and integer copies that INT8's products make."""
+    config, p = shape.config, settings.one_pass
+    h, i = config.hidden_size, config.intermediate_size
+    total = p.tokens * (3 * i + 3 * h) * p.w
+    if int8 and settings.format in ("int8", "int4"):
+        total += p.tokens * i * (3 * _F32 + 1) + p.tokens * h * 2 * _F32
+    return total
+
+
+def _decoded(linears: dict[str, Linear], settings: Settings, int8: bool) -> int:
+    """Return the bytes of the largest matrix that is decoded or cast before it is multiplied."""
+    largest = max((one.N * one.K for one in linears.values() if one.r), default=0)
+    w = settings.dtype.itemsize
+    if settings.format is None:
+        return largest * w if settings.autocast else 0
+    if settings.format == "nf4":  # and its scales in f32, twice
+        return largest * w + 3 * _F32 * largest // settings.block_size
+    codes = largest if settings.format == "int4" else 0
+    return codes + (0 if int8 else largest * w)

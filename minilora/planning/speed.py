@@ -1,0 +1,176 @@
+"""Seconds, hours, money: from steps timed here, from rates measured here, or from a datasheet."""
+
+import math
+from dataclasses import dataclass
+
+from minilora.planning.calibration import Calibration, calibrate, timed_step
+from minilora.planning.devices import Device
+from minilora.planning.memory import Memory, Settings
+from minilora.planning.shapes import Shape
+from minilora.planning.work import Work, count_work
+
+_HOURS_A_YEAR = 8766
+# Where nothing was timed: shares of the measured rates that real steps reach on a CPU, and the
+# nanoseconds in which a weight is decoded.
+_PRODUCTS, _MOVING, _DECODE = 0.35, 0.5, 0.6e-9
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run goes.
+
+    Attributes:
+        step_seconds: of one optimizer step.
+        tokens_per_second: over all ranks, padding counted.
+        steps: of the whole run.
+        hours: of the whole run, without evaluations.
+        how: `"timed here"`, `"rates measured here"` or `"datasheet"`.
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    steps: int
+    hours: float
+    how: str
+
+
+def count_steps(examples: int, epochs: float, settings: Settings) -> int:
+    """Return the optimizer steps of a run, as `fit` counts them."""
+    batches = math.ceil(examples / settings.batch_size)
+    return max(1, round(math.ceil(batches / settings.accumulate) * epochs))
+
+
+def on_device(work: Work, memory: Memory, settings: Settings, device: Device) -> float:
+    """Return seconds of a step: products at the stated efficiency, then what has to be moved."""
+    ranks = settings.ranks
+    moved = work.bytes + 2 * work.decoded * settings.dtype.itemsize
+    seconds = work.flops / (ranks * device.rate(settings.dtype))
+    seconds += moved / (ranks * device.bandwidth * 1e9 * device.moving)
+    if settings.parallel == "fsdp" and device.link:
+        passes = (3 if settings.checkpointing else 2) * settings.accumulate
+        seconds += passes * memory.weights * (ranks - 1) / (device.link * 1e9)
+    return seconds
+
+
+def from_rates(work: Work, settings: Settings, here: Calibration) -> float:
+    """Return seconds of a step by this machine's rates, without running one."""
+    name = str(settings.dtype).removeprefix("torch.")
+    rate = here.rates[name] * _PRODUCTS
+    integer = settings.format in ("int8", "int4") and here.int8
+    seconds = work.base / (here.rates["int8"] * _PRODUCTS if integer else rate)
+    seconds += (work.flops - work.base) / rate
+    seconds += work.bytes / (here.bandwidth * _MOVING)
+    return seconds + (0 if integer else work.decoded * _DECODE)
+
+
+def foretell(
+    shape: Shape,
+    settings: Settings,
+    memory: Memory,
+    *,
+    examples: int,
+    epochs: float,
+    device: Device | None = None,
+    here: Calibration | None = None,
+    timed: bool = True,
+) -> Speed:
+    """Say how fast a run will go.
+
+    Args:
+        shape: of the model.
+        settings: of the run.
+        memory: the plan for them.
+        examples: rows of the data.
+        epochs: passes over them.
+        device: a named machine; None is this one.
+        here: this machine's figures, where `device` is None.
+        timed: whether to time real blocks here (a few seconds).
+    """
+    work = count_work(shape, settings, memory)
+    if device is not None:
+        seconds, how = on_device(work, memory, settings, device), "datasheet"
+    elif timed:
+        seconds, how = timed_step(shape, settings), "timed here"
+    else:
+        seconds, how = from_rates(work, settings, here or calibrate()), "rates measured here"
+    return run_of(seconds, how, work.tokens, settings, examples, epochs)
+
+
+def run_of(
+    seconds: float, how: str, tokens: int, settings: Settings, examples: int, epochs: float
+) -> Speed:
+    """Extend a step's seconds to a run."""
+    steps = count_steps(examples, epochs, settings)
+    rows = settings.batch_size * settings.accumulate
+    hours = seconds * max(1.0, examples * epochs / rows) / 3600  # a tail's step is shorter
+    return Speed(seconds, tokens / seconds, steps, hours, how)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What the user pays; every figure is the user's own.
+
+    Attributes:
+        per_hour: of a rented machine, on demand.
+        purchase: of an owned one.
+        years: it is used for.
+        duty: share of that time in which it works, in (0, 1].
+        kwh: price of a kilowatt-hour.
+        watts: under load; None: as the device table says.
+    """
+
+    per_hour: float | None = None
+    purchase: float | None = None
+    years: float = 3.0
+    duty: float = 0.5
+    kwh: float = 0.0
+    watts: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("per_hour", "purchase", "watts"):
+            value = getattr(self, key)
+            self._require(key, value is None or (_number(value) and value >= 0), "at least 0")
+        self._require("years", _number(self.years) and self.years > 0, "above 0")
+        self._require("kwh", _number(self.kwh) and self.kwh >= 0, "at least 0")
+        self._require("duty", _number(self.duty) and 0 < self.duty <= 1, "a share in (0, 1]")
+
+    def _require(self, key: str, good: bool, must: str) -> None:
+        if not good:
+            raise ValueError(f"{key} must be {must}, found {getattr(self, key)!r}")
+
+
+def _number(value: object) -> bool:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return ok and math.isfinite(value)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs, in the currency of the prices.
+
+    Attributes:
+        rented: hours · price an hour; None without one.
+        owned: share of the purchase price and electricity; None without one.
+        break_even: the duty cycle above which owning is cheaper; above 1: never; None if unknown.
+    """
+
+    rented: float | None
+    owned: float | None
+    break_even: float | None
+
+
+def cost_of(hours: float, prices: Prices, watts: float) -> Cost:
+    """Compare renting with owning for a run.
+
+    owned = hours · (purchase / (years · 8766 h · duty) + kW · price of a kWh)
+    """
+    power = (prices.watts if prices.watts is not None else watts) / 1000 * prices.kwh
+    rented = None if prices.per_hour is None else hours * prices.per_hour
+    owned = break_even = None
+    if prices.purchase is not None:
+        life = prices.years * _HOURS_A_YEAR
+        owned = hours * (prices.purchase / (life * prices.duty) + power)
+        if prices.per_hour is not None:
+            saved = prices.per_hour - power
+            break_even = prices.purchase / (life * saved) if saved > 0 else math.inf
+    return Cost(rented, owned, break_even)

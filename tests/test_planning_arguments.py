@@ -1,0 +1,73 @@
+"""The command line's own errors, and that its options reach the plan."""
+
+import dataclasses
+import json
+
+import pytest
+from planning_machine import MACHINE
+from test_cli import tiny_folder
+
+from minilora.cli import main
+from minilora.planning import verb
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A model folder and data in a folder of their own, on a machine with round figures."""
+    monkeypatch.setattr(verb, "calibrate", lambda: dataclasses.replace(MACHINE))
+    monkeypatch.chdir(tmp_path)
+    tiny_folder(tmp_path / "model")
+    rows = [{"text": " ".join("abcdefgh"[: 3 + i % 4])} for i in range(9)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = main(["plan", *arguments, "--untimed"])
+    return code, capsys.readouterr()
+
+
+def test_data_is_counted_by_the_models_tokenizer(capsys):
+    code, said = run(capsys, "model", "--data", "train.jsonl", "--max-length", "32", "--r", "2",
+                     "--json")  # fmt: skip
+    assert code == 0
+    found = json.loads(said.out)
+    assert found["data"]["examples"] == 9
+    assert 4 <= found["data"]["mean"] <= found["data"]["longest"] <= 8
+    assert found["settings"]["r"] == 2
+    assert found["advice"]["cpu"]
+    assert found["advice"]["command"].startswith("minilora train model --data train.jsonl")
+
+
+def test_prices_go_to_their_machines(capsys):
+    code, said = run(capsys, "tinyllama-1.1b", "--device", "RTX-4090", "--price", "0.5", "here=0.1",
+                     "--purchase", "2000", "--kwh", "0.3", "--json")  # fmt: skip
+    assert code == 0
+    found = json.loads(said.out)
+    hours = found["speed"]["hours"]
+    assert found["cost"]["rented"] == pytest.approx(0.5 * hours)
+    assert found["cost"]["owned"] == pytest.approx(hours * (2000 / (3 * 8766 * 0.5) + 0.45 * 0.3))
+    local = next(one for one in found["options"] if one["device"] == "here")
+    assert local["cost"]["rented"] == pytest.approx(0.1 * local["speed"]["hours"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["gpt2", "--data", "train.jsonl"], "counted by the model's tokenizer, found none at 'gp"),
+        (["model", "--data", "train.jsonl", "--examples", "3"], "--examples stands for data that"),
+        (["gpt2", "--price", "cheap"], "--price must be a number, or NAME=number, found 'cheap'"),
+        (["gpt2", "--price", "h100=3"], "device must be 'here' or one of"),
+        (["gpt3"], "found 'gpt3'; nearest: gpt2"),
+        (["gpt2", "--batch-size", "-2"], "batch_size must be a whole number of at least 1"),
+        (["gpt2", "--examples", "0"], "data must be a whole number of at least 1, found 0"),
+        (["gpt2", "--duty", "0"], "duty must be a share"),
+        (["gpt2", "--r", "1000"], "r=1000 is above what transformer.h.0.attn.c_attn can use"),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys, arguments, match):
+    code, said = run(capsys, *arguments)
+    assert code == 2
+    assert match in said.err
+    assert said.err.startswith("minilora plan: ")
+    assert len(said.err.strip().splitlines()) == 1

@@ -1,0 +1,175 @@
+"""Planned bytes against real modules, sums done by hand, and what must not be planned."""
+
+import pytest
+import torch
+
+import minilora
+from minilora.lora_layer import lora_layers
+from minilora.models import GPT2Config, Llama, LlamaConfig
+from minilora.planning import constants
+from minilora.planning.memory import Memory, Settings, count_memory
+from minilora.planning.presets import PRESETS
+from minilora.planning.shapes import Shape, read_shape
+from minilora.sizes import sizes
+
+SMALL = Shape("small", LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64), "here")
+
+
+def plan(shape=SMALL, gpu=True, **settings):
+    settings = {"batch_size": 2, "length": 16, "dtype": torch.bfloat16, "r": 4} | settings
+    return count_memory(shape, Settings(**settings), gpu=gpu, process=0)
+
+
+@pytest.mark.parametrize("format", [None, "int8", "nf4", "int4"])
+def test_base_and_trained_bytes_are_those_of_a_real_run(format):
+    model = Llama(SMALL.config, dtype=torch.bfloat16)
+    if format:
+        minilora.quantize(model, format)
+    minilora.inject(model, 4, alpha=6)
+    real, planned = sizes(model), plan(format=format)
+    assert planned.base == real.linears + real.embeddings + real.other
+    assert (planned.codes, planned.scales) == (real.codes, real.scales)
+    assert planned.adapters == planned.gradients == real.adapters
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    assert planned.optimizer == sum(t.nbytes for t in moments)
+    assert len(lora_layers(model)) == 21
+
+
+def test_components_sum_to_the_peak():
+    for checkpointing in (False, True):
+        for length in (2, 64):
+            found = plan(checkpointing=checkpointing, length=length, gpu=False)
+            assert sum(found.components().values()) == found.peak > 0
+
+
+def test_checkpointing_keeps_less_and_more_rows_keep_more():
+    whole, again = plan(), plan(checkpointing=True)
+    assert again.activations < whole.activations / 2
+    assert again.recomputed and not whole.recomputed
+    assert again.peak < plan(checkpointing=True, batch_size=4).peak
+
+
+def test_the_loss_never_holds_all_logits():
+    shape = read_shape("llama-3-8b")
+    some, more = (plan(shape, length=n, batch_size=1).loss for n in (512, 2048))
+    chunk = 130 * 128256  # rows at a time: 2^24 logits
+    held = chunk * (4 + 2) + chunk * (4 + 4)  # the chunk before, and logits with a copy
+    assert some == held + 511 * 4096 * 2
+    assert more == held + 2047 * 4096 * 2 < 2047 * 128256 * 2
+
+
+def test_ranks_share_what_their_kind_shares():
+    one, ddp = plan(batch_size=4), plan(batch_size=4, ranks=2, parallel="ddp")
+    fsdp = plan(batch_size=4, ranks=2, parallel="fsdp")
+    assert ddp.base == one.base
+    assert ddp.gradients == 2 * one.gradients
+    half = plan(batch_size=2).activations
+    assert ddp.activations == fsdp.activations == half
+    assert fsdp.base == one.base // 2
+    assert fsdp.optimizer == one.optimizer // 2
+    assert fsdp.gathered > 0 == ddp.gathered
+    uneven = plan(batch_size=3, ranks=2, parallel="ddp")
+    assert uneven.activations == half, "the rank with more rows counts"
+
+
+def test_a_process_and_its_heap_count_on_a_cpu_only():
+    settings = Settings(batch_size=2, length=16)
+    cpu, gpu = count_memory(SMALL, settings), count_memory(SMALL, settings, gpu=True)
+    assert cpu.process == constants.PROCESS
+    assert gpu.process == constants.CUDA_CONTEXT
+    assert cpu.heap >= constants.HEAP_FIXED > gpu.heap == 0
+    assert count_memory(SMALL, settings, process=7).process == 7
+
+
+def test_an_optimizer_in_8_bits_and_narrow_factors():
+    wide, narrow = plan(), plan(adapter_dtype=torch.bfloat16)
+    assert narrow.adapters == wide.adapters // 2
+    assert narrow.optimizer == wide.optimizer // 2
+    assert plan(adapter_dtype=torch.bfloat16, moment_bytes=1).optimizer == wide.optimizer // 4
+
+
+def test_autocast_casts_one_matrix_at_a_time():
+    assert plan(dtype=torch.bfloat16, autocast=True).base == plan(dtype=torch.float32).base
+    assert plan(autocast=True).decoded == 64 * 128 * 2
+    assert plan().decoded == 0
+    assert plan(format="nf4").decoded == 64 * 128 * 2 + 64 * 128 // 64 * 12
+    cpu = {"gpu": False}
+    assert plan(format="int8", **cpu).decoded == 0
+    assert plan(format="int4", **cpu).decoded == 64 * 128
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("gpt2", 0.1244), ("gpt2-xl", 1.5576), ("smollm2-135m", 0.1345), ("smollm2-360m", 0.3618),
+        ("smollm2-1.7b", 1.7114), ("tinyllama-1.1b", 1.1000), ("llama-2-7b", 6.7384),
+        ("llama-2-13b", 13.0159), ("llama-2-70b", 68.9766), ("llama-3-8b", 8.0303),
+        ("llama-3-70b", 70.5537),
+    ],
+)  # fmt: skip
+def test_presets_have_the_published_number_of_parameters(name, billions):
+    assert read_shape(name).parameters == pytest.approx(billions * 1e9, rel=5e-4)
+    assert PRESETS[name].source.startswith("huggingface.co/")
+
+
+def test_seventy_billion_frozen_weights_stay():
+    """ "70B with LoRA needs 14 GB" counts what is trained; the base's 140 GB are there too."""
+    found = plan(read_shape("llama-2-70b"), batch_size=1, length=512, r=16)
+    assert found.base == pytest.approx(138e9, rel=0.01)
+    assert found.adapters + found.gradients + found.optimizer < 14e9 < found.peak / 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, found 0"),
+        ({"length": -3}, "length must be a whole number of at least 1, found -3"),
+        ({"ranks": True}, "ranks must be a whole number of at least 1, found True"),
+        ({"accumulate": 1.5}, "accumulate must be a whole number of at least 1, found 1.5"),
+        ({"parallel": "tp"}, "parallel must be None, 'ddp' or 'fsdp', found 'tp'"),
+        ({"parallel": "ddp"}, "several ranks need parallel"),
+        ({"ranks": 2}, "several ranks need parallel.*found ranks=2 and parallel=None"),
+        ({"dtype": torch.int8}, "dtype must be float32, bfloat16 or float16, found torch.int8"),
+        ({"length": 65}, "length must fit the context of small, 64 tokens, found 65"),
+        ({"r": 0}, "r must be a whole number of at least 1, found 0"),
+        ({"r": 33}, r"r=33 is above what model.layers.0.self_attn.k_proj can use: its shape is "
+         r"\[32, 64\], so no change of it has a rank above 32; lower r, or exclude"),
+        ({"format": "int3"}, "format must be one of int8, nf4, int4, found 'int3'"),
+        ({"targets": ["embed_tokens"]}, "plans for adapters on linear layers, found "
+         "model.embed_tokens among the targets"),
+        ({"targets": ["nowhere"]}, "every entry of targets must match a module"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned(settings, match):
+    with pytest.raises(ValueError, match=match):
+        plan(**settings)
+
+
+def test_impossible_shapes():
+    with pytest.raises(ValueError, match="n_head must divide n_embd, found 5 and 64"):
+        read_shape(GPT2Config(n_embd=64, n_head=5))
+    shape = Shape("odd", LlamaConfig(97, 96, 128, 2, 4, 2, 24, 64), "here")
+    with pytest.raises(ValueError, match="96 inputs, which groups of 64 do not divide"):
+        plan(shape, format="int4")
+
+
+def test_memory_knows_what_it_sums():
+    found = Memory(process=1, base=2, loss=5, recomputed=2, backward=4, sizes=sizes(SMALL.empty()))
+    assert found.peak == 1 + 2 + 6
+    assert found.components() == {"process": 1, "base": 2, "recomputed": 2, "backward": 4}
+    assert found.weights == 2
+
+
+def test_the_heap_grows_with_every_block_of_a_llama_in_f32():
+    shape = read_shape("tinyllama-1.1b")
+    options = {"gpu": False, "checkpointing": True, "r": 8}
+    wide, narrow = plan(shape, dtype=torch.float32, **options), plan(shape, **options)
+    grown = constants.HEAP_EACH_F32 * wide.recomputed * 22
+    usual = constants.HEAP_FIXED + constants.HEAP_SHARE * wide.activations
+    assert wide.heap == int(usual + constants.HEAP_RECOMPUTED * wide.recomputed + grown)
+    assert narrow.heap < wide.heap

@@ -1,0 +1,149 @@
+"""Seconds and money against sums done by hand."""
+
+import math
+
+import pytest
+import torch
+from planning_machine import MACHINE
+
+from minilora.models import LlamaConfig
+from minilora.planning.devices import DEVICES, device
+from minilora.planning.memory import Settings, count_memory
+from minilora.planning.shapes import Shape, read_shape
+from minilora.planning.speed import Prices, cost_of, count_steps, foretell, from_rates, on_device
+from minilora.planning.work import count_work
+from minilora.training.config import TrainConfig
+from minilora.training.prepare import planned_steps
+
+SMALL = Shape("small", LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64), "here")
+
+
+def work(shape=SMALL, **options):
+    settings = Settings(**{"batch_size": 2, "length": 16, "r": 4} | options)
+    memory = count_memory(shape, settings)
+    return count_work(shape, settings, memory), settings, memory
+
+
+def test_flops_are_those_of_the_formula():
+    found, _, memory = work()
+    tokens = 32
+    weights = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    factors = 3 * 4 * (2 * 128 + 2 * 96 + 3 * 192)
+    assert found.tokens == tokens
+    assert found.base == 4 * tokens * weights
+    assert found.adapters == 6 * tokens * factors
+    assert found.attention == 7 * tokens * 16 * 64 * 3
+    assert found.head == 4 * tokens * 64 * 97
+    assert found.flops == found.base + found.adapters + found.attention + found.head
+    assert found.bytes == 2 * memory.weights + 4 * memory.activations
+    assert found.decoded == 0
+
+
+def test_checkpointing_runs_blocks_again_and_accumulation_repeats():
+    once, *_ = work()
+    again, *_ = work(checkpointing=True)
+    assert again.base == once.base * 3 // 2
+    assert again.adapters == once.adapters * 4 // 3
+    assert again.head == once.head
+    twice, *_ = work(accumulate=2)
+    assert twice.flops == 2 * once.flops
+    assert twice.bytes == 2 * once.bytes
+    nf4, *_ = work(format="nf4")
+    assert nf4.decoded == once.base // (4 * 32) * 2
+
+
+def test_seconds_from_a_datasheet():
+    found, settings, memory = work()
+    one = device("A100-80GB")
+    seconds = on_device(found, memory, settings, one)
+    wanted = found.flops / (312e12 * 0.4) + found.bytes / (2039e9 * 0.7)
+    assert seconds == pytest.approx(wanted)
+    found, settings, memory = work(batch_size=8, ranks=8, parallel="fsdp")
+    node = device("8xa100-80gb")
+    seconds = on_device(found, memory, settings, node)
+    wanted = found.flops / (8 * 312e12 * 0.4) + found.bytes / (8 * 2039e9 * 0.7)
+    assert seconds == pytest.approx(wanted + 2 * memory.weights * 7 / 300e9)
+
+
+def test_seconds_from_rates_use_integers_where_they_are_exact():
+    found, settings, _ = work(format="int8")
+    other = found.flops - found.base
+    wanted = found.base / (800e9 * 0.35) + other / (400e9 * 0.35) + found.bytes / 10e9
+    assert from_rates(found, settings, MACHINE) == pytest.approx(wanted)
+    found, settings, _ = work(format="nf4", dtype=torch.float32)
+    wanted = found.flops / (100e9 * 0.35) + found.bytes / 10e9 + found.decoded * 0.6e-9
+    assert from_rates(found, settings, MACHINE) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("examples", [1, 7, 8, 9, 100])
+@pytest.mark.parametrize("epochs", [0.5, 1, 3])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_steps_are_those_that_fit_makes(examples, epochs, accumulate):
+    settings = Settings(batch_size=4, accumulate=accumulate)
+    config = TrainConfig(batch_size=4, accumulate=accumulate, epochs=epochs)
+    assert count_steps(examples, epochs, settings) == planned_steps(config, -(-examples // 4))
+
+
+def test_hours_follow_the_rows():
+    shape, settings = SMALL, Settings(batch_size=2, length=16, r=4)
+    memory = count_memory(shape, settings)
+    options = {"device": device("rtx-4090"), "epochs": 2.0}
+    found = foretell(shape, settings, memory, examples=100, **options)
+    assert found.how == "datasheet"
+    assert found.steps == 100
+    assert found.hours == pytest.approx(found.step_seconds * 100 / 3600)
+    assert found.tokens_per_second == pytest.approx(32 / found.step_seconds)
+    rough = foretell(shape, settings, memory, examples=3, epochs=1, here=MACHINE, timed=False)
+    assert rough.how == "rates measured here"
+    assert rough.hours == pytest.approx(rough.step_seconds * 1.5 / 3600)
+
+
+def test_owning_and_renting():
+    prices = Prices(per_hour=2.0, purchase=26298.0, years=3, duty=0.5, kwh=0.25)
+    found = cost_of(10, prices, watts=400)
+    assert found.rented == 20
+    assert found.owned == pytest.approx(10 * (26298 / (3 * 8766 * 0.5) + 0.1))
+    assert found.break_even == pytest.approx(1 / 1.9)
+    assert cost_of(10, Prices(purchase=5.0, watts=0), 400).break_even is None
+    dear = Prices(per_hour=0.05, purchase=5.0, kwh=0.25)
+    assert cost_of(1, dear, watts=400).break_even == math.inf
+    nothing = cost_of(1, Prices(), 400)
+    assert (nothing.rented, nothing.owned, nothing.break_even) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("prices", "match"),
+    [
+        ({"per_hour": -1}, "per_hour must be at least 0, found -1"),
+        ({"purchase": math.nan}, "purchase must be at least 0, found nan"),
+        ({"watts": "400"}, "watts must be at least 0, found '400'"),
+        ({"years": 0}, "years must be above 0, found 0"),
+        ({"duty": 1.5}, r"duty must be a share in \(0, 1\], found 1.5"),
+        ({"kwh": -0.1}, "kwh must be at least 0, found -0.1"),
+    ],
+)
+def test_prices_that_are_none(prices, match):
+    with pytest.raises(ValueError, match=match):
+        Prices(**prices)
+
+
+def test_devices_state_their_source():
+    assert {"rtx-4090", "a100-80gb", "h100-80gb", "8xa100-80gb", "epyc-7763"} == set(DEVICES)
+    for one in DEVICES.values():
+        assert one.source
+        assert 0 < one.efficiency < 1
+        assert 0 < one.moving < 1
+        assert one.memory > 20e9
+        assert one.rate(torch.bfloat16) > 0
+    with pytest.raises(ValueError, match="found 'a100'; nearest: a100-80gb"):
+        device("a100")
+
+
+def test_a_larger_machine_is_faster_on_a_large_model():
+    shape = read_shape("llama-2-7b")
+    settings = Settings("nf4", batch_size=4, length=1024, checkpointing=True)
+    memory = count_memory(shape, settings, gpu=True)
+    found = count_work(shape, settings, memory)
+    seconds = [on_device(found, memory, settings, device(name))
+               for name in ("rtx-4090", "a100-80gb", "h100-80gb")]  # fmt: skip
+    assert seconds == sorted(seconds, reverse=True)

@@ -1,0 +1,232 @@
+"""The verb, its advice and its tables, on a machine with round figures."""
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+import torch
+from planning_machine import MACHINE
+
+import minilora
+from minilora import cli
+from minilora.data import Example
+from minilora.models import LlamaConfig
+from minilora.planning import Prices, advice, verb
+from minilora.planning.advice import Planner, best_dtype, command, this_machine, variants
+from minilora.planning.devices import DEVICES
+from minilora.planning.memory import Settings
+from minilora.planning.shapes import Shape
+
+SMALL = LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """Return a setter of the machine at hand; nothing is measured or timed."""
+    current = [MACHINE]
+    monkeypatch.setattr(verb, "calibrate", lambda: current[0])
+
+    def become(**changed):
+        current[0] = dataclasses.replace(MACHINE, **changed)
+
+    return become
+
+
+def plan(model=SMALL, data=1000, **options):
+    return minilora.plan(model, data, **{"timed": False, "length": 32, "r": 4} | options)
+
+
+def test_a_small_model_stays_on_the_cpu():
+    found = plan()
+    assert found.fits
+    assert found.advice.cpu
+    assert "The CPU here is the right choice" in found.advice.why
+    assert found.settings.dtype == torch.bfloat16
+    assert found.advice.option.device.name == "here"
+    assert sum(found.memory.components().values()) == found.memory.peak
+
+
+def test_a_large_run_is_sent_to_the_smallest_gpu_that_fits():
+    found = plan("llama-2-7b", 20_000, length=1024)
+    assert not found.advice.cpu
+    assert "The CPU here is the wrong choice" in found.advice.why
+    assert found.advice.option.device.name == "rtx-4090"
+    assert found.advice.option.fits
+    assert found.advice.option.memory.peak <= 0.9 * DEVICES["rtx-4090"].memory
+    assert "over 20,000 examples take" in found.advice.why
+    assert "load_model(..., device='cuda')" in found.advice.why
+
+
+def test_what_fits_nowhere_is_said(machine):
+    machine(memory=10**9)
+    huge = LlamaConfig(128256, 32768, 131072, 40, 256, 256, 128, 8192)
+    found = plan(huge, 10, length=8192)
+    assert found.advice.option is None
+    assert found.advice.command == ""
+    assert "No machine in the table fits either" in found.advice.why
+    assert not found.fits
+    assert found.speed is None
+    assert "not planned, since it does not fit" in str(found)
+
+
+def test_seventy_billion_need_a_node_and_a_small_cpu_is_told(machine):
+    machine(memory=8 * 10**9)
+    found = plan("llama-2-70b", 1000, length=512)
+    assert "do not fit into 8.0 GB here, not even in nf4" in found.advice.why
+    assert found.advice.option.device.name == "a100-80gb"
+    assert found.advice.option.settings.format == "int8", "72 of the 76 GB that may be used"
+
+
+def test_what_is_given_up_first():
+    settings = Settings(batch_size=4, length=32)
+    order = [(s.format, s.checkpointing, s.batch_size, s.accumulate)
+             for s in variants(settings, this_machine(MACHINE))]  # fmt: skip
+    assert order[:6] == [
+        (None, False, 4, 1), (None, False, 2, 2), (None, False, 1, 4),
+        (None, True, 4, 1), (None, True, 2, 2), (None, True, 1, 4),
+    ]  # fmt: skip
+    assert [o[0] for o in order] == [None] * 6 + ["int8"] * 6 + ["nf4"] * 6
+    assert all(batch * accumulate == 4 for _, _, batch, accumulate in order)
+    nf4 = Settings("nf4", batch_size=3, checkpointing=True)
+    assert {(s.format, s.checkpointing) for s in variants(nf4, this_machine(MACHINE))} == {
+        ("nf4", True)
+    }
+
+
+def test_a_node_shares_rows_then_weights():
+    settings = Settings(batch_size=8, length=32)
+    found = list(variants(settings, DEVICES["8xa100-80gb"]))
+    assert {(s.ranks, s.parallel) for s in found} == {(8, "ddp"), (8, "fsdp")}
+    assert all(s.format is None for s in found if s.parallel == "fsdp")
+    assert all(s.batch_size == 8 for s in found), "each rank keeps a row"
+
+
+def test_the_best_that_fits_leaves_a_margin(machine):
+    shape = Shape("small", SMALL, "here")
+    data = advice.Data(10, 32, 32)
+    whole = Planner(shape, data, MACHINE, {}, timed=False)
+    settings = Settings(batch_size=64, length=32)
+    local = this_machine(MACHINE)
+    peak = whole.memory(settings, local).peak
+    tight = dataclasses.replace(local, memory=int(peak / 0.9) + 2)
+    assert whole.best(settings, tight).settings == settings
+    tight = dataclasses.replace(local, memory=int(peak / 0.9) - 2)
+    assert whole.best(settings, tight).settings.batch_size == 32
+    assert whole.best(settings, dataclasses.replace(local, memory=10**6)) is None
+    two = dataclasses.replace(settings, ranks=2, parallel="ddp")
+    assert not whole.fits(whole.memory(two, local), two, tight), "two processes share one memory"
+
+
+def test_other_settings_are_scaled_from_the_timed_ones(monkeypatch):
+    shape, data = Shape("small", SMALL, "here"), advice.Data(10, 32, 32)
+    monkeypatch.setattr("minilora.planning.speed.timed_step", lambda *_: 3.0)
+    planner = Planner(shape, data, MACHINE, {})
+    settings, local = Settings(batch_size=4, length=32), this_machine(MACHINE)
+    first = planner.option(settings, local).speed
+    assert (first.step_seconds, first.how) == (3.0, "timed here")
+    more = planner.option(dataclasses.replace(settings, batch_size=8), local).speed
+    assert more.how == "scaled from the timed"
+    assert 3.0 < more.step_seconds < 9.0
+    assert planner.option(settings, local).speed == first
+    other = planner.option(dataclasses.replace(settings, format="nf4"), local).speed
+    assert other.how == "timed here", "each format is timed once"
+
+
+def test_the_command_is_one_that_train_takes():
+    shape = Shape("smollm2-135m", SMALL, "here", stored=True)
+    settings = Settings(
+        "nf4", torch.float32, 4, ["q_proj", "v_proj"], ["0"], 2, 4, 32, True, 0.1, 2, "ddp", 32
+    )
+    text = command(shape, settings, advice.Data(10, 32, 32, 2.5), DEVICES["epyc-7763"])
+    words = shlex.split(text)
+    assert words[:5] == ["torchrun", "--nproc-per-node", "2", "-m", "minilora"]
+    options = cli._parser().parse_args(words[5:])
+    assert (options.model, options.quantize, options.block_size) == ("smollm2-135m", "nf4", 32)
+    assert (options.r, options.batch_size, options.accumulate) == (4, 2, 4)
+    assert (options.max_length, options.epochs, options.dtype) == (32, 2.5, "float32")
+    assert options.checkpointing
+    assert options.targets == ["q_proj", "v_proj"]
+    assert (options.exclude, options.dropout, options.parallel) == (["0"], 0.1, "ddp")
+    preset = command(
+        Shape("llama-2-7b", SMALL, ""), Settings(), advice.Data(1, 2, 2), DEVICES["rtx-4090"]
+    )
+    assert preset.startswith("minilora train path/to/llama-2-7b --data train.jsonl --out out/v1")
+
+
+def test_cost_over_machines_has_a_bottom():
+    prices = {"here": 0.1, "rtx-4090": 0.4, "a100-80gb": 1.6, "h100-80gb": 2.5, "8xa100-80gb": 13.0}
+    asked = {name: Prices(per_hour=price) for name, price in prices.items()}
+    found = plan("tinyllama-1.1b", 5000, length=512, prices=asked)
+    assert "Over machines cost is U-shaped" in str(found)
+    paid = {
+        one.device.name: one.cost.rented for one in found.options if one.cost and one.cost.rented
+    }
+    least = min(paid, key=paid.get)
+    assert f"the least is at {least}" in str(found)
+    assert least not in ("here", "8xa100-80gb")
+    assert "electricity (pass prices for cost) is U-shaped" in str(plan("tinyllama-1.1b"))
+
+
+def test_examples_are_measured():
+    rows = [Example([1] * n, [1] * n) for n in (3, 5, 40)]
+    found = plan(data=rows, length=None)
+    assert (found.data.examples, found.data.mean, found.data.longest) == (3, 16, 40)
+    assert found.settings.length == 40
+    assert plan(data=rows, length=4).data == advice.Data(3, 4, 4)
+    assert plan(data=rows).data.longest == 32
+
+
+def test_it_prints_and_is_json():
+    found = plan(prices=Prices(0.5, 2000.0, kwh=0.3, watts=60.0), epochs=2)
+    text = str(found)
+    for part in ("Memory of each process at the peak", "peak", "Time:", "Rules of thumb",
+                 "1 GB per 1B", "70B in 14 GB", "7B in 3.5 GB", "Options", "Advice",
+                 "minilora train", "Cost on demand", "Cost owned", "duty cycle"):  # fmt: skip
+        assert part in text
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["memory"]["peak"] == found.memory.peak
+    assert told["settings"]["dtype"] == "bfloat16"
+    assert len(told["options"]) == len(found.options)
+    named = plan("gpt2", device="rtx-4090", targets=["c_attn"])
+    assert "taking 40% of peak" in str(named)
+    assert json.dumps(named.to_dict())
+    assert named.options[0].kwh == pytest.approx(named.speed.hours * 0.45)
+
+
+def test_auto_is_what_is_fastest_there(machine):
+    assert best_dtype(DEVICES["epyc-7763"]) == torch.float32
+    assert best_dtype(DEVICES["rtx-4090"]) == torch.bfloat16
+    machine(rates={"float32": 90e9, "bfloat16": 23e9, "float16": 23e9, "int8": 0.0}, int8=False)
+    assert plan().settings.dtype == torch.float32
+    assert plan(dtype="bfloat16").settings.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"model": "llama2-7b"}, "nearest: llama-2-7b"),
+        ({"device": "rtx4090"}, "device must be 'here' or one of .*; nearest: rtx-4090"),
+        ({"data": 0}, "data must be a whole number of at least 1, found 0"),
+        ({"data": -5}, "data must be a whole number of at least 1, found -5"),
+        ({"data": []}, "data must hold at least one example, found none"),
+        ({"length": 0}, "length must be a whole number of at least 1, found 0"),
+        ({"epochs": -1}, "epochs must be a finite number above 0, found -1"),
+        ({"batch_size": -8}, "batch_size must be a whole number of at least 1, found -8"),
+        ({"r": 64}, "r=64 is above what .*k_proj can use"),
+        ({"length": 65}, "length must fit the context"),
+        ({"quantize": "int5"}, "format must be one of"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), found 1.0"),
+        ({"memory_gb": 0}, "memory_gb must be a number above 0, found 0"),
+        ({"device": "rtx-4090", "ranks": 2, "parallel": "ddp"}, "rtx-4090 has 1 GPUs, found ran"),
+        ({"dtype": "int8"}, "dtype must be a floating-point torch dtype"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        plan(**options)
+
+
+def test_memory_can_be_given():
+    assert not plan(memory_gb=0.1).fits
+    assert plan(memory_gb=0.1, device="rtx-4090").device.memory == 10**8
