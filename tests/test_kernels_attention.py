@@ -51,7 +51,10 @@ def by_sdpa(q, k, v, grad_out, scale):
 
 
 def errors(found, true):
-    return [float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, true)]
+    return [
+        float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
+        for a, b in zip(found, true, strict=True)
+    ]
 
 
 @settings(deadline=None, max_examples=25)
@@ -72,7 +75,7 @@ def test_gradients_are_the_oracles(B, kv_heads, group, T, D, scale):
         found = by_chunks(*inputs, scale)
     finally:
         module._QUERIES = full
-    for mine, true in zip(found, oracle(*inputs, scale)):
+    for mine, true in zip(found, oracle(*inputs, scale), strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-10)
 
 
@@ -82,7 +85,7 @@ def test_is_as_exact_as_torchs_own_backward(dtype):
     inputs = case(2, 3, 3, 150, 16, dtype)  # chunks of 128 and 22
     true = oracle(*inputs, 0.25)
     mine, theirs = errors(by_chunks(*inputs, 0.25), true), errors(by_sdpa(*inputs, 0.25), true)
-    assert all(m <= 1.5 * t for m, t in zip(mine, theirs)), (mine, theirs)
+    assert all(m <= 1.5 * t for m, t in zip(mine, theirs, strict=True)), (mine, theirs)
 
 
 @pytest.mark.parametrize("T", [1, 5, 150])
@@ -97,7 +100,7 @@ def test_a_traced_model_takes_it_and_gets_sdpas_numbers(T, monkeypatch):
     compiled = torch.compile(causal_attention, dynamic=True, fullgraph=True)
     out = compiled(*leaves, 0.3)
     found = out.detach(), *torch.autograd.grad(out, leaves, grad_out)
-    for mine, theirs in zip(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert calls == [grad_out.shape]
 
@@ -107,7 +110,9 @@ def test_an_untraced_call_is_sdpa():
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     out = causal_attention(*leaves, 0.3)
     found = out.detach(), *torch.autograd.grad(out, leaves, grad_out)
-    assert all(torch.equal(a, b) for a, b in zip(found, by_sdpa(q, k, v, grad_out, 0.3)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, by_sdpa(q, k, v, grad_out, 0.3), strict=True)
+    )
 
 
 def test_the_operation_is_a_well_formed_one():
