@@ -1,6 +1,7 @@
 """Draw tokens per second of `train_step.py`'s rows, and print them as a table for README.
 
-    python benchmarks/train_chart.py [--model smollm2-135m] [--rows 4] [--tokens 256]
+    PYTHONPATH=benchmarks python benchmarks/train_chart.py [--model smollm2-135m]
+        [--rows 4] [--tokens 256]
 
 Reads benchmarks/results/train_step.csv (the newest row of a provider counts), writes
 docs/train_step.png.

@@ -1,7 +1,7 @@
 """Seconds and memory of one optimizer step of LoRA, ours and the peers', in interleaved rounds.
 
-    python benchmarks/train_step.py [--model smollm2-135m] [--rows 4] [--tokens 256]
-        [--only NAME ...] [--rounds 5] [--quick] [--list]
+    PYTHONPATH=benchmarks python benchmarks/train_step.py [--model smollm2-135m] [--rows 4]
+        [--tokens 256] [--r 8] [--targets all] [--only NAME ...] [--rounds 5] [--quick] [--list]
 
 r=8 on all linears but the head, AdamW, every token learned. Each provider of `train_providers.py`
 is a process of its own with two threads, and one of them works at a time: in every round each does
