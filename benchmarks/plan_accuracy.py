@@ -1,13 +1,17 @@
 """What `minilora plan` foretells against what training here really takes.
 
-    python benchmarks/plan_accuracy.py [--budget 280] [--constants] [--csv FILE]
+    python benchmarks/plan_accuracy.py [--budget 280] [--rows smollm2 nf4] [--memory] [--constants]
 
 Each row is a real run of a few steps by `minilora.fit` in a process of its own, whose peak is the
 kernel's (VmHWM) and whose seconds are the median after the first step. Planned before it: memory
 on shapes, and time from steps of 1 and of 3 blocks. SmolLM2 is read from its file if that is in
-the cache, the other models have random weights of their shape. Rows that the table holds are not
-run again; `--budget` starts no row after so many seconds.
+the cache, the other models have random weights of their shape. A quantized base computes in what
+is fastest on the machine. Rows that the table holds for this machine are not run again; `--rows`
+takes those that hold all of these words, `--budget` starts no row after so many seconds.
 
+Rows of several machines stand side by side, each with the commit it was measured at: one without
+AMX gets shorter rows (`JUDGED_AVX2`), since in bf16 it does a fiftieth of the work in a second.
+`--memory` leaves the time out: peaks may be measured on a busy machine, seconds may not.
 `--constants` runs other rows than the ones judged and prints the values for
 `minilora/planning/constants.py`.
 """
@@ -56,6 +60,26 @@ JUDGED = [
     (TINY, "int8", 2, 512, 1), (TINY, "nf4", 1, 256, 0), (TINY, "nf4", 2, 256, 1),
     (TINY, "nf4", 1, 512, 0),
 ]  # fmt: skip
+JUDGED_AVX2 = [
+    ("gpt2", "float32", 2, 256, 0), ("gpt2", "float32", 4, 256, 1), ("gpt2", "float32", 8, 128, 0),
+    ("gpt2", "float32", 1, 512, 0), ("gpt2", "int8", 4, 256, 0), ("gpt2", "int8", 8, 128, 1),
+    ("gpt2", "nf4", 4, 128, 0), ("gpt2", "nf4", 2, 256, 1), ("gpt2", "bfloat16", 1, 128, 0),
+    (SMOL, "float32", 2, 256, 0), (SMOL, "float32", 4, 256, 1), (SMOL, "float32", 8, 128, 0),
+    (SMOL, "float32", 2, 512, 1), (SMOL, "int8", 4, 128, 0), (SMOL, "int8", 2, 256, 1),
+    (SMOL, "nf4", 4, 256, 0), (SMOL, "nf4", 8, 128, 1), (SMOL, "bfloat16", 1, 128, 0),
+    (SMOL, "bfloat16", 1, 128, 1),
+    (TINY, "float32", 1, 128, 0), (TINY, "float32", 2, 128, 1), (TINY, "float32", 1, 256, 0),
+    (TINY, "int8", 1, 128, 0), (TINY, "int8", 1, 256, 1), (TINY, "nf4", 1, 128, 0),
+    (TINY, "nf4", 1, 256, 1), (TINY, "nf4", 2, 128, 0),
+]  # fmt: skip
+FITTED_AVX2 = [
+    ("gpt2", "float32", 4, 128, 0), ("gpt2", "float32", 2, 512, 1), ("gpt2", "nf4", 8, 128, 0),
+    ("gpt2", "int8", 2, 256, 1), ("gpt2", "bfloat16", 1, 64, 0), (SMOL, "float32", 4, 128, 0),
+    (SMOL, "float32", 2, 256, 1), (SMOL, "float32", 1, 512, 0), (SMOL, "int8", 8, 128, 1),
+    (SMOL, "nf4", 2, 256, 0), (SMOL, "bfloat16", 1, 64, 1), (TINY, "float32", 1, 64, 0),
+    (TINY, "float32", 1, 128, 1), (TINY, "int8", 1, 256, 0), (TINY, "nf4", 2, 128, 1),
+    (TINY, "nf4", 1, 64, 0),
+]  # fmt: skip
 FITTED = [
     ("gpt2", "bfloat16", 4, 256, 0), ("gpt2", "float32", 4, 256, 0), ("gpt2", "float32", 4, 256, 1),
     ("gpt2", "nf4", 8, 256, 0), ("gpt2", "int8", 2, 512, 1), (SMOL, "bfloat16", 4, 256, 0),
@@ -65,15 +89,16 @@ FITTED = [
     (SMOL, "float32", 2, 512, 1),
 ]  # fmt: skip
 COLUMNS = (
-    "model", "weights", "base", "batch", "length", "checkpointing", "planned_mb", "measured_mb",
-    "memory_error", "planned_s", "measured_s", "time_error", "processor", "threads", "torch",
+    "machine", "model", "weights", "base", "computes", "batch", "length", "checkpointing",
+    "planned_mb", "measured_mb", "memory_error", "planned_s", "measured_s", "time_error",
+    "threads", "torch", "commit",
 )  # fmt: skip
 
 
 def settings_of(row) -> Settings:
     _, base, rows, length, checkpointing = row
     quantized = base in ("int8", "nf4", "int4")
-    dtype = torch.bfloat16 if quantized else getattr(torch, base)
+    dtype = minilora.hardware().dtype if quantized else getattr(torch, base)
     return Settings(
         base if quantized else None,
         dtype,
@@ -83,11 +108,24 @@ def settings_of(row) -> Settings:
     )
 
 
+def machine() -> str:
+    found = minilora.hardware()
+    widest = next((w for f, w in (("amx_bf16", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+                   if f in found.flags), "no vectors known")  # fmt: skip
+    return f"{found.name}, {widest}"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def cached_file() -> bool:
     return (cache_folder() / _SOURCES[SMOL].name).exists()
 
 
-def child(row) -> None:
+def child(row, steps: int) -> None:
     """Train a few steps; print the peak and the seconds of each."""
     settings, shape = settings_of(row), read_shape(row[0])
     if row[0] == SMOL and cached_file():
@@ -99,7 +137,6 @@ def child(row) -> None:
     else:
         model = random_model(shape, settings)
     size, seconds = settings.batch_size * settings.length, []
-    steps = 4 if row[0] == TINY else 5
     generator = torch.Generator().manual_seed(0)
     drawn = (steps * settings.batch_size, settings.length)
     ids = torch.randint(0, shape.config.vocab_size, drawn, generator=generator).tolist()
@@ -121,29 +158,32 @@ def child(row) -> None:
     print(json.dumps({"peak": peak_bytes(), "seconds": seconds}))
 
 
-def measure(row) -> tuple[int, float]:
-    command = [sys.executable, __file__, "--child", json.dumps(row)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+def measure(row, steps: int) -> tuple[int, float]:
+    command = [sys.executable, __file__, "--child", json.dumps(row), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         sys.exit(f"{row}: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     return found["peak"], statistics.median(found["seconds"][1:])
 
 
-def run(row) -> dict[str, object]:
+def run(row, timed: bool = True) -> dict[str, object]:
     settings, shape = settings_of(row), read_shape(row[0])
     planned = count_memory(shape, settings, int8=calibrate().int8, process=process_bytes()).peak
-    planned_s = timed_step(shape, settings)
-    peak, seconds = measure(row)
+    planned_s = timed_step(shape, settings) if timed else 0.0
+    peak, seconds = measure(row, 3 if not timed else 4 if row[0] == TINY else 5)
     file = row[0] == SMOL and cached_file()
+    times = ("", "", "")
+    if timed:
+        times = (f"{planned_s:.3f}", f"{seconds:.3f}", f"{planned_s / seconds - 1:+.4f}")
     return dict(
         zip(
             COLUMNS,
             (
-                row[0], "file" if file else "random", row[1], row[2], row[3], row[4],
-                f"{planned / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{planned / peak - 1:+.4f}",
-                f"{planned_s:.3f}", f"{seconds:.3f}", f"{planned_s / seconds - 1:+.4f}",
-                minilora.hardware().name, torch.get_num_threads(), torch.__version__,
+                machine(), row[0], "file" if file else "random", row[1],
+                str(settings.dtype).removeprefix("torch."), row[2], row[3], row[4],
+                f"{planned / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{planned / peak - 1:+.4f}", *times,
+                torch.get_num_threads(), torch.__version__, commit(),
             ),
             strict=True,
         )
@@ -151,7 +191,8 @@ def run(row) -> dict[str, object]:
 
 
 def key(row: dict) -> tuple:
-    return tuple(str(row[name]) for name in ("model", "base", "batch", "length", "checkpointing"))
+    names = ("machine", "model", "base", "batch", "length", "checkpointing")
+    return tuple(str(row[name]) for name in names)
 
 
 def read(file: Path) -> dict[tuple, dict]:
@@ -169,7 +210,7 @@ def write(file: Path, rows: list[dict]) -> None:
 
 
 def fit_constants(rows: list[dict]) -> None:
-    """Print the heap's four numbers, by least squares on relative errors."""
+    """Print the heap's numbers, by least squares on relative errors."""
     sides, wants = [], []
     for row in rows:
         settings, shape = settings_of(setting(row)), read_shape(row["model"])
@@ -190,7 +231,7 @@ def fit_constants(rows: list[dict]) -> None:
 
 
 def replan(row: dict) -> None:
-    """Plan a row's memory again, as its constants may have changed since it was measured."""
+    """Plan a row's memory again, as the model may have changed since this machine measured it."""
     settings, shape = settings_of(setting(row)), read_shape(row["model"])
     int8 = calibrate().int8
     planned = count_memory(shape, settings, int8=int8, process=process_bytes()).peak / 1e6
@@ -204,44 +245,57 @@ def setting(row: dict) -> tuple:
     return (row["model"], row["base"], *sizes)
 
 
-def summary(rows: list[dict]) -> None:
+def summary(name: str, rows: list[dict]) -> None:
     memory = [float(row["memory_error"]) for row in rows]
-    seconds = [float(row["time_error"]) for row in rows]
-    print(f"{len(rows)} rows: memory within 10 % in {sum(abs(e) <= 0.1 for e in memory)}, at worst "
-          f"{min(memory):+.1%} and {max(memory):+.1%}; time within 25 % in "
-          f"{sum(abs(e) <= 0.25 for e in seconds)}, at worst {min(seconds):+.1%} and "
-          f"{max(seconds):+.1%}")  # fmt: skip
+    print(f"{name}, {len(rows)} rows: memory within 10 % in {sum(abs(e) <= 0.1 for e in memory)}, "
+          f"at worst {min(memory):+.1%} and {max(memory):+.1%}")  # fmt: skip
+    seconds = [float(row["time_error"]) for row in rows if row["time_error"]]
+    if seconds:
+        print(f"{name}, {len(seconds)} rows: time within 25 % in "
+              f"{sum(abs(e) <= 0.25 for e in seconds)}, at worst {min(seconds):+.1%} and "
+              f"{max(seconds):+.1%}")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--budget", type=float, default=1e9, help="start no row after (seconds)")
+    parser.add_argument("--rows", nargs="+", default=(), metavar="WORD", help="only those with all")
+    parser.add_argument("--memory", action="store_true", help="measure no time")
     parser.add_argument("--constants", action="store_true", help="run the rows constants are from")
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(json.loads(options.child))
+        child(json.loads(options.child[0]), int(options.child[1]))
         return
-    wanted = FITTED if options.constants else JUDGED
+    here = machine()
+    if here.endswith("AMX"):
+        wanted = FITTED if options.constants else JUDGED
+    else:
+        wanted = FITTED_AVX2 if options.constants else JUDGED_AVX2
     name = "plan_constants.csv" if options.constants else "plan_accuracy.csv"
     file = options.csv or RESULTS / name
     began, rows = time.perf_counter(), read(file)
     for row in wanted:
-        if tuple(map(str, row)) in rows:
+        words = (row[0], row[1], f"{row[2]}x{row[3]}", "again" if row[4] else "once")
+        before = rows.get((here, *map(str, row)))
+        done = before is not None and (options.memory or before["time_error"])
+        if done or not all(any(word in one for one in words) for word in options.rows):
             continue
         if time.perf_counter() - began > options.budget:
             break
-        found = run(row)
+        found = run(row, not options.memory)
         rows[key(found)] = found
-        write(file, [rows[tuple(map(str, one))] for one in wanted if tuple(map(str, one)) in rows])
-        print(", ".join(f"{k} {v}" for k, v in list(found.items())[:12]), flush=True)
-    for one in rows.values():
+        write(file, list(rows.values()))
+        print(", ".join(f"{k} {v}" for k, v in list(found.items())[1:14]), flush=True)
+    mine = [one for one in rows.values() if one["machine"] == here]
+    for one in mine:
         replan(one)
-    write(file, [rows[tuple(map(str, one))] for one in wanted if tuple(map(str, one)) in rows])
-    summary(list(rows.values()))
+    write(file, list(rows.values()))
+    for each in dict.fromkeys(one["machine"] for one in rows.values()):
+        summary(each, [one for one in rows.values() if one["machine"] == each])
     if options.constants:
-        fit_constants(list(rows.values()))
+        fit_constants(mine)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python examples/demo.py [--out out/demo] [--minutes 3] [--csv runs.csv]
 
 The data is this Python's own standard library: the source of a function without its docstring is
-the prompt, the docstring's first paragraph is what to write. Every number printed is measured in
-this run: held-out perplexity and three docstrings before and after, the same after reloading the
-adapter in a fresh process, and what merging it changes. With --csv they are also added to a table.
+the prompt, the docstring's first paragraph is what to write. Memory and time are planned before
+the first step, and measured after the last. Every other number printed is measured in this run:
+held-out perplexity and three docstrings before and after, the same after reloading the adapter in a
+fresh process, and what merging it changes. With --csv they are also added to a table.
 """
 
 import argparse
@@ -165,7 +166,7 @@ def main() -> None:
     config = minilora.TrainConfig(
         lr=1e-3, batch_size=16, max_minutes=options.minutes, eval_every=100, eval_batch_size=16
     )
-    result = minilora.fit(model, train, valid, config=config, out=out)
+    result = minilora.fit(model, train, valid, config=config, out=out, plan=True)
     after = minilora.evaluate(model, test, batch_size=16)
     say(f"test after:  {after}")
     say(f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} in {result.steps} steps, "

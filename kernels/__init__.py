@@ -35,6 +35,7 @@ from .probe import Hardware, hardware
 from .triton import covers as triton_covers
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem
+from .workspace import hand_back_freed_memory, keep_freed_memory
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -68,12 +69,14 @@ __all__ = [
     "dense_grad_x",
     "dropout_mask",
     "frozen_product",
+    "hand_back_freed_memory",
     "hardware",
     "int4_codes",
     "int4_linear",
     "int8_dequantize",
     "int8_is_exact",
     "int8_linear",
+    "keep_freed_memory",
     "linear_cross_entropy",
     "lora_add",
     "lora_linear",

@@ -1,6 +1,10 @@
-"""Reused buffers for decoded weights: a matrix is decoded, multiplied and forgotten."""
+"""Memory used again: buffers for decoded weights, and what the C library does with freed blocks."""
 
+import ctypes
+import functools
+import sys
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,3 +25,31 @@ def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
     if dtype not in held or held[dtype].numel() < shape.numel():
         held[dtype] = torch.empty(shape.numel(), dtype=dtype)
     return held[dtype][: shape.numel()].view(shape)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of settings in glibc's malloc.h
+
+
+def _of_libc(name: str) -> Any:
+    """Return a function of glibc, None elsewhere (musl has neither of those used here)."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step, once for the process.
+
+    By default it hands every block above 32 MB back to the kernel and has the pages cleared again
+    at the next use, in every step. Elsewhere nothing is done.
+    """
+    mallopt = _of_libc("mallopt")
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**30)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def hand_back_freed_memory() -> None:
+    """Give the kernel what glibc has kept so far, where there is glibc."""
+    trim = _of_libc("malloc_trim")
+    if trim is not None:
+        trim(0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
-from minilora.planning.activations import Pass, block_linears, block_saved, saved
+from minilora.planning.activations import Pass, block_saved, linears_by_block, saved
 from minilora.planning.shapes import Shape, adapted
 
 GPT2_SHAPE = GPT2Config(vocab_size=97, n_positions=64, n_embd=20, n_layer=3, n_head=2, n_inner=52)
@@ -113,7 +113,7 @@ def test_a_block_run_again_is_a_block():
     linears = adapted(Shape("small", LLAMA_SHAPE, "here").empty(), 3)
     p = Pass(2, 24, 2)
     whole = saved(LLAMA_SHAPE, linears, p, False)
-    blocks = [block_saved(LLAMA_SHAPE, block_linears(linears, n), p, n == 0) for n in range(3)]
+    blocks = [block_saved(LLAMA_SHAPE, linears_by_block(linears)[n], p, n == 0) for n in range(3)]
     assert blocks[0] < blocks[1] == blocks[2]
     rest = whole - sum(blocks)
     assert 0 < rest < blocks[1]

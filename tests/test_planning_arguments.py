@@ -40,7 +40,7 @@ def test_data_is_counted_by_the_models_tokenizer(capsys):
 
 
 def test_prices_go_to_their_machines(capsys):
-    code, said = run(capsys, "tinyllama-1.1b", "--device", "RTX-4090", "--price", "0.5", "here=0.1",
+    code, said = run(capsys, "tinyllama-1.1b", "--gpu", "RTX-4090", "--price", "0.5", "here=0.1",
                      "--purchase", "2000", "--kwh", "0.3", "--json")  # fmt: skip
     assert code == 0
     found = json.loads(said.out)

@@ -54,6 +54,15 @@ def test_the_machine_is_measured_once():
     assert 100 * constants.MIB < found.process < 2 * constants.PROCESS
 
 
+def test_the_share_of_other_work_is_what_is_not_ours():
+    assert calibration._others((0.0, 0.0, 0.0), (10.0, 8.0, 2.0)) == pytest.approx(0.6)
+    assert calibration._others((5.0, 1.0, 1.0), (5.0, 1.0, 1.0)) == 0.0
+    assert calibration._others((0.0, 0.0, 0.0), (10.0, 2.0, 3.0)) == 0.0
+    first = calibration._processor_seconds()
+    assert all(after >= before for before, after in
+               zip(first, calibration._processor_seconds(), strict=True))  # fmt: skip
+
+
 def test_a_process_that_cannot_be_measured_is_taken_as_usual(monkeypatch):
     def fail(*_, **__):
         raise subprocess.SubprocessError

@@ -10,7 +10,15 @@ from minilora.models import LlamaConfig
 from minilora.planning.devices import DEVICES, device
 from minilora.planning.memory import Settings, count_memory
 from minilora.planning.shapes import Shape, read_shape
-from minilora.planning.speed import Prices, cost_of, count_steps, foretell, from_rates, on_device
+from minilora.planning.speed import (
+    Prices,
+    cost_of,
+    count_steps,
+    duration,
+    foretell,
+    from_rates,
+    on_device,
+)
 from minilora.planning.work import count_work
 from minilora.training.config import TrainConfig
 from minilora.training.prepare import planned_steps
@@ -96,6 +104,14 @@ def test_hours_follow_the_rows():
     rough = foretell(shape, settings, memory, examples=3, epochs=1, here=MACHINE, timed=False)
     assert rough.how == "rates measured here"
     assert rough.hours == pytest.approx(rough.step_seconds * 1.5 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(0.001, "3.6 s"), (0.2, "12 min"), (3.21, "3.2 h"), (240, "10.0 days"), (1 / 120, "30 s")],
+)
+def test_a_duration_is_in_a_unit_that_suits_it(hours, text):
+    assert duration(hours) == text
 
 
 def test_owning_and_renting():

@@ -168,6 +168,51 @@ def test_cost_over_machines_has_a_bottom():
     assert "electricity (pass prices for cost) is U-shaped" in str(plan("tinyllama-1.1b"))
 
 
+def test_no_bottom_is_claimed_where_there_is_none():
+    asked = {name: Prices(per_hour=1.0) for name in ("rtx-4090", "a100-80gb", "h100-80gb")}
+    text = str(plan("tinyllama-1.1b", 5000, length=512, prices=asked))
+    assert "cost is least at the fastest that is compared, h100-80gb" in text
+    assert "U-shaped" not in text
+
+
+def test_machines_that_are_too_small_have_a_row():
+    found = plan("llama-2-70b", 1000, length=512)
+    small = next(one for one in found.options if one.device.name == "rtx-4090")
+    assert not small.fits
+    assert (small.settings.format, small.settings.checkpointing) == ("nf4", True)
+    assert small.settings.batch_size == 1
+    assert small.memory.peak > small.device.memory
+    line = next(line for line in str(found).splitlines() if "rtx-4090" in line)
+    assert line.split()[-5:] == ["no", "–", "–", "–", "–"]
+
+
+def test_what_the_command_refuses_is_not_advised():
+    shape = Shape("small", SMALL, "here")
+    planner = Planner(shape, advice.Data(10, 32, 32), MACHINE, {}, timed=False)
+    settings = Settings("nf4", batch_size=8, length=32, ranks=8, parallel="fsdp")
+    sharded = planner.option(settings, DEVICES["8xa100-80gb"])
+    assert sharded.fits
+    assert advice.advise(planner, [sharded]).option is None
+    plain = planner.option(dataclasses.replace(settings, format=None), DEVICES["8xa100-80gb"])
+    assert advice.advise(planner, [sharded, plain]).option is plain
+
+
+def test_other_work_on_the_machine_is_told(machine):
+    assert "Other work" not in str(plan())
+    machine(busy=0.63)
+    assert "Other work took 63% of the processor while this was measured" in str(plan())
+    assert plan().to_dict()["busy"] == 0.63
+    assert "Other work" not in str(plan(device="rtx-4090"))
+
+
+def test_a_duty_cycle_that_is_never_reached():
+    found = plan(device="rtx-4090", prices=Prices(0.01, 2000.0, kwh=1.0))
+    assert "renting is cheaper at any duty cycle" in str(found)
+    assert "Cost on demand: under 0.01" in str(found)
+    told = json.dumps(found.to_dict(), allow_nan=False)
+    assert json.loads(told)["cost"]["break_even"] is None
+
+
 def test_examples_are_measured():
     rows = [Example([1] * n, [1] * n) for n in (3, 5, 40)]
     found = plan(data=rows, length=None)
@@ -211,6 +256,8 @@ def test_auto_is_what_is_fastest_there(machine):
         ({"data": -5}, "data must be a whole number of at least 1, found -5"),
         ({"data": []}, "data must hold at least one example, found none"),
         ({"length": 0}, "length must be a whole number of at least 1, found 0"),
+        ({"length": 1}, "length must be at least 2, as a row's first token is never learned"),
+        ({"ranks": 9, "parallel": "ddp"}, "must be at least ranks, found batch_size=8 and ranks=9"),
         ({"epochs": -1}, "epochs must be a finite number above 0, found -1"),
         ({"batch_size": -8}, "batch_size must be a whole number of at least 1, found -8"),
         ({"r": 64}, "r=64 is above what .*k_proj can use"),

@@ -51,7 +51,8 @@ class Conv1D(nn.Module):
         self.nf, self.nx = nf, nx
         self.weight = nn.Parameter(torch.empty(nx, nf, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(nf, dtype=dtype, device=device))
-        nn.init.normal_(self.weight, std=_STD)
+        if not self.weight.is_meta:  # there is nothing to draw there, and it takes its time
+            nn.init.normal_(self.weight, std=_STD)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., nf]` for x `[..., nx]`."""
@@ -168,7 +169,7 @@ class GPT2(CausalLM):
             config.n_embd, config.vocab_size, bias=False, dtype=dtype, device=device
         )
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:
                 residual = name.endswith(".c_proj.weight")
                 std = _STD / (2 * config.n_layer) ** 0.5 if residual else _STD
                 nn.init.normal_(parameter, std=std)

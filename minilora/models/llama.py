@@ -48,6 +48,8 @@ class Llama(CausalLM):
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device
         )
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:  # there is nothing to draw, and it takes its time
+                continue
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:

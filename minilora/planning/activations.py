@@ -101,15 +101,16 @@ def _gpt2_block(config: GPT2Config, linears: dict[str, Linear], p: Pass, first: 
     )
 
 
-def block_linears(linears: dict[str, Linear], index: int) -> dict[str, Linear]:
-    """Return the linears of one block by the names `block_saved` knows."""
-    found = {}
+def linears_by_block(linears: dict[str, Linear]) -> dict[int, dict[str, Linear]]:
+    """Return the linears of each block by the names `block_saved` knows."""
+    found: dict[int, dict[str, Linear]] = {}
     for name, one in linears.items():
         parts = name.split(".")
-        for at, part in enumerate(parts):
-            if part == str(index) and at and parts[at - 1] in ("h", "layers"):
+        for at, part in enumerate(parts[1:], 1):
+            if part.isdigit() and parts[at - 1] in ("h", "layers"):
                 rest = parts[at + 1 :]
-                found[".".join(rest) if parts[at - 1] == "h" else rest[-1]] = one
+                short = ".".join(rest) if parts[at - 1] == "h" else rest[-1]
+                found.setdefault(int(part), {})[short] = one
     return found
 
 
@@ -142,6 +143,7 @@ def saved(config: Config, linears: dict[str, Linear], p: Pass, checkpointing: bo
     if checkpointing:
         between = layers * p.tokens * config.hidden_size * p.s
         return between + last + head
-    blocks = sum(block_saved(config, block_linears(linears, n), p, n == 0) for n in range(layers))
+    inside = linears_by_block(linears)
+    blocks = sum(block_saved(config, inside[n], p, n == 0) for n in range(layers))
     rotation = 0 if isinstance(config, GPT2Config) else p.T * config.head_dim * p.s
     return blocks + last + head + rotation

@@ -18,7 +18,7 @@ from minilora.planning.calibration import Calibration
 from minilora.planning.devices import DEVICES, Device
 from minilora.planning.memory import Memory, Settings, count_memory
 from minilora.planning.shapes import Shape
-from minilora.planning.speed import Cost, Prices, Speed, cost_of, foretell, run_of
+from minilora.planning.speed import Cost, Prices, Speed, cost_of, duration, foretell, run_of
 
 HERE = "here"
 LONGEST = 12.0  # hours: a run that is done overnight
@@ -244,7 +244,7 @@ def advise(planner: Planner, options: list[Option]) -> Advice:
     """Choose this machine if it is done overnight, else the smallest other one that fits."""
     shape, data = planner.shape, planner.data
     here = next((one for one in options if one.device.name == HERE and one.fits), None)
-    others = [one for one in options if one.device.name != HERE and one.fits]
+    others = [one for one in options if one.device.name != HERE and one.fits and _trains(one)]
     overnight = here is not None and here.speed is not None and here.speed.hours <= LONGEST
     size = f"{shape.parameters / 1e9:.2g}B parameters"
     if here is not None and here.speed is not None and overnight:
@@ -254,7 +254,8 @@ def advise(planner: Planner, options: list[Option]) -> Advice:
         traits.append(f"a base in {here.settings.format or _plain(here.settings)}")
         why = (
             f"The CPU here is the right choice: {_gb(here.memory.peak)} of "
-            f"{_gb(here.device.memory)} GB, done in {_time(here.speed.hours)} ({', '.join(traits)})"
+            f"{_gb(here.device.memory)} GB, done in {duration(here.speed.hours)} "
+            f"({', '.join(traits)})"
             f". A larger machine would only be done sooner."
         )
         text = command(shape, here.settings, data, here.device)
@@ -268,22 +269,27 @@ def advise(planner: Planner, options: list[Option]) -> Advice:
         reason = f"{size} do not fit into {_gb(planner.here.memory)} GB here, not even in nf4"
     else:
         reason = f"it fits here, but {size} over {data.examples:,} examples take "
-        reason += f"{_time(here.speed.hours)} (a CPU is right up to {LONGEST:g})"
+        reason += f"{duration(here.speed.hours)} (a CPU is right up to {LONGEST:g} h)"
     why = f"The CPU here is the wrong choice: {reason}. "
     if chosen is None:
         why += "No machine in the table fits either: shorten rows, or take a smaller model."
         return Advice(here, "", False, why)
     if chosen.speed is not None:
         why += f"The smallest machine in the table that fits is {chosen.device.name}: about "
-        why += f"{_time(chosen.speed.hours)}."
+        why += f"{duration(chosen.speed.hours)}."
     if chosen.device.gpu:
         why += " (The command line trains on the CPU so far; on the GPU call load_model(..., "
         why += "device='cuda') and fit from Python with the same settings.)"
     return Advice(chosen, command(shape, chosen.settings, data, chosen.device), False, why)
 
 
+def _trains(option: Option) -> bool:
+    """Tell whether `minilora train` can do it: it shards plain weights only."""
+    return option.settings.parallel != "fsdp" or option.settings.format is None
+
+
 def u_shape(options: list[Option]) -> str:
-    """Say where cost, or electricity, is least among the machines that fit."""
+    """Say where cost, or electricity, is least among the machines that fit, slowest to fastest."""
     priced = [(_paid(one), one) for one in options if _paid(one) is not None]
     kind = "cost"
     if len(priced) < 3:
@@ -291,10 +297,15 @@ def u_shape(options: list[Option]) -> str:
         kind = "electricity (pass prices for cost)"
     if len(priced) < 3:
         return ""
-    least = min(priced, key=lambda pair: pair[0] or 0.0)[1]
+    priced.sort(key=lambda pair: -pair[1].speed.hours if pair[1].speed else 0.0)
+    at = min(range(len(priced)), key=lambda i: priced[i][0] or 0.0)
+    least = priced[at][1].device.name
+    if at in (0, len(priced) - 1):
+        which = "slowest" if at == 0 else "fastest"
+        return f"Over machines {kind} is least at the {which} that is compared, {least}."
     return (
-        f"Over machines {kind} is U-shaped: smaller ones work longer than they are cheaper, larger "
-        f"ones cost more than they are faster; the least is at {least.device.name}."
+        f"Over machines {kind} is U-shaped: slower ones work longer than they are cheaper, faster "
+        f"ones cost more than they save; the least is at {least}."
     )
 
 
@@ -316,7 +327,11 @@ def all_options(planner: Planner, settings: Settings, chosen: Device) -> list[Op
                 options.append(planner.option(one, local))
     for device in (local, *DEVICES.values()):
         best = planner.best(_single(settings), device)
-        if best is not None and not any(
+        if best is None:  # a row that says so, of what needs the least there
+            if any(one.device.name == device.name for one in options):
+                continue
+            best = planner.option(list(variants(_single(settings), device))[-1], device)
+        if not any(
             (best.device.name, best.settings) == (one.device.name, one.settings) for one in options
         ):
             options.append(best)
@@ -333,10 +348,6 @@ def _plain(settings: Settings) -> str:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.1f}"
-
-
-def _time(hours: float) -> str:
-    return f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
 
 
 __all__ = [

@@ -44,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parallel", choices=("ddp", "fsdp"))
     place = parser.add_argument_group("machine")
     add = place.add_argument
-    add("--device", default=HERE, metavar="NAME", help=f"here (default), {', '.join(DEVICES)}")
+    add(
+        "--device",
+        "--gpu",
+        default=HERE,
+        metavar="NAME",
+        help=f"here (default), {', '.join(DEVICES)}",
+    )
     add("--memory", type=float, metavar="GB", help="that may be used, in 10⁹ bytes")
     add("--untimed", action="store_true", help="time no blocks: faster, rougher")
     add("--price", nargs="+", default=(), metavar="[NAME=]PRICE", help="an hour on demand")

@@ -17,7 +17,12 @@ from torch import nn
 from minilora.data import Batch, Example, pad
 from minilora.evaluation import token_loss
 from minilora.injection import inject, places_of
-from minilora.kernels import hardware, int8_is_exact
+from minilora.kernels import (
+    hand_back_freed_memory,
+    hardware,
+    int8_is_exact,
+    keep_freed_memory,
+)
 from minilora.layers import is_conv1d
 from minilora.models import GPT2Config
 from minilora.planning import constants
@@ -42,6 +47,7 @@ class Calibration:
         bandwidth: bytes/s of a copy, read and written.
         int8: whether INT8 and INT4 are multiplied as integers here.
         process: bytes of a process that trained a model of no size.
+        busy: share of the processor that other work took meanwhile; 0 where that is not known.
     """
 
     memory: int
@@ -49,17 +55,37 @@ class Calibration:
     bandwidth: float
     int8: bool
     process: int
+    busy: float = 0.0
 
 
 @functools.cache
 def calibrate() -> Calibration:
     """Measure this machine once per process, in about five seconds."""
+    before = _processor_seconds()
     found = hardware()
     rates = {n: getattr(found, n) * 1e9 for n in ("float32", "bfloat16", "int8")}
     rates["float16"] = rates["bfloat16"]
     flags = ("avx_vnni", "avx512_vnni", "amx_int8")
     int8 = int8_is_exact() and any(flag in found.flags for flag in flags)
-    return Calibration(free_memory(), rates, _bandwidth(), int8, process_bytes())
+    bandwidth, process = _bandwidth(), process_bytes()
+    busy = _others(before, _processor_seconds())
+    return Calibration(free_memory(), rates, bandwidth, int8, process, busy)
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """Seconds of all processors: in all, at work, and at work for this process and its children."""
+    lines = Path("/proc/stat").read_text().splitlines() if Path("/proc/stat").exists() else [""]
+    ticks = [int(n) for n in lines[0].split()[1:9]] or [0] * 8  # user to steal
+    idle, own = ticks[3] + ticks[4], os.times()
+    each = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 1.0
+    mine = own.user + own.system + own.children_user + own.children_system
+    return sum(ticks) * each, (sum(ticks) - idle) * each, mine
+
+
+def _others(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """Return the share of the processors' time between two readings that went to other work."""
+    total, work, mine = (b - a for a, b in zip(before, after, strict=True))
+    return min(1.0, max(0.0, work - mine) / total) if total > 0 else 0.0
 
 
 def free_memory() -> int:
@@ -197,6 +223,7 @@ def _step(model: Any, batch: Batch, optimizer: torch.optim.Optimizer, settings: 
 
 def _seconds(shape: Shape, settings: Settings, layers: int, rows: int) -> float:
     """Time a step of a shallow model: the best of three to eight, after one that warms up."""
+    keep_freed_memory()  # as `fit` does: steps are slower where freed pages are cleared again
     shallow = _shallow(shape, layers)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -224,6 +251,7 @@ def _timed(shape: Shape, settings: Settings) -> tuple[float, float, float]:
     most = _SECONDS * rate * 1e9 / (6 * flops * settings.length)
     rows = max(1, min(p.B, int(most)))
     low, high = (_seconds(shape, settings, depth, rows) for depth in _DEPTHS)
+    hand_back_freed_memory()
     block = max(0.0, (high - low) / (_DEPTHS[1] - _DEPTHS[0]))
     return max(0.0, low - _DEPTHS[0] * block), block, p.B / rows
 

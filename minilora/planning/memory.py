@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from minilora.planning import constants
-from minilora.planning.activations import Pass, block_linears, block_saved, saved
+from minilora.planning.activations import Pass, block_saved, linears_by_block, saved
 from minilora.planning.shapes import Linear, Shape, adapted
 from minilora.sizes import Sizes, sizes
 
@@ -199,7 +199,7 @@ def count_memory(
     if settings.moment_bytes is not None:
         moment = settings.moment_bytes
     kept = saved(config, linears, p, settings.checkpointing)
-    block = block_saved(config, block_linears(linears, config.num_hidden_layers - 1), p)
+    block = block_saved(config, linears_by_block(linears)[config.num_hidden_layers - 1], p)
     again = block if settings.checkpointing else 0
     share = settings.ranks if settings.parallel == "fsdp" else 1
     heap = 0.0
@@ -230,7 +230,9 @@ def count_memory(
     )  # fmt: skip
 
 
-_known: dict[str, tuple[Sizes, dict[str, Linear]]] = {}  # a plan asks for the same many times
+# A plan asks for the same many times.
+_known: dict[str, Sizes] = {}
+_known_linears: dict[str, dict[str, Linear]] = {}
 
 
 def _counted(
@@ -238,15 +240,16 @@ def _counted(
 ) -> tuple[Sizes, dict[str, Linear]]:
     """Count the base's bytes and list the linears of a model on the meta device."""
     quantizing = {} if settings.format is None else _quantizing(settings)
-    key = repr((shape.config, settings.format, quantizing, dtype, settings.r, settings.targets,
-                settings.exclude))  # fmt: skip
-    if key not in _known:
+    key = repr((shape.config, settings.format, quantizing, dtype))
+    which = repr((shape.config, settings.r, settings.targets, settings.exclude))
+    if key not in _known or which not in _known_linears:
         model = shape.empty(dtype)
-        found = sizes(model, settings.format, **quantizing)
-        if len(_known) >= 64:
-            _known.clear()
-        _known[key] = (found, adapted(model, settings.r, settings.targets, settings.exclude))
-    return _known[key]
+        for held in (_known, _known_linears):
+            if len(held) >= 64:
+                held.clear()
+        _known[key] = sizes(model, settings.format, **quantizing)
+        _known_linears[which] = adapted(model, settings.r, settings.targets, settings.exclude)
+    return _known[key], _known_linears[which]
 
 
 def layers_that_grow(shape: Shape, settings: Settings) -> int:

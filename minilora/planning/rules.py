@@ -30,10 +30,12 @@ class Rule:
     misleads: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.rule}: {self.says / _GB:.1f} GB; computed {self.computed / _GB:.1f} GB "
-            f"({self.of}). {self.misleads}"
-        )
+        says, computed = _size(self.says), _size(self.computed)
+        return f"{self.rule}: {says}; computed {computed} ({self.of}). {self.misleads}"
+
+
+def _size(count: int) -> str:
+    return f"{count / _GB:.1f} GB" if count >= _GB else f"{count / 1e6:.0f} MB"
 
 
 def rules_of_thumb(shape: Shape, settings: Settings, memory: Memory) -> list[Rule]:
@@ -59,7 +61,7 @@ def rules_of_thumb(shape: Shape, settings: Settings, memory: Memory) -> list[Rul
             "LoRA needs a tenth (70B in 14 GB)",
             int(0.2 * parameters),
             full.weights + trained,
-            f"bf16 base {full.weights / _GB:.1f} + trained state {trained / _GB:.2f}",
+            f"bf16 base {_size(full.weights)} + trained state {_size(trained)}",
             "LoRA shrinks gradients and optimizer, not the frozen weights: these stay, whole, "
             "unless they are quantized or shared out.",
         ),

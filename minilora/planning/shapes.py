@@ -1,5 +1,6 @@
 """What is planned for: a model's shape from a preset, a folder, a file, the hub or a module."""
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.injection import inject
 from minilora.layers import is_linear
-from minilora.lora_layer import lora_layers
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
 from minilora.models.folder import KINDS, read_json
 from minilora.models.gguf_file import model_config, read_gguf
@@ -47,7 +46,7 @@ class Shape:
             return GPT2(self.config, dtype=dtype, device="meta")
         return Llama(self.config, dtype=dtype, device="meta")
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         """Number of parameters, a tied head counted once."""
         return sum(p.numel() for p in self.empty().parameters())
@@ -146,7 +145,7 @@ class Linear:
 def adapted(
     model: Any, r: int, targets: object = "all-linear", exclude: object = ()
 ) -> dict[str, Linear]:
-    """Put adapters of rank r on a model on the meta device; return its linears, adapted or not.
+    """List a model's linears with the rank that `inject` would give each, 0 for no adapter.
 
     Raises:
         ValueError: what `inject` refuses, other targets than linears, or a rank above what a
@@ -155,7 +154,8 @@ def adapted(
     check_rank(r)
     modules = plain_modules(model)
     shapes = {n: matrix_shape(m) for n, m in modules.items() if is_linear(m)}
-    for name in select_targets(model, targets, exclude):
+    chosen = dict.fromkeys(select_targets(model, targets, exclude))
+    for name in chosen:
         if name not in shapes:
             raise ValueError(
                 f"plan() plans for adapters on linear layers, found {name} among the targets; "
@@ -166,8 +166,6 @@ def adapted(
                 f"r={r} is above what {name} can use: its shape is {list(shapes[name])}, so no "
                 f"change of it has a rank above {min(shapes[name])}; lower r, or exclude the layer"
             )
-    inject(model, r, targets=targets, exclude=exclude)
-    layers = lora_layers(model)
     return {
-        name: Linear(name, *shape, r if name in layers else 0) for name, shape in shapes.items()
+        name: Linear(name, *shape, r if name in chosen else 0) for name, shape in shapes.items()
     }

@@ -96,6 +96,15 @@ def foretell(
     return run_of(seconds, how, work.tokens, settings, examples, epochs)
 
 
+def duration(hours: float) -> str:
+    """Write a time in the unit that suits it."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} s"
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
 def run_of(
     seconds: float, how: str, tokens: int, settings: Settings, examples: int, epochs: float
 ) -> Speed:

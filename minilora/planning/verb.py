@@ -1,6 +1,7 @@
 """The verb: plan a run before it begins."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,9 @@ from minilora.planning.devices import Device, device
 from minilora.planning.memory import Memory, Settings, whole
 from minilora.planning.rules import Rule, rules_of_thumb
 from minilora.planning.shapes import Shape, read_shape
-from minilora.planning.speed import Cost, Prices, Speed
+from minilora.planning.speed import Cost, Prices, Speed, duration
 
+BUSY = 0.2  # share of the processor above which times are worth a warning
 _WORDS = {
     "process": "process (Python, torch, libraries)",
     "base": "base, not quantized",
@@ -62,6 +64,7 @@ class Plan:
         rules: rules of thumb beside the computed figures.
         options: other ways to run.
         advice: what to do, with a command.
+        busy: share of the processor here that other work took while the plan was made.
     """
 
     shape: Shape
@@ -75,6 +78,7 @@ class Plan:
     rules: list[Rule]
     options: list[Option]
     advice: Advice
+    busy: float = 0.0
 
     def __str__(self) -> str:
         parts = [self._head(), memory_table(self.memory, self.device), self._time()]
@@ -92,7 +96,8 @@ class Plan:
             f"({self.shape.source}); r={s.r}, base {_base(s)}, {s.batch_size} × {s.accumulate} rows"
             f" of up to {s.length} tokens a step, checkpointing {again}"
             f"{f', {s.ranks} ranks ({s.parallel})' if s.parallel else ''}; {self.data.examples:,} "
-            f"examples of {self.data.mean} tokens, {self.data.epochs:g} epochs; on "
+            f"examples of {self.data.mean} tokens, {self.data.epochs:g} "
+            f"epoch{'' if self.data.epochs == 1 else 's'}; on "
             f"{self.device.name} ({self.device.what})"
         )
 
@@ -108,15 +113,22 @@ class Plan:
         text = (
             f"Time: {self.speed.step_seconds:.3g} s a step, "
             f"{self.speed.tokens_per_second:,.0f} tokens/s, {self.speed.steps:,} steps, "
-            f"{self.speed.hours:.3g} hours ({how})"
+            f"{duration(self.speed.hours)} ({how})"
         )
+        if self.device.name == HERE and self.busy > BUSY:
+            text += (
+                f"\n  Other work took {self.busy:.0%} of the processor while this was measured; a "
+                f"quiet machine is faster"
+            )
         cost = self.cost
         if cost is not None and cost.rented is not None:
-            text += f"\nCost on demand: {cost.rented:.2f}"
+            text += f"\nCost on demand: {_money(cost.rented)}"
         if cost is not None and cost.owned is not None:
-            text += f"\nCost owned: {cost.owned:.2f}"
-            if cost.break_even is not None:
+            text += f"\nCost owned: {_money(cost.owned)}"
+            if cost.break_even is not None and cost.break_even <= 1:
                 text += f" (cheaper than renting above a duty cycle of {cost.break_even:.0%})"
+            elif cost.break_even is not None:
+                text += " (renting is cheaper at any duty cycle)"
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +142,8 @@ class Plan:
             "memory": self.memory.components() | {"peak": self.memory.peak},
             "fits": self.fits,
             "speed": None if self.speed is None else dataclasses.asdict(self.speed),
-            "cost": None if self.cost is None else dataclasses.asdict(self.cost),
+            "cost": _cost(self.cost),
+            "busy": self.busy,
             "rules": [dataclasses.asdict(rule) for rule in self.rules],
             "options": [
                 {
@@ -140,13 +153,25 @@ class Plan:
                     "fits": one.fits,
                     "speed": None if one.speed is None else dataclasses.asdict(one.speed),
                     "kwh": one.kwh,
-                    "cost": None if one.cost is None else dataclasses.asdict(one.cost),
+                    "cost": _cost(one.cost),
                 }
                 for one in self.options
             ],
             "advice": {"cpu": self.advice.cpu, "why": self.advice.why}
             | {"command": self.advice.command},
         }
+
+
+def _cost(cost: Cost | None) -> dict[str, float | None] | None:
+    """Return it with null for a duty cycle that is never reached: JSON has no infinity."""
+    if cost is None:
+        return None
+    found = dataclasses.asdict(cost)
+    return {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
+
+
+def _money(amount: float) -> str:
+    return "under 0.01" if 0 < amount < 0.01 else f"{amount:,.2f}"
 
 
 def _settings(settings: Settings) -> dict[str, Any]:
@@ -176,7 +201,7 @@ def memory_table(memory: Memory, place: Device | None = None) -> str:
 
 def option_table(options: list[Option]) -> str:
     """Return the options as a table."""
-    head = ("machine", "base", "rows", "again", "ranks", "GB", "of", "fits", "tokens/s", "hours",
+    head = ("machine", "base", "rows", "again", "ranks", "GB", "of", "fits", "tokens/s", "time",
             "kWh", "cost")  # fmt: skip
     rows = [head]
     for one in options:
@@ -189,9 +214,9 @@ def option_table(options: list[Option]) -> str:
             f"{one.memory.peak / 1e9:.1f}", f"{one.device.memory / 1e9:.0f}",
             "yes" if one.fits else "no",
             f"{speed.tokens_per_second:,.0f}" if speed else "–",
-            f"{speed.hours:.3g}" if speed else "–",
+            duration(speed.hours) if speed else "–",
             "–" if one.kwh is None else f"{one.kwh:.2g}",
-            "–" if not paid else f"{min(paid):.2f}",
+            "–" if not paid else _money(min(paid)),
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(
@@ -206,14 +231,16 @@ def data_size(data: int | Iterable[Any], length: int | None, epochs: float) -> D
     good = isinstance(epochs, (int, float)) and not isinstance(epochs, bool) and 0 < epochs < 1e9
     if not good:
         raise ValueError(f"epochs must be a finite number above 0, found {epochs!r}")
+    if length is not None and whole("length", length) < 2:
+        raise ValueError("length must be at least 2, as a row's first token is never learned")
     if isinstance(data, int):
-        rows, longest = whole("data", data), 512 if length is None else whole("length", length)
+        rows, longest = whole("data", data), 512 if length is None else length
         return Data(rows, longest, longest, epochs)
     sizes = [len(example.input_ids) for example in as_examples(data)]
     if not sizes:
         raise ValueError("data must hold at least one example, found none")
     if length is not None:
-        sizes = [min(size, whole("length", length)) for size in sizes]
+        sizes = [min(size, length) for size in sizes]
     return Data(len(sizes), max(1, round(sum(sizes) / len(sizes))), max(sizes), epochs)
 
 
@@ -294,12 +321,17 @@ def plan(
             f"{chosen.name} has {chosen.count} GPUs, found ranks={ranks}; pass at most as many"
         )
     asked = {chosen.name: prices} if isinstance(prices, Prices) else dict(prices or {})
+    if ranks > batch_size:
+        raise ValueError(
+            f"batch_size counts the rows of all ranks, so it must be at least ranks, found "
+            f"batch_size={batch_size} and ranks={ranks}"
+        )
     planner = Planner(shape, size, here, asked, timed)
     options = all_options(planner, settings, chosen)
     first = options[0]
     return Plan(
         shape, settings, size, chosen, first.memory, first.fits, first.speed, first.cost,
-        rules_of_thumb(shape, settings, first.memory), options, advise(planner, options),
+        rules_of_thumb(shape, settings, first.memory), options, advise(planner, options), here.busy,
     )  # fmt: skip
 
 

@@ -1,33 +1,13 @@
 """Run a model's blocks through `torch.compile`, for the time of a run."""
 
-import ctypes
 import functools
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from minilora.lora_layer import lora_layers
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of settings in glibc's malloc.h
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step, once for the process.
-
-    By default it hands every block above 32 MB back to the kernel and has the pages cleared again
-    at the next use, in every step. Elsewhere nothing is done.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 2**30)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @functools.cache

@@ -1,0 +1,44 @@
+"""Memory used again: lent buffers, and what the C library keeps of what was freed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora.kernels import hand_back_freed_memory, keep_freed_memory
+from minilora.kernels.workspace import _of_libc, workspace
+
+CPU = torch.device("cpu")
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_workspace_is_lent_again():
+    first = workspace(torch.Size((3, 5)), torch.float64, CPU)
+    second = workspace(torch.Size((2, 4)), torch.float64, CPU)
+    assert second.shape == (2, 4)
+    assert second.data_ptr() == first.data_ptr()
+    assert workspace(torch.Size((2, 4)), torch.float32, CPU).data_ptr() != first.data_ptr()
+
+
+@pytest.mark.skipif(_of_libc("mallopt") is None, reason="needs glibc")
+def test_freed_memory_is_kept_until_it_is_handed_back():
+    keep_freed_memory()
+    hand_back_freed_memory()
+    held = torch.ones(2**26)
+    size, before = held.nbytes, resident()
+    del held
+    kept = resident()
+    assert before - kept < size // 4, "the next step finds it there"
+    hand_back_freed_memory()
+    assert kept - resident() > size // 2
+
+
+def test_elsewhere_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert _of_libc("malloc_trim") is None
+    keep_freed_memory.__wrapped__()
+    hand_back_freed_memory()
