@@ -313,13 +313,9 @@ def _load(options: argparse.Namespace, prepare=None):
         dtype = common_dtype(options.parallel)
     format = getattr(options, "quantize", None)
     if format is not None or is_quantized_folder(options.model):
-        if prepare is not None:
-            raise ValueError(
-                "--parallel fsdp reads plain weights in parts, found a quantized base; use "
-                "--parallel ddp, or quantize and shard in a script of your own"
-            )
+        block_size = getattr(options, "block_size", 64)
         model, tokenizer = load_quantized(
-            options.model, format, block_size=getattr(options, "block_size", 64), dtype=dtype
+            options.model, format, block_size=block_size, dtype=dtype, prepare=prepare
         )
     else:
         model, tokenizer = load_model(options.model, dtype=dtype, prepare=prepare)

@@ -486,15 +486,3 @@ def test_cli_quantizes_trains_evaluates_and_merges(letters, tmp_path, capsys, fo
     assert run("train", folder, *train, "--out", tmp_path / "x", "--quantize", "nf4",
                "--block-size", "65") == 2  # fmt: skip
     assert "block_size of nf4 must be one of" in capsys.readouterr().err
-
-
-def test_cli_fsdp_refuses_a_quantized_base(folder, letters, tmp_path, capsys, monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"),
-                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):  # fmt: skip
-        monkeypatch.setenv(name, value)
-    found = run("train", folder, "--data", letters, "--max-steps", "1", "--out", tmp_path / "o",
-                "--quantize", "nf4", "--parallel", "fsdp")  # fmt: skip
-    assert found == 2
-    assert "--parallel fsdp reads plain weights in parts, found a quantized base" in (
-        capsys.readouterr().err
-    )

@@ -17,12 +17,11 @@ def cannot():
 
 def test_settle_compile_asks_only_where_it_is_wanted(monkeypatch):
     monkeypatch.setattr(compiling, "compile_problem", cannot)
-    assert settle_compile(False, None) == (False, None)
-    assert settle_compile("auto", "ddp") == (False, None)
-    wanted, remark = settle_compile("auto", None)
+    assert settle_compile(False) == (False, None)
+    wanted, remark = settle_compile("auto")
     assert not wanted and "not compiled, since torch.compile does not work here: Inv" in remark
     with pytest.raises(RuntimeError, match=r"compile=True \(--compile\) needs torch.compile to"):
-        settle_compile(True, None)
+        settle_compile(True)
 
 
 def test_compile_problem_says_what_is_missing(monkeypatch):
@@ -36,8 +35,6 @@ def test_compile_problem_says_what_is_missing(monkeypatch):
 def test_config_refuses_what_it_cannot_mean():
     with pytest.raises(ValueError, match="compile must be True, False or 'auto'"):
         TrainConfig(compile="yes")
-    with pytest.raises(ValueError, match="compile=True runs in one process, found parallel='ddp'"):
-        TrainConfig(compile=True, parallel="ddp")
 
 
 def test_blocks_are_the_outermost_lists_entries_that_hold_adapters():

@@ -48,7 +48,7 @@ class TrainConfig:
         compile: True runs each block of the model through `torch.compile`, which takes a C++
             compiler and about half a minute once (its result is cached on disk); `"auto"` does
             where that works and says so where not. Rounding differs from uncompiled steps, and
-            dropout's masks depend on the batch. Not with parallel.
+            dropout's masks depend on the batch. Of several ranks all compile, or none.
         shuffle: a new order each epoch.
         group_by_length: batches of similar lengths (less padding).
         seed: decides order and dropout, nothing else; the global random state is left alone.
@@ -115,11 +115,6 @@ class TrainConfig:
         for key in ("checkpointing", "shuffle", "group_by_length"):
             self._require(key, isinstance(getattr(self, key), bool), "True or False")
         self._require("compile", self.compile in (True, False, "auto"), "True, False or 'auto'")
-        if self.compile is True and self.parallel is not None:
-            raise ValueError(
-                f"compile=True runs in one process, found parallel={self.parallel!r}; set one of "
-                f"them to its default"
-            )
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         good = self.parallel in (None, *PARALLEL)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minilora.kernels import hardware
-from minilora.lora_layer import lora_layers, weight_sample
+from minilora.lora_layer import lora_layers, weight_device, weight_sample
 
 KINDS = ("ddp", "fsdp")
 
@@ -67,6 +67,10 @@ class Ranks:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return sums.tolist()
+
+    def any(self, here: bool) -> bool:
+        """Tell whether it holds on any rank."""
+        return self.sums(here)[0] > 0
 
     def agree(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """Return rank 0's dtype."""
@@ -193,7 +197,7 @@ def shard(model: nn.Module) -> None:
             f"{', '.join(sorted(dtypes))}; inject with one dtype"
         )
     for fqn, layer in layers.items():  # the whole weight is not at hand later
-        if layer.base_sample is None and not layer.base.weight.is_meta:
+        if layer.base_sample is None and weight_device(layer.base).type != "meta":
             layer.base_sample = weight_sample(fqn, layer.base.weight)
     device = next(model.parameters()).device.type
     mesh = init_device_mesh("cpu" if device == "meta" else device, (dist.get_world_size(),))

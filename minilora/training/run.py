@@ -91,7 +91,8 @@ class Run:
         check_model(model, self.layers)
         self.adapter = trained_adapter(model, self.layers)
         self.names = trained(model, self.layers, self.adapter)
-        self.compile, reason = settle_compile(config.compile, config.parallel)
+        self.compile, reason = settle_compile(config.compile)
+        self.compile = not self.ranks.any(not self.compile)  # all, or none
         self.device = device_of(model)
         chosen = compute_dtype(self.layers, config.dtype, self.device)
         self.dtype = self.ranks.agree(chosen)
