@@ -206,6 +206,12 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--save-every", type=int, metavar="STEPS")
     run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     run.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="GB",
+        help="of this process on a CPU: what would take more is computed in smaller passes",
+    )
+    run.add_argument(
         "--compile", action="store_true", help="faster steps after half a minute; needs g++"
     )
     run.add_argument("--seed", type=int, default=0)
@@ -344,8 +350,6 @@ def _train(options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:  # before the slow part
         check_free(options.out)
         check_out(options.out, options.resume)
-    if options.pack and options.stream:
-        raise ValueError("--pack needs all documents at once, found --stream too; leave one away")
     config = minilora.TrainConfig(
         lr=options.lr,
         lora_plus_ratio=options.lora_plus_ratio,
@@ -358,6 +362,7 @@ def _train(options: argparse.Namespace) -> int:
         eval_every=options.eval_every,
         save_every=options.save_every,
         checkpointing=options.checkpointing,
+        max_memory=options.max_memory,
         compile=options.compile,
         seed=options.seed,
         patience=options.patience,
@@ -389,11 +394,11 @@ def _train(options: argparse.Namespace) -> int:
     else:
         model, tokenizer = _load(options)
     train: Any = (
-        streamed(options.data, tokenizer, options.max_length, options.all_tokens)
+        streamed(options.data, tokenizer, options.max_length, options.all_tokens, options.pack)
         if train_data is None
         else _examples(train_data, tokenizer, options)
     )
-    if options.pack:
+    if options.pack and not options.stream:
         train = pack(train, options.max_length)
     valid = _examples(valid_data, tokenizer, options) if valid_data is not None else None
     if options.parallel != "fsdp":

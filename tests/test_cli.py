@@ -354,8 +354,8 @@ def test_cli_train_packs_streams_and_keeps_tokens(folder, tmp_path, capsys):
     assert "a stream of examples, in windows of 400" in capsys.readouterr().err
     assert run(*train[:-2], "--out", tmp_path / "e", "--stream") == 2
     assert "a stream has no known length" in capsys.readouterr().err
-    assert run(*train, "--out", tmp_path / "e", "--stream", "--pack") == 2
-    assert "--pack needs all documents at once" in capsys.readouterr().err
+    assert run(*train, "--out", tmp_path / "f", "--stream", "--pack") == 0
+    assert "windows of 400, packed into rows of 16 tokens" in capsys.readouterr().err
 
 
 def test_cli_train_on_a_stream_names_the_bad_line(folder, letters, tmp_path, capsys):

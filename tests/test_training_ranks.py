@@ -1,5 +1,6 @@
 """Several processes: torch's DDP and FSDP2 on gloo give the single process's numbers."""
 
+import functools
 import json
 import os
 import pathlib
@@ -133,7 +134,8 @@ def close(told, expected, tolerance):
 @pytest.mark.parametrize(
     ("kind", "ranks", "base"),
     [("ddp", 2, "float32"), ("fsdp", 2, "float32"), ("fsdp", 4, "float32"), ("ddp", 2, "nf4"),
-     ("fsdp", 2, "nf4"), ("fsdp", 2, "quantized int8"), ("fsdp", 2, "uint8")],
+     ("fsdp", 2, "nf4"), ("fsdp", 2, "quantized int8"), ("fsdp", 2, "uint8"),
+     ("ddp", 4, "quantized int8"), ("fsdp", 4, "nf4")],
 )  # fmt: skip
 def test_ranks_give_the_single_processs_losses(go, alone, kind, ranks, base):
     """Ragged rows, unequal tokens, batches with fewer rows than ranks, dropout, evaluations."""
@@ -159,6 +161,26 @@ def test_ranks_compute_a_bfloat16_base_to_its_rounding(go, alone):
     told, _ = go(2, kind="fsdp", base="bfloat16", dropout=0.0)
     expected, _ = go(1, kind=None, base="bfloat16", dropout=0.0)
     close(told, expected, 1e-2)
+
+
+def compiled_train(out, kind, **options):
+    """Without Inductor, whose C++ compiler takes its time: what is traced is the same."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    train(out, kind, compile=True, **options)
+    if os.environ.get("RANK", "0") == "0":
+        saved = load_state(pathlib.Path(out))[1]["identity"]["config"]
+        assert saved["compile"] is True
+
+
+@pytest.mark.parametrize(("kind", "base"), [("ddp", "float32"), ("fsdp", "nf4")])
+def test_ranks_compile_their_blocks(forks, go, tmp_path, kind, base):
+    """FSDP2's hooks gather a block's weights before its compiled part."""
+    expected, _ = go(1, kind=None, base=base, dropout=0.0)
+    out = tmp_path / "run"
+    options = {"out": str(out), "kind": kind, "base": base, "dropout": 0.0, "checkpointing": True}
+    forks.start_ranks("test_training_ranks:compiled_train", 2, **options)
+    assert forks.codes() == [0, 0], forks.log.read_text()[-3000:]
+    close(json.loads((out / "told.json").read_text()), expected, 1e-5)
 
 
 def test_fsdp_recomputes_activations_with_the_same_masks(go, alone):
