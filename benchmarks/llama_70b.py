@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows = [row(ranks, format) for format in (None, "nf4") for ranks in RANKS]
-    print("| base | GPUs | base | adapters, optimizer | kept and gathered | peak | fits |")
+    print("| base | GPUs | base's part | adapter, gradients, moments | activations and gathered "
+          "| peak | fits |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
     for found in rows:
         part = {name: found[f"{name} bytes"] / 1e9 for name in PARTS}
@@ -54,7 +55,7 @@ def main() -> None:
         print(
             f"| {found['base format']} | {found['ranks']} | {base:.1f} | {trained:.2f} | "
             f"{peak - base - trained:.1f} | {peak:.1f} | "
-            f"{f'{fits[0]} GB' if fits else 'none of them'} |"
+            f"{f'{fits[0]} GB' if fits else 'none of these'} |"
         )
     if options.csv is not None:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:

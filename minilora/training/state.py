@@ -109,7 +109,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
                 os.replace(newest, previous)
             try:
                 os.replace(aside, newest)
-            except OSError:
+            except BaseException:  # a second Ctrl-C too
                 if previous.is_file() and not newest.exists():
                     os.replace(previous, newest)
                 raise
