@@ -147,6 +147,11 @@ def _in_parts(transform: _Quantizing, prepare: Prepare) -> Prepare:
 
     def start(model: Any) -> Any:
         transform.start(model)
+        if model.config.tie_word_embeddings and "lm_head.weight" in transform.wanted:
+            raise ValueError(
+                "a head that shares the embedding's weight can't be read in parts and quantized, "
+                "as no tensor is stored for it; leave lm_head out of targets"
+            )
         dtype = next(p.dtype for p in model.parameters())
         for fqn, module in transform.wanted.items():
             name, bias = fqn.removesuffix(".weight"), module.bias is not None
@@ -266,6 +271,10 @@ def _read_in_parts(
     for name, tensor in stored_tensors(folder / WEIGHTS):
         owner, _, leaf = name.rpartition(".")
         if owner not in rows or leaf == "bias":
+            if not is_finite(tensor):
+                raise ValueError(
+                    f"{name} in '{folder}' must be finite, found NaN or Inf; write the folder again"
+                )
             put(name, tensor.to(dtype or floats))
             continue
         mine = parts.setdefault(owner, {})

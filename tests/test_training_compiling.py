@@ -39,9 +39,9 @@ def test_config_refuses_what_it_cannot_mean():
 
 def test_blocks_are_the_outermost_lists_entries_that_hold_adapters():
     model = tiny()
-    assert blocks_of(model) == list(model.blocks)
-    model = minilora.inject(plain(), r=2, alpha=3, targets="blocks.1.*")
-    assert blocks_of(model) == [model.blocks[1]]
+    assert blocks_of(model) == list(model.model.layers)
+    model = minilora.inject(plain(), r=2, alpha=3, layers=[1])
+    assert blocks_of(model) == [model.model.layers[1]]
     assert blocks_of(plain()) == []
 
 
@@ -63,12 +63,12 @@ def test_a_compiled_run_trains_alike_and_leaves_no_trace():
 @needs_compiler
 def test_a_block_with_its_own_forward_gets_it_back_also_after_an_error():
     model = tiny()
-    own = model.blocks[0].forward
-    model.blocks[0].forward = own
+    own = model.model.layers[0].forward
+    model.model.layers[0].forward = own
     with pytest.raises(KeyError), compiled(model, True):
-        assert model.compiled_loss and model.blocks[0].forward is not own
+        assert model.compiled_loss and model.model.layers[0].forward is not own
         raise KeyError
-    assert model.blocks[0].forward is own and "forward" not in model.blocks[1].__dict__
+    assert model.model.layers[0].forward is own and "forward" not in model.model.layers[1].__dict__
     with compiled(model, False):
         assert not model.compiled_loss
 
