@@ -266,7 +266,7 @@ def _read_in_parts(
             f"'{folder}' does not hold the model it describes: {sorted(wanted ^ stored.keys())[0]} "
             f"is in one of them only"
         )
-    put = prepare(model.to(dtype or floats).eval())
+    put: Any = prepare(model.to(dtype or floats).eval())
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in stored_tensors(folder / WEIGHTS):
         owner, _, leaf = name.rpartition(".")
