@@ -6,8 +6,11 @@ rank's own passes, so that ranks may have any number of passes; under `fsdp` by 
 every pass.
 """
 
+import ctypes
+import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +23,7 @@ from minilora.kernels import hardware
 from minilora.lora_layer import lora_layers, weight_device, weight_sample
 
 KINDS = ("ddp", "fsdp")
+_MMAP_THRESHOLD = -3  # name of a setting in glibc's malloc.h
 
 
 class _Trained(nn.Module):
@@ -53,6 +57,8 @@ class Ranks:
         if kind is not None:
             start(kind, self.device)
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            if kind == "fsdp":
+                _give_back_freed_memory()
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError(
                 f"each of several processes must train with parallel='ddp' or 'fsdp' (--parallel), "
@@ -136,6 +142,21 @@ class Ranks:
     def close(self) -> None:
         """Forget what looks after the parameters."""
         self.reducer = None
+
+
+@functools.cache
+def _give_back_freed_memory() -> None:
+    """Let glibc hand blocks above 1 MB back to the system as they are freed.
+
+    Under FSDP2 each block of the model is gathered into new tensors that are freed after it; gloo's
+    threads would each keep theirs in a heap of its own (measured on two processes: 726 MB at the
+    peak with all kept, 417 as glibc does it, 312 so).
+    """
+    mallopt: Any = None
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def start(kind: str, device: torch.device) -> None:
