@@ -278,6 +278,7 @@ def splitting(out):
 def test_a_rank_alone_may_split_its_passes(forks, tmp_path):
     forks.start_ranks("test_training_ranks:splitting", 2, out=str(tmp_path / "run"))
     assert forks.codes() == [0, 0], forks.log.read_text()[-2000:]
+    assert load_state(tmp_path / "run")[1]["rows"] == [0, 1]  # each rank's, to go on with
     splitting(tmp_path / "alone")
     told, expected = (
         json.loads((tmp_path / name / "told.json").read_text()) for name in ("run", "alone")

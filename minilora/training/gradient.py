@@ -48,8 +48,10 @@ class Gradient:
             value += part
             tokens += count
         run.ranks.reduce()
-        value, tokens = run.ranks.sums(value, tokens)  # type: ignore[assignment]
-        tokens = int(tokens)
+        value, tokens, *rows = run.ranks.sums(  # type: ignore[assignment]
+            value, tokens, *run.ranks.apart(run.rows)
+        )
+        tokens, run.rows_of_all = int(tokens), [int(n) for n in rows]
         if tokens == 0:
             return math.nan, math.nan, 0
         gradients = [p.grad for p in run.names if p.grad is not None]

@@ -74,10 +74,9 @@ class Ranks:
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def each(self, value: int) -> list[int]:
-        """Return every rank's value."""
-        mine = [value if rank == self.rank else 0 for rank in range(self.world)]
-        return [int(one) for one in self.sums(*mine)]
+    def apart(self, value: int) -> list[int]:
+        """Return a list whose sums over all ranks are every rank's value."""
+        return [value if rank == self.rank else 0 for rank in range(self.world)]
 
     def any(self, here: bool) -> bool:
         """Tell whether it holds on any rank."""

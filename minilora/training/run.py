@@ -66,6 +66,8 @@ class Run:
         evaluated: the step after which the last evaluation was made, -1 before the first.
         stale: evaluations since the best one.
         rows: rows in a pass, once a micro-batch did not fit; 0 until then.
+        rows_of_all: every rank's, after the last step; `process_of_all` likewise what each limit
+            counts of its process.
         limit: what passes are held to before they run, None without `max_memory`.
         lr: the rate of the last step.
         ranks: the processes of the run.
@@ -124,6 +126,10 @@ class Run:
             shard(model)
             self.names = trained(model, self.layers, self.adapter)
         self.limit = self._limit()
+        self.rows_of_all = self.process_of_all = [0] * self.ranks.world
+        if self.limit is not None:
+            sums = self.ranks.sums(*self.ranks.apart(self.limit.process))
+            self.process_of_all = [int(n) for n in sums]
         self.ranks.look_after(self.names)
         self.optimizer = make_optimizer(self.names, config)
         self.total = planned_steps(
@@ -227,8 +233,7 @@ class Run:
         facts = {key: getattr(self, key) for key in _COUNTERS}
         facts |= {"data": self.place, "identity": self._identity(), "total": self.total}
         facts["scale"] = vars(self.scale)
-        facts["rows"] = self.ranks.each(self.rows)
-        facts["process"] = self.ranks.each(self.limit.process if self.limit else 0)
+        facts["rows"], facts["process"] = self.rows_of_all, self.process_of_all
         for key, found in (("before", self.before), ("best", self.best)):
             facts[key] = None if found is None else vars(found)
         tensors = {key: full(tensor) for key, tensor in tensors.items()}
@@ -317,8 +322,11 @@ class Run:
 
     def _resume_passes(self, rows: list[int], process: list[int]) -> None:
         """Split as each rank did; with another number of ranks, as the one that split most did."""
-        same = len(rows) == self.ranks.world
-        self.rows = rows[self.ranks.rank] if same else min((n for n in rows if n), default=0)
-        if self.limit is not None and same and process[self.ranks.rank]:
-            self.limit.process = process[self.ranks.rank]  # or it might decide otherwise
+        world, rank = self.ranks.world, self.ranks.rank
+        if len(rows) != world:
+            rows = [min((n for n in rows if n), default=0)] * world
+        self.rows, self.rows_of_all = rows[rank], rows
+        if self.limit is not None and len(process) == world and process[rank]:
+            self.limit.process = process[rank]  # or it might decide otherwise
             self.limit.planned.cache_clear()
+            self.process_of_all = process
