@@ -2,7 +2,7 @@
 
     python benchmarks/rank_memory.py [--csv benchmarks/results/rank_memory.csv]
 
-A Llama of 288 million weights with random values, written once in float32; 1, 2 and 4 processes on
+A Llama of 151 million weights with random values, written once in float32; 1, 2 and 4 processes on
 one machine (gloo), each with one thread. A peak is the growth of the process's resident memory over
 what it held before it began to read, the mapped file's pages left out.
 """
@@ -26,7 +26,7 @@ from minilora.quantized_models import load_quantized
 from minilora.training.ranks import Ranks
 from minilora.training.sharded_loading import sharded
 
-SHAPE = LlamaConfig(8192, 1024, 4096, 16, 16, 16, 64, 512)
+SHAPE = LlamaConfig(8192, 1024, 4096, 8, 16, 16, 64, 512)
 
 
 def status(key: str) -> int:
@@ -57,7 +57,7 @@ def worker(place: str, format: str, out: str) -> None:
     else:
         model = load_quantized(place, format, dtype=torch.float32, prepare=watched)[0]
     forget_peak()
-    rows = [{"input_ids": list(range(2, 130))}] * 4
+    rows = [{"input_ids": list(range(2, 34))}] * 4
     config = minilora.TrainConfig(
         parallel="fsdp", max_steps=2, batch_size=4, checkpointing=True, dtype="float32"
     )
