@@ -291,7 +291,7 @@ def test_cli_interrupt_saves_and_resume_goes_on(data, tmp_path):
     while child.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 2):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    errors = child.communicate(timeout=120)[1]
+    errors = child.communicate(timeout=600)[1]
     assert child.returncode == 130, errors
     assert "continue with resume=True (--resume)" in errors
     done = len(metrics.read_text().splitlines())
