@@ -177,6 +177,14 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.3g} %"
 
 
+def median_energy(layers: Sequence[LayerReport], most: int = 8) -> list[float]:
+    """Return the share of ‖ΔW‖² kept at rank 1, 2, …, its median over layers; `most` at most."""
+    count = min(most, max(len(layer.energy) for layer in layers))
+    return [
+        statistics.median(v.energy[min(k, len(v.energy) - 1)] for v in layers) for k in range(count)
+    ]
+
+
 def layer_row(layer: LayerReport) -> list[str]:
     """Return a layer's cells, as text."""
     return [
@@ -219,6 +227,8 @@ def verdicts(found: Explanation) -> list[str]:
     total, kept = (sum(getattr(v, k) for v in found.layers) for k in ("r", "suggested_r"))
     cut = f"ranks {total} → {kept} in all keep {percent(found.keep)} of every layer's energy"
     lines.append(f"{cut}; error {percent(found.predicted_error)}")
+    shares = ", ".join(percent(share) for share in median_energy(found.layers))
+    lines.append(f"energy that the median layer keeps at rank 1, 2, …: {shares}")
     if found.copies:
         lines.append(f"and trained copies of {len(found.copies)} base parameters")
     behaviour = found.behaviour
