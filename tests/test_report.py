@@ -14,7 +14,7 @@ from minilora.data import Batches
 from minilora.evaluation import evaluate
 from minilora.lora_layer import lora_layers
 from minilora.report import Explanation, truncate
-from minilora.report.explanation import median_energy
+from minilora.report.explanation import median_energy, percent
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,19 @@ def test_explanation_prints_tables(found):
     assert re.search(r"^layers\.\d\.\S+ +3 ", text, re.M)
     pattern = json.loads(text[text.rindex("{") :].replace(",\n}", "}"))
     assert pattern == found.suggestion[1]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(None, "–"), (0.00512, "0.512 %"), (1.0, "100 %"), (14.26, "1,426 %"), (math.inf, "inf %")],
+)
+def test_percent_writes_no_exponents(share, text):
+    assert percent(share) == text
+
+
+def test_one_rank_for_every_layer_is_said_without_a_pattern():
+    model = minilora.inject(torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(3)]), r=1)
+    assert str(minilora.explain(filled(model))).endswith("suggested: r=1 on every layer")
 
 
 def test_median_energy_is_over_layers_of_any_rank(found):

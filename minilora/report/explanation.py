@@ -174,7 +174,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def percent(share: float | None) -> str:
     """Write a share as a percentage of three digits."""
-    return "–" if share is None else f"{100 * share:.3g} %"
+    if share is None:
+        return "–"
+    return f"{100 * share:,.0f} %" if 10 <= share < math.inf else f"{100 * share:.3g} %"
 
 
 def median_energy(layers: Sequence[LayerReport], most: int = 8) -> list[float]:
@@ -290,6 +292,9 @@ def _text(found: Explanation) -> list[str]:
                  sorted(found.comparison.layers, key=lambda v: v.shared)[:ROWS]]  # fmt: skip
         lines += ["", *table((f"{first} / {second}", "cosine", "shared"), cells)]
     r, pattern = found.suggestion
-    lines += ["", *verdicts(found), "", f"suggested: r={r}, rank_pattern={{"]
+    lines += ["", *verdicts(found), ""]
+    if not pattern:
+        return [*lines, f"suggested: r={r} on every layer"]
+    lines.append(f"suggested: r={r}, rank_pattern={{")
     lines += [f"    {json.dumps(key)}: {value}," for key, value in pattern.items()] + ["}"]
     return lines
