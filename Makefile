@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A bare `kernels` package belongs to Hugging Face: keep this folder off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo explain test soak check format clean
+.PHONY: demo explain test soak bench bench-quick check format clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,15 @@ KILLS ?= 200
 soak: export OMP_WAIT_POLICY := PASSIVE
 soak: $(VENV)/dev
 	KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/test_kill.py $(ARGS)
+
+# A training step beside its peers: every provider (an hour and more), or the main ones (minutes).
+bench bench-quick: export PYTHONPATH := benchmarks
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/train_step.py $(ARGS)
+	$(BIN)/python benchmarks/train_chart.py
+
+bench-quick: $(VENV)/dev
+	$(BIN)/python benchmarks/train_step.py --quick $(ARGS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .

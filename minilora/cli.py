@@ -206,6 +206,12 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--save-every", type=int, metavar="STEPS")
     run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     run.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="GB",
+        help="of this process on a CPU: what would take more is computed in smaller passes",
+    )
+    run.add_argument(
         "--compile", action="store_true", help="faster steps after half a minute; needs g++"
     )
     run.add_argument("--seed", type=int, default=0)
@@ -313,13 +319,9 @@ def _load(options: argparse.Namespace, prepare=None):
         dtype = common_dtype(options.parallel)
     format = getattr(options, "quantize", None)
     if format is not None or is_quantized_folder(options.model):
-        if prepare is not None:
-            raise ValueError(
-                "--parallel fsdp reads plain weights in parts, found a quantized base; use "
-                "--parallel ddp, or quantize and shard in a script of your own"
-            )
+        block_size = getattr(options, "block_size", 64)
         model, tokenizer = load_quantized(
-            options.model, format, block_size=getattr(options, "block_size", 64), dtype=dtype
+            options.model, format, block_size=block_size, dtype=dtype, prepare=prepare
         )
     else:
         model, tokenizer = load_model(options.model, dtype=dtype, prepare=prepare)
@@ -348,8 +350,6 @@ def _train(options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:  # before the slow part
         check_free(options.out)
         check_out(options.out, options.resume)
-    if options.pack and options.stream:
-        raise ValueError("--pack needs all documents at once, found --stream too; leave one away")
     config = minilora.TrainConfig(
         lr=options.lr,
         lora_plus_ratio=options.lora_plus_ratio,
@@ -362,6 +362,7 @@ def _train(options: argparse.Namespace) -> int:
         eval_every=options.eval_every,
         save_every=options.save_every,
         checkpointing=options.checkpointing,
+        max_memory=options.max_memory,
         compile=options.compile,
         seed=options.seed,
         patience=options.patience,
@@ -393,11 +394,11 @@ def _train(options: argparse.Namespace) -> int:
     else:
         model, tokenizer = _load(options)
     train: Any = (
-        streamed(options.data, tokenizer, options.max_length, options.all_tokens)
+        streamed(options.data, tokenizer, options.max_length, options.all_tokens, options.pack)
         if train_data is None
         else _examples(train_data, tokenizer, options)
     )
-    if options.pack:
+    if options.pack and not options.stream:
         train = pack(train, options.max_length)
     valid = _examples(valid_data, tokenizer, options) if valid_data is not None else None
     if options.parallel != "fsdp":

@@ -75,8 +75,10 @@ class _Records:
         return iter_records(self.files)
 
 
-def streamed(files: Sequence[str], tokenizer: Any, max_length: int, all_tokens: bool) -> Stream:
-    """Return the files' records as a stream that is encoded in the background."""
+def streamed(
+    files: Sequence[str], tokenizer: Any, max_length: int, all_tokens: bool, packed: bool = False
+) -> Stream:
+    """Return the files' records as a stream that is encoded, and packed, in the background."""
 
     def encode(record: dict[str, Any]) -> Example | None:
         found, _ = encode_records(
@@ -87,7 +89,7 @@ def streamed(files: Sequence[str], tokenizer: Any, max_length: int, all_tokens: 
         )
         return found[0] if found else None
 
-    return Stream(_Records(files), encode)
+    return Stream(_Records(files), encode, pack=max_length if packed else None)
 
 
 def _windows(whole: Example, length: int) -> list[Example]:

@@ -1,39 +1,38 @@
-"""Language models whose linears are quantized while they are read; folders of quantized models.
+"""Language models whose linears are quantized while they are read; folders of quantized models."""
 
-A folder of ours holds `config.json`, `quantized.safetensors` (the state dict) and
-`quantization.json`: `{"version": 1, "dtype": ..., "layers": {name: {"format": ..., ...}}}`. The
-weights' file has another name than Hugging Face's, so that no other reader takes codes for weights.
-"""
-
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from minilora.bases import check_quantizable
-from minilora.kernels import DYNAMIC_CODE, NF4_TABLE
 from minilora.layers import is_conv1d
 from minilora.lora_layer import lora_layers
 from minilora.models import Tokenizer, load_model
+from minilora.models.causal import Prepare
 from minilora.models.folder import KINDS, Model, read_json, resolve_dtype, write_json
 from minilora.quantization import (
     QuantizedLinear,
     Spec,
+    bad_scales,
     check_compute,
     check_outliers,
     check_spec,
     is_finite,
     layout,
 )
+from minilora.quantized_files import (
+    LAYERS,
+    WEIGHTS,
+    bitsandbytes_tensors,
+    float_dtypes,
+    read_specs,
+    stored_tensors,
+)
 from minilora.selection import select_targets
-
-_WEIGHTS, _LAYERS = "quantized.safetensors", "quantization.json"
-_STATE = ".quant_state.bitsandbytes__"  # between a weight's name and its 4-bit type
 
 
 class _Quantizing:
@@ -77,6 +76,7 @@ def load_quantized(
     outliers: int = 0,
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
+    prepare: Prepare | None = None,
 ) -> tuple[Model, Tokenizer]:
     """Read a model and its tokenizer with its linears stored in 8 or 4 bits.
 
@@ -99,6 +99,9 @@ def load_quantized(
         dtype: of everything that is not quantized, and of what is computed; `"auto"` the fastest
             here, None as stored.
         device: where the model goes.
+        prepare: as for `load_model`: called with the model on the meta device, its linears
+            quantized there; what it returns gets a `QuantizedLinear` under the name of each
+            weight that one stands for, and plain tensors otherwise.
 
     Returns:
         The model in evaluation mode and the tokenizer.
@@ -123,10 +126,15 @@ def load_quantized(
                 f"'{folder}' is quantized already; load it without a format, or quantize the "
                 f"model it was made from"
             )
-        model = _read(folder, ways, resolve_dtype(dtype), device)
+        if prepare is not None:
+            model = _read_in_parts(folder, ways, resolve_dtype(dtype), prepare)
+        else:
+            model = _read(folder, ways, resolve_dtype(dtype), device)
         return model, Tokenizer.from_pretrained(folder)
     spec = check_spec(format, block_size, double_quant)
     transform = _Quantizing(spec, ways, (targets, exclude, layers))
+    if prepare is not None:
+        return load_model(path, dtype=dtype, prepare=_in_parts(transform, prepare))
     model, tokenizer = load_model(path, dtype=dtype, device=device, transform=transform)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):  # its bias came as any other
@@ -134,10 +142,30 @@ def load_quantized(
     return model, tokenizer
 
 
+def _in_parts(transform: _Quantizing, prepare: Prepare) -> Prepare:
+    """Put quantized layers into the model of shapes, and hand on weights quantized."""
+
+    def start(model: Any) -> Any:
+        transform.start(model)
+        if model.config.tie_word_embeddings and "lm_head.weight" in transform.wanted:
+            raise ValueError(
+                "a head that shares the embedding's weight can't be read in parts and quantized, "
+                "as no tensor is stored for it; leave lm_head out of targets"
+            )
+        dtype = next(p.dtype for p in model.parameters())
+        for fqn, module in transform.wanted.items():
+            name, bias = fqn.removesuffix(".weight"), module.bias is not None
+            _put_empty(model, name, transform.spec, bias, dtype, transform.ways)
+        put = prepare(model)
+        return lambda fqn, tensor: put(fqn, transform(fqn, tensor))
+
+    return start
+
+
 def is_quantized_folder(folder: str | Path) -> bool:
     """Tell a folder of `save_quantized`, or one with bitsandbytes' codes, from others."""
     folder = Path(folder)
-    if (folder / _LAYERS).is_file():
+    if (folder / LAYERS).is_file():
         return True
     file = folder / "config.json"
     return file.is_file() and "quantization_config" in read_json(file)
@@ -183,9 +211,9 @@ def save_quantized(
         name: {**layer.spec._asdict(), "bias": layer.bias is not None}
         for name, layer in small.items()
     }
-    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / "config.json", config.to_dict(floats))
-    write_json(folder / _LAYERS, {"version": 1, "layers": rows})
+    write_json(folder / LAYERS, {"version": 1, "layers": rows})
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -193,37 +221,14 @@ def save_quantized(
 def _read(
     folder: Path, ways: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str
 ) -> Any:
-    config = read_json(folder / "config.json")
-    known = KINDS.get(str(config.get("model_type")))
-    if known is None:
-        raise ValueError(
-            f"'{folder}' must hold a model of type {', '.join(KINDS)}, found "
-            f"{config.get('model_type')!r}"
-        )
-    foreign = not (folder / _LAYERS).is_file()
-    config.pop("quantization_config", None)
-    model: Any = known.model(known.config.from_dict(config), device="meta")  # type: ignore[arg-type]
-    tensors = dict(_bitsandbytes(folder, known.fqn) if foreign else _tensors(folder / _WEIGHTS))
-    rows = tensors.pop("specs") if foreign else _specs(folder)
+    known, model = _shapes(folder)
+    foreign = not (folder / LAYERS).is_file()
+    tensors = dict(
+        bitsandbytes_tensors(folder, known.fqn) if foreign else stored_tensors(folder / WEIGHTS)
+    )
+    rows = tensors.pop("specs") if foreign else read_specs(folder)
     floats = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    for name, (spec, bias) in rows.items():
-        parent, _, child = name.rpartition(".")
-        try:
-            old = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"'{folder}' names a quantized layer {name}, which the model of its "
-                             f"config.json does not have") from None  # fmt: skip
-        check_quantizable(name, old, spec)
-        N, K = old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape
-        parts = {
-            part: torch.empty(shape, dtype=kind, device="meta")
-            for part, (shape, kind) in layout(spec, N, K).items()
-        }
-        small = QuantizedLinear(
-            parts, K, N, spec, dtype=dtype or floats,
-            bias=torch.empty(N, device="meta") if bias else None, plain=type(old), **ways,
-        )  # fmt: skip
-        setattr(model.get_submodule(parent), child, small)
+    _put_layers(folder, model, rows, dtype or floats, ways)
     for name, tensor in tensors.items():
         if dtype is not None and tensor.is_floating_point():
             tensors[name] = tensor.to(dtype)
@@ -239,86 +244,109 @@ def _read(
     return model.to(device).eval()
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, opened.get_tensor(name).clone()  # the file is mapped
-    except (SafetensorError, OSError) as error:
+def _read_in_parts(
+    folder: Path, ways: dict[str, Any], dtype: torch.dtype | None, prepare: Prepare
+) -> Any:
+    """Read a folder of ours a layer at a time, into what `prepare` returns."""
+    if not (folder / LAYERS).is_file():
         raise ValueError(
-            f"'{file}' must be a whole safetensors file, found it damaged, cut short or missing "
-            f"({error})"
-        ) from None
-
-
-def _specs(folder: Path) -> dict[str, tuple[Spec, bool]]:
-    entries = read_json(folder / _LAYERS)
-    try:
-        if entries["version"] != 1:
-            raise ValueError(f"version 1 is read, found {entries['version']!r}")
-        return {
-            name: (
-                check_spec(row["format"], row["block_size"], row["double_quant"]),
-                bool(row["bias"]),
-            )
-            for name, row in entries["layers"].items()
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{folder / _LAYERS}' must describe the layers: {error!r}") from None
-
-
-def _bitsandbytes(folder: Path, fqn_of: Any) -> Iterator[tuple[str, Any]]:
-    """Yield tensors under our names, and last `specs`; only NF4 is read.
-
-    Of a weight W there are W (packed codes), W.absmax, W.quant_map, and with double quantization
-    W.nested_absmax and W.nested_quant_map; a JSON text in W.quant_state.bitsandbytes__nf4 has
-    the sizes (bitsandbytes, `QuantState.as_dict`).
-    """
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= dict(_tensors(file))
-    states = {name.partition(_STATE)[0]: name for name in found if _STATE in name}
-    if not states:
-        raise ValueError(
-            f"'{folder}' has a quantization_config, found no 4-bit layers of bitsandbytes in it; "
-            f"load the unquantized model"
+            f"'{folder}' is in bitsandbytes' format, which is read as a whole; write it anew with "
+            f"save_quantized, and read that in parts"
         )
-    specs: dict[str, tuple[Spec, bool]] = {}
-    for weight, key in states.items():
-        name = fqn_of(weight).removesuffix(".weight")
-        kind = key.partition(_STATE)[2]
-        if kind != "nf4":
-            raise ValueError(f"{name} in '{folder}' must be NF4, found {kind}; it can't be read")
-        state = json.loads(bytes(found.pop(key).tolist()).decode())
-        double = f"{weight}.nested_absmax" in found
-        spec = check_spec("nf4", state["blocksize"], double)
-        tables = {"quant_map": torch.tensor(NF4_TABLE)}
-        if double:
-            tables["nested_quant_map"] = DYNAMIC_CODE
-        for table, ours in tables.items():
-            if not torch.equal(found.pop(f"{weight}.{table}").float(), ours):
-                raise ValueError(f"{name} in '{folder}' has a {table} of its own; can't read it")
-        N, K = state["shape"]
-        shapes = layout(spec, N, K)
-        absmax = found.pop(f"{weight}.absmax")
-        parts = {"codes": found.pop(weight).view(torch.uint8)}
-        if double:
-            parts["absmax"] = absmax
-            parts["absmax2_bits"] = found.pop(f"{weight}.nested_absmax").view(torch.int32)
-            parts["offset_bits"] = torch.tensor([state["nested_offset"]]).view(torch.int32)
-        else:
-            parts["absmax_bits"] = absmax.view(torch.int32)
-        for part, tensor in parts.items():
-            shape = shapes[part][0]
-            if tensor.numel() != torch.Size(shape).numel():
+    _, model = _shapes(folder)
+    rows = read_specs(folder)
+    stored = float_dtypes(folder / WEIGHTS)
+    floats = next((d for d in stored.values() if d is not None), torch.float32)
+    _put_layers(folder, model, rows, dtype or floats, ways)
+    wanted = set(model.state_dict())
+    if model.config.tie_word_embeddings and "lm_head" not in rows:
+        wanted.discard("lm_head.weight")
+    if wanted != stored.keys():
+        raise ValueError(
+            f"'{folder}' does not hold the model it describes: {sorted(wanted ^ stored.keys())[0]} "
+            f"is in one of them only"
+        )
+    put: Any = prepare(model.to(dtype or floats).eval())
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in stored_tensors(folder / WEIGHTS):
+        owner, _, leaf = name.rpartition(".")
+        if owner not in rows or leaf == "bias":
+            if not is_finite(tensor):
                 raise ValueError(
-                    f"{name} in '{folder}' must have {torch.Size(shape).numel()} {part}, found "
-                    f"{tensor.numel()}; the file is damaged"
+                    f"{name} in '{folder}' must be finite, found NaN or Inf; write the folder again"
                 )
-            yield f"{name}.{part}", tensor.reshape(shape)
-        specs[name] = (spec, f"{weight.removesuffix('.weight')}.bias" in found)
-    for name, tensor in found.items():
-        fqn = fqn_of(name)
-        if fqn is not None:
-            yield fqn, tensor
-    yield "specs", specs
+            put(name, tensor.to(dtype or floats))
+            continue
+        mine = parts.setdefault(owner, {})
+        mine[leaf] = tensor
+        spec, _ = rows[owner]
+        layer = model.get_submodule(owner)
+        layer = getattr(layer, "base", layer)  # adapters may be on it by now
+        expected = layout(spec, layer.out_features, layer.in_features)
+        if len(mine) == len(expected):
+            reason = _wrong(mine, expected) or bad_scales(mine)
+            if reason is not None:
+                raise ValueError(f"{owner} in '{folder}' {reason}; the file is damaged")
+            sizes = (layer.in_features, layer.out_features)
+            put(f"{owner}.weight", QuantizedLinear(parts.pop(owner), *sizes, spec, bias=None,
+                                                   dtype=dtype or floats, **ways))  # fmt: skip
+    model.name_or_path = str(folder)
+    return model
+
+
+def _wrong(parts: dict[str, torch.Tensor], expected: Any) -> str | None:
+    for name, (shape, dtype) in expected.items():
+        found = parts[name]
+        if found.dtype != dtype or tuple(found.shape) != shape:
+            return (
+                f"must have {name} in {dtype} of shape {list(shape)}, found {found.dtype} of shape "
+                f"{list(found.shape)}"
+            )
+    return None
+
+
+def _shapes(folder: Path) -> tuple[Any, Any]:
+    """Return the kind of model that a folder describes, and one on the meta device."""
+    config = read_json(folder / "config.json")
+    known = KINDS.get(str(config.get("model_type")))
+    if known is None:
+        raise ValueError(
+            f"'{folder}' must hold a model of type {', '.join(KINDS)}, found "
+            f"{config.get('model_type')!r}"
+        )
+    config.pop("quantization_config", None)
+    return known, known.model(known.config.from_dict(config), device="meta")  # type: ignore[arg-type]
+
+
+def _put_layers(
+    folder: Path,
+    model: Any,
+    rows: dict[str, tuple[Spec, bool]],
+    dtype: torch.dtype,
+    ways: dict[str, Any],
+) -> None:
+    """Put empty quantized layers where a folder says."""
+    for name, (spec, bias) in rows.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"'{folder}' names a quantized layer {name}, which the model of its "
+                             f"config.json does not have") from None  # fmt: skip
+        check_quantizable(name, old, spec)
+        _put_empty(model, name, spec, bias, dtype, ways)
+
+
+def _put_empty(
+    model: Any, name: str, spec: Spec, bias: bool, dtype: torch.dtype, ways: dict[str, Any]
+) -> None:
+    """Put a quantized layer on the meta device where a plain one is."""
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    N, K = old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape
+    parts = {
+        part: torch.empty(shape, dtype=kind, device="meta")
+        for part, (shape, kind) in layout(spec, N, K).items()
+    }
+    empty = torch.empty(N, dtype=dtype, device="meta") if bias else None
+    small = QuantizedLinear(parts, K, N, spec, dtype=dtype, bias=empty, plain=type(old), **ways)
+    setattr(model.get_submodule(parent), child, small)

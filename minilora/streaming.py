@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from minilora.data import POOL, Batch, Example, as_examples, digest, grouped, pad
+from minilora.packing import pack
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,18 @@ class Stream:
         encode: makes an example of an item, or None to leave it out; called in the background.
             None: the items are examples.
         window: examples that are shuffled and grouped by length together; None: 50 batches.
+        pack: tokens in a row into which each window's examples are packed, first-fit, as
+            `minilora.packing.pack` does; None packs nothing.
 
     Raises:
         TypeError: a source that can be iterated only once.
+        ValueError: a window below 1 or rows below 2 tokens.
     """
 
     source: Iterable[Any]
     encode: Callable[[Any], Any] | None = None
     window: int | None = None
+    pack: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, Iterator):
@@ -37,6 +42,8 @@ class Stream:
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, found {self.window}")
+        if self.pack is not None and self.pack < 2:
+            raise ValueError(f"pack must be at least 2 tokens, found {self.pack}")
 
 
 class StreamBatches:
@@ -100,7 +107,7 @@ class StreamBatches:
         self.epoch, self._read, self._index = self.epoch + 1, 0, 0
 
     def _next(self, items: Iterator[Any]) -> tuple[list[Example], int]:
-        """Read a window; return its examples and how many items they took."""
+        """Read a window; return its examples, packed or not, and how many items they took."""
         examples: list[Example] = []
         read = 0
         while len(examples) < self.window:
@@ -118,7 +125,16 @@ class StreamBatches:
                     raise type(error)(f"{name}: {error}") from None
                 self.check(example, name)
                 examples.append(example)
-        return examples, read
+        if self.stream.pack is None or not examples:
+            return examples, read
+        where = f"items {self._read} to {self._read + read - 1} of the stream"
+        try:
+            rows = pack(examples, self.stream.pack)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        for row in rows:
+            self.check(row, f"a packed row of {where}")
+        return rows, read
 
     def _order(self, examples: list[Example]) -> list[list[Example]]:
         rng = random.Random(f"{self.seed}/{self.epoch}/{self._read}")
@@ -135,7 +151,8 @@ class StreamBatches:
 
     def about(self) -> str:
         """Say how much there is to learn from."""
-        return f"a stream of examples, in windows of {self.window}"
+        packed = f", packed into rows of {self.stream.pack} tokens" if self.stream.pack else ""
+        return f"a stream of examples, in windows of {self.window}{packed}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the stream as JSON-able values."""
@@ -164,7 +181,8 @@ class StreamBatches:
 
     def _identity(self) -> dict[str, Any]:
         keys = ("batch_size", "shuffle", "group_by_length", "seed", "window")
-        return {"stream": True} | {key: getattr(self, key) for key in keys}
+        mine = {key: getattr(self, key) for key in keys}
+        return {"stream": True, "pack": self.stream.pack} | mine
 
 
 def _changed(how: str) -> ValueError:

@@ -33,6 +33,7 @@ layers =
     minilora.records
     minilora.data
     minilora.quantized_models
+    minilora.quantized_files
     minilora.models
     minilora.portable
     minilora.readers

@@ -1,5 +1,6 @@
 """The pages' commands, run as they are printed, and README's own loop."""
 
+import csv
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from minilora.cli import main
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.with_name("README.md")
+RESULTS = DOCS.with_name("benchmarks") / "results"
 
 
 def fenced(file, language):
@@ -52,6 +54,26 @@ def test_the_commands_of_a_page_work(place, page):
             run, env=environment, capture_output=True, text=True, check=False, timeout=120
         )
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_70b_table_is_the_files(place):
+    """Every line of the table comes from the CSV that the script wrote."""
+    lines = [line for line in (DOCS / "many-gpus.md").read_text().splitlines()
+             if re.match(r"\| (bfloat16|nf4) \|", line)]  # fmt: skip
+    with open(RESULTS / "llama_70b.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(lines) == len(rows) == 10
+    for line, row in zip(lines, rows, strict=True):
+        base, gpus, part, trained, rest, peak, fits = line.strip("| ").split(" | ")
+        size = {name: int(row[f"{name} bytes"]) / 1e9 for name in (
+            "base", "codes", "scales", "adapters", "gradients", "optimizer", "peak")}  # fmt: skip
+        held, mine = sum(list(size.values())[:3]), sum(list(size.values())[3:6])
+        assert (base, gpus) == (row["base format"], row["ranks"])
+        assert (part, trained, peak) == (f"{held:.1f}", f"{mine:.2f}", f"{size['peak']:.1f}")
+        assert rest == f"{size['peak'] - held - mine:.1f}"
+        room = [gb for gb in (24, 48, 80) if row[f"fits {gb} GB"] == "True"]
+        assert fits == (f"{room[0]} GB" if room else "none of these")
+        assert room == [gb for gb in (24, 48, 80) if size["peak"] <= 0.9 * gb]
 
 
 def test_the_streaming_example_of_the_data_page_runs(place):

@@ -230,6 +230,72 @@ def test_nan_in_a_stored_tensor_is_found_while_loading(tmp_path):
         load_quantized(full, "fp4")
 
 
+def in_parts(folder, format=None, **options):
+    """Load by `prepare`; return what it was given, whole and quantized."""
+    given = {}
+
+    def prepare(model):
+        assert all(p.is_meta for p in model.parameters())
+        return lambda name, value: given.update({name: value})
+
+    model, _ = load_quantized(folder, format, dtype=torch.float32, prepare=prepare, **options)
+    return model, given
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_a_model_read_in_parts_gets_the_same_codes(folder, tmp_path, format):
+    """While quantizing, and from a folder: every parameter once, in a model of shapes."""
+    whole, tokenizer = load_quantized(folder, format, block_size=32, dtype=torch.float32)
+    save_quantized(whole, tmp_path / "q", tokenizer)
+    expected = dict(whole.named_parameters())
+    for model, given in (in_parts(folder, format, block_size=32), in_parts(tmp_path / "q")):
+        assert {n: p.shape for n, p in model.named_parameters()} == {
+            n: p.shape for n, p in expected.items()
+        }
+        found = {}
+        for name, value in given.items():
+            if isinstance(value, QuantizedLinear):
+                owner = name.removesuffix(".weight")
+                found |= {f"{owner}.{part}": t for part, t in value.named_parameters()}
+                assert torch.equal(value.weight, whole.get_submodule(owner).weight)
+            else:
+                found[name] = value
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        assert found.keys() == expected.keys() - tied
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_reading_in_parts_refuses_what_is_damaged_or_not_there(tmp_path):
+    save_pretrained(llama(), tmp_path / "full")
+    full = _with_tokenizer(tmp_path / "full")
+    model, tokenizer = load_quantized(full, "int8", dtype=torch.float32)
+    save_quantized(model, tmp_path / "q", tokenizer)
+    file = tmp_path / "q" / "quantized.safetensors"
+    state = load_file(file)
+    name = next(key for key in state if key.endswith("up_proj.codes"))
+    norm = next(key for key in state if key.endswith("norm.weight"))
+    for change, message in (
+        ({name: state[name][:-1].clone()}, r"must have codes in torch.int8 of shape"),
+        ({name: torch.full_like(state[name], -128)}, "must have codes of -127 to 127, found -128"),
+        ({"model.other": torch.zeros(2)}, "model.other is in one of them only"),
+        ({norm: state[norm] * float("nan")}, "must be finite, found NaN or Inf; write the folder"),
+    ):
+        save_file(state | change, file)
+        with pytest.raises(ValueError, match=message):
+            in_parts(tmp_path / "q")
+    config = json.loads((full / "config.json").read_text())
+    tied = {"tie_word_embeddings": True}
+    (full / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    with pytest.raises(ValueError, match="in bitsandbytes' format, which is read as a whole; writ"):
+        in_parts(full)
+    weights = load_file(full / "model.safetensors")
+    weights["lm_head.weight"] = next(t for n, t in weights.items() if "embed" in n).clone()
+    save_file(weights, full / "model.safetensors", metadata={"format": "pt"})
+    (full / "config.json").write_text(json.dumps(config | tied))
+    with pytest.raises(ValueError, match="shares the embedding's weight can't be read in parts"):
+        in_parts(full, "int8", targets=["lm_head"])
+
+
 PEAK = """
 import sys, torch
 from minilora.quantized_models import load_quantized

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from test_training import examples, factors, fit, same, tiny
+from test_training import Tiny, examples, factors, fit, same, tiny
 
+import minilora
 from minilora.streaming import Stream, StreamBatches
 
 DATA = examples(60)
@@ -97,6 +98,63 @@ def test_stream_parts_are_the_rows_of_one_order():
                 got[rank + 3 * k] = row
         for a, b in zip(batch.input_ids.tolist(), got, strict=True):
             assert a[: len(b)] == b or b[: len(a)] == a
+
+
+def packed_loader(items=DATA, **options):
+    options = {"batch_size": 2, "seed": 3, **options}
+    return StreamBatches(Stream(Source(items), window=13, pack=40), **options)
+
+
+def documents(batches):
+    """Every document of packed rows, by what says where it is."""
+    found = []
+    for batch in batches:
+        of = batch.documents
+        if of is None:  # a row of one document
+            found += tokens([batch])
+            continue
+        for ids, row in zip(batch.input_ids, of, strict=True):
+            found += [tuple(ids[row == one].tolist()) for one in range(int(row.max()) + 1)]
+    return sorted(found)
+
+
+def test_stream_packs_each_window_and_keeps_every_document():
+    batches = packed_loader()
+    first = list(batches)
+    assert documents(first) == sorted(tuple(row["input_ids"]) for row in DATA)
+    assert max(batch.input_ids.shape[1] for batch in first) <= 40
+    assert len(first) < len(list(loader(batch_size=2))) / 2
+    places, seen = [], []
+    batches = packed_loader()
+    for batch in batches:
+        seen.append(batch.input_ids.tolist())
+        places.append(batches.state_dict())
+    for done, place in enumerate(places, 1):
+        again = packed_loader()
+        again.load_state_dict(place)
+        assert rows(again) == seen[done:]
+    with pytest.raises(ValueError, match="found pack = 40 where this stream has None"):
+        loader(batch_size=2).load_state_dict(places[0])
+    with pytest.raises(ValueError, match="pack must be at least 2 tokens, found 1"):
+        Stream(DATA, pack=1)
+    long = [*DATA[:15], {"input_ids": [1] * 41}]
+    with pytest.raises(ValueError, match="items 13 to 15 of the stream: documents must fit a row"):
+        list(packed_loader(long))
+
+
+def test_fit_on_a_packed_stream_resumes_bit_equal_and_refuses_a_model_that_mixes_documents(
+    tmp_path,
+):
+    options = {"max_steps": 20, "schedule": "constant", "batch_size": 2}
+    stream = Stream(Source(), window=13, pack=30)
+    whole, half, again = (tiny(dropout=0.2) for _ in range(3))
+    fit(whole, stream, **options)
+    fit(half, stream, out=tmp_path, **{**options, "max_steps": 9})
+    fit(again, stream, out=tmp_path, resume=True, **options)
+    assert same(factors(whole), factors(again))
+    other = minilora.inject(Tiny(), r=2, alpha=3, exclude=["lm_head"])
+    with pytest.raises(ValueError, match="Tiny does not, and a packed row of items 0 to 12 of the"):
+        fit(other, stream, max_steps=1)
 
 
 def test_stream_names_a_bad_item_and_another_stream():

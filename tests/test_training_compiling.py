@@ -17,12 +17,11 @@ def cannot():
 
 def test_settle_compile_asks_only_where_it_is_wanted(monkeypatch):
     monkeypatch.setattr(compiling, "compile_problem", cannot)
-    assert settle_compile(False, None) == (False, None)
-    assert settle_compile("auto", "ddp") == (False, None)
-    wanted, remark = settle_compile("auto", None)
+    assert settle_compile(False) == (False, None)
+    wanted, remark = settle_compile("auto")
     assert not wanted and "not compiled, since torch.compile does not work here: Inv" in remark
     with pytest.raises(RuntimeError, match=r"compile=True \(--compile\) needs torch.compile to"):
-        settle_compile(True, None)
+        settle_compile(True)
 
 
 def test_compile_problem_says_what_is_missing(monkeypatch):
@@ -36,15 +35,13 @@ def test_compile_problem_says_what_is_missing(monkeypatch):
 def test_config_refuses_what_it_cannot_mean():
     with pytest.raises(ValueError, match="compile must be True, False or 'auto'"):
         TrainConfig(compile="yes")
-    with pytest.raises(ValueError, match="compile=True runs in one process, found parallel='ddp'"):
-        TrainConfig(compile=True, parallel="ddp")
 
 
 def test_blocks_are_the_outermost_lists_entries_that_hold_adapters():
     model = tiny()
-    assert blocks_of(model) == list(model.blocks)
-    model = minilora.inject(plain(), r=2, alpha=3, targets="blocks.1.*")
-    assert blocks_of(model) == [model.blocks[1]]
+    assert blocks_of(model) == list(model.model.layers)
+    model = minilora.inject(plain(), r=2, alpha=3, layers=[1])
+    assert blocks_of(model) == [model.model.layers[1]]
     assert blocks_of(plain()) == []
 
 
@@ -66,12 +63,12 @@ def test_a_compiled_run_trains_alike_and_leaves_no_trace():
 @needs_compiler
 def test_a_block_with_its_own_forward_gets_it_back_also_after_an_error():
     model = tiny()
-    own = model.blocks[0].forward
-    model.blocks[0].forward = own
+    own = model.model.layers[0].forward
+    model.model.layers[0].forward = own
     with pytest.raises(KeyError), compiled(model, True):
-        assert model.compiled_loss and model.blocks[0].forward is not own
+        assert model.compiled_loss and model.model.layers[0].forward is not own
         raise KeyError
-    assert model.blocks[0].forward is own and "forward" not in model.blocks[1].__dict__
+    assert model.model.layers[0].forward is own and "forward" not in model.model.layers[1].__dict__
     with compiled(model, False):
         assert not model.compiled_loss
 

@@ -8,6 +8,7 @@ import torch
 from test_training import examples, fit, tiny
 
 from minilora.data import Batches
+from minilora.training import feed
 from minilora.training.feed import DEPTH, Feed
 
 CPU = torch.device("cpu")
@@ -15,12 +16,12 @@ CPU = torch.device("cpu")
 
 def test_feed_gives_the_loaders_batches_and_places():
     plain, ahead = (Batches(examples(30), batch_size=4, seed=1) for _ in range(2))
-    feed = Feed(ahead, CPU)
+    fed = Feed(ahead, CPU)
     for _ in range(2):
         expected = []
         for batch in plain:
             expected.append((batch.input_ids.tolist(), plain.state_dict()))
-        assert [(b.input_ids.tolist(), place) for b, place in feed.epoch()] == expected
+        assert [(b.input_ids.tolist(), place) for b, place in fed.epoch()] == expected
 
 
 class Slow:
@@ -68,15 +69,37 @@ def test_feed_raises_the_loaders_error_where_the_batches_are_used():
     assert len(seen) == 3
 
 
+def test_feed_leaves_a_worker_behind_that_its_source_holds_up(monkeypatch):
+    """A source that never answers must not hold up the end of a run (a second Ctrl-C)."""
+    monkeypatch.setattr(feed, "_LEAVE", 0.1)
+    answer = threading.Event()
+
+    class Hangs(Slow):
+        def __iter__(self):
+            yield from super().__iter__()
+            answer.wait()
+
+    epoch = Feed(Hangs(2), CPU).epoch()
+    next(epoch)
+    next(epoch)
+    epoch.close()
+    assert feeding()
+    answer.set()
+    deadline = time.monotonic() + 10
+    while feeding() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not feeding()
+
+
 def test_feed_measures_the_wait():
     class Late(Slow):
         def __iter__(self):
             time.sleep(0.2)
             yield from super().__iter__()
 
-    feed = Feed(Late(3), CPU)
-    assert len(list(feed.epoch())) == 3
-    assert feed.waited > 0.15
+    fed = Feed(Late(3), CPU)
+    assert len(list(fed.epoch())) == 3
+    assert fed.waited > 0.15
 
 
 def test_fit_logs_the_share_of_time_spent_waiting_for_data(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Several processes: torch's DDP and FSDP2 on gloo give the single process's numbers."""
 
+import functools
 import json
 import os
 import pathlib
@@ -18,6 +19,8 @@ import minilora
 from minilora.cli import main
 from minilora.evaluation import token_loss
 from minilora.models import LlamaConfig, load_model
+from minilora.planning.calibration import forget_peak, peak_bytes
+from minilora.quantized_models import load_quantized, save_quantized
 from minilora.training.ranks import Ranks, blocks, is_sharded
 from minilora.training.sharded_loading import sharded
 from minilora.training.state import load_state
@@ -131,7 +134,8 @@ def close(told, expected, tolerance):
 @pytest.mark.parametrize(
     ("kind", "ranks", "base"),
     [("ddp", 2, "float32"), ("fsdp", 2, "float32"), ("fsdp", 4, "float32"), ("ddp", 2, "nf4"),
-     ("fsdp", 2, "nf4"), ("fsdp", 2, "quantized int8"), ("fsdp", 2, "uint8")],
+     ("fsdp", 2, "nf4"), ("fsdp", 2, "quantized int8"), ("fsdp", 2, "uint8"),
+     ("ddp", 4, "quantized int8"), ("fsdp", 4, "nf4")],
 )  # fmt: skip
 def test_ranks_give_the_single_processs_losses(go, alone, kind, ranks, base):
     """Ragged rows, unequal tokens, batches with fewer rows than ranks, dropout, evaluations."""
@@ -157,6 +161,26 @@ def test_ranks_compute_a_bfloat16_base_to_its_rounding(go, alone):
     told, _ = go(2, kind="fsdp", base="bfloat16", dropout=0.0)
     expected, _ = go(1, kind=None, base="bfloat16", dropout=0.0)
     close(told, expected, 1e-2)
+
+
+def compiled_train(out, kind, **options):
+    """Without Inductor, whose C++ compiler takes its time: what is traced is the same."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    train(out, kind, compile=True, **options)
+    if os.environ.get("RANK", "0") == "0":
+        saved = load_state(pathlib.Path(out))[1]["identity"]["config"]
+        assert saved["compile"] is True
+
+
+@pytest.mark.parametrize(("kind", "base"), [("ddp", "float32"), ("fsdp", "nf4")])
+def test_ranks_compile_their_blocks(forks, go, tmp_path, kind, base):
+    """FSDP2's hooks gather a block's weights before its compiled part."""
+    expected, _ = go(1, kind=None, base=base, dropout=0.0)
+    out = tmp_path / "run"
+    options = {"out": str(out), "kind": kind, "base": base, "dropout": 0.0, "checkpointing": True}
+    forks.start_ranks("test_training_ranks:compiled_train", 2, **options)
+    assert forks.codes() == [0, 0], forks.log.read_text()[-3000:]
+    close(json.loads((out / "told.json").read_text()), expected, 1e-5)
 
 
 def test_fsdp_recomputes_activations_with_the_same_masks(go, alone):
@@ -254,6 +278,7 @@ def splitting(out):
 def test_a_rank_alone_may_split_its_passes(forks, tmp_path):
     forks.start_ranks("test_training_ranks:splitting", 2, out=str(tmp_path / "run"))
     assert forks.codes() == [0, 0], forks.log.read_text()[-2000:]
+    assert load_state(tmp_path / "run")[1]["rows"] == [0, 1]  # each rank's, to go on with
     splitting(tmp_path / "alone")
     told, expected = (
         json.loads((tmp_path / name / "told.json").read_text()) for name in ("run", "alone")
@@ -362,8 +387,41 @@ def test_fsdp_refuses_a_start_from_weights_it_never_holds(forks, command, tmp_pa
     assert "can't start from its weights, found init='kaiming' and dora on" in forks.log.read_text()
 
 
-def peak(place, kind, out):
-    """Load and write down by how much the process grew at most, in bytes."""
+def quantized_folder(place, source):
+    model, tokenizer = load_quantized(source, "int8", dtype=torch.float32)
+    save_quantized(model, place, tokenizer)
+    return place
+
+
+@pytest.mark.parametrize("how", ["while reading", "folder"])
+def test_train_reads_a_quantized_base_in_parts(forks, command, tmp_path, how):
+    """Quantized as it is read, or stored so: the losses and the adapter of a process alone."""
+    arguments, _ = command
+    options = ["--quantize", "nf4", "--block-size", "32"] if how == "while reading" else []
+    if how == "folder":
+        place = str(quantized_folder(tmp_path / "int8", arguments("")[1]))
+    else:
+        place = arguments("")[1]
+
+    def train(out, *more):
+        given = arguments(out, *options, *more)
+        return [given[0], place, *given[2:]]
+
+    assert main(train(tmp_path / "alone")) == 0
+    forks.log.write_text("")
+    out = tmp_path / "run"
+    forks.start_ranks("test_training_ranks:cli", 2, arguments=train(out, "--parallel", "fsdp"))
+    assert forks.codes() == [0, 0], forks.log.read_text()[-3000:]
+    expected = adapters(tmp_path / "alone")["last"]
+    for key, value in adapters(out)["last"].items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-5)
+    same = [load_state(tmp_path / name)[1]["identity"]["base"] for name in ("run", "alone")]
+    assert same[0] == same[1]  # so that either may go on from the other's state
+    assert main(train(out, "--resume", "--max-steps", "6")) == 0
+
+
+def peak(place, kind, out, format=None):
+    """Load, train two steps, and write down by how much the process grew at most, in bytes."""
     torch.set_num_threads(1)
 
     def status(key):
@@ -386,27 +444,46 @@ def peak(place, kind, out):
         return putting
 
     before = status("RssAnon")
-    model = load_model(place, dtype=torch.float32, prepare=watched)[0]
-    grown = max(seen) - before
+    if format is None:
+        model = load_model(place, dtype=torch.float32, prepare=watched)[0]
+    else:
+        model = load_quantized(place, format, dtype=torch.float32, prepare=watched)[0]
+    loaded = max(seen) - before
+    ready = forget_peak()
+    rows = [{"input_ids": list(range(2, 22))}] * 4
+    fit(model, rows, parallel=kind, max_steps=2, batch_size=4, checkpointing=True)
+    file = status("RssFile")
+    told = {"loaded": loaded, "trained": peak_bytes() - file - before if ready else None}
+    told["held"] = sum(p.to_local().nbytes for p in model.parameters())
     name = os.environ.get("RANK", "0")
-    (pathlib.Path(out) / f"{name}.json").write_text(json.dumps(grown))
-    assert sum(p.numel() for p in model.parameters()) > 2**25
+    (pathlib.Path(out) / f"{name}.json").write_text(json.dumps(told))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_no_rank_ever_holds_the_whole_model(forks, tmp_path):
+    """Loading and training: the more ranks, the less each of them holds at its peak."""
     config = LlamaConfig(vocab_size=28, hidden_size=1024, intermediate_size=2048,
                          num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
                          head_dim=128, max_position_embeddings=32, eos_token_id=1)  # fmt: skip
     tiny_folder(tmp_path / "model", config=config)
     whole = (tmp_path / "model" / "model.safetensors").stat().st_size
-    peaks = {}
-    for ranks in (2, 4):
+    assert whole > 2**27
+
+    def peaks(ranks, format=None):
         options = {"place": str(tmp_path / "model"), "kind": "fsdp", "out": str(tmp_path)}
-        forks.start_ranks("test_training_ranks:peak", ranks, **options)
+        forks.start_ranks("test_training_ranks:peak", ranks, format=format, **options)
         assert set(forks.codes()) == {0}, forks.log.read_text()[-3000:]
-        peaks[ranks] = max(json.loads((tmp_path / f"{i}.json").read_text()) for i in range(ranks))
-    print({ranks: f"{grown / 1e6:.0f} of {whole / 1e6:.0f} MB" for ranks, grown in peaks.items()})
-    for ranks, grown in peaks.items():
-        assert whole / ranks < grown < whole / ranks + 2**26  # gloo, code, a few tensors
-    assert peaks[4] < peaks[2] < whole
+        told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+        found = {key: max(row[key] or 0 for row in told) for key in told[0]}
+        print(ranks, format, {key: f"{n / 1e6:.0f} of {whole / 1e6:.0f} MB" for key, n in
+                              found.items()})  # fmt: skip
+        return found
+
+    two, four, small = peaks(2), peaks(4), peaks(2, "int8")
+    for ranks, found in ((2, two), (4, four)):
+        assert whole / ranks < found["loaded"] < whole / ranks + 2**26  # gloo, code, few tensors
+    assert four["loaded"] < two["loaded"] < whole
+    assert small["held"] < two["held"] / 3
+    assert small["loaded"] < two["loaded"]  # in full precision one tensor at a time
+    if two["trained"]:  # two blocks are whole at a time
+        assert four["trained"] < two["trained"]

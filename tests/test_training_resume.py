@@ -112,6 +112,28 @@ def test_fit_stops_on_a_signal_and_goes_on_bit_equal(tmp_path, number, capsys):
     assert same(factors(whole), factors(again))
 
 
+def test_fit_takes_torchruns_sigterm_after_ctrl_c_for_the_same_wish(tmp_path, capsys):
+    """A second Ctrl-C drops the step in hand; the last complete one is saved."""
+
+    def first(n):
+        if n == 3:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+
+    result = fit(tiny(), out=tmp_path, loss=counting(first), max_steps=9, quiet=False)
+    assert (result.stopped, result.steps) == ("interrupted", 3)
+    assert capsys.readouterr().err.count("finishing the step in hand") == 1
+
+    def second(n):
+        if n == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(), out=tmp_path, resume=True, loss=counting(second), max_steps=9)
+    assert load_state(tmp_path)[1]["step"] == 5
+
+
 def test_fit_stops_within_an_evaluation(tmp_path, capsys):
     """Ctrl-C in the first one: no step is done. In a later one: it is made after resuming."""
     calls = []

@@ -1,6 +1,7 @@
 """The state's file: two kept, damage noticed, a disk that is full or can't be written."""
 
 import builtins
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import unittest.mock
 
 import pytest
 import torch
@@ -104,9 +106,21 @@ def failing(monkeypatch, what, number, at=1):
         real = builtins.open
 
         def opening(file, mode="r", *arguments, **options):
-            if mode == "wb" and ".state." in str(file):
+            opened = real(file, mode, *arguments, **options)
+            if mode != "wb" or ".state." not in str(file):
+                return opened
+            whole = opened.write
+
+            def half(content):
+                whole(content[: len(content) // 2])  # as a disk that is full takes it
                 fails()
-            return real(file, mode, *arguments, **options)
+                return whole(content[len(content) // 2 :])
+
+            context = contextlib.closing(opened)
+            return unittest.mock.MagicMock(
+                wraps=opened, write=half, __enter__=lambda mock: mock, __exit__=lambda mock, *error:
+                context.__exit__(*error),
+            )  # fmt: skip
 
         monkeypatch.setattr(builtins, "open", opening)
         return
@@ -143,6 +157,27 @@ def test_save_state_names_what_failed_and_leaves_the_states(
     assert load_state(tmp_path)[1] == load_state(tmp_path)[1] | {
         "step": 3 if renamed else 2, "fallback": None,
     }  # fmt: skip
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("point", [("fsync", 1), ("replace", 1), ("replace", 2)])
+def test_save_state_cut_short_by_ctrl_c_leaves_the_states(tmp_path, monkeypatch, point):
+    for step in (1, 2):
+        write(tmp_path, step)
+    real, left = getattr(os, point[0]), [point[1]]
+
+    def interrupted(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, point[0], interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 3)
+    found = load_state(tmp_path)[1]
+    assert found["step"] == 2 and found["fallback"] is None
     assert not list(tmp_path.glob(".*"))
 
 

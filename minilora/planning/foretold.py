@@ -54,7 +54,7 @@ class Foretold:
     ):
         self.say = say
         shape = read_shape(model)
-        linears, settings = self._of(model, autocast)
+        linears, settings = self.read_model(model, autocast)
         settings |= {
             "batch_size": min(batch_size, len(lengths)),
             "accumulate": accumulate,
@@ -64,7 +64,7 @@ class Foretold:
         }
         self.cuda = next(model.parameters()).device.type == "cuda"
         base = sizes(model)
-        process = 0 if self.cuda else max(0, _resident() - base.total)
+        process = 0 if self.cuda else max(0, resident() - base.total)
         int8 = not self.cuda and calibrate().int8
         self.memory = count_memory(
             shape,
@@ -92,7 +92,9 @@ class Foretold:
             torch.cuda.reset_peak_memory_stats()
 
     @staticmethod
-    def _of(model: nn.Module, autocast: torch.dtype | None) -> tuple[dict[str, Linear], dict]:
+    def read_model(
+        model: nn.Module, autocast: torch.dtype | None
+    ) -> tuple[dict[str, Linear], dict]:
         """Read an injected model's linears with the ranks of the active adapters, and settings."""
         linears, format, dropout, block = {}, None, 0.0, 64
         layers = lora_layers(model)
@@ -138,8 +140,8 @@ class Foretold:
         return found
 
 
-def _resident() -> int:
-    """Bytes this process holds now, 0 where that is not known."""
+def resident() -> int:
+    """Return the bytes this process holds now, 0 where that is not known."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0

@@ -20,13 +20,13 @@ def compile_problem() -> str | None:
     return None
 
 
-def settle_compile(choice: bool | str, parallel: str | None) -> tuple[bool, str | None]:
+def settle_compile(choice: bool | str) -> tuple[bool, str | None]:
     """Return whether to compile, and what to say where `"auto"` cannot.
 
     Raises:
         RuntimeError: True where torch.compile does not work.
     """
-    if not choice or (choice == "auto" and parallel is not None):
+    if not choice:
         return False, None
     problem = compile_problem()
     if problem is None:
@@ -55,7 +55,8 @@ def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Compile each block (the whole model where it has none), and the loss of our own models.
 
     Shapes are left open: batches differ in length, and each length would else be compiled. What
-    is replaced is `forward` alone, so hooks around a block and every name stay as they are.
+    is replaced is `forward` alone, so every name and the hooks around a block stay as they are:
+    FSDP2's gather its weights before the compiled part and let go of them after.
     """
     if not wanted:
         yield

@@ -45,10 +45,14 @@ class TrainConfig:
             f32 base. With a float16 base or autocast the loss is scaled, see `LossScale` in
             `minilora.training.scaling`; the adapter must be float32.
         checkpointing: recompute activations in the backward pass instead of keeping them.
+        max_memory: 10⁹ bytes that this process may take on a CPU, everything in it counted; None
+            sets no limit. A micro-batch whose planned peak (see `minilora.plan`) is higher is
+            computed in smaller passes with the same gradient. For Llama and GPT2 of
+            minilora.models with their own loss; not with `"fsdp"`.
         compile: True runs each block of the model through `torch.compile`, which takes a C++
             compiler and about half a minute once (its result is cached on disk); `"auto"` does
             where that works and says so where not. Rounding differs from uncompiled steps, and
-            dropout's masks depend on the batch. Not with parallel.
+            dropout's masks depend on the batch. Of several ranks all compile, or none.
         shuffle: a new order each epoch.
         group_by_length: batches of similar lengths (less padding).
         seed: decides order and dropout, nothing else; the global random state is left alone.
@@ -81,6 +85,7 @@ class TrainConfig:
     save_every: int | None = None
     dtype: str = "auto"
     checkpointing: bool = False
+    max_memory: float | None = None
     compile: bool | str = False
     shuffle: bool = True
     group_by_length: bool = True
@@ -96,7 +101,7 @@ class TrainConfig:
         for key in ("max_steps", "eval_every", "eval_batch_size", "save_every", "patience"):
             value = getattr(self, key)
             self._require(key, value is None or _whole(value), "a whole number ≥ 1, or None")
-        for key in ("epochs", "max_minutes", "clip"):
+        for key in ("epochs", "max_minutes", "clip", "max_memory"):
             value = getattr(self, key)
             good = value is None or (_number(value) and value > 0)
             self._require(key, good, "a finite number above 0, or None")
@@ -115,11 +120,6 @@ class TrainConfig:
         for key in ("checkpointing", "shuffle", "group_by_length"):
             self._require(key, isinstance(getattr(self, key), bool), "True or False")
         self._require("compile", self.compile in (True, False, "auto"), "True, False or 'auto'")
-        if self.compile is True and self.parallel is not None:
-            raise ValueError(
-                f"compile=True runs in one process, found parallel={self.parallel!r}; set one of "
-                f"them to its default"
-            )
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         good = self.parallel in (None, *PARALLEL)
@@ -128,6 +128,12 @@ class TrainConfig:
             raise ValueError(
                 f"patience counts evaluations, so it needs eval_every, found patience="
                 f"{self.patience} and eval_every=None; set both"
+            )
+        if self.max_memory is not None and self.parallel == "fsdp":
+            raise ValueError(
+                f"max_memory splits the passes of each rank alone, but under parallel='fsdp' all "
+                f"compute in step, found max_memory={self.max_memory}; use 'ddp', or a smaller "
+                f"batch_size"
             )
         good = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
         self._require("seed", good, "a whole number of at least 0")

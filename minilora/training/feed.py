@@ -12,6 +12,7 @@ from minilora.data import Batch
 
 DEPTH = 4  # batches prepared at most
 _POLL = 0.05  # seconds after which a worker looks whether it is still wanted
+_LEAVE = 5.0  # seconds a worker has to end; one that a source holds up is left behind
 
 
 class Feed:
@@ -53,7 +54,7 @@ class Feed:
                 yield batch.to(self.device), place
         finally:
             over.set()
-            worker.join()
+            worker.join(_LEAVE)
 
     def _work(self, ready: queue.Queue, over: threading.Event) -> None:
         end: Any = None

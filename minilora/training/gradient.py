@@ -24,10 +24,10 @@ class Gradient:
     depend on (seed, step, row).
 
     Args:
-        run: what is trained; its `rows` is the split (0: none so far).
+        run: what is trained; its `rows` is the split (0: none so far), its `limit` tells before a
+            pass whether it will fit (None: only the pass itself tells).
         autocast: makes the context to compute in.
         say: takes a line for the user.
-        fits: tells before a pass whether it will fit; None: only the pass itself tells.
     """
 
     def __init__(
@@ -35,9 +35,8 @@ class Gradient:
         run: Run,
         autocast: Callable[[], AbstractContextManager],
         say: Callable[[str], None],
-        fits: Callable[[Batch], bool] | None = None,
     ):
-        self.run, self.autocast, self.say, self.fits = run, autocast, say, fits
+        self.run, self.autocast, self.say = run, autocast, say
 
     def of(self, micro: Sequence[Batch]) -> tuple[float, float, int]:
         """Return loss per token, gradient norm and tokens; gradients are left on the parameters."""
@@ -49,8 +48,10 @@ class Gradient:
             value += part
             tokens += count
         run.ranks.reduce()
-        value, tokens = run.ranks.sums(value, tokens)  # type: ignore[assignment]
-        tokens = int(tokens)
+        value, tokens, *rows = run.ranks.sums(  # type: ignore[assignment]
+            value, tokens, *run.ranks.apart(run.rows)
+        )
+        tokens, run.rows_of_all = int(tokens), [int(n) for n in rows]
         if tokens == 0:
             return math.nan, math.nan, 0
         gradients = [p.grad for p in run.names if p.grad is not None]
@@ -61,8 +62,13 @@ class Gradient:
 
     def _micro(self, batch: Batch, index: int) -> tuple[float, int]:
         """Add one micro-batch's gradient, in parts that fit; return the sums of loss and tokens."""
-        run = self.run
+        run, limit = self.run, self.run.limit
         size = min(run.rows or len(batch), len(batch))
+        if limit is not None and size:
+            while size > 1 and not limit.fits(batch.rows(0, size)):
+                size = self._smaller(batch, size, f"would take more than {limit.gigabytes:g} GB")
+            if size == 1:
+                limit.check_row(batch.input_ids.shape[1], batch.documents is not None)
         if size == 0:  # this rank has no row of it, but must take part in the collectives
             return (0.0, 0) if run.ranks.kind != "fsdp" else self._idle(index)
         while True:
@@ -81,18 +87,21 @@ class Gradient:
                     f"not; cut examples (max_length), set checkpointing=True (--checkpointing), or "
                     f"load the base in a narrower dtype"
                 )
-            size = run.rows = math.ceil(size / 2)
-            self.say(
-                f"a micro-batch of {len(batch)} rows did not fit in memory: from here on in "
-                f"passes of {size}, with the same gradient"
-            )
+            size = self._smaller(batch, size, "did not fit in memory")
+
+    def _smaller(self, batch: Batch, size: int, why: str) -> int:
+        """Halve the passes from here on, and say so."""
+        size = self.run.rows = math.ceil(size / 2)
+        self.say(
+            f"a micro-batch of {len(batch)} rows {why}: from here on in passes of {size}, with the "
+            f"same gradient"
+        )
+        return size
 
     def _parts(self, batch: Batch, size: int, index: int) -> tuple[float, int] | None:
         value, tokens = 0.0, 0
         for start in range(0, len(batch), size):
             part = batch.rows(start, start + size)
-            if size > 1 and self.fits is not None and not self.fits(part):
-                return None
             found = self._attempt(part, index, start)
             if found is None:
                 return None

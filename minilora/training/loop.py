@@ -173,7 +173,8 @@ def _foretold(run: Run, monitor: Monitor) -> Foretold:
 @contextmanager
 def _training(run: Run) -> Iterator[None]:
     """Training mode, checkpointing and the run's own random numbers, all put back after."""
-    keep_freed_memory()
+    if run.ranks.kind != "fsdp":  # which lives of what is given back
+        keep_freed_memory()
     flags = [(module, module.training) for module in run.model.modules()]
     devices = [run.device] if run.device.type == "cuda" else []
     with (

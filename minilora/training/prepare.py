@@ -253,17 +253,22 @@ def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag to be read between steps; the second raises."""
+    """Turn Ctrl-C and SIGTERM into a flag to be read between steps; a second Ctrl-C raises.
+
+    SIGTERM never does: torchrun sends it to its processes after the terminal's Ctrl-C.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked: list[bool] = []
+    asked: list[int] = []
 
     def on_signal(number, frame):
-        if asked:
+        again = number == signal.SIGINT and number in asked
+        asked.append(number)
+        if again:
             raise KeyboardInterrupt
-        asked.append(True)
-        print("\nfinishing the step in hand; Ctrl-C again to drop it", file=sys.stderr)
+        if len(asked) == 1:
+            print("\nfinishing the step in hand; Ctrl-C again to drop it", file=sys.stderr)
 
     before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
     try:

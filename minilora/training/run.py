@@ -18,6 +18,7 @@ from minilora.evaluation import Evaluation, Loss, device_of, token_loss
 from minilora.streaming import Stream
 from minilora.training.compiling import settle_compile
 from minilora.training.config import TrainConfig, learning_rate
+from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (
     check_model,
     compute_dtype,
@@ -46,7 +47,7 @@ from minilora.training.state import (
 LAST = "last"
 _COUNTERS = (
     *("step", "tokens", "skipped", "bad", "elapsed", "evaluated", "best_step", "lr"),
-    *("stale", "rows"),
+    "stale",
 )
 _ANY_BASE = ("base_model_name_or_path", "peft_version", "task_type")  # a path may differ
 
@@ -65,6 +66,9 @@ class Run:
         evaluated: the step after which the last evaluation was made, -1 before the first.
         stale: evaluations since the best one.
         rows: rows in a pass, once a micro-batch did not fit; 0 until then.
+        rows_of_all: every rank's, after the last step; `process_of_all` likewise what each limit
+            counts of its process.
+        limit: what passes are held to before they run, None without `max_memory`.
         lr: the rate of the last step.
         ranks: the processes of the run.
         place: where in the data the last complete step ended.
@@ -91,7 +95,8 @@ class Run:
         check_model(model, self.layers)
         self.adapter = trained_adapter(model, self.layers)
         self.names = trained(model, self.layers, self.adapter)
-        self.compile, reason = settle_compile(config.compile, config.parallel)
+        self.compile, reason = settle_compile(config.compile)
+        self.compile = not self.ranks.any(not self.compile)  # all, or none
         self.device = device_of(model)
         chosen = compute_dtype(self.layers, config.dtype, self.device)
         self.dtype = self.ranks.agree(chosen)
@@ -120,6 +125,11 @@ class Run:
         if self.ranks.kind == "fsdp" and not is_sharded(model):
             shard(model)
             self.names = trained(model, self.layers, self.adapter)
+        self.limit = self._limit()
+        self.rows_of_all = self.process_of_all = [0] * self.ranks.world
+        if self.limit is not None:
+            sums = self.ranks.sums(*self.ranks.apart(self.limit.process))
+            self.process_of_all = [int(n) for n in sums]
         self.ranks.look_after(self.names)
         self.optimizer = make_optimizer(self.names, config)
         self.total = planned_steps(
@@ -143,6 +153,25 @@ class Run:
                     "the run was killed before its first save, so it begins from the start"
                 )
         self.place = self.batches.state_dict()
+
+    def _limit(self) -> MemoryLimit | None:
+        """Return the limit on passes, if there is one that the longest row keeps."""
+        config = self.config
+        if config.max_memory is None:
+            return None
+        if self.own_loss:
+            raise ValueError(
+                "max_memory plans what the model's own loss takes, found a loss of your own; leave "
+                "one of them out"
+            )
+        limit = MemoryLimit(
+            self.model, config.max_memory, self.dtype, config.checkpointing, self.ranks.world
+        )
+        if isinstance(self.batches, Batches):
+            examples = self.batches.examples
+            longest = max(len(example.input_ids) for example in examples)
+            limit.check_row(longest, any(example.lengths for example in examples))
+        return limit
 
     # --- how far it is
 
@@ -204,6 +233,7 @@ class Run:
         facts = {key: getattr(self, key) for key in _COUNTERS}
         facts |= {"data": self.place, "identity": self._identity(), "total": self.total}
         facts["scale"] = vars(self.scale)
+        facts["rows"], facts["process"] = self.rows_of_all, self.process_of_all
         for key, found in (("before", self.before), ("best", self.best)):
             facts[key] = None if found is None else vars(found)
         tensors = {key: full(tensor) for key, tensor in tensors.items()}
@@ -266,6 +296,7 @@ class Run:
                     raise TypeError(f"{key} is {facts[key]!r}")
                 setattr(self, key, facts[key])
             self.scale = LossScale(**facts["scale"])
+            self._resume_passes(*([int(n) for n in facts[key]] for key in ("rows", "process")))
             old_total = facts["total"]
             self.before = None if facts["before"] is None else Evaluation(**facts["before"])
             self.best = None if facts["best"] is None else Evaluation(**facts["best"])
@@ -288,3 +319,14 @@ class Run:
                 f"the limits are not those of the first run, and the schedule follows them: the "
                 f"learning rate goes on at {self.rate():.2e}, the last step had {self.lr:.2e}"
             )
+
+    def _resume_passes(self, rows: list[int], process: list[int]) -> None:
+        """Split as each rank did; with another number of ranks, as the one that split most did."""
+        world, rank = self.ranks.world, self.ranks.rank
+        if len(rows) != world:
+            rows = [min((n for n in rows if n), default=0)] * world
+        self.rows, self.rows_of_all = rows[rank], rows
+        if self.limit is not None and len(process) == world and process[rank]:
+            self.limit.process = process[rank]  # or it might decide otherwise
+            self.limit.planned.cache_clear()
+            self.process_of_all = process

@@ -8,16 +8,18 @@ from torch import Tensor, nn
 
 from minilora.factors import FROM_WEIGHT, LoRAAdapter
 from minilora.lora_layer import LoRALayer, lora_layers, weight_sample
+from minilora.quantization import QuantizedLinear
 from minilora.training.ranks import Ranks, shard
 
 
 def sharded(
     ranks: Ranks, inject: Callable[[nn.Module], Any]
-) -> Callable[[nn.Module], Callable[[str, Tensor], None]]:
-    """Return the `prepare` of `minilora.models.load_model` that loads for FSDP2.
+) -> Callable[[nn.Module], Callable[[str, Any], None]]:
+    """Return the `prepare` of `load_model` and `load_quantized` that loads for FSDP2.
 
     The model of shapes alone gets its adapters and is sharded; then every rank keeps its part of
-    each tensor as it is read. The factors start as in one process with the same random state.
+    each tensor as it is read, of a quantized layer its part of codes and scales. The factors start
+    as in one process with the same random state.
 
     Args:
         ranks: of kind `"fsdp"`.
@@ -27,7 +29,7 @@ def sharded(
         ValueError: (from what is returned) adapters whose start depends on the base's weights.
     """
 
-    def prepare(model: nn.Module) -> Callable[[str, Tensor], None]:
+    def prepare(model: nn.Module) -> Callable[[str, Any], None]:
         inject(model)
         layers = lora_layers(model)
         for fqn, layer in layers.items():
@@ -40,11 +42,16 @@ def sharded(
                 _draw(layer, factors, ranks)
         places = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
 
-        def put(fqn: str, value: Tensor) -> None:
-            ranks.put(places[fqn], value)
-            layer = layers.get(fqn.removesuffix(".weight"))
-            if layer is not None:  # the whole weight is not at hand later
-                layer.base_sample = weight_sample(fqn.removesuffix(".weight"), value)
+        def put(fqn: str, value: Tensor | nn.Module) -> None:
+            name = fqn.removesuffix(".weight")
+            if isinstance(value, QuantizedLinear):
+                for part, tensor in value.named_parameters():
+                    ranks.put(places[f"{name}.{part}"], tensor)
+                value = value.weight
+            else:
+                ranks.put(places[fqn], value)  # type: ignore[arg-type]
+            if name in layers:  # the whole weight is not at hand later
+                layers[name].base_sample = weight_sample(name, value)  # type: ignore[arg-type]
 
         return put
 

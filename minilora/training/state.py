@@ -23,7 +23,7 @@ from minilora.training.monitor import METRICS_FILE, read_metrics
 STATE_FILE = "state.safetensors"
 PREVIOUS_FILE = "state.previous.safetensors"
 ADAM = ("step", "exp_avg", "exp_avg_sq")
-_VERSION = 3
+_VERSION = 4
 _HINTS = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or raise the quota",
@@ -109,7 +109,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
                 os.replace(newest, previous)
             try:
                 os.replace(aside, newest)
-            except OSError:
+            except BaseException:  # a second Ctrl-C too
                 if previous.is_file() and not newest.exists():
                     os.replace(previous, newest)
                 raise

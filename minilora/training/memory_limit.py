@@ -1,0 +1,127 @@
+"""Hold each pass on a CPU to a limit before it runs: the planned peak decides (`max_memory`).
+
+A CPU that runs out of memory gives no error to catch: the system swaps, or kills the process. So
+what a pass will take is planned from shapes (`minilora.planning.memory`), and a micro-batch that
+would not fit is split as on a GPU after a real lack of memory.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.data import Batch
+from minilora.planning.foretold import Foretold, resident
+from minilora.planning.memory import Memory, Settings, count_memory
+from minilora.planning.shapes import read_shape
+from minilora.quantization import QuantizedLinear
+from minilora.sizes import sizes
+
+
+class MemoryLimit:
+    """Plan the peak of this process for passes of any shape, and compare it with a limit.
+
+    Args:
+        model: a Llama or GPT2 of minilora.models with adapters, on a CPU.
+        gigabytes: the limit, in 10⁹ bytes; of this process, everything in it counted.
+        autocast: the dtype of autocast, None without.
+        checkpointing: whether blocks are recomputed.
+        ranks: processes under DDP, 1 without.
+
+    Raises:
+        ValueError: another kind of model, or one that is not on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gigabytes: float,
+        autocast: torch.dtype | None,
+        checkpointing: bool,
+        ranks: int = 1,
+    ):
+        device = next(model.parameters()).device.type
+        if device != "cpu":
+            raise ValueError(
+                f"max_memory plans for a CPU, found a model on {device}, where a lack of memory is "
+                f"noticed as it happens; leave max_memory out"
+            )
+        try:
+            self.shape = read_shape(model)
+        except ValueError:
+            raise ValueError(
+                f"max_memory needs a model whose memory can be planned, a Llama or GPT2 of "
+                f"minilora.models, found {type(model).__name__}; leave max_memory out"
+            ) from None
+        self.gigabytes, self.ranks = gigabytes, ranks
+        self.linears, settings = Foretold.read_model(model, autocast)
+        parallel = "ddp" if ranks > 1 else None
+        self.settings: dict[str, Any] = {
+            **settings, "checkpointing": checkpointing, "ranks": ranks, "parallel": parallel,
+        }  # fmt: skip
+        self.base = sizes(model)
+        self.process = max(0, resident() - self.base.total)
+        small = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        self.int8 = any(one._way(one.compute) == "int8" for one in small)
+        self.planned = functools.cache(self._planned)
+
+    def _planned(self, rows: int, tokens: int, packed: bool, **changed: Any) -> Memory:
+        """Plan passes of so many rows; `changed` settings are of another run."""
+        settings = Settings(**self.settings | {"batch_size": rows * self.ranks, "length": tokens}
+                            | changed)  # fmt: skip
+        here = settings.format == self.settings["format"]
+        known: dict[str, Any] = {"linears": self.linears, "base": self.base} if here else {}
+        found = count_memory(self.shape, settings, int8=self.int8, process=self.process, **known)
+        if not packed:
+            return found
+        # Attention of packed rows keeps its mask, in the model's dtype, in every block.
+        blocks = 1 if settings.checkpointing else self.shape.config.num_hidden_layers
+        masks = (blocks + 1) * rows * tokens**2 * settings.dtype.itemsize
+        return dataclasses.replace(found, activations=found.activations + masks)
+
+    def fits(self, batch: Batch) -> bool:
+        """Tell whether a pass stays within the limit."""
+        planned = self.planned(*batch.input_ids.shape, batch.documents is not None)
+        return planned.peak <= self.gigabytes * 1e9
+
+    def check_row(self, tokens: int, packed: bool) -> None:
+        """Raise ValueError, saying what would fit, unless one row of so many tokens does."""
+        memory = self.planned(1, tokens, packed)
+        if memory.peak <= self.gigabytes * 1e9:
+            return
+        parts = sorted(memory.components().items(), key=lambda part: -part[1])[:3]
+        largest = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts)
+        ways = self._ways(tokens, packed)
+        would = f"what would fit: {'; '.join(ways)}; or" if ways else "nothing less does, so"
+        raise ValueError(
+            f"one row of {tokens} tokens must fit in max_memory={self.gigabytes:g} GB "
+            f"(--max-memory), but {memory.peak / 1e9:.2f} GB are planned (most of it {largest}); "
+            f"{would} raise max_memory to {-(-memory.peak // 10**7) / 100:.2f}"
+        )
+
+    def _ways(self, tokens: int, packed: bool) -> list[str]:
+        """List what would make a row fit, each with its planned peak."""
+        limit, found = self.gigabytes * 1e9, []
+
+        def planned(length: int = tokens, **changed: Any) -> int:
+            return self._planned(1, length, packed, **changed).peak
+
+        again = planned(checkpointing=True)
+        if again <= limit and not self.settings["checkpointing"]:
+            found.append(f"checkpointing=True (--checkpointing), {again / 1e9:.2f} GB")
+        if planned(2) <= limit:
+            low, high = 2, tokens
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if planned(middle) <= limit else (low, middle)
+            found.append(f"rows of at most {low} tokens (--max-length {low})")
+        if self.settings["format"] is None:
+            with contextlib.suppress(ValueError):  # shapes that NF4 does not take
+                small = planned(checkpointing=True, format="nf4")
+                if small <= limit:
+                    found.append(f"an NF4 base (--quantize nf4) and checkpointing, "
+                                 f"{small / 1e9:.2f} GB")  # fmt: skip
+        return found
