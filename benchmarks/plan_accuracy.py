@@ -10,7 +10,7 @@ is fastest on the machine. Rows that the table holds for this machine are not ru
 takes those that hold all of these words, `--budget` starts no row after so many seconds.
 
 Rows of several machines stand side by side, each with the commit it was measured at: one without
-AMX gets shorter rows (`JUDGED_AVX2`), since in bf16 it does a fiftieth of the work in a second.
+AMX gets shorter rows (`JUDGED_AVX2`), since bf16 is many times slower there than f32.
 `--memory` leaves the time out: peaks may be measured on a busy machine, seconds may not. So `busy`
 is the share of the processors that other work took, the larger of that while planning and while
 running, and rows where it is above a tenth are measured again by the next call. Where nothing else
