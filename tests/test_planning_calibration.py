@@ -87,7 +87,7 @@ def test_a_step_is_foretold_from_two_depths(checkpointing):
 def test_depth_rows_and_vocabulary_are_scaled(monkeypatch):
     asked = []
 
-    def seconds(shape, settings, layers, rows):
+    def seconds(shape, settings, layers, rows, clock):
         asked.append((layers, rows, calibration._shallow(shape, layers).config.vocab_size))
         return rows * (1.0 + 0.5 * layers)
 

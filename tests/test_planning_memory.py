@@ -56,11 +56,23 @@ def test_checkpointing_keeps_less_and_more_rows_keep_more():
 
 def test_the_loss_never_holds_all_logits():
     shape = read_shape("llama-3-8b")
-    some, more = (plan(shape, length=n, batch_size=1).loss for n in (512, 2048))
-    chunk = 130 * 128256  # rows at a time: 2^24 logits
-    held = chunk * (4 + 2) + chunk * (4 + 4)  # the chunk before, and logits with a copy
-    assert some == held + 511 * 4096 * 2
-    assert more == held + 2047 * 4096 * 2 < 2047 * 128256 * 2
+    some, more = (plan(shape, length=n, batch_size=1) for n in (512, 2048))
+    chunk = 98 * 128256  # rows at a time: 3 · 2^22 logits, and a copy of them in f32
+    assert some.loss == chunk * (2 + 4) + 511 * 4096 * 2
+    assert more.loss == chunk * (2 + 4) + 2047 * 4096 * 2 < 2047 * 128256 * 2
+    cpu = plan(shape, length=2048, batch_size=1, gpu=False)
+    assert cpu.loss == 2047 * 4096 * 2
+    assert cpu.workspace == chunk * 2, "on a CPU they have a buffer that stays"
+
+
+def test_logits_and_decoded_matrices_share_a_buffer_on_a_cpu():
+    cpu = {"gpu": False, "dtype": torch.float32, "batch_size": 2, "length": 16}
+    logits = 2 * 15 * 97 * 4
+    assert plan(**cpu).workspace == logits
+    scales = 64 * 128 // 64 * 12
+    assert plan(format="nf4", **cpu).workspace == max(logits, 64 * 128 * 4) + scales
+    longer = cpu | {"length": 64, "batch_size": 8}
+    assert plan(format="nf4", **longer).workspace == 8 * 63 * 97 * 4 + scales
 
 
 def test_ranks_share_what_their_kind_shares():
@@ -95,12 +107,13 @@ def test_an_optimizer_in_8_bits_and_narrow_factors():
 
 def test_autocast_casts_one_matrix_at_a_time():
     assert plan(dtype=torch.bfloat16, autocast=True).base == plan(dtype=torch.float32).base
-    assert plan(autocast=True).decoded == 64 * 128 * 2
-    assert plan().decoded == 0
-    assert plan(format="nf4").decoded == 64 * 128 * 2 + 64 * 128 // 64 * 12
+    assert plan(autocast=True).workspace == 64 * 128 * 2
+    assert plan().workspace == 0
+    assert plan(format="nf4").workspace == 64 * 128 * 2 + 64 * 128 // 64 * 12
     cpu = {"gpu": False}
-    assert plan(format="int8", **cpu).decoded == 0
-    assert plan(format="int4", **cpu).decoded == 64 * 128
+    logits = plan(**cpu).workspace
+    assert plan(format="int8", **cpu).workspace == logits
+    assert plan(format="int4", **cpu).workspace == logits + 64 * 128
 
 
 @pytest.mark.parametrize(

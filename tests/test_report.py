@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from minilora.data import Batches
 from minilora.evaluation import evaluate
 from minilora.lora_layer import lora_layers
 from minilora.report import Explanation, truncate
+from minilora.report.explanation import median_energy, percent
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +122,39 @@ def test_explanation_prints_tables(found):
         "adapter default", "module ", "helped most", "hurt most", "whole adapter", "block 1",
         "mlp.2", "default / v2", "held-out data: loss ", "held-out loss at the suggested ranks",
         "outside the task", "over-fitted", "attention on b:", "intruder dimensions:",
-        "% of every layer's energy", "suggested: r=",
+        "% of every layer's energy", "energy that the median layer keeps at rank 1, 2, …: ",
+        "suggested: r=",
     ):  # fmt: skip
         assert line in text, line
     assert re.search(r"^layers\.\d\.\S+ +3 ", text, re.M)
     pattern = json.loads(text[text.rindex("{") :].replace(",\n}", "}"))
     assert pattern == found.suggestion[1]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(None, "–"), (0.00512, "0.512 %"), (1.0, "100 %"), (14.26, "1,426 %"), (math.inf, "inf %")],
+)
+def test_percent_writes_no_exponents(share, text):
+    assert percent(share) == text
+
+
+def test_one_rank_for_every_layer_is_said_without_a_pattern():
+    model = minilora.inject(torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(3)]), r=1)
+    assert str(minilora.explain(filled(model))).endswith("suggested: r=1 on every layer")
+
+
+def test_median_energy_is_over_layers_of_any_rank(found):
+    shares = median_energy(found.layers)
+    assert len(shares) == max(len(layer.singular_values) for layer in found.layers)
+    for k, share in enumerate(shares):
+        kept = []
+        for layer in found.layers:
+            squares = [s * s for s in layer.singular_values]
+            kept.append(sum(squares[: k + 1]) / sum(squares))
+        assert share == pytest.approx(statistics.median(kept))
+    assert shares[-1] == pytest.approx(1)
+    assert len(median_energy(found.layers, 2)) == 2
 
 
 def test_explanation_prints_the_most_changed_of_many_layers():

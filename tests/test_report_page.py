@@ -81,7 +81,9 @@ def test_page_is_well_formed_and_loads_nothing(whole, tmp_path):
 def test_page_shows_every_part(whole):
     text = " ".join("".join(parsed(page(whole)).words).split())
     for words in (
-        "What adapter default changed", "Loss without and with the adapter", "held out", "training",
+        "What adapter default changed", "8 layers of rank 3; W is a layer's weight",
+        "The median layer keeps", "at rank 1, 2, …",
+        "Loss without and with the adapter", "held out", "training",
         "outside the task", "Where it changed the model", "Singular values of the change",
         "Ranks it needs", "minilora.inject(model, r=", "Directions the base did not have",
         "Which parts matter", "blocks: gain of one alone", "kinds of modules: rise without it",
@@ -143,6 +145,10 @@ def test_heat_map_fills_a_cell_per_value():
     assert shades == [0.56, 0.06, 0.56]
     assert "the largest is inf at v, 0" in root[1].text
     assert "no values" in heat_map("Size", ["0"], ["q"], {}, str)
+    pale = ElementTree.fromstring(heat_map("New", ["0"], ["q"], {("q", "0"): 0.05}, str, top=0.5))
+    shade = next(float(e.get("fill-opacity")) for e in pale if e.get("class") == "cell")
+    assert shade == pytest.approx(0.06 + 0.94 * 0.1), "small beside what would count"
+    assert any(e.text == "0 to 0.5" for e in pale)
 
 
 def test_spectra_fall_where_values_fall():

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _SECONDS = 1.5  # a timed step is made smaller above this
 _REPEATS = 2.0  # seconds to go on repeating a short one
 _VOCABULARY = 2**25  # weights of a timed head at most
 _DEPTHS = (1, 3)
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,10 @@ def _shallow(shape: Shape, layers: int) -> Shape:
     return dataclasses.replace(shape, config=changed)
 
 
-def _step(model: Any, batch: Batch, optimizer: torch.optim.Optimizer, settings: Settings) -> float:
-    start = time.perf_counter()
+def _step(
+    model: Any, batch: Batch, optimizer: torch.optim.Optimizer, settings: Settings, clock: Clock
+) -> float:
+    start = clock()
     with torch.autocast("cpu", dtype=settings.dtype, enabled=settings.autocast):
         total, count = token_loss(model, batch)
     total.backward()
@@ -218,10 +222,10 @@ def _step(model: Any, batch: Batch, optimizer: torch.optim.Optimizer, settings: 
         torch._foreach_div_([p.grad for p in group["params"]], count)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def _seconds(shape: Shape, settings: Settings, layers: int, rows: int) -> float:
+def _seconds(shape: Shape, settings: Settings, layers: int, rows: int, clock: Clock) -> float:
     """Time a step of a shallow model: the best of three to eight, after one that warms up."""
     keep_freed_memory()  # as `fit` does: steps are slower where freed pages are cleared again
     shallow = _shallow(shape, layers)
@@ -233,39 +237,41 @@ def _seconds(shape: Shape, settings: Settings, layers: int, rows: int) -> float:
         batch = pad([Example(row, row) for row in ids], 0)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        _step(model, batch, optimizer, settings)
-        found = [_step(model, batch, optimizer, settings) for _ in range(3)]
+        step = functools.partial(_step, model, batch, optimizer, settings, clock)
+        step()
+        found = [step() for _ in range(3)]
         while sum(found) < _REPEATS and len(found) < 8:  # others' work shows in short steps most
-            found.append(_step(model, batch, optimizer, settings))
+            found.append(step())
         return min(found)
 
 
 _known: dict[str, tuple[float, float, float]] = {}
 
 
-def _timed(shape: Shape, settings: Settings) -> tuple[float, float, float]:
+def _timed(shape: Shape, settings: Settings, clock: Clock) -> tuple[float, float, float]:
     """Seconds of the rest and of a block at a number of rows, and how many times more there are."""
     p = settings.one_pass
     flops = sum(one.numel() for one in _shallow(shape, _DEPTHS[1]).empty().parameters())
     rate = hardware().float32 if settings.dtype == torch.float32 else hardware().bfloat16
     most = _SECONDS * rate * 1e9 / (6 * flops * settings.length)
     rows = max(1, min(p.B, int(most)))
-    low, high = (_seconds(shape, settings, depth, rows) for depth in _DEPTHS)
+    low, high = (_seconds(shape, settings, depth, rows, clock) for depth in _DEPTHS)
     hand_back_freed_memory()
     block = max(0.0, (high - low) / (_DEPTHS[1] - _DEPTHS[0]))
     return max(0.0, low - _DEPTHS[0] * block), block, p.B / rows
 
 
-def timed_step(shape: Shape, settings: Settings) -> float:
+def timed_step(shape: Shape, settings: Settings, clock: Clock = time.perf_counter) -> float:
     """Foretell the seconds of an optimizer step here from steps of 1 and of 3 real blocks.
 
     The difference of the two is two blocks; the rest is embedding, head and loss. Both are scaled:
-    blocks to the model's depth, rows and vocabulary to their size where they were cut.
+    blocks to the model's depth, rows and vocabulary to their size where they were cut. `clock` is
+    for measurements on a busy machine, which may count the processor's seconds.
     """
     one = dataclasses.replace(settings, accumulate=1)
-    key = repr((shape.config, one, torch.get_num_threads()))
+    key = repr((shape.config, one, torch.get_num_threads(), clock))
     if key not in _known:
-        _known[key] = _timed(shape, one)
+        _known[key] = _timed(shape, one, clock)
     rest, block, larger = _known[key]
     rest *= shape.config.vocab_size / _shallow(shape, 1).config.vocab_size
     seconds = (rest + block * shape.config.num_hidden_layers) * larger

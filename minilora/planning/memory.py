@@ -1,6 +1,6 @@
 """Bytes at the peak of training, by component, on shapes alone.
 
-    peak = process + base + adapters + gradients + optimizer + decoded + activations + gathered
+    peak = process + base + adapters + gradients + optimizer + workspace + activations + gathered
            + max(loss workspace, recomputed block + backward workspace) + heap
 
 The base is counted by `minilora.sizes`, activations by `activations.py`; what can't be derived
@@ -18,7 +18,7 @@ from minilora.planning.activations import Pass, block_saved, linears_by_block, s
 from minilora.planning.shapes import Linear, Shape, adapted
 from minilora.sizes import Sizes, sizes
 
-_CHUNK = 2**24  # logits the loss holds at a time, as minilora.kernels.cross_entropy
+_CHUNK = 3 * 2**22  # logits the loss holds at a time, as minilora.kernels.cross_entropy
 _F32 = 4
 
 
@@ -112,7 +112,8 @@ class Memory:
         recomputed: one block's, run again under checkpointing.
         loss: workspace of head and loss.
         backward: workspace of a block's backward pass.
-        decoded: a matrix decoded from its codes, or cast, to be multiplied.
+        workspace: a matrix decoded from its codes, or cast, to be multiplied; on a CPU logits take
+            the same buffer, which stays.
         gathered: under FSDP2 the blocks that are whole for a moment, and embeddings and head.
         heap: what the C library keeps of freed memory (0 on a GPU).
     """
@@ -128,7 +129,7 @@ class Memory:
     recomputed: int = 0
     loss: int = 0
     backward: int = 0
-    decoded: int = 0
+    workspace: int = 0
     gathered: int = 0
     heap: int = 0
     sizes: Sizes = field(default_factory=Sizes, repr=False, compare=False)
@@ -220,9 +221,9 @@ def count_memory(
         optimizer=2 * count * moment // share,
         activations=kept,
         recomputed=again,
-        loss=_loss(shape, p),
+        loss=_loss(shape, p, gpu),
         backward=_backward(shape, settings, int8 and not gpu),
-        decoded=_decoded(linears, settings, int8 and not gpu),
+        workspace=_workspace(shape, linears, settings, gpu, int8 and not gpu),
         gathered=0 if share == 1 else 2 * whole_block + found.base - whole_block
         * config.num_hidden_layers,
         heap=int(heap),
@@ -266,20 +267,22 @@ def _head(linears: dict[str, Linear]) -> int:
     return sum(one.N * one.K for name, one in linears.items() if name == "lm_head")
 
 
-def _loss(shape: Shape, p: Pass) -> int:
-    """Head and loss: the chunk's logits twice in f32, the last chunk's gradient, rows and head.
+def _logits(shape: Shape, p: Pass) -> int:
+    """Count the logits that the loss holds at a time."""
+    V = shape.config.vocab_size
+    return min(p.tokens - p.B, max(32, _CHUNK // V)) * V
 
-    While a chunk's logsumexp runs, its logits and a copy of them are there in f32, and from the
-    chunk before the gradient in f32 and, if narrower, in what the model computes in.
+
+def _loss(shape: Shape, p: Pass, gpu: bool) -> int:
+    """Head and loss: the rows that learn, the head under autocast; on a GPU a chunk of logits.
+
+    They turn into their own gradient in place, after a copy in f32 where they are narrower. On a
+    CPU both lie in buffers that stay (`_workspace`).
     """
-    V, h = shape.config.vocab_size, shape.config.hidden_size
-    rows = p.tokens - p.B
-    chunk = min(rows, max(32, _CHUNK // V))
-    after = min(chunk, rows - chunk)  # the second chunk, if there is one
-    before = _F32 + (p.w if p.w < _F32 else 0)
-    logits = max(chunk * V * 2 * _F32, (chunk * before + after * 2 * _F32) * V if after else 0)
-    cast = V * h * p.w if p.autocast else 0
-    return logits + rows * h * p.w + cast
+    h = shape.config.hidden_size
+    cast = shape.config.vocab_size * h * p.w if p.autocast else 0
+    chunk = _logits(shape, p) * (p.w + (_F32 if p.w < _F32 else 0)) if gpu else 0
+    return chunk + (p.tokens - p.B) * h * p.w + cast
 
 
 def _backward(shape: Shape, settings: Settings, int8: bool) -> int:
@@ -292,13 +295,19 @@ def _backward(shape: Shape, settings: Settings, int8: bool) -> int:
     return total
 
 
-def _decoded(linears: dict[str, Linear], settings: Settings, int8: bool) -> int:
-    """Return the bytes of the largest matrix that is decoded or cast before it is multiplied."""
+def _workspace(
+    shape: Shape, linears: dict[str, Linear], settings: Settings, gpu: bool, int8: bool
+) -> int:
+    """Return the bytes of what is decoded or cast before it is multiplied, and of logits.
+
+    A CPU has one buffer for matrices and logits, as large as the largest (`kernels/workspace.py`).
+    """
     largest = max((one.N * one.K for one in linears.values() if one.r), default=0)
     w = settings.dtype.itemsize
+    logits = 0 if gpu else _logits(shape, settings.one_pass) * w
     if settings.format is None:
-        return largest * w if settings.autocast else 0
+        return logits + (largest * w if settings.autocast else 0)
     if settings.format == "nf4":  # and its scales in f32, twice
-        return largest * w + 3 * _F32 * largest // settings.block_size
+        return max(logits, largest * w) + 3 * _F32 * largest // settings.block_size
     codes = largest if settings.format == "int4" else 0
-    return codes + (0 if int8 else largest * w)
+    return codes + max(logits, 0 if int8 else largest * w)

@@ -42,7 +42,7 @@ _WORDS = {
     "recomputed": "a block run again",
     "loss": "head and loss",
     "backward": "backward workspace",
-    "decoded": "decoded weights",
+    "workspace": "workspace (logits, decoded)",
     "gathered": "gathered blocks (FSDP2)",
     "heap": "heap (freed, but kept)",
 }

@@ -174,7 +174,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def percent(share: float | None) -> str:
     """Write a share as a percentage of three digits."""
-    return "–" if share is None else f"{100 * share:.3g} %"
+    if share is None:
+        return "–"
+    return f"{100 * share:,.0f} %" if 10 <= share < math.inf else f"{100 * share:.3g} %"
+
+
+def median_energy(layers: Sequence[LayerReport], most: int = 8) -> list[float]:
+    """Return the share of ‖ΔW‖² kept at rank 1, 2, …, its median over layers; `most` at most."""
+    count = min(most, max(len(layer.energy) for layer in layers))
+    return [
+        statistics.median(v.energy[min(k, len(v.energy) - 1)] for v in layers) for k in range(count)
+    ]
 
 
 def layer_row(layer: LayerReport) -> list[str]:
@@ -219,6 +229,8 @@ def verdicts(found: Explanation) -> list[str]:
     total, kept = (sum(getattr(v, k) for v in found.layers) for k in ("r", "suggested_r"))
     cut = f"ranks {total} → {kept} in all keep {percent(found.keep)} of every layer's energy"
     lines.append(f"{cut}; error {percent(found.predicted_error)}")
+    shares = ", ".join(percent(share) for share in median_energy(found.layers))
+    lines.append(f"energy that the median layer keeps at rank 1, 2, …: {shares}")
     if found.copies:
         lines.append(f"and trained copies of {len(found.copies)} base parameters")
     behaviour = found.behaviour
@@ -280,6 +292,9 @@ def _text(found: Explanation) -> list[str]:
                  sorted(found.comparison.layers, key=lambda v: v.shared)[:ROWS]]  # fmt: skip
         lines += ["", *table((f"{first} / {second}", "cosine", "shared"), cells)]
     r, pattern = found.suggestion
-    lines += ["", *verdicts(found), "", f"suggested: r={r}, rank_pattern={{"]
+    lines += ["", *verdicts(found), ""]
+    if not pattern:
+        return [*lines, f"suggested: r={r} on every layer"]
+    lines.append(f"suggested: r={r}, rank_pattern={{")
     lines += [f"    {json.dumps(key)}: {value}," for key, value in pattern.items()] + ["}"]
     return lines

@@ -57,6 +57,7 @@ def heat_map(
     values: Mapping[tuple[str, str], float],
     tell: Callable[[float], str],
     numbers: bool = False,
+    top: float = 0.0,
 ) -> str:
     """Draw a value per row and column, darker for more; cells without one stay empty.
 
@@ -66,11 +67,12 @@ def heat_map(
         values: by (row, column), at least 0; infinite ones count as the largest.
         tell: how to write a value.
         numbers: whether to write it into the cell.
+        top: the value of the darkest cell, where none is above it; 0: the largest there is.
     """
     left, cell = 12 + 7.2 * max(map(len, rows)), max(17.0, min(40.0, 760 / len(columns)))
     tall = 24.0
     finite = [v for v in values.values() if math.isfinite(v)]
-    top = max(finite, default=0.0) or 1.0
+    top = max(top, *finite, 0.0) or 1.0
     body = []
     for j, column in enumerate(columns):
         if len(columns) <= 16 or j % 2 == 0:
