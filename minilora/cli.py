@@ -15,7 +15,7 @@ from minilora.adapter_config import read_config
 from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.checkpoint import save_adapter
 from minilora.data import Example
-from minilora.data_files import DataFiles, streamed
+from minilora.data_files import DataFiles, check_streamed, streamed
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.packing import pack
@@ -370,6 +370,10 @@ def _train(options: argparse.Namespace) -> int:
         # An f32 base would else be multiplied in what is fastest here.
         dtype="float32" if options.dtype == "float32" else "auto",
     )
+    if options.sample and not options.valid:
+        raise ValueError("--sample writes at each evaluation, which needs --valid, found none")
+    if options.stream:  # before the slow part
+        check_streamed(options.data)
     train_data = None if options.stream else _data(options.data, options)
     valid_data = _data(options.valid, options) if options.valid else None
 

@@ -75,6 +75,15 @@ class _Records:
         return iter_records(self.files)
 
 
+def check_streamed(files: Sequence[str]) -> None:
+    """Raise ValueError unless all files are there and can be streamed."""
+    for file in files:
+        if not file.endswith(".jsonl"):
+            raise ValueError(f"{file}: only .jsonl files can be streamed; leave --stream away")
+        if not Path(file).is_file():
+            raise ValueError(f"{file}: must be a file, found none there")
+
+
 def streamed(
     files: Sequence[str], tokenizer: Any, max_length: int, all_tokens: bool, packed: bool = False
 ) -> Stream:

@@ -24,7 +24,7 @@ class Stream:
             `minilora.packing.pack` does; None packs nothing.
 
     Raises:
-        TypeError: a source that can be iterated only once.
+        TypeError: a source that can't be iterated, or only once.
         ValueError: a window below 1 or rows below 2 tokens.
     """
 
@@ -34,6 +34,11 @@ class Stream:
     pack: int | None = None
 
     def __post_init__(self) -> None:
+        if not any(hasattr(self.source, name) for name in ("__iter__", "__getitem__")):
+            raise TypeError(
+                f"source must be something to iterate, found {type(self.source).__name__}; pass an "
+                f"object whose __iter__ returns a new iterator"
+            )
         if isinstance(self.source, Iterator):
             raise TypeError(
                 f"source must begin anew whenever it is iterated, found "

@@ -358,6 +358,20 @@ def test_cli_train_packs_streams_and_keeps_tokens(folder, tmp_path, capsys):
     assert "windows of 400, packed into rows of 16 tokens" in capsys.readouterr().err
 
 
+def test_cli_stream_names_a_bad_file_before_the_model(folder, letters, tmp_path, capsys, no_model):
+    train = ["train", folder, "--max-steps", 1, "--out", tmp_path / "a", "--stream", "--data"]
+    for name, message in (("b.jsonl", "must be a file, found none there"),
+                          ("b.txt", "only .jsonl files can be streamed")):  # fmt: skip
+        assert run(*train, letters, tmp_path / name) == 2
+        assert f"{name}: {message}" in capsys.readouterr().err
+
+
+def test_cli_sample_needs_evaluations(folder, letters, tmp_path, capsys, no_model):
+    train = ["train", folder, "--data", letters, "--max-steps", 1, "--out", tmp_path / "a"]
+    assert run(*train, "--sample", "a b") == 2
+    assert "--sample writes at each evaluation, which needs --valid" in capsys.readouterr().err
+
+
 def test_cli_train_on_a_stream_names_the_bad_line(folder, letters, tmp_path, capsys):
     letters.write_text(letters.read_text() + '{"txt": "a"}\n')
     train = ["train", folder, "--data", letters, "--stream", "--max-steps", 3, "--max-length", 16]

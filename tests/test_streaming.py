@@ -183,6 +183,8 @@ def test_stream_names_a_bad_item_and_another_stream():
 def test_stream_refuses_what_is_used_up_or_empty():
     with pytest.raises(TypeError, match="found generator, which is used up after once"):
         Stream(item for item in DATA)
+    with pytest.raises(TypeError, match="source must be something to iterate, found function"):
+        Stream(lambda: iter(DATA))
     with pytest.raises(ValueError, match="window must be at least 1"):
         Stream(DATA, window=0)
     with pytest.raises(ValueError, match="must yield at least one example"):

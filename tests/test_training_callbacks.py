@@ -47,6 +47,28 @@ def test_callbacks_refuse_an_object_that_is_none():
         Callbacks([print])
 
 
+def test_callbacks_and_samples_are_refused_before_anything_is_done(tmp_path):
+    class Mine:
+        def on_step(self, row):
+            raise AssertionError
+
+    out = tmp_path / "run"
+    with pytest.raises(TypeError, match="callbacks must be a list of objects, found one Mine; put"):
+        fit(tiny(), callbacks=Mine(), out=out)
+    with pytest.raises(TypeError, match=r"must be an object, found the class Mine; pass Mine\(\)"):
+        fit(tiny(), callbacks=[Mine], out=out)
+    with pytest.raises(ValueError, match="at each evaluation, which needs valid, found no valid"):
+        fit(tiny(), sample=lambda model: "text", out=out)
+    with pytest.raises(ValueError, match="which needs valid, found str"):
+        fit(tiny(), valid=examples(3), sample="a b", out=out)
+    for name in ("train", "valid"):
+        with pytest.raises(ValueError, match=f"{name} must hold at least one example, found none"):
+            fit(tiny(), [] if name == "train" else None, valid=[], out=out)
+    with pytest.raises(ValueError, match="out must name a folder, found ''"):
+        fit(tiny(), out="")
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("name", ["on_step", "on_eval", "on_save"])
 def test_an_exception_in_a_callback_ends_the_run_with_the_state_saved(tmp_path, name):
     def stop(self, told):

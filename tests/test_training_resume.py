@@ -298,10 +298,11 @@ def rewrite(folder, change):
     ("change", "message"),
     [
         (lambda t, f: (t, []), "reading it failed"),
-        (lambda t, f: (t, {**f, "version": 1}), "state version 1, this minilora reads 3"),
-        (lambda t, f: (t, {"version": 3}), r"reading it failed \(KeyError\('identity'\)"),
+        (lambda t, f: (t, {**f, "version": 1}), "state version 1, this minilora reads 4"),
+        (lambda t, f: (t, {"version": 4}), r"reading it failed \(KeyError\('identity'\)"),
         (lambda t, f: (t, {**f, "step": "3"}), "reading it failed.*step is '3'"),
         (lambda t, f: (t, {**f, "best": [1]}), "reading it failed"),
+        (lambda t, f: (t, {**f, "rows": 3}), "reading it failed"),
         (lambda t, f: (t, {**f, "data": None}), "reading it failed"),
         (lambda t, f: ({k: v for k, v in t.items() if "exp_avg_sq" not in k}, f),
          r"under optimizer\.exp_avg_sq.* there must be \[.*, found nothing"),

@@ -1,6 +1,6 @@
 """What a user's own code is told while a run goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 NAMES = ("on_step", "on_eval", "on_save", "on_log")
@@ -21,8 +21,18 @@ class Callbacks:
     """
 
     def __init__(self, objects: Sequence[Any] = ()):
+        if not isinstance(objects, Iterable):
+            raise TypeError(
+                f"callbacks must be a list of objects, found one {type(objects).__name__}; put it "
+                f"in a list"
+            )
         self.objects = list(objects)
         for each in self.objects:
+            if isinstance(each, type):
+                raise TypeError(
+                    f"a callback must be an object, found the class {each.__name__}; pass "
+                    f"{each.__name__}()"
+                )
             if not any(callable(getattr(each, name, None)) for name in NAMES):
                 raise TypeError(
                     f"a callback must have a method on_step, on_eval, on_save or on_log, found "

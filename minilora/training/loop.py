@@ -122,6 +122,14 @@ def fit(
             a step the state of the last complete one is saved.
     """
     config, told = config or TrainConfig(), Callbacks(callbacks)
+    if sample is not None and (valid is None or not callable(sample)):
+        found = "no valid" if callable(sample) else type(sample).__name__
+        raise ValueError(
+            f"sample must be a function that is called with the model at each evaluation, which "
+            f"needs valid, found {found}; pass both, or leave it out"
+        )
+    if out == "":
+        raise ValueError("out must name a folder, found ''; pass None to leave nothing behind")
     place = None if out is None else Path(out)
     lock = None
     ranks = Ranks(config.parallel, device_of(model))

@@ -114,6 +114,8 @@ def make_batches(
             f"order are set by TrainConfig)"
         )
     data = list(data)
+    if not data:
+        raise ValueError(f"{what} must hold at least one example, found none")
     if any(isinstance(item, Batch) for item in data):
         raise TypeError(
             f"fit() makes its own batches, found a Batch in {what}; pass single examples"

@@ -148,8 +148,7 @@ def _give_back_freed_memory() -> None:
     """Let glibc hand blocks above 1 MB back to the system as they are freed.
 
     Under FSDP2 each block of the model is gathered into new tensors that are freed after it; gloo's
-    threads would each keep theirs in a heap of its own (measured on two processes: 726 MB at the
-    peak with all kept, 417 as glibc does it, 312 so).
+    threads would each keep theirs in a heap of its own (benchmarks/NOTES.md).
     """
     mallopt: Any = None
     if sys.platform.startswith("linux"):
