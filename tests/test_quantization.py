@@ -1,6 +1,7 @@
 """The formats and `QuantizedLinear` against definitions written apart, and bitsandbytes."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -165,16 +166,16 @@ def test_int8_products_match_the_quantized_oracle(spec, M, N, groups, bias, dtyp
     g = torch.randn_like(y)
     y.backward(g)
 
-    def rounded(rows):
-        scale = rows.abs().amax(1, keepdim=True).float().double() / 127
-        return (rows / scale.clamp(min=1e-300)).round() * scale
+    def rounded(rows):  # in f32, as the format says: a code on an edge is then the same
+        scale = rows.float().abs().amax(1, keepdim=True) / 127
+        return (rows.float() / scale.clamp(min=1e-30)).round().double() * scale.double()
 
-    channel = module.scale_bits.view(torch.float32).double()
-    want = rounded(x.detach().double()) @ W.T
+    channel = module.scale_bits.view(torch.float32)
+    want = rounded(x.detach()) @ W.T
     want = want + (0 if module.bias is None else module.bias.double())
-    assert relative(y.detach(), want) < max(1e-4, ROUNDING[dtype])  # 1e-4: a code on an edge
-    grad = rounded(g.double() * channel) @ (W / channel[:, None])
-    assert relative(x.grad, grad) < max(1e-3, ROUNDING[dtype])
+    assert relative(y.detach(), want) < max(1e-4, ROUNDING[dtype])
+    grad = rounded(g.float() * channel) @ (W / channel.double()[:, None])
+    assert relative(x.grad, grad) < max(1e-4, ROUNDING[dtype])
     # And so near the unquantized product: each code is off by at most half a step.
     if M:
         exact = x.detach().double() @ W.T
@@ -261,18 +262,17 @@ def test_nf4_is_bit_identical_to_bitsandbytes(block, shape, double):
             assert torch.equal(module.offset_bits.view(torch.float32)[0], state.offset)
         else:
             assert torch.equal(module.absmax_bits.view(torch.float32).reshape(-1), state.absmax)
-        # bitsandbytes 0.50 decodes wrongly on a CPU where a block crosses a row (next test).
-        if shape[1] % block == 0:
+        if shape[1] % block == 0 or judge_decodes_across_rows():
             assert torch.equal(module.dequantize(), bnb.dequantize_4bit(codes, state))
+        assert relative(module.dequantize(torch.float64), decoded(module)) < 1e-6
 
 
-def test_bitsandbytes_still_decodes_blocks_across_rows_wrongly():
-    """When this fails, compare every shape in the test above."""
-    weight, module = make(16, 64, Spec("nf4", 128), torch.bfloat16)
+@functools.cache
+def judge_decodes_across_rows():
+    """Whether bitsandbytes decodes blocks that cross a row: 0.50's AVX-512 code does not."""
+    weight = torch.tensor([[1.0] * 64, [0.5] * 64, [1.0] * 64, [2.0] * 64], dtype=torch.bfloat16)
     codes, state = bnb.quantize_4bit(weight, blocksize=128, quant_type="nf4")
-    assert relative(bnb.dequantize_4bit(codes, state), weight.double()) > 0.2
-    _, module = make(16, 64, Spec("nf4", 128))
-    assert relative(module.dequantize(), decoded(module)) < 1e-6
+    return relative(bnb.dequantize_4bit(codes, state), weight.double()) < 0.2
 
 
 @pytest.mark.parametrize(
