@@ -119,8 +119,12 @@ def int8_forward(
 
 
 def int8_grad_x(grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `G W` through integers; the scales go into G before its rows are quantized."""
-    if not _can_multiply(len(grad_out), *codes.shape, grad_out.device):
+    """Return `G W` through integers; the scales go into G before its rows are quantized.
+
+    Where G's own gradient is recorded (second derivatives) it is dequantized: rounding has none.
+    """
+    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if recorded or not _can_multiply(len(grad_out), *codes.shape, grad_out.device):
         return int8_grad_x_dequantized(grad_out, codes, bits, bias)
     scaled = grad_out.to(torch.float32) * scales_from_bits(bits)
     return int8_product(scaled, codes).to(grad_out.dtype)

@@ -18,8 +18,9 @@ def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
     A lent one is valid until the next call with this dtype in this thread: fresh pages cost more
     than decoding into them, so one buffer a dtype, as large as the largest matrix asked for, stays
     behind. CUDA's caching allocator reuses memory by itself, and a traced graph plans its own.
+    Where a gradient is recorded (second derivatives), the result is kept, so it is not lent.
     """
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return torch.empty(shape, dtype=dtype, device=device)
     held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})
     if dtype not in held or held[dtype].numel() < shape.numel():

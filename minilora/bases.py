@@ -112,8 +112,10 @@ def check_quantizable(name: str, module: Any, spec: Spec, values: bool = True) -
     reason = problem(spec, *(weight.shape[::-1] if is_conv1d(module) else weight.shape))
     if reason is not None:
         raise ValueError(f"{name} {reason}")
-    if values and not weight.is_meta and not is_finite(weight):
-        raise ValueError(f"the weight of {name} must be finite, found NaN or Inf in it")
+    if values and not is_finite(weight):
+        raise ValueError(
+            f"the weight of {name} must be finite, found NaN or Inf in it (in float32)"
+        )
 
 
 def quantized(

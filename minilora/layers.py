@@ -91,6 +91,11 @@ class LoRALinear(LoRALayer):
         """Return a view in the base's layout."""
         return matrix.T if is_conv1d(self.base) else matrix
 
+    def _takes(self, dtype: torch.dtype) -> bool:
+        if isinstance(self.base, QuantizedLinear):
+            return dtype.is_floating_point
+        return dtype == self.weight.dtype
+
     def _forward(self, x: Tensor, adapters: list[LoRAAdapter], drops: list[float]) -> Tensor:
         if any(a.magnitude is not None for a in adapters):
             return super()._forward(x, adapters, drops)
@@ -103,7 +108,7 @@ class LoRALinear(LoRALayer):
             frozen is not None
             and self.compute_dtype in (None, dtype)
             # Stored codes are decoded to whatever x has.
-            and (autocast or isinstance(self.base, QuantizedLinear) or dtype == self.weight.dtype)
+            and (autocast or self._takes(dtype))
             # One mask for the whole branch: a second adapter, or the offset, must not share it.
             and (not any(drops) or (len(adapters) == 1 and adapters[0].offset_A is None))
         )

@@ -1,5 +1,6 @@
 """Merging adapters into base weights, and taking that back to the very bits."""
 
+import copy
 import shutil
 import tempfile
 import weakref
@@ -28,7 +29,13 @@ from minilora.copies import (
     original_parameters,
 )
 from minilora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear, is_conv1d
-from minilora.lora_layer import LoRALayer, storage_format, weight_dtype, weight_sample
+from minilora.lora_layer import (
+    LoRALayer,
+    storage_format,
+    weight_device,
+    weight_dtype,
+    weight_sample,
+)
 from minilora.quantization import QuantizedLinear
 from minilora.stored_weights import StoredWeights
 
@@ -120,6 +127,10 @@ def _merged_tensors(
 def _new_base(base: QuantizedLinear, merged: dict[str, Tensor], mode: str | None) -> nn.Module:
     """Return what stands in a quantized layer's place: plain, or of the same format again."""
     bias = merged.get("bias", base.bias)
+    if mode == "requantize" and torch.equal(merged["weight"], base.dequantize(torch.float32)):
+        again = copy.deepcopy(base)  # nothing was added: nothing is rounded anew
+        again.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return again
     if mode != "requantize":
         module: Any = base.plain_module(merged["weight"].to(base.dtype))
         if "bias" in merged:
@@ -141,10 +152,11 @@ def _new_base(base: QuantizedLinear, merged: dict[str, Tensor], mode: str | None
 def _requantized_error(name: str, layer: LoRALayer, names: tuple[str, ...]) -> MergedLayer:
     before = layer.base.dequantize(torch.float32)
     wanted = _merged_tensors(name, layer, names)["weight"]
+    if torch.equal(before, wanted):
+        return MergedLayer(name, 0.0, 0.0)
     stored = QuantizedLinear.from_weight(wanted, layer.base.spec).dequantize(torch.float32)
     error, delta = float((stored - wanted).norm()), float((wanted - before).norm())
-    of_delta = error / delta if delta else (float("inf") if error else 0.0)
-    return MergedLayer(name, error / max(float(wanted.norm()), 1e-30), of_delta)
+    return MergedLayer(name, error / max(float(wanted.norm()), 1e-30), error / max(delta, 1e-30))
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -265,6 +277,10 @@ def merge(
     chosen = {n: layers[n] for n in plan}
     small = {n: layer for n, layer in chosen.items() if isinstance(layer.base, QuantizedLinear)}
     _check_mode(small, mode, into)
+    if tolerance is not None and (
+        isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance > 0
+    ):
+        raise ValueError(f"tolerance must be a number above 0 or None, found {tolerance!r}")
     before = [n for n in all_copies(model) if in_place(model, n)]
     own = original_parameters(model)
     install(model, names)
@@ -480,7 +496,7 @@ def unmerge(model: nn.Module) -> None:
         for name, layer in merged.items():
             for key, value in originals.get(name, {}).items():
                 if key == "base":
-                    layer.base = _refilled(value, files).train(layer.training)
+                    layer.base = _back_in_place(_refilled(value, files), layer.base)
                 elif isinstance(value, nn.Parameter):
                     layer.base._parameters[key] = value
                 else:
@@ -489,6 +505,14 @@ def unmerge(model: nn.Module) -> None:
             layer.base_sample = layer.base_format = None
     active = {name for layer in layers.values() for name in layer.active}
     install(model, [name for name in all_adapter_names(model) if name in active])
+
+
+def _back_in_place(base: QuantizedLinear, merged: Any) -> QuantizedLinear:
+    """Do to the kept base what was done to the merged one meanwhile: casts, moves, the mode."""
+    base.to(weight_device(merged))
+    if weight_dtype(merged) != base.dtype:
+        base.to(weight_dtype(merged))
+    return base.train(merged.training)
 
 
 def _refilled(kept: Any, files: dict[Path, dict[str, Tensor]]) -> QuantizedLinear:

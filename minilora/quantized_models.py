@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minilora.bases import check_quantizable
+from minilora.bases import check_quantizable, quantized
 from minilora.layers import is_conv1d
 from minilora.lora_layer import lora_layers
 from minilora.models import Tokenizer, load_model
@@ -60,6 +60,15 @@ class _Quantizing:
             plain=type(module),
             **self.ways,
         )
+
+    def finish(self, model: nn.Module) -> None:
+        """Quantize a head that shared the embedding's weight: no tensor was read for it."""
+        for name in [key.removesuffix(".weight") for key in self.wanted]:
+            module = model.get_submodule(name)
+            if not isinstance(module, QuantizedLinear):
+                parent, _, child = name.rpartition(".")
+                small = quantized(module, self.spec, **self.ways)
+                setattr(model.get_submodule(parent), child, small)
 
 
 def load_quantized(
@@ -136,6 +145,7 @@ def load_quantized(
     if prepare is not None:
         return load_model(path, dtype=dtype, prepare=_in_parts(transform, prepare))
     model, tokenizer = load_model(path, dtype=dtype, device=device, transform=transform)
+    transform.finish(model)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):  # its bias came as any other
             module.requires_grad_(False)
@@ -230,8 +240,12 @@ def _read(
     floats = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     _put_layers(folder, model, rows, dtype or floats, ways)
     for name, tensor in tensors.items():
-        if dtype is not None and tensor.is_floating_point():
-            tensors[name] = tensor.to(dtype)
+        if tensor.is_floating_point():
+            if not is_finite(tensor):
+                raise ValueError(
+                    f"{name} in '{folder}' must be finite, found NaN or Inf; write the folder again"
+                )
+            tensors[name] = tensor.to(dtype or tensor.dtype)
     if model.config.tie_word_embeddings and "lm_head" not in rows:
         tensors.setdefault("lm_head.weight", tensors.get(known.embedding))
     try:

@@ -222,6 +222,42 @@ def test_merge_dequantized_and_back(format, keep, lora_bias):
     assert torch.equal(model(IDS), before)
 
 
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_unmerging_keeps_casts_made_meanwhile(keep):
+    model = minilora.inject(quantized("nf4"), r=3, alpha=5)
+    codes = model.up.base.codes.clone()
+    minilora.merge(model, mode="dequantize", keep=keep)
+    model.to(torch.bfloat16)
+    minilora.unmerge(model)
+    assert model.up.base.dtype == model.up.base.bias.dtype == torch.bfloat16
+    assert torch.equal(model.up.base.codes, codes)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_adapter_that_adds_nothing_requantizes_to_the_very_codes(format):
+    model = minilora.inject(quantized(format), r=3, alpha=5)
+    nn.init.normal_(model.down.adapters["default"].lora_B)
+    before, state = model.up.base, copy.deepcopy(model.up.base.state_dict())
+    report = minilora.merge(model, mode="requantize")
+    assert {x.name: x.of_delta == 0 for x in report.layers} == {"up": True, "down": False}
+    assert model.up.base is not before
+    assert all(torch.equal(t, state[n]) for n, t in model.up.base.state_dict().items())
+
+
+def test_integers_into_adapted_layers_are_refused():
+    model = minilora.inject(quantized("nf4"), r=3, alpha=5)
+    with pytest.raises(TypeError, match="floating-point inputs, found torch.int64"):
+        model.up(torch.ones(2, 64, dtype=torch.int64))
+
+
+def test_quantize_on_shapes_alone():
+    with torch.device("meta"):
+        model = Small()
+    minilora.quantize(model, "int4", block_size=32)
+    assert type(model.up) is QuantizedLinear
+    assert model(IDS.to("meta")).shape == (2, 4, 11)
+
+
 def test_merge_without_keep_and_eject_gives_a_plain_model(tmp_path):
     model = minilora.inject(quantized("nf4"), r=3, alpha=5)
     nn.init.normal_(model.up.adapters["default"].lora_B)
@@ -329,6 +365,8 @@ def test_merge_into_the_unquantized_weights(tmp_path):
         ({}, "needs mode='dequantize' .* 'requantize' .* or into=.*; up and 1 more are quantized"),
         ({"mode": "x"}, "mode must be one of dequantize, requantize or None, found 'x'"),
         ({"mode": "dequantize", "into": "x"}, "takes mode= or into=, found both"),
+        ({"mode": "requantize", "tolerance": float("nan")}, "number above 0 or None, found nan"),
+        ({"mode": "requantize", "tolerance": "2"}, "number above 0 or None, found '2'"),
     ],
 )
 def test_merge_wants_to_know_how(options, message, snapshot, same):

@@ -390,6 +390,42 @@ def test_compiled_equals_eager(spec):
         assert relative(a.grad, b.grad.double()) < 1e-5
 
 
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=str)
+def test_second_derivatives_are_right(spec):
+    """Decoded weights are then kept by autograd, so they must not lie in the reused buffer."""
+    ways = dict.fromkeys(("compute", "grad_compute"), "dequantize")
+    _, module = make(5, 64, spec, torch.float64, **ways)
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: torch.tanh(module(x)), x)
+    if spec.format != "nf4":  # rounding has no derivative: it is the dequantized product's
+        module.grad_compute = "int8"
+        (g,) = torch.autograd.grad(torch.tanh(module(x)).sum(), x, create_graph=True)
+        again = g.square().sum()
+        module.grad_compute = "dequantize"
+        (want,) = torch.autograd.grad(torch.tanh(module(x)).sum(), x, create_graph=True)
+        assert torch.equal(g, want)
+        assert torch.equal(*(torch.autograd.grad(v, x)[0] for v in (again, want.square().sum())))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_integers_are_no_input(spec):
+    with pytest.raises(TypeError, match="floating-point inputs, found torch.int64; cast it"):
+        make(4, 64, spec)[1](torch.ones(2, 64, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_shapes_alone_quantize_and_take_codes_later(spec):
+    weight, module = make(4, 128, spec)
+    empty = QuantizedLinear.from_weight(weight.to("meta"), spec)
+    assert empty(torch.ones(3, 128, device="meta")).shape == (3, 4)
+    assert empty.nbytes == module.nbytes
+    empty.load_state_dict(module.state_dict(), assign=True)
+    assert torch.equal(empty.dequantize(), module.dequantize())
+    empty = QuantizedLinear.from_weight(weight.to("meta"), spec).to_empty(device="cpu")
+    empty.load_state_dict(module.state_dict())
+    assert torch.equal(empty.dequantize(), module.dequantize())
+
+
 def test_workspace_is_not_shared_with_results():
     """Decoding goes through a reused buffer: a result must not change when it is used again."""
     _, first = make(16, 128, Spec("nf4"), seed=1)
@@ -441,6 +477,7 @@ def test_double_quant_must_be_a_flag():
         (torch.ones(4, 0), Spec("nf4"), r"has no weights: its shape is \[4, 0\]"),
         (torch.ones(4), Spec("nf4"), r"floating-point matrix, found torch.float32 of shape \[4\]"),
         (torch.ones(4, 4, dtype=torch.int8), Spec("nf4"), "matrix, found torch.int8"),
+        (torch.full((4, 64), 1e300, dtype=torch.float64), Spec("int8"), r"NaN or Inf \(in float32\)"),
     ],
 )
 def test_weights_that_cannot_be_stored(weight, spec, message):

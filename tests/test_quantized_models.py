@@ -89,6 +89,19 @@ def test_quantizing_while_loading_is_quantizing_after(folder, format):
     assert minilora.summary(model).paths
 
 
+def test_a_head_asked_for_is_quantized_while_loading(folder, tmp_path):
+    """A tied one has no tensor of its own in the file."""
+    model, tokenizer = load_quantized(folder, "int8", targets=["lm_head"], dtype=torch.float32)
+    after, _ = load_model(folder, dtype=torch.float32)
+    minilora.quantize(after, "int8", targets=["lm_head"])
+    assert type(model.lm_head) is QuantizedLinear
+    same_state(model, after)
+    save_quantized(model, tmp_path / "q", tokenizer)
+    again, _ = load_quantized(tmp_path / "q", dtype=None)
+    same_state(model, again)
+    assert not any(p.requires_grad for p in again.lm_head.parameters())
+
+
 @pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
 def test_save_and_load_give_the_same_codes(folder, format, tmp_path):
     model, tokenizer = load_quantized(folder, format, dtype=torch.bfloat16)
@@ -151,6 +164,10 @@ def _zero(tensors):
     tensors[_key(tensors, "scale_bits")].zero_()
 
 
+def _nan(tensors):
+    tensors["model.norm.weight"][3] = float("nan")
+
+
 def _drop(tensors):
     del tensors[_key(tensors, "down_proj.scale_bits")]
 
@@ -161,6 +178,7 @@ def _drop(tensors):
         (_cut, "up_proj.codes must be torch.int8 of shape"),
         (_zero, "must have scales above 0, found 0"),
         (_drop, "down_proj.scale_bits"),
+        (_nan, "model.norm.weight in .* must be finite, found NaN or Inf; write the folder again"),
     ],
 )
 def test_damaged_quantized_folders(tmp_path, change, message):

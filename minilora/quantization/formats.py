@@ -99,8 +99,13 @@ def stored_bytes(spec: Spec, N: int, K: int) -> int:
 
 def quantize_weight(weight: Tensor, spec: Spec) -> dict[str, Tensor]:
     """Quantize `[N, K]` of any floating dtype and strides to the tensors of `layout`."""
-    parts = _ENCODERS[spec.format](weight.detach(), spec)
     shapes = layout(spec, *weight.shape)
+    if weight.is_meta:
+        return {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, (shape, dtype) in shapes.items()
+        }
+    parts = _ENCODERS[spec.format](weight.detach(), spec)
     return {name: tensor.reshape(shapes[name][0]) for name, tensor in parts.items()}
 
 

@@ -107,7 +107,7 @@ class QuantizedLinear(nn.Module):
         if reason is not None:
             raise ValueError(f"the weight {reason}")
         if not is_finite(weight):
-            raise ValueError("a weight to quantize must be finite, found NaN or Inf")
+            raise ValueError("a weight to quantize must be finite, found NaN or Inf (in float32)")
         for choice in (compute, grad_compute):
             check_compute(choice)
         check_outliers(outliers)
@@ -193,7 +193,15 @@ class QuantizedLinear(nn.Module):
         return "int8" if self.device.type == "cpu" and self._pays else "dequantize"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer; computes in x's dtype, or autocast's."""
+        """Apply the layer; computes in x's dtype, or autocast's.
+
+        Raises:
+            TypeError: x is not floating point.
+        """
+        if not x.is_floating_point():
+            raise TypeError(
+                f"a quantized layer multiplies floating-point inputs, found {x.dtype}; cast it"
+            )
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return frozen_product(x, self.frozen())
@@ -272,8 +280,11 @@ def _int8_pays() -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether every value is finite, without a temporary of the tensor's size."""
-    return bool(tensor.detach().aminmax().min.isfinite() and tensor.aminmax().max.isfinite())
+    """Tell whether every value is finite in f32, without a temporary of the tensor's size."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    ends = torch.stack(tuple(tensor.detach().aminmax()))
+    return bool(ends.to(torch.float32).isfinite().all())
 
 
 def bad_scales(parts: dict[str, Tensor]) -> str | None:
