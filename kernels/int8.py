@@ -8,6 +8,7 @@ Two ways to multiply, chosen apart for each direction:
     "int8"        rows of X are quantized too, X ≈ diag(t) P:   Y = t ∘ (P Qᵀ) ∘ scaleᵀ
                   rows of G ∘ scaleᵀ alike:                     grad_X = u ∘ (R Q)
     "dequantize"  Q is cast to X's dtype, which holds ±127 exactly: Y = (X Qᵀ) ∘ scaleᵀ
+                  ("few": up to 16 rows of X in bf16 instead, for inference)
 
 M tokens, K in, N out. Integer products accumulate in int32, exactly while K, N < 2³¹ / 127².
 Bytes: 1 per weight read in both directions; M·K (M·N) codes written and read.
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from .low_rank import FrozenLinear
 from .workspace import workspace
 
+_FEW = 16  # rows up to which reading the codes is what a product costs
 _LONGEST = 2**31 // 127**2  # products of codes that one int32 can sum
 COMPUTE = ("auto", "int8", "dequantize")
 
@@ -157,8 +159,25 @@ def int8_dequantize(codes: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.to(torch.float32) * scales_from_bits(bits)[:, None]).to(dtype)
 
 
+def int8_forward_few(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x Wᵀ + b`; up to 16 rows straight from the codes, with x and the sums in bf16.
+
+    One token's product is bound by the bytes of the codes, which casting them first reads and
+    writes several times over. Sums run in f32; each row's result depends on that row alone, but
+    differs from that of more rows by bf16's rounding (2⁻⁹ of a value, twice).
+    """
+    exact = x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu"
+    if len(x) > _FEW or len(x) == 0 or exact:
+        return int8_forward_dequantized(x, codes, bits, bias)
+    unit = torch.ones((), dtype=torch.bfloat16, device=x.device).expand(len(codes))
+    y = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, unit.contiguous())
+    return _add_bias(y.to(torch.float32).mul_(scales_from_bits(bits)), bias).to(x.dtype)
+
+
 def forward_product(way: str, outliers: int) -> Callable[..., Tensor]:
-    """Return the product for Y of `"int8"` or `"dequantize"`."""
+    """Return the product for Y of `"int8"`, `"dequantize"` or `"few"` (see `int8_forward_few`)."""
+    if way == "few":
+        return int8_forward_few
     if way == "dequantize":
         return int8_forward_dequantized
     return functools.partial(int8_forward, outliers=outliers) if outliers else int8_forward
@@ -178,8 +197,8 @@ def int8_linear(
         codes: int8 `[N, K]`.
         bits: int32 `[N]`, the bit patterns of f32 scales.
         bias: `[N]` or None.
-        forward: `"int8"` or `"dequantize"`, for Y.
-        backward: likewise, for grad_X.
+        forward: `"int8"`, `"dequantize"` or `"few"`, for Y.
+        backward: `"int8"` or `"dequantize"`, for grad_X.
         outliers: as for `int8_product`, in the forward.
     """
     return FrozenLinear(
