@@ -31,10 +31,11 @@ def frozen_product(x: Tensor, base: FrozenLinear) -> Tensor:
         `[..., N]` in x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        if torch.is_grad_enabled() and x.requires_grad:
+    device = x.device.type
+    if not torch.is_grad_enabled() and (x.is_meta or not torch.is_autocast_enabled(device)):
+        # A step of decoding is short enough to feel what autograd and autocast cost.
+        y = base.linear_forward(flat, *base.tensors)
+    else:
+        with torch.autocast("cpu" if x.is_meta else device, enabled=False):
             y = _Frozen.apply(flat, base.linear_forward, base.linear_grad_x, *base.tensors)
-        else:  # a step of decoding is short enough to feel autograd's bookkeeping
-            with torch.no_grad():
-                y = base.linear_forward(flat, *base.tensors)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -169,9 +169,9 @@ def int8_forward_few(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None
     exact = x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu"
     if len(x) > _FEW or len(x) == 0 or exact:
         return int8_forward_dequantized(x, codes, bits, bias)
-    unit = torch.ones((), dtype=torch.bfloat16, device=x.device).expand(len(codes))
-    y = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, unit.contiguous())
-    return _add_bias(y.to(torch.float32).mul_(scales_from_bits(bits)), bias).to(x.dtype)
+    unit = torch.ones(len(codes), dtype=torch.bfloat16)
+    y = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, unit)
+    return _add_bias(y * scales_from_bits(bits), bias).to(x.dtype)  # in f32
 
 
 def forward_product(way: str, outliers: int) -> Callable[..., Tensor]:

@@ -159,6 +159,44 @@ def test_fused_and_general_path_agree_and_checkpointing_too(format):
     assert torch.equal(grad, model.up.adapters["default"].lora_A.grad)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("compute", ["dequantize", "int8"])
+def test_backward_keeps_codes_x_and_its_product_with_a(format, compute, monkeypatch):
+    """No decoded weight, no quantized input, no second copy of x."""
+    monkeypatch.setattr("minilora.quantization.linear.int8_is_exact", lambda: True)
+    layer = nn.Sequential(nn.Linear(64, 96))
+    minilora.quantize(layer, format, compute=compute, grad_compute=compute)
+    minilora.inject(layer, r=3, alpha=5)
+    x = torch.randn(40, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    own = {p.data_ptr() for p in layer.parameters()}
+    others = [t for t in kept if t.data_ptr() not in own]
+    assert sorted(tuple(t.shape) for t in others) == [(40, 3), (40, 64)]
+    assert x.data_ptr() in {t.data_ptr() for t in others}
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_compiled_and_checkpointed_training_gives_the_eager_gradients(format):
+    model = minilora.inject(quantized(format), r=3, alpha=5)
+    nn.init.normal_(model.up.adapters["default"].lora_B)
+    model.train()
+    model(IDS).square().sum().backward()
+    want = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    out = torch.utils.checkpoint.checkpoint(compiled, IDS, use_reentrant=False)
+    out.square().sum().backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found) == len(want) == 4
+    for mine, eager in zip(found, want, strict=True):
+        assert (mine - eager).norm() <= 1e-4 * eager.norm()
+
+
 def test_quantize_after_inject_keeps_the_adapters():
     model = minilora.inject(small(), r=3, alpha=5)
     nn.init.normal_(model.up.adapters["default"].lora_B)

@@ -390,6 +390,37 @@ def test_compiled_equals_eager(spec):
         assert relative(a.grad, b.grad.double()) < 1e-5
 
 
+@settings(max_examples=40)
+@given(
+    spec=st.sampled_from([SPECS[0], SPECS[3]]),
+    M=st.sampled_from([0, 1, 2, 7, 16, 17]),
+    N=st.sampled_from([1, 3, 37]),
+    groups=st.integers(1, 3),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_few_rows_are_multiplied_from_the_codes(spec, M, N, groups, bias, dtype, seed):
+    """Against the dense oracle with x and the sums rounded to bf16; row by row the same bits."""
+    _, module = make(N, groups * spec.block_size, spec, dtype, bias, seed)
+    module.eval()._pays = False
+    W, x = decoded(module), torch.randn(M, groups * spec.block_size).to(dtype)
+    with torch.no_grad():
+        y = module(x)
+        b = 0 if module.bias is None else module.bias.double()
+        sums = x.bfloat16().double() @ W.T if dtype != torch.float16 else x.double() @ W.T
+        room = x.double().abs() @ W.abs().T * 1e-6
+        assert y.dtype == dtype
+        if M <= 16 and dtype != torch.float16:
+            assert ((y.double() - b - sums).abs() <= (sums + b).abs() * 2**-7 + room + 1e-6).all()
+            assert all(torch.equal(module(x[i : i + 1]), y[i : i + 1]) for i in range(M))
+        else:
+            assert relative(y, x.double() @ W.T + b) < ROUNDING[dtype]
+    module.train()
+    with torch.no_grad():  # training does not round x
+        assert relative(module(x), x.double() @ W.T + b) < ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=str)
 def test_second_derivatives_are_right(spec):
     """Decoded weights are then kept by autograd, so they must not lie in the reused buffer."""
@@ -479,7 +510,11 @@ def test_double_quant_must_be_a_flag():
         (torch.ones(4, 0), Spec("nf4"), r"has no weights: its shape is \[4, 0\]"),
         (torch.ones(4), Spec("nf4"), r"floating-point matrix, found torch.float32 of shape \[4\]"),
         (torch.ones(4, 4, dtype=torch.int8), Spec("nf4"), "matrix, found torch.int8"),
-        (torch.full((4, 64), 1e300, dtype=torch.float64), Spec("int8"), r"NaN or Inf \(in float32\)"),
+        (
+            torch.full((4, 64), 1e300, dtype=torch.float64),
+            Spec("int8"),
+            r"NaN or Inf \(in float32\)",
+        ),
     ],
 )
 def test_weights_that_cannot_be_stored(weight, spec, message):

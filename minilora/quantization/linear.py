@@ -42,8 +42,9 @@ class QuantizedLinear(nn.Module):
         dtype: of `dequantize()`: what the layer's weight was before.
         compute: how INT8 and INT4 multiply in the forward: `"int8"` (rows of x are quantized at
             run time), `"dequantize"`, or `"auto"`: int8 on a CPU with instructions for it (VNNI,
-            AMX) and where it is exact, else dequantize; there up to 16 rows without gradient
-            are multiplied from the codes with x in bf16. NF4 always dequantizes.
+            AMX) and where it is exact, else dequantize; there, in evaluation mode without
+            gradients, up to 16 rows are multiplied from the codes with x rounded to bf16. NF4
+            always dequantizes.
         grad_compute: likewise for the input's gradient.
         outliers: input channels that `"int8"` keeps in floating point in the forward.
         plain: the class the layer had, `nn.Linear` or a Conv1D.
@@ -195,10 +196,9 @@ class QuantizedLinear(nn.Module):
 
     def _forward_way(self) -> str:
         way = self._way(self.compute)
-        inference = self.compute == "auto" and self.device.type == "cpu"
-        if way == "dequantize" and inference and not torch.is_grad_enabled():
-            return "few"
-        return way
+        if self.training or torch.is_grad_enabled() or self.compute != "auto":
+            return way
+        return "few" if way == "dequantize" and self.device.type == "cpu" else way
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; computes in x's dtype, or autocast's.

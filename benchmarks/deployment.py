@@ -1,0 +1,185 @@
+"""Tokens per second and perplexity of a merged model stored in INT8 against transformers in f32.
+
+    python benchmarks/deployment.py [--new 64] [--prompt 512] [--rounds 5] [--quality-tokens 512]
+
+SmolLM2-135M with an adapter of r=8 on every linear (random, B of standard deviation 1e-3: what it
+says does not matter here) is merged in f32. transformers gets the same merged weights; ours runs
+them in f32, and as INT8 with the head. Prefill is one pass over the prompt that gives the last
+token's logits; decode writes `--new` tokens after it, batch 1, greedy, each with its library's own
+cache and loop. Rounds are interleaved; a figure is the median, `spread` the slowest over the
+fastest round. Quality is the perplexity of one text (docstrings of the standard library), fed
+through the cache 16 tokens at a time, so that INT8 computes as it does when decoding. Rows are
+added to benchmarks/results/deployment.csv.
+"""
+
+import argparse
+import copy
+import csv
+import math
+import statistics
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import minilora
+from minilora.lora_layer import lora_layers
+from minilora.models import KVCache, fetch, load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+FED = 16  # tokens at a time, for quality
+
+
+def merged_model() -> tuple[Any, Any]:
+    """Return SmolLM2 in f32 with an adapter merged into it, and its tokenizer."""
+    model, tokenizer = load_model(fetch("smollm2-135m"), dtype=torch.float32)
+    torch.manual_seed(0)
+    minilora.inject(model, r=8, alpha=16)
+    for layer in lora_layers(model).values():
+        factors: Any = layer.adapters["default"]
+        nn.init.normal_(factors.lora_B, std=1e-3)
+    minilora.merge(model, keep=None)
+    return minilora.eject(model).eval(), tokenizer
+
+
+def in_transformers(model: Any) -> nn.Module:
+    """Return transformers' Llama with the same weights, in f32 and eager mode."""
+    import transformers
+
+    shape = model.config.to_dict(torch.float32)
+    config = transformers.LlamaConfig(**{k: v for k, v in shape.items() if k != "architectures"})
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(model.state_dict())
+    return theirs
+
+
+def in_int8(model: Any) -> Any:
+    """Return a copy with every linear and the head in INT8."""
+    small = minilora.quantize(copy.deepcopy(model), "int8")
+    return minilora.quantize(small, "int8", targets=["lm_head"])
+
+
+def our_runs(model: Any, prompt: list[int], new: int) -> dict[str, Callable[[], object]]:
+    """Return prefill and generation (prefill included) of our model."""
+    ids = torch.tensor([prompt])
+
+    def prefill() -> object:
+        cache = KVCache.for_model(model, 1, len(prompt))
+        return model(ids, cache=cache, last=1)
+
+    return {
+        "prefill": prefill,
+        "generate": lambda: minilora.generate(model, [prompt], max_new_tokens=new),
+    }
+
+
+def their_runs(model: Any, prompt: list[int], new: int) -> dict[str, Callable[[], object]]:
+    """Return the same of transformers' model."""
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
+    return {
+        "prefill": lambda: model(ids, use_cache=True, logits_to_keep=1),
+        "generate": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings),
+    }
+
+
+def perplexity(model: Any, ids: list[int]) -> float:
+    """Return the perplexity of a text of at least two tokens, `FED` tokens at a time."""
+    cache = KVCache.for_model(model, 1, len(ids))
+    text, parts = torch.tensor([ids]), []
+    for start in range(0, len(ids) - 1, FED):
+        fed = text[:, start : min(start + FED, len(ids) - 1)]
+        logits = model(fed, cache=cache)[0].double()
+        target = text[0, start + 1 : start + 1 + len(logits)]
+        parts.append(nn.functional.cross_entropy(logits, target, reduction="none"))
+    return math.exp(float(torch.cat(parts).mean()))
+
+
+def held_out_text(tokenizer: Any, count: int) -> list[int]:
+    """Return `count` tokens of a module that ships with every Python."""
+    text = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8")
+    return tokenizer.encode(text[:20000])[:count]
+
+
+def commit() -> str:
+    """Return the short name of the checked-out commit."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    return done.stdout.strip()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quality-tokens", type=int, default=512)
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/deployment.csv")
+    options = parser.parse_args()
+    model, tokenizer = merged_model()
+    small = in_int8(model)
+    text = held_out_text(tokenizer, max(options.prompt, options.quality_tokens + 1))
+    prompt = text[: options.prompt]
+    runs = {
+        "transformers float32": their_runs(in_transformers(model), prompt, options.new),
+        "minilora float32": our_runs(model, prompt, options.new),
+        "minilora int8": our_runs(small, prompt, options.new),
+    }
+    asked = text[: options.quality_tokens + 1]
+    quality = {
+        "minilora float32": perplexity(model, asked),
+        "minilora int8": perplexity(small, asked),
+    }
+    quality["transformers float32"] = quality["minilora float32"]  # the same weights and products
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for turn in range(options.rounds + 1):  # the first one warms up
+        for name, both in runs.items():
+            for what, run in both.items():
+                began = time.perf_counter()
+                run()
+                if turn:
+                    seconds.setdefault((name, what), []).append(time.perf_counter() - began)
+    rows: list[dict[str, Any]] = []
+    base: dict[str, float] = {}  # transformers' tokens a second
+    weights = {"minilora int8": sum(p.nbytes for p in small.parameters())}
+    for name in runs:
+        first, whole = seconds[name, "prefill"], seconds[name, "generate"]
+        # generate() reads the prompt too; its first token comes out of that.
+        step = [(w - f) / (options.new - 1) for w, f in zip(whole, first, strict=True)]
+        for what, times, tokens in (("prefill", first, options.prompt), ("decode", step, 1)):
+            speed = tokens / statistics.median(times)
+            base.setdefault(what, speed)
+            size = weights.get(name, sum(p.nbytes for p in model.parameters()))
+            rows.append({
+                "what": what, "provider": name, "prompt": options.prompt, "new": options.new,
+                "rounds": options.rounds, "tokens_per_s": f"{speed:.2f}",
+                "spread": f"{max(times) / min(times):.2f}",
+                "to_transformers": f"{speed / base[what]:.2f}",
+                "perplexity": f"{quality[name]:.3f}", "quality_tokens": options.quality_tokens,
+                "weights_mb": f"{size / 1e6:.1f}",
+                "processor": minilora.hardware().name, "threads": torch.get_num_threads(),
+                "flags": " ".join(minilora.hardware().flags), "torch": torch.__version__,
+                "commit": commit(),
+            })  # fmt: skip
+            print(*[f"{key} {value}" for key, value in list(rows[-1].items())[:9]], flush=True)
+    new_file = not options.csv.exists()
+    with open(options.csv, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new_file:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
