@@ -27,11 +27,13 @@ test: export OMP_WAIT_POLICY := PASSIVE
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)
 
-# Training killed KILLS times at random, inside saves too, and held against an unbroken run.
+# Training killed KILLS times at random, inside saves too, and held against an unbroken run; then
+# the peak memory of quantizing a checkpoint of over 1 GB while reading it.
 KILLS ?= 200
 soak: export OMP_WAIT_POLICY := PASSIVE
 soak: $(VENV)/dev
 	KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/test_kill.py $(ARGS)
+	BIG=1 $(BIN)/python -m pytest tests/test_quantized_models.py -k peak_memory
 
 # A training step beside its peers: every provider (an hour and more), or the main ones (minutes).
 bench bench-quick: export PYTHONPATH := benchmarks

@@ -377,6 +377,7 @@ def test_only_codes_are_kept_for_backward(spec):
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=str)
 def test_compiled_equals_eager(spec):
     _, module = make(24, 128, spec, bias=True)
+    before = {n: p.clone() for n, p in module.named_parameters()}
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True)
     for M in (5, 9):
@@ -388,6 +389,7 @@ def test_compiled_equals_eager(spec):
         y.backward(g)
         want.backward(g)
         assert relative(a.grad, b.grad.double()) < 1e-5
+    assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
 
 
 @settings(max_examples=40)
