@@ -35,7 +35,7 @@ def nf4_scale(absmax_ptr, absmax2_ptr, offset_ptr, code_ptr, block, mask):
     scale = tl.load(absmax_ptr + block, mask=mask, other=0)
     if absmax2_ptr is not None:
         second = tl.load(absmax2_ptr + block // 256, mask=mask, other=0.0)
-        scale = tl.load(code_ptr + scale) * second + tl.load(offset_ptr)
+        scale = tl.load(code_ptr + scale.to(tl.int32)) * second + tl.load(offset_ptr)
     return scale
 
 

@@ -154,8 +154,8 @@ def launch_nf4_gemm(
     """
     (M, K), (N, R) = x.shape, b.shape
     args = (
-        x, packed.view(torch.int32), absmax, absmax2, offset, code, table, bias, s, b, y, M, N, K, scale,
-        *x.stride(), 0 if bias is None else bias.stride(0),
+        x, packed.view(torch.int32), absmax, absmax2, offset, code, table, bias, s, b, y,
+        M, N, K, scale, *x.stride(), 0 if bias is None else bias.stride(0),
     )  # fmt: skip
     constants = {"BLOCK": block, "SPAN": min(block, tile.k)}
     return _launch(nf4_gemm, args, constants, M, N, R, x, tile)

@@ -6,16 +6,16 @@
 M rows (tokens), K the reduced width, N the output width, R rank; X `[M, K]`, c f32 `[K]` or none,
 P int8 `[M, K]` in −127..127, t f32 `[M]`, A `[R, K]`, S `[M, R]`; Q int8 `[K, N]`, w f32 `[N]` or
 none, B `[R, N]`, D the dropout mask. Forward: W ≈ diag(w) Qᵀ and c is none. Input gradient: X is
-grad_out, whose columns the weight's scales c multiply before its rows are quantized, and w is none.
+grad_out, whose columns the weight's scales c multiply before its rows are quantized; w is none.
 
-| kernel            | program → tile                    | operations          | bytes moved             |
-|-------------------|-----------------------------------|---------------------|-------------------------|
-| `quantize_shrink` | BLOCK_M rows of P, S; loop on K   | 2·M·K·R             | 2·MK + MK + 2·RK + 2·MR |
-| `int8_gemm`       | BLOCK_M × BLOCK_N of Y; loop on K | 2·M·N·K int8, 2·MNR | MK + KN + 2·(M+N)R + 2·MN |
+| kernel            | program → tile                    | operations        | bytes moved          |
+|-------------------|-----------------------------------|-------------------|----------------------|
+| `quantize_shrink` | BLOCK_M rows of P, S; loop on K   | 2·MKR             | 3·MK + 2·(M+K)R      |
+| `int8_gemm`       | BLOCK_M × BLOCK_N of Y; loop on K | 2·MNK int8, 2·MNR | MK + KN + 2·MN + …    |
 
-A row's scale is known only at its end, so `quantize_shrink` loads its rows a second time, 16 of them
-just after the first: from the L2 cache, not from memory (16 rows of 4096 values in registers spill
-432 bytes). Integer sums are exact in int32 while K < 2³¹ / 127²; everything else is f32.
+A row's scale is known only at its end, so `quantize_shrink` loads its rows a second time, 16 of
+them just after the first: from the L2 cache, not from memory (holding 16 rows of 4096 values in
+registers spilled 432 bytes). Integer sums are exact in int32 while K < 2³¹ / 127²; all else is f32.
 """
 
 import torch
@@ -64,7 +64,8 @@ def quantize_shrink(
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
         a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r, other=0.0)
         value = _scaled(x, c_ptr, k + offs_k, mask_k)
-        size = tl.where(value == value, tl.abs(value), float("inf"))  # NaN has to show
+        unordered = value != value  # noqa: PLR0124 (only NaN is; it has to show)
+        size = tl.where(unordered, float("inf"), tl.abs(value))
         largest = tl.maximum(largest, tl.max(size, axis=1))
         if seed_ptr is not None:
             keep = is_kept(tl.load(seed_ptr), offs_m[:, None], (k + offs_k)[None, :], threshold)
