@@ -8,10 +8,10 @@ P int8 `[M, K]` in −127..127, t f32 `[M]`, A `[R, K]`, S `[M, R]`; Q int8 `[K,
 none, B `[R, N]`, D the dropout mask. Forward: W ≈ diag(w) Qᵀ and c is none. Input gradient: X is
 grad_out, whose columns the weight's scales c multiply before its rows are quantized; w is none.
 
-| kernel            | program → tile                    | operations        | bytes moved          |
-|-------------------|-----------------------------------|-------------------|----------------------|
-| `quantize_shrink` | BLOCK_M rows of P, S; loop on K   | 2·MKR             | 3·MK + 2·(M+K)R      |
-| `int8_gemm`       | BLOCK_M × BLOCK_N of Y; loop on K | 2·MNK int8, 2·MNR | MK + KN + 2·MN + …    |
+| kernel            | program → tile                    | operations        | bytes moved         |
+|-------------------|-----------------------------------|-------------------|---------------------|
+| `quantize_shrink` | BLOCK_M rows of P, S; loop on K   | 2·MKR             | 3·MK + 2·(M+K)R     |
+| `int8_gemm`       | BLOCK_M × BLOCK_N of Y; loop on K | 2·MNK int8, 2·MNR | MK + KN + 2·MN + …   |
 
 A row's scale is known only at its end, so `quantize_shrink` loads its rows a second time, 16 of
 them just after the first: from the L2 cache, not from memory (holding 16 rows of 4096 values in

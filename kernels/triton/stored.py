@@ -212,9 +212,10 @@ def _keep(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_out, _):
-    if grad_out is None:
-        return (None,) * 12
     x, A, B, s, seed, *parts = ctx.saved_tensors
+    nothing = [None] * len(parts)  # a list of inputs wants a list of gradients
+    if grad_out is None:
+        return None, nothing, *[None] * 10
     scaling, p, format, block, way = ctx.options
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[3], needs[4]]
@@ -222,7 +223,7 @@ def _differentiate(ctx, grad_out, _):
         grad_out.to(x.dtype), x, parts, A, B, s, scaling, seed, p, format, block, way, wanted
     )
     grad_x, grad_A, grad_B = (g if want else None for g, want in zip(grads, wanted, strict=True))
-    return grad_x, None, None, grad_A, grad_B, *[None] * 7
+    return grad_x, nothing, None, grad_A, grad_B, *[None] * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
