@@ -1,6 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read what comes out.
 
-    python benchmarks/aot.py            # every kernel, tile, dtype, architecture → results/aot.csv
+    make aot                            # every kernel, tile, dtype, architecture → results/aot.csv
+    python benchmarks/aot.py --chosen   # those that the test suite compiles → results/aot.csv
     python benchmarks/aot.py shrink     # those whose name contains the word, printed only
 
 Registers, stack and shared memory come from `cuobjdump -res-usage`, instructions from
@@ -386,9 +387,10 @@ def worse(found, before):
 
 
 def main(arguments):
-    only = arguments[0] if arguments else None
+    cases = "chosen_cases" if arguments == ["--chosen"] else "all_cases"
+    only = arguments[0] if arguments and cases == "all_cases" else None
     found = []
-    for line in rows("all_cases", jobs=os.cpu_count() or 1, only=only):
+    for line in rows(cases, jobs=os.cpu_count() or 1, only=only):
         found.append(line)
         print(*(str(v) for v in line.values()), flush=True)
     if only is None:
