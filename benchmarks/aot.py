@@ -1,6 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read what comes out.
 
-    python benchmarks/aot.py            # every kernel, tile, dtype, architecture → results/aot.csv
+    make aot                            # every kernel, tile, dtype, architecture → results/aot.csv
+    python benchmarks/aot.py --chosen   # those that the test suite compiles → results/aot.csv
     python benchmarks/aot.py shrink     # those whose name contains the word, printed only
 
 Registers, stack and shared memory come from `cuobjdump -res-usage`, instructions from
@@ -24,9 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minilora.kernels.triton import lora
+from minilora.kernels.triton import lora, stored
+from minilora.kernels.triton.int8 import launch_int8_gemm
 from minilora.kernels.triton.launch import Launch
-from minilora.kernels.triton.tiles import SHARED_MEMORY
+from minilora.kernels.triton.tiles import SHARED_MEMORY, Tile
 
 RESULTS = Path(__file__).parent / "results" / "aot.csv"
 ARCHITECTURES = (80, 90)
@@ -44,6 +46,7 @@ COUNTED = {
     "loads_128": r"\bLDG\.E\.\S*\b128\b",
     "local": r"\b(?:LDL|STL)\b",
     "instructions": r"(?m)^\s+/\*[0-9a-f]{4,}\*/",
+    "padding": r"\bNOP\b",  # behind the last instruction
 }
 
 
@@ -162,6 +165,61 @@ def lora_cases(arch, M, R, N=4096, K=4096, dtypes=("f16", "bf16", "f32", "tf32")
                 yield Case(name, arch, label, launch)
 
 
+def stored_weight(format, N, K):
+    """A weight as `QuantizedLinear` hands it to the kernels, without values."""
+    u8, i32 = torch.uint8, torch.int32
+    if format == "int8":
+        return stored.Weight(format, N, K, 0, [meta(N, K, dtype=torch.int8), meta(N, dtype=i32)])
+    blocks = N * K // 64
+    if format == "int4":
+        steps = meta(N, K // 64, dtype=u8)
+        return stored.Weight(
+            format, N, K, 64, [meta(N, K // 2, dtype=u8), steps, meta(N, dtype=i32)]
+        )
+    table, code = meta(16, dtype=torch.float32), meta(256, dtype=torch.float32)
+    second = [meta(-(-blocks // 256), dtype=i32), meta(1, dtype=i32), code]
+    parts = [meta(N, K // 2, dtype=u8), table, meta(blocks, dtype=u8), *second]
+    return stored.Weight(format, N, K, 64, parts)
+
+
+def stored_cases(arch, M, R, format, way, dtypes=("f16", "bf16"), p=0.1, N=4096, K=4096):
+    """What `lora_cases` does not have of a LoRA linear over a quantized weight."""
+    for label, dtype in kinds(dtypes):
+        w = stored_weight(format, N, K)
+        x, y, s = meta(M, K, dtype=dtype), meta(M, N, dtype=dtype), meta(M, R, dtype=dtype)
+        A, B, bias = meta(R, K, dtype=dtype), meta(N, R, dtype=dtype), meta(N, dtype=dtype)
+        seed = meta(1, dtype=torch.int64) if p else None
+        launches = {
+            "forward": stored.plan_forward(w, x, bias, A, B, 2.0, seed, p, way, y, s, arch),
+            "backward": stored.plan_backward(
+                w, y, x, A, B, s, 2.0, seed, p, way, s, x, A, B, arch
+            ),
+        }  # fmt: skip
+        plain = {"shrink", "low_rank_gemm", "expand_grad", "tall_product", "sum_partials"}
+        for direction, listed in launches.items():
+            for launch in listed:
+                if launch.kernel.__name__ in plain:
+                    continue
+                drop = " dropout" if any(a is seed for a in launch.args if a is not None) else ""
+                name = f"{launch.kernel.__name__} {direction} {format} {way} r{R} M{M}{drop}"
+                yield Case(name, arch, label, launch)
+
+
+def turned_cases(arch, dtype="bf16"):
+    """The input gradient's integer GEMM on one tile: codes as stored, and turned over."""
+    for label, kind in kinds((dtype,)):
+        M, N, K, R = 8192, 4096, 4096, 16
+        tile = Tile(64, 128, 128, 16, 4, 3)
+        codes, t = meta(M, N, dtype=torch.int8), meta(M, dtype=torch.float32)
+        s, A, y = meta(M, R, dtype=kind), meta(R, K, dtype=kind), meta(M, K, dtype=kind)
+        for name, q in (
+            ("codes as stored", meta(N, K, dtype=torch.int8)),
+            ("codes turned over", meta(K, N, dtype=torch.int8).t()),
+        ):
+            launch = launch_int8_gemm(codes, t, q, None, None, s, A, 1.0, None, 0.0, y, tile)
+            yield Case(f"int8_gemm backward, {name}", arch, label, launch)
+
+
 def all_cases():
     """Every kernel × tile × dtype × architecture that the tile functions can return."""
     for arch in ARCHITECTURES:
@@ -169,6 +227,10 @@ def all_cases():
             for R in (16, 32, 64, 128, 256):
                 for p in (0.0, 0.1):
                     yield from lora_cases(arch, M, R, p=p)
+                    yield from stored_cases(arch, M, R, "int8", "int8", p=p)
+                for format, way in QUANTIZED[1:]:
+                    yield from stored_cases(arch, M, R, format, way)
+        yield from turned_cases(arch)
 
 
 def chosen_cases():
@@ -178,6 +240,10 @@ def chosen_cases():
         yield from lora_cases(arch, 8192, 64, dtypes=("f16",))
         yield from lora_cases(arch, 8192, 16, dtypes=("f32",), p=0.0)
         yield from lora_cases(arch, 16, 16, dtypes=("f16",), p=0.0)
+        for format, way in QUANTIZED:
+            yield from stored_cases(arch, 8192, 16, format, way, dtypes=("bf16",))
+            yield from stored_cases(arch, 16, 16, format, way, dtypes=("f16",), p=0.0)
+        yield from turned_cases(arch)
 
 
 def distinct(cases):
@@ -189,8 +255,17 @@ def distinct(cases):
     return list({case.key: case for case in reversed(seen.values())}.values())[::-1]
 
 
+# What is multiplied how; a way that is missing here launches kernels that another one has.
+QUANTIZED = (
+    ("int8", "int8"), ("int8", "dequantize"), ("nf4", "dequantize"),
+    ("int4", "dequantize"), ("int4", "int8"),
+)  # fmt: skip
 # The operands that a kernel's loop copies to shared memory: block sizes by letter, per argument.
 LOOPED = {
+    "int8_gemm": {"p_ptr": "MK", "q_ptr": "KN"},
+    "quantize_shrink": {"x_ptr": "MK", "a_ptr": "KR"},
+    "nf4_gemm": {"x_ptr": "MK", "words_ptr": "NK"},
+    "int4_gemm": {"x_ptr": "MK", "packed_ptr": "NK"},
     "low_rank_gemm": {"x_ptr": "MK", "w_ptr": "KN"},
     "shrink": {"x_ptr": "MK", "a_ptr": "KR"},
     "expand_grad": {"g_ptr": "MN", "b_ptr": "NR"},
@@ -203,9 +278,12 @@ def expected_copies(launch):
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     total = 0
     for name, letters in LOOPED.get(launch.kernel.__name__, {}).items():
+        if name == "q_ptr" and values["stride_qk"] != 1:
+            continue  # codes of which a step's do not lie in a row: not asked for, see TURNED_ROWS
         size = values[name].element_size()
         for letter in letters:
             size *= launch.constants[f"BLOCK_{letter}"]
+        size //= 8 if name == "words_ptr" else 1  # eight codes in an int32
         total += max(1, size // (16 * 32 * launch.tile.warps))
     return total * launch.tile.stages
 
@@ -219,6 +297,8 @@ def problems(case, compiled):
         found.append(f"{compiled.registers} registers")
     if compiled.shared > SHARED_MEMORY[case.arch]:
         found.append(f"{compiled.shared} bytes of shared memory")
+    if kernel.startswith("decode_") and not counts["loads_128"]:
+        found.append("no 128-bit load")
     if kernel in LOOPED:
         # f32 asked for exactly has no tensor-core instruction on these architectures.
         if case.dtype != "f32" and not any(counts[n] for n in ("hmma", "imma", "hgmma", "igmma")):
@@ -228,10 +308,28 @@ def problems(case, compiled):
                 f"{counts['async_copies']} asynchronous copies where both operands take "
                 f"{expected_copies(case.launch)}"
             )
-    wide = "gemm" in kernel and case.dtype != "f32" and case.launch.tile.m >= 64
+    side = case.launch.tile.n if kernel in ("nf4_gemm", "int4_gemm") else case.launch.tile.m
+    wide = "gemm" in kernel and case.dtype != "f32" and side >= 64
     if wide and case.arch == 90 and not counts["hgmma"] + counts["igmma"]:
         found.append("no warp-group tensor-core instruction")
     return found
+
+
+def decoded(launch):
+    """Return how many weights a program decodes, 0 for kernels that decode none."""
+    kernel, sizes = launch.kernel.__name__, launch.constants
+    if kernel == "decode_nf4":
+        return sizes["BLOCK"] * sizes["SCALES"]
+    if kernel == "decode_int4":
+        return sizes["BLOCK_N"] * sizes["RUNS"] * 32
+    return 0
+
+
+def per_weight(launch, compiled):
+    """Return the instructions that a decode kernel executes for each weight, or ""."""
+    weights = decoded(launch)
+    executed = compiled.counts["instructions"] - compiled.counts["padding"]
+    return round(executed * 32 * launch.tile.warps / weights, 2) if weights else ""
 
 
 def row(case, compiled):
@@ -247,7 +345,8 @@ def row(case, compiled):
         "registers": compiled.registers,
         "stack": compiled.stack,
         "shared": compiled.shared,
-        **{name: n for name, n in compiled.counts.items() if name != "local"},
+        **{n: count for n, count in compiled.counts.items() if n not in ("local", "padding")},
+        "per_weight": per_weight(case.launch, compiled),
         "problems": "; ".join(problems(case, compiled)),
         "triton": triton.__version__,
     }
@@ -288,9 +387,10 @@ def worse(found, before):
 
 
 def main(arguments):
-    only = arguments[0] if arguments else None
+    cases = "chosen_cases" if arguments == ["--chosen"] else "all_cases"
+    only = arguments[0] if arguments and cases == "all_cases" else None
     found = []
-    for line in rows("all_cases", jobs=os.cpu_count() or 1, only=only):
+    for line in rows(cases, jobs=os.cpu_count() or 1, only=only):
         found.append(line)
         print(*(str(v) for v in line.values()), flush=True)
     if only is None:

@@ -22,6 +22,7 @@ from .int8 import (
 )
 from .low_rank import (
     FrozenLinear,
+    Stored,
     conv1d_forward,
     conv1d_grad_x,
     dense_forward,
@@ -32,7 +33,6 @@ from .low_rank import (
     row_masks,
 )
 from .probe import Hardware, hardware
-from .triton import covers as triton_covers
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem
 from .workspace import hand_back_freed_memory, keep_freed_memory
@@ -61,6 +61,7 @@ __all__ = [
     "NF4_TABLE",
     "FrozenLinear",
     "Hardware",
+    "Stored",
     "causal_attention",
     "check_backend",
     "conv1d_forward",
@@ -86,7 +87,6 @@ __all__ = [
     "quantize_rows",
     "row_masks",
     "scales_from_bits",
-    "triton_covers",
     "triton_lora_linear",
     "triton_problem",
 ]

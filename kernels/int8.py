@@ -26,7 +26,7 @@ from .low_rank import FrozenLinear
 from .workspace import workspace
 
 _FEW = 16  # rows up to which reading the codes is what a product costs
-_LONGEST = 2**31 // 127**2  # products of codes that one int32 can sum
+LONGEST = 2**31 // 127**2  # products of codes that one int32 can sum
 COMPUTE = ("auto", "int8", "dequantize")
 
 
@@ -76,7 +76,7 @@ def int8_is_exact() -> bool:
 
 
 def _can_multiply(M: int, K: int, N: int, device: torch.device) -> bool:
-    if max(K, N) > _LONGEST:
+    if max(K, N) > LONGEST:
         return False
     # cuBLAS wants more than 16 rows, and sizes that are multiples of 8.
     return device.type == "cpu" or (M > 16 and K % 8 == 0 and N % 8 == 0)

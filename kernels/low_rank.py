@@ -19,6 +19,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+class Stored(NamedTuple):
+    """How a quantized weight is stored and was asked to be multiplied, for backends of their own.
+
+    `compute` and `grad_compute` are as in `int8.COMPUTE`; block is 0 where a format has none.
+    """
+
+    format: str
+    block: int
+    compute: str
+    grad_compute: str
+    outliers: int = 0
+
+
 class FrozenLinear(NamedTuple):
     """How to multiply by a frozen weight: two functions of plain tensors, and those tensors.
 
@@ -30,6 +43,7 @@ class FrozenLinear(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     linear_forward: Callable[..., Tensor]
     linear_grad_x: Callable[..., Tensor]
+    stored: Stored | None = None
 
 
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

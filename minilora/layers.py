@@ -18,7 +18,6 @@ from minilora.kernels import (
     dropout_mask,
     lora_add,
     lora_linear,
-    triton_covers,
     triton_lora_linear,
 )
 from minilora.lora_layer import LoRALayer, scaled_factors
@@ -112,7 +111,7 @@ class LoRALinear(LoRALayer):
             # One mask for the whole branch: a second adapter, or the offset, must not share it.
             and (not any(drops) or (len(adapters) == 1 and adapters[0].offset_A is None))
         )
-        if fused and frozen is not None and self.backend == "triton" and triton_covers(frozen):
+        if fused and frozen is not None and self.backend == "triton":
             self._used("triton", x)
             y = triton_lora_linear(x.to(dtype), frozen, *_concatenated(adapters), drops[0])
             return _with_bias(y, adapters)

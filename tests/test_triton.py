@@ -148,3 +148,11 @@ assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_gpu_benchmark_says_that_it_needs_a_device(monkeypatch, capsys):
+    import gpu
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main() == 2
+    assert "needs a CUDA device, and torch sees none; nothing was timed" in capsys.readouterr().out

@@ -6,6 +6,8 @@ import os
 import torch
 from torch import Tensor
 
+from ..four_bit import DYNAMIC_CODE, NF4_TABLE
+from ..int8 import LONGEST
 from ..low_rank import FrozenLinear, conv1d_forward, dense_forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,9 +27,17 @@ def problem() -> str | None:
     return None
 
 
-def covers(base: FrozenLinear) -> bool:
-    """Tell whether there are kernels for a frozen linear stored like this."""
-    return base.linear_forward in (dense_forward, conv1d_forward)
+def uncovered(base: FrozenLinear) -> str | None:
+    """Say why there are no kernels for a frozen linear like this, or None."""
+    if base.stored is None:
+        known = base.linear_forward in (dense_forward, conv1d_forward)
+        return None if known else "there are no kernels for a base stored like this"
+    if base.stored.outliers:
+        return (
+            f"its kernels multiply every input channel alike, and this base keeps "
+            f"{base.stored.outliers} outliers in floating point (outliers=0 has none)"
+        )
+    return None
 
 
 def lora_linear(
@@ -37,7 +47,8 @@ def lora_linear(
 
     Args:
         x: `[..., K]` f32, f16 or bf16; kept for backward.
-        base: a frozen linear that `covers` accepts; gets no gradient.
+        base: a frozen linear, plain or quantized; gets no gradient. A quantized one is multiplied
+            as its `compute` and `grad_compute` say; "auto" is "int8" for INT8, else "dequantize".
         A: `[R, K]`, kept for backward; any floating dtype, cast to x's for the products.
         B: `[N, R]`, likewise.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
@@ -48,23 +59,50 @@ def lora_linear(
         `[..., N]` in x's dtype.
 
     Raises:
-        RuntimeError: x is not where kernels run, or of a dtype they lack.
+        RuntimeError: x is not where kernels run, or of a dtype they lack, or the base has outliers.
     """
-    _check(x)
-    from .lora import lora_dense
-
-    w, bias = base.tensors
-    w = w.t() if base.linear_forward is dense_forward else w
+    _check(x, base)
     seed = None
     if p:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        y = lora_dense(flat, w, bias, A, B, scaling, seed, p)
+        y = _product(flat, base, A, B, scaling, seed, p)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _check(x: Tensor) -> None:
+def _product(
+    x: Tensor, base: FrozenLinear, A: Tensor, B: Tensor, scaling: float, seed: Tensor | None,
+    p: float,
+) -> Tensor:  # fmt: skip
+    from .lora import lora_dense
+    from .stored import lora_stored
+
+    *parts, bias = base.tensors
+    if base.stored is None:
+        w = parts[0].t() if base.linear_forward is dense_forward else parts[0]
+        return lora_dense(x, w, bias, A, B, scaling, seed, p)
+    ways = [
+        "int8" if asked == "int8" or (asked == "auto" and base.stored.format == "int8")
+        else "dequantize"
+        for asked in (base.stored.compute, base.stored.grad_compute)
+    ]  # fmt: skip
+    if base.stored.format == "nf4":
+        ways = ["dequantize", "dequantize"]
+        parts = [part for part in parts if part is not None]
+        parts.insert(1, torch.tensor(NF4_TABLE, device=x.device))
+        if len(parts) > 3:
+            parts.append(DYNAMIC_CODE.to(x.device))
+    if max(x.shape[1], len(B)) > LONGEST:  # their int32 sums could overflow
+        ways = ["dequantize", "dequantize"]
+    format, block = base.stored.format, base.stored.block
+    return lora_stored(x, parts, bias, A, B, scaling, format, block, *ways, seed, p)
+
+
+def _check(x: Tensor, base: FrozenLinear) -> None:
+    why = uncovered(base)
+    if why is not None:
+        raise RuntimeError(f"backend='triton' cannot run: {why}; use backend='auto' or 'torch'")
     if x.dtype not in DTYPES:
         raise RuntimeError(
             f"backend='triton' cannot run: its kernels compute in float32, float16 or bfloat16, "

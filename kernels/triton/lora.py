@@ -33,6 +33,22 @@ def plan_shrink(
     return launch_shrink(x, A, seed, p, s, scale, shrink_tile(len(x), len(A), x.dtype, arch))
 
 
+def _partials(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def plan_tall(
+    u: Tensor, x: Tensor, seed: Tensor | None, p: float, out: Tensor, scale: float, arch: int
+) -> list[Launch]:
+    """Return the launches that fill `out [R, K]` with `scale / (1 − p) · uᵀ (x ∘ D)`."""
+    (M, R), K = u.shape, x.shape[1]
+    tile = tall_tile(R, x.dtype, arch)
+    slices = splits_for(cdiv(K, tile.k) * cdiv(R, tile.r), cdiv(M, tile.m), 64)
+    sums = _partials(x, slices, R, K)
+    scale = scale / (1 - p) if seed is not None else scale
+    return [launch_tall(u, x, seed, p, sums, tile), launch_sum(sums, out, scale)]
+
+
 def plan_factors(
     grad_out: Tensor, x: Tensor, A: Tensor, B: Tensor, s: Tensor, scaling: float,
     seed: Tensor | None, p: float, grad_s: Tensor, grad_A: Tensor | None, grad_B: Tensor | None,
@@ -40,35 +56,26 @@ def plan_factors(
 ) -> list[Launch]:  # fmt: skip
     """Return the launches that fill grad_s `[M, R]` and what is given of grad_A, grad_B."""
     (M, N), R = grad_out.shape, len(A)
-    launches = []
+    launches: list[Launch] = []
     tile = expand_tile(R, grad_out.dtype, arch, precision(grad_out))
-
-    def partials(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-    def tall(u: Tensor, v: Tensor, out: Tensor, seed: Tensor | None, scale: float) -> None:
-        tile = tall_tile(R, v.dtype, arch)
-        slices = splits_for(cdiv(v.shape[1], tile.k) * cdiv(R, tile.r), cdiv(M, tile.m), 64)
-        sums = partials(slices, R, v.shape[1])
-        launches.extend((launch_tall(u, v, seed, p, sums, tile), launch_sum(sums, out, scale)))
 
     if tile is None or grad_B is None:
         launches.append(plan_shrink(grad_out, B.t(), None, 0.0, grad_s, scaling, arch))
         if grad_B is not None:
-            tall(s, grad_out, grad_B.t(), None, scaling)
+            launches += plan_tall(s, grad_out, None, 0.0, grad_B.t(), scaling, arch)
     else:
         blocks = cdiv(M, tile.m)
         splits = splits_for(blocks, cdiv(N, tile.n))
-        sums = partials(blocks, R, N)
+        sums = _partials(x, blocks, R, N)
         if splits == 1:
             launches.append(launch_expand(grad_out, B, s, grad_s[None], sums, scaling, tile))
         else:
-            pieces = partials(splits, M, R)
+            pieces = _partials(x, splits, M, R)
             launches.append(launch_expand(grad_out, B, s, pieces, sums, 1.0, tile))
             launches.append(launch_sum(pieces, grad_s, scaling))
         launches.append(launch_sum(sums, grad_B.t(), scaling))
     if grad_A is not None:
-        tall(grad_s, x, grad_A, seed, 1 / (1 - p) if seed is not None else 1.0)
+        launches += plan_tall(grad_s, x, seed, p, grad_A, 1.0, arch)
     return launches
 
 

@@ -60,15 +60,13 @@ def shrink(
 
 
 @triton.jit
-def low_rank_branch(
-    s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, stride_br, stride_bn,
-    R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+def low_rank_product(
+    acc, s_ptr, b_ptr, offs_m, offs_n, M, N, stride_br, stride_bn,
+    R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of `c · (S B) ∘ D` in f32: what every GEMM here starts from or adds."""
+    """Return a tile of `acc + S B` in f32; S `[M, R]` is contiguous."""
     mask_m = offs_m[:, None] < M
     mask_n = offs_n[None, :] < N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for r in tl.static_range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
         s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
@@ -76,6 +74,20 @@ def low_rank_branch(
         s = tl.load(s_ptrs, mask=mask_m & (offs_r[None, :] < R), other=0.0)
         b = tl.load(b_ptrs, mask=(offs_r[:, None] < R) & mask_n, other=0.0)
         acc = multiply(s, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def low_rank_branch(
+    s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, stride_br, stride_bn,
+    R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of `c · (S B) ∘ D` in f32: what every GEMM here starts from or adds."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = low_rank_product(
+        acc, s_ptr, b_ptr, offs_m, offs_n, M, N, stride_br, stride_bn, R, PRECISION, BLOCK_R
+    )
     acc = acc * scale
     if seed_ptr is not None:
         keep = is_kept(tl.load(seed_ptr), offs_m[:, None], offs_n[None, :], threshold)

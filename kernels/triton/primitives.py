@@ -27,6 +27,15 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def round_to_int8(value):
+    """Return f32 values in −128..127 as int8, rounded half to even.
+
+    Adding 1.5 · 2²³ leaves no fraction bits, and the integer in the lowest byte.
+    """
+    return (value + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def _finalize(h):
     h = (h ^ (h >> 16)) * _FIRST
     h = (h ^ (h >> 13)) * _SECOND

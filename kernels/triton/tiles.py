@@ -5,6 +5,7 @@ Every tile that can be returned is compiled ahead of time for sm_80 and sm_90 by
 instruction counts are in benchmarks/results/aot.csv, what was rejected in benchmarks/NOTES.md.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,21 @@ class Tile(NamedTuple):
     group_m: int = 8
 
 
-def nearest(arch: int) -> int:
+# Most rows for which a fused 4-bit GEMM beats decoding and the vendor's: the largest M at which the
+# dispatcher of bitsandbytes 0.50 (backends/cuda/ops.py, `_gemm_4bit_use_custom_cuda`, calibrated on
+# GPUs of these architectures for its own kernels) takes its fused one, over weights of 2048² to
+# 28672 × 8192. Not measured with ours.
+FEW_ROWS = {80: 128, 86: 128, 89: 256, 90: 64, 120: 128}
+
+
+def nearest(arch: int, table: Iterable[int] = SHARED_MEMORY) -> int:
     """Return the known architecture whose tiles `arch` takes, e.g. 86 → 89, 100 → 90."""
-    return min(SHARED_MEMORY, key=lambda known: (abs(known - arch), known))
+    return min(table, key=lambda known: (abs(known - arch), known))
+
+
+def few_rows(dtype: torch.dtype, arch: int) -> int:
+    """Return up to how many rows a 4-bit weight is decoded inside its GEMM; f32 as in FEW_ROWS."""
+    return 7 if dtype == torch.float32 else FEW_ROWS[nearest(arch, FEW_ROWS)]
 
 
 def padded(r: int) -> int:
@@ -96,3 +109,51 @@ def splits_for(programs: int, steps: int, most: int = 8) -> int:
     """Return how many pieces to cut `steps` loop steps into, so that a small grid fills the GPU."""
     wanted = max(1, _FILLED // 2 // max(1, programs))
     return max(1, min(wanted, most, steps))
+
+
+def quantize_tile(R: int, dtype: torch.dtype, arch: int) -> Tile:
+    """Choose for `quantize_shrink`: few rows, so that they are still cached the second time."""
+    r = padded(R)
+    k = 256 if r <= 32 else 128 if r <= 64 else 64
+    return Tile(16, 0, k // 2 if dtype == torch.float32 else k, r, 4, 3 if r <= 64 else 2)
+
+
+def int8_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, masked: bool) -> Tile:
+    """Choose for `int8_gemm`: Y `[M, N]` of this dtype, rank R, the branch masked or not."""
+    known, r = nearest(arch), min(padded(R), 32) if dtype != torch.float32 else 16
+    if M <= 64 or dtype == torch.float32:
+        return Tile(64, 64, 128, r, 4, 4)
+    if -(-M // 128) * -(-N // 128) < _FILLED // 2:
+        return Tile(64, 128, 128, r, 4, 3)
+    if known != 90:
+        return Tile(128, 128, 64, r, 8, 4)
+    return Tile(128, 128 if masked else 256, 128, r, 8, 3)
+
+
+def four_bit_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
+    """Choose for `nf4_gemm` and `int4_gemm`: few rows M, rank R."""
+    m = min(64, padded(max(M, 1)))
+    if dtype == torch.float32:
+        return Tile(m, 64, 64, 16, 4, 2)
+    return Tile(m, 64, 128, min(padded(R), 32), 4, 3)
+
+
+def nf4_tile(block: int) -> Tile:
+    """Choose for `decode_nf4`: 16384 weights, 128 a thread, as n blocks of this size."""
+    return Tile(0, 16384 // block, 0, 0, 4, 1)
+
+
+def int4_tile(half: int, turned: bool) -> Tile:
+    """Choose for `decode_int4`: 8192 bytes, as k of a row of `half` bytes and n rows.
+
+    A thread's bytes lie in one row, so that its addresses differ by constants (5.9 instructions a
+    weight on sm_80 against 6.6 for 16 rows); where the result is turned they have to span rows.
+    """
+    k = 128 if turned else min(2048, max(128, 1 << (half - 1).bit_length()))
+    return Tile(0, 8192 // k, k, 0, 4, 1)
+
+
+CODES_TILE = Tile(0, 64, 128, 0, 4, 1)  # of `decode_int8`: n × k codes
+# From how many rows on it pays to turn int8 codes over for the input gradient: `int8_gemm` loads
+# codes along the reduced width only when they lie so, else in narrower copies with permutations.
+TURNED_ROWS = 256

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from minilora.kernels import (
     COMPUTE,
     FrozenLinear,
+    Stored,
     frozen_product,
     hardware,
     int4_codes,
@@ -168,7 +169,13 @@ class QuantizedLinear(nn.Module):
         return nf4_absmax(p["absmax"], p["absmax2_bits"], p["offset_bits"])
 
     def frozen(self) -> FrozenLinear:
-        """Return the pair of products, for the fused path."""
+        """Return the pair of products, for the fused path, and what other backends need to know."""
+        spec = self.spec
+        block = 0 if spec.format == "int8" else spec.block_size
+        stored = Stored(spec.format, block, self.compute, self.grad_compute, self.outliers)
+        return self._products()._replace(stored=stored)
+
+    def _products(self) -> FrozenLinear:
         p: Any = self._parameters
         if self.spec.format == "nf4":
             double = self.spec.double_quant

@@ -1,0 +1,144 @@
+"""Decoding NF4, INT4 and INT8, whole and inside GEMMs, against their formulas in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton_cases import DEVICE, DTYPES, Output, assert_as_exact, needs_kernels, operand
+
+needs_kernels()
+
+from minilora.kernels import DYNAMIC_CODE, NF4_TABLE  # noqa: E402
+from minilora.kernels.triton import decode, four_bit_gemm, tiles  # noqa: E402
+from minilora.kernels.triton.launch import cdiv  # noqa: E402
+from minilora.kernels.triton.tiles import Tile  # noqa: E402
+
+TABLE = torch.tensor(NF4_TABLE, device=DEVICE)
+CODE = DYNAMIC_CODE.to(DEVICE)
+
+
+def nf4_storage(n, block, double):
+    """Random codes of n weights; operands as the kernels take them, and the weights in float64."""
+    packed = torch.randint(256, (4 * cdiv(n, 8),), dtype=torch.uint8, device=DEVICE)
+    codes = torch.stack([packed // 16, packed % 16], 1).reshape(-1)[:n].long()
+    blocks = cdiv(n, block)
+    if double:
+        absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=DEVICE)
+        absmax2, offset = operand(cdiv(blocks, 256)).abs(), operand(1).abs()
+        second = absmax2.double().repeat_interleave(256)[:blocks]
+        scales = CODE.double()[absmax.long()] * second + offset.double()
+    else:
+        absmax, absmax2, offset = operand(blocks).abs(), None, None
+        scales = absmax.double()
+    exact = TABLE.double()[codes] * scales.repeat_interleave(block)[:n]
+    return (packed, absmax, absmax2, offset, CODE, TABLE), exact
+
+
+def int4_storage(n, k, group):
+    """Random codes of `[n, k]`; operands, integers q · s, and channel scales."""
+    packed = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
+    steps = torch.randint(1, 19, (n, k // group), dtype=torch.uint8, device=DEVICE)
+    channel = operand(n).abs() / 126
+    q = torch.cat([packed % 16, packed // 16], 1).double() - 8
+    q.clamp_(min=-7)  # 0 is no code: it stands for −8, and −8 · 18 is no int8
+    packed = torch.where(packed % 16 == 0, packed + 1, packed)
+    packed = torch.where(packed // 16 == 0, packed + 16, packed)
+    return packed, steps, channel, q * steps.double().repeat_interleave(group, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=15)
+@given(
+    n=st.sampled_from([1, 2, 63, 64, 500, 1024, 3001]),
+    block=st.sampled_from([32, 64, 256]),
+    double=st.booleans(),
+)
+def test_decode_nf4_matches_float64(dtype, n, block, double):
+    operands, exact = nf4_storage(n, block, double)
+    out = Output(1, n, dtype=dtype)
+    tile = Tile(0, 1024 // block, 0, 0, 4, 1)
+    decode.launch_decode_nf4(*operands, block, out.tensor, tile).run()
+    rounded = exact.to(dtype)
+    assert_as_exact(out.checked()[0], exact, rounded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=15)
+@given(
+    n=st.sampled_from([1, 5, 16, 17]),
+    k=st.sampled_from([1, 2, 3, 5]),
+    group=st.sampled_from([32, 64, 128]),
+    turned=st.booleans(),
+)
+def test_decode_int4_matches_float64(dtype, n, k, group, turned):
+    k *= group
+    packed, steps, channel, exact = int4_storage(n, k, group)
+    for kind, scale in ((dtype, channel), (torch.int8, None)):
+        out = Output(*((k, n) if turned else (n, k)), dtype=kind)
+        view = out.tensor.t() if turned else out.tensor
+        tile = Tile(0, 16, 64, 0, 4, 1)
+        decode.launch_decode_int4(packed, steps, scale, group, view, tile).run()
+        found = out.checked().t() if turned else out.checked()
+        if scale is None:
+            assert torch.equal(found.double(), exact)
+        else:
+            truth = exact * channel.double()[:, None]
+            assert_as_exact(found, truth, truth.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("turned", [False, True])
+def test_decode_int8_scales_or_turns(dtype, turned):
+    codes = torch.randint(-127, 128, (37, 70), dtype=torch.int8, device=DEVICE)
+    scale = None if dtype == torch.int8 else operand(37).abs()
+    out = Output(*((70, 37) if turned else (37, 70)), dtype=dtype)
+    view = out.tensor.t() if turned else out.tensor
+    decode.launch_decode_int8(codes, scale, view, Tile(0, 32, 32, 0, 4, 1)).run()
+    found = out.checked().t() if turned else out.checked()
+    exact = codes.double() * (1 if scale is None else scale.double()[:, None])
+    assert_as_exact(found.double(), exact, exact.to(dtype if scale is not None else torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=20)
+@given(
+    m=st.sampled_from([0, 1, 5, 33]),
+    n=st.sampled_from([1, 16, 47]),
+    blocks=st.sampled_from([1, 2, 3]),
+    size=st.sampled_from([32, 64, 128]),
+    r=st.sampled_from([1, 5, 17]),
+    bias=st.booleans(),
+    double=st.booleans(),
+    layout=st.sampled_from(["plain", "strided", "transposed"]),
+    nf4=st.booleans(),
+)
+def test_gemms_that_decode_match_float64(dtype, m, n, blocks, size, r, bias, double, layout, nf4):
+    k = blocks * size
+    x = operand(m, k, dtype=dtype, layout=layout)
+    s, b = operand(m, r, dtype=dtype), operand(n, r, dtype=dtype)
+    offset = operand(n, dtype=dtype, layout="strided") if bias else None
+    out, tile = Output(m, n, dtype=dtype), Tile(16, 16, 64, 16)
+    end = (offset, s, b, 2.5, out.tensor, tile)
+    if nf4:
+        operands, line = nf4_storage(n * k, size, double)
+        W = line.view(n, k)
+        four_bit_gemm.launch_nf4_gemm(x, *operands, size, *end).run()
+    else:
+        packed, steps, channel, codes = int4_storage(n, k, size)
+        W = codes * channel.double()[:, None]
+        four_bit_gemm.launch_int4_gemm(x, packed, steps, channel, size, *end).run()
+    exact = x.double() @ W.t() + 2.5 * (s.double() @ b.double().t())
+    plain = x @ W.to(dtype).t() + 2.5 * (s @ b.t())
+    if bias:
+        exact, plain = exact + offset.double(), plain + offset
+    magnitude = x.abs().double() @ W.abs().t() + 2.5 * s.abs().double() @ b.abs().double().t()
+    assert_as_exact(out.checked(), exact, plain, size=magnitude)
+
+
+def test_chosen_tiles_cover_small_and_large_matrices():
+    for half in (16, 48, 64, 2048, 5504):
+        for turned in (False, True):
+            tile = tiles.int4_tile(half, turned)
+            assert tile.n * tile.k == 8192
+            assert tile.k % 16 == 0
+    assert {tiles.nf4_tile(block).n * block for block in (32, 64, 4096)} == {16384}
