@@ -5,6 +5,7 @@ import subprocess
 import pytest
 import torch
 
+from minilora.kernels import hand_back_freed_memory
 from minilora.lora_layer import lora_layers
 from minilora.models import GPT2Config, LlamaConfig
 from minilora.planning import calibration, constants
@@ -116,6 +117,7 @@ def test_the_peak_is_the_kernels():
     held = torch.ones(2**26)
     assert peak_bytes() - before > 0.8 * held.nbytes
     del held
+    hand_back_freed_memory()  # a timed step or a run in this process lets glibc keep it
     if forget_peak():
         assert peak_bytes() < before + 2**27
     assert free_memory() > 0
