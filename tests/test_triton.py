@@ -57,6 +57,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from minilora.kernels.triton.lora import lora_dense
+from minilora.kernels.triton.stored import lora_stored
 
 class Driver:  # what a GPU would answer: the analysis of mutated arguments compiles to TTIR
     def get_current_target(self):
@@ -67,19 +68,26 @@ triton.runtime.driver.set_active(Driver())
 def linear(x, w, A, B, seed):
     return [lora_dense(x, w.t(), None, A, B, 2.0, seed, 0.1)]
 
+def over_int8(x, codes, bits, A, B, seed):
+    return [lora_stored(x, [codes, bits], None, A, B, 2.0, "int8", 0, "int8", "int8", seed, 0.1)]
+
+def show(joint):
+    for node in joint.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            written = ",".join(node.kwargs["tensors_to_clone"])
+            print(getattr(kernel, "fn", kernel).__name__, written)
+        elif "minilora" in str(node.target):
+            print("opaque", node.target)
+
 with FakeTensorMode():
     x = torch.empty(512, 256, dtype=torch.float16, requires_grad=True)
     w = torch.empty(384, 256, dtype=torch.float16)
     A, B = torch.empty(16, 256, requires_grad=True), torch.empty(384, 16, requires_grad=True)
     seed = torch.empty(1, dtype=torch.int64)
-    joint = aot_export_joint_simple(linear, (x, w, A, B, seed), trace_joint=True)
-for node in joint.graph.nodes:
-    if "triton_kernel_wrapper" in str(node.target):
-        kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-        written = ",".join(node.kwargs["tensors_to_clone"])
-        print(getattr(kernel, "fn", kernel).__name__, written)
-    elif "minilora" in str(node.target):
-        print("opaque", node.target)
+    show(aot_export_joint_simple(linear, (x, w, A, B, seed), trace_joint=True))
+    stored = torch.empty(384, 256, dtype=torch.int8), torch.empty(384, dtype=torch.int32)
+    show(aot_export_joint_simple(over_int8, (x, *stored, A, B, seed), trace_joint=True))
 """
 
 
@@ -97,6 +105,15 @@ def test_forward_and_backward_lower_to_the_kernels_in_one_graph():
         "tall_product partial_ptr",
         "sum_partials out_ptr",
         "low_rank_gemm y_ptr",
+        "quantize_shrink p_ptr,t_ptr,s_ptr",
+        "int8_gemm y_ptr",
+        "quantize_shrink p_ptr,t_ptr,s_ptr",
+        "tall_product partial_ptr",
+        "sum_partials out_ptr",
+        "tall_product partial_ptr",
+        "sum_partials out_ptr",
+        "decode_int8 out_ptr",
+        "int8_gemm y_ptr",
     ]
 
 

@@ -47,7 +47,7 @@ def int4_storage(n, k, group):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     n=st.sampled_from([1, 2, 63, 64, 500, 1024, 3001]),
     block=st.sampled_from([32, 64, 256]),
@@ -63,7 +63,7 @@ def test_decode_nf4_matches_float64(dtype, n, block, double):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     n=st.sampled_from([1, 5, 16, 17]),
     k=st.sampled_from([1, 2, 3, 5]),
@@ -100,7 +100,7 @@ def test_decode_int8_scales_or_turns(dtype, turned):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     m=st.sampled_from([0, 1, 5, 33]),
     n=st.sampled_from([1, 16, 47]),
