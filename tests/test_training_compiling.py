@@ -1,5 +1,7 @@
 """Compiled runs: the same training, everything put back, clear refusals, exact resume."""
 
+import functools
+
 import pytest
 import torch
 from test_training import factors, fit, plain, tiny
@@ -58,6 +60,23 @@ def test_a_compiled_run_trains_alike_and_leaves_no_trace():
     trained, expected = factors(two), factors(one)
     for name, value in trained.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_compiled_run_over_codes_trains_alike(base, monkeypatch):
+    """Traced with open shapes as fit does, without Inductor, whose compiler takes its time."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend="aot_eager"))
+    monkeypatch.setattr(compiling, "compile_problem", lambda: None)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = plain()
+        minilora.quantize(model, base)
+        models.append(minilora.inject(model, r=2, alpha=3))
+    eager = fit(models[0], max_steps=3, schedule="constant")
+    quick = fit(models[1], max_steps=3, schedule="constant", compile=True)
+    assert quick.losses == pytest.approx(eager.losses, rel=1e-5)
 
 
 @needs_compiler
