@@ -164,7 +164,7 @@ def int8_forward_few(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None
 
     One token's product is bound by the bytes of the codes, which casting them first reads and
     writes several times over. Sums run in f32; each row's result depends on that row alone, but
-    differs from that of more rows by bf16's rounding (2⁻⁹ of a value, twice).
+    differs from that of more rows by bf16's rounding (2⁻⁸ of a value, twice).
     """
     exact = x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu"
     if len(x) > _FEW or len(x) == 0 or exact:
