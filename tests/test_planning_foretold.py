@@ -74,7 +74,7 @@ def test_streams_and_other_models_cannot_be_planned():
 def test_ranks_autocast_and_dropout_are_read_from_the_model(monkeypatch):
     monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: None)
     model = minilora.inject(Llama(CONFIG), r=4, dropout=0.1, rank_pattern={"q_proj": 2})
-    linears, settings = foretold.Foretold._of(model, torch.bfloat16)
+    linears, settings = foretold.Foretold.read_model(model, torch.bfloat16)
     assert {one.r for name, one in linears.items() if name.endswith("q_proj")} == {2}
     assert {one.r for name, one in linears.items() if name.endswith("v_proj")} == {4}
     assert linears["lm_head"].r == 0
