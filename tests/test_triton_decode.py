@@ -18,7 +18,10 @@ CODE = DYNAMIC_CODE.to(DEVICE)
 
 
 def nf4_storage(n, block, double):
-    """Random codes of n weights; operands as the kernels take them, and the weights in float64."""
+    """Random codes of n weights; operands as the kernels take them, and the weights in float64.
+
+    Also what the weights would be if nothing cancelled: a scale is a sum of a code and an offset.
+    """
     packed = torch.randint(256, (4 * cdiv(n, 8),), dtype=torch.uint8, device=DEVICE)
     codes = torch.stack([packed // 16, packed % 16], 1).reshape(-1)[:n].long()
     blocks = cdiv(n, block)
@@ -26,12 +29,14 @@ def nf4_storage(n, block, double):
         absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=DEVICE)
         absmax2, offset = operand(cdiv(blocks, 256)).abs(), operand(1).abs()
         second = absmax2.double().repeat_interleave(256)[:blocks]
-        scales = CODE.double()[absmax.long()] * second + offset.double()
+        summands = CODE.double()[absmax.long()] * second, offset.double()
+        scales, sizes = summands[0] + summands[1], summands[0].abs() + summands[1]
     else:
         absmax, absmax2, offset = operand(blocks).abs(), None, None
-        scales = absmax.double()
-    exact = TABLE.double()[codes] * scales.repeat_interleave(block)[:n]
-    return (packed, absmax, absmax2, offset, CODE, TABLE), exact
+        scales = sizes = absmax.double()
+    scales, sizes = (t.repeat_interleave(block)[:n] for t in (scales, sizes))
+    values = TABLE.double()[codes]
+    return (packed, absmax, absmax2, offset, CODE, TABLE), values * scales, values.abs() * sizes
 
 
 def int4_storage(n, k, group):
@@ -54,12 +59,11 @@ def int4_storage(n, k, group):
     double=st.booleans(),
 )
 def test_decode_nf4_matches_float64(dtype, n, block, double):
-    operands, exact = nf4_storage(n, block, double)
+    operands, exact, size = nf4_storage(n, block, double)
     out = Output(1, n, dtype=dtype)
     tile = Tile(0, 1024 // block, 0, 0, 4, 1)
     decode.launch_decode_nf4(*operands, block, out.tensor, tile).run()
-    rounded = exact.to(dtype)
-    assert_as_exact(out.checked()[0], exact, rounded)
+    assert_as_exact(out.checked()[0], exact, exact.to(dtype), size=size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,18 +124,19 @@ def test_gemms_that_decode_match_float64(dtype, m, n, blocks, size, r, bias, dou
     out, tile = Output(m, n, dtype=dtype), Tile(16, 16, 64, 16)
     end = (offset, s, b, 2.5, out.tensor, tile)
     if nf4:
-        operands, line = nf4_storage(n * k, size, double)
-        W = line.view(n, k)
+        operands, *lines = nf4_storage(n * k, size, double)
+        W, sizes = (line.view(n, k) for line in lines)
         four_bit_gemm.launch_nf4_gemm(x, *operands, size, *end).run()
     else:
         packed, steps, channel, codes = int4_storage(n, k, size)
         W = codes * channel.double()[:, None]
+        sizes = W.abs()
         four_bit_gemm.launch_int4_gemm(x, packed, steps, channel, size, *end).run()
     exact = x.double() @ W.t() + 2.5 * (s.double() @ b.double().t())
     plain = x @ W.to(dtype).t() + 2.5 * (s @ b.t())
     if bias:
         exact, plain = exact + offset.double(), plain + offset
-    magnitude = x.abs().double() @ W.abs().t() + 2.5 * s.abs().double() @ b.abs().double().t()
+    magnitude = x.abs().double() @ sizes.t() + 2.5 * s.abs().double() @ b.abs().double().t()
     assert_as_exact(out.checked(), exact, plain, size=magnitude)
 
 
