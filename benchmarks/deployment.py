@@ -15,6 +15,7 @@ added to benchmarks/results/deployment.csv.
 import argparse
 import copy
 import csv
+import importlib.util
 import math
 import statistics
 import subprocess
@@ -35,15 +36,20 @@ ROOT = Path(__file__).resolve().parents[1]
 FED = 16  # tokens at a time, for quality
 
 
-def merged_model() -> tuple[Any, Any]:
-    """Return SmolLM2 in f32 with an adapter merged into it, and its tokenizer."""
-    model, tokenizer = load_model(fetch("smollm2-135m"), dtype=torch.float32)
+def adapted(model: Any) -> Any:
+    """Put the adapter on every linear of the blocks."""
     torch.manual_seed(0)
     minilora.inject(model, r=8, alpha=16)
     for layer in lora_layers(model).values():
         factors: Any = layer.adapters["default"]
         nn.init.normal_(factors.lora_B, std=1e-3)
-    minilora.merge(model, keep=None)
+    return model.eval()
+
+
+def merged_model() -> tuple[Any, Any]:
+    """Return SmolLM2 in f32 with the adapter merged into it, and its tokenizer."""
+    model, tokenizer = load_model(fetch("smollm2-135m"), dtype=torch.float32)
+    minilora.merge(adapted(model), keep=None)
     return minilora.eject(model).eval(), tokenizer
 
 
@@ -64,7 +70,9 @@ def in_int8(model: Any) -> Any:
     return minilora.quantize(small, "int8", targets=["lm_head"])
 
 
-def our_runs(model: Any, prompt: list[int], new: int) -> dict[str, Callable[[], object]]:
+def our_runs(
+    model: Any, prompt: list[int], new: int, compile: bool = False
+) -> dict[str, Callable[[], object]]:
     """Return prefill and generation (prefill included) of our model."""
     ids = torch.tensor([prompt])
 
@@ -74,7 +82,7 @@ def our_runs(model: Any, prompt: list[int], new: int) -> dict[str, Callable[[], 
 
     return {
         "prefill": prefill,
-        "generate": lambda: minilora.generate(model, [prompt], max_new_tokens=new),
+        "generate": lambda: minilora.generate(model, [prompt], max_new_tokens=new, compile=compile),
     }
 
 
@@ -86,6 +94,24 @@ def their_runs(model: Any, prompt: list[int], new: int) -> dict[str, Callable[[]
         "prefill": lambda: model(ids, use_cache=True, logits_to_keep=1),
         "generate": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings),
     }
+
+
+def llama_cpp_runs(prompt: list[int], new: int) -> dict[str, Callable[[], object]]:
+    """Return the same of llama.cpp, which reads the file as it is."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(fetch("smollm2-135m")), n_ctx=len(prompt) + new, n_threads=torch.get_num_threads(),
+        n_threads_batch=torch.get_num_threads(), n_batch=len(prompt), verbose=False,
+    )  # fmt: skip
+
+    def run(count: int) -> None:
+        model.reset()
+        tokens = model.generate(prompt, temp=0.0, reset=False)
+        for _ in range(count):
+            next(tokens)
+
+    return {"prefill": lambda: run(1), "generate": lambda: run(new)}
 
 
 def perplexity(model: Any, ids: list[int]) -> float:
@@ -129,19 +155,21 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = merged_model()
     small = in_int8(model)
+    beside = adapted(in_int8(load_model(fetch("smollm2-135m"), dtype=torch.float32)[0]))
     text = held_out_text(tokenizer, max(options.prompt, options.quality_tokens + 1))
     prompt = text[: options.prompt]
     runs = {
         "transformers float32": their_runs(in_transformers(model), prompt, options.new),
         "minilora float32": our_runs(model, prompt, options.new),
+        "minilora float32 compiled": our_runs(model, prompt, options.new, True),
         "minilora int8": our_runs(small, prompt, options.new),
+        "minilora int8 compiled": our_runs(small, prompt, options.new, True),
+        "minilora int8 and adapter compiled": our_runs(beside, prompt, options.new, True),
     }
+    if importlib.util.find_spec("llama_cpp"):
+        runs["llama.cpp Q4_1"] = llama_cpp_runs(prompt, options.new)
     asked = text[: options.quality_tokens + 1]
-    quality = {
-        "minilora float32": perplexity(model, asked),
-        "minilora int8": perplexity(small, asked),
-    }
-    quality["transformers float32"] = quality["minilora float32"]  # the same weights and products
+    quality = {"float32": perplexity(model, asked), "int8": perplexity(small, asked)}
     seconds: dict[tuple[str, str], list[float]] = {}
     for turn in range(options.rounds + 1):  # the first one warms up
         for name, both in runs.items():
@@ -152,7 +180,10 @@ def main() -> None:
                     seconds.setdefault((name, what), []).append(time.perf_counter() - began)
     rows: list[dict[str, Any]] = []
     base: dict[str, float] = {}  # transformers' tokens a second
-    weights = {"minilora int8": sum(p.nbytes for p in small.parameters())}
+    weights = {
+        form: sum(p.nbytes for p in of.parameters())
+        for form, of in {"float32": model, "int8": small}.items()
+    }
     for name in runs:
         first, whole = seconds[name, "prefill"], seconds[name, "generate"]
         # generate() reads the prompt too; its first token comes out of that.
@@ -160,14 +191,15 @@ def main() -> None:
         for what, times, tokens in (("prefill", first, options.prompt), ("decode", step, 1)):
             speed = tokens / statistics.median(times)
             base.setdefault(what, speed)
-            size = weights.get(name, sum(p.nbytes for p in model.parameters()))
+            form = name.split()[1] if "adapter" not in name else ""  # llama.cpp: not measured
             rows.append({
                 "what": what, "provider": name, "prompt": options.prompt, "new": options.new,
                 "rounds": options.rounds, "tokens_per_s": f"{speed:.2f}",
                 "spread": f"{max(times) / min(times):.2f}",
                 "to_transformers": f"{speed / base[what]:.2f}",
-                "perplexity": f"{quality[name]:.3f}", "quality_tokens": options.quality_tokens,
-                "weights_mb": f"{size / 1e6:.1f}",
+                "perplexity": f"{quality[form]:.3f}" if form in quality else "",
+                "quality_tokens": options.quality_tokens,
+                "weights_mb": f"{weights[form] / 1e6:.1f}" if form in weights else "",
                 "processor": minilora.hardware().name, "threads": torch.get_num_threads(),
                 "flags": " ".join(minilora.hardware().flags), "torch": torch.__version__,
                 "commit": commit(),

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import minilora
+from minilora.compiling import compiled
 from minilora.kernels import keep_freed_memory
 from minilora.models import fetch, load_model
 from minilora.planning.shapes import read_shape
-from minilora.training.compiling import compiled
 
 LR = 1e-3
 MODELS = ("smollm2-135m", "gpt2", "tinyllama-1.1b")

@@ -25,6 +25,9 @@ from torch.nn import functional as F
 from .low_rank import FrozenLinear
 from .workspace import workspace
 
+# Scales of one, made beforehand: Inductor can't lower the product when they are made in the graph
+# (torch 2.13; tests/test_quantization.py tells when it can). Long enough for any vocabulary.
+_UNIT = torch.ones(2**18, dtype=torch.bfloat16)
 _FEW = 16  # rows up to which reading the codes is what a product costs
 LONGEST = 2**31 // 127**2  # products of codes that one int32 can sum
 COMPUTE = ("auto", "int8", "dequantize")
@@ -167,10 +170,9 @@ def int8_forward_few(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None
     differs from that of more rows by bf16's rounding (2⁻⁸ of a value, twice).
     """
     exact = x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu"
-    if len(x) > _FEW or len(x) == 0 or exact:
+    if len(x) > _FEW or len(x) == 0 or exact or len(codes) > len(_UNIT):
         return int8_forward_dequantized(x, codes, bits, bias)
-    unit = torch.ones(len(codes), dtype=torch.bfloat16)
-    y = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, unit)
+    y = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, _UNIT[: len(codes)])
     return _add_bias(y * scales_from_bits(bits), bias).to(x.dtype)  # in f32
 
 

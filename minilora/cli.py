@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int)
     generate.add_argument("--chat", action="store_true", help="ask through the chat template")
+    generate.add_argument(
+        "--compile", action="store_true", help="faster tokens after some ten seconds; needs g++"
+    )
 
     merge = commands.add_parser("merge", help="write base + adapter as a Hugging Face folder")
     _add_model(merge, stored=True)
@@ -462,6 +465,7 @@ def _generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
         chat=options.chat,
+        compile=options.compile,
     )
     for text in texts:
         print(text)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from minilora.compiling import compiled, settle_compile
 from minilora.evaluation import argument_names, device_of, eval_mode, forward_logits
 from minilora.models import KVCache
 from minilora.records import encode_prompt
@@ -29,6 +32,7 @@ def generate(
     stop: str | int | Iterable[str | int] = (),
     seed: int | None = None,
     chat: bool = False,
+    compile: bool | str = False,
 ) -> list[Any]:
     """Continue each prompt until a stop token, a stop string or `max_new_tokens`.
 
@@ -52,6 +56,9 @@ def generate(
         seed: reproduces a sampled text; None draws a fresh one. The global random state is
             neither read nor changed.
         chat: wrap each text as a user message in the tokenizer's chat template.
+        compile: True runs the model's blocks through `torch.compile` after the first token, which
+            takes a C++ compiler and some ten seconds once; `"auto"` does where that works. Its
+            rounding differs, so a greedy text may turn where two tokens are nearly as likely.
 
     Returns:
         Per prompt the new text, or the new token ids when there is no tokenizer; what stopped the
@@ -61,9 +68,10 @@ def generate(
         ValueError: an option out of range, an empty prompt, ids outside the vocabulary, more
             tokens than the model's context holds; all before any work.
         TypeError: prompts of another type, or texts without a tokenizer.
-        RuntimeError: the model's logits are not numbers.
+        RuntimeError: the model's logits are not numbers; `compile=True` without a compiler.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(max_new_tokens, temperature, top_k, top_p, compile)
+    wanted = settle_compile(compile)[0]
     stop_ids, stop_strings = _stops(stop, tokenizer)
     rows = _encode(prompts, tokenizer, chat)
     _check_rows(rows, max_new_tokens, getattr(model, "config", None))
@@ -71,9 +79,11 @@ def generate(
     generators = [_generator(seed, i) for i in range(len(rows))]
     new: Rows = [[] for _ in rows]
     running = list(range(len(rows)))
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), ExitStack() as stack:
         step = _step(model, rows, max_new_tokens)
-        while running:
+        for turn in itertools.count():
+            if turn == 1:  # the prompts have been read: of other lengths, and once
+                stack.enter_context(compiled(model, wanted, getattr(model, "_blocks", list)()))
             logits = step(rows).to("cpu", torch.float32)
             for i in tuple(running):
                 token = pick_token(
@@ -87,6 +97,8 @@ def generate(
                 stopped = bool(stop_strings) and _end(tokenizer.decode(new[i]), stop_strings) >= 0
                 if stopped or len(new[i]) == max_new_tokens:
                     running.remove(i)
+            if not running:
+                break
     if tokenizer is None:
         return new
     texts = [tokenizer.decode(ids) for ids in new]
@@ -214,7 +226,11 @@ class _Cached:
 
 
 def _check_options(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    compile: bool | str,
 ) -> None:
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ValueError(
@@ -226,6 +242,8 @@ def _check_options(
         raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1] or be None, found {top_p}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
 
 
 def _stops(stop: Any, tokenizer: Any) -> tuple[set[int], list[str]]:

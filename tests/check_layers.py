@@ -51,6 +51,7 @@ layers =
     minilora.selection
     minilora.copies
     minilora.layers
+    minilora.compiling
     minilora.lora_layer
     minilora.factors
     minilora.quantization

@@ -16,6 +16,8 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
 import minilora
+from minilora import compiling
+from minilora.compiling import compile_problem
 from minilora.generation import generate, pick_token, token_probabilities
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig, Tokenizer
 
@@ -622,6 +624,39 @@ def test_generate_is_in_the_public_interface():
     assert minilora.generate is generate
 
 
+# --- compiled ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(compile_problem() is not None, reason=str(compile_problem()))
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "plain"])
+def test_generate_compiled_writes_the_same_and_leaves_no_trace(kind):
+    """Padded prompts in two cache sizes, in f64: compiled tokens are the uncompiled ones."""
+    model = MODELS[kind]()
+    for prompts, count in ((PROMPTS, 9), ([[6, 2]], 12)):
+        wanted = generate(model, prompts, max_new_tokens=count)
+        assert generate(model, prompts, max_new_tokens=count, compile=True) == wanted
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_generate_compiles_after_the_first_token(monkeypatch):
+    """The blocks alone, once the prompts are read; what stops at once compiles nothing."""
+    made, model = [], llama()
+    monkeypatch.setattr(compiling, "compile_problem", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: made.append(forward) or forward)
+    generate(model, PROMPTS, max_new_tokens=1, compile=True)
+    assert not made
+    generate(model, PROMPTS, max_new_tokens=3, compile="auto")
+    assert [forward.__self__ for forward in made] == list(model.model.layers)
+
+
+def test_generate_compiled_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiling, "compile_problem", lambda: "no g++")
+    with pytest.raises(RuntimeError, match="needs torch.compile to work, found: no g"):
+        generate(llama(), PROMPTS, compile=True)
+    wanted = generate(llama(), PROMPTS, max_new_tokens=3)
+    assert generate(llama(), PROMPTS, max_new_tokens=3, compile="auto") == wanted
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 BAD_VALUES = [
@@ -634,6 +669,7 @@ BAD_VALUES = [
     ({"top_p": 0.0}, r"top_p must lie in \(0, 1\] or be None, found 0\.0"),
     ({"top_p": 1.01}, r"top_p must lie in \(0, 1\] or be None, found 1\.01"),
     ({"top_p": math.nan}, r"top_p must lie in \(0, 1\] or be None, found nan"),
+    ({"compile": "yes"}, "compile must be True, False or 'auto', found 'yes'"),
     ({"stop": ["a", ""]}, "a stop string must not be empty: every text contains it"),
     ({"prompts": []}, "prompts must hold at least one prompt, found none"),
     ({"prompts": ["a", ""]}, "prompt 1 must hold at least one token, found none"),

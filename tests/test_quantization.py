@@ -392,6 +392,29 @@ def test_compiled_equals_eager(spec):
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
 
 
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[3]], ids=str)
+def test_few_rows_compiled_equal_uncompiled_ones(spec):
+    _, module = make(24, 128, spec)
+    module.eval()._pays = False
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for M in (1, 3, 40):
+            x = torch.randn(M, 128)
+            assert relative(compiled(x), module(x).double()) < 1e-5
+
+
+def test_inductor_still_cannot_lower_the_product_with_scales_made_in_the_graph():
+    """Why kernels/int8.py holds scales of one; when this fails, it need not any more."""
+
+    def product(x, codes):
+        unit = torch.ones(len(codes), dtype=torch.bfloat16)
+        return torch._weight_int8pack_mm(x, codes, unit)
+
+    x, codes = torch.randn(2, 64).bfloat16(), torch.ones(32, 64, dtype=torch.int8)
+    with torch.no_grad(), pytest.raises(torch._inductor.exc.InductorError, match="Pointwise"):
+        torch.compile(product)(x, codes)
+
+
 @settings(max_examples=40)
 @given(
     spec=st.sampled_from([SPECS[0], SPECS[3]]),

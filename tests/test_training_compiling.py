@@ -7,8 +7,9 @@ import torch
 from test_training import factors, fit, plain, tiny
 
 import minilora
-from minilora.training import TrainConfig, compiling
-from minilora.training.compiling import blocks_of, compile_problem, compiled, settle_compile
+from minilora import compiling
+from minilora.compiling import blocks_of, compile_problem, compiled, settle_compile
+from minilora.training import TrainConfig
 
 needs_compiler = pytest.mark.skipif(compile_problem() is not None, reason=str(compile_problem()))
 

@@ -76,9 +76,9 @@ def gemm_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, precision: 
 def shrink_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     """Choose for `shrink`: M rows, the whole rank."""
     r = padded(R)
-    warps, stages = 8 if r > 64 else 4, 2 if r > 128 else 3
     if dtype == torch.float32:
-        return Tile(rows_for(M, 32), 0, 64 if r <= 32 else 32, r, warps, stages)
+        return Tile(rows_for(M, 32), 0, 64 if r <= 32 else 32, r, 8 if r > 32 else 4, 3)
+    warps, stages = 8 if r > 64 else 4, 2 if r > 128 else 3
     return Tile(rows_for(M, 64), 0, 128 if r <= 32 else 64, r, warps, stages)
 
 
@@ -115,7 +115,8 @@ def quantize_tile(R: int, dtype: torch.dtype, arch: int) -> Tile:
     """Choose for `quantize_shrink`: few rows, so that they are still cached the second time."""
     r = padded(R)
     k = 256 if r <= 32 else 128 if r <= 64 else 64
-    return Tile(16, 0, k // 2 if dtype == torch.float32 else k, r, 4, 3 if r <= 64 else 2)
+    k = k // 2 if dtype == torch.float32 else k
+    return Tile(16, 0, k, r, 8 if r > 128 else 4, 3 if r <= 64 else 2)
 
 
 def int8_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, masked: bool) -> Tile:
@@ -125,8 +126,8 @@ def int8_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, masked: boo
         return Tile(64, 64, 128, r, 4, 4)
     if -(-M // 128) * -(-N // 128) < _FILLED // 2:
         return Tile(64, 128, 128, r, 4, 3)
-    if known != 90:
-        return Tile(128, 128, 64, r, 8, 4)
+    if known != 90:  # a long branch leaves no register for a second 16 of its rank
+        return Tile(128, 128, 64, 16 if R > 64 else r, 8, 4)
     return Tile(128, 128 if masked else 256, 128, r, 8, 3)
 
 
@@ -135,7 +136,8 @@ def four_bit_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     m = min(64, padded(max(M, 1)))
     if dtype == torch.float32:
         return Tile(m, 64, 64, 16, 4, 2)
-    return Tile(m, 64, 128, min(padded(R), 32), 4, 3)
+    warps = 8 if m == 64 and nearest(arch) != 90 else 4  # INT4 spills 192 bytes with 4
+    return Tile(m, 64, 128, min(padded(R), 32), warps, 3)
 
 
 def nf4_tile(block: int) -> Tile:

@@ -49,7 +49,7 @@ class CausalLM(nn.Module):
         raise AttributeError(f"{type(self).__name__} must say how its ids are embedded")
 
     def _blocks(self) -> Iterable[nn.Module]:
-        """Return the blocks, called as `block(x, *beside, mask, cache)`."""
+        """Return the blocks, called as `block(x, *beside, mask, slot of the cache)`."""
         raise AttributeError(f"{type(self).__name__} must name its blocks")
 
     def _end(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,11 +87,11 @@ class CausalLM(nn.Module):
         mask = self._attention_mask(mask, batch, tokens, past, input_ids.device)
         x, beside = self._begin(input_ids, positions)
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self._blocks():
+        for i, block in enumerate(self._blocks()):
             if again and cache is None:
                 x = checkpoint(block, x, *beside, mask, None, use_reentrant=False)
             else:
-                x = block(x, *beside, mask, cache)
+                x = block(x, *beside, mask, None if cache is None else cache.slot(i))
         if cache is not None:
             cache.length += tokens
         return self._end(x)

@@ -16,6 +16,7 @@ from .gpt2_config import GPT2Config
 from .llama_config import LlamaConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
+Slot = tuple[torch.Tensor, torch.Tensor, int]  # keys and values [B, kv_heads, room, D], held
 
 
 class KVCache:
@@ -75,15 +76,21 @@ class KVCache:
                 f"{tokens} more do not fit; make a cache with a larger max_length"
             )
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Rotation:
-        """Write `[B, kv_heads, T, head_dim]` after what one layer holds and return all of it.
+    def slot(self, layer: int) -> Slot:
+        """Return what one layer writes into: its keys, its values, and how many are held.
 
         `length` moves once per forward pass, by the model, when every layer has written.
         """
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return self.keys[layer], self.values[layer], self.length
+
+
+def extend(slot: Slot, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write `[B, kv_heads, T, head_dim]` after what a layer holds and return all of it."""
+    keys, values, length = slot
+    end = length + k.shape[2]
+    keys[:, :, length:end] = k
+    values[:, :, length:end] = v
+    return keys[:, :, :end], values[:, :, :end]
 
 
 class RMSNorm(nn.Module):
@@ -134,9 +141,9 @@ def attend(
 class Attention(nn.Module):
     """Attend with grouped queries: several query heads share one key and value head."""
 
-    def __init__(self, config: LlamaConfig, layer: int, *, dtype=None, device=None) -> None:
+    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         wide = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
         made = {"bias": config.attention_bias, "dtype": dtype, "device": device}
@@ -150,15 +157,15 @@ class Attention(nn.Module):
         x: torch.Tensor,
         rotation: Rotation,
         mask: torch.Tensor | None,
-        cache: KVCache | None,
+        slot: Slot | None,
     ) -> torch.Tensor:
         """Return `[B, T, hidden]`; without a mask position t sees positions 0 to t."""
         split = (*x.shape[:2], -1, self.head_dim)
         q = _rotate(self.q_proj(x).view(split).transpose(1, 2), rotation)
         k = _rotate(self.k_proj(x).view(split).transpose(1, 2), rotation)
         v = self.v_proj(x).view(split).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+        if slot is not None:
+            k, v = extend(slot, k, v)
         out = attend(q, k, v, mask, self.head_dim**-0.5)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
@@ -182,10 +189,10 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Add attention and then the SwiGLU block to the residual stream, each after a norm."""
 
-    def __init__(self, config: LlamaConfig, layer: int, *, dtype=None, device=None) -> None:
+    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
         super().__init__()
         made = {"dtype": dtype, "device": device}
-        self.self_attn = Attention(config, layer, **made)
+        self.self_attn = Attention(config, **made)
         self.mlp = MLP(config, **made)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
@@ -195,10 +202,10 @@ class DecoderLayer(nn.Module):
         x: torch.Tensor,
         rotation: Rotation,
         mask: torch.Tensor | None,
-        cache: KVCache | None,
+        slot: Slot | None,
     ) -> torch.Tensor:
         """Return `[B, T, hidden]`."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, slot)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -210,6 +217,6 @@ class Body(nn.Module):
         made = {"dtype": dtype, "device": device}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **made)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, **made) for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, **made) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)

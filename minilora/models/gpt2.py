@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .causal import CausalLM, Transform
-from .decoder import KVCache, attend
+from .decoder import Slot, attend, extend
 from .gpt2_config import ACTIVATIONS, GPT2Config
 
 _STD = 0.02  # of a fresh model's weights
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int, *, dtype=None, device=None) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
@@ -78,13 +78,13 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd, **made)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
+        self, x: torch.Tensor, mask: torch.Tensor | None, slot: Slot | None
     ) -> torch.Tensor:
         """Return `[B, T, n_embd]`; without a mask position t sees positions 0 to t."""
         split = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (part.view(split).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+        if slot is not None:
+            k, v = extend(slot, k, v)
         out = attend(q, k, v, mask, self.scale)
         return self.c_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
@@ -116,10 +116,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, **made)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
+        self, x: torch.Tensor, mask: torch.Tensor | None, slot: Slot | None
     ) -> torch.Tensor:
         """Return `[B, T, n_embd]`."""
-        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.attn(self.ln_1(x), mask, slot)
         return x + self.mlp(self.ln_2(x))
 
 

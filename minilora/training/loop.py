@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.compiling import compiled
 from minilora.data import Batch, Batches
 from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate
 from minilora.kernels import keep_freed_memory
 from minilora.lora_layer import weight_dtype
 from minilora.planning.foretold import Foretold
 from minilora.training.callbacks import Callbacks
-from minilora.training.compiling import compiled
 from minilora.training.config import TrainConfig
 from minilora.training.feed import Feed
 from minilora.training.gradient import Gradient

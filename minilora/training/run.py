@@ -13,10 +13,10 @@ from minilora.adapter_config import config_of
 from minilora.adapter_files import fingerprint
 from minilora.adapters import active_adapters, require_layers
 from minilora.checkpoint import save_adapter
+from minilora.compiling import settle_compile
 from minilora.data import Batches
 from minilora.evaluation import Evaluation, Loss, device_of, token_loss
 from minilora.streaming import Stream
-from minilora.training.compiling import settle_compile
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (

@@ -1,7 +1,7 @@
-"""Run a model's blocks through `torch.compile`, for the time of a run."""
+"""Run a model's blocks through `torch.compile`, for the time of a run or of a text."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -51,8 +51,12 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
+def compiled(
+    model: nn.Module, wanted: bool, blocks: Iterable[nn.Module] | None = None
+) -> Iterator[None]:
     """Compile each block (the whole model where it has none), and the loss of our own models.
+
+    The blocks are those with adapters, or the ones given.
 
     Shapes are left open: batches differ in length, and each length would else be compiled. What
     is replaced is `forward` alone, so every name and the hooks around a block stay as they are:
@@ -62,7 +66,9 @@ def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
         return
     # A block whose input needs no gradient, evaluation and training are variants of one function.
-    places = [(block, block.__dict__.get("forward")) for block in blocks_of(model) or [model]]
+    places = [
+        (block, block.__dict__.get("forward")) for block in blocks or blocks_of(model) or [model]
+    ]
     flag = getattr(model, "compiled_loss", None)
     try:
         for block, _ in places:
