@@ -217,6 +217,9 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--compile", action="store_true", help="faster steps after half a minute; needs g++"
     )
+    run.add_argument(
+        "--plan", action="store_true", help="say memory and time before, and what they were after"
+    )
     run.add_argument("--seed", type=int, default=0)
     run.add_argument(
         "--patience", type=int, metavar="N", help="stop after N evaluations without a better one"
@@ -375,6 +378,8 @@ def _train(options: argparse.Namespace) -> int:
     )
     if options.sample and not options.valid:
         raise ValueError("--sample writes at each evaluation, which needs --valid, found none")
+    if options.plan and options.stream:
+        raise ValueError("--plan counts the examples, which --stream does not know; leave one out")
     if options.stream:  # before the slow part
         check_streamed(options.data)
     train_data = None if options.stream else _data(options.data, options)
@@ -418,6 +423,7 @@ def _train(options: argparse.Namespace) -> int:
         out=options.out,
         resume=options.resume,
         sample=_sampler(options.sample, tokenizer) if options.sample else None,
+        plan=options.plan,
     )
     leave()
     if result.stopped == "interrupted":

@@ -372,6 +372,23 @@ def test_cli_sample_needs_evaluations(folder, letters, tmp_path, capsys, no_mode
     assert "--sample writes at each evaluation, which needs --valid" in capsys.readouterr().err
 
 
+def test_cli_train_plans_where_asked(folder, letters, tmp_path, capsys, monkeypatch):
+    """What `fit(plan=True)` says is tested with fit, and takes its time."""
+
+    def fit(*_, plan, **__):
+        raise ValueError(f"plan is {plan}")
+
+    monkeypatch.setattr(minilora, "fit", fit)
+    arguments = ("train", folder, "--data", letters, "--out", tmp_path / "out")
+    for options, message in (
+        (["--plan"], "plan is True"),
+        ([], "plan is False"),
+        (["--plan", "--stream"], "--plan counts the examples, which --stream does not know"),
+    ):
+        assert run(*arguments, *options) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_cli_train_on_a_stream_names_the_bad_line(folder, letters, tmp_path, capsys):
     letters.write_text(letters.read_text() + '{"txt": "a"}\n')
     train = ["train", folder, "--data", letters, "--stream", "--max-steps", 3, "--max-length", 16]
