@@ -76,6 +76,27 @@ def test_fit_saves_the_last_complete_step_when_an_error_ends_the_run(tmp_path):
     assert same(factors(whole), factors(again))
 
 
+def test_fit_keeps_the_last_steps_state_when_it_fails_with_the_best_in_the_model(
+    tmp_path, monkeypatch
+):
+    """A second Ctrl-C as the curve is drawn: a raised limit must still go on from the last step."""
+    options = {"valid": examples(5, seed=1), "lr": 5e-2, "warmup": 0.0, "schedule": "constant",
+               "eval_every": 1}  # fmt: skip
+    whole = fit(tiny(), examples(5), **options, max_steps=10)
+    with monkeypatch.context() as patch:
+
+        def drop(out):
+            raise KeyboardInterrupt
+
+        patch.setattr("minilora.training.loop.draw_curve", drop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny(), examples(5), out=tmp_path, **options, max_steps=8)
+    _, facts = load_state(tmp_path)
+    assert 0 < facts["best_step"] < facts["step"] == 8, "or best and last were the same"
+    on = fit(tiny(), examples(5), out=tmp_path, resume=True, **options, max_steps=10)
+    assert on.losses == whole.losses[8:]
+
+
 def test_fit_says_when_an_error_ends_the_run_and_nothing_can_be_saved(tmp_path, capsys):
     def action(n):
         if n == 3:

@@ -436,6 +436,7 @@ class _Loop:
         if not interrupted or run.step:
             self._save()
         if not interrupted:
+            self.updating = True  # the model is no longer that of the state, which is saved
             run.restore_best()
         if not interrupted or (run.step and run.best_step == 0):
             run.save_adapter()
