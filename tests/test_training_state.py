@@ -22,6 +22,7 @@ from minilora.training.state import (
     digest,
     has_state,
     load_state,
+    restore_optimizer,
     save_state,
 )
 
@@ -78,6 +79,18 @@ def test_digest_sees_names_and_bytes():
     assert digest({"x": a}) == digest({"x": b}) != digest({"y": a})
     b[0] = -0.0
     assert digest({"x": a}) != digest({"x": b})
+
+
+@pytest.mark.parametrize(("fused", "where"), [(True, "meta"), (False, "cpu")])
+def test_restore_optimizer_puts_the_step_where_the_kernel_reads_it(fused, where):
+    """A fused kernel on an accelerator reads it there; a meta tensor stands in for one."""
+    parameter = torch.empty(3, device="meta")
+    optimizer = torch.optim.AdamW([parameter], fused=fused)
+    kept = {"step": torch.tensor(2.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    tensors = {f"optimizer.{key}.p": value for key, value in kept.items()}
+    restore_optimizer(optimizer, {parameter: "p"}, tensors, lambda p, v: v.to(p.device))
+    assert optimizer.state[parameter]["step"].device.type == where
+    assert optimizer.state[parameter]["exp_avg"].device.type == "meta"
 
 
 def test_check_out_takes_a_folder_in_which_a_run_was_killed_before_its_first_save(tmp_path):

@@ -222,10 +222,13 @@ def restore_optimizer(
     like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     """Put back what `optimizer_tensors` returned; `like` lays a value out as a parameter is."""
+    # Fused kernels read the step on the parameter's device; the others keep it on the processor.
+    fused = optimizer.defaults["fused"]
     for parameter, name in names.items():
         if f"optimizer.step.{name}" in tensors:
             state = {key: tensors[f"optimizer.{key}.{name}"] for key in ADAM}
+            at = parameter.device if fused else torch.device("cpu")
             optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else like(parameter, value)
+                key: value.to(at, copy=True) if key == "step" else like(parameter, value)
                 for key, value in state.items()
             }
