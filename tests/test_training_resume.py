@@ -286,6 +286,25 @@ def test_fit_resume_restores_what_is_frozen_of_an_adapter(tmp_path):
         fit(other, max_steps=6, schedule="constant", out=tmp_path, resume=True)
 
 
+def test_fit_resume_restores_a_frozen_factor(tmp_path):
+    """Where B alone is trained (LoRA-FA), the next process draws an A on which B means nothing."""
+
+    def half_frozen(seed):
+        model = plain()
+        torch.manual_seed(seed)
+        minilora.inject(model, r=4, alpha=6)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("lora_B"))
+        return model
+
+    options = {"lr": 1e-2, "schedule": "constant", "warmup": 0.0}
+    whole, again = half_frozen(1), half_frozen(2)
+    fit(whole, max_steps=6, **options)
+    fit(half_frozen(1), max_steps=3, out=tmp_path, **options)
+    fit(again, max_steps=6, out=tmp_path, resume=True, **options)
+    assert same(whole.state_dict(), again.state_dict())
+
+
 def test_check_same_run_refuses_another_autocast(tmp_path):
     fit(tiny(), max_steps=1, out=tmp_path)
     saved = load_state(tmp_path)[1]["identity"]

@@ -260,13 +260,18 @@ class Run:
             sweep(self.out)
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Return what is frozen of the adapter (PiSSA's offset, a slice's mask) by dotted name."""
-        return {
-            f"{fqn}.{name}": buffer
-            for fqn, layer in self.layers.items()
-            if self.adapter in layer.adapters
-            for name, buffer in layer.adapters[self.adapter].named_buffers()
-        }
+        """Return what is frozen of the adapter by dotted name.
+
+        PiSSA's offset, a slice's mask, and factors that require no gradient: those too are drawn
+        anew in the next process.
+        """
+        found: dict[str, Tensor] = {}
+        for fqn, layer in self.layers.items():
+            if self.adapter in layer.adapters:
+                factors = layer.adapters[self.adapter]
+                held = [*factors.named_buffers(), *factors.named_parameters()]
+                found |= {f"{fqn}.{name}": one for name, one in held if one not in self.names}
+        return found
 
     def _identity(self) -> dict[str, Any]:
         """Return what makes it this run: a resumed one must have the same."""
