@@ -184,6 +184,46 @@ def test_ranks_compile_their_blocks(forks, go, tmp_path, kind, base):
     close(json.loads((out / "told.json").read_text()), expected, 1e-5)
 
 
+class Resting(nn.Module):
+    """`never` is not called at all, `early` in the first two steps alone, then it comes back."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(61, 8), nn.Linear(8, 61)
+        self.never, self.early, self.always = (nn.Linear(8, 8) for _ in range(3))
+        self.calls = 0
+
+    def forward(self, input_ids):
+        x = self.always(self.embed(input_ids))
+        self.calls += 1
+        return self.lm_head(x if 2 < self.calls < 7 else x + self.early(x))
+
+
+def rest(out, kind):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = minilora.inject(Resting(), r=2, alpha=3)
+    result = fit(
+        model,
+        examples(23),
+        out=out,
+        parallel=kind,
+        **OPTIONS | {"batch_size": 4, "accumulate": 1, "max_steps": 9, "eval_every": None},
+    )
+    if os.environ.get("RANK", "0") == "0":
+        (pathlib.Path(out) / "told.json").write_text(json.dumps(result.losses))
+
+
+def test_a_layer_that_rests_on_all_ranks_stays_as_it_is(forks, tmp_path):
+    """Without a gradient AdamW leaves it alone; zeros would move it by its moments."""
+    for kind, ranks in ((None, 1), ("ddp", 2)):
+        out = tmp_path / str(kind)
+        forks.start_ranks("test_training_ranks:rest", ranks, out=str(out), kind=kind)
+        assert set(forks.codes()) == {0}, forks.log.read_text()[-2000:]
+    told = [json.loads((tmp_path / f"{k}" / "told.json").read_text()) for k in (None, "ddp")]
+    assert told[1] == pytest.approx(told[0], rel=1e-6)
+
+
 def test_fsdp_recomputes_activations_with_the_same_masks(go, alone):
     """Checkpointing gathers each block once more, and dropout draws what it drew."""
     told, _ = go(2, kind="fsdp", checkpointing=True)

@@ -110,7 +110,12 @@ class Ranks:
     def reduce(self) -> None:
         """Replace the ranks' gradients by their mean, where the passes have not done so."""
         if self.reducer is not None:
+            parameters: Any = self.reducer.module.parameters_  # type: ignore[union-attr]
+            used = self.sums(*(p.grad is not None for p in parameters))
             self.reducer().backward()
+            for parameter, ranks in zip(parameters, used, strict=True):
+                if not ranks:  # the zeros came from here alone: AdamW would go on by its moments
+                    parameter.grad = None
 
     def full(self, tensor: Tensor) -> Tensor:
         """Return a whole tensor of one that may be sharded; all ranks must ask."""
