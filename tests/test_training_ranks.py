@@ -12,7 +12,7 @@ import torch
 from fork_train import Forks
 from safetensors.torch import load_file
 from test_cli import tiny_folder
-from test_training import examples, fit, tiny
+from test_training import examples, fit, plain, tiny
 from torch import nn
 
 import minilora
@@ -182,6 +182,32 @@ def test_ranks_compile_their_blocks(forks, go, tmp_path, kind, base):
     forks.start_ranks("test_training_ranks:compiled_train", 2, **options)
     assert forks.codes() == [0, 0], forks.log.read_text()[-3000:]
     close(json.loads((out / "told.json").read_text()), expected, 1e-5)
+
+
+def drawing(out, kind, what):
+    """Every rank draws factors of its own, as a script that seeds by rank does."""
+    torch.set_num_threads(1)
+    model = plain()
+    torch.manual_seed(5 + int(os.environ.get("RANK", "0")))
+    init = "pissa_niter_1" if what == "offset" else "kaiming"
+    minilora.inject(model, r=4, alpha=6, init=init)
+    for name, parameter in model.named_parameters():
+        if what == "frozen" and name.endswith("lora_A"):
+            parameter.requires_grad = False
+    result = fit(model, examples(23), out=out, parallel=kind, **OPTIONS | {"eval_every": None})
+    if os.environ.get("RANK", "0") == "0":
+        (pathlib.Path(out) / "told.json").write_text(json.dumps(result.losses))
+
+
+@pytest.mark.parametrize(("kind", "what"), [("ddp", "frozen"), ("ddp", "offset"),
+                                            ("fsdp", "frozen"), ("fsdp", "offset")])  # fmt: skip
+def test_ranks_train_on_what_the_first_one_drew(forks, tmp_path, kind, what):
+    for one, ranks in ((None, 1), (kind, 2)):
+        out = str(tmp_path / str(one))
+        forks.start_ranks("test_training_ranks:drawing", ranks, out=out, kind=one, what=what)
+        assert set(forks.codes()) == {0}, forks.log.read_text()[-2000:]
+    told = [json.loads((tmp_path / f"{k}" / "told.json").read_text()) for k in (None, kind)]
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
 
 
 class Resting(nn.Module):

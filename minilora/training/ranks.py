@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +99,14 @@ class Ranks:
         if self.kind is not None and self.rank == 0:
             dist.barrier()
         return result
+
+    def take_first(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each whole tensor by rank 0's."""
+        for tensor in tensors if self.kind is not None else ():
+            if not hasattr(tensor, "full_tensor"):  # of a sharded one each rank has its own part
+                value = tensor.detach().contiguous()
+                dist.broadcast(value, 0)
+                tensor.data.copy_(value)
 
     def look_after(self, names: dict[Tensor, str]) -> None:
         """Let DDP give every rank rank 0's parameters, and reduce their gradients from now on."""

@@ -122,6 +122,9 @@ class Run:
             self.valid = held_out
         if config.patience is not None and valid is None:
             raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
+        # Ranks may have drawn other factors; those that are frozen, or a part of which is taken, DDP
+        # and FSDP2 leave at that.
+        self.ranks.take_first([*self.names, *self._buffers().values()])
         if self.ranks.kind == "fsdp" and not is_sharded(model):
             shard(model)
             self.names = trained(model, self.layers, self.adapter)
@@ -276,7 +279,8 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """Return what makes it this run: a resumed one must have the same."""
         mine = {n: layer for n, layer in self.layers.items() if self.adapter in layer.adapters}
-        adapter = config_of(self.model, mine, self.adapter)
+        with whole_factors(self.model, self.adapter):  # PiSSA's are put together with its offset
+            adapter = config_of(self.model, mine, self.adapter)
         return {
             "config": self.config.to_dict() | {"compile": self.compile},  # what "auto" came to
             "compute": [str(self.dtype), *sorted({str(v.compute_dtype) for v in mine.values()})],
