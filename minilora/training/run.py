@@ -122,8 +122,8 @@ class Run:
             self.valid = held_out
         if config.patience is not None and valid is None:
             raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
-        # Ranks may have drawn other factors; those that are frozen, or a part of which is taken, DDP
-        # and FSDP2 leave at that.
+        # Ranks may have drawn other factors; those that are frozen, and all that FSDP2 takes parts
+        # of, nobody else makes equal.
         self.ranks.take_first([*self.names, *self._buffers().values()])
         if self.ranks.kind == "fsdp" and not is_sharded(model):
             shard(model)
