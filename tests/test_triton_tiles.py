@@ -1,11 +1,14 @@
 """Tile choice: a pure function, so it is tested without triton or a GPU."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.kernels.triton import tiles
+from minilora.kernels.triton.launch import Launch
 
 ARCHES = st.sampled_from([75, 80, 86, 89, 90, 100, 103, 120, 121, 200])
 FLOATS = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -59,3 +62,33 @@ def test_few_rows_are_spread_over_the_gpu():
     assert tiles.splits_for(16, 64) == 8
     assert tiles.splits_for(16, 3) == 3
     assert tiles.splits_for(0, 0) == 1
+
+
+class OnSecondGPU(torch.Tensor):
+    """Says that it lies on a GPU, of which there is none here."""
+
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(("cls", "wanted"), [(OnSecondGPU, ["cuda:1"]), (torch.Tensor, [])])
+def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted):
+    """Mocked, device and kernel both: Triton itself takes the current device."""
+    entered, launched = [], []
+
+    @contextlib.contextmanager
+    def current(device):
+        entered.append(str(device))
+        yield
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, len(args), options))
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+    tensor = torch.ones(2).as_subclass(cls)
+    tile = tiles.Tile(16, 16, 16, 16, 4, 3)
+    Launch(Kernel(), (1,), (0.5, tensor), {"BLOCK": 16}, tile).run()
+    assert entered == wanted
+    options = {"BLOCK": 16, "enable_fp_fusion": True, "num_warps": 4, "num_stages": 3}
+    assert launched == [((1,), 2, options)]

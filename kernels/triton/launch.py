@@ -1,6 +1,7 @@
 """One kernel launch as a value: it can be run, compiled ahead of time, or counted."""
 
 import functools
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,13 @@ class Launch(NamedTuple):
             return
         kernel = torch.library.wrap_triton(self.kernel)
         options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
-        if kernel is self.kernel:  # a traced launch takes Inductor's options, where this is True
-            options["enable_fp_fusion"] = True
-        kernel[self.grid](*self.args, **self.constants, **options)
+        if kernel is not self.kernel:  # traced: with Inductor's options, on the right device
+            kernel[self.grid](*self.args, **self.constants, **options)
+            return
+        device = next(arg.device for arg in self.args if isinstance(arg, Tensor))
+        # Triton launches on the current device, which need not be where the tensors are.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[self.grid](*self.args, **self.constants, enable_fp_fusion=True, **options)
 
 
 def cdiv(a: int, b: int) -> int:

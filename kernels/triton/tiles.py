@@ -77,6 +77,8 @@ def shrink_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     """Choose for `shrink`: M rows, the whole rank."""
     r = padded(R)
     if dtype == torch.float32:
+        if r > 128:
+            return Tile(rows_for(M, 32), 0, 32, r, 4, 2)
         return Tile(rows_for(M, 32), 0, 64 if r <= 32 else 32, r, 8 if r > 32 else 4, 3)
     warps, stages = 8 if r > 64 else 4, 2 if r > 128 else 3
     return Tile(rows_for(M, 64), 0, 128 if r <= 32 else 64, r, warps, stages)
