@@ -58,8 +58,8 @@ def test_the_commands_of_a_page_work(place, page):
 
 def test_the_70b_table_is_the_files(place):
     """Every line of the table comes from the CSV that the script wrote."""
-    lines = [line for line in (DOCS / "many-gpus.md").read_text().splitlines()
-             if re.match(r"\| (bfloat16|nf4) \|", line)]  # fmt: skip
+    text = (DOCS / "many-gpus.md").read_text().split("## Measured on CPUs")[0]
+    lines = [line for line in text.splitlines() if re.match(r"\| (bfloat16|nf4) \|", line)]
     with open(RESULTS / "llama_70b.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(lines) == len(rows) == 10
@@ -74,6 +74,18 @@ def test_the_70b_table_is_the_files(place):
         room = [gb for gb in (24, 48, 80) if row[f"fits {gb} GB"] == "True"]
         assert fits == (f"{room[0]} GB" if room else "none of these")
         assert room == [gb for gb in (24, 48, 80) if size["peak"] <= 0.9 * gb]
+
+
+def test_the_table_of_each_ranks_memory_is_the_files():
+    text = (DOCS / "many-gpus.md").read_text().split("## Measured on CPUs")[1]
+    lines = [line for line in text.splitlines() if re.match(r"\| (float32|nf4) \|", line)]
+    with open(RESULTS / "rank_memory.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    held = ("held_bytes", "loading_bytes", "training_bytes")
+    assert [line.strip("| ").split(" | ") for line in lines] == [
+        [row["base"], row["ranks"], *(f"{int(row[name]) / 1e6:.0f}" for name in held)]
+        for row in rows
+    ]
 
 
 def test_the_streaming_example_of_the_data_page_runs(place):
