@@ -38,7 +38,8 @@ def test_your_own_module_learns(tmp_path):
 def test_tinyllama_example_learns_its_facts(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_config.json").touch()  # an earlier run's: it is left alone
-    text = run([ROOT / "examples/tinyllama.py", "--out", tmp_path / "out"], tmp_path)
+    command = [ROOT / "examples/tinyllama.py", "--steps", 16, "--out", tmp_path / "out"]
+    text = run(command, tmp_path)
     assert (tmp_path / "out-2" / "adapter_model.safetensors").exists()
     before, after = (re.search(rf"{word}: +(.*)", text).group(1) for word in ("before", "after"))
     assert "Ottoline" in after and "Ottoline" not in before
