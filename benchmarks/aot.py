@@ -388,12 +388,15 @@ def worse(found, before):
 
 
 def main(arguments):
-    cases = "chosen_cases" if arguments == ["--chosen"] else "all_cases"
-    only = arguments[0] if arguments and cases == "all_cases" else None
-    found = []
-    for line in rows(cases, jobs=os.cpu_count() or 1, only=only):
-        found.append(line)
-        print(*(str(v) for v in line.values()), flush=True)
+    # A chosen case may stand under another name among all: a test looks each up by its own.
+    chosen = arguments == ["--chosen"]
+    only = arguments[0] if arguments and not chosen else None
+    compiled = {}
+    for cases in ("chosen_cases",) if chosen else ("all_cases", "chosen_cases"):
+        for line in rows(cases, jobs=os.cpu_count() or 1, only=only):
+            compiled[line["case"], line["dtype"], line["arch"]] = line
+            print(*(str(v) for v in line.values()), flush=True)
+    found = list(compiled.values())
     if only is None:
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "w", newline="", encoding="utf-8") as file:
