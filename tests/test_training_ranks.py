@@ -200,7 +200,7 @@ def drawing(out, kind, what):
 
 
 @pytest.mark.parametrize(("kind", "what"), [("ddp", "frozen"), ("ddp", "offset"),
-                                            ("fsdp", "frozen")])  # fmt: skip
+                                            ("fsdp", "frozen"), ("fsdp", "offset")])  # fmt: skip
 def test_ranks_train_on_what_the_first_one_drew(forks, tmp_path, kind, what):
     for one, ranks in ((None, 1), (kind, 2)):
         out = str(tmp_path / str(one))

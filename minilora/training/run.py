@@ -13,10 +13,10 @@ from minilora.adapter_config import config_of
 from minilora.adapter_files import fingerprint
 from minilora.adapters import active_adapters, require_layers
 from minilora.checkpoint import save_adapter
+from minilora.compiling import settle_compile
 from minilora.data import Batches
 from minilora.evaluation import Evaluation, Loss, device_of, token_loss
 from minilora.streaming import Stream
-from minilora.training.compiling import settle_compile
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (
@@ -122,7 +122,8 @@ class Run:
             self.valid = held_out
         if config.patience is not None and valid is None:
             raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
-        # Ranks may have drawn other factors: DDP hands out what is trained alone, FSDP2 nothing.
+        # Ranks may have drawn other factors; those that are frozen, and all that FSDP2 takes parts
+        # of, nobody else makes equal.
         self.ranks.take_first([*self.names, *self._buffers().values()])
         if self.ranks.kind == "fsdp" and not is_sharded(model):
             shard(model)
@@ -278,7 +279,8 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """Return what makes it this run: a resumed one must have the same."""
         mine = {n: layer for n, layer in self.layers.items() if self.adapter in layer.adapters}
-        adapter = config_of(self.model, mine, self.adapter)
+        with whole_factors(self.model, self.adapter):  # PiSSA's are put together with its offset
+            adapter = config_of(self.model, mine, self.adapter)
         return {
             "config": self.config.to_dict() | {"compile": self.compile},  # what "auto" came to
             "compute": [str(self.dtype), *sorted({str(v.compute_dtype) for v in mine.values()})],
