@@ -7,6 +7,7 @@ is predicted from the tokens before t, so the label at index 0 never counts. -10
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,7 +111,8 @@ def as_examples(data: Iterable[Any]) -> list[Example]:
 
     Args:
         data: `Example`s, or mappings or objects with `input_ids` and, optionally, `labels` (else
-            the labels are the ids), each a list or a 1-D integer tensor, unpadded.
+            the labels are the ids), each a list or a 1-D integer tensor, unpadded. A packed row
+            has `lengths` beside; what begins one of its documents is not learned.
 
     Raises:
         TypeError: by index, ids or labels that are missing or not integers in one dimension.
@@ -141,17 +143,20 @@ def _as_example(item: Any, name: str) -> Example:
         raise ValueError(f"{name}: input_ids must not be negative, found {min(ids)}")
     if bad := [label for label in labels if label < 0 and label != IGNORE]:
         raise ValueError(f"{name}: labels must be token ids or {IGNORE}, found {bad[0]}")
-    if not learned_labels(labels):
-        raise ValueError(f"{name}: nothing to learn, every label after the first is {IGNORE}")
-    mask = get("attention_mask")
-    if mask is not None and not all(_integers(mask, f"{name}: attention_mask")):
-        raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
     lengths = _integers(get("lengths") or (), f"{name}: lengths")
     if lengths and (sum(lengths) != len(ids) or min(lengths) < 1):
         raise ValueError(
             f"{name}: lengths must be those of its documents, {len(ids)} in all, found "
             f"{sum(lengths)}"
         )
+    if len(lengths) > 1:  # a document's first token does not follow from the document before
+        starts = set(itertools.accumulate(lengths))
+        labels = tuple(IGNORE if i in starts else label for i, label in enumerate(labels))
+    if not learned_labels(labels):
+        raise ValueError(f"{name}: nothing to learn, every label after the first is {IGNORE}")
+    mask = get("attention_mask")
+    if mask is not None and not all(_integers(mask, f"{name}: attention_mask")):
+        raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
     return Example(ids, labels, lengths)
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from minilora.data import Batch, Batches, Example, as_examples, learned_labels, pad
+from minilora.data import IGNORE, Batch, Batches, Example, as_examples, learned_labels, pad
 
 BATCHES_PER_POOL = 50  # as the docstring of Batches states
 
@@ -174,6 +174,17 @@ def test_pad_fills_on_the_right(pairs, pad_id):
     else:
         assert batch.attention_mask is None
     assert batch.tokens == sum(label != -100 for row in labels for label in row[1:])
+
+
+@pytest.mark.parametrize("labels", [None, [1, 2, 3, 4, 5]])
+def test_as_examples_learns_no_document_from_the_one_before_it(labels):
+    """A packed row given as a mapping, with labels of its own or without."""
+    row = {"input_ids": [1, 2, 3, 4, 5], "lengths": [2, 1, 2], "labels": labels}
+    (found,) = as_examples([row])
+    assert list(found.labels) == [1, 2, IGNORE, IGNORE, 5]
+    assert as_examples([found]) == [found]
+    with pytest.raises(ValueError, match="example 0: nothing to learn"):
+        as_examples([{"input_ids": [1, 2, 3], "lengths": [1, 1, 1]}])
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [3, 2]])

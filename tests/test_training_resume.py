@@ -43,6 +43,28 @@ def failing(at, error=MemoryError):
     return counting(action)
 
 
+def test_a_run_out_of_memory_may_go_on_with_checkpointing(tmp_path):
+    """Which is what the error of a row that does not fit advises."""
+    whole, model = tiny(dropout=0.2), tiny(dropout=0.2)
+    expected = fit(whole, examples(5), max_steps=6, schedule="constant")
+    fit(model, examples(5), out=tmp_path, max_steps=3, schedule="constant")
+    options = {"max_steps": 6, "schedule": "constant", "checkpointing": True}
+    got = fit(model, examples(5), out=tmp_path, resume=True, **options)
+    assert got.losses == pytest.approx(expected.losses[-len(got.losses) :], rel=1e-6)
+
+
+def test_evaluations_without_held_out_examples_are_refused():
+    with pytest.raises(ValueError, match=r"eval_every .* evaluates on valid .*, found none; pass"):
+        fit(tiny(), examples(5), eval_every=2, max_steps=2)
+
+
+def test_a_curve_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, capsys):
+    (tmp_path / "loss.png").mkdir()
+    fit(tiny(), examples(5), out=tmp_path, max_steps=2, quiet=False)
+    assert "loss.png could not be drawn" in capsys.readouterr().err
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize("stop", [1, 3, 7, 8])
 def test_fit_resume_is_bit_equal(tmp_path, stop):
     """Dropout, accumulation, several epochs, evaluations: stop anywhere, go on, same bits."""

@@ -1,8 +1,9 @@
 """Which tile a kernel uses: pure functions of shape, dtype and architecture, nothing timed here.
 
 Every tile that can be returned is compiled ahead of time for sm_80 and sm_90 by benchmarks/aot.py
-(no local memory, at most 255 registers, shared memory under the limit below); registers and
-instruction counts are in benchmarks/results/aot.csv, what was rejected in benchmarks/NOTES.md.
+(no local memory, at most 255 registers, shared memory under the limit below) for widths that 16
+divides and groups of 64; at odd widths 128 × 256 × 64 spills. Registers and instruction counts are
+in benchmarks/results/aot.csv, what was rejected in benchmarks/NOTES.md.
 """
 
 from collections.abc import Iterable

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
+import json
 import os
-import pickle
 import subprocess
 import sys
 import time
@@ -25,7 +25,7 @@ from minilora.kernels import (
     keep_freed_memory,
 )
 from minilora.layers import is_conv1d
-from minilora.models import GPT2Config
+from minilora.models import GPT2Config, LlamaConfig
 from minilora.planning import constants
 from minilora.planning.memory import Settings
 from minilora.planning.shapes import Config, Shape
@@ -281,18 +281,33 @@ def timed_step(shape: Shape, settings: Settings, clock: Clock = time.perf_counte
 def timed_step_apart(shape: Shape, settings: Settings) -> float | None:
     """As `timed_step`, in a process of its own, so that this one's memory stays as it is."""
     code = (
-        "import pickle, sys; from minilora.planning.calibration import timed_step; "
-        "print(timed_step(*pickle.load(sys.stdin.buffer)))"
+        "import json, sys; from minilora.planning.calibration import _timed_from; "
+        "print(_timed_from(json.load(sys.stdin)))"
     )
+    asked = {
+        "kind": shape.kind,
+        "config": dataclasses.asdict(shape.config),
+        "settings": dataclasses.asdict(settings),
+    }
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], input=pickle.dumps((shape, settings)), env=environment,
-            capture_output=True, check=True, timeout=300,
+            [sys.executable, "-c", code], input=json.dumps(asked, default=str), env=environment,
+            capture_output=True, check=True, timeout=300, text=True,
         )  # fmt: skip
         return float(done.stdout.split()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return None
+
+
+def _timed_from(asked: dict[str, Any]) -> float:
+    """Time what `timed_step_apart` wrote down."""
+    kinds: dict[str, Any] = {"gpt2": GPT2Config, "llama": LlamaConfig}
+    settings = asked["settings"]
+    for key in ("dtype", "adapter_dtype"):
+        settings[key] = getattr(torch, settings[key].removeprefix("torch."))
+    shape = Shape("", kinds[asked["kind"]](**asked["config"]), "")
+    return timed_step(shape, Settings(**settings))
 
 
 def peak_bytes() -> int:

@@ -441,7 +441,10 @@ class _Loop:
         if not interrupted or (run.step and run.best_step == 0):
             run.save_adapter()
         if run.out is not None and self.ranks.rank == 0:
-            draw_curve(run.out)
+            try:
+                draw_curve(run.out)
+            except OSError as error:  # the run is whole without it
+                self.monitor.say(f"loss.png could not be drawn in {run.out}: {error.strerror}")
         if interrupted and run.step == 0:
             self.monitor.say("stopped before the first step: nothing was trained or saved")
         elif interrupted:

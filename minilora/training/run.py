@@ -122,6 +122,11 @@ class Run:
             self.valid = held_out
         if config.patience is not None and valid is None:
             raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
+        if config.eval_every is not None and valid is None:
+            raise ValueError(
+                "eval_every (--eval-every) evaluates on valid (--valid), found none; pass it, or "
+                "leave eval_every out"
+            )
         # Ranks may have drawn other factors; those that are frozen, and all that FSDP2 takes parts
         # of, nobody else makes equal.
         self.ranks.take_first([*self.names, *self._buffers().values()])

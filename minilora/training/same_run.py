@@ -10,10 +10,10 @@ from torch import Tensor
 from minilora.training.config import TrainConfig
 from minilora.training.state import ADAM
 
-# Settings that may differ when a run goes on: limits, the rate, and what only reports.
+# Settings that may differ when a run goes on: limits, the rate, memory, and what only reports.
 _FREE = {
     "epochs", "max_steps", "max_minutes", "lr", "eval_every", "eval_batch_size", "save_every",
-    "log_every", "max_bad_steps", "patience", "parallel", "max_memory",
+    "log_every", "max_bad_steps", "patience", "parallel", "max_memory", "checkpointing",
 }  # fmt: skip
 
 _DEFAULTS = TrainConfig().to_dict()
