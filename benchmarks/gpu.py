@@ -19,6 +19,7 @@ from torch import nn
 RESULTS = Path(__file__).parent / "results" / "gpu.csv"
 RANK, ALPHA, DROPOUT, DTYPE = 16, 32, 0.1, torch.bfloat16
 DEVICE = "cuda"  # a test of `check` sets another
+FEW_ROWS = (16, 4096, 4096)  # M, K, N: checked, not timed; 4-bit weights are decoded in the GEMM
 sys.path.insert(0, str(Path(__file__).parent))  # traffic.py; PYTHONSAFEPATH leaves it out
 
 
@@ -63,13 +64,17 @@ def peft(K, N, four_bit=False):
         import bitsandbytes as bnb
 
         small = bnb.nn.Linear4bit(K, N, compute_dtype=DTYPE, quant_type="nf4")
-        small.load_state_dict(layer.state_dict())
-        layer = small.cuda()
+        small.to(DTYPE).load_state_dict(layer.state_dict())  # it decodes to what it was made from
+        layer = small.to(DEVICE)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=["0"],
         init_lora_weights=False,
     )  # fmt: skip
-    return peft.get_peft_model(nn.Sequential(layer), config)
+    model = peft.get_peft_model(nn.Sequential(layer), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # made in f32, in which the branch would be multiplied then
+            parameter.data = parameter.data.to(DTYPE)
+    return model
 
 
 def contenders(K, N):
@@ -77,7 +82,7 @@ def contenders(K, N):
     found = {
         "linear alone": lambda: plain(K, N).requires_grad_(False),
         "torch eager": lambda: Eager(plain(K, N)),
-        "torch eager, compiled": lambda: torch.compile(Eager(plain(K, N))),
+        "torch eager, compiled": lambda: torch.compile(Eager(plain(K, N)), dynamic=False),
         "minilora torch (addmm_)": lambda: ours(K, N, backend="torch"),
         "minilora triton": lambda: ours(K, N),
     }
@@ -89,22 +94,34 @@ def contenders(K, N):
     return found
 
 
-def check(format, M=300, K=512, N=384):
+def drawn_mask(M, K):
+    """Return the dropout mask `[M, K]` in float64, 1 / (1 − p) where kept, of the next draw."""
+    from minilora.kernels.triton.primitives import reference_mask
+
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=DEVICE)
+    return reference_mask(seed, M, K, DROPOUT).double() / (1 - DROPOUT)
+
+
+def check(format, M, K, N):
     """Raise unless output and gradients are as near to float64 as bf16 (int8 rows) allows."""
     torch.manual_seed(0)
-    model = ours(K, N, format).eval()
+    model = ours(K, N, format).train()
     x = torch.randn(M, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
     grad = torch.randn(M, N, device=DEVICE, dtype=DTYPE)
+    torch.manual_seed(1)
     y = model(x)
     y.backward(grad)
+    torch.manual_seed(1)
+    keep = drawn_mask(M, K)
     layer = model[0]
     factors = layer.adapters["default"]
     A, B = (t.detach().double() for t in (factors.lora_A, factors.lora_B))
-    W, x64, g64 = layer.base.weight.double(), x.detach().double(), grad.double()
-    whole, s = W + ALPHA / RANK * B @ A, ALPHA / RANK
+    W, x64, g64, s = layer.base.weight.double(), x.detach().double(), grad.double(), ALPHA / RANK
+    dropped = x64 * keep
     exact = {
-        "y": x64 @ whole.t() + layer.base.bias.double(), "grad_x": g64 @ whole,
-        "grad_A": s * B.t() @ g64.t() @ x64, "grad_B": s * g64.t() @ x64 @ A.t(),
+        "y": x64 @ W.t() + layer.base.bias.double() + s * (dropped @ A.t()) @ B.t(),
+        "grad_x": g64 @ W + s * (g64 @ B @ A) * keep,
+        "grad_A": s * (g64 @ B).t() @ dropped, "grad_B": s * g64.t() @ (dropped @ A.t()),
     }  # fmt: skip
     found = {"y": y, "grad_x": x.grad, "grad_A": factors.lora_A.grad, "grad_B": factors.lora_B.grad}
     limit = 3e-2 if format == "int8" else 1e-2
@@ -112,8 +129,8 @@ def check(format, M=300, K=512, N=384):
         error = ((value.double() - exact[name]).norm() / exact[name].norm()).item()
         if not error < limit:
             raise SystemExit(
-                f"{format or 'bf16'} {name} must be within {limit} of float64, found {error:.1e}; "
-                f"nothing is timed"
+                f"{format or 'bf16'} {name} of {M} × {K} → {N} must be within {limit} of float64, "
+                f"found {error:.1e}; nothing is timed"
             )
 
 
@@ -174,8 +191,9 @@ def main():
         return 2
     import traffic
 
-    for format in (None, "int8", "nf4", "int4"):
-        check(format)
+    for shape in (FEW_ROWS, *traffic.SHAPES):  # other shapes have other tiles
+        for format in traffic.FORMATS:
+            check(format, *shape)
     with open(RESULTS, "w", newline="", encoding="utf-8") as file:
         writer = None
         for line in rows(traffic.SHAPES):

@@ -117,6 +117,59 @@ def test_forward_and_backward_lower_to_the_kernels_in_one_graph():
     ]
 
 
+DYNAMIC = """
+import sys
+import torch, triton
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from triton.backends.compiler import GPUTarget
+from minilora.kernels.triton.lora import lora_dense
+from minilora.kernels.triton.stored import lora_stored
+sys.path.insert(0, "benchmarks")  # PYTHONSAFEPATH leaves it out
+from aot import stored_weight
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+
+for format, way in ((None, ""), ("int8", "int8"), ("int4", "int8"), ("int4", "dequantize"),
+                    ("nf4", "dequantize")):
+    def linear(x, A, B, seed, *parts):
+        if format is None:
+            return [lora_dense(x, parts[0].t(), None, A, B, 2.0, seed, 0.1)]
+        options = format, 0 if format == "int8" else 64, way, way
+        return [lora_stored(x, list(parts), None, A, B, 2.0, *options, seed, 0.1)]
+
+    for M in (5, 40, 512, 20000):
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        x = torch.empty(M, 256, dtype=torch.float16, requires_grad=True)
+        x = mode.from_tensor(x, symbolic_context=sizes)
+        with mode:
+            A = torch.empty(16, 256, requires_grad=True)
+            B = torch.empty(384, 16, requires_grad=True)
+            seed = torch.empty(1, dtype=torch.int64)
+            parts = [torch.empty(384, 256, dtype=torch.float16)]
+            if format is not None:
+                parts = [torch.empty(t.shape, dtype=t.dtype)
+                         for t in stored_weight(format, 384, 256).parts]
+            aot_export_joint_simple(linear, (x, A, B, seed, *parts), trace_joint=True)
+        if mode.shape_env.replacements:
+            print(format, way, M, mode.shape_env.replacements)
+"""
+
+
+@needs_triton
+def test_a_compiled_graph_serves_batches_of_other_sizes():
+    """No size of a batch becomes a constant of the graph, which each new size would rebuild."""
+    done = python("-c", DYNAMIC)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == ""
+
+
 def test_what_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert triton_problem() == "triton is not installed"
@@ -173,3 +226,33 @@ def test_the_gpu_benchmark_says_that_it_needs_a_device(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main() == 2
     assert "needs a CUDA device, and torch sees none; nothing was timed" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_checks_every_shape_it_times(monkeypatch, tmp_path):
+    import gpu
+    import traffic
+
+    checked = set()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(gpu, "check", lambda *case: checked.add(case))
+    monkeypatch.setattr(gpu, "rows", lambda shapes: [])
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.csv")
+    assert gpu.main() == 0
+    assert checked >= {(f, *shape) for f in traffic.FORMATS for shape in traffic.SHAPES}
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_the_gpu_benchmark_gives_peft_the_same_work(monkeypatch, four_bit):
+    """PEFT's branch in bf16, and 4-bit weights that bitsandbytes decodes to bf16."""
+    pytest.importorskip("peft")
+    if four_bit:
+        pytest.importorskip("bitsandbytes")
+    import gpu
+
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    model = gpu.peft(128, 64, four_bit)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2
+    assert {p.dtype for p in trained} == {torch.bfloat16}
+    if four_bit:
+        assert model.base_model.model[0].base_layer.weight.quant_state.dtype == torch.bfloat16

@@ -166,7 +166,7 @@ def launch_int4_gemm(
     s: Tensor, b: Tensor, scale: float, y: Tensor, tile: Tile,
 ) -> Launch:  # fmt: skip
     """Fill `y [M, N]` likewise; packed, steps and channel as for `launch_decode_int4`."""
-    M, (N, R), half = len(x), b.shape, packed.shape[1]
+    M, (N, R), half = x.shape[0], b.shape, packed.shape[1]
     args = (
         x, packed, steps, channel, bias, s, b, y, M, N, half, scale,
         *x.stride(), 0 if bias is None else bias.stride(0),

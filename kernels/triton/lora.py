@@ -22,7 +22,7 @@ def plan_gemm(
     seed: Tensor | None, p: float, y: Tensor, arch: int,
 ) -> Launch:  # fmt: skip
     """Return the launch that fills `y [M, N]`: the forward's, or the input gradient's."""
-    tile = gemm_tile(len(x), w.shape[1], len(b), x.dtype, arch, precision(x))
+    tile = gemm_tile(x.shape[0], w.shape[1], len(b), x.dtype, arch, precision(x))
     return launch_gemm(x, w, bias, s, b, scale, seed, p, y, tile)
 
 
@@ -30,7 +30,7 @@ def plan_shrink(
     x: Tensor, A: Tensor, seed: Tensor | None, p: float, s: Tensor, scale: float, arch: int
 ) -> Launch:
     """Return the launch that fills `s [M, R]`."""
-    return launch_shrink(x, A, seed, p, s, scale, shrink_tile(len(x), len(A), x.dtype, arch))
+    return launch_shrink(x, A, seed, p, s, scale, shrink_tile(x.shape[0], len(A), x.dtype, arch))
 
 
 def _partials(like: Tensor, *shape: int) -> Tensor:
@@ -84,8 +84,8 @@ def _forward(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
     seed: Tensor | None, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = torch.empty((len(x), w.shape[1]), dtype=x.dtype, device=x.device)
-    s = torch.empty((len(x), len(A)), dtype=x.dtype, device=x.device)
+    y = torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype, device=x.device)
+    s = torch.empty((x.shape[0], len(A)), dtype=x.dtype, device=x.device)
     w, A, B = (t.to(x.dtype) for t in (w, A, B))
     arch = architecture(x.device)
     plan_shrink(x, A, seed, p, s, 1.0, arch).run()
@@ -119,7 +119,7 @@ def _backward(
 
 @_forward.register_fake
 def _forward_shape(x, w, bias, A, B, scaling, seed, p):
-    return x.new_empty((len(x), w.shape[1])), x.new_empty((len(x), len(A)))
+    return x.new_empty((x.shape[0], w.shape[1])), x.new_empty((x.shape[0], len(A)))
 
 
 @_backward.register_fake

@@ -142,7 +142,7 @@ def launch_expand(
     grad_out `[M, N]` and B `[N, R]` of any strides; s `[M, R]`, grad_s and partial are contiguous;
     i counts ⌈M / tile.m⌉ blocks of rows.
     """
-    (M, N), R, splits = grad_out.shape, B.shape[1], len(grad_s)
+    (M, N), R, splits = grad_out.shape, B.shape[1], grad_s.shape[0]
     columns = cdiv(cdiv(N, splits), tile.n) * tile.n
     args = (
         grad_out, B, s, grad_s, partial, M, N, columns, scale, *grad_out.stride(), *B.stride()
@@ -158,7 +158,7 @@ def launch_tall(
     u: Tensor, x: Tensor, seed: Tensor | None, p: float, partial: Tensor, tile: Tile
 ) -> Launch:
     """Fill `partial [slices, R, K]`, which sums to `uᵀ (x ∘ D)`; u `[M, R]`, x `[M, K]`."""
-    (M, K), R, slices = x.shape, u.shape[1], len(partial)
+    (M, K), R, slices = x.shape, u.shape[1], partial.shape[0]
     rows = cdiv(cdiv(M, slices), tile.m) * tile.m
     args = (
         u, x, seed, partial, M, K, rows, threshold_of(p if seed is not None else 0.0),
@@ -175,5 +175,5 @@ def launch_sum(partial: Tensor, out: Tensor, scale: float) -> Launch:
     """Fill `out [rows, width]`, any strides, with `scale · partial.sum(0)`."""
     tile = Tile(0, 256, 0, 0, 4, 1)
     length = out.numel()
-    args = (partial, out, length, len(partial), out.shape[1], scale, *out.stride())
+    args = (partial, out, length, partial.shape[0], out.shape[1], scale, *out.stride())
     return Launch(sum_partials, (cdiv(length, tile.n),), args, {"BLOCK_N": tile.n}, tile)

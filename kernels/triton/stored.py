@@ -87,7 +87,7 @@ def _decoded(w: Weight, dtype: torch.dtype) -> tuple[Tensor, list[Launch]]:
 
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return codes, torch.empty(len(x), dtype=torch.float32, device=x.device)
+    return codes, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
 
 def plan_forward(
@@ -95,7 +95,7 @@ def plan_forward(
     seed: Tensor | None, p: float, way: str, y: Tensor, s: Tensor, arch: int,
 ) -> list[Launch]:  # fmt: skip
     """Return the launches that fill y `[M, N]` and s `[M, R]`."""
-    M, R = len(x), len(A)
+    M, R = x.shape[0], len(A)
     if way == "int8":
         q, launches = _codes(w, False)
         codes, t = _quantized(x)
@@ -135,7 +135,7 @@ def plan_backward(
         dense, decode = _decoded(w, x.dtype)
         gemm = plan_gemm(grad_out, dense, None, grad_s, A, 1.0, seed, p, grad_x, arch)
         return [*launches, *decode, gemm]
-    M, R = len(x), len(A)
+    M, R = x.shape[0], len(A)
     codes, t = _quantized(grad_out)
     tile = quantize_tile(R, x.dtype, arch)
     launches = [
@@ -158,8 +158,8 @@ def _forward(
     x: Tensor, parts: list[Tensor], bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
     seed: Tensor | None, p: float, format: str, block: int, way: str, grad_way: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = torch.empty((len(x), len(B)), dtype=x.dtype, device=x.device)
-    s = torch.empty((len(x), len(A)), dtype=x.dtype, device=x.device)
+    y = torch.empty((x.shape[0], len(B)), dtype=x.dtype, device=x.device)
+    s = torch.empty((x.shape[0], len(A)), dtype=x.dtype, device=x.device)
     A, B = A.to(x.dtype), B.to(x.dtype)
     w = Weight(format, len(B), x.shape[1], block, parts)
     arch = architecture(x.device)
@@ -192,7 +192,7 @@ def _backward(
 
 @_forward.register_fake
 def _forward_shape(x, parts, bias, A, B, *rest):
-    return x.new_empty((len(x), len(B))), x.new_empty((len(x), len(A)))
+    return x.new_empty((x.shape[0], len(B))), x.new_empty((x.shape[0], len(A)))
 
 
 @_backward.register_fake

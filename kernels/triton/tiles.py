@@ -1,5 +1,6 @@
 """Which tile a kernel uses: pure functions of shape, dtype and architecture, nothing timed here.
 
+A traced M may be symbolic: it is only compared, so that a graph serves a range of batches.
 Every tile that can be returned is compiled ahead of time for sm_80 and sm_90 by benchmarks/aot.py
 (no local memory, at most 255 registers, shared memory under the limit below) for widths that 16
 divides and groups of 64; at odd widths 128 × 256 × 64 spills. Registers and instruction counts are
@@ -136,7 +137,9 @@ def int8_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, masked: boo
 
 def four_bit_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
     """Choose for `nf4_gemm` and `int4_gemm`: few rows M, rank R."""
-    m = min(64, padded(max(M, 1)))
+    m = 16
+    while m < min(M, 64):  # compared, no bits counted: a traced M must not become a constant
+        m *= 2
     if dtype == torch.float32:
         return Tile(m, 64, 64, 16, 4, 2)
     warps = 8 if m == 64 and nearest(arch) != 90 else 4  # INT4 spills 192 bytes with 4
