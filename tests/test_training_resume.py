@@ -240,7 +240,7 @@ def test_fit_resume_does_no_step_when_the_time_is_spent(tmp_path):
 
 def test_fit_resume_says_what_the_new_limits_and_rate_do(tmp_path, capsys):
     fit(tiny(), max_steps=4, out=tmp_path)
-    options = {"eval_every": 2, "valid": None, "out": tmp_path, "resume": True, "quiet": False}
+    options = {"save_every": 2, "out": tmp_path, "resume": True, "quiet": False}
     fit(tiny(), max_steps=8, lr=1e-3, **options)
     said = capsys.readouterr().err
     assert "note: lr was 0.0005 and is 0.001 from here on" in said
