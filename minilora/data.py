@@ -146,8 +146,8 @@ def _as_example(item: Any, name: str) -> Example:
     lengths = _integers(get("lengths") or (), f"{name}: lengths")
     if lengths and (sum(lengths) != len(ids) or min(lengths) < 1):
         raise ValueError(
-            f"{name}: lengths must be those of its documents, {len(ids)} in all, found "
-            f"{sum(lengths)}"
+            f"{name}: lengths must be those of its documents, {len(ids)} in all and each at "
+            f"least 1, found {list(lengths)!s:.60}; pack the row anew"
         )
     if len(lengths) > 1:  # a document's first token does not follow from the document before
         starts = set(itertools.accumulate(lengths))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -79,26 +77,26 @@ def generate(
     generators = [_generator(seed, i) for i in range(len(rows))]
     new: Rows = [[] for _ in rows]
     running = list(range(len(rows)))
-    with torch.no_grad(), eval_mode(model), ExitStack() as stack:
+    with torch.no_grad(), eval_mode(model):
         step = _step(model, rows, max_new_tokens)
-        for turn in itertools.count():
-            if turn == 1:  # the prompts have been read: of other lengths, and once
-                stack.enter_context(compiled(model, wanted, getattr(model, "_blocks", list)()))
-            logits = step(rows).to("cpu", torch.float32)
-            for i in tuple(running):
-                token = pick_token(
-                    logits[i], temperature, top_k=top_k, top_p=top_p, generator=generators[i]
-                )
-                if token in stop_ids:
-                    running.remove(i)
-                    continue
-                rows[i].append(token)
-                new[i].append(token)
-                stopped = bool(stop_strings) and _end(tokenizer.decode(new[i]), stop_strings) >= 0
-                if stopped or len(new[i]) == max_new_tokens:
-                    running.remove(i)
-            if not running:
-                break
+        logits = step(rows)  # the prompts, uncompiled: they have other lengths, and come once
+        with compiled(model, wanted and max_new_tokens > 1, getattr(model, "_blocks", list)()):
+            while running:
+                found = logits.to("cpu", torch.float32)
+                for i in tuple(running):
+                    token = pick_token(
+                        found[i], temperature, top_k=top_k, top_p=top_p, generator=generators[i]
+                    )
+                    if token in stop_ids:
+                        running.remove(i)
+                        continue
+                    rows[i].append(token)
+                    new[i].append(token)
+                    stopped = stop_strings and _end(tokenizer.decode(new[i]), stop_strings) >= 0
+                    if stopped or len(new[i]) == max_new_tokens:
+                        running.remove(i)
+                if running:
+                    logits = step(rows)
     if tokenizer is None:
         return new
     texts = [tokenizer.decode(ids) for ids in new]
