@@ -381,6 +381,11 @@ def _train(options: argparse.Namespace) -> int:
     if options.plan and options.stream:
         raise ValueError("--plan counts the examples, which --stream does not know; leave one out")
     if options.stream:  # before the slow part
+        if options.token_cache is not None:
+            raise ValueError(
+                "--token-cache keeps what is encoded before a run, and --stream encodes during it; "
+                "leave one out"
+            )
         check_streamed(options.data)
     train_data = None if options.stream else _data(options.data, options)
     valid_data = _data(options.valid, options) if options.valid else None

@@ -356,6 +356,8 @@ def test_cli_train_packs_streams_and_keeps_tokens(folder, tmp_path, capsys):
     assert "a stream has no known length" in capsys.readouterr().err
     assert run(*train, "--out", tmp_path / "f", "--stream", "--pack") == 0
     assert "windows of 400, packed into rows of 16 tokens" in capsys.readouterr().err
+    assert run(*train, "--out", tmp_path / "g", "--stream", "--token-cache", tmp_path / "c") == 2
+    assert "--stream encodes during it; leave one out" in capsys.readouterr().err
 
 
 def test_cli_stream_names_a_bad_file_before_the_model(folder, letters, tmp_path, capsys, no_model):

@@ -353,6 +353,20 @@ def test_a_rank_alone_may_split_its_passes(forks, tmp_path):
     assert told == pytest.approx(expected, rel=1e-5)
 
 
+def not_shared(out):
+    """Each process resumes from a folder of its own; the first one's alone holds a state."""
+    own = pathlib.Path(out) / os.environ["RANK"]
+    with pytest.raises(RuntimeError, match=r"resume from one folder, .* an out that all machines"):
+        fit(tiny(), out=own, resume=True, parallel="ddp", **{**OPTIONS, "eval_every": None})
+
+
+def test_ranks_that_see_different_folders_do_not_wait_for_each_other(forks, tmp_path):
+    fit(tiny(), out=tmp_path / "0", max_steps=2)
+    forks.start_ranks("test_training_ranks:not_shared", 2, out=str(tmp_path))
+    assert forks.codes() == [0, 0], forks.log.read_text()[-2000:]
+    assert load_state(tmp_path / "0")[1]["step"] == 2
+
+
 def refusals():
     model = minilora.inject(tiny(), r=2, alpha=3, adapter="b")
     model = minilora.inject(

@@ -290,6 +290,19 @@ def test_fit_resume_refuses_held_out_examples_where_there_were_none(tmp_path):
         fit(tiny(), valid=examples(3), max_steps=4, out=tmp_path, resume=True)
 
 
+def test_fit_resume_says_that_the_loss_has_another_name(tmp_path, capsys):
+    def half(model, batch):
+        loss, count = token_loss(model, batch)
+        return loss / 2, count
+
+    fit(tiny(), max_steps=2, out=tmp_path)
+    fit(tiny(), max_steps=4, out=tmp_path, resume=True, quiet=False, loss=half)
+    said = capsys.readouterr().err
+    assert "the loss was token_loss and is " in said and ".half from here on" in said
+    fit(tiny(), max_steps=6, out=tmp_path, resume=True, quiet=False, loss=half)
+    assert "the loss was" not in capsys.readouterr().err
+
+
 def test_fit_resume_restores_what_is_frozen_of_an_adapter(tmp_path):
     """PiSSA's offset is drawn anew by inject; the state has the one the factors belong to."""
 

@@ -10,9 +10,12 @@ import subprocess
 import sys
 import textwrap
 import unittest.mock
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_training import factors, fit, same, tiny
 
 from minilora.training.state import (
@@ -228,6 +231,35 @@ def test_fit_names_the_metrics_file_that_takes_no_line(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"metrics.jsonl must take another line.*No space left"):
         fit(tiny(), max_steps=4, save_every=2, out=tmp_path)
     assert load_state(tmp_path)[1]["step"] == 3  # rescued: its step was complete
+
+
+def test_fit_names_the_metrics_file_that_it_can_not_cut(tmp_path, monkeypatch):
+    fit(tiny(), max_steps=2, out=tmp_path)
+    logged = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(RuntimeError, match=r"metrics.jsonl must be cut to 2.*No space left"):
+            fit(tiny(), max_steps=3, out=tmp_path, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == logged
+    fit(tiny(), max_steps=3, out=tmp_path, resume=True)
+
+
+def test_load_state_leaves_a_newest_state_of_another_version(tmp_path):
+    """It is whole: going on from the one before would throw its steps away."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    newest = tmp_path / STATE_FILE
+    with safe_open(newest, "pt") as opened:
+        facts = json.loads(opened.metadata()["minilora_run"])
+    save_file(load_file(newest), newest, {"minilora_run": json.dumps(facts | {"version": 5})})
+    held = newest.read_bytes()
+    with pytest.raises(ValueError, match="state version 5, this minilora reads 4"):
+        load_state(tmp_path)
+    assert newest.read_bytes() == held
 
 
 CHILD = """

@@ -185,10 +185,15 @@ def test_what_cannot_run_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: there is no CUDA device"):
         check_backend("triton")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match="need compute capability 8.0, this device has 7.5"):
         check_backend("triton")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    capabilities = {None: (9, 0), torch.device("cuda:0"): (9, 0), torch.device("cuda:1"): (7, 0)}
+    monkeypatch.setattr("torch.cuda.get_device_capability", capabilities.__getitem__)
+    assert triton_problem(torch.device("cuda:0")) is None
+    assert triton_problem(torch.device("cuda:1")) == (  # the tensors' device, not the current one
+        "the kernels need compute capability 8.0, this device has 7.0"
+    )
     assert triton_problem() is None
     check_backend("triton")
 
@@ -196,7 +201,8 @@ def test_what_cannot_run_says_why(monkeypatch):
 def test_an_input_off_the_gpu_raises_with_the_reason(monkeypatch):
     from minilora.kernels import FrozenLinear, dense_forward, dense_grad_x, triton_lora_linear
 
-    monkeypatch.setattr("minilora.kernels.triton.problem", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     base = FrozenLinear((torch.zeros(3, 2), None), dense_forward, dense_grad_x)
     with pytest.raises(

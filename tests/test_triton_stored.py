@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from triton_cases import DEVICE, DTYPES, assert_as_exact, needs_kernels, operand, seed_tensor
 
@@ -12,7 +13,7 @@ needs_kernels()
 
 import minilora  # noqa: E402
 from minilora.kernels import quantize_rows, triton_lora_linear  # noqa: E402
-from minilora.kernels.triton import _product  # noqa: E402
+from minilora.kernels.triton import _product, table_on  # noqa: E402
 from minilora.kernels.triton.primitives import reference_mask  # noqa: E402
 from minilora.quantization import QuantizedLinear, Spec  # noqa: E402
 
@@ -225,6 +226,34 @@ def test_autocast_checkpointing_and_compile(shake, format):
         torch.testing.assert_close(a, b)
     with torch.autocast(DEVICE, torch.float16):
         assert ours(x).dtype == torch.float16
+
+
+def test_nf4_tables_lie_on_the_device_once(shake, monkeypatch):
+    """A copy from the host in every forward would wait for the GPU, and break CUDA graphs."""
+    monkeypatch.setattr("minilora.kernels.triton._placed", {})
+    _, ours = quantized_pair(shake, "nf4")
+    x = torch.randn(6, 64, device=DEVICE)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        table_on("nf4", x.device)
+    with torch.inference_mode():
+        ours(x)
+    kept = [table_on(name, x.device) for name in ("nf4", "dynamic")]
+    assert [type(table) for table in kept] == [torch.Tensor] * 2  # none that was only traced
+    gradients(ours, x)  # an inference tensor could not be saved for backward
+    assert all(
+        a is table_on(name, x.device) for a, name in zip(kept, ("nf4", "dynamic"), strict=True)
+    )
+    graphs = []
+
+    def seen(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(ours, fullgraph=True, backend=seen)(x)
+    named = dict(graphs[0].named_buffers()) | vars(graphs[0])
+    constants = [n for n in graphs[0].graph.nodes if n.op == "get_attr"]
+    assert {named[n.target].data_ptr() for n in constants} == {t.data_ptr() for t in kept}
+    assert not [n for n in graphs[0].graph.nodes if n.target is torch.tensor]
 
 
 def test_outliers_raise_with_the_reason():

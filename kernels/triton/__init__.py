@@ -13,15 +13,38 @@ from ..low_rank import FrozenLinear, conv1d_forward, dense_forward
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def problem() -> str | None:
-    """Say why no kernel can run in this process, or None."""
+_TABLES = {"nf4": torch.tensor(NF4_TABLE), "dynamic": DYNAMIC_CODE}
+_placed: dict[tuple[str, torch.device], Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def table_on(name: str, device: torch.device) -> Tensor:
+    """Return a table of `_TABLES` on a device, copied there once.
+
+    A copy in every forward would wait for the GPU each time, and CUDA graphs refuse it. As a
+    constant of a compiled graph it is a tensor on the device too.
+    """
+    found = _placed.get((name, device))
+    if found is None:
+        with torch.inference_mode(False):  # else no training could use it later
+            found = _TABLES[name].to(device)
+        if type(found) is Tensor:  # no stand-in of somebody's tracing
+            _placed[name, device] = found
+    return found
+
+
+@torch.compiler.assume_constant_result
+def problem(device: torch.device | None = None) -> str | None:
+    """Say why no kernel can run in this process, on tensors of that device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)"
-    major, minor = torch.cuda.get_device_capability()
+    if device is not None and device.type != "cuda":
+        return f"the input is on {device}, and kernels run on CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
     return None
@@ -90,9 +113,9 @@ def _product(
     if base.stored.format == "nf4":
         ways = ["dequantize", "dequantize"]
         parts = [part for part in parts if part is not None]
-        parts.insert(1, torch.tensor(NF4_TABLE, device=x.device))
+        parts.insert(1, table_on("nf4", x.device))
         if len(parts) > 3:
-            parts.append(DYNAMIC_CODE.to(x.device))
+            parts.append(table_on("dynamic", x.device))
     if max(x.shape[1], len(B)) > LONGEST:  # their int32 sums could overflow
         ways = ["dequantize", "dequantize"]
     format, block = base.stored.format, base.stored.block
@@ -108,10 +131,6 @@ def _check(x: Tensor, base: FrozenLinear) -> None:
             f"backend='triton' cannot run: its kernels compute in float32, float16 or bfloat16, "
             f"found {x.dtype}; cast the input or use backend='torch'"
         )
-    if torch.compiler.is_compiling():
-        return
-    reason = problem()
-    if reason is None and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        reason = f"the input is on {x.device}, and kernels run on CUDA"
+    reason = problem(x.device)
     if reason is not None:
         raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")

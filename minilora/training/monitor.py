@@ -128,10 +128,18 @@ def _keep_until(file: Path, step: int) -> None:
     kept = []
     if step and file.exists():
         kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
-    file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        raise RuntimeError(
+            f"{file} must be cut to {step} steps, but that failed: {error.strerror or error}; mend "
+            f"the disk or make room, then resume again: nothing was lost"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def draw_curve(out: Path) -> Path | None:

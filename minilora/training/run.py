@@ -154,7 +154,13 @@ class Run:
         if resume and out is None:
             raise ValueError("resume=True needs out, the folder of the run to continue")
         if resume and out is not None:
-            if has_state(out):
+            found = has_state(out)
+            if self.ranks.any(found != self.ranks.of_first(found)):  # they would wait for ever
+                raise RuntimeError(
+                    f"all processes must resume from one folder, but the state in {out} is seen by "
+                    f"some of them alone; give an out that all machines share"
+                )
+            if found:
                 self._resume(out)
             else:
                 self.remarks.append(
@@ -293,6 +299,7 @@ class Run:
             | {"active adapters": list(active_adapters(self.model))},
             "base": json.loads(fingerprint(self.layers)),
             "valid": None if self.valid is None else self.valid.digest,
+            "loss": _name_of(self.loss),
         }
 
     def _resume(self, out: Path) -> None:
@@ -344,3 +351,9 @@ class Run:
             self.limit.process = process[rank]  # or it might decide otherwise
             self.limit.planned.cache_clear()
             self.process_of_all = process
+
+
+def _name_of(function: Any) -> str:
+    """Return a function's name, that of what a partial calls, or an object's class."""
+    function = getattr(function, "func", function)
+    return getattr(function, "__qualname__", type(function).__qualname__)

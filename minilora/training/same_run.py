@@ -57,6 +57,9 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
                 f"{folder} holds the state of a run on another base: the weights of {fqn} are not "
                 f"what they were (or not in that dtype); load the same base"
             )
+    old = saved.get("loss", here["loss"])  # not in states of before
+    if old != here["loss"]:  # a name: it may be the same function all the same
+        remarks.append(f"the loss was {old} and is {here['loss']} from here on")
     if saved["valid"] != here["valid"]:
         raise ValueError(
             f"a resumed run must keep its held-out examples, or old and new losses could not be "

@@ -89,6 +89,10 @@ def sweep(out: Path) -> None:
                 aside.unlink()
 
 
+class _OtherVersionError(ValueError):
+    """A state that another version of minilora wrote."""
+
+
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     """Write the state aside, flush it to the disk and rename it into place.
 
@@ -163,6 +167,8 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors, facts = _read(newest)
         return tensors, facts | {"fallback": None}
+    except _OtherVersionError:  # whole, for another minilora: it stays where it is
+        raise
     except ValueError as error:
         if not previous.is_file():
             raise
@@ -187,7 +193,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(facts, dict):
         raise damaged(file, facts)
     if facts.get("version") != _VERSION:
-        raise ValueError(
+        raise _OtherVersionError(
             f"{file} has state version {facts.get('version')!r}, this minilora reads {_VERSION}; "
             f"finish the run with the version that began it"
         )
