@@ -21,6 +21,7 @@ name = a room imports only rooms to its left
 type = layers
 layers =
     minilora.cli
+    minilora.cli_arguments
     minilora.report
     minilora.training
     minilora.planning

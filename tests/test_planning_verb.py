@@ -9,7 +9,7 @@ import torch
 from planning_machine import MACHINE
 
 import minilora
-from minilora import cli
+from minilora.cli_arguments import build_parser
 from minilora.data import Example
 from minilora.models import LlamaConfig
 from minilora.planning import Prices, advice, verb
@@ -141,7 +141,7 @@ def test_the_command_is_one_that_train_takes():
     text = command(shape, settings, advice.Data(10, 32, 32, 2.5), DEVICES["epyc-7763"])
     words = shlex.split(text)
     assert words[:5] == ["torchrun", "--nproc-per-node", "2", "-m", "minilora"]
-    options = cli._parser().parse_args(words[5:])
+    options = build_parser().parse_args(words[5:])
     assert (options.model, options.quantize, options.block_size) == ("smollm2-135m", "nf4", 32)
     assert (options.r, options.batch_size, options.accumulate) == (4, 2, 4)
     assert (options.max_length, options.epochs, options.dtype) == (32, 2.5, "float32")
