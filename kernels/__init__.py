@@ -1,6 +1,8 @@
 """Low-rank matmuls and the fused loss on plain tensors; every op's meaning is in `reference`."""
 
 from .attention import causal_attention
+from .cache import cache_folder
+from .cpu import int4_rows, int8_rows
 from .cross_entropy import linear_cross_entropy
 from .four_bit import (
     DYNAMIC_CODE,
@@ -62,6 +64,7 @@ __all__ = [
     "FrozenLinear",
     "Hardware",
     "Stored",
+    "cache_folder",
     "causal_attention",
     "check_backend",
     "conv1d_forward",
@@ -74,9 +77,11 @@ __all__ = [
     "hardware",
     "int4_codes",
     "int4_linear",
+    "int4_rows",
     "int8_dequantize",
     "int8_is_exact",
     "int8_linear",
+    "int8_rows",
     "keep_freed_memory",
     "linear_cross_entropy",
     "lora_add",

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpu import int4_rows
 from .int8 import (
+    add_bias,
     forward_product,
     int8_grad_x,
     int8_grad_x_dequantized,
+    is_few,
     scales_from_bits,
 )
 from .low_rank import FrozenLinear
@@ -222,14 +225,17 @@ def int4_linear(
         bits: int32 `[N]`, bit patterns of f32 channel scales.
         bias: `[N]` or None.
         group: as for `int4_codes`.
-        forward: `"int8"` or `"dequantize"`, for Y.
-        backward: likewise, for grad_X.
+        forward: `"int8"`, `"dequantize"` or `"few"`, for Y.
+        backward: `"int8"` or `"dequantize"`, for grad_X.
         outliers: as for `int8_product`, in the forward.
     """
     product = forward_product(forward, outliers)
     gradient = int8_grad_x if backward == "int8" else int8_grad_x_dequantized
 
     def linear_forward(x, packed, steps, bits, bias):
+        if forward == "few" and is_few(x):
+            y = int4_rows(x.to(torch.float32), packed, steps, scales_from_bits(bits), group)
+            return add_bias(y, bias).to(x.dtype)
         return product(x, int4_codes(packed, steps, group), bits, bias)
 
     def linear_grad_x(grad_out, packed, steps, bits, bias):

@@ -8,7 +8,7 @@ Two ways to multiply, chosen apart for each direction:
     "int8"        rows of X are quantized too, X ≈ diag(t) P:   Y = t ∘ (P Qᵀ) ∘ scaleᵀ
                   rows of G ∘ scaleᵀ alike:                     grad_X = u ∘ (R Q)
     "dequantize"  Q is cast to X's dtype, which holds ±127 exactly: Y = (X Qᵀ) ∘ scaleᵀ
-                  ("few": up to 16 rows of X in bf16 instead, for inference)
+                  ("few": up to 16 rows of X straight from the codes, for inference)
 
 M tokens, K in, N out. Integer products accumulate in int32, exactly while K, N < 2³¹ / 127².
 Bytes: 1 per weight read in both directions; M·K (M·N) codes written and read.
@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpu import int8_rows
 from .low_rank import FrozenLinear
 from .workspace import workspace
 
-# Scales of one, made beforehand: Inductor can't lower the product when they are made in the graph
-# (torch 2.13; tests/test_quantization.py tells when it can). Long enough for any vocabulary.
-_UNIT = torch.ones(2**18, dtype=torch.bfloat16)
 _FEW = 16  # rows up to which reading the codes is what a product costs
 LONGEST = 2**31 // 127**2  # products of codes that one int32 can sum
 COMPUTE = ("auto", "int8", "dequantize")
@@ -109,7 +107,8 @@ def int8_product(x: Tensor, codes: Tensor, outliers: int = 0) -> Tensor:
     return y.addmm_(x[:, columns].to(torch.float32), codes[columns].to(torch.float32))
 
 
-def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Add `[N]` to y `[M, N]` in place, if there is one."""
     return y if bias is None else y.add_(bias.to(y.dtype))
 
 
@@ -120,7 +119,7 @@ def int8_forward(
     if not _can_multiply(len(x), *codes.shape[::-1], x.device):
         return int8_forward_dequantized(x, codes, bits, bias)
     y = int8_product(x, codes.t(), outliers).mul_(scales_from_bits(bits))
-    return _add_bias(y, bias).to(x.dtype)
+    return add_bias(y, bias).to(x.dtype)
 
 
 def int8_grad_x(grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,9 +142,9 @@ def int8_forward_dequantized(x: Tensor, codes: Tensor, bits: Tensor, bias: Tenso
     """Return `x Wᵀ + b` by a floating product with the codes, exact in every dtype but for sums."""
     y = F.linear(x, _cast(codes, x.dtype))
     if y.dtype == torch.float64:
-        return _add_bias(y.mul_(scales_from_bits(bits)), bias)
+        return add_bias(y.mul_(scales_from_bits(bits)), bias)
     wide = y.to(torch.float32).mul_(scales_from_bits(bits))
-    return _add_bias(wide, bias).to(x.dtype)
+    return add_bias(wide, bias).to(x.dtype)
 
 
 def int8_grad_x_dequantized(
@@ -163,17 +162,20 @@ def int8_dequantize(codes: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def int8_forward_few(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `x Wᵀ + b`; up to 16 rows straight from the codes, with x and the sums in bf16.
+    """Return `x Wᵀ + b`; up to 16 rows straight from the codes, in f32, rounded once at the end.
 
     One token's product is bound by the bytes of the codes, which casting them first reads and
-    writes several times over. Sums run in f32; each row's result depends on that row alone, but
-    differs from that of more rows by bf16's rounding (2⁻⁸ of a value, twice).
+    writes several times over.
     """
-    exact = x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu"
-    if len(x) > _FEW or len(x) == 0 or exact or len(codes) > len(_UNIT):
+    if not is_few(x):
         return int8_forward_dequantized(x, codes, bits, bias)
-    y = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, _UNIT[: len(codes)])
-    return _add_bias(y * scales_from_bits(bits), bias).to(x.dtype)  # in f32
+    y = int8_rows(x.to(torch.float32), codes, scales_from_bits(bits))
+    return add_bias(y, bias).to(x.dtype)
+
+
+def is_few(x: Tensor) -> bool:
+    """Tell whether rows of x are few enough to be multiplied straight from stored codes."""
+    return 0 < len(x) <= _FEW and x.dtype != torch.float64 and x.device.type == "cpu"
 
 
 def forward_product(way: str, outliers: int) -> Callable[..., Tensor]:

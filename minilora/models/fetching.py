@@ -9,6 +9,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilora.kernels import cache_folder
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -32,24 +34,6 @@ _SOURCES = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Return where fetched models are kept.
-
-    Args:
-        cache: the folder, or None for `MINILORA_CACHE`, else `XDG_CACHE_HOME`/minilora, else
-            `~/.cache/minilora`.
-
-    Returns:
-        The path; it need not exist.
-    """
-    if cache is not None:
-        return Path(cache)
-    if os.environ.get("MINILORA_CACHE"):
-        return Path(os.environ["MINILORA_CACHE"])
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "minilora"
 
 
 def fetch(
