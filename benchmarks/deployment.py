@@ -4,9 +4,9 @@
 
 SmolLM2-135M with an adapter of r=8 on every linear (random, B of standard deviation 1e-3: what it
 says does not matter here) is merged in f32. transformers gets the same merged weights; ours runs
-them in f32, and as INT8 with the head. Prefill is one pass over the prompt that gives the last
-token's logits; decode writes `--new` tokens after it, batch 1, greedy, each with its library's own
-cache and loop. Rounds are interleaved; a figure is the median, `spread` the slowest over the
+them in f32, and as INT8 and INT4 with the head. Prefill is one pass over the prompt that gives the
+last token's logits; decode writes `--new` tokens after it, batch 1, greedy, each with its library's
+own cache and loop. Rounds are interleaved; a figure is the median, `spread` the slowest over the
 fastest round. Quality is the perplexity of one text (docstrings of the standard library), fed
 through the cache 16 tokens at a time, so that INT8 computes as it does when decoding. Rows are
 added to benchmarks/results/deployment.csv.
@@ -64,10 +64,10 @@ def in_transformers(model: Any) -> nn.Module:
     return theirs
 
 
-def in_int8(model: Any) -> Any:
-    """Return a copy with every linear and the head in INT8."""
-    small = minilora.quantize(copy.deepcopy(model), "int8")
-    return minilora.quantize(small, "int8", targets=["lm_head"])
+def stored(model: Any, format: str) -> Any:
+    """Return a copy with every linear and the head in INT8 or INT4."""
+    small = minilora.quantize(copy.deepcopy(model), format)
+    return minilora.quantize(small, format, targets=["lm_head"])
 
 
 def our_runs(
@@ -154,8 +154,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/deployment.csv")
     options = parser.parse_args()
     model, tokenizer = merged_model()
-    small = in_int8(model)
-    beside = adapted(in_int8(load_model(fetch("smollm2-135m"), dtype=torch.float32)[0]))
+    small, least = stored(model, "int8"), stored(model, "int4")
+    beside = adapted(stored(load_model(fetch("smollm2-135m"), dtype=torch.float32)[0], "int8"))
     text = held_out_text(tokenizer, max(options.prompt, options.quality_tokens + 1))
     prompt = text[: options.prompt]
     runs = {
@@ -165,11 +165,13 @@ def main() -> None:
         "minilora int8": our_runs(small, prompt, options.new),
         "minilora int8 compiled": our_runs(small, prompt, options.new, True),
         "minilora int8 and adapter compiled": our_runs(beside, prompt, options.new, True),
+        "minilora int4 compiled": our_runs(least, prompt, options.new, True),
     }
     if importlib.util.find_spec("llama_cpp"):
         runs["llama.cpp Q4_1"] = llama_cpp_runs(prompt, options.new)
     asked = text[: options.quality_tokens + 1]
-    quality = {"float32": perplexity(model, asked), "int8": perplexity(small, asked)}
+    forms = {"float32": model, "int8": small, "int4": least}
+    quality = {form: perplexity(of, asked) for form, of in forms.items()}
     seconds: dict[tuple[str, str], list[float]] = {}
     for turn in range(options.rounds + 1):  # the first one warms up
         for name, both in runs.items():
@@ -180,10 +182,7 @@ def main() -> None:
                     seconds.setdefault((name, what), []).append(time.perf_counter() - began)
     rows: list[dict[str, Any]] = []
     base: dict[str, float] = {}  # transformers' tokens a second
-    weights = {
-        form: sum(p.nbytes for p in of.parameters())
-        for form, of in {"float32": model, "int8": small}.items()
-    }
+    weights = {form: sum(p.nbytes for p in of.parameters()) for form, of in forms.items()}
     for name in runs:
         first, whole = seconds[name, "prefill"], seconds[name, "generate"]
         # generate() reads the prompt too; its first token comes out of that.

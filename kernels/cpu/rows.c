@@ -7,7 +7,8 @@
    One token's product costs the bytes of W, read once for all rows of X. Sums run in f32, in an
    order that follows from K and the processor, not from M or the number of threads. */
 
-#define ROWS 4 /* of X that share one conversion of the codes */
+#define ROWS 4     /* of X that share one conversion of the codes */
+#define AHEAD 2048 /* bytes; the hardware's own prefetching stops at every page */
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -28,13 +29,15 @@ INLINE void int8_block(const float *x, const signed char *codes, float scale, fl
   __m256 sum[ROWS][2];
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
   long k = 0;
-  for (; k + 16 <= K; k += 16)
+  for (; k + 16 <= K; k += 16) {
+    _mm_prefetch((const char *)codes + k + AHEAD, _MM_HINT_T0);
     for (int h = 0; h < 2; h++) {
       __m128i eight = _mm_loadl_epi64((const __m128i *)(codes + k + 8 * h));
       __m256 w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
       for (int r = 0; r < R; r++)
         sum[r][h] = _mm256_fmadd_ps(_mm256_loadu_ps(x + r * K + k + 8 * h), w, sum[r][h]);
     }
+  }
   for (int r = 0; r < R; r++) {
     float all = total(_mm256_add_ps(sum[r][0], sum[r][1]));
     for (long rest = k; rest < K; rest++) all += x[r * K + rest] * (float)codes[rest];
@@ -50,6 +53,7 @@ INLINE void int4_block(const float *x, const unsigned char *packed, const unsign
   __m256 sum[ROWS][2];
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
   for (long j = 0; j < half; j += 16) {
+    _mm_prefetch((const char *)packed + j + AHEAD, _MM_HINT_T0);
     __m256 step[2] = {_mm256_set1_ps(steps[j / group]), _mm256_set1_ps(steps[(half + j) / group])};
     __m256 part[ROWS][2];
     for (int h = 0; h < 2; h++) {
