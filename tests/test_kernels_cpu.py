@@ -1,7 +1,9 @@
 """The products in C for few rows: against float64, built once, and done without."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,4 +176,15 @@ def test_a_cache_that_can_not_be_written_or_opened_is_done_without(tmp_path):
 def test_importing_builds_nothing(tmp_path):
     code = "from minilora.kernels import cpu; assert cpu.native.cache_info().misses == 0"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_second_import_under_a_bare_name_does_no_harm():
+    """transformers looks for Hugging Face's `kernels`, and in the repository's root finds ours."""
+    code = "import minilora, kernels; assert kernels.cpu is not minilora.kernels.cpu"
+    place = Path(cpu.__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONSAFEPATH": "", "PYTHONPATH": str(place)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]

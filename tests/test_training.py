@@ -16,6 +16,7 @@ from torch import nn
 import minilora
 from minilora.data import Batches
 from minilora.evaluation import token_loss
+from minilora.kernels import hardware
 from minilora.lora_layer import lora_layers
 from minilora.models import Llama, LlamaConfig
 from minilora.training import FitResult, TrainConfig, learning_rate
@@ -382,6 +383,19 @@ def test_fit_trains_a_transformers_model():
     minilora.inject(model, r=4, alpha=6)
     result = fit(model, examples(6), epochs=40, lr=1e-1, checkpointing=True)
     assert result.losses[-1] < 0.85 * result.losses[0]
+
+
+@pytest.mark.parametrize("rates", [(160.0, 2.0), (400.0, 2700.0)])
+def test_fit_says_where_bf16_is_slow(monkeypatch, capsys, rates):
+    found = dataclasses.replace(hardware(), float32=rates[0], bfloat16=rates[1])
+    monkeypatch.setattr("minilora.training.prepare.hardware", lambda *_: found)
+    model = plain()
+    minilora.inject(model.to(torch.bfloat16), r=2, alpha=3)
+    fit(model, max_steps=1, quiet=False, dtype="auto")
+    said = "multiplies bfloat16 at 2 GFLOP/s and float32 at 160: load the base in float32"
+    assert (said in capsys.readouterr().err) == (rates[1] < rates[0])
+    fit(tiny(), max_steps=1, quiet=False, dtype="float32")
+    assert "load the base in float32" not in capsys.readouterr().err
 
 
 def test_fit_bf16_autocast_learns_what_float32_learns():

@@ -105,19 +105,22 @@ def _int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: 
     return run(library.minilora_int4_rows, x, packed, steps, scales, group=group)
 
 
-_ops = torch.library.Library("minilora", "FRAGMENT")
-_ops.define("int8_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor")
-_ops.define("int4_rows(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group) -> Tensor")
-_ops.impl("int8_rows", _int8_rows, "CPU")
-_ops.impl("int4_rows", _int4_rows, "CPU")
-
-
 def _shape(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty(len(x), len(codes))
 
 
-torch.library.register_fake("minilora::int8_rows", _shape, lib=_ops)
-torch.library.register_fake("minilora::int4_rows", _shape, lib=_ops)
+_ops = torch.library.Library("minilora", "FRAGMENT")
+# Not a second time: transformers, run in the repository's root, imports this folder as `kernels`.
+if not hasattr(torch.ops.minilora, "int8_rows"):
+    for schema, function in (
+        ("int8_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor", _int8_rows),
+        ("int4_rows(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group) -> Tensor",
+         _int4_rows),
+    ):  # fmt: skip
+        name = schema.partition("(")[0]
+        _ops.define(schema)
+        _ops.impl(name, function, "CPU")
+        torch.library.register_fake(f"minilora::{name}", _shape, lib=_ops)
 
 
 def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ _TABLES = {"nf4": torch.tensor(NF4_TABLE), "dynamic": DYNAMIC_CODE}
 _placed: dict[tuple[str, torch.device], Tensor] = {}
 
 
-@torch.compiler.assume_constant_result
 def table_on(name: str, device: torch.device) -> Tensor:
     """Return a table of `_TABLES` on a device, copied there once.
 
@@ -33,7 +32,6 @@ def table_on(name: str, device: torch.device) -> Tensor:
     return found
 
 
-@torch.compiler.assume_constant_result
 def problem(device: torch.device | None = None) -> str | None:
     """Say why no kernel can run in this process, on tensors of that device, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -48,6 +46,11 @@ def problem(device: torch.device | None = None) -> str | None:
     if major < 8:
         return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
     return None
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of Dynamo, and triton.
+table_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def uncovered(base: FrozenLinear) -> str | None:

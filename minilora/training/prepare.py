@@ -188,6 +188,22 @@ def compute_dtype(
     return wanted
 
 
+def slow_dtype(
+    layers: dict[str, LoRALayer], autocast: torch.dtype | None, device: torch.device
+) -> str | None:
+    """Say so where training computes in bf16 that this processor multiplies slowly, or None."""
+    dtype = autocast or weight_dtype(next(iter(layers.values())).base)
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    found = hardware()
+    if found.float32 < 4 * found.bfloat16:
+        return None
+    return (
+        f"this processor multiplies bfloat16 at {found.bfloat16:.0f} GFLOP/s and float32 at "
+        f"{found.float32:.0f}: load the base in float32 (twice its memory) for faster steps"
+    )
+
+
 def planned_steps(config: TrainConfig, batches: int | None) -> int | None:
     """Return the number of optimizer steps, or None when only the clock limits the run.
 

@@ -26,6 +26,7 @@ from minilora.training.prepare import (
     make_batches,
     make_optimizer,
     planned_steps,
+    slow_dtype,
     trained,
     trained_adapter,
 )
@@ -72,7 +73,7 @@ class Run:
         lr: the rate of the last step.
         ranks: the processes of the run.
         place: where in the data the last complete step ended.
-        remarks: what a resumed run should say.
+        remarks: what the run should say before it begins.
     """
 
     def __init__(
@@ -150,7 +151,8 @@ class Run:
         self.before: Evaluation | None = None
         self.best: Evaluation | None = None
         self.best_values: dict[str, Tensor] = {}
-        self.remarks: list[str] = [] if reason is None else [reason]
+        slow = slow_dtype(self.layers, self.dtype, self.device)
+        self.remarks: list[str] = [said for said in (reason, slow) if said is not None]
         if resume and out is None:
             raise ValueError("resume=True needs out, the folder of the run to continue")
         if resume and out is not None:
