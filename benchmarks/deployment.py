@@ -1,6 +1,7 @@
 """Tokens per second and perplexity of a merged model stored in INT8 against transformers in f32.
 
     python benchmarks/deployment.py [--new 64] [--prompt 512] [--rounds 5] [--quality-tokens 512]
+        [--only NAME ...]
 
 SmolLM2-135M with an adapter of r=8 on every linear (random, B of standard deviation 1e-3: what it
 says does not matter here) is merged in f32. transformers gets the same merged weights; ours runs
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quality-tokens", type=int, default=512)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these beside transformers alone")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/deployment.csv")
     options = parser.parse_args()
     model, tokenizer = merged_model()
@@ -169,6 +171,10 @@ def main() -> None:
     }
     if importlib.util.find_spec("llama_cpp"):
         runs["llama.cpp Q4_1"] = llama_cpp_runs(prompt, options.new)
+    first = next(iter(runs))  # what the others are held against
+    runs = {
+        name: both for name, both in runs.items() if name in (options.only or runs) or name == first
+    }
     asked = text[: options.quality_tokens + 1]
     forms = {"float32": model, "int8": small, "int4": least}
     quality = {form: perplexity(of, asked) for form, of in forms.items()}
