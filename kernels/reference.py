@@ -45,3 +45,14 @@ def lora_linear_backward(
     grad_A = grad_s.T @ (x * keep)
     grad_B = scaling * grad_out.T @ ((x * keep) @ A.T)
     return grad_x, grad_A, grad_B
+
+
+def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Return `x · diag(scales) codesᵀ` for x `[M, K]`, codes `[N, K]`, scales `[N]`."""
+    return x @ (codes.to(x.dtype) * scales[:, None]).T
+
+
+def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Likewise for codes `(q − 8) · steps`, two q in a byte: column j low, j + K/2 high."""
+    q = torch.cat([packed % 16, packed // 16], dim=1).to(x.dtype) - 8
+    return int8_rows(x, q * steps.repeat_interleave(group, dim=1), scales)

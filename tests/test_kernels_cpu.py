@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.kernels import cpu, int4_rows, int8_rows
+from minilora.kernels import cpu, int4_rows, int8_rows, reference
 
-needs_compiler = pytest.mark.skipif(cpu.compiler() is None, reason="there is no C compiler")
+needs_compiler = pytest.mark.skipif(cpu.native() is None, reason="no C compiler that will do")
 
 
 def int8_operands(M, N, K, seed=0):
@@ -45,12 +45,17 @@ def assert_right(y, x, weight):
     assert ((y.double() - x.double() @ weight.t()).abs() <= room).all()
 
 
+def built(folder, plain=False):
+    """Return the library that the first compiler which will do makes."""
+    found = [cpu.build(folder, c, ("-U__x86_64__",) if plain else ()) for c in cpu.compilers()]
+    return next(library for library in found if library is not None)
+
+
 @pytest.fixture(scope="module", params=["this processor", "any processor"])
 def library(request, tmp_path_factory):
-    if cpu.compiler() is None:
-        pytest.skip("there is no C compiler")
-    plain = ("-U__x86_64__",) if request.param == "any processor" else ()
-    return cpu.load(cpu.build(tmp_path_factory.mktemp("built"), plain))
+    if cpu.native() is None:
+        pytest.skip("no C compiler that will do")
+    return built(tmp_path_factory.mktemp("built"), request.param == "any processor")
 
 
 @settings(max_examples=60)
@@ -94,10 +99,12 @@ def test_strides_and_offsets_are_respected(library):
 
 
 def test_nothing_beside_the_result_is_written_and_nan_is_kept(library):
-    for name, (x, *stored), sizes in (
+    for name, (drawn, *stored), sizes in (
         ("int8", int8_operands(5, 7, 33), [33]),
         ("int4", int4_operands(5, 7, 64, 32), [64, 32]),
     ):
+        among = torch.full((7, drawn.shape[1]), torch.nan)  # reading beside x would show
+        x = among[1:6].copy_(drawn)
         x[2, sizes[0] - 1] = torch.nan
         x[3, 0] = torch.inf
         whole = torch.full((7, 7), 7.0)
@@ -121,43 +128,115 @@ def test_the_number_of_threads_changes_no_bit():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_reference_is_the_oracle():
+    x, codes, scales = int8_operands(3, 7, 31)
+    found = reference.int8_rows(x.double(), codes, scales.double())
+    torch.testing.assert_close(found, x.double() @ int8_weight(codes, scales).t())
+    x, packed, steps, scales = int4_operands(3, 7, 64, 32)
+    found = reference.int4_rows(x.double(), packed, steps, scales.double(), 32)
+    torch.testing.assert_close(found, x.double() @ int4_weight(packed, steps, scales, 32).t())
+
+
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_the_op_is_one_for_torch(name):
+    """One graph serves any number of rows."""
+
     def operands(M):
         return int8_operands(M, 8, 32) if name == "int8" else (*int4_operands(M, 8, 32, 32), 32)
 
-    op = getattr(torch.ops.minilora, f"{name}_rows")
+    op, graphs = getattr(torch.ops.minilora, f"{name}_rows"), []
     torch.library.opcheck(op, operands(3), test_utils=("test_schema", "test_faketensor"))
-    compiled = torch.compile(lambda *parts: op(*parts) + 1, fullgraph=True, dynamic=True)
-    for M in (1, 5):
+
+    def seen(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda *parts: op(*parts) + 1, fullgraph=True, dynamic=True, backend=seen
+    )
+    for M in (2, 3, 5, 16):
         torch.testing.assert_close(compiled(*operands(M)), op(*operands(M)) + 1)
+    assert len(graphs) == 1
+    inductor = torch.compile(lambda *parts: op(*parts) + 1, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(inductor(*operands(3)), op(*operands(3)) + 1)
+
+
+def test_operands_that_do_not_fit_are_refused():
+    """C would read beside them, and return something."""
+    x, codes, scales = int8_operands(2, 5, 64)
+    for width in (32, 128):
+        with pytest.raises(ValueError, match=rf"\[M, 64\] with scales \[5\], found \[2, {width}\]"):
+            int8_rows(torch.randn(2, width), codes, scales)
+    with pytest.raises(ValueError, match=r"found \[2, 64\] with \[1\]; pass inputs of the layer"):
+        int8_rows(x, codes, scales[:1])
+    with pytest.raises(TypeError, match=r"must be float32.* found torch.bfloat16, torch.int8 and"):
+        int8_rows(x.bfloat16(), codes, scales)
+    x, packed, steps, scales = int4_operands(2, 5, 64, 32)
+    with pytest.raises(ValueError, match=r"\[M, 64\] with scales \[5\], found \[2, 32\]"):
+        int4_rows(x[:, :32], packed, steps, scales, 32)
+    with pytest.raises(ValueError, match=r"steps must be uint8 \[5, 4\] for groups of 16, found"):
+        int4_rows(x, packed, steps, scales, 16)
+    compiled = torch.compile(int8_rows, fullgraph=True)
+    with pytest.raises(Exception, match=r"\[M, 64\] with scales"):
+        compiled(torch.randn(2, 32), codes, scales[:5])
 
 
 @needs_compiler
-def test_a_library_is_built_once(tmp_path, monkeypatch):
-    first = cpu.build(tmp_path / "new")
-    assert [file.name for file in (tmp_path / "new").iterdir()] == [first.name]
-    made = first.stat().st_mtime_ns
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
-    assert cpu.build(tmp_path / "new") == first and first.stat().st_mtime_ns == made
+def test_a_library_is_built_once_and_again_when_it_is_torn(tmp_path, monkeypatch):
+    assert built(tmp_path / "new") is not None
+    (file,) = (tmp_path / "new").iterdir()
+    whole = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
+        assert built(tmp_path / "new") is not None
+    torn = tmp_path / "torn" / file.name  # a path of its own: an open library is not read again
+    torn.parent.mkdir(mode=0o700)
+    torn.write_bytes(whole[:100])
+    torn.chmod(0o700)
+    assert built(tmp_path / "torn") is not None
+    assert torn.stat().st_size == len(whole)
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners here")
+def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path):
+    assert built(tmp_path / "new") is not None
+    (file,) = (tmp_path / "new").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o700
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    for place in (file, file.parent):
+        before = place.stat().st_mode
+        place.chmod(0o777)
+        assert cpu._open(file) is None
+        place.chmod(before)
+    assert cpu._open(file) is not None
 
 
 @needs_compiler
 def test_it_brings_no_second_openmp(tmp_path):
     """Two would start twice as many threads as there are cores, waiting for each other."""
-    built = cpu.build(tmp_path).read_bytes()
-    assert b"GOMP_parallel" in built and b"libgomp" not in built
+    built(tmp_path)
+    (file,) = tmp_path.glob("*.so")
+    assert b"GOMP_parallel" in file.read_bytes() and b"libgomp" not in file.read_bytes()
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler -O2"])
-def test_without_a_compiler_torch_computes_it(tmp_path, monkeypatch, compiler):
-    monkeypatch.setenv("CC", compiler)
+@pytest.mark.parametrize("case", ["false", "no-such-compiler -O2", "'", "no home", "no right"])
+def test_where_nothing_can_be_built_torch_computes_the_same(tmp_path, monkeypatch, case):
+    def denied(*_):
+        raise PermissionError(13, "denied") if case == "no right" else RuntimeError("no home")
+
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
+    if case in ("no home", "no right"):
+        monkeypatch.setattr("minilora.kernels.cpu.cache_folder", denied)
+    else:
+        monkeypatch.setenv("CC", case)
     cpu.native.cache_clear()
     try:
         assert cpu.native() is None
+        monkeypatch.setattr(cpu, "_PANEL", 160)  # panels of four rows of W, and of one
         x, *stored = int8_operands(3, 9, 40)
         assert_right(int8_rows(x, *stored), x, int8_weight(*stored))
+        assert torch.equal(int8_rows(x[1:2], *stored), int8_rows(x, *stored)[1:2])
         x, *stored = int4_operands(3, 9, 96, 32)
         assert_right(int4_rows(x, *stored, 32), x, int4_weight(*stored, 32))
     finally:
@@ -165,12 +244,9 @@ def test_without_a_compiler_torch_computes_it(tmp_path, monkeypatch, compiler):
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_cache_that_can_not_be_written_or_opened_is_done_without(tmp_path):
+def test_a_folder_that_can_not_be_made_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")
-    assert cpu.build(tmp_path / "file" / "kernels") is None
-    (tmp_path / "torn.so").write_bytes(b"\x7fELF")
-    assert cpu.load(tmp_path / "torn.so") is None
-    assert cpu.load(None) is None
+    assert cpu.build(tmp_path / "file" / "kernels", ["cc"]) is None
 
 
 def test_importing_builds_nothing(tmp_path):

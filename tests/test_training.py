@@ -395,7 +395,9 @@ def test_fit_says_where_bf16_is_slow(monkeypatch, capsys, rates):
     said = "multiplies bfloat16 at 2 GFLOP/s and float32 at 160: load the base in float32"
     assert (said in capsys.readouterr().err) == (rates[1] < rates[0])
     fit(tiny(), max_steps=1, quiet=False, dtype="float32")
-    assert "load the base in float32" not in capsys.readouterr().err
+    assert "multiplies bfloat16" not in capsys.readouterr().err
+    fit(tiny(), max_steps=1, quiet=False, dtype="bfloat16")
+    assert ("160: leave dtype at 'auto'" in capsys.readouterr().err) == (rates[1] < rates[0])
 
 
 def test_fit_bf16_autocast_learns_what_float32_learns():

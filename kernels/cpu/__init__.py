@@ -1,17 +1,20 @@
 """Products in C for few rows on a CPU, compiled when first needed; torch computes them without.
 
 `rows.c` is built by the C compiler there is (`CC`, else cc, gcc or clang; under half a second) into
-the cache folder, under a name that holds its source's hash. It is linked to no OpenMP of its own:
-the symbols are those of the runtime that torch has loaded, and with it torch's threads.
+the cache folder, under a name that holds a hash of its source and the platform. It is linked to no
+OpenMP of its own: the symbols are those of the runtime that torch has loaded, and with it torch's
+threads. Only a library that nobody else could have written is loaded.
 """
 
 import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,45 +27,45 @@ from ..cache import cache_folder
 
 _SOURCE = Path(__file__).with_name("rows.c")
 _FLAGS = ("-O3", "-fPIC", "-fopenmp")
+_PANEL = 2**20  # weights decoded at a time where nothing is compiled
 
 
-def compiler() -> list[str] | None:
-    """Return the command of the C compiler, or None where there is none."""
+def compilers() -> list[list[str]]:
+    """Return the commands of the C compilers there are, in the order to try them."""
     asked = shlex.split(os.environ.get("CC", ""))
-    for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
-        if shutil.which(command[0]):
-            return command
-    return None
+    commands = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
+    return [command for command in commands if shutil.which(command[0])]
 
 
-def build(folder: Path, flags: Sequence[str] = ()) -> Path | None:
-    """Return the compiled library in `folder`, made unless it is there; None where that fails."""
-    command = compiler()
-    if command is None:
-        return None
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr([command, *_FLAGS, *flags]).encode())
-    library = folder / f"rows-{key.hexdigest()[:16]}.so"
-    if library.is_file():
-        return library
+def build(folder: Path, command: Sequence[str], flags: Sequence[str] = ()) -> ctypes.CDLL | None:
+    """Open the library in `folder`, compiled unless it is there; None where that fails."""
+    place = (platform.machine(), sys.platform, platform.libc_ver(), _FLAGS, tuple(flags))
+    key = hashlib.sha256(_SOURCE.read_bytes() + repr(place).encode()).hexdigest()
+    library = folder / f"rows-{key[:16]}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = Path(place) / "rows.o", Path(place) / "rows.so"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if library.is_file() and (opened := _open(library)) is not None:
+            return opened
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            made = Path(name) / "rows.o", Path(name) / "rows.so"
             for step in (
                 [*command, *_FLAGS, *flags, "-c", str(_SOURCE), "-o", str(made[0])],
                 [*command, "-shared", str(made[0]), "-o", str(made[1])],
             ):
                 subprocess.run(step, check=True, capture_output=True, timeout=60)
+            made[1].chmod(0o700)
             made[1].replace(library)  # whole or not at all, whoever else builds it
+        return _open(library)
     except (OSError, subprocess.SubprocessError):
         return None
-    return library
 
 
-def load(library: Path | None) -> ctypes.CDLL | None:
-    """Open a library that `build` made; None where there is none or it can't be opened."""
-    if library is None:
-        return None
+def _open(library: Path) -> ctypes.CDLL | None:
+    """Open a library; None if it can't be, or if others may write it or into its folder."""
+    if hasattr(os, "getuid"):
+        for found in (library.stat(), library.parent.stat()):
+            if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                return None
     try:
         opened = ctypes.CDLL(str(library))
     except OSError:
@@ -77,11 +80,16 @@ def load(library: Path | None) -> ctypes.CDLL | None:
 @functools.cache
 def native() -> ctypes.CDLL | None:
     """Return this process's library, built if need be, or None where nothing can be compiled."""
-    return load(build(cache_folder() / "kernels"))
+    try:
+        folder = cache_folder() / "kernels"
+        tried = (build(folder, command) for command in compilers())
+        return next((library for library in tried if library is not None), None)
+    except (OSError, RuntimeError, ValueError):  # no home, a CC that is no command, no source
+        return None
 
 
 def run(function: Callable[..., None], x: Tensor, *weight: Tensor, group: int = 0) -> Tensor:
-    """Call one of the C functions; operands as for `int8_rows` and `int4_rows`."""
+    """Call one of the C functions; operands as for `int8_rows` and `int4_rows`, checked there."""
     x, weight = x.contiguous(), tuple(part.contiguous() for part in weight)
     y = x.new_empty(len(x), len(weight[0]))
     pointers = (tensor.data_ptr() for tensor in (x, *weight, y))
@@ -89,38 +97,85 @@ def run(function: Callable[..., None], x: Tensor, *weight: Tensor, group: int = 
     return y
 
 
+def _check(x: Tensor, codes: Tensor, scales: Tensor, wanted: torch.dtype, K: int) -> None:
+    """Raise unless the operands fit: C reads what it is told, wherever that is."""
+    if (x.dtype, codes.dtype, scales.dtype) != (torch.float32, wanted, torch.float32):
+        raise TypeError(
+            f"few rows over codes must be float32, the codes {wanted} and the scales float32, "
+            f"found {x.dtype}, {codes.dtype} and {scales.dtype}"
+        )
+    if x.dim() != 2 or x.shape[1] != K or tuple(scales.shape) != (codes.shape[0],):
+        raise ValueError(
+            f"few rows over codes must be [M, {K}] with scales [{codes.shape[0]}], found "
+            f"{list(x.shape)} with {list(scales.shape)}; pass inputs of the layer's width"
+        )
+
+
+def _check_int4(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> None:
+    K = 2 * packed.shape[1]
+    _check(x, packed, scales, torch.uint8, K)
+    if steps.dtype != torch.uint8 or tuple(steps.shape) != (packed.shape[0], K // group):
+        raise ValueError(
+            f"steps must be uint8 [{packed.shape[0]}, {K // group}] for groups of {group}, found "
+            f"{steps.dtype} {list(steps.shape)}"
+        )
+
+
+def _in_torch(x: Tensor, scales: Tensor, decode: Callable[[slice], Tensor]) -> Tensor:
+    """Multiply row by row, so that none depends on the others; W decoded in panels."""
+    y = x.new_empty(len(x), len(scales))
+    step = max(1, _PANEL // max(1, x.shape[1]))
+    for start in range(0, len(scales), step):
+        panel = decode(slice(start, start + step))
+        for m, row in enumerate(x):
+            y[m, start : start + step] = panel.mv(row)
+    return y.mul_(scales)
+
+
 def _int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    _check(x, codes, scales, torch.int8, codes.shape[1])
     library = native()
     if library is None:
-        return torch.mm(x, codes.to(torch.float32).t()).mul_(scales)
+        return _in_torch(x, scales, lambda rows: codes[rows].to(torch.float32))
     return run(library.minilora_int8_rows, x, codes, scales)
 
 
 def _int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
+    _check_int4(x, packed, steps, scales, group)
     library = native()
-    if library is None:
-        q = torch.cat([packed & 15, packed >> 4], dim=1).to(torch.float32) - 8
-        weight = q.mul_(steps.repeat_interleave(group, dim=1))
-        return torch.mm(x, weight.t()).mul_(scales)
-    return run(library.minilora_int4_rows, x, packed, steps, scales, group=group)
+    if library is not None:
+        return run(library.minilora_int4_rows, x, packed, steps, scales, group=group)
+
+    def decode(rows: slice) -> Tensor:
+        q = torch.cat([packed[rows] & 15, packed[rows] >> 4], dim=1).to(torch.float32) - 8
+        return q.mul_(steps[rows].repeat_interleave(group, dim=1))
+
+    return _in_torch(x, scales, decode)
 
 
-def _shape(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(len(x), len(codes))
+def _int8_shape(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    _check(x, codes, scales, torch.int8, codes.shape[1])
+    return x.new_empty(x.shape[0], codes.shape[0])  # len() would fix the number of rows
+
+
+def _int4_shape(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
+    _check_int4(x, packed, steps, scales, group)
+    return x.new_empty(x.shape[0], packed.shape[0])
 
 
 _ops = torch.library.Library("minilora", "FRAGMENT")
 # Not a second time: transformers, run in the repository's root, imports this folder as `kernels`.
 if not hasattr(torch.ops.minilora, "int8_rows"):
-    for schema, function in (
-        ("int8_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor", _int8_rows),
+    made: tuple[tuple[str, Any, Any], ...] = (
+        ("int8_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor", _int8_rows, _int8_shape),
         ("int4_rows(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group) -> Tensor",
-         _int4_rows),
-    ):  # fmt: skip
+         _int4_rows, _int4_shape),
+    )  # fmt: skip
+    for schema, function, shape in made:
         name = schema.partition("(")[0]
         _ops.define(schema)
         _ops.impl(name, function, "CPU")
-        torch.library.register_fake(f"minilora::{name}", _shape, lib=_ops)
+        torch.library.register_fake(f"minilora::{name}", shape, lib=_ops)
 
 
 def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -133,6 +188,10 @@ def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
     Returns:
         f32 `[M, N]`; each row depends on that row of x alone.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape.
     """
     return torch.ops.minilora.int8_rows(x, codes, scales)
 

@@ -44,8 +44,7 @@ class QuantizedLinear(nn.Module):
         compute: how INT8 and INT4 multiply in the forward: `"int8"` (rows of x are quantized at
             run time), `"dequantize"`, or `"auto"`: int8 on a CPU with instructions for it (VNNI,
             AMX) and where it is exact, else dequantize; there, in evaluation mode without
-            gradients, up to 16 rows are multiplied from the codes with x rounded to bf16. NF4
-            always dequantizes.
+            gradients, up to 16 rows are multiplied from the codes in f32. NF4 always dequantizes.
         grad_compute: likewise for the input's gradient.
         outliers: input channels that `"int8"` keeps in floating point in the forward.
         plain: the class the layer had, `nn.Linear` or a Conv1D.

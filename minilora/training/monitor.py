@@ -1,5 +1,6 @@
 """What a run shows and leaves behind: progress, metrics.jsonl and a loss curve."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -126,20 +127,22 @@ def read_metrics(file: Path) -> list[dict]:
 def _keep_until(file: Path, step: int) -> None:
     """Drop what was logged after the state that a resumed run continues from."""
     kept = []
-    if step and file.exists():
-        kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
     aside = file.with_name(f".{file.name}.tmp")
     try:
+        if step and file.exists():
+            kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
         file.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, file)
     except OSError as error:
         raise RuntimeError(
-            f"{file} must be cut to {step} steps, but that failed: {error.strerror or error}; mend "
-            f"the disk or make room, then resume again: nothing was lost"
+            f"{file} must be written anew before the next step, but that failed: "
+            f"{error.strerror or error}; mend the disk or make room, then start as you did: "
+            f"nothing was lost"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def draw_curve(out: Path) -> Path | None:

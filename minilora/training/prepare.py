@@ -198,9 +198,10 @@ def slow_dtype(
     found = hardware()
     if found.float32 < 4 * found.bfloat16:
         return None
+    advice = "load the base in float32" if autocast is None else "leave dtype at 'auto'"
     return (
         f"this processor multiplies bfloat16 at {found.bfloat16:.0f} GFLOP/s and float32 at "
-        f"{found.float32:.0f}: load the base in float32 (twice its memory) for faster steps"
+        f"{found.float32:.0f}: {advice} for faster steps"
     )
 
 

@@ -174,6 +174,8 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
             raise
         try:
             tensors, facts = _read(previous)
+        except _OtherVersionError:
+            raise
         except ValueError:
             raise error from None
     why = "is damaged" if newest.exists() else "is missing (a save was cut short)"
