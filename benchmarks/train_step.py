@@ -62,7 +62,7 @@ def worker(task: dict[str, Any]) -> None:
             return float(loss.detach())
 
         steps = CHECKED_STEPS if provider.adapters else 1
-        checked = text_rows(task["model"], 1, CHECKED_TOKENS, steps)
+        checked = text_rows(task["model"], 1, task["checked"], steps)
         losses = [step(ids) for ids in checked]
         batches = text_rows(task["model"], *shape, 4)
         step(batches[0])  # compiles, and fills what is kept
@@ -81,6 +81,7 @@ class Process:
         task = {
             "provider": vars(provider), "model": options.model, "rows": options.rows,
             "tokens": options.tokens, "threads": options.threads,
+            "checked": options.checked_tokens,
         }  # fmt: skip
         self.provider, self.seconds, self.peak = provider, [], 0
         self.running = subprocess.Popen(
@@ -218,7 +219,7 @@ def timed(chosen: list[Provider], anchor: Provider, options: argparse.Namespace)
                 process.step()
         anchored = statistics.median(first.seconds[-options.rounds :])
         for process in processes:
-            rows.append(row(process, options, reference))
+            rows.append(row(process, options, reference) | {"anchor": anchored})
             print(
                 f"  {process.provider.name}: {rows[-1].get('seconds', 'wrong')} s, anchor "
                 f"{anchored:.3f} s, {rows[-1]['peak_mb']} MB, loss {rows[-1]['loss_10']}",
@@ -226,7 +227,7 @@ def timed(chosen: list[Provider], anchor: Provider, options: argparse.Namespace)
             )
             process.end()
         print(f"  group {number + 1} of {len(groups)} done", flush=True)
-    rows.insert(0, row(first, options, reference))
+    rows.insert(0, row(first, options, reference) | {"anchor": statistics.median(first.seconds)})
     first.end()
     return rows
 
@@ -241,11 +242,18 @@ def save(rows: list[dict], file: Path) -> None:
 
 
 def ratios(rows: list[dict]) -> None:
-    """Write how many times a row is faster than PEFT, eager, in either dtype."""
-    by_name = {found["provider"]: found for found in rows}
-    for column in ("bf16", "f32"):
-        theirs = by_name.get(f"peft {column}", {}).get("seconds")
-        for found in rows:
+    """Write how many times a row is faster than PEFT, eager, in either dtype.
+
+    Against the anchor of its own rounds where that is such a PEFT: hours apart a shared machine may
+    be another one.
+    """
+    anchor, by_name = rows[0]["provider"], {found["provider"]: found for found in rows}
+    for found in rows:
+        beside = found.pop("anchor", None)
+        for column in ("bf16", "f32"):
+            name = f"peft {column}"
+            theirs = beside if name == anchor else by_name.get(name, {}).get("seconds")
+            theirs = theirs or by_name.get(name, {}).get("seconds")
             if theirs and found.get("seconds"):
                 found[f"to_peft_{column}"] = f"{float(theirs) / float(found['seconds']):.2f}"
 
@@ -270,6 +278,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--targets", choices=("all", "attention"), default="all")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--checked-tokens", type=int, default=CHECKED_TOKENS)
     parser.add_argument("--group", type=int, default=5, help="processes beside the anchor")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME")
