@@ -6,10 +6,10 @@
 r=8 on all linears but the head, AdamW, every token learned. Each provider of `train_providers.py`
 is a process of its own with two threads, and one of them works at a time: in every round each does
 one step, so a slow minute of a shared machine hits all of them. As many as fit into memory run
-together, `--anchor` with each group. Before the timing every provider makes ten steps of 128
-tokens; where its loss at the first or the last is more than 2 % off the anchor's, the row says
-"wrong" and has no time. The limit is what the step's matrix products take when each is timed alone,
-torch's own attention included. Rows are added to benchmarks/results/train_step.csv.
+together, `--anchor` with each group. Before the timing every provider makes ten steps of
+`--checked-tokens` (128); where its loss at the first or the last is more than 2 % off the anchor's,
+the row says "wrong" and has no time. The limit is what the step's matrix products take when each is
+timed alone, torch's own attention included. Rows are added to benchmarks/results/train_step.csv.
 """
 
 import argparse

@@ -28,6 +28,14 @@ def test_ratios_are_of_pefts_seconds_and_a_wrong_row_has_none():
     assert "to_peft_f32" not in rows[2]
     assert "| minilora f32 | 1.5 |  |  | 2.00 |" in table(rows)
     assert set(rows[1]) <= set(COLUMNS)
+    later = [
+        {"provider": "peft f32", "seconds": "3.0", "anchor": 3.0},
+        {"provider": "minilora f32", "seconds": "1.5", "anchor": 6.0},  # in a slow hour
+        {"provider": "limit f32", "seconds": "1.0"},
+    ]
+    ratios(later)
+    assert [found["to_peft_f32"] for found in later] == ["1.00", "4.00", "3.00"]
+    assert set(later[1]) <= set(COLUMNS)
 
 
 def test_every_provider_has_one_name():
