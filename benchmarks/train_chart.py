@@ -63,7 +63,7 @@ def main() -> None:
         parser.error("train_step.csv has no rows of that setting; run benchmarks/train_step.py")
     first = rows[0]
     title = (
-        f"{options.model}, {options.rows} × {options.tokens} tokens, r=8 on all linears; "
+        f"{options.model}, {options.rows} × {options.tokens} tokens, r=8 on all linears\n"
         f"{first['processor']} ({first['flags']}), {first['threads']} threads, "
         f"torch {first['torch']}"
     )
