@@ -176,6 +176,9 @@ def test_operands_that_do_not_fit_are_refused():
         int4_rows(x[:, :32], packed, steps, scales, 32)
     with pytest.raises(ValueError, match=r"steps must be uint8 \[5, 4\] for groups of 16, found"):
         int4_rows(x, packed, steps, scales, 16)
+    for group in (0, -32, 48):
+        with pytest.raises(ValueError, match=f"must divide the 64 inputs, found groups of {group}"):
+            int4_rows(x, packed, steps[:, : 64 // group if group > 0 else 2], scales, group)
     compiled = torch.compile(int8_rows, fullgraph=True)
     with pytest.raises(Exception, match=r"\[M, 64\] with scales"):
         compiled(torch.randn(2, 32), codes, scales[:5])

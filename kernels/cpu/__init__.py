@@ -68,12 +68,12 @@ def _open(library: Path) -> ctypes.CDLL | None:
                 return None
     try:
         opened = ctypes.CDLL(str(library))
-    except OSError:
+        for name, tensors, sizes in (("minilora_int8_rows", 4, 3), ("minilora_int4_rows", 5, 4)):
+            function = getattr(opened, name)
+            function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_long] * sizes
+            function.restype = None
+    except (OSError, AttributeError):
         return None
-    for name, tensors, sizes in (("minilora_int8_rows", 4, 3), ("minilora_int4_rows", 5, 4)):
-        function = getattr(opened, name)
-        function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_long] * sizes
-        function.restype = None
     return opened
 
 
@@ -102,9 +102,14 @@ def _check(x: Tensor, codes: Tensor, scales: Tensor, wanted: torch.dtype, K: int
     if (x.dtype, codes.dtype, scales.dtype) != (torch.float32, wanted, torch.float32):
         raise TypeError(
             f"few rows over codes must be float32, the codes {wanted} and the scales float32, "
-            f"found {x.dtype}, {codes.dtype} and {scales.dtype}"
+            f"found {x.dtype}, {codes.dtype} and {scales.dtype}; cast x and the scales"
         )
-    if x.dim() != 2 or x.shape[1] != K or tuple(scales.shape) != (codes.shape[0],):
+    if (
+        x.dim() != 2
+        or codes.dim() != 2
+        or x.shape[1] != K
+        or tuple(scales.shape) != (codes.shape[0],)
+    ):
         raise ValueError(
             f"few rows over codes must be [M, {K}] with scales [{codes.shape[0]}], found "
             f"{list(x.shape)} with {list(scales.shape)}; pass inputs of the layer's width"
@@ -114,10 +119,12 @@ def _check(x: Tensor, codes: Tensor, scales: Tensor, wanted: torch.dtype, K: int
 def _check_int4(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> None:
     K = 2 * packed.shape[1]
     _check(x, packed, scales, torch.uint8, K)
+    if group < 1 or K % group:  # C would read steps that are not there
+        raise ValueError(f"groups must divide the {K} inputs, found groups of {group}; pass theirs")
     if steps.dtype != torch.uint8 or tuple(steps.shape) != (packed.shape[0], K // group):
         raise ValueError(
             f"steps must be uint8 [{packed.shape[0]}, {K // group}] for groups of {group}, found "
-            f"{steps.dtype} {list(steps.shape)}"
+            f"{steps.dtype} {list(steps.shape)}; pass the steps and the group of one weight"
         )
 
 
