@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from train_providers import DTYPES, LR, MODELS, Provider, build, providers, text_rows
 
 import minilora
+from minilora.kernels import is_slow
 from minilora.planning.calibration import peak_bytes
 from minilora.planning.shapes import adapted, read_shape
 
@@ -315,7 +316,9 @@ def main() -> None:
     print(f"{options.model}, {options.rows} × {options.tokens} tokens; {minilora.hardware()}")
     print("  timing the limit", flush=True)
     setting = (options.model, options.rows, options.tokens)
-    dtypes = sorted({provider.compute for provider in [*chosen, anchor]})
+    # Where bf16 is slow our own code multiplies in f32, and torch's products alone take minutes.
+    slow = is_slow(torch.bfloat16)
+    dtypes = sorted({"f32" if slow else provider.compute for provider in [*chosen, anchor]})
     parts = {dtype: limit(*setting, dtype, options.r) for dtype in dtypes}
     print(f"  limit done: {parts}", flush=True)
     rows = timed(chosen, anchor, options)

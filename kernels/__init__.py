@@ -34,7 +34,7 @@ from .low_rank import (
     lora_linear,
     row_masks,
 )
-from .probe import Hardware, hardware
+from .probe import Hardware, hardware, is_slow
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem
 from .workspace import hand_back_freed_memory, keep_freed_memory
@@ -82,6 +82,7 @@ __all__ = [
     "int8_is_exact",
     "int8_linear",
     "int8_rows",
+    "is_slow",
     "keep_freed_memory",
     "linear_cross_entropy",
     "lora_add",

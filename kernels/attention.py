@@ -8,7 +8,9 @@ flash kernel. Its backward kernel takes 1.6 to 2.6 times as long as these produc
 with AMX, at 256 to 1024 tokens (benchmarks/NOTES.md): here a chunk of 128 queries meets only the
 keys before its end, all G heads of a group in one product, and P is formed again from Q, K and the
 log-sums the forward kept. Nothing `[T, T]` is kept; `[B·H, 128, T]` exists at a time. The passes
-over it go through `torch.compile`, so this is for models that are compiled anyway.
+over it go through `torch.compile`, so this is for models that are compiled anyway; and for bf16
+where this CPU multiplies that slowly, with products in f32: torch's backward kernel takes 3.4 times
+as long in bf16 there, its forward no longer.
 In bf16 and f16 scores and dO Vᵀ are rounded once more than in torch's kernel: dQ has up to twice
 its error (0.5 % against 0.26 %), which is what dK and dV have in both.
 FlashAttention-2's algebra: Dao 2023, arXiv:2307.08691, section 2.3.2.
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .probe import is_slow
 
 _QUERIES = 128  # rows of a chunk
 _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -59,7 +63,8 @@ def _backward(
     heads = k.shape[1]
     X, G = B * heads, H // heads
     wide = log_sums.dtype
-    keys, values = k.reshape(X, T, D), v.reshape(X, T, D)
+    narrow, compute = q.dtype, wide if is_slow(q.dtype) else q.dtype
+    keys, values = k.reshape(X, T, D).to(compute), v.reshape(X, T, D).to(compute)
     dots = (grad_out.to(wide) * out.to(wide)).sum(-1)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.zeros(X, T, D, dtype=wide, device=q.device)
@@ -67,7 +72,7 @@ def _backward(
     for start in range(0, T, _QUERIES):
         end = min(start + _QUERIES, T)
         shape = (X, G, end - start, end)
-        queries, grads = (t[:, :, start:end].reshape(X, -1, D) for t in (q, grad_out))
+        queries, grads = (t[:, :, start:end].reshape(X, -1, D).to(compute) for t in (q, grad_out))
         sums, dot = (t[:, :, start:end].reshape(*shape[:3], 1) for t in (log_sums, dots))
         scores = torch.bmm(queries, keys[:, :end].transpose(1, 2)).view(shape)
         grad_p = torch.bmm(grads, values[:, :end].transpose(1, 2)).view(shape)
@@ -75,7 +80,7 @@ def _backward(
         grad_v[:, :end] += torch.bmm(p.transpose(1, 2), grads)
         grad_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), queries)
         grad_q[:, :, start:end] = torch.bmm(grad_s, keys[:, :end]).view(B, H, -1, D)
-    return grad_q, grad_k.to(k.dtype).view(k.shape), grad_v.to(v.dtype).view(v.shape)
+    return grad_q, grad_k.to(narrow).view(k.shape), grad_v.to(narrow).view(v.shape)
 
 
 # One opaque operation: its loop depends on T, which a traced graph may leave open.
@@ -93,16 +98,19 @@ def _(grad_out, q, k, v, out, log_sums, scale):
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tensor:
         out, log_sums = _flash(q, k, v, 0.0, True, scale=scale)  # type: ignore[misc]
         ctx.save_for_backward(q, k, v, out, log_sums)
-        ctx.scale = scale
+        ctx.scale, ctx.fused = scale, fused
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        return *_backward_op(grad_out, *ctx.saved_tensors, ctx.scale), None
+        saved = (*ctx.saved_tensors, ctx.scale)
+        if ctx.fused:
+            return *_backward_op(grad_out, *saved), None, None
+        return *_backward(_weights, grad_out, *saved), None, None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -117,7 +125,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         `[B, H, T, D]` in q's dtype.
     """
-    traced = torch.compiler.is_compiling() and q.device.type == "cpu" and _flash is not None
-    if traced and torch.is_grad_enabled():
-        return _CausalAttention.apply(q, k, v, scale)
+    recorded = torch.is_grad_enabled() and q.device.type == "cpu" and _flash is not None
+    traced = torch.compiler.is_compiling()
+    if recorded and (traced or is_slow(q.dtype)):
+        return _CausalAttention.apply(q, k, v, scale, traced)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

@@ -6,7 +6,8 @@
 
 N rows, D hidden, V vocabulary. Only `[chunk, V]` logits exist at a time, in a reused buffer that
 turns into e and then into the gradient; not that is divided by s but the narrow `[chunk, D]`
-product (in float16, whose range e·W may leave, e itself).
+product (in float16, whose range e·W may leave, e itself). Where this CPU multiplies bf16 slowly
+the products and the chunk are in f32, and W is widened for the time of the call.
 The label's entry is formed in f32, so that p − 1 does not cancel. Rows whose label is ignored are
 never multiplied. The gradient is formed in the forward pass; backward only scales it. FLOPs:
 2·N·D·V forward, as much again for grad_h (and for grad_W if asked). Exponents and sums are in f32
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .probe import product_dtype
 from .workspace import workspace
 
 # Elements of one chunk of logits: enough rows to keep the products compute-bound (256 at a
@@ -87,15 +89,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_w else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         exponents = _compiled() if fused else _exponents_by_rows
+        compute = product_dtype(hidden)
+        matrix = weight.to(compute)
         rows = max(32, _CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, len(hidden), rows):
-            h, label = hidden[start : start + rows], labels[start : start + rows]
+            h, label = hidden[start : start + rows].to(compute), labels[start : start + rows]
             logits = workspace(torch.Size((len(h), len(weight))), h.dtype, h.device)
-            torch.mm(h, weight.t(), out=logits)
+            torch.mm(h, matrix.t(), out=logits)
             sums, losses = exponents(logits, label)
             total += losses.sum()
             if grad_h is not None:
-                grad_h[start : start + rows] = torch.mm(logits, weight) / sums
+                grad_h[start : start + rows] = torch.mm(logits, matrix) / sums
             if grad_w is not None:
                 grad_w += torch.mm(logits.t(), (h / sums).to(h.dtype))
         ctx.save_for_backward(grad_h, grad_w)
@@ -173,5 +177,6 @@ def linear_cross_entropy(
             f"labels must lie in [0, {weight.shape[0]}) or be {ignore_index}, found values from "
             f"{int(labels.min())} to {int(labels.max())}"
         )
-    total = _LinearCrossEntropy.apply(hidden, weight, labels, fused)
+    with torch.autocast(hidden.device.type, enabled=False):
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, fused)
     return total / len(rows) if reduction == "mean" else total

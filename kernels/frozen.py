@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import FrozenLinear
+from .probe import product_dtype
 
 
 class _Frozen(torch.autograd.Function):
@@ -11,12 +12,13 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx, x, linear_forward, linear_grad_x, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.linear_grad_x = linear_grad_x
-        return linear_forward(x, *tensors)
+        return linear_forward(x.to(product_dtype(x)), *tensors).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
         with torch.autocast(grad_out.device.type, enabled=False):
-            grad_x = ctx.linear_grad_x(grad_out, *ctx.saved_tensors)
+            wide = grad_out.to(product_dtype(grad_out))
+            grad_x = ctx.linear_grad_x(wide, *ctx.saved_tensors).to(grad_out.dtype)
         return grad_x, *[None] * (2 + len(ctx.saved_tensors))
 
 
@@ -34,7 +36,7 @@ def frozen_product(x: Tensor, base: FrozenLinear) -> Tensor:
     device = x.device.type
     if not torch.is_grad_enabled() and (x.is_meta or not torch.is_autocast_enabled(device)):
         # A step of decoding is short enough to feel what autograd and autocast cost.
-        y = base.linear_forward(flat, *base.tensors)
+        y = base.linear_forward(flat.to(product_dtype(flat)), *base.tensors).to(x.dtype)
     else:
         with torch.autocast("cpu" if x.is_meta else device, enabled=False):
             y = _Frozen.apply(flat, base.linear_forward, base.linear_grad_x, *base.tensors)

@@ -6,8 +6,9 @@
 M tokens, K in, N out, R rank. Kept for backward: X, S = D(X) Aᵀ, the factors, the mask, and the
 base's own tensors – no second copy of X, nothing `[M, N]`. G·B is formed once and the branch is
 accumulated into the base's result by `addmm_`, so Y and grad_X are written once and read once.
-FLOPs over the base: 2·M·R·(K + N) forward, 4·M·R·(K + N) backward. Products run in X's dtype
-(factors are cast per call); the gradients of the factors come back in the factors' dtype.
+FLOPs over the base: 2·M·R·(K + N) forward, 4·M·R·(K + N) backward. Products run in X's dtype, or in
+f32 where that one is slow (`probe.product_dtype`); factors are cast per call; the gradients of the
+factors come back in the factors' dtype.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .probe import product_dtype
+from .workspace import workspace
 
 
 class Stored(NamedTuple):
@@ -46,26 +50,33 @@ class FrozenLinear(NamedTuple):
     stored: Stored | None = None
 
 
+def _like(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a weight in x's dtype; a cast one is lent, see `workspace`."""
+    if weight.dtype == x.dtype:
+        return weight
+    return workspace(weight.shape, x.dtype, weight.device).copy_(weight)
+
+
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x Wᵀ + b` for a weight `[N, K]`, which is cast to x's dtype (a no-op when equal)."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, _like(weight, x), None if bias is None else bias.to(x.dtype))
 
 
 def dense_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `G W`."""
-    return torch.mm(grad_out, weight.to(grad_out.dtype))
+    return torch.mm(grad_out, _like(weight, grad_out))
 
 
 def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x W + b` for a weight `[K, N]` as GPT-2's Conv1D stores it, cast to x's dtype."""
     if bias is None:
-        return torch.mm(x, weight.to(x.dtype))
-    return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype))
+        return torch.mm(x, _like(weight, x))
+    return torch.addmm(bias.to(x.dtype), x, _like(weight, x))
 
 
 def conv1d_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `G Wᵀ`."""
-    return torch.mm(grad_out, weight.to(grad_out.dtype).t())
+    return torch.mm(grad_out, _like(weight, grad_out).t())
 
 
 # Seeds of the rows in hand, see `row_masks`. Not per thread: a backward pass that recomputes may
@@ -118,17 +129,20 @@ def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, mask, scaling, p, linear_forward, linear_grad_x, *tensors):
-        y = linear_forward(x, *tensors)
-        s = torch.mm(_dropped(x, mask, p), A.to(x.dtype).t())
-        y.addmm_(s, B.to(x.dtype).t(), alpha=scaling)
+        wide = x.to(product_dtype(x))
+        y = linear_forward(wide, *tensors)
+        s = torch.mm(_dropped(wide, mask, p), A.to(wide.dtype).t())
+        y.addmm_(s, B.to(wide.dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, A, B, s, mask, *tensors)
         ctx.scaling, ctx.p, ctx.linear_grad_x = scaling, p, linear_grad_x
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
         x, A, B, s, mask, *tensors = ctx.saved_tensors
         grad_x = grad_A = grad_B = None
+        narrow = x.dtype
+        x, grad_out = x.to(s.dtype), grad_out.to(s.dtype)
         with torch.autocast(grad_out.device.type, enabled=False):
             if torch.is_grad_enabled():  # a second derivative needs S as a function of x and A
                 s = torch.mm(_dropped(x, mask, ctx.p), A.to(x.dtype).t())
@@ -143,6 +157,7 @@ class _LoRALinear(torch.autograd.Function):
                     grad_x.addmm_(grad_s, A.to(grad_s.dtype))
                 else:
                     grad_x += _dropped(torch.mm(grad_s, A.to(grad_s.dtype)), mask, ctx.p)
+            grad_x = None if grad_x is None else grad_x.to(narrow)
         return grad_x, grad_A, grad_B, *[None] * (5 + len(tensors))
 
 
@@ -214,9 +229,10 @@ def lora_add(
         `[..., N]` in y's dtype.
     """
     flat = _dropped(x, mask, p).reshape(-1, x.shape[-1])
+    flat = flat.to(product_dtype(flat))
     with torch.autocast(x.device.type, enabled=False):
-        s = torch.mm(flat, A.to(x.dtype).t())
+        s = torch.mm(flat, A.to(flat.dtype).t())
         out = torch.addmm(
-            y.reshape(-1, y.shape[-1]).to(x.dtype), s, B.to(x.dtype).t(), alpha=scaling
+            y.reshape(-1, y.shape[-1]).to(flat.dtype), s, B.to(flat.dtype).t(), alpha=scaling
         )
     return out.to(y.dtype).reshape(y.shape)

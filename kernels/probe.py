@@ -105,3 +105,28 @@ def hardware(device: str = "cpu") -> Hardware:
     # A quarter more speed has to show before half the mantissa is given up.
     dtype = torch.bfloat16 if bfloat16 > 1.25 * float32 else torch.float32
     return Hardware("cpu", name, torch.get_num_threads(), flags, float32, bfloat16, int8, dtype)
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Tell whether this CPU multiplies `dtype` at under a quarter of float32's rate (bf16 alone).
+
+    Without AVX-512 torch multiplies bf16 at 1 to 10 GFLOP/s where f32 reaches 66. The quarter lies
+    far from what either kind of processor shows, so that one machine always answers alike.
+    """
+    if dtype != torch.bfloat16:
+        return False
+    found = hardware()
+    return found.float32 > 4 * found.bfloat16
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of Dynamo, and triton.
+is_slow._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return what products of x `[M, ...]` should run in: f32 where x's dtype is slow here.
+
+    A single row stays as it is: its product costs what reading the weight costs.
+    """
+    narrow = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return torch.float32 if narrow and len(x) > 1 and is_slow(x.dtype) else x.dtype

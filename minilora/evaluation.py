@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilora.data import IGNORE, Batch, Batches, as_examples, pad
+from minilora.widening import widened
 
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
 
@@ -169,7 +170,7 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     total, tokens = 0.0, 0
     device = device_of(model)
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), widened(model):
         for batch in _batches(data, batch_size, pad_id):
             part, count = (loss or token_loss)(model, batch.to(device))
             total += float(part)

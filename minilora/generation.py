@@ -13,6 +13,7 @@ from minilora.compiling import compiled, settle_compile
 from minilora.evaluation import argument_names, device_of, eval_mode, forward_logits
 from minilora.models import KVCache
 from minilora.records import encode_prompt
+from minilora.widening import widened
 
 Rows = list[list[int]]
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
@@ -77,7 +78,7 @@ def generate(
     generators = [_generator(seed, i) for i in range(len(rows))]
     new: Rows = [[] for _ in rows]
     running = list(range(len(rows)))
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), widened(model):
         step = _step(model, rows, max_new_tokens)
         logits = step(rows)  # the prompts, uncompiled: they have other lengths, and come once
         with compiled(model, wanted and max_new_tokens > 1, getattr(model, "_blocks", list)()):

@@ -16,6 +16,8 @@ from minilora.kernels import (
     dense_forward,
     dense_grad_x,
     dropout_mask,
+    frozen_product,
+    is_slow,
     lora_add,
     lora_linear,
     triton_lora_linear,
@@ -46,7 +48,10 @@ def frozen_linear(base: nn.Module) -> FrozenLinear | None:
     are.
     """
     quantized = type(base) is QuantizedLinear
-    if not (type(base) is nn.Linear or quantized or is_conv1d(base)) or "forward" in base.__dict__:
+    if not (type(base) is nn.Linear or quantized or is_conv1d(base)):
+        return None
+    replaced = base.__dict__.get("forward")
+    if replaced is not None and getattr(replaced, "func", None) is not widened_forward:
         return None
     if base._forward_hooks or base._forward_pre_hooks:
         return None
@@ -62,6 +67,16 @@ def frozen_linear(base: nn.Module) -> FrozenLinear | None:
     if type(base) is nn.Linear:
         return FrozenLinear((base.weight, base.bias), dense_forward, dense_grad_x)
     return FrozenLinear((base.weight, base.bias), conv1d_forward, conv1d_grad_x)
+
+
+def widened_forward(base: nn.Module, x: Tensor) -> Tensor:
+    """Apply a linear or Conv1D, in float32 where x's dtype is slow; see `widening.widened`."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    frozen = frozen_linear(base)
+    if frozen is None or not is_slow(dtype) or not (autocast or base.weight.dtype == dtype):
+        return type(base).forward(base, x)
+    return frozen_product(x.to(dtype), frozen)
 
 
 class LoRALinear(LoRALayer):

@@ -51,6 +51,7 @@ layers =
     minilora.sizes
     minilora.selection
     minilora.copies
+    minilora.widening
     minilora.layers
     minilora.compiling
     minilora.lora_layer

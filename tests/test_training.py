@@ -388,16 +388,19 @@ def test_fit_trains_a_transformers_model():
 @pytest.mark.parametrize("rates", [(160.0, 2.0), (400.0, 2700.0)])
 def test_fit_says_where_bf16_is_slow(monkeypatch, capsys, rates):
     found = dataclasses.replace(hardware(), float32=rates[0], bfloat16=rates[1])
-    monkeypatch.setattr("minilora.training.prepare.hardware", lambda *_: found)
+    for place in ("training.prepare", "kernels.probe"):
+        monkeypatch.setattr(f"minilora.{place}.hardware", lambda *_: found)
     model = plain()
     minilora.inject(model.to(torch.bfloat16), r=2, alpha=3)
     fit(model, max_steps=1, quiet=False, dtype="auto")
-    said = "multiplies bfloat16 at 2 GFLOP/s and float32 at 160: load the base in float32"
+    said = "2 GFLOP/s and float32 at 160, so linears widen it to float32; a base in float32 saves"
     assert (said in capsys.readouterr().err) == (rates[1] < rates[0])
     fit(tiny(), max_steps=1, quiet=False, dtype="float32")
     assert "multiplies bfloat16" not in capsys.readouterr().err
     fit(tiny(), max_steps=1, quiet=False, dtype="bfloat16")
-    assert ("160: leave dtype at 'auto'" in capsys.readouterr().err) == (rates[1] < rates[0])
+    assert ("widen it to float32; dtype='auto' saves that" in capsys.readouterr().err) == (
+        rates[1] < rates[0]
+    )
 
 
 def test_fit_bf16_autocast_learns_what_float32_learns():

@@ -28,6 +28,7 @@ from minilora.training.prepare import checkpointing, interruptible
 from minilora.training.ranks import Ranks
 from minilora.training.run import LAST, Run
 from minilora.training.state import check_out, has_state
+from minilora.widening import widened
 
 _RESUME = "resume=True (--resume)"
 SAVE_SECONDS = 600  # between saves, where save_every is None
@@ -188,6 +189,7 @@ def _training(run: Run) -> Iterator[None]:
     with (
         torch.random.fork_rng(devices),
         checkpointing(run.model, run.config.checkpointing),
+        widened(run.model),
         compiled(run.model, run.compile),
     ):
         try:

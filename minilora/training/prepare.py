@@ -16,7 +16,7 @@ from minilora.copies import all_copies, copies_of
 from minilora.data import Batch, Batches, Example
 from minilora.evaluation import takes_packed
 from minilora.generation import CONTEXT_NAMES
-from minilora.kernels import hardware
+from minilora.kernels import hardware, is_slow
 from minilora.lora_layer import LoRALayer, weight_dtype
 from minilora.streaming import Stream, StreamBatches
 from minilora.training.config import TrainConfig
@@ -195,13 +195,13 @@ def slow_dtype(
     dtype = autocast or weight_dtype(next(iter(layers.values())).base)
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
-    found = hardware()
-    if found.float32 < 4 * found.bfloat16:
+    if not is_slow(dtype):
         return None
-    advice = "load the base in float32" if autocast is None else "leave dtype at 'auto'"
+    found = hardware()
+    advice = "a base in float32 saves" if autocast is None else "dtype='auto' saves"
     return (
         f"this processor multiplies bfloat16 at {found.bfloat16:.0f} GFLOP/s and float32 at "
-        f"{found.float32:.0f}: {advice} for faster steps"
+        f"{found.float32:.0f}, so linears widen it to float32; {advice} that"
     )
 
 
