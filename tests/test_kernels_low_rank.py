@@ -17,6 +17,7 @@ from minilora.kernels import (
     reference,
     row_masks,
 )
+from minilora.kernels.probe import product_dtype
 
 # How many times plain torch's own error, in the same dtype, a kernel may make: the one table.
 C = {
@@ -208,7 +209,7 @@ def test_lora_linear_keeps_only_x_s_the_factors_and_the_mask(p, dtype):
         lora_linear(x, frozen(W, b), A, B, 1.5, mask, p)
     own = {t.untyped_storage().data_ptr() for t in (x, W, b, A, B, mask) if t is not None}
     new = {address: size for address, size in kept.items() if address not in own}
-    assert list(new.values()) == [M * R * x.element_size()]  # S, and no other tensor of its own
+    assert list(new.values()) == [M * R * product_dtype(x).itemsize]  # S, and no other of its own
     assert set(kept) - set(new) == own
 
 

@@ -274,7 +274,9 @@ def test_compiled_steps_are_the_eager_ones(slow, format):
     losses = []
     for compile in (False, True):
         torch.manual_seed(0)
-        wider = dataclasses.replace(LLAMA, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+        wider = dataclasses.replace(
+            LLAMA, hidden_size=64, intermediate_size=64, num_hidden_layers=1
+        )
         model = Llama(wider).to(BF16)
         if format is not None:
             minilora.quantize(model, format, block_size=32)
