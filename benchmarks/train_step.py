@@ -9,7 +9,8 @@ one step, so a slow minute of a shared machine hits all of them. As many as fit 
 together, `--anchor` with each group. Before the timing every provider makes ten steps of
 `--checked-tokens` (128); where its loss at the first or the last is more than 2 % off the anchor's,
 the row says "wrong" and has no time. The limit is what the step's matrix products take when each is
-timed alone, torch's own attention included. Rows are added to benchmarks/results/train_step.csv.
+timed alone (in f32 where bf16 is slow), torch's own attention included. Rows are added to
+benchmarks/results/train_step.csv.
 """
 
 import argparse

@@ -9,8 +9,8 @@ with AMX, at 256 to 1024 tokens (benchmarks/NOTES.md): here a chunk of 128 queri
 keys before its end, all G heads of a group in one product, and P is formed again from Q, K and the
 log-sums the forward kept. Nothing `[T, T]` is kept; `[B·H, 128, T]` exists at a time. The passes
 over it go through `torch.compile`, so this is for models that are compiled anyway; and for bf16
-where this CPU multiplies that slowly, with products in f32: torch's backward kernel takes 3.4 times
-as long in bf16 there, its forward no longer.
+where this CPU multiplies that slowly, with products in f32: torch's backward kernel is several
+times slower in bf16 there, its forward is not (benchmarks/NOTES.md).
 In bf16 and f16 scores and dO Vᵀ are rounded once more than in torch's kernel: dQ has up to twice
 its error (0.5 % against 0.26 %), which is what dK and dV have in both.
 FlashAttention-2's algebra: Dao 2023, arXiv:2307.08691, section 2.3.2.

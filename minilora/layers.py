@@ -69,8 +69,11 @@ def frozen_linear(base: nn.Module) -> FrozenLinear | None:
     return FrozenLinear((base.weight, base.bias), conv1d_forward, conv1d_grad_x)
 
 
-def widened_forward(base: nn.Module, x: Tensor) -> Tensor:
+def widened_forward(base: nn.Module, *args: Any, **named: Any) -> Tensor:
     """Apply a linear or Conv1D, in float32 where x's dtype is slow; see `widening.widened`."""
+    if len(args) != 1 or named:
+        return type(base).forward(base, *args, **named)
+    x = args[0]
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     frozen = frozen_linear(base)

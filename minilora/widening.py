@@ -18,14 +18,8 @@ def widened(model: nn.Module) -> Iterator[None]:
     LoRA and quantized layers do so by themselves. What is replaced is `forward` alone, and only on
     a CPU on which bfloat16 is slow (`kernels.is_slow`); a layer that trains computes as before.
     """
-    found = [
-        module
-        for module in model.modules()
-        if (type(module) is nn.Linear or is_conv1d(module))
-        and module.weight.dtype == torch.bfloat16
-        and "forward" not in module.__dict__
-    ]
-    if not (found and is_slow(torch.bfloat16)):
+    found = [module for module in model.modules() if _narrow(module)]
+    if found and not is_slow(torch.bfloat16):
         found = []
     try:
         for module in found:
@@ -34,3 +28,14 @@ def widened(model: nn.Module) -> Iterator[None]:
     finally:
         for module in found:
             module.__dict__.pop("forward", None)
+
+
+def _narrow(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return (
+        (type(module) is nn.Linear or is_conv1d(module))
+        and weight is not None
+        and weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and "forward" not in module.__dict__
+    )

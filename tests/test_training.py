@@ -393,12 +393,12 @@ def test_fit_says_where_bf16_is_slow(monkeypatch, capsys, rates):
     model = plain()
     minilora.inject(model.to(torch.bfloat16), r=2, alpha=3)
     fit(model, max_steps=1, quiet=False, dtype="auto")
-    said = "2 GFLOP/s and float32 at 160, so linears widen it to float32; a base in float32 saves"
+    said = "2 GFLOP/s and float32 at 160, so linears widen it; load the base in float32 to spare"
     assert (said in capsys.readouterr().err) == (rates[1] < rates[0])
     fit(tiny(), max_steps=1, quiet=False, dtype="float32")
     assert "multiplies bfloat16" not in capsys.readouterr().err
     fit(tiny(), max_steps=1, quiet=False, dtype="bfloat16")
-    assert ("widen it to float32; dtype='auto' saves that" in capsys.readouterr().err) == (
+    assert ("widen it; leave dtype at 'auto' to" in capsys.readouterr().err) == (
         rates[1] < rates[0]
     )
 

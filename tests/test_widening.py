@@ -42,11 +42,14 @@ class Products(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.dtypes = set()
+        self.dtypes, self.of_linears = set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in PRODUCTS:
-            self.dtypes |= {a.dtype for a in args if isinstance(a, torch.Tensor)}
+            found = {a.dtype for a in args if isinstance(a, torch.Tensor)}
+            self.dtypes |= found
+            if "bmm" not in func.overloadpacket.__name__:
+                self.of_linears |= found
         return func(*args, **(kwargs or {}))
 
 
@@ -216,12 +219,21 @@ def test_a_transformers_model_trains_with_linears_and_head_in_float32(slow):
     minilora.inject(model, r=2, alpha=3, targets=["q_proj"])
     with Products() as products:
         fit(model, ROWS, config=TrainConfig(max_steps=1))
-    # its own attention multiplies what it is given (rotary frequencies are in f32)
-    assert torch.float32 in products.dtypes
-    seen = Products()
-    with widened(model), seen:
-        model.lm_head(torch.randn(4, 24).to(BF16).requires_grad_()).sum().backward()
-    assert seen.dtypes == {torch.float32}
+    assert products.of_linears == {torch.float32}  # its own attention is left as it is
+
+
+def test_a_call_by_keyword_and_a_layer_without_a_weight_are_left_alone(slow):
+    linear, bare = nn.Linear(5, 3).to(BF16).requires_grad_(False), nn.Linear(5, 3)
+    del bare.weight
+    x = torch.randn(4, 5).to(BF16)
+    plain = linear(input=x)
+    with widened(nn.ModuleList([linear, bare])):
+        assert torch.equal(linear(input=x), plain)
+        with pytest.raises(TypeError, match="positional argument"):
+            linear(x, x)
+        with pytest.raises(RuntimeError, match="shape"):
+            linear(torch.randn(4, 6).to(BF16))
+        assert "forward" not in bare.__dict__
 
 
 def test_what_trains_or_does_more_than_its_class_computes_as_before(slow):

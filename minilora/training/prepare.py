@@ -198,10 +198,10 @@ def slow_dtype(
     if not is_slow(dtype):
         return None
     found = hardware()
-    advice = "a base in float32 saves" if autocast is None else "dtype='auto' saves"
+    advice = "load the base in float32" if autocast is None else "leave dtype at 'auto'"
     return (
         f"this processor multiplies bfloat16 at {found.bfloat16:.0f} GFLOP/s and float32 at "
-        f"{found.float32:.0f}, so linears widen it to float32; {advice} that"
+        f"{found.float32:.0f}, so linears widen it; {advice} to spare that"
     )
 
 
