@@ -19,6 +19,7 @@ from minilora.compiling import compiled
 from minilora.kernels import keep_freed_memory
 from minilora.models import fetch, load_model
 from minilora.planning.shapes import read_shape
+from minilora.widening import widened
 
 LR = 1e-3
 MODELS = ("smollm2-135m", "gpt2", "tinyllama-1.1b")
@@ -191,5 +192,6 @@ def build(model: str, provider: Provider, stack: ExitStack) -> tuple[Any, Callab
         body.register_forward_hook(lambda _, __, out: out.requires_grad_())
     base.train()
     base.gradient_checkpointing = provider.checkpointing
+    stack.enter_context(widened(base))  # likewise
     stack.enter_context(compiled(base, provider.compiled))
     return base, lambda ids: base.loss(ids, ids)
