@@ -33,7 +33,7 @@ from train_providers import DTYPES, LR, MODELS, Provider, build, providers, text
 
 import minilora
 from minilora.kernels import is_slow
-from minilora.planning.calibration import peak_bytes
+from minilora.planning.calibration import forget_peak, peak_bytes
 from minilora.planning.shapes import adapted, read_shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,6 +52,7 @@ def worker(task: dict[str, Any]) -> None:
     shape = (task["rows"], task["tokens"])
     with ExitStack() as stack:
         model, loss_of = build(task["model"], provider, stack)
+        forget_peak()  # of making the weights, which were in full precision once
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LR, fused=True) if trained else None
 

@@ -35,6 +35,7 @@ from .low_rank import (
     row_masks,
 )
 from .probe import Hardware, hardware, is_slow
+from .rowwise import rms_norm, swiglu
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem
 from .workspace import hand_back_freed_memory, keep_freed_memory
@@ -91,8 +92,10 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "quantize_rows",
+    "rms_norm",
     "row_masks",
     "scales_from_bits",
+    "swiglu",
     "triton_lora_linear",
     "triton_problem",
 ]

@@ -7,7 +7,7 @@
 N rows, D hidden, V vocabulary. Only `[chunk, V]` logits exist at a time, in a reused buffer that
 turns into e and then into the gradient; not that is divided by s but the narrow `[chunk, D]`
 product (in float16, whose range e·W may leave, e itself). Where this CPU multiplies bf16 slowly
-the products and the chunk are in f32, and W is widened for the time of the call.
+the products and the chunk are in f32, and W is widened panel by panel.
 The label's entry is formed in f32, so that p − 1 does not cancel. Rows whose label is ignored are
 never multiplied. The gradient is formed in the forward pass; backward only scales it. FLOPs:
 2·N·D·V forward, as much again for grad_h (and for grad_W if asked). Exponents and sums are in f32
@@ -16,7 +16,7 @@ section 3.2.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from .workspace import workspace
 # vocabulary of 49152), and 24 MB in bf16.
 _CHUNK_ELEMENTS = 3 * 2**22
 _CACHED_ELEMENTS = 2**19  # of the rows widened at a time on a CPU: 2 MB in f32
+_PANEL_ELEMENTS = 2**22  # of the head widened at a time, 16 MB in f32
 
 
 def _exponents(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,18 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_exponents, dynamic=True)
 
 
+def _panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the weight in `dtype`: whole where it has it, else panel by panel in one buffer."""
+    if weight.dtype == dtype:
+        yield slice(None), weight
+        return
+    step = max(1, _PANEL_ELEMENTS // max(1, weight.shape[1]))
+    buffer = weight.new_empty((min(step, len(weight)), weight.shape[1]), dtype=dtype)
+    for start in range(0, len(weight), step):
+        panel = weight[start : start + step]
+        yield slice(start, start + step), buffer[: len(panel)].copy_(panel)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, fused: bool) -> Tensor:
@@ -90,16 +103,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         exponents = _compiled() if fused else _exponents_by_rows
         compute = product_dtype(hidden)
-        matrix = weight.to(compute)
         rows = max(32, _CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, len(hidden), rows):
             h, label = hidden[start : start + rows].to(compute), labels[start : start + rows]
             logits = workspace(torch.Size((len(h), len(weight))), h.dtype, h.device)
-            torch.mm(h, matrix.t(), out=logits)
+            for panel, matrix in _panels(weight, compute):
+                torch.mm(h, matrix.t(), out=logits[:, panel])
             sums, losses = exponents(logits, label)
             total += losses.sum()
             if grad_h is not None:
-                grad_h[start : start + rows] = torch.mm(logits, matrix) / sums
+                grad = torch.zeros_like(h)
+                for panel, matrix in _panels(weight, compute):
+                    grad.addmm_(logits[:, panel], matrix)
+                grad_h[start : start + rows] = grad / sums
             if grad_w is not None:
                 grad_w += torch.mm(logits.t(), (h / sums).to(h.dtype))
         ctx.save_for_backward(grad_h, grad_w)

@@ -133,7 +133,7 @@ class _LoRALinear(torch.autograd.Function):
         y = linear_forward(wide, *tensors)
         s = torch.mm(_dropped(wide, mask, p), A.to(wide.dtype).t())
         y.addmm_(s, B.to(wide.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x, A, B, s, mask, *tensors)
+        ctx.save_for_backward(x, A, B, s.to(x.dtype), mask, *tensors)
         ctx.scaling, ctx.p, ctx.linear_grad_x = scaling, p, linear_grad_x
         return y.to(x.dtype)
 
@@ -141,8 +141,8 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, grad_out):
         x, A, B, s, mask, *tensors = ctx.saved_tensors
         grad_x = grad_A = grad_B = None
-        narrow = x.dtype
-        x, grad_out = x.to(s.dtype), grad_out.to(s.dtype)
+        narrow, wide = x.dtype, product_dtype(x)
+        x, grad_out, s = x.to(wide), grad_out.to(wide), s.to(wide)
         with torch.autocast(grad_out.device.type, enabled=False):
             if torch.is_grad_enabled():  # a second derivative needs S as a function of x and A
                 s = torch.mm(_dropped(x, mask, ctx.p), A.to(x.dtype).t())

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -50,6 +50,19 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if lora_layers(block)]
 
 
+def _casts_run_again() -> AbstractContextManager[None]:
+    """Let the backward pass form again what a pass over kept tensors gives.
+
+    By default torch keeps whatever a product of the backward pass reads: inputs widened to f32,
+    gate times up. That is a third to a half of all that is kept, and saves no time
+    (`benchmarks/NOTES.md`).
+    """
+    from torch._functorch import config
+
+    name = "ban_recompute_materialized_backward"  # private, so it may be gone one day
+    return config.patch({name: False}) if hasattr(config, name) else nullcontext()
+
+
 @contextmanager
 def compiled(
     model: nn.Module, wanted: bool, blocks: Iterable[nn.Module] | None = None
@@ -75,7 +88,8 @@ def compiled(
             block.forward = torch.compile(block.forward, dynamic=True)
         if flag is not None:
             model.compiled_loss = True  # type: ignore[assignment]
-        yield
+        with _casts_run_again():  # compilation happens at the first call
+            yield
     finally:
         for block, before in places:
             if before is None:

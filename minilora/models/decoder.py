@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.kernels import causal_attention
+from minilora.kernels import causal_attention, rms_norm, swiglu
 
 from .gpt2_config import GPT2Config
 from .llama_config import LlamaConfig
@@ -103,9 +103,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `weight · x / sqrt(mean(x²) + eps)` in x's dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * unit.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """Show size and eps when printed."""
@@ -183,7 +181,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `down(silu(gate(x)) ⊙ up(x))`."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

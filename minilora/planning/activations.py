@@ -78,10 +78,10 @@ def _llama_block(config: LlamaConfig, linears: dict[str, Linear], p: Pass, first
     ]
     return (
         _inputs(groups, p, first)
-        + 2 * (M * h + M) * _F32  # norms: input in f32, 1 / root mean square
+        + 2 * M * h * p.s  # norms: input
         + M * (q + 2 * kv + q) * p.w  # attention: q, k, v, output
         + M * config.num_attention_heads * _F32  # and its log-sum-exp
-        + M * 3 * i * p.w  # gate, silu(gate), up
+        + M * 2 * i * p.w  # gate, up
     )
 
 
@@ -126,7 +126,7 @@ def block_saved(config: Config, linears: dict[str, Linear], p: Pass, first: bool
 def _norm_saved(config: Config, p: Pass) -> int:
     if isinstance(config, GPT2Config):
         return (p.tokens * config.n_embd + 2 * p.tokens) * p.s
-    return (p.tokens * config.hidden_size + p.tokens) * _F32
+    return p.tokens * config.hidden_size * p.s
 
 
 def saved(config: Config, linears: dict[str, Linear], p: Pass, checkpointing: bool) -> int:

@@ -1,0 +1,105 @@
+"""The passes between a decoder's products, keeping for backward only what they read.
+
+    rms_norm   y = w ∘ u,   u = x ρ,   ρ = 1 / sqrt(mean(x²) + eps)
+               grad_x = ρ (h − u · mean(h ∘ u)),  h = G ∘ w          grad_w = Σ G ∘ u
+    swiglu     y = silu(a) ∘ b
+               grad_a = G ∘ b ∘ silu'(a)                             grad_b = G ∘ silu(a)
+
+Ordinary autograd keeps x widened to f32, and silu(a) beside a. Here ρ, u and silu(a) are formed
+again in the backward pass, which costs a pass over a row where a layer's products cost hundreds.
+Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; Shazeer 2020, "GLU Variants
+Improve Transformer".
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return u and ρ, in f32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide * scale, scale
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * _unit(x, eps)[0].to(x.dtype)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _silu_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad_out, gate)
+    s = gate.sigmoid()  # torch's own pass has no derivative
+    return grad_out * (s * (1 + gate * (1 - s)))
+
+
+class _RMSNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(_rms_norm)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        unit, scale = _unit(x, ctx.eps)
+        grad = grad_out.to(unit.dtype)
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            h = grad * weight
+            along = (h * unit).mean(-1, keepdim=True)
+            grad_x = ((h - unit * along) * scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = (grad * unit).reshape(-1, x.shape[-1])
+            grad_w = rows.sum(0).to(weight.dtype)
+        return grad_x, grad_w, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(_swiglu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad_gate = grad_up = None
+        if ctx.needs_input_grad[0]:
+            grad_gate = _silu_backward(grad_out * up, gate)
+        if ctx.needs_input_grad[1]:
+            grad_up = grad_out * F.silu(gate)
+        return grad_gate, grad_up
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return `weight · x / sqrt(mean(x²) + eps)`, the mean over each row.
+
+    Args:
+        x: `[..., D]` floating point; kept for backward as it is. Narrower ones are normed in f32.
+        weight: `[D]`.
+        eps: what keeps a row of zeros from a division by zero.
+
+    Returns:
+        `[..., D]`, the unit row rounded to x's dtype, times the weight.
+    """
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return _rms_norm(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return `silu(gate) · up`, both `[..., I]`, kept for backward."""
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up)
