@@ -1,10 +1,10 @@
 """Draw tokens per second of `train_step.py`'s rows, and print them as a table for README.
 
     PYTHONPATH=benchmarks python benchmarks/train_chart.py [--model smollm2-135m]
-        [--rows 4] [--tokens 256]
+        [--rows 4] [--tokens 256] [--commit NAME ...]
 
-Reads benchmarks/results/train_step.csv (the newest row of a provider counts), writes
-docs/train_step.png.
+Reads benchmarks/results/train_step.csv, writes docs/train_step.png. Of the rows measured on the
+processor of the last one, at the commits named if any are, the newest of each provider counts.
 """
 
 import argparse
@@ -16,15 +16,23 @@ from train_step import RESULTS, table
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "train_step.png"
 
 
-def chosen(file: Path, model: str, rows: int, tokens: int) -> list[dict[str, str]]:
-    """Return the newest row of each provider at one setting, fastest first, limits last."""
-    setting = (model, str(rows), str(tokens), "8", "all")
+def at(
+    file: Path, model: str, rows: int, tokens: int, r: int = 8, targets: str = "all"
+) -> list[dict[str, str]]:
+    """Return the rows at one setting that were measured on the processor of the last of them."""
+    setting = (model, str(rows), str(tokens), str(r), targets)
     with open(file, newline="", encoding="utf-8") as opened:
-        found = {
-            row["provider"]: row
+        found = [
+            row
             for row in csv.DictReader(opened)
             if tuple(row[key] for key in ("model", "rows", "tokens", "r", "targets")) == setting
-        }
+        ]
+    return [row for row in found if row["processor"] == found[-1]["processor"]]
+
+
+def chosen(rows: list[dict[str, str]], commits: list[str]) -> list[dict[str, str]]:
+    """Return the newest row of each provider, fastest first, limits last."""
+    found = {row["provider"]: row for row in rows if not commits or row["commit"] in commits}
     return sorted(
         found.values(),
         key=lambda row: (row["provider"].startswith("limit"), -float(row["tokens_per_s"] or 0)),
@@ -57,8 +65,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--commit", nargs="+", default=[], metavar="NAME")
     options = parser.parse_args()
-    rows = chosen(RESULTS / "train_step.csv", options.model, options.rows, options.tokens)
+    measured = at(RESULTS / "train_step.csv", options.model, options.rows, options.tokens)
+    rows = chosen(measured, options.commit)
     if not rows:
         parser.error("train_step.csv has no rows of that setting; run benchmarks/train_step.py")
     first = rows[0]

@@ -190,6 +190,14 @@ def row(process: Process, options: argparse.Namespace, reference: Any) -> dict[s
     }  # fmt: skip
 
 
+def processor() -> str:
+    """Return the processor's name and family: clouds call several generations by one name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    family = [line.split(":")[1].strip() for line in lines if line.startswith("cpu family")]
+    return " family ".join([minilora.hardware().name, *family[:1]])
+
+
 def conditions(options: argparse.Namespace) -> dict[str, object]:
     found = minilora.hardware()
     commit = subprocess.run(
@@ -198,7 +206,7 @@ def conditions(options: argparse.Namespace) -> dict[str, object]:
     ).stdout.strip()  # fmt: skip
     return {
         "model": options.model, "rows": options.rows, "tokens": options.tokens,
-        "r": options.r, "targets": options.targets, "processor": found.name,
+        "r": options.r, "targets": options.targets, "processor": processor(),
         "flags": " ".join(found.flags), "threads": options.threads, "torch": torch.__version__,
         "commit": commit, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
