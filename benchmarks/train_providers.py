@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import minilora
 from minilora.compiling import compiled
-from minilora.kernels import keep_freed_memory
+from minilora.kernels import hand_back_freed_memory, keep_freed_memory
 from minilora.models import fetch, load_model
 from minilora.planning.shapes import read_shape
 from minilora.widening import widened
@@ -180,9 +180,10 @@ def build(model: str, provider: Provider, stack: ExitStack) -> tuple[Any, Callab
         del base
         loss_of: Any = torch.compile(theirs) if provider.compiled else theirs
         return theirs, lambda ids: loss_of(input_ids=ids, labels=ids).loss
-    keep_freed_memory()  # as `minilora.fit` does
     if provider.format is not None:
         minilora.quantize(base, provider.format)
+        hand_back_freed_memory()  # the full weights; `load_quantized` never holds them all
+    keep_freed_memory()  # as `minilora.fit` does
     if provider.adapters:
         targets = targets_of(base, provider)
         minilora.inject(base, r=provider.r, alpha=2 * provider.r, targets=targets)

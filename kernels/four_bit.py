@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu import int4_rows
+from .cpu import can_decode, int4_rows, int4_weights, nf4_weights
 from .int8 import (
     add_bias,
     forward_product,
@@ -109,6 +109,10 @@ def nf4_dequantize(
         out: where to; its dtype is what weights are rounded to.
     """
     n, line = shape.numel(), out.view(-1)
+    if out.dtype == torch.float32 and block % 2 == 0 and can_decode(packed, absmax, out):
+        pairs = _PAIRS.view(torch.float32).view(256, 2)
+        nf4_weights(packed.contiguous(), absmax.contiguous(), pairs, block, line)
+        return out
     step = max(1, _PANEL // (2 * block)) * 2 * block
     for start in range(0, n, step):
         stop = min(n, start + step)
@@ -207,6 +211,33 @@ def int4_codes(packed: Tensor, steps: Tensor, group: int) -> Tensor:
     return out
 
 
+# Opaque to the compiler for the same reasons as `_nf4_weight_op`.
+@torch.library.custom_op("minilora::int4_weight", mutates_args=())
+def _int4_weight_op(packed: Tensor, steps: Tensor, group: int) -> Tensor:
+    out = torch.empty(packed.shape[0], 2 * packed.shape[1], device=packed.device)
+    if can_decode(packed, steps):
+        int4_weights(packed.contiguous(), steps.contiguous(), group, out)
+        return out
+    return out.copy_(int4_codes(packed, steps, group))
+
+
+@_int4_weight_op.register_fake
+def _(packed, steps, group):
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.float32)
+
+
+def _int4_weight(packed: Tensor, steps: Tensor, group: int) -> Tensor:
+    """Return `q · s` in f32 `[N, K]`, for a product of floats on a CPU."""
+    if torch.compiler.is_compiling():
+        return _int4_weight_op(packed, steps, group)
+    if not can_decode(packed, steps):
+        return int4_codes(packed, steps, group)
+    shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
+    out = workspace(shape, torch.float32, packed.device)
+    int4_weights(packed.contiguous(), steps.contiguous(), group, out)
+    return out
+
+
 def int4_linear(
     packed: Tensor,
     steps: Tensor,
@@ -232,13 +263,17 @@ def int4_linear(
     product = forward_product(forward, outliers)
     gradient = int8_grad_x if backward == "int8" else int8_grad_x_dequantized
 
+    def codes(x, packed, steps, way):
+        floats = way != "int8" and x.dtype == torch.float32 and x.device.type == "cpu"
+        return (_int4_weight if floats else int4_codes)(packed, steps, group)
+
     def linear_forward(x, packed, steps, bits, bias):
         if forward == "few" and is_few(x):
             y = int4_rows(x.to(torch.float32), packed, steps, scales_from_bits(bits), group)
             return add_bias(y, bias).to(x.dtype)
-        return product(x, int4_codes(packed, steps, group), bits, bias)
+        return product(x, codes(x, packed, steps, forward), bits, bias)
 
     def linear_grad_x(grad_out, packed, steps, bits, bias):
-        return gradient(grad_out, int4_codes(packed, steps, group), bits, bias)
+        return gradient(grad_out, codes(grad_out, packed, steps, backward), bits, bias)
 
     return FrozenLinear((packed, steps, bits, bias), linear_forward, linear_grad_x)

@@ -135,6 +135,8 @@ def int8_grad_x(grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | No
 
 
 def _cast(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    if codes.dtype == dtype:  # INT4's, decoded to floats
+        return codes
     return workspace(codes.shape, dtype, codes.device).copy_(codes)
 
 

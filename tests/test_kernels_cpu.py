@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.kernels import cpu, int4_rows, int8_rows, reference
+import minilora
+from minilora.kernels import NF4_TABLE, cpu, four_bit, int4_rows, int8_rows, reference
 
 needs_compiler = pytest.mark.skipif(cpu.native() is None, reason="no C compiler that will do")
 
@@ -115,6 +116,103 @@ def test_nothing_beside_the_result_is_written_and_nan_is_kept(library):
         finite = [0, 1, 4]
         assert_right(whole[1:6][finite], x[finite], weight)
         assert whole[3].isnan().all() and not whole[4].isfinite().any()
+
+
+def nf4_operands(n, block, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, (-(-n // 2),), generator=generator, dtype=torch.uint8)
+    return packed, torch.rand(-(-n // block), generator=generator) + 0.1
+
+
+PAIRS = torch.tensor([[NF4_TABLE[byte // 16], NF4_TABLE[byte % 16]] for byte in range(256)])
+
+
+@settings(max_examples=60)
+@given(n=st.integers(1, 700), block=st.sampled_from([2, 32, 64, 256, 4096]), seed=st.integers(0, 9))
+def test_nf4_weights_are_table_times_scale_rounded_once(library, n, block, seed):
+    """Odd lengths and last blocks that are not full too; beside `out` nothing is written."""
+    packed, absmax = nf4_operands(n, block, seed)
+    whole = torch.full((n + 2,), 7.0)
+    operands = (packed, absmax, PAIRS, whole[1:-1])
+    library.minilora_nf4_weights(*(t.data_ptr() for t in operands), n, block)
+    scales = absmax.repeat_interleave(block)[:n]
+    wanted = PAIRS.double()[packed.long()].reshape(-1)[:n] * scales.double()
+    assert torch.equal(whole[1:-1], wanted.float())
+    assert whole[0] == whole[-1] == 7
+
+
+@settings(max_examples=60)
+@given(
+    N=st.integers(1, 9),
+    group=st.sampled_from([2, 8, 32, 64]),
+    groups=st.integers(1, 9),
+    seed=st.integers(0, 9),
+)
+def test_int4_weights_are_codes_times_steps(library, N, group, groups, seed):
+    """Groups that begin in the low half and end in the high one too."""
+    _, packed, steps, scales = int4_operands(1, N, group * groups, group, seed)
+    whole = torch.full((N + 2, group * groups), 7.0)
+    operands = (packed, steps, whole[1:-1])
+    library.minilora_int4_weights(*(t.data_ptr() for t in operands), *whole[1:-1].shape, group)
+    wanted = int4_weight(packed, steps, torch.ones_like(scales), group)
+    assert torch.equal(whole[1:-1].double(), wanted)
+    assert (whole[[0, -1]] == 7).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_decode_alike_in_c_and_in_torch(monkeypatch, dtype):
+    """Outputs and gradients of both formats to the bit, compiled ones to f32's rounding."""
+    x, G = torch.randn(33, 192).to(dtype), torch.randn(33, 40).to(dtype)
+    for format in ("nf4", "int4"):
+        model = torch.nn.Sequential(torch.nn.Linear(192, 40))
+        (layer,) = minilora.quantize(model, format, compute="dequantize", grad_compute="dequantize")
+        frozen, found = layer.frozen(), []
+
+        @torch.no_grad()
+        def both(x, G, frozen=frozen):
+            y = frozen.linear_forward(x, *frozen.tensors)
+            return y, frozen.linear_grad_x(G, *frozen.tensors)
+
+        for has in (True, False):
+            monkeypatch.setattr(four_bit, "can_decode", lambda *_, has=has: has)
+            found += both(x, G)
+        torch.testing.assert_close(torch.compile(both)(x, G), tuple(found[:2]))
+        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+        W = layer.dequantize().double()
+        torch.testing.assert_close(found[1].double(), G.double() @ W, rtol=2e-2, atol=2e-2)
+
+
+@needs_compiler
+def test_operands_that_do_not_fit_are_refused_before_c_reads_them():
+    packed, absmax = nf4_operands(128, 64)
+    out = torch.empty(128)
+    cpu.nf4_weights(packed, absmax, PAIRS, 64, out)
+    for bad in (
+        (packed[1:], absmax, PAIRS, 64, out),
+        (packed, absmax[1:], PAIRS, 64, out),
+        (packed, absmax, PAIRS[1:], 64, out),
+        (packed, absmax, PAIRS, 63, out),
+        (packed, absmax, PAIRS, 0, out),
+        (packed, absmax.double(), PAIRS, 64, out),
+        (packed, absmax, PAIRS, 64, torch.empty(256)[::2]),
+    ):
+        with pytest.raises(ValueError, match="128 NF4 weights in even blocks take"):
+            cpu.nf4_weights(*bad)
+    _, packed, steps, _ = int4_operands(1, 3, 64, 32)
+    out = torch.empty(3, 64)
+    cpu.int4_weights(packed, steps, 32, out)
+    for bad in (
+        (packed[1:], steps, 32, out),
+        (packed, steps[:, 1:], 32, out),
+        (packed, steps, 64, out),
+        (packed, steps, 0, out),
+        (packed, steps.int(), 32, out),
+        (packed, steps, 32, out.double()),
+        (packed, steps, 32, torch.empty(64, 3).t()),
+    ):
+        with pytest.raises(ValueError, match="INT4 weights take dense codes"):
+            cpu.int4_weights(*bad)
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -242,6 +340,7 @@ def test_where_nothing_can_be_built_torch_computes_the_same(tmp_path, monkeypatc
         assert torch.equal(int8_rows(x[1:2], *stored), int8_rows(x, *stored)[1:2])
         x, *stored = int4_operands(3, 9, 96, 32)
         assert_right(int4_rows(x, *stored, 32), x, int4_weight(*stored, 32))
+        assert not cpu.can_decode(x)
     finally:
         cpu.native.cache_clear()
     assert not list(tmp_path.rglob("*.so"))

@@ -1,4 +1,6 @@
-"""Products in C for few rows on a CPU, compiled when first needed; torch computes them without.
+"""Products of few rows and 4-bit weights for many in C on a CPU, compiled when first needed.
+
+Where nothing can be compiled torch computes the same.
 
 `rows.c` is built by the C compiler there is (`CC`, else cc, gcc or clang; under half a second) into
 the cache folder, under a name that holds a hash of its source and the platform. It is linked to no
@@ -68,8 +70,10 @@ def _open(library: Path) -> ctypes.CDLL | None:
                 return None
     try:
         opened = ctypes.CDLL(str(library))
-        for name, tensors, sizes in (("minilora_int8_rows", 4, 3), ("minilora_int4_rows", 5, 4)):
-            function = getattr(opened, name)
+        for name, tensors, sizes in (
+            ("int8_rows", 4, 3), ("int4_rows", 5, 4), ("nf4_weights", 4, 2), ("int4_weights", 3, 3)
+        ):  # fmt: skip
+            function = getattr(opened, f"minilora_{name}")
             function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_long] * sizes
             function.restype = None
     except (OSError, AttributeError):
@@ -158,6 +162,63 @@ def _int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: 
         return q.mul_(steps[rows].repeat_interleave(group, dim=1))
 
     return _in_torch(x, scales, decode)
+
+
+def can_decode(*tensors: Tensor) -> bool:
+    """Tell whether C may write these tensors' weights: plain ones, on a CPU, and a library."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return plain and native() is not None
+
+
+def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
+    """Decode NF4 into `out`, where `can_decode`.
+
+    Args:
+        packed: uint8 `[⌈n/2⌉]`.
+        absmax: f32 `[⌈n/block⌉]`.
+        pairs: f32 `[256, 2]`, the two weights of each byte.
+        block: even.
+        out: f32 `[n]`, dense; written.
+
+    Raises:
+        ValueError: operands of another dtype, size or layout.
+    """
+    n, parts = out.numel(), (packed, absmax, pairs, out)
+    found = [(t.dtype, t.numel(), t.is_contiguous()) for t in parts]
+    wanted = [(torch.uint8, -(-n // 2)), (torch.float32, -(-n // max(1, block)))]
+    wanted += [(torch.float32, 512), (torch.float32, n)]
+    if found != [(*pair, True) for pair in wanted] or block < 2 or block % 2:
+        raise ValueError(
+            f"{n} NF4 weights in even blocks take dense codes, scales, table and out of {wanted}, "
+            f"found {found} and blocks of {block}; pass those of one matrix"
+        )
+    library: Any = native()
+    library.minilora_nf4_weights(*(t.data_ptr() for t in parts), n, block)
+
+
+def int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
+    """Decode INT4 into `out` but for the channels' scales, where `can_decode`.
+
+    Args:
+        packed: uint8 `[N, K/2]`, as for `int4_rows`.
+        steps: uint8 `[N, K/group]`.
+        group: weights of a row that share a step.
+        out: f32 `[N, K]`, dense; written.
+
+    Raises:
+        ValueError: operands of another dtype, shape or layout.
+    """
+    N, K = out.shape
+    found = [(t.dtype, list(t.shape), t.is_contiguous()) for t in (packed, steps, out)]
+    sizes = [(torch.uint8, [N, K // 2]), (torch.uint8, [N, K // max(1, group)])]
+    wanted = [(*pair, True) for pair in [*sizes, (torch.float32, [N, K])]]
+    if found != wanted or K % 2 or group < 1 or K % group:
+        raise ValueError(
+            f"INT4 weights take dense codes, steps and out of {wanted}, found {found} and groups "
+            f"of {group}; pass those of one matrix"
+        )
+    library: Any = native()
+    library.minilora_int4_weights(*(t.data_ptr() for t in (packed, steps, out)), N, K, group)
 
 
 def _int8_shape(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

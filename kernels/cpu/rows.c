@@ -4,6 +4,9 @@
      INT8   W[n, k] = scale[n] · codes[n, k]                     codes int8 [N, K]
      INT4   W[n, k] = scale[n] · steps[n, k / group] · (q − 8)   steps uint8 [N, K / group]
             q: column j low, column j + K/2 high nibble of packed uint8 [N, K/2]
+   and W itself for many rows, which torch multiplies:
+     NF4    out[i] = absmax[i / block] · pairs[2 · byte + (i & 1)]  two weights a byte
+     INT4   out[n, k] = steps[n, k / group] · (q − 8), without the scale
    One token's product costs the bytes of W, read once for all rows of X. Sums run in f32, in an
    order that follows from K and the processor, not from M or the number of threads. */
 
@@ -131,4 +134,38 @@ void minilora_int4_rows(const float *x, const unsigned char *packed, const unsig
   for (long n = 0; n < N; n++)
     (fast ? int4_avx2 : int4_plain)(x, packed + n * (K / 2), steps + n * (K / group), scale[n],
                                     y + n, M, N, K, group);
+}
+
+/* pairs f32 [256, 2]: the two weights of each byte; block is even, n may be odd. */
+void minilora_nf4_weights(const unsigned char *packed, const float *absmax, const float *pairs,
+                          float *out, long n, long block) {
+  long blocks = (n + block - 1) / block;
+#pragma omp parallel for schedule(static)
+  for (long b = 0; b < blocks; b++) {
+    const unsigned char *bytes = packed + b * block / 2;
+    float *line = out + b * block, scale = absmax[b];
+    long rest = n - b * block, count = rest < block ? rest : block;
+    for (long j = 0; j < count / 2; j++) {
+      const float *two = pairs + 2 * bytes[j];
+      line[2 * j] = two[0] * scale;
+      line[2 * j + 1] = two[1] * scale;
+    }
+    if (count & 1) line[count - 1] = pairs[2 * bytes[count / 2]] * scale;
+  }
+}
+
+void minilora_int4_weights(const unsigned char *packed, const unsigned char *steps, float *out,
+                           long N, long K, long group) {
+  long half = K / 2;
+#pragma omp parallel for schedule(static)
+  for (long n = 0; n < N; n++) {
+    const unsigned char *bytes = packed + n * half, *step = steps + n * (K / group);
+    float *line = out + n * K;
+    for (long start = 0; start < K; start += group) {
+      float s = step[start / group];
+      long end = start + group, low = end < half ? end : half, high = start > half ? start : half;
+      for (long k = start; k < low; k++) line[k] = s * (float)((bytes[k] & 15) - 8);
+      for (long k = high; k < end; k++) line[k] = s * (float)((bytes[k - half] >> 4) - 8);
+    }
+  }
 }
