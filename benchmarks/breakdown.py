@@ -28,9 +28,10 @@ from train_step import conditions
 RESULTS = Path(__file__).parent / "results" / "breakdown.csv"
 NEW, PROMPT = 64, 512
 KINDS = (  # the first whose prefix fits
-    ("products", ("aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "minilora::int")),
+    ("products", ("aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "minilora::int8_rows",
+                  "minilora::int4_rows")),
     ("attention", ("aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product", "aten::_softmax")),
-    ("decoding weights", ("minilora::nf4",)),
+    ("decoding weights", ("minilora::nf4", "minilora::int4_weight")),
     ("optimizer", ("aten::_fused_adam",)),
     ("copies and casts", ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::cat",
                           "aten::zero_", "aten::fill_")),

@@ -4,11 +4,13 @@
         [--rows 4] [--tokens 256] [--commit NAME ...]
 
 Reads benchmarks/results/train_step.csv, writes docs/train_step.png. Of the rows measured on the
-processor of the last one, at the commits named if any are, the newest of each provider counts.
+processor of the last one, of those at the commits named if any are, the newest of each provider
+counts.
 """
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from train_step import RESULTS, table
@@ -17,7 +19,13 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "train_step.png"
 
 
 def at(
-    file: Path, model: str, rows: int, tokens: int, r: int = 8, targets: str = "all"
+    file: Path,
+    model: str,
+    rows: int,
+    tokens: int,
+    r: int = 8,
+    targets: str = "all",
+    commits: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """Return the rows at one setting that were measured on the processor of the last of them."""
     setting = (model, str(rows), str(tokens), str(r), targets)
@@ -26,13 +34,14 @@ def at(
             row
             for row in csv.DictReader(opened)
             if tuple(row[key] for key in ("model", "rows", "tokens", "r", "targets")) == setting
+            and (not commits or row["commit"] in commits)
         ]
     return [row for row in found if row["processor"] == found[-1]["processor"]]
 
 
-def chosen(rows: list[dict[str, str]], commits: list[str]) -> list[dict[str, str]]:
+def newest(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Return the newest row of each provider, fastest first, limits last."""
-    found = {row["provider"]: row for row in rows if not commits or row["commit"] in commits}
+    found = {row["provider"]: row for row in rows}
     return sorted(
         found.values(),
         key=lambda row: (row["provider"].startswith("limit"), -float(row["tokens_per_s"] or 0)),
@@ -67,10 +76,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--commit", nargs="+", default=[], metavar="NAME")
     options = parser.parse_args()
-    measured = at(RESULTS / "train_step.csv", options.model, options.rows, options.tokens)
-    rows = chosen(measured, options.commit)
+    setting = (options.model, options.rows, options.tokens)
+    rows = newest(at(RESULTS / "train_step.csv", *setting, commits=options.commit))
     if not rows:
-        parser.error("train_step.csv has no rows of that setting; run benchmarks/train_step.py")
+        parser.error(
+            "train_step.csv has no rows of that setting and commit; run benchmarks/train_step.py"
+        )
     first = rows[0]
     title = (
         f"{options.model}, {options.rows} × {options.tokens} tokens, r=8 on all linears\n"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from train_chart import at, chosen
+from train_chart import at, newest
 from train_step import RESULTS
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "train_curves.png"
@@ -42,14 +42,21 @@ def draw(file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    by_setting = {}
+    for setting in (s for panel in PANELS.values() for s in panel):
+        rows = at(file, "smollm2-135m", 1, *setting)
+        by_setting[setting] = {row["provider"]: row for row in newest(rows) if row["seconds"]}
+    processors = {by_setting[s].get(n, {}).get("processor") for s in by_setting for n in NAMES}
+    if len(processors) != 1 or None in processors:
+        raise SystemExit(
+            f"train_step.csv must have both rows of every setting from one processor, found "
+            f"{processors}; run this without --draw"
+        )
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.6), sharex="col")
     for column, (title, settings) in zip(axes.T, PANELS.items(), strict=True):
         labels = [str(s[("tokens", "rank r", "adapted linears").index(title)]) for s in settings]
         for name, color in zip(NAMES, ("#c9713b", "#2a6f97"), strict=True):
-            rows = [
-                {row["provider"]: row for row in chosen(at(file, "smollm2-135m", 1, *s), [])}[name]
-                for s in settings
-            ]
+            rows = [by_setting[s][name] for s in settings]
             for axis, unit, values in (
                 (column[0], "seconds a step", [float(row["seconds"]) for row in rows]),
                 (column[1], "peak memory, MB", [float(row["peak_mb"]) for row in rows]),

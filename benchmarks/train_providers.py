@@ -178,11 +178,12 @@ def build(model: str, provider: Provider, stack: ExitStack) -> tuple[Any, Callab
     if provider.code == "peft":
         theirs = peft_model(base, provider).train()
         del base
+        hand_back_freed_memory()  # of building: full weights, a second model
         loss_of: Any = torch.compile(theirs) if provider.compiled else theirs
         return theirs, lambda ids: loss_of(input_ids=ids, labels=ids).loss
     if provider.format is not None:
         minilora.quantize(base, provider.format)
-        hand_back_freed_memory()  # the full weights; `load_quantized` never holds them all
+    hand_back_freed_memory()
     keep_freed_memory()  # as `minilora.fit` does
     if provider.adapters:
         targets = targets_of(base, provider)

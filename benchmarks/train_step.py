@@ -9,7 +9,8 @@ one step, so a slow minute of a shared machine hits all of them. As many as fit 
 together, `--anchor` with each group. Before the timing every provider makes ten steps of
 `--checked-tokens` (128); where its loss at the first or the last is more than 2 % off the anchor's,
 the row says "wrong" and has no time. The limit is what the step's matrix products take when each is
-timed alone (in f32 where bf16 is slow), torch's own attention included. Rows are added to
+timed alone (in f32 where bf16 is slow), torch's own attention included. The peak is that of the
+steps, what building the model took is handed back and forgotten first. Rows are added to
 benchmarks/results/train_step.csv.
 """
 
@@ -52,7 +53,7 @@ def worker(task: dict[str, Any]) -> None:
     shape = (task["rows"], task["tokens"])
     with ExitStack() as stack:
         model, loss_of = build(task["model"], provider, stack)
-        forget_peak()  # of making the weights, which were in full precision once
+        forget_peak()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LR, fused=True) if trained else None
 

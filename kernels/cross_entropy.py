@@ -103,7 +103,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         exponents = _compiled() if fused else _exponents_by_rows
         compute = product_dtype(hidden)
-        rows = max(32, _CHUNK_ELEMENTS // weight.shape[0])
+        # Each chunk widens the head anew, twice, which 256 rows make a twentieth of its products.
+        least = 32 if weight.dtype == compute else 256
+        rows = max(least, _CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, len(hidden), rows):
             h, label = hidden[start : start + rows].to(compute), labels[start : start + rows]
             logits = workspace(torch.Size((len(h), len(weight))), h.dtype, h.device)

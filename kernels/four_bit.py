@@ -43,8 +43,8 @@ NF4_TABLE = (
 
 
 def _pairs() -> Tensor:
-    table = torch.tensor(NF4_TABLE)
-    byte = torch.arange(256)
+    table = torch.tensor(NF4_TABLE, device="cpu")  # whatever the default device is
+    byte = torch.arange(256, device="cpu")
     return torch.stack([table[byte // 16], table[byte % 16]], dim=1).view(torch.int64).reshape(-1)
 
 
@@ -109,7 +109,7 @@ def nf4_dequantize(
         out: where to; its dtype is what weights are rounded to.
     """
     n, line = shape.numel(), out.view(-1)
-    if out.dtype == torch.float32 and block % 2 == 0 and can_decode(packed, absmax, out):
+    if out.dtype == torch.float32 and block % 2 == 0 and can_decode(out):
         pairs = _PAIRS.view(torch.float32).view(256, 2)
         nf4_weights(packed.contiguous(), absmax.contiguous(), pairs, block, line)
         return out
@@ -122,7 +122,8 @@ def nf4_dequantize(
 
 
 # Opaque to the compiler, which does not vectorize the look-up (6 times slower on a CPU) and would
-# have to trace the loop over panels.
+# have to trace the loop over panels. `like`, x or grad_out, gives the dtype; without it the calls
+# of both passes would be one call, whose result is kept from the forward to the backward pass.
 @torch.library.custom_op("minilora::nf4_weight", mutates_args=())
 def _nf4_weight_op(
     packed: Tensor,
@@ -132,25 +133,25 @@ def _nf4_weight_op(
     N: int,
     K: int,
     block: int,
-    dtype: torch.dtype,
+    like: Tensor,
 ) -> Tensor:
     # Not the workspace: the compiler may decode a second matrix before it has read the first.
-    out = torch.empty(N, K, dtype=dtype, device=packed.device)
+    out = torch.empty(N, K, dtype=like.dtype, device=packed.device)
     scales = nf4_absmax(absmax, absmax2, offset)
     return nf4_dequantize(packed.reshape(-1), scales, block, out.shape, out)
 
 
 @_nf4_weight_op.register_fake
-def _(packed, absmax, absmax2, offset, N, K, block, dtype):
-    return packed.new_empty((N, K), dtype=dtype)
+def _(packed, absmax, absmax2, offset, N, K, block, like):
+    return packed.new_empty((N, K), dtype=like.dtype)
 
 
-def _nf4_weight(dtype, packed, absmax, absmax2, offset, sizes) -> Tensor:
+def _nf4_weight(like, packed, absmax, absmax2, offset, sizes) -> Tensor:
     N, K, block = sizes
     if torch.compiler.is_compiling():
-        return _nf4_weight_op(packed, absmax, absmax2, offset, N, K, block, dtype)
+        return _nf4_weight_op(packed, absmax, absmax2, offset, N, K, block, like)
     shape = torch.Size((N, K))
-    out = workspace(shape, dtype, packed.device)
+    out = workspace(shape, like.dtype, packed.device)
     scales = nf4_absmax(absmax, absmax2, offset)
     return nf4_dequantize(packed.reshape(-1), scales, block, shape, out)
 
@@ -178,11 +179,11 @@ def nf4_linear(
     sizes = (*shape, block)
 
     def forward(x, packed, absmax, absmax2, offset, bias):
-        W = _nf4_weight(x.dtype, packed, absmax, absmax2, offset, sizes)
+        W = _nf4_weight(x, packed, absmax, absmax2, offset, sizes)
         return F.linear(x, W, None if bias is None else bias.to(x.dtype))
 
     def grad_x(grad_out, packed, absmax, absmax2, offset, bias):
-        W = _nf4_weight(grad_out.dtype, packed, absmax, absmax2, offset, sizes)
+        W = _nf4_weight(grad_out, packed, absmax, absmax2, offset, sizes)
         return torch.mm(grad_out, W)
 
     return FrozenLinear((packed, absmax, absmax2, offset, bias), forward, grad_x)
@@ -211,31 +212,31 @@ def int4_codes(packed: Tensor, steps: Tensor, group: int) -> Tensor:
     return out
 
 
-# Opaque to the compiler for the same reasons as `_nf4_weight_op`.
+def _int4_decoded(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> Tensor:
+    if not can_decode(out):
+        return out.copy_(int4_codes(packed, steps, group))
+    int4_weights(packed.contiguous(), steps.contiguous(), group, out)
+    return out
+
+
+# Opaque to the compiler, and with `like`, for the same reasons as `_nf4_weight_op`.
 @torch.library.custom_op("minilora::int4_weight", mutates_args=())
-def _int4_weight_op(packed: Tensor, steps: Tensor, group: int) -> Tensor:
-    out = torch.empty(packed.shape[0], 2 * packed.shape[1], device=packed.device)
-    if can_decode(packed, steps):
-        int4_weights(packed.contiguous(), steps.contiguous(), group, out)
-        return out
-    return out.copy_(int4_codes(packed, steps, group))
+def _int4_weight_op(packed: Tensor, steps: Tensor, group: int, like: Tensor) -> Tensor:
+    out = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=like.dtype, device=packed.device)
+    return _int4_decoded(packed, steps, group, out)
 
 
 @_int4_weight_op.register_fake
-def _(packed, steps, group):
-    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.float32)
+def _(packed, steps, group, like):
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=like.dtype)
 
 
-def _int4_weight(packed: Tensor, steps: Tensor, group: int) -> Tensor:
+def _int4_weight(packed: Tensor, steps: Tensor, group: int, like: Tensor) -> Tensor:
     """Return `q · s` in f32 `[N, K]`, for a product of floats on a CPU."""
     if torch.compiler.is_compiling():
-        return _int4_weight_op(packed, steps, group)
-    if not can_decode(packed, steps):
-        return int4_codes(packed, steps, group)
+        return _int4_weight_op(packed, steps, group, like)
     shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
-    out = workspace(shape, torch.float32, packed.device)
-    int4_weights(packed.contiguous(), steps.contiguous(), group, out)
-    return out
+    return _int4_decoded(packed, steps, group, workspace(shape, like.dtype, packed.device))
 
 
 def int4_linear(
@@ -264,8 +265,9 @@ def int4_linear(
     gradient = int8_grad_x if backward == "int8" else int8_grad_x_dequantized
 
     def codes(x, packed, steps, way):
-        floats = way != "int8" and x.dtype == torch.float32 and x.device.type == "cpu"
-        return (_int4_weight if floats else int4_codes)(packed, steps, group)
+        if way != "int8" and x.dtype == torch.float32 and x.device.type == "cpu":
+            return _int4_weight(packed, steps, group, x)
+        return int4_codes(packed, steps, group)
 
     def linear_forward(x, packed, steps, bits, bias):
         if forward == "few" and is_few(x):

@@ -84,6 +84,11 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, grad_up
 
 
+def _recorded(*tensors: Tensor) -> bool:
+    """Tell whether backward will be asked for; else plain operations, which also have tangents."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `weight · x / sqrt(mean(x²) + eps)`, the mean over each row.
 
@@ -95,11 +100,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         `[..., D]`, the unit row rounded to x's dtype, times the weight.
     """
-    if torch.is_grad_enabled():
+    if _recorded(x, weight):
         return _RMSNorm.apply(x, weight, eps)
     return _rms_norm(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return `silu(gate) · up`, both `[..., I]`, kept for backward."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up)
+    return _SwiGLU.apply(gate, up) if _recorded(gate, up) else _swiglu(gate, up)

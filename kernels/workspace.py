@@ -24,7 +24,8 @@ def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
         return torch.empty(shape, dtype=dtype, device=device)
     held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})
     if dtype not in held or held[dtype].numel() < shape.numel():
-        held[dtype] = torch.empty(shape.numel(), dtype=dtype)
+        with torch.inference_mode(False):  # else it could not be written to in training
+            held[dtype] = torch.empty(shape.numel(), dtype=dtype, device=device)
     return held[dtype][: shape.numel()].view(shape)
 
 

@@ -55,7 +55,7 @@ def _casts_run_again() -> AbstractContextManager[None]:
 
     By default torch keeps whatever a product of the backward pass reads: inputs widened to f32,
     gate times up. That is a third to a half of all that is kept, and saves no time
-    (`benchmarks/NOTES.md`).
+    (`benchmarks/NOTES.md`). Holds for all that this thread compiles meanwhile.
     """
     from torch._functorch import config
 

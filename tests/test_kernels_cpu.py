@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora.kernels import NF4_TABLE, cpu, four_bit, int4_rows, int8_rows, reference
+from minilora.kernels.workspace import workspace
 
 needs_compiler = pytest.mark.skipif(cpu.native() is None, reason="no C compiler that will do")
 
@@ -160,27 +161,57 @@ def test_int4_weights_are_codes_times_steps(library, N, group, groups, seed):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_decode_alike_in_c_and_in_torch(monkeypatch, dtype):
-    """Outputs and gradients of both formats to the bit, compiled ones to f32's rounding."""
-    x, G = torch.randn(33, 192).to(dtype), torch.randn(33, 40).to(dtype)
-    for format in ("nf4", "int4"):
-        model = torch.nn.Sequential(torch.nn.Linear(192, 40))
-        (layer,) = minilora.quantize(model, format, compute="dequantize", grad_compute="dequantize")
-        frozen, found = layer.frozen(), []
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_layers_decode_alike_in_c_and_in_torch(monkeypatch, format):
+    """Both products to the bit, compiled ones to f32's rounding; and they are right."""
+    model = torch.nn.Sequential(torch.nn.Linear(192, 40, bias=False))
+    (layer,) = minilora.quantize(model, format, compute="dequantize", grad_compute="dequantize")
+    x, G, frozen, decoded = torch.randn(33, 192), torch.randn(33, 40), layer.frozen(), []
 
-        @torch.no_grad()
-        def both(x, G, frozen=frozen):
-            y = frozen.linear_forward(x, *frozen.tensors)
-            return y, frozen.linear_grad_x(G, *frozen.tensors)
+    @torch.no_grad()
+    def both(x, G):
+        y = frozen.linear_forward(x, *frozen.tensors)
+        return y, frozen.linear_grad_x(G, *frozen.tensors)
 
-        for has in (True, False):
-            monkeypatch.setattr(four_bit, "can_decode", lambda *_, has=has: has)
-            found += both(x, G)
-        torch.testing.assert_close(torch.compile(both)(x, G), tuple(found[:2]))
-        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
-        W = layer.dequantize().double()
-        torch.testing.assert_close(found[1].double(), G.double() @ W, rtol=2e-2, atol=2e-2)
+    for name in ("nf4_weights", "int4_weights"):
+        real = getattr(four_bit, name)
+        monkeypatch.setattr(
+            four_bit, name, lambda *given, real=real: decoded.append(real) or real(*given)
+        )
+    in_c = both(x, G)
+    assert len(decoded) == 2
+    torch.testing.assert_close(torch.compile(both)(x, G), in_c)
+    assert len(decoded) == 4  # by C here too
+    monkeypatch.setattr(four_bit, "can_decode", lambda out: False)
+    assert all(map(torch.equal, in_c, both(x, G)))
+    W = layer.dequantize().double()
+    torch.testing.assert_close(in_c[0].double(), x.double() @ W.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(in_c[1].double(), G.double() @ W, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_what_is_decoded_is_seen_by_tracers_and_stays_on_its_device():
+    """A recorded graph decodes anew; another default device is none of the decoder's business."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+    minilora.quantize(model, "nf4")
+    x = torch.randn(20, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        graph = torch.fx.experimental.proxy_tensor.make_fx(model)(x)
+        workspace(torch.Size((8, 64)), torch.float32, x.device).zero_()
+        torch.testing.assert_close(graph(x), wanted)
+    code = """
+import torch, minilora
+torch.set_default_device("meta")
+for format in ("nf4", "int4"):
+    with torch.device("cpu"):
+        model = minilora.quantize(torch.nn.Sequential(torch.nn.Linear(64, 8)), format)
+        x = torch.randn(20, 64)
+    with torch.no_grad():
+        assert model(x).isfinite().all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @needs_compiler

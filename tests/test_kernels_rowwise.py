@@ -139,6 +139,15 @@ def test_gradients_of_single_rows(name):
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_tangents(name):
+    """Forward mode, where nothing is recorded for backward."""
+    ours, oracle = OPS[name]
+    inputs, tangents = (operands(name, (2, 3), 5, torch.float64) for _ in range(2))
+    found, wanted = (torch.func.jvp(f, inputs, tangents) for f in (ours, oracle))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_compiled_is_eager(name):
     ours, _ = OPS[name]
     first, second = (t.requires_grad_() for t in operands(name, (3, 5), 16, torch.float32))

@@ -27,6 +27,13 @@ def test_a_workspace_is_lent_again():
         assert workspace(torch.Size((2, 4)), torch.float64, CPU).data_ptr() != first.data_ptr()
 
 
+def test_a_buffer_first_lent_in_inference_mode_can_be_written_in_training():
+    with torch.inference_mode():
+        workspace(torch.Size((64, 4099)), torch.float16, CPU)
+    with torch.no_grad():
+        assert workspace(torch.Size((2, 3)), torch.float16, CPU).copy_(torch.ones(2, 3)).sum() == 6
+
+
 @pytest.mark.skipif(_of_libc("mallopt") is None, reason="needs glibc")
 def test_freed_memory_is_kept_until_it_is_handed_back():
     keep_freed_memory()

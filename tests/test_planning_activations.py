@@ -100,6 +100,24 @@ def test_either_kind_of_cpu_keeps_what_is_planned(slow, compile, monkeypatch):
     assert kept == planned or (compile and kept < 0.8 * planned)
 
 
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_a_compiled_layer_keeps_no_decoded_weight(format):
+    """Tracing both passes as one, a compiler may take a weight decoded twice for one value."""
+    model = minilora.quantize(torch.nn.Sequential(torch.nn.Linear(128, 96)), format)
+    minilora.inject(model, r=2)
+    x = torch.randn(5, 128, requires_grad=True)
+    own, seen = {t.data_ptr() for t in [*model.parameters(), x]}, {}
+
+    def pack(tensor):
+        seen[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), compiled(model, True):
+        model(x)
+    assert own & set(seen)
+    assert sum(t.nbytes for at, t in seen.items() if at not in own) < 96 * 128
+
+
 def test_adapters_above_the_first_layer_keep_less_than_planned():
     """Where nothing below asks for a gradient autograd keeps less: the plan errs upwards."""
     planned, kept = planned_and_kept(LLAMA_SHAPE, 2, 24, 3, torch.bfloat16, targets=["down_proj"])

@@ -18,6 +18,7 @@ from minilora.kernels import (
     causal_attention,
     conv1d_forward,
     conv1d_grad_x,
+    cross_entropy,
     dense_forward,
     dense_grad_x,
     dropout_mask,
@@ -153,7 +154,9 @@ def test_a_frozen_product_and_the_general_branch(slow):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_loss(slow, autocast, fused):
+@pytest.mark.parametrize("panel", [2**22, 5 * 9])  # all rows of the head, or five at a time
+def test_the_loss(slow, autocast, fused, panel, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_PANEL_ELEMENTS", panel)
     hidden, weight = torch.randn(70, 9).to(BF16), torch.randn(23, 9).to(BF16)
     labels = torch.randint(23, (70,))
     h, W = (

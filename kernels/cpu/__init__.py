@@ -164,25 +164,7 @@ def _int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: 
     return _in_torch(x, scales, decode)
 
 
-def can_decode(*tensors: Tensor) -> bool:
-    """Tell whether C may write these tensors' weights: plain ones, on a CPU, and a library."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    return plain and native() is not None
-
-
-def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
-    """Decode NF4 into `out`, where `can_decode`.
-
-    Args:
-        packed: uint8 `[⌈n/2⌉]`.
-        absmax: f32 `[⌈n/block⌉]`.
-        pairs: f32 `[256, 2]`, the two weights of each byte.
-        block: even.
-        out: f32 `[n]`, dense; written.
-
-    Raises:
-        ValueError: operands of another dtype, size or layout.
-    """
+def _nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
     n, parts = out.numel(), (packed, absmax, pairs, out)
     found = [(t.dtype, t.numel(), t.is_contiguous()) for t in parts]
     wanted = [(torch.uint8, -(-n // 2)), (torch.float32, -(-n // max(1, block)))]
@@ -196,18 +178,7 @@ def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: 
     library.minilora_nf4_weights(*(t.data_ptr() for t in parts), n, block)
 
 
-def int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
-    """Decode INT4 into `out` but for the channels' scales, where `can_decode`.
-
-    Args:
-        packed: uint8 `[N, K/2]`, as for `int4_rows`.
-        steps: uint8 `[N, K/group]`.
-        group: weights of a row that share a step.
-        out: f32 `[N, K]`, dense; written.
-
-    Raises:
-        ValueError: operands of another dtype, shape or layout.
-    """
+def _int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
     N, K = out.shape
     found = [(t.dtype, list(t.shape), t.is_contiguous()) for t in (packed, steps, out)]
     sizes = [(torch.uint8, [N, K // 2]), (torch.uint8, [N, K // max(1, group)])]
@@ -238,6 +209,10 @@ if not hasattr(torch.ops.minilora, "int8_rows"):
         ("int8_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor", _int8_rows, _int8_shape),
         ("int4_rows(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group) -> Tensor",
          _int4_rows, _int4_shape),
+        ("nf4_weights(Tensor packed, Tensor absmax, Tensor pairs, int block, Tensor(a!) out) -> ()",
+         _nf4_weights, lambda *_: None),
+        ("int4_weights(Tensor packed, Tensor steps, int group, Tensor(a!) out) -> ()",
+         _int4_weights, lambda *_: None),
     )  # fmt: skip
     for schema, function, shape in made:
         name = schema.partition("(")[0]
@@ -275,3 +250,39 @@ def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: i
         group: weights of a row that share a step.
     """
     return torch.ops.minilora.int4_rows(x, packed, steps, scales, group)
+
+
+def can_decode(out: Tensor) -> bool:
+    """Tell whether `nf4_weights` and `int4_weights` can write `out` here."""
+    return out.device.type == "cpu" and native() is not None
+
+
+def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
+    """Decode NF4 into `out`, where `can_decode`.
+
+    Args:
+        packed: uint8 `[⌈n/2⌉]`.
+        absmax: f32 `[⌈n/block⌉]`.
+        pairs: f32 `[256, 2]`, the two weights of each byte.
+        block: even.
+        out: f32 `[n]`, dense; written.
+
+    Raises:
+        ValueError: operands of another dtype, size or layout.
+    """
+    torch.ops.minilora.nf4_weights(packed, absmax, pairs, block, out)
+
+
+def int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
+    """Decode INT4 into `out` but for the channels' scales, where `can_decode`.
+
+    Args:
+        packed: uint8 `[N, K/2]`, as for `int4_rows`.
+        steps: uint8 `[N, K/group]`.
+        group: weights of a row that share a step.
+        out: f32 `[N, K]`, dense; written.
+
+    Raises:
+        ValueError: operands of another dtype, shape or layout.
+    """
+    torch.ops.minilora.int4_weights(packed, steps, group, out)
