@@ -1,4 +1,4 @@
-"""Low-rank matmuls and the fused loss on plain tensors; every op's meaning is in `reference`."""
+"""Matmuls, loss, attention and norms on plain tensors; `reference` says what the matmuls mean."""
 
 from .attention import causal_attention
 from .cache import cache_folder
