@@ -12,7 +12,6 @@ so shares matter, not the total. Rows are added to benchmarks/results/breakdown.
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 from train_providers import LR, MODELS, build, providers, text_rows
-from train_step import conditions
+from train_step import conditions, save
 
 RESULTS = Path(__file__).parent / "results" / "breakdown.csv"
 NEW, PROMPT = 64, 512
@@ -98,7 +97,8 @@ def token_by_kind(form: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--step", nargs="+", default=[], metavar="NAME", choices=providers())
+    names = [name for name, provider in providers().items() if provider.adapters]
+    parser.add_argument("--step", nargs="+", default=[], metavar="NAME", choices=names)
     parser.add_argument("--decode", nargs="+", default=[], choices=("int8", "int4", "float32"))
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=4)
@@ -139,12 +139,7 @@ def main() -> None:
                 "what": what, "name": name, "kind": kind, "seconds": f"{seconds:.4g}",
                 "share": f"{seconds / whole:.3f}",
             })  # fmt: skip
-    new = not options.csv.exists()
-    with open(options.csv, "a", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    save(rows, options.csv, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -244,10 +245,10 @@ def timed(chosen: list[Provider], anchor: Provider, options: argparse.Namespace)
     return rows
 
 
-def save(rows: list[dict], file: Path) -> None:
+def save(rows: list[dict], file: Path, columns: Sequence[str] = COLUMNS) -> None:
     new = not file.exists()
     with open(file, "a", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, COLUMNS)
+        writer = csv.DictWriter(opened, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)

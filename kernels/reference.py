@@ -56,3 +56,13 @@ def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: i
     """Likewise for codes `(q − 8) · steps`, two q in a byte: column j low, j + K/2 high."""
     q = torch.cat([packed % 16, packed // 16], dim=1).to(x.dtype) - 8
     return int8_rows(x, q * steps.repeat_interleave(group, dim=1), scales)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return `weight · x / sqrt(mean(x²) + eps)`, the mean over each row of x `[..., D]`."""
+    return weight * (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt())
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return `gate · sigmoid(gate) · up`, both `[..., I]`."""
+    return gate * gate.sigmoid() * up

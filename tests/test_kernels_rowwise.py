@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from minilora.kernels import rms_norm, swiglu
+from minilora.kernels import reference, rms_norm, swiglu
 
 EPS = 1e-5
 
@@ -58,6 +58,13 @@ def test_value_and_gradients(name, dtype, bound, rows, width):
     for f, w in zip(found, wanted, strict=True):
         assert f.dtype == dtype
         assert error(f, w) < bound * scale
+
+
+def test_reference_is_the_oracle():
+    x, weight = operands("rms_norm", (3, 2), 7, torch.float64)
+    torch.testing.assert_close(reference.rms_norm(x, weight, EPS), norm_oracle(x, weight))
+    gate, up = operands("swiglu", (3, 2), 7, torch.float64)
+    torch.testing.assert_close(reference.swiglu(gate, up), swiglu_oracle(gate, up))
 
 
 @pytest.mark.parametrize("name", OPS)
