@@ -184,7 +184,9 @@ def measure(row, steps: int, clock: str) -> tuple[int, float]:
 
 def run(row, timed: bool = True, wall: bool = True) -> dict[str, object]:
     settings, shape = settings_of(row), read_shape(row[0])
-    planned = count_memory(shape, settings, int8=calibrate().int8, process=process_bytes()).peak
+    planned = count_memory(
+        shape, settings, integer=calibrate().integer, process=process_bytes()
+    ).peak
     marks = [_processor_seconds()]
     clock = time.perf_counter if wall else processor
     planned_s = timed_step(shape, settings, clock) if timed else 0.0
@@ -237,7 +239,7 @@ def fit_constants(rows: list[dict]) -> None:
     sides, wants = [], []
     for row in rows:
         settings, shape = settings_of(setting(row)), read_shape(row["model"])
-        found = count_memory(shape, settings, int8=calibrate().int8, process=process_bytes())
+        found = count_memory(shape, settings, integer=calibrate().integer, process=process_bytes())
         weight = 1e9 / (float(row["measured_mb"]) * 1e6)
         each = found.recomputed * layers_that_grow(shape, settings)
         terms = (MIB, found.activations, found.recomputed, each)
@@ -256,8 +258,8 @@ def fit_constants(rows: list[dict]) -> None:
 def replan(row: dict) -> None:
     """Plan a row's memory again, as the model may have changed since this machine measured it."""
     settings, shape = settings_of(setting(row)), read_shape(row["model"])
-    int8 = calibrate().int8
-    planned = count_memory(shape, settings, int8=int8, process=process_bytes()).peak / 1e6
+    integer = calibrate().integer
+    planned = count_memory(shape, settings, integer=integer, process=process_bytes()).peak / 1e6
     row["planned_mb"] = f"{planned:.0f}"
     row["memory_error"] = f"{planned / float(row['measured_mb']) - 1:+.4f}"
 

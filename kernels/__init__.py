@@ -2,7 +2,7 @@
 
 from .attention import causal_attention
 from .cache import cache_folder
-from .cpu import int4_rows, int8_rows
+from .cpu import int4_blocks, int4_rows, int8_blocks, int8_rows
 from .cross_entropy import linear_cross_entropy
 from .four_bit import (
     DYNAMIC_CODE,
@@ -19,6 +19,7 @@ from .int8 import (
     int8_dequantize,
     int8_is_exact,
     int8_linear,
+    integer_way,
     quantize_rows,
     scales_from_bits,
 )
@@ -76,13 +77,16 @@ __all__ = [
     "frozen_product",
     "hand_back_freed_memory",
     "hardware",
+    "int4_blocks",
     "int4_codes",
     "int4_linear",
     "int4_rows",
+    "int8_blocks",
     "int8_dequantize",
     "int8_is_exact",
     "int8_linear",
     "int8_rows",
+    "integer_way",
     "is_slow",
     "keep_freed_memory",
     "linear_cross_entropy",

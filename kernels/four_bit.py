@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu import can_decode, int4_rows, int4_weights, nf4_weights
+from .cpu import can_decode, int4_blocks, int4_rows, int4_weights, nf4_weights
 from .int8 import (
+    GRAD_X,
     add_bias,
     forward_product,
-    int8_grad_x,
-    int8_grad_x_dequantized,
     is_few,
     scales_from_bits,
 )
@@ -248,6 +247,7 @@ def int4_linear(
     forward: str,
     backward: str,
     outliers: int = 0,
+    few: bool = False,
 ) -> FrozenLinear:
     """Return the pair of products for INT4 storage: widen to int8 codes, then INT8's products.
 
@@ -257,25 +257,33 @@ def int4_linear(
         bits: int32 `[N]`, bit patterns of f32 channel scales.
         bias: `[N]` or None.
         group: as for `int4_codes`.
-        forward: `"int8"`, `"dequantize"` or `"few"`, for Y.
-        backward: `"int8"` or `"dequantize"`, for grad_X.
+        forward: `"int8"`, `"blocks"` or `"dequantize"`, for Y.
+        backward: likewise, for grad_X.
         outliers: as for `int8_product`, in the forward.
+        few: whether up to 16 rows are multiplied straight from the codes.
     """
-    product = forward_product(forward, outliers)
-    gradient = int8_grad_x if backward == "int8" else int8_grad_x_dequantized
 
     def codes(x, packed, steps, way):
-        if way != "int8" and x.dtype == torch.float32 and x.device.type == "cpu":
+        if way == "dequantize" and x.dtype == torch.float32 and x.device.type == "cpu":
             return _int4_weight(packed, steps, group, x)
         return int4_codes(packed, steps, group)
 
+    def blocks(x, packed, steps, bits, across):
+        scales = scales_from_bits(bits)
+        return int4_blocks(x.to(torch.float32), packed, steps, scales, group, across).to(x.dtype)
+
     def linear_forward(x, packed, steps, bits, bias):
-        if forward == "few" and is_few(x):
+        if few and is_few(x):
             y = int4_rows(x.to(torch.float32), packed, steps, scales_from_bits(bits), group)
             return add_bias(y, bias).to(x.dtype)
-        return product(x, codes(x, packed, steps, forward), bits, bias)
+        if forward == "blocks" and not outliers:
+            return add_bias(blocks(x, packed, steps, bits, False), bias)
+        return forward_product(forward, outliers)(x, codes(x, packed, steps, forward), bits, bias)
 
     def linear_grad_x(grad_out, packed, steps, bits, bias):
-        return gradient(grad_out, codes(grad_out, packed, steps, backward), bits, bias)
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if backward == "blocks" and not recorded:
+            return blocks(grad_out, packed, steps, bits, True)
+        return GRAD_X[backward](grad_out, codes(grad_out, packed, steps, backward), bits, bias)
 
     return FrozenLinear((packed, steps, bits, bias), linear_forward, linear_grad_x)

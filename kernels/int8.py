@@ -3,12 +3,15 @@
     W ≈ diag(scale) Q            Q int8 [N, K] in −127..127, scale f32 [N]: max|row| / 127
     Y = X Wᵀ + b                 grad_X = G W
 
-Two ways to multiply, chosen apart for each direction:
+Ways to multiply, chosen apart for each direction; the first two are both asked for as "int8":
 
     "int8"        rows of X are quantized too, X ≈ diag(t) P:   Y = t ∘ (P Qᵀ) ∘ scaleᵀ
                   rows of G ∘ scaleᵀ alike:                     grad_X = u ∘ (R Q)
+    "blocks"      likewise in blocks of 64 along a row, to 7 bits (`cpu/blocks.c`): on a CPU with
+                  AVX2 but no VNNI or AMX
     "dequantize"  Q is cast to X's dtype, which holds ±127 exactly: Y = (X Qᵀ) ∘ scaleᵀ
-                  ("few": up to 16 rows of X straight from the codes, for inference)
+
+Inference may multiply up to 16 rows of X straight from the codes, unquantized (`few`).
 
 M tokens, K in, N out. Integer products accumulate in int32, exactly while K, N < 2³¹ / 127².
 Bytes: 1 per weight read in both directions; M·K (M·N) codes written and read.
@@ -22,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu import int8_rows
+from .cpu import has_blocks, int8_blocks, int8_rows
 from .low_rank import FrozenLinear
+from .probe import INT8_FLAGS, hardware
 from .workspace import workspace
 
 _FEW = 16  # rows up to which reading the codes is what a product costs
@@ -74,6 +78,18 @@ def int8_is_exact() -> bool:
         return False
     want = 127 * 127 * 64
     return bool((both[0] == want).all() and (both[1] == -want).all())
+
+
+@functools.cache
+def integer_way() -> str | None:
+    """Return how this CPU multiplies integers faster than floats: `"int8"`, `"blocks"` or None.
+
+    Not by the rates measured: on a busy machine they vary from process to process, and a resumed
+    run has to multiply as the run before did.
+    """
+    if int8_is_exact() and any(flag in hardware().flags for flag in INT8_FLAGS):
+        return "int8"
+    return "blocks" if has_blocks() else None
 
 
 def _can_multiply(M: int, K: int, N: int, device: torch.device) -> bool:
@@ -134,6 +150,30 @@ def int8_grad_x(grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | No
     return int8_product(scaled, codes).to(grad_out.dtype)
 
 
+def int8_forward_blocks(
+    x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None, outliers: int = 0
+) -> Tensor:
+    """Return `x Wᵀ + b` through bytes, in x's dtype; `outliers` as for `int8_product`."""
+    scales, wide = scales_from_bits(bits), x.to(torch.float32)
+    outliers = min(outliers, x.shape[1] // 16) if len(x) else 0
+    if not outliers:
+        return add_bias(int8_blocks(wide, codes, scales, False), bias).to(x.dtype)
+    columns = wide.abs().amax(dim=0).topk(outliers).indices
+    y = int8_blocks(wide.index_fill(1, columns, 0), codes, scales, False)
+    y.addmm_(wide[:, columns], (codes[:, columns].to(torch.float32) * scales[:, None]).t())
+    return add_bias(y, bias).to(x.dtype)
+
+
+def int8_grad_x_blocks(
+    grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return `G W` through bytes; dequantized where G's own gradient is recorded."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return int8_grad_x_dequantized(grad_out, codes, bits, bias)
+    grad_x = int8_blocks(grad_out.to(torch.float32), codes, scales_from_bits(bits), True)
+    return grad_x.to(grad_out.dtype)
+
+
 def _cast(codes: Tensor, dtype: torch.dtype) -> Tensor:
     if codes.dtype == dtype:  # INT4's, decoded to floats
         return codes
@@ -163,14 +203,16 @@ def int8_dequantize(codes: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.to(torch.float32) * scales_from_bits(bits)[:, None]).to(dtype)
 
 
-def int8_forward_few(x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+def int8_forward_few(
+    x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None, many: Callable[..., Tensor]
+) -> Tensor:
     """Return `x Wᵀ + b`; up to 16 rows straight from the codes, in f32, rounded once at the end.
 
     One token's product is bound by the bytes of the codes, which casting them first reads and
-    writes several times over.
+    writes several times over. More rows go to `many`.
     """
     if not is_few(x):
-        return int8_forward_dequantized(x, codes, bits, bias)
+        return many(x, codes, bits, bias)
     y = int8_rows(x.to(torch.float32), codes, scales_from_bits(bits))
     return add_bias(y, bias).to(x.dtype)
 
@@ -180,13 +222,20 @@ def is_few(x: Tensor) -> bool:
     return 0 < len(x) <= _FEW and x.dtype != torch.float64 and x.device.type == "cpu"
 
 
-def forward_product(way: str, outliers: int) -> Callable[..., Tensor]:
-    """Return the product for Y of `"int8"`, `"dequantize"` or `"few"` (see `int8_forward_few`)."""
-    if way == "few":
-        return int8_forward_few
-    if way == "dequantize":
-        return int8_forward_dequantized
-    return functools.partial(int8_forward, outliers=outliers) if outliers else int8_forward
+def forward_product(way: str, outliers: int, few: bool = False) -> Callable[..., Tensor]:
+    """Return the product for Y of a way (see above); with `few`, few rows from the codes."""
+    product: Callable[..., Tensor] = int8_forward_dequantized
+    if way != "dequantize":
+        product = int8_forward_blocks if way == "blocks" else int8_forward
+        product = functools.partial(product, outliers=outliers) if outliers else product
+    return functools.partial(int8_forward_few, many=product) if few else product
+
+
+GRAD_X = {
+    "int8": int8_grad_x,
+    "blocks": int8_grad_x_blocks,
+    "dequantize": int8_grad_x_dequantized,
+}
 
 
 def int8_linear(
@@ -196,19 +245,18 @@ def int8_linear(
     forward: str,
     backward: str,
     outliers: int = 0,
+    few: bool = False,
 ) -> FrozenLinear:
-    """Return the pair of products for INT8 storage; `forward` and `backward` as in `COMPUTE`[1:].
+    """Return the pair of products for INT8 storage.
 
     Args:
         codes: int8 `[N, K]`.
         bits: int32 `[N]`, the bit patterns of f32 scales.
         bias: `[N]` or None.
-        forward: `"int8"`, `"dequantize"` or `"few"`, for Y.
-        backward: `"int8"` or `"dequantize"`, for grad_X.
+        forward: `"int8"`, `"blocks"` or `"dequantize"`, for Y.
+        backward: likewise, for grad_X.
         outliers: as for `int8_product`, in the forward.
+        few: whether up to 16 rows are multiplied straight from the codes.
     """
-    return FrozenLinear(
-        (codes, bits, bias),
-        forward_product(forward, outliers),
-        int8_grad_x if backward == "int8" else int8_grad_x_dequantized,
-    )
+    product = forward_product(forward, outliers, few)
+    return FrozenLinear((codes, bits, bias), product, GRAD_X[backward])

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
+from .cpu import has_blocks, int8_blocks
+
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")  # of which one makes `_int_mm` fast
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Hardware:
     """What was found; rates are of one `[512, 1024] · [1024, 1024]` matmul, in GFLOP/s.
 
     `dtype` is the fastest training dtype: what `dtype="auto"` resolves to. `int8` is the rate of
-    `torch._int_mm`, 0.0 where it can't run; CUDA rates are not probed and stand as 0.0.
+    `torch._int_mm`, on a processor without VNNI or AMX of `int8_blocks` where that can run, 0.0
+    where nothing can; CUDA rates are not probed and stand as 0.0.
     """
 
     device: str
@@ -98,8 +102,13 @@ def hardware(device: str = "cpu") -> Hardware:
     left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
     float32 = _rate(torch.mm, left, right)
     bfloat16 = _rate(torch.mm, left.bfloat16(), right.bfloat16())
+    codes = right.to(torch.int8)
     try:
-        int8 = _rate(torch._int_mm, left.to(torch.int8), right.to(torch.int8))
+        if has_blocks() and not any(flag in flags for flag in INT8_FLAGS):
+            ones = torch.ones(len(codes))
+            int8 = _rate(lambda x, w: int8_blocks(x, w, ones, False), left, codes)
+        else:
+            int8 = _rate(torch._int_mm, left.to(torch.int8), codes)
     except RuntimeError:  # not built for this platform
         int8 = 0.0
     # A quarter more speed has to show before half the mantissa is given up.

@@ -58,6 +58,11 @@ def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: i
     return int8_rows(x, q * steps.repeat_interleave(group, dim=1), scales)
 
 
+def int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
+    """Return the product along, or across as for grad_X: what rounding in blocks comes near."""
+    return x @ (codes * scales[:, None]) if across else int8_rows(x, codes, scales)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `weight · x / sqrt(mean(x²) + eps)`, the mean over each row of x `[..., D]`."""
     return weight * (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt())

@@ -22,11 +22,16 @@ def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
     """
     if device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return torch.empty(shape, dtype=dtype, device=device)
+    return lent(shape.numel(), dtype, device).view(shape)
+
+
+def lent(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised `[count]` on a CPU, lent as `workspace`'s are and from the same."""
     held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})
-    if dtype not in held or held[dtype].numel() < shape.numel():
+    if dtype not in held or held[dtype].numel() < count:
         with torch.inference_mode(False):  # else it could not be written to in training
-            held[dtype] = torch.empty(shape.numel(), dtype=dtype, device=device)
-    return held[dtype][: shape.numel()].view(shape)
+            held[dtype] = torch.empty(count, dtype=dtype, device=device)
+    return held[dtype][:count]
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of settings in glibc's malloc.h

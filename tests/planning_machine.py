@@ -6,6 +6,6 @@ MACHINE = Calibration(
     memory=16_000_000_000,
     rates={"float32": 100e9, "bfloat16": 400e9, "float16": 400e9, "int8": 800e9},
     bandwidth=20e9,
-    int8=True,
+    integer="int8",
     process=400_000_000,
 )

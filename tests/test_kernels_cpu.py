@@ -7,13 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocks_oracle import half_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
-from minilora.kernels import NF4_TABLE, cpu, four_bit, int4_rows, int8_rows, reference
+from minilora.kernels import (
+    NF4_TABLE,
+    cpu,
+    four_bit,
+    int4_blocks,
+    int4_codes,
+    int4_rows,
+    int8_blocks,
+    int8_rows,
+    reference,
+)
 from minilora.kernels.workspace import workspace
 
+needs_blocks = pytest.mark.skipif(not cpu.has_blocks(), reason="no AVX2, or no C compiler")
 needs_compiler = pytest.mark.skipif(cpu.native() is None, reason="no C compiler that will do")
 
 
@@ -49,7 +61,7 @@ def assert_right(y, x, weight):
 
 def built(folder, plain=False):
     """Return the library that the first compiler which will do makes."""
-    found = [cpu.build(folder, c, ("-U__x86_64__",) if plain else ()) for c in cpu.compilers()]
+    found = [cpu.build(folder, c, ("-DPLAIN",) if plain else ()) for c in cpu.compilers()]
     return next(library for library in found if library is not None)
 
 
@@ -311,6 +323,172 @@ def test_operands_that_do_not_fit_are_refused():
     compiled = torch.compile(int8_rows, fullgraph=True)
     with pytest.raises(Exception, match=r"\[M, 64\] with scales"):
         compiled(torch.randn(2, 32), codes, scales[:5])
+
+
+def in_blocks(x, codes, scales, across):
+    """Return the product, what it should be, and how far off each result may be."""
+    wanted = reference.int8_blocks(x.double(), codes.double(), scales.double(), across)
+    weight = codes.double().abs() if across else codes.double().abs().T * scales.double()
+    rows = x * scales if across else x
+    bound = half_steps(rows, codes.T if across else codes) @ weight
+    return int8_blocks(x, codes, scales, across), wanted, bound * 1.001 + 1e-5 * wanted.abs()
+
+
+@needs_blocks
+@settings(max_examples=80)
+@given(
+    M=st.integers(0, 8),
+    N=st.integers(1, 70),
+    K=st.sampled_from([1, 3, 16, 17, 63, 64, 65, 130, 192]),
+    kind=st.sampled_from(
+        ["normal", "extreme codes", "codes themselves", "one loud", "tiny", "huge"]
+    ),
+    across=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_blocks_are_off_by_half_a_step_at_most(M, N, K, kind, across, seed):
+    """Rows as long as can be along the codes too, where 16 bits hold only what the scale leaves."""
+    x, codes, scales = int8_operands(M, N, K, seed)
+    x = torch.randn(M, N, generator=torch.Generator().manual_seed(seed)) if across else x
+    if kind in ("extreme codes", "codes themselves"):
+        codes = (codes.sign() * 127).to(torch.int8)
+    if kind == "codes themselves" and M:  # in no other direction are sums as large
+        x = (codes.T if across else codes)[torch.arange(M) % (K if across else N)].float()
+        x = x / scales if across else x
+    if kind == "one loud":
+        x[:, -1:] *= 1e4
+    x = x * {"tiny": 1e-25, "huge": 1e30}.get(kind, 1)
+    y, wanted, bound = in_blocks(x, codes, scales, across)
+    assert y.dtype == torch.float32 and y.shape == wanted.shape
+    assert ((y.double() - wanted).abs() <= bound).all()
+    rows = [int8_blocks(x[i : i + 1], codes, scales, across) for i in range(M)]
+    assert torch.equal(y, torch.cat([y[:0], *rows])), "a row follows from that row alone"
+
+
+@needs_blocks
+@pytest.mark.parametrize("across", [False, True])
+def test_blocks_of_small_whole_numbers_are_exact(across):
+    """With a 63 in every block its step is 1 and nothing is rounded: the integers are left."""
+    generator = torch.Generator().manual_seed(0)
+    for M, N, K in ((1, 1, 64), (5, 40, 192), (64, 128, 320)):
+        codes = torch.randint(-30, 31, (N, K), generator=generator, dtype=torch.int8)
+        J = N if across else K
+        x = torch.randint(-20, 21, (M, J), generator=generator).float()
+        x[:, ::64] = 63
+        y = int8_blocks(x, codes, torch.ones(N), across)
+        assert torch.equal(
+            y.double(), x.double() @ (codes.double() if across else codes.double().T)
+        )
+
+
+@needs_blocks
+@settings(max_examples=40)
+@given(
+    M=st.integers(0, 5),
+    N=st.integers(1, 40),
+    group=st.sampled_from([2, 32, 64]),
+    groups=st.integers(1, 5),
+    across=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_blocks_of_four_bit_codes_are_those_of_their_bytes(M, N, group, groups, across, seed):
+    x, packed, steps, scales = int4_operands(M, N, group * groups, group, seed)
+    x = torch.randn(M, N) if across else x
+    codes = int4_codes(packed, steps, group).clone()
+    found = int4_blocks(x, packed, steps, scales, group, across)
+    assert torch.equal(found, int8_blocks(x, codes, scales, across))
+
+
+@needs_blocks
+@pytest.mark.parametrize("across", [False, True])
+def test_blocks_keep_nan_and_zero_and_do_not_depend_on_threads(across):
+    x, codes, scales = int8_operands(1000, 100, 200)
+    x = torch.randn(1000, 100) if across else x
+    x[3], x[4, 7], x[5, 99], x[6, 0] = 0, torch.nan, torch.inf, -torch.inf
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(int8_blocks(x, codes, scales, across))
+    torch.set_num_threads(before)
+    y = found[0]
+    assert (y[3] == 0).all() and y[4:7].isnan().all()
+    others = torch.cat([y[:3], y[7:]])
+    assert others.isfinite().all() and (others != 0).all()
+    for one in found[1:]:
+        assert torch.equal(one.nan_to_num(), y.nan_to_num())
+    strided = int8_blocks(x.repeat(1, 2)[::2, : x.shape[1]], codes.T.contiguous().T, scales, across)
+    assert torch.equal(strided.nan_to_num(), y[::2].nan_to_num())
+
+
+@needs_blocks
+def test_blocks_write_nothing_beside_their_result(monkeypatch):
+    """Result and working memory end where they should, in every shape of rest."""
+    guarded = []
+
+    def lent(count, dtype, device):
+        guarded.append(torch.full((count + 64,), 7, dtype=dtype))
+        return guarded[-1][:count]
+
+    monkeypatch.setattr(cpu, "lent", lent)
+    for M, N, K in ((1, 1, 2), (4, 17, 66), (7, 31, 126)):
+        for across in (False, True):
+            x, packed, steps, scales = int4_operands(M, N, K, 2)
+            x = torch.randn(M, N) if across else x
+            J, L = (N, K) if across else (K, N)
+            whole = torch.full((M + 2, L), 7.0)
+            work = lent(cpu.native().minilora_blocks_bytes(M, J, L, 1), torch.uint8, None)
+            parts = (x, packed, steps, scales, whole[1:], work)
+            cpu.native().minilora_int4_blocks(*(t.data_ptr() for t in parts), M, J, L, across, 2)
+            assert (whole[[0, -1]] == 7).all()
+            assert torch.equal(whole[1:-1], int4_blocks(x, packed, steps, scales, 2, across))
+            int8_blocks(x, int4_codes(packed, steps, 2).clone(), scales, across)
+    assert len(guarded) == 18 and all((tensor[-64:] == 7).all() for tensor in guarded)
+
+
+@needs_blocks
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("across", [False, True])
+def test_blocks_are_one_op_for_torch(name, across):
+    def operands(M):
+        four_bits = int4_operands(M, 64, 64, 32)
+        return (*four_bits, 32, across) if name == "int4" else (*int8_operands(M, 64, 64), across)
+
+    op = getattr(torch.ops.minilora, f"{name}_blocks")
+    torch.library.opcheck(op, operands(3), test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(lambda *parts: op(*parts) + 1, fullgraph=True, dynamic=True)
+    for M in (2, 5):
+        torch.testing.assert_close(compiled(*operands(M)), op(*operands(M)) + 1)
+
+
+@needs_blocks
+def test_operands_that_do_not_fit_blocks_are_refused():
+    x, codes, scales = int8_operands(2, 5, 64)
+    with pytest.raises(
+        ValueError, match=r"along codes of \[5, 64\] takes x \[M, 64\] .* \[2, 63\]"
+    ):
+        int8_blocks(x[:, 1:], codes, scales, False)
+    with pytest.raises(
+        ValueError, match=r"across codes of \[5, 64\] takes x \[M, 5\] .* \[2, 64\]"
+    ):
+        int8_blocks(x, codes, scales, True)
+    with pytest.raises(ValueError, match=r"and scales \[5\], found \[2, 64\] and \[4\]"):
+        int8_blocks(x, codes, scales[1:], False)
+    with pytest.raises(TypeError, match="must be float32, found torch.bfloat16 and torch.float32"):
+        int8_blocks(x.bfloat16(), codes, scales, False)
+    with pytest.raises(
+        TypeError, match=r"codes must be torch.int8 of two dim.*, found torch.uint8"
+    ):
+        int8_blocks(x, codes.view(torch.uint8), scales, False)
+    x, packed, steps, scales = int4_operands(2, 5, 64, 32)
+    with pytest.raises(ValueError, match=r"steps must be uint8 \[5, 4\] for groups of 16, found"):
+        int4_blocks(x, packed, steps, scales, 16, False)
+    with pytest.raises(TypeError, match="codes must be torch.uint8 of two .* found torch.int8"):
+        int4_blocks(x, packed.view(torch.int8), steps, scales, 32, False)
+
+
+@needs_compiler
+def test_without_avx2_there_are_no_blocks(tmp_path):
+    assert not built(tmp_path, plain=True).minilora_has_blocks()
 
 
 @needs_compiler

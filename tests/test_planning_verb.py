@@ -242,7 +242,7 @@ def test_it_prints_and_is_json():
 def test_auto_is_what_is_fastest_there(machine):
     assert best_dtype(DEVICES["epyc-7763"]) == torch.float32
     assert best_dtype(DEVICES["rtx-4090"]) == torch.bfloat16
-    machine(rates={"float32": 90e9, "bfloat16": 23e9, "float16": 23e9, "int8": 0.0}, int8=False)
+    machine(rates={"float32": 90e9, "bfloat16": 23e9, "float16": 23e9, "int8": 0.0}, integer=None)
     assert plan().settings.dtype == torch.float32
     assert plan(dtype="bfloat16").settings.dtype == torch.bfloat16
 

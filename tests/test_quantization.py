@@ -8,14 +8,18 @@ import pickle
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from blocks_oracle import half_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora.kernels import DYNAMIC_CODE, int8_is_exact, quantize_rows
+from minilora.kernels import DYNAMIC_CODE, cpu, int8_is_exact, quantize_rows
 from minilora.quantization import FORMATS, QuantizedLinear, Spec, check_spec, layout, stored_bytes
 
+needs_blocks = pytest.mark.skipif(
+    not cpu.has_blocks(), reason="no AVX2, or no C compiler that will do"
+)
 SPECS = [Spec("int8"), Spec("nf4"), Spec("nf4", 128, False), Spec("int4"), Spec("int4", 32)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -160,6 +164,7 @@ def test_int8_products_match_the_quantized_oracle(spec, M, N, groups, bias, dtyp
     """Against float64 products of what the rows were rounded to: only sums' rounding is left."""
     K = groups * spec.block_size
     _, module = make(N, K, spec, dtype, bias, seed, compute="int8", grad_compute="int8")
+    module._integer = "int8"
     W = decoded(module)
     x = torch.randn(M, K).to(dtype).requires_grad_()
     y = module(x)
@@ -185,16 +190,60 @@ def test_int8_products_match_the_quantized_oracle(spec, M, N, groups, bias, dtyp
         assert ((y.detach().double() - bias_ - exact).abs() <= bound * 1.01 + slack).all()
 
 
-@pytest.mark.skipif(not int8_is_exact(), reason="torch's int8 product saturates here (no VNNI)")
+@settings(max_examples=60)
+@given(
+    spec=st.sampled_from([SPECS[0], SPECS[3], SPECS[4]]),
+    M=st.sampled_from([0, 1, 5, 33]),
+    N=st.sampled_from([1, 3, 37]),
+    groups=st.integers(1, 3),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@needs_blocks
+def test_products_in_blocks_are_near_the_oracle(spec, M, N, groups, bias, dtype, seed):
+    """Each of 64 places is off by at most half of the block's step; more in test_kernels_cpu."""
+    K = groups * spec.block_size
+    _, module = make(N, K, spec, dtype, bias, seed, compute="int8", grad_compute="int8")
+    module._integer = "blocks"
+    W, channel = decoded(module), module.scale_bits.view(torch.float32).double()
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    y = module(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    assert y.dtype == x.grad.dtype == dtype
+    bias_ = torch.zeros(N) if module.bias is None else module.bias.double()
+    codes = W / channel[:, None]
+    for found, rows, along, weight in (
+        (y.detach().double() - bias_, x.detach().double(), codes, W.T),
+        (x.grad.double(), g.double() * channel, codes.T, codes),
+    ):
+        bound = half_steps(rows, along) @ weight.abs()
+        slack = ROUNDING[dtype] * ((rows @ weight).abs() + 1 + 2 * bias_.abs().max())
+        assert ((found - rows @ weight).abs() <= bound * 1.01 + slack).all()
+
+
+@pytest.mark.parametrize("way", [
+    pytest.param("int8", marks=pytest.mark.skipif(
+        not int8_is_exact(), reason="torch's int8 product saturates here (no VNNI)")),
+    pytest.param("blocks", marks=needs_blocks),
+])  # fmt: skip
 @given(
     spec=st.sampled_from([SPECS[0], SPECS[3]]),
     count=st.sampled_from([1, 3, 16, 500]),
     M=st.sampled_from([0, 1, 9]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_outlier_channels_are_exact_and_leave_the_scales(spec, count, M, dtype):
+def test_outlier_channels_are_exact_and_leave_the_scales(way, spec, count, M, dtype):
     K = 192
-    _, module = make(7, K, spec, dtype, compute="int8", grad_compute="int8", outliers=count)
+
+    def layer(outliers):
+        options = {"compute": "int8", "grad_compute": "int8", "outliers": outliers}
+        module = make(7, K, spec, dtype, **options)[1]
+        module._integer = way
+        return module
+
+    module = layer(count)
     W = decoded(module)
     x = torch.randn(M, K).to(dtype)
     loud = torch.tensor([5, 77, 130])
@@ -203,13 +252,19 @@ def test_outlier_channels_are_exact_and_leave_the_scales(spec, count, M, dtype):
     kept = min(count, K // 16)
     columns = x.double().abs().amax(0).topk(kept).indices if M else torch.tensor([], dtype=int)
     rest = x.double().index_fill(1, columns, 0)
-    scale = (rest.abs().amax(1, keepdim=True).float() / 127).double().clamp(min=1e-300)
-    want = ((rest / scale).round() * scale + x.double() - rest) @ W.T
-    assert relative(y, want) < max(1e-4, ROUNDING[dtype])
+    if way == "int8":
+        scale = (rest.abs().amax(1, keepdim=True).float() / 127).double().clamp(min=1e-300)
+        want = ((rest / scale).round() * scale + x.double() - rest) @ W.T
+        assert relative(y, want) < max(1e-4, ROUNDING[dtype])
+    else:
+        channel = module.scale_bits.view(torch.float32).double()
+        bound = half_steps(rest, W / channel[:, None]) @ W.abs().T
+        slack = ROUNDING[dtype] * ((x.double() @ W.T).abs() + 1)
+        assert ((y - x.double() @ W.T).abs() <= bound * 1.01 + slack).all()
     if M and kept >= 3:  # with the loud channels apart the others are rounded finely
-        plain = make(7, K, spec, dtype, compute="int8", grad_compute="int8")[1](x).double()
         exact = x.double() @ W.T
         if dtype == torch.float32:
+            plain = layer(0)(x).double()
             assert (y - exact).norm() < 0.2 * (plain - exact).norm()
 
 
@@ -395,7 +450,7 @@ def test_compiled_equals_eager(spec):
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[3]], ids=str)
 def test_few_rows_compiled_equal_uncompiled_ones(spec):
     _, module = make(24, 128, spec)
-    module.eval()._pays = False
+    module.eval()._integer = None
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for M in (1, 3, 40):
@@ -416,7 +471,7 @@ def test_few_rows_compiled_equal_uncompiled_ones(spec):
 def test_few_rows_are_multiplied_from_the_codes(spec, M, N, groups, bias, dtype, seed):
     """Against the dense oracle; row by row the same bits."""
     _, module = make(N, groups * spec.block_size, spec, dtype, bias, seed)
-    module.eval()._pays = False
+    module.eval()._integer = None
     torch.manual_seed(seed)
     W, x = decoded(module), torch.randn(M, groups * spec.block_size).to(dtype)
     b = 0 if module.bias is None else module.bias.double()
@@ -536,22 +591,32 @@ def test_unknown_ways_to_compute():
         make(4, 64, Spec("int8"), compute="x")
 
 
-def test_int8_that_saturates_is_refused(monkeypatch):
+def test_how_integers_are_multiplied_follows_from_the_processor(monkeypatch):
+    from minilora.kernels import int8
     from minilora.quantization import linear
 
     class Busy:
         flags, int8, float32, bfloat16 = ("avx512_vnni",), 1.0, 100.0, 100.0
 
-    monkeypatch.setattr(linear, "int8_is_exact", lambda: True)
-    monkeypatch.setattr(linear, "hardware", lambda: Busy)  # a measurement does not decide
-    assert make(4, 64, Spec("int8"))[1]._way("auto") == "int8"
-    monkeypatch.setattr(Busy, "flags", ("avx2",))
-    assert make(4, 64, Spec("int8"))[1]._way("auto") == "dequantize"
-    monkeypatch.setattr(linear, "int8_is_exact", lambda: False)
-    with pytest.raises(RuntimeError, match="int8 product saturates .* compute='auto'"):
+    ways = {(True, "avx512_vnni", True): "int8", (True, "avx2", True): "blocks",
+            (False, "avx512_vnni", True): "blocks", (True, "avx2", False): None,
+            (False, "avx2", False): None}  # fmt: skip
+    monkeypatch.setattr(int8, "hardware", lambda: Busy)  # a measurement does not decide
+    for (exact, flag, blocks), way in ways.items():
+        monkeypatch.setattr(int8, "int8_is_exact", lambda exact=exact: exact)
+        monkeypatch.setattr(int8, "has_blocks", lambda blocks=blocks: blocks)
+        monkeypatch.setattr(Busy, "flags", (flag,))
+        assert int8.integer_way.__wrapped__() == way
+        monkeypatch.setattr(linear, "integer_way", lambda way=way: way)
+        monkeypatch.setattr(linear, "int8_is_exact", lambda exact=exact: exact)
+        module = make(4, 64, Spec("int8"))[1]
+        assert module._way("auto") == (way or "dequantize")
+        assert module._way("dequantize") == "dequantize"
+        if way or exact:
+            linear.check_compute("int8")
+            assert module._way("int8") == (way or "int8")
+    with pytest.raises(RuntimeError, match=r"saturates .* AVX2 and a C compiler; .* 'dequantize'"):
         make(4, 64, Spec("int8"), compute="int8")
-    _, module = make(4, 64, Spec("int8"))
-    assert module._way("auto") == "dequantize"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""Products of few rows and 4-bit weights for many in C on a CPU, compiled when first needed.
+"""Products of few rows, 4-bit weights for many, and products of bytes, in C on a CPU.
 
-Where nothing can be compiled torch computes the same.
+Where nothing can be compiled torch computes the same; the products of bytes alone have no other
+form and say whether they are there (`has_blocks`).
 
-`rows.c` is built by the C compiler there is (`CC`, else cc, gcc or clang; under half a second) into
-the cache folder, under a name that holds a hash of its source and the platform. It is linked to no
-OpenMP of its own: the symbols are those of the runtime that torch has loaded, and with it torch's
-threads. Only a library that nobody else could have written is loaded.
+`rows.c` and `blocks.c` are built by the C compiler there is (`CC`, else cc, gcc or clang; about a
+second) into the cache folder, under a name that holds a hash of its sources and the platform. The
+library is linked to no OpenMP of its own: the symbols are those of the runtime that torch has
+loaded, and with it torch's threads. Only one that nobody else could have written is loaded.
 """
 
 import ctypes
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor
 
 from ..cache import cache_folder
+from ..workspace import lent
 
-_SOURCE = Path(__file__).with_name("rows.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "blocks.c", "avx2.h"))
 _FLAGS = ("-O3", "-fPIC", "-fopenmp")
 _PANEL = 2**20  # weights decoded at a time where nothing is compiled
 
@@ -42,21 +44,24 @@ def compilers() -> list[list[str]]:
 def build(folder: Path, command: Sequence[str], flags: Sequence[str] = ()) -> ctypes.CDLL | None:
     """Open the library in `folder`, compiled unless it is there; None where that fails."""
     place = (platform.machine(), sys.platform, platform.libc_ver(), _FLAGS, tuple(flags))
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr(place).encode()).hexdigest()
+    code = b"".join(source.read_bytes() for source in _SOURCES)
+    key = hashlib.sha256(code + repr(place).encode()).hexdigest()
     library = folder / f"rows-{key[:16]}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if library.is_file() and (opened := _open(library)) is not None:
             return opened
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            made = Path(name) / "rows.o", Path(name) / "rows.so"
-            for step in (
-                [*command, *_FLAGS, *flags, "-c", str(_SOURCE), "-o", str(made[0])],
-                [*command, "-shared", str(made[0]), "-o", str(made[1])],
-            ):
+            made, objects = Path(name) / "rows.so", []
+            steps = []
+            for source in _SOURCES:
+                if source.suffix == ".c":
+                    objects.append(str(Path(name) / f"{source.stem}.o"))
+                    steps.append([*command, *_FLAGS, *flags, "-c", str(source), "-o", objects[-1]])
+            for step in [*steps, [*command, "-shared", *objects, "-o", str(made), "-lm"]]:
                 subprocess.run(step, check=True, capture_output=True, timeout=60)
-            made[1].chmod(0o700)
-            made[1].replace(library)  # whole or not at all, whoever else builds it
+            made.chmod(0o700)
+            made.replace(library)  # whole or not at all, whoever else builds it
         return _open(library)
     except (OSError, subprocess.SubprocessError):
         return None
@@ -71,11 +76,13 @@ def _open(library: Path) -> ctypes.CDLL | None:
     try:
         opened = ctypes.CDLL(str(library))
         for name, tensors, sizes in (
-            ("int8_rows", 4, 3), ("int4_rows", 5, 4), ("nf4_weights", 4, 2), ("int4_weights", 3, 3)
+            ("int8_rows", 4, 3), ("int4_rows", 5, 4), ("nf4_weights", 4, 2), ("int4_weights", 3, 3),
+            ("int8_blocks", 5, 4), ("int4_blocks", 6, 5), ("blocks_bytes", 0, 4),
+            ("has_blocks", 0, 0),
         ):  # fmt: skip
             function = getattr(opened, f"minilora_{name}")
             function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_long] * sizes
-            function.restype = None
+            function.restype = None if tensors else ctypes.c_long
     except (OSError, AttributeError):
         return None
     return opened
@@ -121,8 +128,12 @@ def _check(x: Tensor, codes: Tensor, scales: Tensor, wanted: torch.dtype, K: int
 
 
 def _check_int4(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> None:
+    _check(x, packed, scales, torch.uint8, 2 * packed.shape[1])
+    _check_steps(packed, steps, group)
+
+
+def _check_steps(packed: Tensor, steps: Tensor, group: int) -> None:
     K = 2 * packed.shape[1]
-    _check(x, packed, scales, torch.uint8, K)
     if group < 1 or K % group:  # C would read steps that are not there
         raise ValueError(f"groups must divide the {K} inputs, found groups of {group}; pass theirs")
     if steps.dtype != torch.uint8 or tuple(steps.shape) != (packed.shape[0], K // group):
@@ -192,6 +203,78 @@ def _int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> Non
     library.minilora_int4_weights(*(t.data_ptr() for t in (packed, steps, out)), N, K, group)
 
 
+@functools.cache
+def has_blocks() -> bool:
+    """Tell whether products of bytes can run here: a compiler, and a processor with AVX2."""
+    library = native()
+    return library is not None and bool(library.minilora_has_blocks())
+
+
+def _check_blocks(x: Tensor, rows: int, columns: int, scales: Tensor, across: bool) -> None:
+    J = rows if across else columns
+    if (x.dtype, scales.dtype) != (torch.float32, torch.float32):
+        raise TypeError(
+            f"x and scales must be float32, found {x.dtype} and {scales.dtype}; cast them"
+        )
+    if x.dim() != 2 or x.shape[1] != J or list(scales.shape) != [rows]:
+        raise ValueError(
+            f"a product {'across' if across else 'along'} codes of [{rows}, {columns}] takes x "
+            f"[M, {J}] and scales [{rows}], found {list(x.shape)} and {list(scales.shape)}; pass "
+            "x of the layer's width"
+        )
+
+
+def _check_codes(codes: Tensor, dtype: torch.dtype) -> None:
+    if codes.dtype != dtype or codes.dim() != 2:
+        raise TypeError(
+            f"codes must be {dtype} of two dimensions, found {codes.dtype} of "
+            f"{list(codes.shape)}; pass those of one matrix"
+        )
+
+
+def run_blocks(
+    library: Any, x: Tensor, parts: Sequence[Tensor], sizes: tuple[int, int, bool], *group: int
+) -> Tensor:
+    """Call `minilora_int8_blocks`, or `_int4_` with a group; operands checked by the callers.
+
+    Args:
+        library: what `native` gave.
+        x: f32 `[M, J]`.
+        parts: the stored weight.
+        sizes: J, L and across.
+        group: of INT4.
+    """
+    J, L, across = sizes
+    x, parts = x.contiguous(), [part.contiguous() for part in parts]
+    y = x.new_empty(len(x), L)
+    if not y.numel() or not J:
+        return y.zero_()
+    bytes_ = library.minilora_blocks_bytes(len(x), J, L, bool(group))
+    work = lent(bytes_, torch.uint8, x.device)
+    pointers = [tensor.data_ptr() for tensor in (x, *parts, y, work)]
+    name = "int4_blocks" if group else "int8_blocks"
+    getattr(library, f"minilora_{name}")(*pointers, len(x), J, L, across, *group)
+    return y
+
+
+def _int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
+    _check_codes(codes, torch.int8)
+    _check_blocks(x, *codes.shape, scales, across)
+    J, L = codes.shape if across else codes.shape[::-1]
+    return run_blocks(native(), x, (codes, scales), (J, L, across))
+
+
+def _int4_blocks(
+    x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
+) -> Tensor:
+    _check_codes(packed, torch.uint8)
+    N, K = packed.shape[0], 2 * packed.shape[1]
+    _check_blocks(x, N, K, scales, across)
+    _check_steps(packed, steps, group)
+    J, L = (N, K) if across else (K, N)
+    return run_blocks(native(), x, (packed, steps, scales), (J, L, across), group)
+
+
 def _int8_shape(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     _check(x, codes, scales, torch.int8, codes.shape[1])
     return x.new_empty(x.shape[0], codes.shape[0])  # len() would fix the number of rows
@@ -213,6 +296,12 @@ if not hasattr(torch.ops.minilora, "int8_rows"):
          _nf4_weights, lambda *_: None),
         ("int4_weights(Tensor packed, Tensor steps, int group, Tensor(a!) out) -> ()",
          _int4_weights, lambda *_: None),
+        ("int8_blocks(Tensor x, Tensor codes, Tensor scales, bool across) -> Tensor",
+         _int8_blocks, lambda x, codes, scales, across:
+         x.new_empty(x.shape[0], codes.shape[1 if across else 0])),
+        ("int4_blocks(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group, bool across)"
+         " -> Tensor", _int4_blocks, lambda x, packed, steps, scales, group, across:
+         x.new_empty(x.shape[0], 2 * packed.shape[1] if across else packed.shape[0])),
     )  # fmt: skip
     for schema, function, shape in made:
         name = schema.partition("(")[0]
@@ -250,6 +339,38 @@ def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: i
         group: weights of a row that share a step.
     """
     return torch.ops.minilora.int4_rows(x, packed, steps, scales, group)
+
+
+def int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
+    """Return `x Wᵀ`, or `x W` with `across`, W = diag(scales) codes, where `has_blocks`.
+
+    Rows of x (of `x · scales` with `across`) are rounded to 7 bits in blocks of 64 columns, each
+    with a scale of its own: off by at most half a step, which is the block's largest magnitude
+    over 63 – more where codes are so large that 16-bit sums would not hold, see `blocks.c`. Not
+    differentiable; works under compile.
+
+    Args:
+        x: f32 `[M, K]`, with `across` `[M, N]`.
+        codes: int8 `[N, K]` in −127..127.
+        scales: f32 `[N]`.
+        across: which way.
+
+    Returns:
+        f32 `[M, N]`, with `across` `[M, K]`; each row depends on that row of x alone, and is NaN
+        where it was not finite.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape.
+    """
+    return torch.ops.minilora.int8_blocks(x, codes, scales, across)
+
+
+def int4_blocks(
+    x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
+) -> Tensor:
+    """Return the same for INT4 storage, its operands as for `int4_rows`."""
+    return torch.ops.minilora.int4_blocks(x, packed, steps, scales, group, across)
 
 
 def can_decode(out: Tensor) -> bool:

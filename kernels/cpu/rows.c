@@ -13,13 +13,9 @@
 #define ROWS 4     /* of X that share one conversion of the codes */
 #define AHEAD 2048 /* bytes; the hardware's own prefetching stops at every page */
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,fma")))
-#define INLINE __attribute__((target("avx2,fma"), always_inline)) static inline
+#include "avx2.h"
 
-static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
+#if defined(HAS_AVX2)
 INLINE float total(__m256 v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -94,7 +90,6 @@ AVX2 static void int4_avx2(const float *x, const unsigned char *packed, const un
 #else
 #define int8_avx2 int8_plain
 #define int4_avx2 int4_plain
-static int has_avx2(void) { return 0; }
 #endif
 
 static void int8_plain(const float *x, const signed char *codes, float scale, float *y, long M,

@@ -107,7 +107,7 @@ class Planner:
             self.shape,
             settings,
             gpu=device.gpu,
-            int8=local and self.here.int8,
+            integer=self.here.integer if local else None,
             process=self.here.process if local else None,
         )
 

@@ -21,7 +21,7 @@ from minilora.injection import inject, places_of
 from minilora.kernels import (
     hand_back_freed_memory,
     hardware,
-    int8_is_exact,
+    integer_way,
     keep_freed_memory,
 )
 from minilora.layers import is_conv1d
@@ -47,7 +47,7 @@ class Calibration:
         memory: bytes a process may use: the smaller of what is free and a container's limit.
         rates: FLOP/s of a large product by dtype name; `int8` in operations.
         bandwidth: bytes/s of a copy, read and written.
-        int8: whether INT8 and INT4 are multiplied as integers here.
+        integer: how INT8 and INT4 are multiplied as integers here, see `integer_way`.
         process: bytes of a process that trained a model of no size.
         busy: share of the processor that other work took meanwhile; 0 where that is not known.
     """
@@ -55,7 +55,7 @@ class Calibration:
     memory: int
     rates: dict[str, float]
     bandwidth: float
-    int8: bool
+    integer: str | None
     process: int
     busy: float = 0.0
 
@@ -67,11 +67,9 @@ def calibrate() -> Calibration:
     found = hardware()
     rates = {n: getattr(found, n) * 1e9 for n in ("float32", "bfloat16", "int8")}
     rates["float16"] = rates["bfloat16"]
-    flags = ("avx_vnni", "avx512_vnni", "amx_int8")
-    int8 = int8_is_exact() and any(flag in found.flags for flag in flags)
     bandwidth, process = _bandwidth(), process_bytes()
     busy = _others(before, _processor_seconds())
-    return Calibration(free_memory(), rates, bandwidth, int8, process, busy)
+    return Calibration(free_memory(), rates, bandwidth, integer_way(), process, busy)
 
 
 def _processor_seconds() -> tuple[float, float, float]:

@@ -65,12 +65,12 @@ class Foretold:
         self.cuda = next(model.parameters()).device.type == "cuda"
         base = sizes(model)
         process = 0 if self.cuda else max(0, resident() - base.total)
-        int8 = not self.cuda and calibrate().int8
+        integer = None if self.cuda else calibrate().integer
         self.memory = count_memory(
             shape,
             Settings(**settings, length=max(lengths)),  # type: ignore[arg-type]
             gpu=self.cuda,
-            int8=int8,
+            integer=integer,
             process=process,
             linears=linears,
             base=base,

@@ -164,7 +164,7 @@ def count_memory(
     settings: Settings,
     *,
     gpu: bool = False,
-    int8: bool = True,
+    integer: str | None = "int8",
     process: int | None = None,
     linears: dict[str, Linear] | None = None,
     base: Sizes | None = None,
@@ -175,7 +175,8 @@ def count_memory(
         shape: of the model.
         settings: of the run.
         gpu: whether it trains on a GPU, whose memory is meant then.
-        int8: whether INT8 and INT4 are multiplied as integers there.
+        integer: how INT8 and INT4 are multiplied as integers there, `"int8"` or `"blocks"` (see
+            `kernels/int8.py`); None: as floats.
         process: bytes of a process that trained nothing, None for `constants`.
         linears: of a model that is there, with their ranks; default: as `settings` say.
         base: bytes of a model that is there; likewise.
@@ -222,8 +223,8 @@ def count_memory(
         activations=kept,
         recomputed=again,
         loss=_loss(shape, p, gpu),
-        backward=_backward(shape, settings, int8 and not gpu),
-        workspace=_workspace(shape, linears, settings, gpu, int8 and not gpu),
+        backward=_backward(shape, settings, None if gpu else integer),
+        workspace=_workspace(shape, linears, settings, gpu, None if gpu else integer),
         gathered=0 if share == 1 else 2 * whole_block + found.base - whole_block
         * config.num_hidden_layers,
         heap=int(heap),
@@ -285,18 +286,22 @@ def _loss(shape: Shape, p: Pass, gpu: bool) -> int:
     return chunk + (p.tokens - p.B) * h * p.w + cast
 
 
-def _backward(shape: Shape, settings: Settings, int8: bool) -> int:
-    """Gradients within a block, and the f32 and integer copies that INT8's products make."""
+def _backward(shape: Shape, settings: Settings, integer: str | None) -> int:
+    """Gradients within a block, and the copies that `_int_mm` takes and gives, f32 and integer."""
     config, p = shape.config, settings.one_pass
     h, i = config.hidden_size, config.intermediate_size
     total = p.tokens * (3 * i + 3 * h) * p.w
-    if int8 and settings.format in ("int8", "int4"):
+    if integer == "int8" and settings.format in ("int8", "int4"):
         total += p.tokens * i * (3 * _F32 + 1) + p.tokens * h * 2 * _F32
     return total
 
 
 def _workspace(
-    shape: Shape, linears: dict[str, Linear], settings: Settings, gpu: bool, int8: bool
+    shape: Shape,
+    linears: dict[str, Linear],
+    settings: Settings,
+    gpu: bool,
+    integer: str | None,
 ) -> int:
     """Return the bytes of what is decoded or cast before it is multiplied, and of logits.
 
@@ -310,4 +315,7 @@ def _workspace(
     if settings.format == "nf4":  # and its scales in f32, twice
         return max(logits, largest * w) + 3 * _F32 * largest // settings.block_size
     codes = largest if settings.format == "int4" else 0
-    return codes + max(logits, 0 if int8 else largest * w)
+    if integer == "blocks":  # codes in another order, and those of X; a sixteenth for their sums
+        longest = max((max(one.N, one.K) for one in linears.values() if one.r), default=0)
+        return codes + logits + (largest + settings.one_pass.tokens * longest) * 17 // 16
+    return codes + max(logits, 0 if integer else largest * w)

@@ -56,7 +56,7 @@ def from_rates(work: Work, settings: Settings, here: Calibration) -> float:
     """Return seconds of a step by this machine's rates, without running one."""
     name = str(settings.dtype).removeprefix("torch.")
     rate = here.rates[name] * _PRODUCTS
-    integer = settings.format in ("int8", "int4") and here.int8
+    integer = settings.format in ("int8", "int4") and here.integer
     seconds = work.base / (here.rates["int8"] * _PRODUCTS if integer else rate)
     seconds += (work.flops - work.base) / rate
     seconds += work.bytes / (here.bandwidth * _MOVING)

@@ -10,12 +10,12 @@ from minilora.kernels import (
     FrozenLinear,
     Stored,
     frozen_product,
-    hardware,
     int4_codes,
     int4_linear,
     int8_dequantize,
     int8_is_exact,
     int8_linear,
+    integer_way,
     nf4_absmax,
     nf4_dequantize,
     nf4_linear,
@@ -23,8 +23,6 @@ from minilora.kernels import (
 )
 
 from .formats import Spec, layout, problem, quantize_weight
-
-_INT8_FLAGS = ("avx_vnni", "avx512_vnni", "amx_int8")
 
 
 class QuantizedLinear(nn.Module):
@@ -42,9 +40,11 @@ class QuantizedLinear(nn.Module):
         bias: `[N]` or None.
         dtype: of `dequantize()`: what the layer's weight was before.
         compute: how INT8 and INT4 multiply in the forward: `"int8"` (rows of x are quantized at
-            run time), `"dequantize"`, or `"auto"`: int8 on a CPU with instructions for it (VNNI,
-            AMX) and where it is exact, else dequantize; there, in evaluation mode without
-            gradients, up to 16 rows are multiplied from the codes in f32. NF4 always dequantizes.
+            run time: whole rows to 8 bits on a CPU with instructions for it, VNNI or AMX, and on
+            CUDA; blocks of 64 to 7 bits on one with AVX2 and a C compiler), `"dequantize"`, or
+            `"auto"`: int8 on such CPUs, else dequantize; in evaluation mode without gradients and
+            without VNNI or AMX up to 16 rows are multiplied from the codes in f32. NF4 always
+            dequantizes.
         grad_compute: likewise for the input's gradient.
         outliers: input channels that `"int8"` keeps in floating point in the forward.
         plain: the class the layer had, `nn.Linear` or a Conv1D.
@@ -77,11 +77,11 @@ class QuantizedLinear(nn.Module):
         bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
         self._dtype = dtype
-        self._pays = _int8_pays()
+        self._integer = integer_way()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pays = _int8_pays()  # it may be another machine
+        self._integer = integer_way()  # it may be another machine
 
     @classmethod
     def from_weight(
@@ -182,29 +182,29 @@ class QuantizedLinear(nn.Module):
                 p["absmax_bits"], None, None)  # fmt: skip
             shape = (self.out_features, self.in_features)
             return nf4_linear(p["codes"], *scales, self.bias, shape, self.spec.block_size)
-        ways = (self._forward_way(), self._way(self.grad_compute))
+        ways = (self._way(self.compute), self._way(self.grad_compute))
+        how = (*ways, self.outliers, self._few())
         if self.spec.format == "int8":
-            return int8_linear(p["codes"], p["scale_bits"], self.bias, *ways, self.outliers)
+            return int8_linear(p["codes"], p["scale_bits"], self.bias, *how)
         return int4_linear(
             p["codes"],
             p["steps"],
             p["scale_bits"],
             self.bias,
             self.spec.block_size,
-            *ways,
-            self.outliers,
+            *how,
         )
 
     def _way(self, asked: str) -> str:
-        if asked != "auto":
-            return asked
-        return "int8" if self.device.type == "cpu" and self._pays else "dequantize"
+        here = self.device.type == "cpu"
+        if asked == "auto":
+            asked = "int8" if here and self._integer else "dequantize"
+        return self._integer or "int8" if asked == "int8" and here else asked
 
-    def _forward_way(self) -> str:
-        way = self._way(self.compute)
+    def _few(self) -> bool:
         if self.training or torch.is_grad_enabled() or self.compute != "auto":
-            return way
-        return "few" if way == "dequantize" and self.device.type == "cpu" else way
+            return False
+        return self.device.type == "cpu" and self._integer != "int8"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; computes in x's dtype, or autocast's.
@@ -272,10 +272,12 @@ def check_compute(choice: object) -> None:
     """Raise unless this names a way to multiply that can run here."""
     if choice not in COMPUTE:
         raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, found {choice!r}")
-    if choice == "int8" and not int8_is_exact() and not torch.cuda.is_available():
+    can = integer_way() is not None or int8_is_exact() or torch.cuda.is_available()
+    if choice == "int8" and not can:
         raise RuntimeError(
             "compute='int8' cannot run: torch's int8 product saturates on this processor (it has "
-            "no VNNI or AMX), so results would be wrong; use compute='auto' or 'dequantize'"
+            "no VNNI or AMX), so results would be wrong, and minilora's own needs AVX2 and a C "
+            "compiler; install one (or set CC), or use compute='auto' or 'dequantize'"
         )
 
 
@@ -283,15 +285,6 @@ def check_outliers(count: object) -> None:
     """Raise unless this is a number of channels."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ValueError(f"outliers must be a whole number of at least 0, found {count!r}")
-
-
-def _int8_pays() -> bool:
-    """Tell whether integer products are exact here and have instructions of their own.
-
-    Not by the rates measured: on a busy machine they vary from process to process, and a resumed
-    run has to multiply as the run before did.
-    """
-    return int8_is_exact() and any(flag in hardware().flags for flag in _INT8_FLAGS)
 
 
 def is_finite(tensor: Tensor) -> bool:

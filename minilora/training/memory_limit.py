@@ -65,7 +65,8 @@ class MemoryLimit:
         self.base = sizes(model)
         self.process = max(0, resident() - self.base.total)
         small = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-        self.int8 = any(one._way(one.compute) == "int8" for one in small)
+        ways = {one._way(one.compute) for one in small} - {"dequantize"}
+        self.integer = next(iter(ways), None)
         self.planned = functools.cache(self._planned)
 
     def _planned(self, rows: int, tokens: int, packed: bool, **changed: Any) -> Memory:
@@ -74,7 +75,9 @@ class MemoryLimit:
                             | changed)  # fmt: skip
         here = settings.format == self.settings["format"]
         known: dict[str, Any] = {"linears": self.linears, "base": self.base} if here else {}
-        found = count_memory(self.shape, settings, int8=self.int8, process=self.process, **known)
+        found = count_memory(
+            self.shape, settings, integer=self.integer, process=self.process, **known
+        )
         if not packed:
             return found
         # Attention of packed rows keeps its mask, in the model's dtype, in every block.
