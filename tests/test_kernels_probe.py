@@ -35,15 +35,26 @@ def test_hardware_reports_this_machine_and_is_probed_once():
 )
 def test_hardware_picks_the_dtype_that_was_measured_fastest(monkeypatch, float32, bfloat16, dtype):
     rates = {torch.float32: float32, torch.bfloat16: bfloat16, torch.int8: 7.0}
-    monkeypatch.setattr(module, "_rate", lambda multiply, left, right: rates[left.dtype])
+    monkeypatch.setattr(module, "_rate", lambda multiply, left, right: rates[right.dtype])
     found = hardware.__wrapped__()
     assert (found.float32, found.bfloat16, found.int8) == (float32, bfloat16, 7.0)
     assert found.dtype is dtype
 
 
+@pytest.mark.parametrize("flag", ["avx2", *module.INT8_FLAGS])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_integer_rate_is_of_the_product_that_layers_use(monkeypatch, flag, blocks):
+    """That of bytes in blocks takes rows of floats, `_int_mm` takes int8 on both sides."""
+    monkeypatch.setattr(module, "_cpu_name_and_flags", lambda: ("some processor", (flag,)))
+    monkeypatch.setattr(module, "has_blocks", lambda: blocks)
+    rates = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.int8: 7.0}
+    monkeypatch.setattr(module, "_rate", lambda multiply, left, right: rates[left.dtype])
+    assert hardware.__wrapped__().int8 == (1.0 if blocks and flag == "avx2" else 7.0)
+
+
 def test_hardware_reports_no_rate_where_int8_cannot_run(monkeypatch):
     def rate(multiply, left, right):
-        if left.dtype == torch.int8:
+        if right.dtype == torch.int8:
             raise RuntimeError("not built for this platform")
         return 1.0
 
