@@ -17,9 +17,7 @@ from .frozen import frozen_product
 from .int8 import (
     COMPUTE,
     int8_dequantize,
-    int8_is_exact,
     int8_linear,
-    integer_way,
     quantize_rows,
     scales_from_bits,
 )
@@ -35,7 +33,7 @@ from .low_rank import (
     lora_linear,
     row_masks,
 )
-from .probe import Hardware, hardware, is_slow
+from .probe import Hardware, hardware, int8_is_exact, integer_way, is_slow
 from .rowwise import rms_norm, swiglu
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem

@@ -26,6 +26,7 @@ from .int8 import (
     add_bias,
     forward_product,
     is_few,
+    is_recorded,
     scales_from_bits,
 )
 from .low_rank import FrozenLinear
@@ -249,7 +250,7 @@ def int4_linear(
     outliers: int = 0,
     few: bool = False,
 ) -> FrozenLinear:
-    """Return the pair of products for INT4 storage: widen to int8 codes, then INT8's products.
+    """Return the pair of products for INT4 storage: INT8's, once widened to its codes.
 
     Args:
         packed: as for `int4_codes`.
@@ -269,21 +270,19 @@ def int4_linear(
         return int4_codes(packed, steps, group)
 
     def blocks(x, packed, steps, bits, across):
-        scales = scales_from_bits(bits)
-        return int4_blocks(x.to(torch.float32), packed, steps, scales, group, across).to(x.dtype)
+        return int4_blocks(x.float(), packed, steps, scales_from_bits(bits), group, across)
 
     def linear_forward(x, packed, steps, bits, bias):
         if few and is_few(x):
             y = int4_rows(x.to(torch.float32), packed, steps, scales_from_bits(bits), group)
             return add_bias(y, bias).to(x.dtype)
-        if forward == "blocks" and not outliers:
-            return add_bias(blocks(x, packed, steps, bits, False), bias)
+        if forward == "blocks" and not outliers and x.dtype != torch.float64:
+            return add_bias(blocks(x, packed, steps, bits, False), bias).to(x.dtype)
         return forward_product(forward, outliers)(x, codes(x, packed, steps, forward), bits, bias)
 
     def linear_grad_x(grad_out, packed, steps, bits, bias):
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if backward == "blocks" and not recorded:
-            return blocks(grad_out, packed, steps, bits, True)
+        if backward == "blocks" and not is_recorded() and grad_out.dtype != torch.float64:
+            return blocks(grad_out, packed, steps, bits, True).to(grad_out.dtype)
         return GRAD_X[backward](grad_out, codes(grad_out, packed, steps, backward), bits, bias)
 
     return FrozenLinear((packed, steps, bits, bias), linear_forward, linear_grad_x)

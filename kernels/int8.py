@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu import has_blocks, int8_blocks, int8_rows
+from .cpu import int8_blocks, int8_rows
 from .low_rank import FrozenLinear
-from .probe import INT8_FLAGS, hardware
 from .workspace import workspace
 
 _FEW = 16  # rows up to which reading the codes is what a product costs
@@ -62,34 +61,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = (largest / 127).clamp_(min=1e-37).masked_fill_(largest == 0, 1.0)
     codes = (x.to(torch.float32) / scales).round_().clamp_(-127, 127)
     return codes.to(torch.int8), scales
-
-
-@functools.cache
-def int8_is_exact() -> bool:
-    """Tell whether `torch._int_mm` on this CPU gives the integers it should.
-
-    Without VNNI its sums of two products saturate at 16 bits (seen with torch 2.13 under an AVX2
-    limit: 127·127·512 comes out wrong), so no figure of speed makes it usable there.
-    """
-    left = torch.full((16, 64), 127, dtype=torch.int8)
-    try:
-        both = torch._int_mm(left, left.t()), torch._int_mm(left, -left.t())
-    except RuntimeError:  # not built for this platform
-        return False
-    want = 127 * 127 * 64
-    return bool((both[0] == want).all() and (both[1] == -want).all())
-
-
-@functools.cache
-def integer_way() -> str | None:
-    """Return how this CPU multiplies integers faster than floats: `"int8"`, `"blocks"` or None.
-
-    Not by the rates measured: on a busy machine they vary from process to process, and a resumed
-    run has to multiply as the run before did.
-    """
-    if int8_is_exact() and any(flag in hardware().flags for flag in INT8_FLAGS):
-        return "int8"
-    return "blocks" if has_blocks() else None
 
 
 def _can_multiply(M: int, K: int, N: int, device: torch.device) -> bool:
@@ -138,13 +109,17 @@ def int8_forward(
     return add_bias(y, bias).to(x.dtype)
 
 
+def is_recorded() -> bool:
+    """Tell whether the backward pass is recorded itself, for second derivatives."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def int8_grad_x(grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
     """Return `G W` through integers; the scales go into G before its rows are quantized.
 
     Where G's own gradient is recorded (second derivatives) it is dequantized: rounding has none.
     """
-    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if recorded or not _can_multiply(len(grad_out), *codes.shape, grad_out.device):
+    if is_recorded() or not _can_multiply(len(grad_out), *codes.shape, grad_out.device):
         return int8_grad_x_dequantized(grad_out, codes, bits, bias)
     scaled = grad_out.to(torch.float32) * scales_from_bits(bits)
     return int8_product(scaled, codes).to(grad_out.dtype)
@@ -153,7 +128,12 @@ def int8_grad_x(grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | No
 def int8_forward_blocks(
     x: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None, outliers: int = 0
 ) -> Tensor:
-    """Return `x Wᵀ + b` through bytes, in x's dtype; `outliers` as for `int8_product`."""
+    """Return `x Wᵀ + b` through bytes, in x's dtype (float64 is dequantized).
+
+    `outliers` as for `int8_product`.
+    """
+    if x.dtype == torch.float64:
+        return int8_forward_dequantized(x, codes, bits, bias)
     scales, wide = scales_from_bits(bits), x.to(torch.float32)
     outliers = min(outliers, x.shape[1] // 16) if len(x) else 0
     if not outliers:
@@ -167,8 +147,8 @@ def int8_forward_blocks(
 def int8_grad_x_blocks(
     grad_out: Tensor, codes: Tensor, bits: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Return `G W` through bytes; dequantized where G's own gradient is recorded."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    """Return `G W` through bytes; dequantized in float64 and where G's own gradient is recorded."""
+    if is_recorded() or grad_out.dtype == torch.float64:
         return int8_grad_x_dequantized(grad_out, codes, bits, bias)
     grad_x = int8_blocks(grad_out.to(torch.float32), codes, scales_from_bits(bits), True)
     return grad_x.to(grad_out.dtype)

@@ -23,8 +23,8 @@ class Hardware:
     """What was found; rates are of one `[512, 1024] · [1024, 1024]` matmul, in GFLOP/s.
 
     `dtype` is the fastest training dtype: what `dtype="auto"` resolves to. `int8` is the rate of
-    `torch._int_mm`, on a processor without VNNI or AMX of `int8_blocks` where that can run, 0.0
-    where nothing can; CUDA rates are not probed and stand as 0.0.
+    `torch._int_mm`, of `int8_blocks` where `integer_way` says so, 0.0 where neither can run; CUDA
+    rates are not probed and stand as 0.0.
     """
 
     device: str
@@ -73,6 +73,35 @@ def _cpu_name_and_flags() -> tuple[str, tuple[str, ...]]:
 
 
 @functools.cache
+def int8_is_exact() -> bool:
+    """Tell whether `torch._int_mm` on this CPU gives the integers it should.
+
+    Without VNNI its sums of two products saturate at 16 bits (seen with torch 2.13 under an AVX2
+    limit: 127·127·512 comes out wrong), so no figure of speed makes it usable there.
+    """
+    left = torch.full((16, 64), 127, dtype=torch.int8)
+    try:
+        both = torch._int_mm(left, left.t()), torch._int_mm(left, -left.t())
+    except RuntimeError:  # not built for this platform
+        return False
+    want = 127 * 127 * 64
+    return bool((both[0] == want).all() and (both[1] == -want).all())
+
+
+@functools.cache
+def integer_way() -> str | None:
+    """Return how this CPU multiplies integers faster than floats: `"int8"`, `"blocks"` or None.
+
+    The first is `torch._int_mm`, the second `int8_blocks`. Not by the rates measured: on a busy
+    machine they vary from process to process, and a resumed run has to multiply as the run before.
+    """
+    _, flags = _cpu_name_and_flags()
+    if int8_is_exact() and any(flag in flags for flag in INT8_FLAGS):
+        return "int8"
+    return "blocks" if has_blocks() else None
+
+
+@functools.cache
 def hardware(device: str = "cpu") -> Hardware:
     """Probe the device once per process and say which dtype trains fastest on it.
 
@@ -104,7 +133,7 @@ def hardware(device: str = "cpu") -> Hardware:
     bfloat16 = _rate(torch.mm, left.bfloat16(), right.bfloat16())
     codes = right.to(torch.int8)
     try:
-        if has_blocks() and not any(flag in flags for flag in INT8_FLAGS):
+        if integer_way() == "blocks":
             ones = torch.ones(len(codes))
             int8 = _rate(lambda x, w: int8_blocks(x, w, ones, False), left, codes)
         else:

@@ -53,7 +53,8 @@ def quantize(
             for int4, dividing the layer's inputs. int8 has none.
         double_quant: store nf4's scales in 8 bits.
         compute: how int8 and int4 multiply in the forward: `"int8"` (rows of the input are
-            quantized too), `"dequantize"` or `"auto"`: int8 on a CPU with VNNI or AMX.
+            quantized too), `"dequantize"` or `"auto"`: int8 on a CPU with VNNI or AMX, or with
+            AVX2 and a C compiler (see `QuantizedLinear`).
         grad_compute: likewise for the gradient of the input.
         outliers: how many input channels, those with the largest values of the batch, int8 and
             int4 multiply in floating point in the forward (at most a 16th of them). It brings the
@@ -66,7 +67,7 @@ def quantize(
         ValueError: an unknown format, a block size that does not fit, NaN or Inf, a layer that is
             quantized already or no plain Linear or Conv1D; the model is unchanged.
         TypeError: model or targets of another type.
-        RuntimeError: adapters are merged, or int8 products are not exact on this processor.
+        RuntimeError: adapters are merged, or `compute="int8"` where integers can't be multiplied.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize() needs an nn.Module, found {type(model).__name__}")

@@ -479,6 +479,9 @@ def test_operands_that_do_not_fit_blocks_are_refused():
         TypeError, match=r"codes must be torch.int8 of two dim.*, found torch.uint8"
     ):
         int8_blocks(x, codes.view(torch.uint8), scales, False)
+    compiled = torch.compile(lambda x: int8_blocks(x, codes, scales, False), fullgraph=True)
+    with pytest.raises(Exception, match=r"takes x \[M, 64\]"):
+        compiled(x[:, 1:])
     x, packed, steps, scales = int4_operands(2, 5, 64, 32)
     with pytest.raises(ValueError, match=r"steps must be uint8 \[5, 4\] for groups of 16, found"):
         int4_blocks(x, packed, steps, scales, 16, False)
@@ -487,8 +490,12 @@ def test_operands_that_do_not_fit_blocks_are_refused():
 
 
 @needs_compiler
-def test_without_avx2_there_are_no_blocks(tmp_path):
+def test_without_avx2_there_are_no_blocks(tmp_path, monkeypatch):
     assert not built(tmp_path, plain=True).minilora_has_blocks()
+    monkeypatch.setattr(cpu, "has_blocks", lambda: False)
+    x, codes, scales = int8_operands(2, 5, 64)
+    with pytest.raises(RuntimeError, match="need a processor with AVX2 and a C compiler, and one"):
+        int8_blocks(x, codes, scales, False)
 
 
 @needs_compiler

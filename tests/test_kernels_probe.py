@@ -41,15 +41,13 @@ def test_hardware_picks_the_dtype_that_was_measured_fastest(monkeypatch, float32
     assert found.dtype is dtype
 
 
-@pytest.mark.parametrize("flag", ["avx2", *module.INT8_FLAGS])
-@pytest.mark.parametrize("blocks", [False, True])
-def test_the_integer_rate_is_of_the_product_that_layers_use(monkeypatch, flag, blocks):
+@pytest.mark.parametrize("way", ["int8", "blocks", None])
+def test_the_integer_rate_is_of_the_product_that_layers_use(monkeypatch, way):
     """That of bytes in blocks takes rows of floats, `_int_mm` takes int8 on both sides."""
-    monkeypatch.setattr(module, "_cpu_name_and_flags", lambda: ("some processor", (flag,)))
-    monkeypatch.setattr(module, "has_blocks", lambda: blocks)
+    monkeypatch.setattr(module, "integer_way", lambda: way)
     rates = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.int8: 7.0}
     monkeypatch.setattr(module, "_rate", lambda multiply, left, right: rates[left.dtype])
-    assert hardware.__wrapped__().int8 == (1.0 if blocks and flag == "avx2" else 7.0)
+    assert hardware.__wrapped__().int8 == (1.0 if way == "blocks" else 7.0)
 
 
 def test_hardware_reports_no_rate_where_int8_cannot_run(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import minilora
+from minilora.kernels import cpu
 from minilora.lora_layer import lora_layers
 from minilora.models import GPT2Config, Llama, LlamaConfig
 from minilora.planning import constants
@@ -18,6 +19,26 @@ SMALL = Shape("small", LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64), "here")
 def plan(shape=SMALL, gpu=True, **settings):
     settings = {"batch_size": 2, "length": 16, "dtype": torch.bfloat16, "r": 4} | settings
     return count_memory(shape, Settings(**settings), gpu=gpu, process=0)
+
+
+@pytest.mark.skipif(not cpu.has_blocks(), reason="no AVX2, or no C compiler")
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_products_in_blocks_take_the_memory_that_is_planned(format, targets):
+    """Of codes in another order and rounded rows; every stored layer's, adapted or not."""
+    config = SMALL.config
+    settings = {"batch_size": 2, "length": 32, "r": 4, "format": format, "targets": targets}
+    plans = [
+        count_memory(SMALL, Settings(**settings), integer=way, process=0).workspace
+        for way in ("blocks", "int8")
+    ]
+    held = [
+        cpu.native().minilora_blocks_bytes(64, *sizes, format == "int4")
+        for sizes in ((config.hidden_size, config.intermediate_size),
+                      (config.intermediate_size, config.hidden_size))
+    ]  # fmt: skip
+    codes = config.hidden_size * config.intermediate_size if format == "int4" else 0
+    assert max(held) <= (plans[0] - plans[1] + codes) * 1.02 <= max(held) * 1.05
 
 
 @pytest.mark.parametrize("format", [None, "int8", "nf4", "int4"])

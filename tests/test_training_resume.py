@@ -13,6 +13,7 @@ from test_training import examples, factors, fit, plain, same, tiny
 
 import minilora
 from minilora.evaluation import token_loss
+from minilora.quantization import QuantizedLinear
 from minilora.training import TrainConfig
 from minilora.training.same_run import check_same_run
 from minilora.training.state import STATE_FILE, digest, load_state
@@ -288,6 +289,24 @@ def test_fit_resume_refuses_held_out_examples_where_there_were_none(tmp_path):
     fit(tiny(), max_steps=2, out=tmp_path)
     with pytest.raises(ValueError, match="valid was None and is"):
         fit(tiny(), valid=examples(3), max_steps=4, out=tmp_path, resume=True)
+
+
+def test_fit_resume_says_that_integers_are_multiplied_otherwise(tmp_path, capsys):
+    """Another processor, or a compiler that is gone: the same codes, other digits."""
+
+    def model(way):
+        made = minilora.inject(minilora.quantize(plain(), "int8"), r=2, alpha=3)
+        for module in made.modules():
+            if isinstance(module, QuantizedLinear):
+                module._integer = way
+        return made
+
+    fit(model(None), max_steps=2, out=tmp_path)
+    fit(model("blocks"), max_steps=4, out=tmp_path, resume=True, quiet=False)
+    said = capsys.readouterr().err
+    assert "by dequantize and dequantize and are by blocks and blocks from here on" in said
+    fit(model("blocks"), max_steps=6, out=tmp_path, resume=True, quiet=False)
+    assert "were multiplied" not in capsys.readouterr().err
 
 
 def test_fit_resume_says_that_the_loss_has_another_name(tmp_path, capsys):

@@ -211,6 +211,11 @@ def has_blocks() -> bool:
 
 
 def _check_blocks(x: Tensor, rows: int, columns: int, scales: Tensor, across: bool) -> None:
+    if not has_blocks():
+        raise RuntimeError(
+            "products of bytes need a processor with AVX2 and a C compiler, and one is missing "
+            "here; install a compiler (or set CC), or dequantize"
+        )
     J = rows if across else columns
     if (x.dtype, scales.dtype) != (torch.float32, torch.float32):
         raise TypeError(
@@ -233,46 +238,46 @@ def _check_codes(codes: Tensor, dtype: torch.dtype) -> None:
 
 
 def run_blocks(
-    library: Any, x: Tensor, parts: Sequence[Tensor], sizes: tuple[int, int, bool], *group: int
+    library: Any, x: Tensor, parts: Sequence[Tensor], y: Tensor, across: bool, *group: int
 ) -> Tensor:
-    """Call `minilora_int8_blocks`, or `_int4_` with a group; operands checked by the callers.
-
-    Args:
-        library: what `native` gave.
-        x: f32 `[M, J]`.
-        parts: the stored weight.
-        sizes: J, L and across.
-        group: of INT4.
-    """
-    J, L, across = sizes
+    """Fill y `[M, L]` by `minilora_int8_blocks`, or `_int4_` with a group; all checked before."""
+    (M, J), L = x.shape, y.shape[1]
     x, parts = x.contiguous(), [part.contiguous() for part in parts]
-    y = x.new_empty(len(x), L)
     if not y.numel() or not J:
         return y.zero_()
-    bytes_ = library.minilora_blocks_bytes(len(x), J, L, bool(group))
-    work = lent(bytes_, torch.uint8, x.device)
+    work = lent(library.minilora_blocks_bytes(M, J, L, bool(group)), torch.uint8, x.device)
     pointers = [tensor.data_ptr() for tensor in (x, *parts, y, work)]
     name = "int4_blocks" if group else "int8_blocks"
-    getattr(library, f"minilora_{name}")(*pointers, len(x), J, L, across, *group)
+    getattr(library, f"minilora_{name}")(*pointers, M, J, L, across, *group)
     return y
 
 
-def _int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
+def _int8_blocks_shape(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
     _check_codes(codes, torch.int8)
     _check_blocks(x, *codes.shape, scales, across)
-    J, L = codes.shape if across else codes.shape[::-1]
-    return run_blocks(native(), x, (codes, scales), (J, L, across))
+    return x.new_empty(x.shape[0], codes.shape[1 if across else 0])
 
 
-def _int4_blocks(
+def _int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
+    y = _int8_blocks_shape(x, codes, scales, across)
+    return run_blocks(native(), x, (codes, scales), y, across)
+
+
+def _int4_blocks_shape(
     x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
 ) -> Tensor:
     _check_codes(packed, torch.uint8)
     N, K = packed.shape[0], 2 * packed.shape[1]
     _check_blocks(x, N, K, scales, across)
     _check_steps(packed, steps, group)
-    J, L = (N, K) if across else (K, N)
-    return run_blocks(native(), x, (packed, steps, scales), (J, L, across), group)
+    return x.new_empty(x.shape[0], K if across else N)
+
+
+def _int4_blocks(
+    x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
+) -> Tensor:
+    y = _int4_blocks_shape(x, packed, steps, scales, group, across)
+    return run_blocks(native(), x, (packed, steps, scales), y, across, group)
 
 
 def _int8_shape(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -297,11 +302,9 @@ if not hasattr(torch.ops.minilora, "int8_rows"):
         ("int4_weights(Tensor packed, Tensor steps, int group, Tensor(a!) out) -> ()",
          _int4_weights, lambda *_: None),
         ("int8_blocks(Tensor x, Tensor codes, Tensor scales, bool across) -> Tensor",
-         _int8_blocks, lambda x, codes, scales, across:
-         x.new_empty(x.shape[0], codes.shape[1 if across else 0])),
+         _int8_blocks, _int8_blocks_shape),
         ("int4_blocks(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group, bool across)"
-         " -> Tensor", _int4_blocks, lambda x, packed, steps, scales, group, across:
-         x.new_empty(x.shape[0], 2 * packed.shape[1] if across else packed.shape[0])),
+         " -> Tensor", _int4_blocks, _int4_blocks_shape),
     )  # fmt: skip
     for schema, function, shape in made:
         name = schema.partition("(")[0]
@@ -346,8 +349,8 @@ def int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tenso
 
     Rows of x (of `x · scales` with `across`) are rounded to 7 bits in blocks of 64 columns, each
     with a scale of its own: off by at most half a step, which is the block's largest magnitude
-    over 63 – more where codes are so large that 16-bit sums would not hold, see `blocks.c`. Not
-    differentiable; works under compile.
+    (or 1e-35) over 63 – more where codes are so large that 16-bit sums would not hold, see
+    `blocks.c`. Not differentiable; works under compile.
 
     Args:
         x: f32 `[M, K]`, with `across` `[M, N]`.
@@ -360,6 +363,7 @@ def int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tenso
         where it was not finite.
 
     Raises:
+        RuntimeError: not `has_blocks`.
         TypeError: another dtype.
         ValueError: another shape.
     """

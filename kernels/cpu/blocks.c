@@ -37,7 +37,8 @@ struct work {
 
 static long lay_out(struct work *w, char *start, long M, long J, long L, long four_bits) {
   long blocks = (J + BLOCK - 1) / BLOCK, strips = (L + COLUMNS - 1) / COLUMNS, at = 0;
-#define PART(name, count) (w->name = (void *)(start + at), at += (count) * (long)sizeof *w->name)
+#define PART(name, count)                                                                          \
+  (w->name = start ? (void *)(start + at) : 0, at += (count) * (long)sizeof *w->name)
   PART(packed, strips * blocks * BLOCK * COLUMNS);
   PART(offsets, strips * blocks * COLUMNS * 2);
   PART(norms, strips * blocks);

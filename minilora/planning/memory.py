@@ -305,9 +305,11 @@ def _workspace(
 ) -> int:
     """Return the bytes of what is decoded or cast before it is multiplied, and of logits.
 
-    A CPU has one buffer for matrices and logits, as large as the largest (`kernels/workspace.py`).
+    A CPU has one buffer a dtype, as large as the largest of them (`kernels/workspace.py`).
     """
-    largest = max((one.N * one.K for one in linears.values() if one.r), default=0)
+    stored = settings.format is not None
+    used = [one for name, one in linears.items() if one.r or (stored and name != "lm_head")]
+    largest = max((one.N * one.K for one in used), default=0)
     w = settings.dtype.itemsize
     logits = 0 if gpu else _logits(shape, settings.one_pass) * w
     if settings.format is None:
@@ -316,6 +318,6 @@ def _workspace(
         return max(logits, largest * w) + 3 * _F32 * largest // settings.block_size
     codes = largest if settings.format == "int4" else 0
     if integer == "blocks":  # codes in another order, and those of X; a sixteenth for their sums
-        longest = max((max(one.N, one.K) for one in linears.values() if one.r), default=0)
+        longest = max((max(one.N, one.K) for one in used), default=0)
         return codes + logits + (largest + settings.one_pass.tokens * longest) * 17 // 16
     return codes + max(logits, 0 if integer else largest * w)

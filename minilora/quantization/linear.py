@@ -43,8 +43,8 @@ class QuantizedLinear(nn.Module):
             run time: whole rows to 8 bits on a CPU with instructions for it, VNNI or AMX, and on
             CUDA; blocks of 64 to 7 bits on one with AVX2 and a C compiler), `"dequantize"`, or
             `"auto"`: int8 on such CPUs, else dequantize; in evaluation mode without gradients and
-            without VNNI or AMX up to 16 rows are multiplied from the codes in f32. NF4 always
-            dequantizes.
+            without VNNI or AMX up to 16 rows are multiplied from the codes in f32, unrounded, so
+            that a row's last digits depend on whether there are more. NF4 always dequantizes.
         grad_compute: likewise for the input's gradient.
         outliers: input channels that `"int8"` keeps in floating point in the forward.
         plain: the class the layer had, `nn.Linear` or a Conv1D.
@@ -182,8 +182,7 @@ class QuantizedLinear(nn.Module):
                 p["absmax_bits"], None, None)  # fmt: skip
             shape = (self.out_features, self.in_features)
             return nf4_linear(p["codes"], *scales, self.bias, shape, self.spec.block_size)
-        ways = (self._way(self.compute), self._way(self.grad_compute))
-        how = (*ways, self.outliers, self._few())
+        how = (*self.ways, self.outliers, self._few())
         if self.spec.format == "int8":
             return int8_linear(p["codes"], p["scale_bits"], self.bias, *how)
         return int4_linear(
@@ -194,6 +193,13 @@ class QuantizedLinear(nn.Module):
             self.spec.block_size,
             *how,
         )
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """How many rows are multiplied here, forward and backward; see `kernels/int8.py`."""
+        if self.spec.format == "nf4":
+            return "dequantize", "dequantize"
+        return self._way(self.compute), self._way(self.grad_compute)
 
     def _way(self, asked: str) -> str:
         here = self.device.type == "cpu"
@@ -272,13 +278,13 @@ def check_compute(choice: object) -> None:
     """Raise unless this names a way to multiply that can run here."""
     if choice not in COMPUTE:
         raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, found {choice!r}")
-    can = integer_way() is not None or int8_is_exact() or torch.cuda.is_available()
-    if choice == "int8" and not can:
-        raise RuntimeError(
-            "compute='int8' cannot run: torch's int8 product saturates on this processor (it has "
-            "no VNNI or AMX), so results would be wrong, and minilora's own needs AVX2 and a C "
-            "compiler; install one (or set CC), or use compute='auto' or 'dequantize'"
-        )
+    if choice != "int8" or integer_way() or int8_is_exact() or torch.cuda.is_available():
+        return
+    raise RuntimeError(
+        "compute='int8' cannot run: torch's int8 product is not exact on this processor (without "
+        "VNNI or AMX it may saturate), and minilora's own needs AVX2 and a C compiler; install a "
+        "compiler (or set CC) if there is AVX2, or use compute='auto' or 'dequantize'"
+    )
 
 
 def check_outliers(count: object) -> None:

@@ -64,9 +64,8 @@ class MemoryLimit:
         }  # fmt: skip
         self.base = sizes(model)
         self.process = max(0, resident() - self.base.total)
-        small = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-        ways = {one._way(one.compute) for one in small} - {"dequantize"}
-        self.integer = next(iter(ways), None)
+        small = [m.ways for m in model.modules() if isinstance(m, QuantizedLinear)]
+        self.ways = {None if way == "dequantize" else way for ways in small for way in ways}
         self.planned = functools.cache(self._planned)
 
     def _planned(self, rows: int, tokens: int, packed: bool, **changed: Any) -> Memory:
@@ -75,9 +74,11 @@ class MemoryLimit:
                             | changed)  # fmt: skip
         here = settings.format == self.settings["format"]
         known: dict[str, Any] = {"linears": self.linears, "base": self.base} if here else {}
-        found = count_memory(
-            self.shape, settings, integer=self.integer, process=self.process, **known
-        )
+        known["process"] = self.process
+        plans = [
+            count_memory(self.shape, settings, integer=way, **known) for way in self.ways or {None}
+        ]
+        found = max(plans, key=lambda plan: plan.peak)
         if not packed:
             return found
         # Attention of packed rows keeps its mask, in the model's dtype, in every block.

@@ -16,6 +16,7 @@ from minilora.checkpoint import save_adapter
 from minilora.compiling import settle_compile
 from minilora.data import Batches
 from minilora.evaluation import Evaluation, Loss, device_of, token_loss
+from minilora.quantization import QuantizedLinear
 from minilora.streaming import Stream
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.memory_limit import MemoryLimit
@@ -302,7 +303,9 @@ class Run:
             "base": json.loads(fingerprint(self.layers)),
             "valid": None if self.valid is None else self.valid.digest,
             "loss": _name_of(self.loss),
-        }
+            "products": sorted({" and ".join(m.ways) for m in self.model.modules()
+                                if isinstance(m, QuantizedLinear)}),
+        }  # fmt: skip
 
     def _resume(self, out: Path) -> None:
         """Take up the run whose state lies in `out`; nothing changes before all is checked."""

@@ -60,6 +60,13 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
     old = saved.get("loss", here["loss"])  # not in states of before
     if old != here["loss"]:  # a name: it may be the same function all the same
         remarks.append(f"the loss was {old} and is {here['loss']} from here on")
+    old = saved.get("products", here["products"])  # likewise
+    if old != here["products"]:
+        remarks.append(
+            f"quantized layers were multiplied (forward and backward) by {', '.join(old)} and are "
+            f"by {', '.join(here['products'])} from here on, since this processor is another or "
+            f"the C compiler is not the same: results differ from an uninterrupted run's"
+        )
     if saved["valid"] != here["valid"]:
         raise ValueError(
             f"a resumed run must keep its held-out examples, or old and new losses could not be "
