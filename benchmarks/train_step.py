@@ -200,17 +200,25 @@ def processor() -> str:
     return " family ".join([minilora.hardware().name, *family[:1]])
 
 
+def commit() -> str:
+    """Return the commit's short name; "-dirty" if anything but the results has changed since."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    name = git("describe", "--always", "--exclude=*").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results")
+    return name + ("-dirty" if changed.returncode else "")
+
+
 def conditions(options: argparse.Namespace) -> dict[str, object]:
     found = minilora.hardware()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()  # fmt: skip
     return {
         "model": options.model, "rows": options.rows, "tokens": options.tokens,
         "r": options.r, "targets": options.targets, "processor": processor(),
         "flags": " ".join(found.flags), "threads": options.threads, "torch": torch.__version__,
-        "commit": commit, "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
