@@ -2,9 +2,8 @@
 
     PYTHONPATH=benchmarks python benchmarks/train_curves.py [--draw] [--rounds 3]
 
-SmolLM2-135M, one row, in f32: PEFT eager and minilora compiled, by `train_step.py` at each setting
-(losses checked over ten steps of 16 tokens), its rows added to benchmarks/results/train_step.csv;
-then docs/train_curves.png is drawn from that file, and alone with `--draw`.
+SmolLM2-135M, one row, in f32: PEFT eager and minilora compiled, by `train_step.py` at each setting,
+its rows added to benchmarks/results/train_step.csv; then docs/train_curves.png is drawn from that file, and alone with `--draw`.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def measure(rounds: int) -> None:
         subprocess.run(
             [sys.executable, str(Path(__file__).with_name("train_step.py")), "--rows", "1",
              "--tokens", str(tokens), "--r", str(r), "--targets", targets, "--anchor", NAMES[0],
-             "--only", *NAMES, "--rounds", str(rounds), "--checked-tokens", "16"],
+             "--only", *NAMES, "--rounds", str(rounds)],
             check=True,
         )  # fmt: skip
 
@@ -63,7 +62,7 @@ def draw(file: Path) -> None:
             ):
                 axis.plot(labels, values, "o-", color=color, label=name)
                 axis.set_ylabel(unit)
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.06 * axis.dataLim.ymax)
                 axis.spines[["top", "right"]].set_visible(False)
         column[1].set_xlabel(title)
     axes[0][0].legend(frameon=False, fontsize=8)
