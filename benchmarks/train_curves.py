@@ -3,7 +3,8 @@
     PYTHONPATH=benchmarks python benchmarks/train_curves.py [--draw] [--rounds 3]
 
 SmolLM2-135M, one row, in f32: PEFT eager and minilora compiled, by `train_step.py` at each setting,
-its rows added to benchmarks/results/train_step.csv; then docs/train_curves.png is drawn from that file, and alone with `--draw`.
+its rows added to benchmarks/results/train_step.csv; then docs/train_curves.png is drawn from that
+file, and alone with `--draw`.
 """
 
 import argparse
