@@ -61,7 +61,9 @@ def assert_right(y, x, weight):
 
 def built(folder, plain=False):
     """Return the library that the first compiler which will do makes."""
-    found = [cpu.build(folder, c, ("-DPLAIN",) if plain else ()) for c in cpu.compilers()]
+    found = [
+        cpu.library.build(folder, c, ("-DPLAIN",) if plain else ()) for c in cpu.library.compilers()
+    ]
     return next(library for library in found if library is not None)
 
 
@@ -524,9 +526,9 @@ def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path):
     for place in (file, file.parent):
         before = place.stat().st_mode
         place.chmod(0o777)
-        assert cpu._open(file) is None
+        assert cpu.library._open(file) is None
         place.chmod(before)
-    assert cpu._open(file) is not None
+    assert cpu.library._open(file) is not None
 
 
 @needs_compiler
@@ -544,7 +546,7 @@ def test_where_nothing_can_be_built_torch_computes_the_same(tmp_path, monkeypatc
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
     if case in ("no home", "no right"):
-        monkeypatch.setattr("minilora.kernels.cpu.cache_folder", denied)
+        monkeypatch.setattr("minilora.kernels.cpu.library.cache_folder", denied)
     else:
         monkeypatch.setenv("CC", case)
     cpu.native.cache_clear()
@@ -564,7 +566,7 @@ def test_where_nothing_can_be_built_torch_computes_the_same(tmp_path, monkeypatc
 
 def test_a_folder_that_can_not_be_made_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")
-    assert cpu.build(tmp_path / "file" / "kernels", ["cc"]) is None
+    assert cpu.library.build(tmp_path / "file" / "kernels", ["cc"]) is None
 
 
 def test_importing_builds_nothing(tmp_path):

@@ -17,6 +17,7 @@
 #include <string.h>
 
 #include "avx2.h"
+#include "int4.h"
 
 #define BLOCK 64 /* places of J that share a scale */
 #define QUADS (BLOCK / 4)
@@ -24,14 +25,14 @@
 #define ROWS 3     /* of X in a tile: with two strips of sums each, what 16 registers hold */
 #define CHUNK 480  /* at most so many rows of X are a thread's share of a strip's work */
 
-/* Where the parts of `work` lie; all but the last three are read as whole registers. */
+/* Where the parts of `work` lie; the first two are read as whole, aligned registers. */
 struct work {
   int8_t *packed;   /* [strips, blocks, QUADS, COLUMNS, 4] codes in the order they are read */
   int16_t *offsets; /* [strips, blocks, COLUMNS, 2] 64 · (sum of a lane's codes) modulo 2¹⁶ */
-  int8_t *codes;    /* [rows of W, columns of W] where W is stored in 4 bits */
   int32_t *norms;   /* [strips, blocks] the largest squared norm of a lane's codes */
   float *room;      /* [blocks] how long u - 64 may be before rounding */
   float *scales;    /* [M, blocks] s */
+  int8_t *codes;    /* [rows of W, columns of W] where W is stored in 4 bits */
   uint8_t *u;       /* [M, blocks, BLOCK] */
 };
 
@@ -252,24 +253,18 @@ void minilora_int8_blocks(const float *x, const int8_t *codes, const float *scal
   multiply(x, codes, scale, y, &w, M, J, L, across);
 }
 
+INT4_ROW(int4_row, int8_t)
+
 /* INT4: W[n, k] = scale[n] · steps[n, k / group] · (q - 8), stored as in rows.c; `[N, K]` is
    [L, J] along and [J, L] across. */
 void minilora_int4_blocks(const float *x, const unsigned char *stored, const unsigned char *steps,
                           const float *scale, float *y, char *work, long M, long J, long L,
                           long across, long group) {
   struct work w;
-  long N = across ? J : L, K = across ? L : J, half = K / 2;
+  long N = across ? J : L, K = across ? L : J;
   lay_out(&w, work, M, J, L, 1);
 #pragma omp parallel for schedule(static)
-  for (long n = 0; n < N; n++) {
-    const unsigned char *bytes = stored + n * half, *step = steps + n * (K / group);
-    int8_t *line = w.codes + n * K;
-    for (long start = 0; start < K; start += group) {
-      int8_t s = (int8_t)step[start / group];
-      long end = start + group, low = end < half ? end : half, high = start > half ? start : half;
-      for (long k = start; k < low; k++) line[k] = (int8_t)(s * ((bytes[k] & 15) - 8));
-      for (long k = high; k < end; k++) line[k] = (int8_t)(s * ((bytes[k - half] >> 4) - 8));
-    }
-  }
+  for (long n = 0; n < N; n++)
+    int4_row(stored + n * (K / 2), steps + n * (K / group), w.codes + n * K, K, group);
   multiply(x, w.codes, scale, y, &w, M, J, L, across);
 }

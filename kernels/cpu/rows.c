@@ -14,6 +14,7 @@
 #define AHEAD 2048 /* bytes; the hardware's own prefetching stops at every page */
 
 #include "avx2.h"
+#include "int4.h"
 
 #if defined(HAS_AVX2)
 INLINE float total(__m256 v) {
@@ -149,18 +150,11 @@ void minilora_nf4_weights(const unsigned char *packed, const float *absmax, cons
   }
 }
 
+INT4_ROW(int4_row, float)
+
 void minilora_int4_weights(const unsigned char *packed, const unsigned char *steps, float *out,
                            long N, long K, long group) {
-  long half = K / 2;
 #pragma omp parallel for schedule(static)
-  for (long n = 0; n < N; n++) {
-    const unsigned char *bytes = packed + n * half, *step = steps + n * (K / group);
-    float *line = out + n * K;
-    for (long start = 0; start < K; start += group) {
-      float s = step[start / group];
-      long end = start + group, low = end < half ? end : half, high = start > half ? start : half;
-      for (long k = start; k < low; k++) line[k] = s * (float)((bytes[k] & 15) - 8);
-      for (long k = high; k < end; k++) line[k] = s * (float)((bytes[k - half] >> 4) - 8);
-    }
-  }
+  for (long n = 0; n < N; n++)
+    int4_row(packed + n * (K / 2), steps + n * (K / group), out + n * K, K, group);
 }

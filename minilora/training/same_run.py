@@ -64,8 +64,8 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
     if old != here["products"]:
         remarks.append(
             f"quantized layers were multiplied (forward and backward) by {', '.join(old)} and are "
-            f"by {', '.join(here['products'])} from here on, since this processor is another or "
-            f"the C compiler is not the same: results differ from an uninterrupted run's"
+            f"by {', '.join(here['products'])} from here on (another processor, "
+            f"a C compiler gone or come, or another compute=): losses differ from an unbroken run's"
         )
     if saved["valid"] != here["valid"]:
         raise ValueError(
