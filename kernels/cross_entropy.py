@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .probe import product_dtype
-from .workspace import workspace
+from .workspace import fresh, workspace
 
 # Elements of one chunk of logits: enough rows to keep the products compute-bound (256 at a
 # vocabulary of 49152), and 24 MB in bf16.
@@ -122,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_w += torch.mm(logits.t(), (h / sums).to(h.dtype))
         ctx.save_for_backward(grad_h, grad_w)
         ctx.weight_dtype = weight.dtype
-        return total
+        return fresh(total)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

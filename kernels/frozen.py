@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .low_rank import FrozenLinear
 from .probe import product_dtype
+from .workspace import fresh
 
 
 class _Frozen(torch.autograd.Function):
@@ -12,7 +13,7 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx, x, linear_forward, linear_grad_x, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.linear_grad_x = linear_grad_x
-        return linear_forward(x.to(product_dtype(x)), *tensors).to(x.dtype)
+        return fresh(linear_forward(x.to(product_dtype(x)), *tensors).to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad_out):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .probe import product_dtype
-from .workspace import workspace
+from .workspace import fresh, workspace
 
 
 class Stored(NamedTuple):
@@ -135,7 +135,7 @@ class _LoRALinear(torch.autograd.Function):
         y.addmm_(s, B.to(wide.dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, A, B, s.to(x.dtype), mask, *tensors)
         ctx.scaling, ctx.p, ctx.linear_grad_x = scaling, p, linear_grad_x
-        return y.to(x.dtype)
+        return fresh(y.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad_out):

@@ -34,6 +34,15 @@ def lent(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return held[dtype][:count]
 
 
+def fresh(y: Tensor) -> Tensor:
+    """Return y; in a traced graph a copy, which Inductor leaves out again.
+
+    For what an autograd Function returns: where Dynamo knows it as an intermediate too (changed in
+    place, or handed on by a cast to its own dtype), torch 2.11 gives zero gradients.
+    """
+    return y.clone() if torch.compiler.is_compiling() else y
+
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of settings in glibc's malloc.h
 
 
