@@ -60,21 +60,41 @@ def _load(options: argparse.Namespace, prepare=None):
     adapter = getattr(options, "adapter", None)
     if adapter is not None:
         _check_adapter(adapter, "--adapter")  # before the slow part
+    device = _device(options)
     dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
     dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
-    if getattr(options, "parallel", None) is not None and dtype == "auto":
+    if device.type == "cuda" and dtype == "auto":
+        dtype = minilora.hardware("cuda").dtype
+    elif getattr(options, "parallel", None) is not None and dtype == "auto":
         dtype = common_dtype(options.parallel)
     format = getattr(options, "quantize", None)
     if format is not None or is_quantized_folder(options.model):
         block_size = getattr(options, "block_size", 64)
         model, tokenizer = load_quantized(
-            options.model, format, block_size=block_size, dtype=dtype, prepare=prepare
+            options.model,
+            format,
+            block_size=block_size,
+            dtype=dtype,
+            device=device,
+            prepare=prepare,
         )
     else:
-        model, tokenizer = load_model(options.model, dtype=dtype, prepare=prepare)
+        model, tokenizer = load_model(options.model, dtype=dtype, device=device, prepare=prepare)
     if adapter is not None:
         minilora.load(model, adapter)
     return model, tokenizer
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    """Return where the model goes; under torchrun each process has a GPU of its own."""
+    if getattr(options, "device", "cpu") == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "--device cuda needs a GPU that torch can use, found none; leave it out to train on "
+            "the CPU, or install torch for CUDA"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _data(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
@@ -148,7 +168,7 @@ def _train(options: argparse.Namespace) -> int:
         )
 
     if options.parallel == "fsdp":  # each process reads its part alone
-        model, tokenizer = _load(options, sharded(Ranks("fsdp"), inject))
+        model, tokenizer = _load(options, sharded(Ranks("fsdp", _device(options)), inject))
     else:
         model, tokenizer = _load(options)
     train: Any = (

@@ -185,6 +185,7 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine")
     run.add_argument("--eval-every", type=int, metavar="STEPS")
     run.add_argument("--save-every", type=int, metavar="STEPS")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     run.add_argument(
         "--max-memory",

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import shlex
+from pathlib import Path
 
 import pytest
+import torch
 from planning_machine import MACHINE
 from test_cli import tiny_folder
 
@@ -37,6 +40,20 @@ def test_data_is_counted_by_the_models_tokenizer(capsys):
     assert found["settings"]["r"] == 2
     assert found["advice"]["cpu"]
     assert found["advice"]["command"].startswith("minilora train model --data train.jsonl")
+
+
+def test_the_command_that_is_advised_runs(capsys):
+    run_plan = ["model", "--data", "train.jsonl", "more.jsonl", "--max-length", "32", "--r", "2"]
+    Path("more.jsonl").write_text(Path("train.jsonl").read_text())
+    _, said = run(capsys, *run_plan, "--epochs", "0.5", "--json")
+    words = shlex.split(json.loads(said.out)["advice"]["command"])
+    assert words[:6] == ["minilora", "train", "model", "--data", "train.jsonl", "more.jsonl"]
+    assert main(words[1:]) == 0
+    assert "adapter in out/v1" in capsys.readouterr().out
+    _, said = run(capsys, *run_plan, "--memory", "0.1", "--json")
+    words = shlex.split(json.loads(said.out)["advice"]["command"])
+    assert words[words.index("--device") + 1] == "cuda"
+    assert main([*words[1:], "--resume"]) == (0 if torch.cuda.is_available() else 2)
 
 
 def test_prices_go_to_their_machines(capsys):

@@ -7,6 +7,7 @@ import shlex
 import pytest
 import torch
 from planning_machine import MACHINE
+from torch.distributed.run import get_args_parser as torchrun
 
 import minilora
 from minilora.cli_arguments import build_parser
@@ -55,7 +56,8 @@ def test_a_large_run_is_sent_to_the_smallest_gpu_that_fits():
     assert found.advice.option.fits
     assert found.advice.option.memory.peak <= 0.9 * DEVICES["rtx-4090"].memory
     assert "over 20,000 examples take" in found.advice.why
-    assert "load_model(..., device='cuda')" in found.advice.why
+    words = shlex.split(found.advice.command)
+    assert build_parser().parse_args(words[1:]).device == "cuda"
 
 
 def test_what_fits_nowhere_is_said(machine):
@@ -113,7 +115,9 @@ def test_the_best_that_fits_leaves_a_margin(machine):
     assert whole.best(settings, tight).settings == settings
     tight = dataclasses.replace(local, memory=int(peak / 0.9) - 2)
     assert whole.best(settings, tight).settings.batch_size == 32
-    assert whole.best(settings, dataclasses.replace(local, memory=10**6)) is None
+    none = whole.best(settings, dataclasses.replace(local, memory=10**6))
+    assert not none.fits
+    assert (none.settings.format, none.settings.batch_size) == ("nf4", 1), "what needs the least"
     two = dataclasses.replace(settings, ranks=2, parallel="ddp")
     assert not whole.fits(whole.memory(two, local), two, tight), "two processes share one memory"
 
@@ -140,8 +144,9 @@ def test_the_command_is_one_that_train_takes():
     )
     text = command(shape, settings, advice.Data(10, 32, 32, 2.5), DEVICES["epyc-7763"])
     words = shlex.split(text)
-    assert words[:5] == ["torchrun", "--nproc-per-node", "2", "-m", "minilora"]
-    options = build_parser().parse_args(words[5:])
+    started = torchrun().parse_args(words[1:])
+    assert (started.nproc_per_node, started.training_script) == ("2", "minilora")
+    options = build_parser().parse_args(started.training_script_args)
     assert (options.model, options.quantize, options.block_size) == ("smollm2-135m", "nf4", 32)
     assert (options.r, options.batch_size, options.accumulate) == (4, 2, 4)
     assert (options.max_length, options.epochs, options.dtype) == (32, 2.5, "float32")
@@ -152,6 +157,34 @@ def test_the_command_is_one_that_train_takes():
         Shape("llama-2-7b", SMALL, ""), Settings(), advice.Data(1, 2, 2), DEVICES["rtx-4090"]
     )
     assert preset.startswith("minilora train path/to/llama-2-7b --data train.jsonl --out out/v1")
+
+
+@pytest.mark.parametrize("device", ["here", *DEVICES])
+@pytest.mark.parametrize("model", ["gpt2", "llama-2-7b", "llama-2-70b"])
+def test_every_command_is_parsed_by_who_gets_it(model, device):
+    found = plan(model, 30_000, length=1024, device=device)
+    options = [found.advice.option, *found.options]
+    for option in options:
+        words = shlex.split(command(found.shape, option.settings, found.data, option.device))
+        if words[0] == "torchrun":
+            words = ["minilora", *torchrun().parse_args(words[1:]).training_script_args]
+        read = build_parser().parse_args(words[1:])
+        assert read.device == ("cuda" if option.device.gpu else "cpu")
+        assert (read.r, read.parallel) == (option.settings.r, option.settings.parallel)
+
+
+def test_rows_of_other_machines_compute_in_what_is_fastest_there(machine):
+    slow = {"float32": 90e9, "bfloat16": 23e9, "float16": 23e9, "int8": 0.0}
+    machine(rates=slow, integer=None)
+    found = plan("tinyllama-1.1b", device="rtx-4090")
+    dtypes = {one.device.name: one.settings.dtype for one in found.options}
+    assert dtypes["here"] == dtypes["epyc-7763"] == torch.float32
+    assert dtypes["rtx-4090"] == torch.bfloat16
+    local = next(one for one in found.options if one.device.name == "here")
+    alone = next(one for one in plan("tinyllama-1.1b").options if one.settings == local.settings)
+    assert local.speed == alone.speed, "whatever machine was asked for"
+    asked = plan("tinyllama-1.1b", device="rtx-4090", dtype="bfloat16")
+    assert {one.settings.dtype for one in asked.options} == {torch.bfloat16}
 
 
 def test_cost_over_machines_has_a_bottom():
@@ -275,5 +308,9 @@ def test_bad_input_is_named(options, match):
 
 
 def test_memory_can_be_given():
-    assert not plan(memory_gb=0.1).fits
-    assert plan(memory_gb=0.1, device="rtx-4090").device.memory == 10**8
+    found = plan(memory_gb=0.1)
+    assert not any(one.fits for one in found.options if one.device.name == "here")
+    assert "do not fit into 0.1 GB here" in found.advice.why
+    found = plan(memory_gb=0.1, device="rtx-4090")
+    memory = [one.device.memory for one in found.options if one.device.name == "rtx-4090"]
+    assert memory == [10**8] * len(memory)

@@ -86,6 +86,7 @@ class Planner:
         here: this machine's figures.
         prices: by device name.
         timed: whether to time blocks here.
+        auto: whether each machine computes in what is fastest there, not in what is asked for.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Planner:
         here: Calibration,
         prices: Mapping[str, Prices],
         timed: bool = True,
+        auto: bool = False,
     ):
         self.shape, self.data, self.here, self.prices = shape, data, here, prices
-        self.timed = timed
+        self.timed, self.auto = timed, auto
         self.anchors: dict[str | None, tuple[Settings, float]] = {}  # by format
 
     def memory(self, settings: Settings, device: Device) -> Memory:
@@ -154,13 +156,14 @@ class Planner:
             here=self.here, timed=False,
         )  # fmt: skip
 
-    def best(self, settings: Settings, device: Device) -> Option | None:
-        """Return the first variant of the settings that fits there, None if none does."""
+    def best(self, settings: Settings, device: Device) -> Option:
+        """Return the first variant of the settings that fits there, else the one of least need."""
+        if self.auto:
+            settings = dataclasses.replace(settings, dtype=best_dtype(device))
         for one in variants(settings, device):
-            memory = self.memory(one, device)
-            if self.fits(memory, one, device):
-                return self.option(one, device)
-        return None
+            if self.fits(self.memory(one, device), one, device):
+                break
+        return self.option(one, device)
 
 
 def variants(settings: Settings, device: Device) -> Iterator[Settings]:
@@ -186,7 +189,6 @@ def variants(settings: Settings, device: Device) -> Iterator[Settings]:
                         checkpointing=checkpointing,
                         batch_size=settings.batch_size // split,
                         accumulate=settings.accumulate * split,
-                        dtype=settings.dtype if device.name == HERE else best_dtype(device),
                     )
 
 
@@ -203,7 +205,10 @@ def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str
     if settings.ranks > 1:
         words[:1] = ["torchrun", "--nproc-per-node", str(settings.ranks), "-m", "minilora"]
         words += ["--parallel", str(settings.parallel)]
-    words += ["--r", str(settings.r), "--batch-size", str(settings.batch_size)]
+    if device.gpu:
+        words += ["--device", "cuda"]
+    rank = "--r" if settings.ranks == 1 else "--rank"  # torchrun has options that begin with --r
+    words += [rank, str(settings.r), "--batch-size", str(settings.batch_size)]
     if settings.accumulate > 1:
         words += ["--accumulate", str(settings.accumulate)]
     words += ["--max-length", str(settings.length), "--epochs", f"{data.epochs:g}"]
@@ -277,9 +282,6 @@ def advise(planner: Planner, options: list[Option]) -> Advice:
     if chosen.speed is not None:
         why += f"The smallest machine in the table that fits is {chosen.device.name}: about "
         why += f"{duration(chosen.speed.hours)}."
-    if chosen.device.gpu:
-        why += " (The command line trains on the CPU so far; on the GPU call load_model(..., "
-        why += "device='cuda') and fit from Python with the same settings.)"
     return Advice(chosen, command(shape, chosen.settings, data, chosen.device), False, why)
 
 
@@ -318,19 +320,18 @@ def _paid(option: Option) -> float | None:
 
 def all_options(planner: Planner, settings: Settings, chosen: Device) -> list[Option]:
     """Return the asked settings on the asked machine, then the best that fits on each machine."""
-    local = this_machine(planner.here)
     options = [planner.option(settings, chosen)]
     if chosen.name == HERE:
         for format in (None, "int8", "nf4"):
             one = dataclasses.replace(settings, format=format)
             if one != settings:
-                options.append(planner.option(one, local))
-    for device in (local, *DEVICES.values()):
+                options.append(planner.option(one, chosen))
+    # The asked machine's memory may be the user's.
+    machines = {HERE: this_machine(planner.here), **DEVICES, chosen.name: chosen}
+    for device in machines.values():
         best = planner.best(_single(settings), device)
-        if best is None:  # a row that says so, of what needs the least there
-            if any(one.device.name == device.name for one in options):
-                continue
-            best = planner.option(list(variants(_single(settings), device))[-1], device)
+        if not best.fits and any(one.device.name == device.name for one in options):
+            continue
         if not any(
             (best.device.name, best.settings) == (one.device.name, one.settings) for one in options
         ):

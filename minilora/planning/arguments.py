@@ -1,6 +1,8 @@
 """The arguments of `minilora plan`, and the plan they ask for."""
 
 import argparse
+import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ def from_arguments(options: argparse.Namespace) -> Plan:
         data, report = files.examples(_tokenizer(options.model), None)
         for line in report:
             print(line, file=sys.stderr)
-    return plan(
+    found = plan(
         options.model,
         data,
         r=options.r,
@@ -93,6 +95,11 @@ def from_arguments(options: argparse.Namespace) -> Plan:
         prices=_prices(options),
         timed=not options.untimed,
     )
+    if not options.data:
+        return found
+    named = shlex.join(["--data", *options.data])
+    command = found.advice.command.replace("--data train.jsonl", named)
+    return dataclasses.replace(found, advice=dataclasses.replace(found.advice, command=command))
 
 
 def _tokenizer(model: str) -> Tokenizer:

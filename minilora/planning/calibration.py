@@ -22,6 +22,7 @@ from minilora.kernels import (
     hand_back_freed_memory,
     hardware,
     integer_way,
+    is_slow,
     keep_freed_memory,
 )
 from minilora.layers import is_conv1d
@@ -67,6 +68,8 @@ def calibrate() -> Calibration:
     found = hardware()
     rates = {n: getattr(found, n) * 1e9 for n in ("float32", "bfloat16", "int8")}
     rates["float16"] = rates["bfloat16"]
+    if is_slow(torch.bfloat16):  # linears multiply it in float32
+        rates["bfloat16"] = rates["float32"]
     bandwidth, process = _bandwidth(), process_bytes()
     busy = _others(before, _processor_seconds())
     return Calibration(free_memory(), rates, bandwidth, integer_way(), process, busy)

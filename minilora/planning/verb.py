@@ -285,7 +285,7 @@ def plan(
         accumulate: micro-batches of a step.
         epochs: passes over the data.
         quantize: the base's format: `"int8"`, `"nf4"`, `"int4"` or None.
-        dtype: of base and computation; `"auto"`: the fastest on that machine.
+        dtype: of base and computation; `"auto"`: the fastest on each machine that is compared.
         checkpointing: recompute blocks in the backward pass.
         device: `"here"` (this CPU), or a machine of the table: `"rtx-4090"`, `"a100-80gb"`,
             `"h100-80gb"`, `"8xa100-80gb"`, `"epyc-7763"`.
@@ -311,6 +311,8 @@ def plan(
     size = data_size(data, length, epochs)
     here = calibrate()
     chosen = _device(device, here, memory_gb)
+    if chosen.name == HERE:
+        here = dataclasses.replace(here, memory=chosen.memory)
     wanted = best_dtype(chosen) if dtype == "auto" else as_dtype(dtype)
     settings = Settings(
         quantize, wanted, r, targets, exclude, batch_size, accumulate, size.longest, checkpointing,
@@ -326,7 +328,7 @@ def plan(
             f"batch_size counts the rows of all ranks, so it must be at least ranks, found "
             f"batch_size={batch_size} and ranks={ranks}"
         )
-    planner = Planner(shape, size, here, asked, timed)
+    planner = Planner(shape, size, here, asked, timed, auto=dtype == "auto")
     options = all_options(planner, settings, chosen)
     first = options[0]
     return Plan(
