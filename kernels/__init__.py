@@ -1,7 +1,7 @@
 """Matmuls, loss, attention and norms on plain tensors; `reference` says what the matmuls mean."""
 
 from .attention import causal_attention
-from .cache import cache_folder
+from .cache import cache_folder, make_folder, private_folder
 from .cpu import int4_blocks, int4_rows, int8_blocks, int8_rows
 from .cross_entropy import linear_cross_entropy
 from .four_bit import (
@@ -90,9 +90,11 @@ __all__ = [
     "linear_cross_entropy",
     "lora_add",
     "lora_linear",
+    "make_folder",
     "nf4_absmax",
     "nf4_dequantize",
     "nf4_linear",
+    "private_folder",
     "quantize_rows",
     "rms_norm",
     "row_masks",

@@ -1,6 +1,8 @@
-"""Where what was fetched or compiled once is kept."""
+"""Where what was fetched or compiled once is kept: folders that this user alone can write to."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -20,3 +22,44 @@ def cache_folder(cache: str | Path | None = None) -> Path:
         return Path(os.environ["MINILORA_CACHE"])
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "minilora"
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Make a folder and those above it that are missing, each with mode 0700.
+
+    Returns:
+        The path without links.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    folder = Path(os.path.abspath(folder))
+    for level in reversed([folder, *folder.parents]):
+        if not level.is_dir():
+            try:
+                level.mkdir(0o700)
+            except FileExistsError:
+                if not level.is_dir():  # else another process made it just now
+                    raise
+    return folder.resolve()
+
+
+def private_folder(folder: str | Path) -> Path:
+    """Make a folder as `make_folder` does, and require that nobody else could change what it holds.
+
+    It must be this user's, each folder above it this user's or root's, and none writable by others;
+    one above may be if it is sticky, as `/tmp` is: nobody can swap a folder of ours in it.
+
+    Raises:
+        OSError: it can't be made, or others could write to it.
+    """
+    real = make_folder(folder)
+    if not hasattr(os, "getuid"):
+        return real
+    for level in reversed([real, *real.parents]):  # one that is safe makes the next one stay
+        found, above = level.lstat(), level != real
+        ours = found.st_uid == os.getuid() or (above and found.st_uid == 0)
+        shared = found.st_mode & 0o022 and not (above and found.st_mode & stat.S_ISVTX)
+        if not ours or shared or not stat.S_ISDIR(found.st_mode):
+            raise PermissionError(errno.EPERM, "others could write to this folder", str(level))
+    return real

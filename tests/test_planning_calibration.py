@@ -103,10 +103,17 @@ def test_depth_rows_and_vocabulary_are_scaled(monkeypatch):
     assert found == pytest.approx(one * 6 / rows)
 
 
-def test_a_step_is_timed_apart():
+def test_a_step_is_timed_apart_and_nothing_of_the_current_folder_runs(tmp_path, monkeypatch):
+    """A second: a process that imports torch. Without `-I` a torch.py beside it would run."""
+    for name in ("torch", "json", "numpy"):
+        (tmp_path / f"{name}.py").write_text("open('it-ran', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
     found = timed_step_apart(LLAMA, Settings(batch_size=2, length=16, r=4))
     assert found is not None
     assert found > 0
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_the_peak_is_the_kernels():

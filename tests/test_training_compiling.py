@@ -1,6 +1,9 @@
 """Compiled runs: the same training, everything put back, clear refusals, exact resume."""
 
 import functools
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,13 @@ from test_training import factors, fit, plain, tiny
 
 import minilora
 from minilora import compiling
-from minilora.compiling import blocks_of, compile_problem, compiled, settle_compile
+from minilora.compiling import (
+    blocks_of,
+    compile_problem,
+    compiled,
+    private_cache,
+    settle_compile,
+)
 from minilora.training import TrainConfig
 
 needs_compiler = pytest.mark.skipif(compile_problem() is not None, reason=str(compile_problem()))
@@ -112,3 +121,40 @@ def test_checkpointed_blocks_compile_too():
     a = fit(eager, max_steps=2, checkpointing=True)
     b = fit(quick, max_steps=2, checkpointing=True, compile=True)
     assert b.losses == pytest.approx(a.losses, rel=1e-5)
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="no modes here")
+def test_what_torch_compiles_lies_in_a_folder_that_is_ours_alone(tmp_path, monkeypatch):
+    """torch's own is one of a known name, whoever made it; some seconds, as it compiles."""
+    from torch._inductor import config
+    from torch._inductor.runtime.runtime_utils import cache_dir, default_cache_dir
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    planted = Path(default_cache_dir())
+    planted.mkdir()
+    planted.chmod(0o777)
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "ours"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    headers = config.cpp_cache_precompile_headers
+    torch._dynamo.reset()
+    with private_cache():
+        assert torch.compile(lambda x: (x.cos() * 3).tan())(torch.ones(5)).shape == (5,)
+        with private_cache():
+            assert cache_dir() == str(tmp_path / "ours" / "compiled")
+        assert not config.cpp_cache_precompile_headers  # they would lie in the planted one
+        assert cache_dir() == str(tmp_path / "ours" / "compiled")
+    assert list(planted.iterdir()) == []
+    assert list((tmp_path / "ours" / "compiled").rglob("*.so"))
+    assert (tmp_path / "ours" / "compiled").stat().st_mode & 0o777 == 0o700
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert config.cpp_cache_precompile_headers == headers
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "users"))
+    with private_cache():
+        assert cache_dir() == str(tmp_path / "users")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(planted))  # torch's own doing
+    tmp_path.chmod(0o777)  # now nothing here is ours alone
+    with private_cache():
+        inside = Path(cache_dir())
+        assert inside.parent == tmp_path and inside.stat().st_mode & 0o777 == 0o700
+    assert not inside.exists() and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(planted)

@@ -3,9 +3,11 @@
 It is built by the C compiler there is (`CC`, else cc, gcc or clang; about a second) into the cache
 folder, under a name that holds a hash of the sources and the platform, and linked to no OpenMP of
 its own: the symbols are those of the runtime that torch has loaded, and with it torch's threads.
-Only a library that nobody else could have written is loaded.
+Only a library that nobody else could have written is loaded: from a file that was checked after it
+was opened, in a folder that no other user can change.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,13 +15,14 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cache import cache_folder
+from ..cache import cache_folder, private_folder
 
 _C = [Path(__file__).with_name(name) for name in ("rows.c", "blocks.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("avx2.h", "int4.h")]
@@ -30,7 +33,12 @@ def compilers() -> list[list[str]]:
     """Return the commands of the C compilers there are, in the order to try them."""
     asked = shlex.split(os.environ.get("CC", ""))
     commands = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
-    return [command for command in commands if shutil.which(command[0])]
+    # A bare name must not be found in the current folder.
+    return [
+        command
+        for command in commands
+        if (at := shutil.which(command[0])) and (os.path.isabs(at) or os.sep in command[0])
+    ]
 
 
 def build(folder: Path, command: Sequence[str], flags: Sequence[str] = ()) -> ctypes.CDLL | None:
@@ -40,7 +48,7 @@ def build(folder: Path, command: Sequence[str], flags: Sequence[str] = ()) -> ct
     key = hashlib.sha256(code + repr(place).encode()).hexdigest()
     library = folder / f"rows-{key[:16]}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(folder)
         if library.is_file() and (opened := _open(library)) is not None:
             return opened
         with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -57,14 +65,30 @@ def build(folder: Path, command: Sequence[str], flags: Sequence[str] = ()) -> ct
         return None
 
 
-def _open(library: Path) -> ctypes.CDLL | None:
-    """Open a library; None if it can't be, or if others may write it or into its folder."""
-    if hasattr(os, "getuid"):
-        for found in (library.stat(), library.parent.stat()):
-            if found.st_uid != os.getuid() or found.st_mode & 0o022:
-                return None
+def _load(library: Path) -> ctypes.CDLL:
+    """Load a library that nobody else could have written, or raise PermissionError."""
+    if not hasattr(os, "getuid"):
+        return ctypes.CDLL(str(library))
+    place = private_folder(library.parent) / library.name
+    file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        opened = ctypes.CDLL(str(library))
+        found = os.fstat(file)
+        if found.st_uid != os.getuid() or found.st_mode & 0o022 or not stat.S_ISREG(found.st_mode):
+            raise PermissionError(f"{library} could have been written by others")
+        # Without /proc the folder, which is ours alone, has to do.
+        held = Path(f"/proc/self/fd/{file}")
+        return ctypes.CDLL(str(held if held.exists() else place))
+    except BaseException:
+        os.close(file)
+        raise
+    # Else it stays open: the loader knows a library by its name, and would take a later one under
+    # the same number for this one.
+
+
+def _open(library: Path) -> ctypes.CDLL | None:
+    """Open a library; None if it can't be, or if others could have written it."""
+    try:
+        opened = _load(library)
         for name, tensors, sizes in (
             ("int8_rows", 4, 3), ("int4_rows", 5, 4), ("nf4_weights", 4, 2), ("int4_weights", 3, 3),
             ("int8_blocks", 5, 4), ("int4_blocks", 6, 5), ("blocks_bytes", 0, 4),
@@ -80,10 +104,18 @@ def _open(library: Path) -> ctypes.CDLL | None:
 
 @functools.cache
 def native() -> ctypes.CDLL | None:
-    """Return this process's library, built if need be, or None where nothing can be compiled."""
-    try:
-        folder = cache_folder() / "kernels"
-        tried = (build(folder, command) for command in compilers())
-        return next((library for library in tried if library is not None), None)
-    except (OSError, RuntimeError, ValueError):  # no home, a CC that is no command, no source
-        return None
+    """Return this process's library, built if need be, or None where nothing can be compiled.
+
+    Where the cache can't be written, or others could write to it, it is built for this process
+    alone.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = private_folder(cache_folder() / "kernels")
+        except (OSError, RuntimeError):  # RuntimeError: no home
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            tried = (build(folder, command) for command in compilers())
+            return next((library for library in tried if library is not None), None)
+        except (OSError, ValueError):  # no source, a CC that is no command
+            return None

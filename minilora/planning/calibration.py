@@ -133,14 +133,25 @@ print(peak_bytes())
 """
 
 
+def _python(code: str) -> list[str]:
+    """Return the command that runs code isolated: nothing comes from the current folder.
+
+    What this process imports from elsewhere (a user's site-packages, `PYTHONPATH`) is found too.
+    """
+    here = Path.cwd()
+    known = [str(Path(folder).resolve()) for folder in sys.path if folder]
+    known = [folder for folder in known if Path(folder) != here]
+    home = str(Path(__file__).resolve().parents[2])  # of minilora, which has been imported from it
+    start = f"import sys; sys.path += {[*known, home]!r}\n"
+    return [sys.executable, "-I", "-c", start + code]
+
+
 @functools.cache
 def process_bytes() -> int:
     """Measure in a process of its own what training takes beside its tensors."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-c", _TINY]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=120, env=environment
+            _python(_TINY), capture_output=True, text=True, check=True, timeout=120
         )
         return int(done.stdout.split()[-1]) or constants.PROCESS
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
@@ -290,10 +301,9 @@ def timed_step_apart(shape: Shape, settings: Settings) -> float | None:
         "config": dataclasses.asdict(shape.config),
         "settings": dataclasses.asdict(settings),
     }
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], input=json.dumps(asked, default=str), env=environment,
+            _python(code), input=json.dumps(asked, default=str),
             capture_output=True, check=True, timeout=300, text=True,
         )  # fmt: skip
         return float(done.stdout.split()[-1])
