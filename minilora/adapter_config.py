@@ -16,6 +16,7 @@ from minilora.injection import check_alpha, check_dropout
 from minilora.layers import is_conv1d
 from minilora.lora_layer import LoRALayer
 from minilora.selection import check_rank, compile_ending, find_head, plain_modules
+from minilora.wrappers import unwrapped
 
 # Config keys that name or describe; every other key must be one handled below or at a value that
 # asks for nothing, so that a file from a newer PEFT can't mean something we don't compute.
@@ -77,7 +78,7 @@ def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> d
     return {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": getattr(unwrapped(model), "name_or_path", None) or None,
         "bias": bias,
         "exclude_modules": None,
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),

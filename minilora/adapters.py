@@ -20,6 +20,7 @@ from minilora.copies import (
 )
 from minilora.injection import check_adapter_name, places_of
 from minilora.lora_layer import LoRALayer, lora_layers
+from minilora.wrappers import named_modules, named_parameters
 
 
 def require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
@@ -231,9 +232,9 @@ def eject(model: nn.Module) -> nn.Module:
     remove_copies(model)
     for layer in layers.values():
         _put_back(model, layer)
-    for module in model.modules():  # `inject` may have been called on a part of the model
+    for _, module in named_modules(model):  # `inject` may have been called on a part of the model
         trainable = set(module.__dict__.pop("_minilora_trainable", ()))
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+        for name, parameter in named_parameters(module) if trainable else ():
             if name in trainable:
                 parameter.requires_grad_(True)
     return model

@@ -47,6 +47,7 @@ from minilora.selection import (
     plain_modules,
     select_targets,
 )
+from minilora.wrappers import check_open, check_whole, true_name, unwrapped
 
 _PREFIX = "base_model.model."
 
@@ -101,6 +102,7 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Pa
 def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
     """Write the two files into exactly this folder, whatever the adapter's name; see `save`."""
     layers = require_layers(model, "save")
+    check_whole(model, "save")
     layers = {fqn: layer for fqn, layer in layers.items() if adapter in layer.adapters}
     if not layers:
         raise ValueError(
@@ -213,6 +215,18 @@ def _match_keys(file: Path, tensors: dict[str, Tensor], expected: set[str]) -> N
         raise ValueError(
             f"{file} must hold exactly the factors of the targeted layers; {'; '.join(parts)}"
         )
+
+
+def _unwrapped_keys(tensors: dict[str, Tensor], as_named: bool) -> dict[str, Tensor]:
+    """Name tensors as a plain model does: other programs save through wrappers too.
+
+    `as_named` keeps a leading `module`, where the model has such a child of its own.
+    """
+    tensors = {true_name(key): value for key, value in tensors.items()}
+    start = f"{_PREFIX}module."
+    if as_named or not all(key.startswith(start) for key in tensors):
+        return tensors
+    return {_PREFIX + key.removeprefix(start): value for key, value in tensors.items()}
 
 
 class _Reader:
@@ -338,6 +352,7 @@ def load(
     folder = Path(folder)
     check_adapter_name(adapter)
     check_backend(backend)
+    check_open(model, "load")
     dtype = torch.float32 if dtype is None else as_dtype(dtype)
     compute = None if compute_dtype is None else as_dtype(compute_dtype, "compute_dtype")
     if any(layer.merged for layer in lora_layers(model).values()):
@@ -373,6 +388,7 @@ def _read(
     if verify:
         check_pair(folder, (folder / CONFIG_FILE).read_bytes(), metadata)
     modules = plain_modules(model)
+    tensors = _unwrapped_keys(tensors, "module" in unwrapped(model)._modules)
     adaptable = {name: m for name, m in modules.items() if layer_class(m) is not None}
     entries, excluded = config["target_modules"], config.get("exclude_modules") or ()
     try:

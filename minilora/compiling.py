@@ -13,6 +13,7 @@ from torch import nn
 
 from minilora.kernels import cache_folder, private_folder
 from minilora.lora_layer import lora_layers
+from minilora.wrappers import named_modules
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # torch sets these itself, too
 _lock, _held = threading.Lock(), ExitStack()  # what is put back when nobody compiles any more
@@ -105,7 +106,7 @@ def settle_compile(choice: bool | str) -> tuple[bool, str | None]:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks that hold adapters: entries of the outermost such ModuleLists."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and not inside and lora_layers(module):
             found[name] = module

@@ -33,6 +33,7 @@ from minilora.selection import (
     plain_modules,
     select_targets,
 )
+from minilora.wrappers import check_open, named_modules, named_parameters, unwrapped
 
 
 def check_alpha(alpha: object, what: str = "alpha") -> float:
@@ -77,12 +78,16 @@ def as_dtype(dtype: object, what: str = "dtype") -> torch.dtype:
 
 
 def places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return every place that holds `module`: a module shared by two parents is wrapped in both."""
+    """Return every place that holds `module`: a module shared by two parents is wrapped in both.
+
+    Where a wrapper holds it, the place is the wrapper's own: one around a single layer is replaced
+    with the layer, since torch.compile's keeps calling the module that it was given.
+    """
     return [
         (parent, name)
-        for parent in model.modules()
+        for _, parent in named_modules(model)
         for name, child in parent._modules.items()
-        if child is module
+        if child is not None and module in (child, unwrapped(child))
     ]
 
 
@@ -289,6 +294,7 @@ def inject(
     for flag, what in ((rslora, "rslora"), (dora, "dora"), (lora_bias, "lora_bias")):
         _check_flag(flag, what)
     check_backend(backend)
+    check_open(model, "inject")
     present = lora_layers(model)
     if any(layer.merged for layer in present.values()):
         raise RuntimeError("inject() needs unmerged weights; call minilora.unmerge(model) first")
@@ -376,15 +382,16 @@ def attach(
     Checks were done before, but for the slots of a model prepared for switching.
     """
     present = lora_layers(model)
+    root = unwrapped(model)
     for name, factors in new.items():
         layer = present.get(name)
         reason = None if layer is None else layer.misfit(factors, layer.slot_room())
         if reason is not None:
             raise ValueError(f"adapter {adapter!r} on {name} {reason}")
     places = parameter_places(model)
-    if not hasattr(model, "_minilora_trainable"):
+    if not hasattr(root, "_minilora_trainable"):
         factors_there = {id(p) for m in present.values() for p in m.adapters.parameters()}
-        every = model.named_parameters(remove_duplicate=False)  # a tied one under all its names
+        every = named_parameters(model)  # a tied one under all its names
         others = {n: p for n, p in every if id(p) not in factors_there}
         lazy = next((n for n, p in others.items() if nn.parameter.is_lazy(p)), None)
         if lazy is not None:
@@ -392,7 +399,7 @@ def attach(
                 f"{lazy} has no weight yet (it is lazy); run the model once before injecting"
             )
         trainable = tuple(name for name, p in others.items() if p.requires_grad)
-        model._minilora_trainable = trainable  # type: ignore[assignment]
+        root._minilora_trainable = trainable
         for parameter in others.values():
             parameter.requires_grad_(False)
     modules = plain_modules(model)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from minilora.factors import FROM_WEIGHT, LoRAAdapter
 from minilora.kernels import dropout_mask
 from minilora.quantization import QuantizedLinear
+from minilora.wrappers import named_modules
 
 
 class LoRALayer(nn.Module):
@@ -359,7 +360,7 @@ def scaled_factors(factors: LoRAAdapter) -> tuple[Tensor, Tensor]:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the model's LoRA layers by dotted name, a shared one under its first name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+    return {name: m for name, m in named_modules(model) if isinstance(m, LoRALayer)}
 
 
 def weight_dtype(base: Any) -> torch.dtype:

@@ -38,6 +38,7 @@ from minilora.lora_layer import (
 )
 from minilora.quantization import QuantizedLinear
 from minilora.stored_weights import StoredWeights
+from minilora.wrappers import named_modules
 
 MODES = ("dequantize", "requantize")
 
@@ -199,7 +200,7 @@ def _sharers(
     inside = tuple(f"{name}.{part}." for name in layers for part in ("adapters", "held"))
     spans = [
         (tensor.device, *_span(tensor), f"{name}.{key}")
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if not f"{name}.".startswith(inside)
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]
         if tensor is not None

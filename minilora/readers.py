@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.injection import check_alpha
 from minilora.selection import check_rank, compile_ending, pattern_value
+from minilora.wrappers import MARKS
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,21 @@ class _Folder:
             f"{fqn} needs lora_A and lora_B, found only {', '.join(sorted(parts))}"
             for fqn, parts in self.layers.items()
             if not {"A", "B"} <= set(parts)
+        ]
+
+    def dead(self) -> list[str]:
+        """Return why every reader finds no layer for the factors, so that they change nothing."""
+        if not self.layers:
+            return ["the file holds no LoRA factors, so it changes nothing"]
+        mark = next((mark for mark in MARKS for fqn in self.layers if mark in fqn.split(".")), None)
+        if mark is None and all(fqn.startswith("module.") for fqn in self.layers):
+            mark = "module"
+        if mark is None:
+            return []
+        return [
+            f"names carry {mark!r} (first: {next(f for f in self.layers if mark in f)}), a "
+            f"wrapper's name that no plain model has, so the factors change nothing; minilora.load "
+            f"the adapter and save it again"
         ]
 
     def ranks(self) -> dict[str, int]:
@@ -176,7 +192,7 @@ def _peft(content: _Folder) -> Reader:
     huggingface/peft, `utils/save_and_load.py` (set_peft_model_state_dict) and
     `tuners/tuners_utils.py` (check_target_module_exists).
     """
-    config, problems = content.config, content.lacking()
+    config, problems = content.config, [*content.dead(), *content.lacking()]
     notes = []
     for fqn, parts in content.layers.items():
         ranks = [*parts.get("A", [])[:1], *parts.get("B", [])[1:2]]
@@ -215,7 +231,7 @@ def _changes_base(config: dict) -> str | None:
 
 def _shared(content: _Folder) -> list[str]:
     """Return what neither vLLM nor llama.cpp takes."""
-    problems = content.lacking()
+    problems = [*content.dead(), *content.lacking()]
     init = _changes_base(content.config)
     if init:
         problems.append(f"init_lora_weights={init!r} fits only the changed base that PEFT makes")

@@ -11,6 +11,7 @@ from torch import nn
 from minilora.layers import is_linear, layer_class, unsupported
 from minilora.lora_layer import LoRALayer, lora_layers
 from minilora.quantization import QuantizedLinear
+from minilora.wrappers import named_modules, unwrapped
 
 _HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
 
@@ -67,7 +68,7 @@ def plain_modules(model: nn.Module) -> dict[str, Any]:
     inside = tuple(f"{name}." for name in lora_layers(model))
     return {
         name: module.base if isinstance(module, LoRALayer) else module
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if name and not (inside and name.startswith(inside))
     }
 
@@ -76,7 +77,7 @@ def parameter_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Return which module holds each of the plain model's parameters, and as what, by name."""
     return {
         f"{name}.{key}" if name else key: (module, key)
-        for name, module in {"": model, **plain_modules(model)}.items()
+        for name, module in {"": unwrapped(model), **plain_modules(model)}.items()
         for key, parameter in module._parameters.items()
         if parameter is not None
     }
@@ -89,6 +90,7 @@ def find_head(model: nn.Module) -> str | None:
     Embedding, else a root-level Linear named lm_head, embed_out, score or classifier.
     """
     modules = plain_modules(model)
+    model = unwrapped(model)
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter):
         head = getter()
@@ -214,6 +216,7 @@ def select_targets(
 ) -> list[str]:
     """Resolve `targets` minus `exclude`, in blocks `layers`, to dotted names in module order."""
     modules = plain_modules(model)
+    model = unwrapped(model)
     if layer_class(model) is not None or isinstance(model, LoRALayer):
         raise ValueError(
             "the model itself is a single layer and has no parent to hold the wrapped one; put it "

@@ -10,6 +10,7 @@ from torch import nn
 from minilora.lora_layer import lora_layers
 from minilora.quantization import QuantizedLinear, Spec, check_spec, layout, problem
 from minilora.selection import matrix_shape, plain_modules, select_targets
+from minilora.wrappers import named_modules
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def sizes(
     embedded = {id(m._parameters.get("weight")) for m in modules.values()
                 if isinstance(m, nn.Embedding)}  # fmt: skip
     seen: set[int] = set()
-    for fqn, module in model.named_modules():
+    for fqn, module in named_modules(model):
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 continue

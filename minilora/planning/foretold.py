@@ -23,6 +23,7 @@ from minilora.planning.verb import memory_table
 from minilora.quantization import QuantizedLinear
 from minilora.selection import matrix_shape
 from minilora.sizes import sizes
+from minilora.wrappers import named_modules
 
 
 class Foretold:
@@ -105,7 +106,7 @@ class Foretold:
             dropout = max([dropout, *(one.dropout for one in factors)])
             if isinstance(layer.base, QuantizedLinear):
                 format, block = layer.base.spec.format, layer.base.spec.block_size
-        for name, module in model.named_modules():
+        for name, module in named_modules(model):
             plain = name.removesuffix(".base")
             if isinstance(module, (nn.Linear, QuantizedLinear)) and plain not in linears:
                 linears[name] = Linear(name, *matrix_shape(module), 0)

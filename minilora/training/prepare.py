@@ -20,16 +20,18 @@ from minilora.kernels import hardware, is_slow
 from minilora.lora_layer import LoRALayer, weight_dtype
 from minilora.streaming import Stream, StreamBatches
 from minilora.training.config import TrainConfig
+from minilora.wrappers import check_whole, named_parameters, unwrapped
 
 
 def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     """Refuse models whose training could not work or not be saved."""
-    if any("_orig_mod" in name.split(".") for name in layers):
+    if unwrapped(model) is not model:
         raise ValueError(
-            "fit() needs the model itself, found a torch.compile wrapper, which puts _orig_mod "
-            "into every name that is saved; pass the model you wrapped, or compile it in place "
-            "with model.compile()"
+            f"fit() needs the model itself, found a {type(model).__name__} around it; pass the "
+            f"model you wrapped: TrainConfig(compile=...) compiles it, and torchrun spreads a run "
+            f"over processes"
         )
+    check_whole(model, "fit")
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
 
@@ -63,14 +65,14 @@ def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dic
     mine = {p for p in _belonging(model, layers, adapter) if p.requires_grad}
     known = {p for layer in layers.values() for p in layer.adapters.parameters()}
     known |= {p for copies in all_copies(model).values() for p in copies.values()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if parameter.requires_grad and parameter not in known:
             raise ValueError(
                 f"fit() trains adapters only, but {name} requires gradients too; freeze it, or "
                 f"write your own loop"
             )
     # A trained copy goes by the name of the parameter it stands for, not by where it is kept.
-    names = model.named_parameters(remove_duplicate=False)
+    names = named_parameters(model)
     found: dict[Tensor, str] = {p: n for n, p in names if p in mine and ".held." not in n}
     for one, name in found.items():
         if one.dtype == torch.float16:
