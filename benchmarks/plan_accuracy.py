@@ -44,12 +44,11 @@ from minilora.planning.calibration import (
     calibrate,
     peak_bytes,
     process_bytes,
-    random_model,
-    timed_step,
 )
 from minilora.planning.constants import MIB
 from minilora.planning.memory import Settings, count_memory, layers_that_grow
 from minilora.planning.shapes import read_shape
+from minilora.planning.timing import random_model, timed_step
 from minilora.quantized_models import load_quantized
 
 RESULTS = Path(__file__).parent / "results"
@@ -189,7 +188,7 @@ def run(row, timed: bool = True, wall: bool = True) -> dict[str, object]:
     ).peak
     marks = [_processor_seconds()]
     clock = time.perf_counter if wall else processor
-    planned_s = timed_step(shape, settings, clock) if timed else 0.0
+    planned_s = timed_step(shape, settings, clock).seconds if timed else 0.0
     marks.append(_processor_seconds())
     steps = 4 if timed and wall else 2 if row[0] == TINY else 3
     peak, seconds = measure(row, steps, "seconds" if wall else "worked")

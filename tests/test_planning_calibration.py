@@ -1,25 +1,28 @@
 """What is measured here: that it is measured, and of the right thing; never how fast."""
 
+import itertools
+import statistics
 import subprocess
+import time
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from minilora.evaluation import token_loss
 from minilora.kernels import hand_back_freed_memory
-from minilora.lora_layer import lora_layers
+from minilora.lora_layer import LoRALayer, lora_layers
 from minilora.models import GPT2Config, LlamaConfig
-from minilora.planning import calibration, constants
+from minilora.planning import calibration, constants, timing
 from minilora.planning.calibration import (
     calibrate,
     forget_peak,
     free_memory,
     peak_bytes,
-    random_model,
-    timed_step,
-    timed_step_apart,
 )
 from minilora.planning.memory import Settings
 from minilora.planning.shapes import Shape
+from minilora.planning.timing import random_model, timed_step, timed_step_apart
 from minilora.quantization import QuantizedLinear
 from minilora.sizes import sizes
 
@@ -74,33 +77,83 @@ def test_a_process_that_cannot_be_measured_is_taken_as_usual(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_is_foretold_from_two_depths(checkpointing):
+def test_a_step_is_foretold_from_few_blocks(checkpointing):
     before = torch.random.get_rng_state()
     settings = Settings(batch_size=2, length=16, r=4, checkpointing=checkpointing)
     found = timed_step(LLAMA, settings)
-    assert found > 0
+    assert 0 < found.low <= found.seconds <= found.high
+    assert found.repeats >= 5
     assert timed_step(LLAMA, settings) == found, "timed once"
     twice = Settings(batch_size=2, length=16, r=4, checkpointing=checkpointing, accumulate=2)
-    assert timed_step(LLAMA, twice) == 2 * found
+    assert timed_step(LLAMA, twice).seconds == 2 * found.seconds
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_depth_rows_and_vocabulary_are_scaled(monkeypatch):
     asked = []
 
-    def seconds(shape, settings, layers, rows, clock):
-        asked.append((layers, rows, calibration._shallow(shape, layers).config.vocab_size))
-        return rows * (1.0 + 0.5 * layers)
+    def steps(shape, settings, rows, clock):
+        asked.append((rows, timing._shallow(shape, 3).config.vocab_size))
+        return itertools.repeat((rows * 1.0, rows * 0.5))
 
-    monkeypatch.setattr(calibration, "_seconds", seconds)
-    monkeypatch.setattr(calibration, "_known", {})
+    monkeypatch.setattr(timing, "_steps", steps)
+    monkeypatch.setattr(timing, "_known", {})
     config = LlamaConfig(10**6, 2048, 8192, 10, 16, 16, 128, 64)
     found = timed_step(Shape("wide", config, ""), Settings(batch_size=6, length=16))
     vocabulary = 2**25 // 2048
-    rows = asked[0][1]
-    assert asked == [(1, rows, vocabulary), (3, rows, vocabulary)]
-    one = rows * (1.0 * 10**6 / vocabulary + 0.5 * 10)
-    assert found == pytest.approx(one * 6 / rows)
+    assert [size for _, size in asked] == [vocabulary]
+    assert found.seconds == pytest.approx((1.0 * 10**6 / vocabulary + 0.5 * 10) * 6)
+    assert found.low == found.high == found.seconds
+    assert found.repeats == 5
+
+
+@pytest.mark.parametrize(
+    ("blocks", "repeats", "steady"),
+    [
+        ([1.0, 1.1, 1.0, 1.1, 1.0], 5, True),
+        ([1.0, 9.0, 1.0, 1.0, 1.0], 5, True),  # one step that something else ran into
+        ([1.0, 2.0] * 8, 15, False),
+        ([2.0, 1.0, 2.0] + [1.0] * 13, 8, True),  # quiet in the end
+    ],
+)
+def test_repeats_that_disagree_are_more_and_are_told(monkeypatch, blocks, repeats, steady):
+    monkeypatch.setattr(timing, "_steps", lambda *_: iter([(0.0, one) for one in blocks]))
+    monkeypatch.setattr(timing, "_known", {})
+    found = timed_step(LLAMA, Settings(batch_size=1, length=16))
+    assert (found.repeats, found.steady) == (repeats, steady)
+    assert found.seconds == pytest.approx(3 * statistics.median(blocks[:repeats]))
+    if not steady:
+        assert "disagree by a factor of 2 (above 1.25) after 15 repeats" in found.doubt()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_blocks_are_told_from_the_rest(shape, checkpointing):
+    """By a clock that counts the calls of the blocks' linears, forward and again."""
+    ticks = [0.0]
+    settings = Settings(batch_size=2, length=16, r=4, checkpointing=checkpointing)
+    steps = timing._steps(shape, settings, 2, lambda: ticks[0])
+
+    def count(module, _):
+        ticks[0] += isinstance(module, LoRALayer)
+
+    handle = register_module_forward_pre_hook(count)
+    try:
+        rest, block = next(steps)
+    finally:
+        handle.remove()
+    assert block == (7 if shape is LLAMA else 4) * (2 if checkpointing else 1)
+    assert rest == 0, "head and embedding have no adapter"
+
+
+def test_labels_that_are_not_learned_are_left_out_of_the_timed_loss():
+    seen = []
+    settings = Settings(batch_size=2, length=17, r=4, learned=0.25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "token_loss", lambda model, batch: seen.append(batch) or
+                      token_loss(model, batch))  # fmt: skip
+        next(timing._steps(LLAMA, settings, 2, time.perf_counter))
+    assert {batch.tokens for batch in seen} == {2 * 4}
 
 
 def test_a_step_is_timed_apart_and_nothing_of_the_current_folder_runs(tmp_path, monkeypatch):
@@ -112,7 +165,7 @@ def test_a_step_is_timed_apart_and_nothing_of_the_current_folder_runs(tmp_path, 
     monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
     found = timed_step_apart(LLAMA, Settings(batch_size=2, length=16, r=4))
     assert found is not None
-    assert found > 0
+    assert 0 < found.low <= found.seconds <= found.high
     assert not (tmp_path / "it-ran").exists()
 
 

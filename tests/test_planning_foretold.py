@@ -4,17 +4,22 @@ import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import minilora
-from minilora.data import Example
+from minilora.data import IGNORE, Batches, Example
 from minilora.models import Llama, LlamaConfig
 from minilora.planning import foretold
 from minilora.planning.memory import Settings, count_memory
+from minilora.planning.met import Met, epoch_met, largest_batch, mean_batch, steps_met
 from minilora.planning.shapes import read_shape
+from minilora.planning.timing import Timing
 from minilora.streaming import Stream
 
 CONFIG = LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64)
 ROWS = [Example(list(range(1, n)), list(range(1, n))) for n in (9, 17, 33, 17)]
+HALF_A_SECOND = Timing(0.5, 0.49, 0.52, 5)
 
 
 class Lines:
@@ -25,20 +30,24 @@ class Lines:
         self.said.append(line)
 
 
-def trained(plan, format=None, **options):
+def trained(plan, format=None, rows=ROWS, callbacks=(), config=None, **options):
     torch.manual_seed(0)
     model = Llama(CONFIG)
     if format:
         minilora.quantize(model, format)
     minilora.inject(model, r=4, alpha=6)
-    lines, config = Lines(), minilora.TrainConfig(batch_size=2, dtype="float32", max_steps=3)
-    minilora.fit(model, ROWS, config=config, quiet=True, callbacks=[lines], plan=plan, **options)
+    lines = Lines()
+    limits = {"batch_size": 2, "dtype": "float32", "max_steps": 3} | (config or {})
+    minilora.fit(
+        model, rows, config=minilora.TrainConfig(**limits), quiet=True,
+        callbacks=[lines, *callbacks], plan=plan, **options,
+    )  # fmt: skip
     return model, lines.said
 
 
 @pytest.mark.parametrize("format", [None, "nf4"])
 def test_planned_first_and_measured_after(monkeypatch, format):
-    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: 0.5)
+    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: HALF_A_SECOND)
     plain, _ = trained(False, format)
     model, said = trained(True, format)
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
@@ -48,19 +57,97 @@ def test_planned_first_and_measured_after(monkeypatch, format):
     assert first < last
     text = "\n".join(said)
     assert re.search(r"plan:\s+peak\s+[\d,.]+", text)
-    assert "0.5 s a step" in text
-    assert re.search(r"measured: .* s a step over 3 steps, planned 0.5", text)
+    assert "0.5 s a step (0.49 to 0.52 in the middle half of 5 repeats)" in text
+    assert re.search(r"measured: .* s a step over 3 steps, planned", text)
+    assert "disagree" not in text
+
+
+@given(
+    lengths=st.lists(st.integers(2, 20), min_size=1, max_size=12),
+    batch_size=st.integers(1, 5),
+    accumulate=st.integers(1, 3),
+    done=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_steps_are_the_batches_that_the_loader_gives(lengths, batch_size, accumulate, done, seed):
+    rows = [Example([1] * n, [IGNORE] * (n // 3) + [1] * (n - n // 3)) for n in lengths]
+    planned, given = (Batches(rows, batch_size=batch_size, seed=seed) for _ in range(2))
+    done = min(done, len(given))
+    for each in (planned, given):
+        each.load_state_dict(each.state_dict() | {"index": done})
+    ahead = steps_met(planned, accumulate)
+    for _ in range(3):  # the rest of an epoch, and two more
+        met = [
+            Met(*batch.input_ids.shape, batch.tokens)
+            for batch in given
+        ]  # fmt: skip
+        for start in range(0, len(met), accumulate):
+            assert next(ahead) == met[start : start + accumulate]
+    whole = epoch_met(planned, accumulate)
+    assert sum(batch.rows for step in whole for batch in step) == len(rows)
+    usual, most = mean_batch(whole), largest_batch(whole)
+    assert most.tokens == max(batch.tokens for step in whole for batch in step) >= usual.rows
+    assert 0 < usual.share <= 1
+
+
+LONG = [Example([1] * n, [1] * n) for n in [8] * 30 + [64] * 2]
+
+
+def short_run(monkeypatch, timing=HALF_A_SECOND, **config):
+    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: timing)
+    return "\n".join(trained(True, rows=LONG, config=config)[1])
+
+
+def test_a_short_run_is_planned_by_what_it_meets(monkeypatch):
+    seed = next(s for s in range(99) if Batches(LONG, batch_size=2, seed=s).order(0)[0][0] < 30)
+    said = short_run(monkeypatch, max_steps=1, seed=seed)
+    assert "plan: the largest batch of this run's 1 steps is 2 × 8 tokens" in said
+    epoch = re.search(r"a full epoch of 16 steps meets 2 × 64 tokens: peak ([\d,.]+) MB", said)
+    peak = re.search(r"plan:\s+peak\s+([\d,.]+)", said)
+    assert float(epoch[1].replace(",", "")) > float(peak[1].replace(",", ""))
+    assert "0.0 minutes for this run's 1 steps, 0.2 minutes an epoch of 16 steps" in said
+    said = short_run(monkeypatch, max_steps=None, epochs=1)
+    assert "the largest batch of this run's 16 steps is 2 × 64 tokens" in said
+    assert "a full epoch" not in said
+
+
+def test_a_time_limit_is_planned_by_the_steps_within_it(monkeypatch):
+    seed = next(s for s in range(99) if Batches(LONG, batch_size=2, seed=s).order(0)[0][0] < 30)
+    slow = Timing(6.0, 6.0, 6.0, 5)  # of 2 × 12 tokens, the mean
+    said = short_run(monkeypatch, slow, max_steps=None, max_minutes=0.001, seed=seed)
+    assert "the largest batch of this run's 1 steps is 2 × 8 tokens" in said
+    assert "a full epoch of 16 steps meets 2 × 64" in said
+    quick = Timing(1e-4, 1e-4, 1e-4, 5)
+    said = short_run(monkeypatch, quick, max_steps=None, max_minutes=0.001)
+    found = re.search(r"this run's (\d+) steps is 2 × 64 tokens", said)
+    assert int(found[1]) == pytest.approx(0.06 / 1e-4, rel=0.1), "epochs after the first count"
+
+
+def test_a_plan_that_is_far_off_is_noticed_early(monkeypatch):
+    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: Timing(1e4, 1e4, 1e4, 5))
+    rows = [Example([1] * 8, [1] * 8)] * 20
+    _, said = trained(True, rows=rows, config={"max_steps": 6})
+    notes = [line for line in said if line.startswith("note: steps 2 to 4 took")]
+    assert len(notes) == 1
+    assert "times what was planned; at this pace an epoch takes 0.0 minutes" in notes[0]
+    assert "disagree" not in "".join(said)
+
+
+def test_timings_that_disagree_are_told(monkeypatch):
+    said = short_run(monkeypatch, Timing(2.0, 1.0, 3.0, 15), max_steps=1)
+    assert "plan: timings disagree by a factor of 3 (above 1.25) after 15 repeats" in said
 
 
 def test_the_plan_of_a_model_at_hand_is_that_of_its_settings(monkeypatch):
     monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: None)
     model = minilora.inject(minilora.quantize(Llama(CONFIG, dtype=torch.bfloat16), "nf4"), r=4)
     said = []
-    found = foretold.Foretold(model, [8, 32], None, 2, 1, False, 1, None, said.append)
-    settings = Settings("nf4", torch.bfloat16, 4, batch_size=2, length=32)
+    batches = Batches([Example([1] * n, [1] * n) for n in (8, 32)], batch_size=2)
+    found = foretold.Foretold(model, batches, None, 1, False, 1, None, said.append)
+    settings = Settings("nf4", torch.bfloat16, 4, batch_size=2, length=32, learned=38 / 62)
     wanted = count_memory(read_shape(CONFIG), settings, process=found.memory.process)
     assert found.memory == wanted
-    assert found.after(1.0, 2)["planned_bytes"] == wanted.peak
+    assert found.after()["planned_bytes"] == wanted.peak
 
 
 def test_streams_and_other_models_cannot_be_planned():

@@ -18,6 +18,7 @@ from minilora.planning.advice import Planner, best_dtype, command, this_machine,
 from minilora.planning.devices import DEVICES
 from minilora.planning.memory import Settings
 from minilora.planning.shapes import Shape
+from minilora.planning.timing import Timing
 
 SMALL = LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64)
 
@@ -124,11 +125,12 @@ def test_the_best_that_fits_leaves_a_margin(machine):
 
 def test_other_settings_are_scaled_from_the_timed_ones(monkeypatch):
     shape, data = Shape("small", SMALL, "here"), advice.Data(10, 32, 32)
-    monkeypatch.setattr("minilora.planning.speed.timed_step", lambda *_: 3.0)
+    timing = Timing(3.0, 2.9, 3.1, 5)
+    monkeypatch.setattr("minilora.planning.speed.timed_step", lambda *_: timing)
     planner = Planner(shape, data, MACHINE, {})
     settings, local = Settings(batch_size=4, length=32), this_machine(MACHINE)
     first = planner.option(settings, local).speed
-    assert (first.step_seconds, first.how) == (3.0, "timed here")
+    assert (first.step_seconds, first.how, first.timing) == (3.0, "timed here", timing)
     more = planner.option(dataclasses.replace(settings, batch_size=8), local).speed
     assert more.how == "scaled from the timed"
     assert 3.0 < more.step_seconds < 9.0
@@ -249,10 +251,31 @@ def test_a_duty_cycle_that_is_never_reached():
 def test_examples_are_measured():
     rows = [Example([1] * n, [1] * n) for n in (3, 5, 40)]
     found = plan(data=rows, length=None)
-    assert (found.data.examples, found.data.mean, found.data.longest) == (3, 16, 40)
+    assert (found.data.examples, found.data.mean, found.data.longest) == (3, 40, 40), "padded"
+    assert plan(data=rows, length=None, batch_size=1).data.mean == 16
     assert found.settings.length == 40
-    assert plan(data=rows, length=4).data == advice.Data(3, 4, 4)
+    assert plan(data=rows, length=4).data == advice.Data(3, 4, 4, learned=8 / 9)
     assert plan(data=rows).data.longest == 32
+
+
+def test_what_is_learned_decides_the_heads_time():
+    rows = [Example([1] * 20, [-100] * 15 + [1] * 5)] * 8
+    some, all_of_it = plan(data=rows), plan(data=[Example([1] * 20, [1] * 20)] * 8)
+    assert some.data.learned == pytest.approx(5 / 19)
+    assert some.speed.step_seconds < all_of_it.speed.step_seconds
+    with pytest.raises(ValueError, match="no example has anything to learn within length=15"):
+        plan(data=rows, length=15)
+
+
+def test_timings_that_disagree_are_told(monkeypatch):
+    for high, told in ((3.2, False), (4.5, True)):
+        monkeypatch.setattr(
+            "minilora.planning.speed.timed_step", lambda *_, high=high: Timing(3.0, 2.9, high, 15)
+        )
+        text = str(plan(timed=True))
+        assert f"Time: 3 s a step (2.9 to {high} in the middle half of 15 repeats), " in text
+        assert ("timings disagree by a factor of 1.6 (above 1.25) after 15" in text) == told
+        assert json.dumps(plan(timed=True).to_dict())
 
 
 def test_it_prints_and_is_json():

@@ -29,6 +29,7 @@ class Pass:
         autocast: whether an f32 model runs under autocast: the residual stream is then f32, and
             each linear keeps its own copy of its input.
         dropout: whether adapters drop inputs: each then keeps a mask, a byte an element.
+        of_loss: tokens that enter the loss; None: all but each row's first.
     """
 
     B: int
@@ -36,6 +37,12 @@ class Pass:
     w: int
     autocast: bool = False
     dropout: bool = False
+    of_loss: int | None = None
+
+    @property
+    def learned(self) -> int:
+        """Tokens that enter the loss."""
+        return self.tokens - self.B if self.of_loss is None else self.of_loss
 
     @property
     def tokens(self) -> int:
@@ -136,9 +143,7 @@ def saved(config: Config, linears: dict[str, Linear], p: Pass, checkpointing: bo
     comes on top (`block_saved`).
     """
     layers = config.num_hidden_layers
-    head = (
-        p.w * (p.tokens - p.B) * config.hidden_size
-    )  # the loss keeps its gradient for the head's input
+    head = p.w * p.learned * config.hidden_size  # the loss keeps its gradient for the head's input
     last = _norm_saved(config, p)
     if checkpointing:
         between = layers * p.tokens * config.hidden_size * p.s

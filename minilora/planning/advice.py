@@ -42,12 +42,21 @@ def best_dtype(device: Device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Data:
-    """The data's size: rows, their mean and largest length in tokens, passes over them."""
+    """The data's size.
+
+    Attributes:
+        examples: rows.
+        mean: their mean length in tokens, as they are padded.
+        longest: their largest.
+        epochs: passes over them.
+        learned: share of the predicted tokens that enters the loss, in (0, 1].
+    """
 
     examples: int
     mean: int
     longest: int
     epochs: float = 1.0
+    learned: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Planner:
     ):
         self.shape, self.data, self.here, self.prices = shape, data, here, prices
         self.timed, self.auto = timed, auto
-        self.anchors: dict[str | None, tuple[Settings, float]] = {}  # by format
+        self.anchors: dict[str | None, tuple[Settings, Speed, float]] = {}  # by format
 
     def memory(self, settings: Settings, device: Device) -> Memory:
         """Plan the bytes of one process there."""
@@ -130,7 +139,7 @@ class Planner:
 
     def _speed(self, settings: Settings, memory: Memory, device: Device) -> Speed:
         """Rows are as long as the mean: batches of similar lengths hold little padding."""
-        usual = dataclasses.replace(settings, length=self.data.mean)
+        usual = dataclasses.replace(settings, length=self.data.mean, learned=self.data.learned)
         rows, epochs = self.data.examples, self.data.epochs
         if device.name != HERE:
             return foretell(
@@ -142,13 +151,14 @@ class Planner:
         if settings.format not in self.anchors:  # others of this format are scaled from it
             found = foretell(self.shape, usual, memory, examples=rows, epochs=epochs)
             ratio = found.step_seconds / by_rates.step_seconds
-            self.anchors[settings.format] = (usual, ratio)
+            self.anchors[settings.format] = (usual, found, ratio)
             return found
-        timed, ratio = self.anchors[settings.format]
+        timed, found, ratio = self.anchors[settings.format]
+        if usual == timed:
+            return found
         seconds = by_rates.step_seconds * ratio
-        how = "timed here" if usual == timed else "scaled from the timed"
         tokens = usual.batch_size * usual.accumulate * usual.length
-        return run_of(seconds, how, tokens, usual, rows, epochs)
+        return run_of(seconds, "scaled from the timed", tokens, usual, rows, epochs)
 
     def _by_rates(self, settings: Settings, memory: Memory) -> Speed:
         return foretell(

@@ -45,6 +45,7 @@ class Settings:
         adapter_dtype: of the factors and their gradients.
         moment_bytes: of one of AdamW's two moments, an element; None: as the factors (an 8-bit
             optimizer has 1).
+        learned: share of the predicted tokens that enters the loss, in (0, 1].
     """
 
     format: str | None = None
@@ -64,6 +65,7 @@ class Settings:
     autocast: bool = False
     adapter_dtype: torch.dtype = torch.float32
     moment_bytes: int | None = None
+    learned: float = 1.0
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "accumulate", "length", "ranks"):
@@ -86,7 +88,8 @@ class Settings:
         """The pass of one rank."""
         rows = math.ceil(self.batch_size / self.ranks)
         w = self.dtype.itemsize
-        return Pass(rows, self.length, w, self.autocast, self.dropout > 0)
+        learned = math.ceil(rows * (self.length - 1) * self.learned)
+        return Pass(rows, self.length, w, self.autocast, self.dropout > 0, learned)
 
 
 def whole(key: str, value: object) -> int:
@@ -271,7 +274,7 @@ def _head(linears: dict[str, Linear]) -> int:
 def _logits(shape: Shape, p: Pass) -> int:
     """Count the logits that the loss holds at a time."""
     V = shape.config.vocab_size
-    return min(p.tokens - p.B, max(32, _CHUNK // V)) * V
+    return min(p.learned, max(32, _CHUNK // V)) * V
 
 
 def _loss(shape: Shape, p: Pass, gpu: bool) -> int:

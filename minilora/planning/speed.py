@@ -1,12 +1,14 @@
 """Seconds, hours, money: from steps timed here, from rates measured here, or from a datasheet."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
-from minilora.planning.calibration import Calibration, calibrate, timed_step
+from minilora.planning.calibration import Calibration, calibrate
 from minilora.planning.devices import Device
 from minilora.planning.memory import Memory, Settings
 from minilora.planning.shapes import Shape
+from minilora.planning.timing import Timing, timed_step
 from minilora.planning.work import Work, count_work
 
 _HOURS_A_YEAR = 8766
@@ -25,6 +27,7 @@ class Speed:
         steps: of the whole run.
         hours: of the whole run, without evaluations.
         how: `"timed here"`, `"rates measured here"` or `"datasheet"`.
+        timing: the repeats behind it, where it was timed here.
     """
 
     step_seconds: float
@@ -32,6 +35,7 @@ class Speed:
     steps: int
     hours: float
     how: str
+    timing: Timing | None = None
 
 
 def count_steps(examples: int, epochs: float, settings: Settings) -> int:
@@ -86,14 +90,16 @@ def foretell(
         here: this machine's figures, where `device` is None.
         timed: whether to time real blocks here (a few seconds).
     """
-    work = count_work(shape, settings, memory)
+    work, timing = count_work(shape, settings, memory), None
     if device is not None:
         seconds, how = on_device(work, memory, settings, device), "datasheet"
     elif timed:
-        seconds, how = timed_step(shape, settings), "timed here"
+        timing = timed_step(shape, settings)
+        seconds, how = timing.seconds, "timed here"
     else:
         seconds, how = from_rates(work, settings, here or calibrate()), "rates measured here"
-    return run_of(seconds, how, work.tokens, settings, examples, epochs)
+    found = run_of(seconds, how, work.tokens, settings, examples, epochs)
+    return dataclasses.replace(found, timing=timing)
 
 
 def duration(hours: float) -> str:

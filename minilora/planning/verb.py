@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minilora.data import as_examples
+from minilora.data import Batches, Example, as_examples, learned_labels
 from minilora.injection import as_dtype, check_dropout
 from minilora.planning.advice import (
     HERE,
@@ -25,6 +25,7 @@ from minilora.planning.advice import (
 from minilora.planning.calibration import calibrate
 from minilora.planning.devices import Device, device
 from minilora.planning.memory import Memory, Settings, whole
+from minilora.planning.met import epoch_met, mean_batch
 from minilora.planning.rules import Rule, rules_of_thumb
 from minilora.planning.shapes import Shape, read_shape
 from minilora.planning.speed import Cost, Prices, Speed, duration
@@ -110,9 +111,11 @@ class Plan:
                 f"{self.device.source}, taking {self.device.efficiency:.0%} of peak and "
                 f"{self.device.moving:.0%} of bandwidth"
             )
+        timing = self.speed.timing
+        step = timing or f"{self.speed.step_seconds:.3g} s a step"
         text = (
-            f"Time: {self.speed.step_seconds:.3g} s a step, "
-            f"{self.speed.tokens_per_second:,.0f} tokens/s, {self.speed.steps:,} steps, "
+            f"Time: {step}, {self.speed.tokens_per_second:,.0f} tokens/s, "
+            f"{self.speed.steps:,} steps, "
             f"{duration(self.speed.hours)} ({how})"
         )
         if self.device.name == HERE and self.busy > BUSY:
@@ -120,6 +123,8 @@ class Plan:
                 f"\n  Other work took {self.busy:.0%} of the processor while this was measured; a "
                 f"quiet machine is faster"
             )
+        if timing is not None and not timing.steady:
+            text += f"\n  {timing.doubt()}"
         cost = self.cost
         if cost is not None and cost.rented is not None:
             text += f"\nCost on demand: {_money(cost.rented)}"
@@ -226,7 +231,9 @@ def option_table(options: list[Option]) -> str:
     )
 
 
-def data_size(data: int | Iterable[Any], length: int | None, epochs: float) -> Data:
+def data_size(
+    data: int | Iterable[Any], length: int | None, epochs: float, batch_size: int = 8
+) -> Data:
     """Return the size of a data set, or of one of so many rows."""
     good = isinstance(epochs, (int, float)) and not isinstance(epochs, bool) and 0 < epochs < 1e9
     if not good:
@@ -236,12 +243,19 @@ def data_size(data: int | Iterable[Any], length: int | None, epochs: float) -> D
     if isinstance(data, int):
         rows, longest = whole("data", data), 512 if length is None else length
         return Data(rows, longest, longest, epochs)
-    sizes = [len(example.input_ids) for example in as_examples(data)]
-    if not sizes:
-        raise ValueError("data must hold at least one example, found none")
-    if length is not None:
-        sizes = [min(size, length) for size in sizes]
-    return Data(len(sizes), max(1, round(sum(sizes) / len(sizes))), max(sizes), epochs)
+    examples = [
+        Example(one.input_ids[:length], one.labels[:length])
+        for one in as_examples(data)
+        if learned_labels(one.labels[:length])
+    ]
+    if not examples:
+        raise ValueError(
+            f"no example has anything to learn within length={length} tokens (--max-length); "
+            f"raise it"
+        )
+    steps = epoch_met(Batches(examples, batch_size=whole("batch_size", batch_size)), 1)
+    usual, longest = mean_batch(steps), max(len(one.input_ids) for one in examples)
+    return Data(len(examples), usual.length, longest, epochs, usual.share)
 
 
 def plan(
@@ -308,7 +322,7 @@ def plan(
         RuntimeError: a hub name that can't be read.
     """
     shape = read_shape(model)
-    size = data_size(data, length, epochs)
+    size = data_size(data, length, epochs, batch_size)
     here = calibrate()
     chosen = _device(device, here, memory_gb)
     if chosen.name == HERE:

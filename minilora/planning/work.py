@@ -6,7 +6,7 @@ head_dim, h width, V vocabulary; ×3/2 of the first two terms under checkpointin
     base       4 · Σ N·K              forward and input gradient; a frozen weight has no gradient
     adapters   6 · Σ r·(N + K)        forward, and both gradients of both factors' products
     attention  7 · T · q · layers     causal: half of 2 · 2·T·q, and 2.5 times that backward
-    head       4 · h · V
+    head       4 · h · V              of those that enter the loss
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
         base=tokens * 2 * runs * weights,
         adapters=tokens * (4 + 2 * (runs - 1)) * factors,
         attention=int(tokens * attention * (runs - 1 + 2.5)),
-        head=tokens * 4 * config.hidden_size * config.vocab_size,
+        head=int(tokens * settings.learned) * 4 * config.hidden_size * config.vocab_size,
         bytes=passes * memory.weights * (settings.ranks if settings.parallel == "fsdp" else 1)
         + _MOVES * kept * settings.accumulate * settings.ranks,
         decoded=passes * weights if settings.format else 0,

@@ -154,10 +154,12 @@ def fit(
             monitor = Monitor(run.total, run.step, written, config.log_every, mute, told)
             try:
                 foretold = _foretold(run, monitor) if plan and first else None
+                if foretold is not None:
+                    monitor.callbacks.objects.append(foretold)
                 loop = _Loop(run, monitor, interrupted, sample)
                 result = loop.train()
                 if foretold is not None:
-                    foretold.after(loop.took, run.step - loop.start)
+                    foretold.after()
                 return result
             finally:
                 monitor.close()
@@ -172,10 +174,13 @@ def _foretold(run: Run, monitor: Monitor) -> Foretold:
     if not isinstance(run.batches, Batches):
         raise ValueError("plan=True needs a list of examples, found a stream; plan its size apart")
     config, ranks = run.config, run.ranks
-    lengths = [len(example.input_ids) for example in run.batches.examples]
+    minutes = config.max_minutes
     return Foretold(
-        run.model, lengths, run.dtype, config.batch_size, config.accumulate, config.checkpointing,
-        ranks.world, ranks.kind, monitor.say,
+        run.model, run.batches, run.dtype, config.accumulate, config.checkpointing, ranks.world,
+        ranks.kind, monitor.say,
+        steps=None if run.total is None else run.total - run.step,
+        minutes=None if minutes is None else minutes - run.elapsed / 60,
+        elapsed=run.elapsed,
     )  # fmt: skip
 
 
