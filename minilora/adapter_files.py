@@ -19,10 +19,12 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from minilora.lora_layer import LoRALayer, storage_format, weight_sample
+from minilora.packed import packed_format, weight_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# A base of the same storage format must agree exactly; another format only this closely.
+# A base of the same storage format must agree exactly; another format only this closely, and one
+# that another library packs (bitsandbytes rounds its scales anew for some CPUs).
 _MIN_COSINE = 0.98
 
 
@@ -36,7 +38,7 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
         sample = layer.base_sample
         if sample is None:  # else the weight may be merged, or sharded and not at hand
             key = f"{fqn}.weight"
-            weight = own[key] if own and key in own else layer.base.weight
+            weight = own[key] if own and key in own else weight_values(layer.base)
             sample = weight_sample(fqn, weight)
         rows[fqn] = {
             "shape": [layer.out_features, layer.in_features],
@@ -131,7 +133,7 @@ def check_base(
         here = samples[fqn].to(torch.float64)
         if saved.shape != here.shape:
             same, how = False, f"{len(here)} numbers"
-        elif saved_format == storage_format(modules[fqn]):
+        elif saved_format == storage_format(modules[fqn]) and not packed_format(modules[fqn]):
             same, how = torch.equal(saved, here), "equal"
         else:
             norm = float(saved.norm() * here.norm())

@@ -20,6 +20,8 @@ from minilora.copies import (
 )
 from minilora.injection import check_adapter_name, places_of
 from minilora.lora_layer import LoRALayer, lora_layers
+from minilora.packed import packed_format
+from minilora.quantization import QuantizedLinear
 from minilora.wrappers import named_modules, named_parameters
 
 
@@ -287,6 +289,17 @@ class Summary:
         return "\n".join(lines)
 
 
+def _packed_away(module: Any) -> int:
+    """Return how many more weights a quantized linear has than its stored tensors have elements."""
+    if isinstance(module, QuantizedLinear):
+        stored = [p for name, p in module.named_parameters(recurse=False) if name != "bias"]
+    elif isinstance(module, nn.Linear) and packed_format(module):
+        stored = [module.weight]
+    else:
+        return 0
+    return module.in_features * module.out_features - sum(p.numel() for p in stored)
+
+
 def summary(model: nn.Module) -> Summary:
     """Count what is there: parameters, adapters, what is active or merged, which path ran.
 
@@ -319,6 +332,7 @@ def summary(model: nn.Module) -> Summary:
             )
         )
     everything = list(model.parameters())
+    packed = sum(_packed_away(module) for module in model.modules())
     kept = [
         value
         for layer in layers.values()
@@ -330,7 +344,7 @@ def summary(model: nn.Module) -> Summary:
         kept += list(base.parameters()) if isinstance(base, nn.Module) else []
     return Summary(
         tuple(rows),
-        sum(p.numel() for p in everything),
+        sum(p.numel() for p in everything) + packed,
         sum(p.numel() for p in everything if p.requires_grad),
         sum(p.numel() * p.element_size() for p in everything),
         dict(Counter(layer.last_path or "not run yet" for layer in layers.values())),

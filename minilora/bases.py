@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from minilora.injection import places_of
 from minilora.layers import is_conv1d
 from minilora.lora_layer import lora_layers
+from minilora.packed import packed_format
 from minilora.quantization import (
     QuantizedLinear,
     Spec,
@@ -95,6 +96,11 @@ def check_quantizable(name: str, module: Any, spec: Spec, values: bool = True) -
         raise ValueError(
             f"{name} is quantized already ({module.spec.format}); quantize a model loaded in full "
             f"precision, or leave that layer out with exclude=[{name!r}]"
+        )
+    if packed_format(module):
+        raise ValueError(
+            f"{name} is quantized already ({packed_format(module)}); quantize a model loaded in "
+            f"full precision, or leave that layer out with exclude=[{name!r}]"
         )
     if not (type(module) is nn.Linear or is_conv1d(module)):
         raise ValueError(

@@ -39,6 +39,7 @@ from minilora.injection import as_dtype, attach, check_adapter_name
 from minilora.kernels import check_backend
 from minilora.layers import LoRAConv2d, LoRAEmbedding, layer_class
 from minilora.lora_layer import LoRALayer, lora_layers, weight_device, weight_sample
+from minilora.packed import weight_values
 from minilora.quantization import QuantizedLinear
 from minilora.selection import (
     matrix_shape,
@@ -269,7 +270,8 @@ def _build(
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         device="meta",
     )
-    shown = matrix_shape(base) if isinstance(base, QuantizedLinear) else base.weight.shape
+    linear = isinstance(base, (nn.Linear, QuantizedLinear))  # their weight may be packed
+    shown = matrix_shape(base) if linear else base.weight.shape
     of = f"r={r}, {fqn} is {list(shown)}"  # type: ignore[arg-type]
     for name, key in _keys(fqn, kind, config).items():
         shape = list(getattr(factors, name).shape)
@@ -417,7 +419,7 @@ def _read(
             key, list(own.shape), own.device, own.dtype, f"as {name} has here"
         )
     if verify:
-        samples = {n: weight_sample(n, modules[n].weight) for n in names}
+        samples = {n: weight_sample(n, weight_values(modules[n])) for n in names}
         known = check_base(folder, metadata, modules, samples)
         _check_frozen(reader, frozen, modules)
         if not known:

@@ -23,6 +23,7 @@ from minilora.kernels import (
     triton_lora_linear,
 )
 from minilora.lora_layer import LoRALayer, scaled_factors
+from minilora.packed import packed_linear, unreadable, weight_values
 from minilora.quantization import QuantizedLinear
 
 
@@ -102,7 +103,7 @@ class LoRALinear(LoRALayer):
 
     def weight_matrix(self) -> Tensor:
         """Return W `[N, K]`: a view, or a fresh tensor where the base is quantized."""
-        return self.base.weight.T if is_conv1d(self.base) else self.base.weight
+        return self.base.weight.T if is_conv1d(self.base) else weight_values(self.base)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """Return a view in the base's layout."""
@@ -237,7 +238,7 @@ class LoRAConv2d(LoRALayer):
 
 
 def unsupported(base: nn.Module) -> str | None:
-    """Say why no adapter can go on a module of a known kind, or None."""
+    """Say why no adapter can go on a module of a known kind, or another library's, or None."""
     if nn.parameter.is_lazy(base._parameters.get("weight")):  # type: ignore[arg-type]
         return "has no weight yet (it is lazy); run the model once before injecting"
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
@@ -247,7 +248,7 @@ def unsupported(base: nn.Module) -> str | None:
             return f"is a grouped convolution (groups={base.groups}); only groups=1 is supported"
         if base.padding_mode != "zeros":
             return f"pads by padding_mode={base.padding_mode!r}; only 'zeros' is supported"
-    return None
+    return unreadable(base) or packed_linear(base)
 
 
 def layer_class(base: nn.Module) -> type[LoRALayer] | None:

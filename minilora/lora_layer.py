@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from minilora.factors import FROM_WEIGHT, LoRAAdapter
 from minilora.kernels import dropout_mask
+from minilora.packed import packed_format, unpacked_dtype
 from minilora.quantization import QuantizedLinear
 from minilora.wrappers import named_modules
 
@@ -365,7 +366,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def weight_dtype(base: Any) -> torch.dtype:
     """Return the dtype of a module's weight, a quantized one's without decoding it."""
-    return base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+    if isinstance(base, QuantizedLinear):
+        return base.dtype
+    return base.weight.dtype if packed_format(base) is None else unpacked_dtype(base)
 
 
 def weight_device(base: Any) -> torch.device:
@@ -377,7 +380,7 @@ def storage_format(base: Any) -> str:
     """Name how a module stores its weight: a dtype, or a quantized format."""
     if isinstance(base, QuantizedLinear):
         return base.spec.format
-    return str(base.weight.dtype).removeprefix("torch.")
+    return packed_format(base) or str(base.weight.dtype).removeprefix("torch.")
 
 
 def weight_sample(fqn: str, weight: Tensor, count: int = 64) -> Tensor:

@@ -36,6 +36,7 @@ from minilora.lora_layer import (
     weight_dtype,
     weight_sample,
 )
+from minilora.packed import packed_format
 from minilora.quantization import QuantizedLinear
 from minilora.stored_weights import StoredWeights
 from minilora.wrappers import named_modules
@@ -181,6 +182,11 @@ def _check_kind(name: str, layer: LoRALayer, names: tuple[str, ...]) -> None:
     floating = (
         isinstance(base, QuantizedLinear) or getattr(weight, "dtype", torch.int8).is_floating_point
     )
+    if packed_format(base):
+        raise ValueError(
+            f"merge() can't add to {name}, which is packed ({packed_format(base)}); save the "
+            f"adapter, load it on the same model in full precision and merge it there"
+        )
     if not plain or type(weight) is not nn.Parameter or not floating:
         raise ValueError(
             f"merge() adds to the weight of a plain nn.Linear, Conv1D, nn.Embedding or nn.Conv2d, "

@@ -10,6 +10,7 @@ from torch import nn
 
 from minilora.layers import is_linear, layer_class, unsupported
 from minilora.lora_layer import LoRALayer, lora_layers
+from minilora.packed import packed_linear
 from minilora.quantization import QuantizedLinear
 from minilora.wrappers import named_modules, unwrapped
 
@@ -110,7 +111,7 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     kind = layer_class(module)
     if kind is None:
         raise TypeError(f"no adapter goes on a {type(module).__name__}")
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, (QuantizedLinear, nn.Linear)):
         return module.out_features, module.in_features
     N, K = kind(module).weight_matrix().shape
     return N, K
@@ -152,7 +153,9 @@ def _string_list(value: object, what: str) -> list[str]:
 
 def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) -> dict[str, Any]:
     """Resolve "all-linear", a regex or a list of entries; every entry has to match a layer."""
-    linears = {name: m for name, m in modules.items() if is_linear(m)}
+    # Another library's packed linears are selected too, to be refused by name unless excluded.
+    packed = {name for name, m in modules.items() if packed_linear(m)}
+    linears = {name: m for name, m in modules.items() if is_linear(m) or name in packed}
     if spec == "all-linear":
         head = find_head(model)
         found = {name: m for name, m in linears.items() if name != head}
@@ -162,7 +165,7 @@ def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) 
                 f"{type(model).__name__}"
             )
         return found
-    layers = {name: m for name, m in modules.items() if layer_class(m) is not None}
+    layers = {n: m for n, m in modules.items() if layer_class(m) is not None or n in packed}
     if isinstance(spec, str):
         pattern = _compile(spec, what)
         found = {name: m for name, m in layers.items() if pattern.fullmatch(name)}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minilora.lora_layer import lora_layers
+from minilora.packed import packed_format
 from minilora.quantization import QuantizedLinear, Spec, check_spec, layout, problem
 from minilora.selection import matrix_shape, plain_modules, select_targets
 from minilora.wrappers import named_modules
@@ -114,6 +115,8 @@ def sizes(
                 found["adapters"] += tensor.numel() * tensor.element_size()
             elif isinstance(module, QuantizedLinear) and name != "bias":
                 found["codes" if name == "codes" else "scales"] += size
+            elif name == "weight" and packed_format(module):
+                found["codes"] += size  # its scales are no tensors of the module
             elif id(tensor) in embedded:
                 found["embeddings"] += size
             else:

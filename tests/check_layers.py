@@ -56,6 +56,7 @@ layers =
     minilora.compiling
     minilora.lora_layer
     minilora.factors
+    minilora.packed
     minilora.wrappers
     minilora.quantization
     minilora.kernels

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minilora.kernels import hardware
 from minilora.lora_layer import lora_layers, weight_device, weight_sample
+from minilora.packed import weight_values
 
 KINDS = ("ddp", "fsdp")
 _MMAP_THRESHOLD = -3  # name of a setting in glibc's malloc.h
@@ -235,7 +236,7 @@ def shard(model: nn.Module) -> None:
         )
     for fqn, layer in layers.items():  # the whole weight is not at hand later
         if layer.base_sample is None and weight_device(layer.base).type != "meta":
-            layer.base_sample = weight_sample(fqn, layer.base.weight)
+            layer.base_sample = weight_sample(fqn, weight_values(layer.base))
     device = next(model.parameters()).device.type
     mesh = init_device_mesh("cpu" if device == "meta" else device, (dist.get_world_size(),))
     for block in blocks(model):
