@@ -15,6 +15,7 @@ from minilora.copies import asked_copies
 from minilora.injection import check_alpha, check_dropout
 from minilora.layers import is_conv1d
 from minilora.lora_layer import LoRALayer
+from minilora.quantization import QuantizedLinear
 from minilora.selection import check_rank, compile_ending, find_head, plain_modules
 from minilora.wrappers import unwrapped
 
@@ -65,6 +66,11 @@ def _patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return common, rest
 
 
+def _stores_transposed(base: nn.Module) -> bool:
+    quantized = isinstance(base, QuantizedLinear) and not issubclass(base.plain, nn.Linear)
+    return quantized or is_conv1d(base)
+
+
 def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dict:
     """Describe an adapter by PEFT's fields, target_modules as short as is exact."""
     factors: dict[str, Any] = {fqn: layer.adapters[adapter] for fqn, layer in layers.items()}
@@ -81,7 +87,7 @@ def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> d
         "base_model_name_or_path": getattr(unwrapped(model), "name_or_path", None) or None,
         "bias": bias,
         "exclude_modules": None,
-        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
+        "fan_in_fan_out": any(_stores_transposed(layer.base) for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": "gaussian" if first.init == "gaussian" else True,
         "layers_pattern": None,

@@ -103,6 +103,8 @@ class LoRALinear(LoRALayer):
 
     def weight_matrix(self) -> Tensor:
         """Return W `[N, K]`: a view, or a fresh tensor where the base is quantized."""
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.weight
         return self.base.weight.T if is_conv1d(self.base) else weight_values(self.base)
 
     def as_weight(self, matrix: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from minilora.lora_layer import (
     weight_dtype,
     weight_sample,
 )
-from minilora.packed import packed_format
+from minilora.packed import packed_format, weight_values
 from minilora.quantization import QuantizedLinear
 from minilora.stored_weights import StoredWeights
 from minilora.wrappers import named_modules
@@ -387,7 +387,7 @@ def _replace_base(
     """Put a new base in place of a quantized one, which stays what `unmerge` brings back."""
     old: QuantizedLinear = layer.base
     new = _new_base(old, _merged_tensors(name, layer, names, read), mode)
-    layer.base_sample = weight_sample(name, old.weight)
+    layer.base_sample = weight_sample(name, weight_values(old))
     layer.base_format = storage_format(old)
     layer.base = new
     layer.merged = names

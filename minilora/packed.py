@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.quantization import QuantizedLinear
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Libraries whose tensors look like the weight they stand for and decode themselves.
 _DECODING = ("torchao", "optimum")
@@ -25,7 +27,12 @@ def packed_format(base: Any) -> str | None:
 
 
 def weight_values(base: Any) -> Tensor:
-    """Return a layer's weight in its own layout: a fresh tensor where it has to be decoded."""
+    """Return a layer's weight in its own layout: a fresh tensor where it has to be decoded.
+
+    The layout of a quantized Conv1D is still `[K, N]`, so that it compares with the plain one.
+    """
+    if isinstance(base, QuantizedLinear):
+        return base.weight if issubclass(base.plain, nn.Linear) else base.weight.T
     form, weight = packed_format(base), base.weight
     if form is None:
         return weight
@@ -65,16 +72,15 @@ def unreadable(base: nn.Module) -> str | None:
         return None
     if isinstance(weight, Tensor) and weight.dtype in _FLOATS and tuple(weight.shape) == shape:
         return None
-    found = (
-        f"{weight.dtype} of shape {list(weight.shape)}" if isinstance(weight, Tensor) else "none"
-    )
-    return _packed_message(base, f"must have a weight of floats {list(shape)}, found {found}")
+    found = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else "nothing"
+    return _refusal(base, f"holds {found} where a weight of floats {list(shape)} must be")
 
 
 def packed_linear(module: nn.Module) -> str | None:
     """Say why a module that is no nn.Linear, but another library's packed one, is refused."""
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
-    if isinstance(module, nn.Linear) or not all(type(n) is int for n in sizes):
+    ours = isinstance(module, (nn.Linear, QuantizedLinear))
+    if ours or not all(type(n) is int for n in sizes):
         return None
     own = {**module._parameters, **module._buffers}
     tensors = [t for t in own.values() if t is not None]
@@ -82,14 +88,15 @@ def packed_linear(module: nn.Module) -> str | None:
     packed = any(not t.is_floating_point() for t in tensors) or {"qweight", "W_q"} & set(own)
     if not (packed or callable(getattr(module, "weight", None))) or whole:
         return None
-    return _packed_message(module, f"keeps the weight of a {sizes[::-1]} linear packed")
+    return _refusal(module, f"packs its weight {sizes[::-1]}")
 
 
-def _packed_message(module: nn.Module, what: str) -> str:
-    kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+def _refusal(module: nn.Module, what: str) -> str:
+    library = type(module).__module__.partition(".")[0]
     return (
-        f"is {kind}, which {what}, in a way that is not known here; load the model in full "
-        f"precision and store it with minilora.quantize, or leave the layer out with exclude="
+        f"is a {type(module).__name__} of {library}, which {what}, in a way that can't be read "
+        f"here; load the model in full precision and store it with minilora.quantize, or leave the "
+        f"layer out with exclude="
     )
 
 

@@ -471,9 +471,12 @@ def test_quantized_layers_are_not_quantized_again():
     whole = small()
     whole.up = nn.Linear(64, 96, dtype=torch.float32)
     whole.up.weight = nn.Parameter(torch.ones(96, 64, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(
-        ValueError, match="the weight of up must be floating point, found torch.int8"
-    ):
+    with pytest.raises(ValueError, match=r"up is a Linear of torch, which holds torch.int8 \[96"):
+        minilora.quantize(whole, "nf4")
+    whole = gpt2()
+    conv = whole.transformer.h[0].mlp.c_fc
+    conv.weight = nn.Parameter(torch.ones(64, 256, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"c_fc must be floating point, found torch.int8"):
         minilora.quantize(whole, "nf4")
 
 
@@ -506,3 +509,18 @@ def test_adapters_go_on_quantized_layers_without_decoding_them(net, monkeypatch)
     monkeypatch.setattr(QuantizedLinear, "dequantize", never)
     minilora.inject(model, r=2, alpha=3)
     assert lora_layers(model)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_adapters_of_a_quantized_conv1d_fit_the_plain_one_and_back(tmp_path, format):
+    """Both store the transposed weight, so both are sampled at the same places."""
+    model = minilora.inject(minilora.quantize(gpt2(), format), r=4)
+    minilora.save(model, tmp_path / "a")
+    minilora.merge(model, mode="dequantize")
+    minilora.save(model, tmp_path / "b")
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
+    plain = minilora.load(gpt2(), tmp_path / "a")
+    minilora.save(plain, tmp_path / "c")
+    minilora.load(minilora.quantize(gpt2(), format), tmp_path / "c")
