@@ -5,6 +5,7 @@ safetensors metadata, which PEFT does not read.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -14,15 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
+from minilora.files import (
+    UnwritableError,
+    beside,
+    leftovers,
+    name_beside,
+    sweep,
+    tensor_content,
+    tensor_file,
+)
 from minilora.lora_layer import LoRALayer, storage_format, weight_sample
 from minilora.packed import packed_format, weight_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PAIRED = "minilora_config_sha256"  # in the weights' metadata
 # A base of the same storage format must agree exactly; another format only this closely, and one
 # that another library packs (bitsandbytes rounds its scales anew for some CPUs).
 _MIN_COSINE = 0.98
@@ -48,55 +57,82 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
     return json.dumps(rows)
 
 
-def write_pair(files: dict[Path, bytes]) -> None:
-    """Write every file aside and flush it to the disk, then rename them in order."""
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    try:
-        for path, content in files.items():
-            with open(asides[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, aside in asides.items():
-            os.replace(aside, path)
-    finally:
-        for aside in asides.values():
-            if aside.is_file():
-                aside.unlink()
+def write_pair(
+    folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], config: bytes
+) -> None:
+    """Write an adapter's two files; killed at any moment, the old or the new one can be loaded.
 
+    Both are written aside before the first is renamed. Meanwhile an old config that differs goes
+    aside too, so that no program reads it with the new weights; `find_pair` finds what fits.
 
-def serialize_sorted(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Return safetensors bytes with the metadata in sorted order: equal content, equal bytes.
-
-    safetensors keeps metadata in a hash map and writes it in an order that changes from call to
-    call; its header is JSON behind an 8-byte length, so it is put in order in place.
+    Raises:
+        RuntimeError: they can't be written; what was there before stays.
     """
-    data = serialize(tensors, metadata)
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) > length:  # another writer's escapes: valid as it is
-        return data
-    return data[:8] + text.ljust(length) + data[8 + length :]
-
-
-def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file."""
+    weights_file, config_file = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    metadata = {**metadata, _PAIRED: hashlib.sha256(config).hexdigest()}
     try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} must be a whole safetensors file, but reading it failed ({error}); "
-            f"it may be cut short – save or copy it again"
-        ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            beside(weights_file, tensor_content(tensors, metadata)) as new_weights,
+            beside(config_file, config) as new_config,
+        ):
+            old = name_beside(config_file)
+            if config_file.is_file() and config_file.read_bytes() != config:
+                os.replace(config_file, old)
+            try:
+                os.replace(new_weights, weights_file)
+                os.replace(new_config, config_file)
+            except BaseException:
+                if old.is_file():
+                    os.replace(old, config_file)
+                raise
+    except OSError as error:
+        raise UnwritableError(folder, error) from error
+    for file in (weights_file, config_file):
+        sweep(folder, file.name)
+
+
+def find_pair(folder: Path) -> tuple[Path, Path]:
+    """Return the paths of an adapter's config and weights; either may be missing.
+
+    They have the final names, unless a save was killed while it renamed: then they are those,
+    among the final names and what it left, whose hash fits.
+    """
+    final = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    configs, weights = ([file, *leftovers(folder, file.name)] for file in final)
+    if len(configs) == len(weights) == 1:
+        return final
+    for one in weights:
+        paired = _paired(one)
+        if one == final[1] and one.is_file() and paired is None and final[0].is_file():
+            return final  # another program's
+        for config in configs if paired is not None else ():
+            with contextlib.suppress(OSError):
+                if hashlib.sha256(config.read_bytes()).hexdigest() == paired:
+                    return config, one
+    return final
+
+
+def _paired(weights: Path) -> str | None:
+    """Return the hash of the config that weights belong to, if they are whole and have one."""
+    with contextlib.suppress(ValueError, RuntimeError), tensor_file(weights) as opened:
+        return (opened.metadata() or {}).get(_PAIRED)
+    return None
+
+
+def settle_pair(folder: Path) -> None:
+    """Finish the renames of a save that was killed, and remove what it left."""
+    names = CONFIG_FILE, WEIGHTS_FILE
+    for file, name in zip(find_pair(folder), names, strict=True):
+        if file.name != name:
+            os.replace(file, folder / name)
+    for name in names:
+        sweep(folder, name)
 
 
 def check_pair(folder: Path, config: bytes, metadata: dict[str, str]) -> None:
     """Refuse weights that were saved beside another config."""
-    expected = metadata.get("minilora_config_sha256")
+    expected = metadata.get(_PAIRED)
     found = hashlib.sha256(config).hexdigest()
     if expected is not None and expected != found:
         raise ValueError(

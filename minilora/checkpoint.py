@@ -4,7 +4,6 @@ Keys: huggingface/peft, `src/peft/utils/save_and_load.py`; the config: `adapter_
 two files are written and checked: `adapter_files.py`.
 """
 
-import hashlib
 import json
 import re
 import warnings
@@ -20,9 +19,8 @@ from minilora.adapter_files import (
     WEIGHTS_FILE,
     check_base,
     check_pair,
+    find_pair,
     fingerprint,
-    read_weights,
-    serialize_sorted,
     write_pair,
 )
 from minilora.adapters import require_layers, set_trainable
@@ -35,6 +33,7 @@ from minilora.copies import (
     originals_in_place,
 )
 from minilora.factors import LoRAAdapter
+from minilora.files import read_tensors
 from minilora.injection import as_dtype, attach, check_adapter_name
 from minilora.kernels import check_backend
 from minilora.layers import LoRAConv2d, LoRAEmbedding, layer_class
@@ -77,9 +76,9 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Pa
     """Write an adapter as PEFT's two files, so that PEFT, vLLM and `load` read it.
 
     The adapter named `default` goes to `folder`, any other to `folder/<name>`. Both files are
-    written aside first; the weights carry the config's SHA-256, and the config is renamed last, so
-    a crash in between is detected by `load`. A merged model's adapter is written unmerged; one
-    started by PiSSA or OLoRA as an ordinary adapter of twice the rank for the untouched base.
+    written aside first; killed at any moment, `load` finds the old or the new one. A merged
+    model's adapter is written unmerged; one started by PiSSA or OLoRA as an ordinary adapter of
+    twice the rank for the untouched base.
 
     Args:
         model: a model with adapters; not changed.
@@ -91,7 +90,7 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Pa
 
     Raises:
         ValueError: no adapter, an unknown one, several without a name, factors with NaN or Inf.
-        OSError: the folder can't be written; what was there before stays.
+        RuntimeError: the folder can't be written; what was there before stays.
     """
     layers = require_layers(model, "save")
     adapter = _only_adapter(model, layers) if adapter is None else adapter
@@ -134,14 +133,12 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     metadata = {
         "format": "pt",
-        "minilora_config_sha256": hashlib.sha256(text).hexdigest(),
         "minilora_base": fingerprint(layers, original_parameters(model)),
     }
     slices = {fqn: _slices(layer.adapters[adapter]) for fqn, layer in layers.items()}
     if any(slices.values()):
         metadata["minilora_slices"] = json.dumps({n: rows for n, rows in slices.items() if rows})
-    out.mkdir(parents=True, exist_ok=True)
-    write_pair({out / WEIGHTS_FILE: serialize_sorted(tensors, metadata), out / CONFIG_FILE: text})
+    write_pair(out, tensors, metadata, text)
     return out
 
 
@@ -340,8 +337,9 @@ def load(
         dtype: of the factors here; None is float32.
         compute_dtype: as for `inject`.
         backend: as for `inject`.
-        verify: False skips the pairing of the two files and the comparison of the base with the
-            one the adapter was trained on (keys, shapes and values are always checked).
+        verify: False skips the pairing of the two files, the checksums of the values and the
+            comparison of the base with the one the adapter was trained on (keys, shapes and that
+            values are finite are always checked).
 
     Returns:
         The same model.
@@ -365,8 +363,8 @@ def load(
             f"the model already has an adapter {adapter!r}; choose another adapter=..., or pass "
             f"replace=True to put the file's values into it"
         )
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
+    for file, name in zip(find_pair(folder), (CONFIG_FILE, WEIGHTS_FILE), strict=True):
+        if not file.is_file():
             raise ValueError(
                 f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}; {name} is missing"
                 f"{_adapters_below(folder)}"
@@ -385,10 +383,11 @@ def _read(
     model: nn.Module, folder: Path, dtype: torch.dtype, verify: bool
 ) -> tuple[dict[str, LoRAAdapter], TrainedCopies | None]:
     """Read an adapter's files for this model; nothing is changed."""
-    config = read_config(folder / CONFIG_FILE)
-    tensors, metadata = read_weights(folder / WEIGHTS_FILE)
+    config_file, weights_file = find_pair(folder)
+    config = read_config(config_file)
+    tensors, metadata = read_tensors(weights_file, check=verify)
     if verify:
-        check_pair(folder, (folder / CONFIG_FILE).read_bytes(), metadata)
+        check_pair(folder, config_file.read_bytes(), metadata)
     modules = plain_modules(model)
     tensors = _unwrapped_keys(tensors, "module" in unwrapped(model)._modules)
     adaptable = {name: m for name, m in modules.items() if layer_class(m) is not None}

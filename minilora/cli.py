@@ -12,11 +12,12 @@ import torch
 
 import minilora
 from minilora.adapter_config import read_config
-from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_pair
 from minilora.checkpoint import save_adapter
 from minilora.cli_arguments import build_parser
 from minilora.data import Example
 from minilora.data_files import DataFiles, check_streamed, streamed
+from minilora.files import is_new
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.packing import pack
@@ -33,7 +34,7 @@ from minilora.training.state import check_out
 
 
 def _check_adapter(folder: Path, what: str) -> None:
-    if not (folder / CONFIG_FILE).is_file():
+    if not find_pair(folder)[0].is_file():
         raise ValueError(
             f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
             f"{CONFIG_FILE} in {folder}"
@@ -42,14 +43,14 @@ def _check_adapter(folder: Path, what: str) -> None:
 
 def _base_of(adapter: Path, model: str | None) -> str:
     """Return the model that was asked for, or else the one that an adapter names as its base."""
-    named = model or read_config(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    named = model or read_config(find_pair(adapter)[0]).get("base_model_name_or_path")
     if not named:
         raise ValueError(f"{adapter / CONFIG_FILE} must name its base, found none; pass --model")
     return named
 
 
 def _check_new_folder(out: Path, what: str) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_new(out):
         raise ValueError(
             f"{what} must be a new or empty folder, found files at {out}; nothing is overwritten, "
             f"so name another one"

@@ -120,7 +120,7 @@ def export(
         ValueError: no adapter, an unknown one, several without a name, DoRA without r, a lora_bias
             other than 0, trained copies (merge them into the model), NaN or Inf.
         RuntimeError: adapters are merged.
-        OSError: the folder can't be written; what was there before stays.
+        RuntimeError: the folder can't be written; what was there before stays.
     """
     layers = require_layers(model, "export")
     require_unmerged(layers, "export")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from minilora.files import Checksums, tensor_file
 from minilora.kernels import DYNAMIC_CODE, NF4_TABLE
 from minilora.models.folder import read_json
 from minilora.quantization import Spec, check_spec, layout
@@ -29,33 +29,24 @@ def stored_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a file's tensors one by one in the order of their names, each a copy of its own.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or values are not those that its checksums are of.
+        RuntimeError: it can't be read.
     """
-    try:
-        names = sorted(float_dtypes(file))  # a layer's tensors follow one another
-        for start in range(0, len(names), _AT_ONCE):
-            with safe_open(str(file), framework="pt") as opened:
-                for name in names[start : start + _AT_ONCE]:
-                    yield name, opened.get_tensor(name).clone()  # the file is mapped
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from None
+    names = sorted(float_dtypes(file))  # a layer's tensors follow one another
+    for start in range(0, len(names), _AT_ONCE):
+        with tensor_file(file) as opened:
+            sums = Checksums(file, opened.metadata() or {})
+            for name in names[start : start + _AT_ONCE]:
+                tensor = opened.get_tensor(name).clone()  # the file is mapped
+                sums.check(name, tensor)
+                yield name, tensor
 
 
 def float_dtypes(file: Path) -> dict[str, torch.dtype | None]:
     """Return the names of a file's tensors, and the dtypes of those that are floating point."""
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {name: _FLOATS.get(one.get_dtype()) for name, one in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from None
-
-
-def _damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"'{file}' must be a whole safetensors file, found it damaged, cut short or missing "
-        f"({error})"
-    )
+    with tensor_file(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: _FLOATS.get(one.get_dtype()) for name, one in slices.items()}
 
 
 def read_specs(folder: Path) -> dict[str, tuple[Spec, bool]]:

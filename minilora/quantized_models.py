@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from minilora.bases import check_quantizable, quantized
+from minilora.files import is_new, tensor_content, whole_folder, write, write_json
 from minilora.layers import is_conv1d
 from minilora.lora_layer import lora_layers
 from minilora.models import Tokenizer, load_model
 from minilora.models.causal import Prepare
-from minilora.models.folder import KINDS, Model, read_json, resolve_dtype, write_json
+from minilora.models.folder import KINDS, Model, read_json, resolve_dtype
 from minilora.quantization import (
     QuantizedLinear,
     Spec,
@@ -184,7 +184,7 @@ def is_quantized_folder(folder: str | Path) -> bool:
 def save_quantized(
     model: nn.Module, folder: str | Path, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a quantized `Llama` or `GPT2` for `load_quantized`.
+    """Write a quantized `Llama` or `GPT2` for `load_quantized`, with a checksum of every tensor.
 
     Args:
         model: without adapters.
@@ -194,6 +194,7 @@ def save_quantized(
     Raises:
         ValueError: a model with adapters or without quantized layers, a folder that holds files.
         TypeError: another kind of model.
+        RuntimeError: the folder can't be written; it appears whole or not at all.
     """
     folder = Path(folder)
     if not any(isinstance(model, kind.model) for kind in KINDS.values()):
@@ -209,9 +210,8 @@ def save_quantized(
     small = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not small:
         raise ValueError("save_quantized needs quantized layers, found none; use save_pretrained")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_new(folder):
         raise ValueError(f"save_quantized writes a new or empty folder, found files in '{folder}'")
-    folder.mkdir(parents=True, exist_ok=True)
     state = {n: t.detach().contiguous() for n, t in model.state_dict().items()}
     config: Any = model.config
     floats = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -221,11 +221,12 @@ def save_quantized(
         name: {**layer.spec._asdict(), "bias": layer.bias is not None}
         for name, layer in small.items()
     }
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / "config.json", config.to_dict(floats))
-    write_json(folder / LAYERS, {"version": 1, "layers": rows})
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    with whole_folder(folder) as made:
+        write(made / WEIGHTS, tensor_content(state, {"format": "pt"}))
+        write_json(made / "config.json", config.to_dict(floats))
+        write_json(made / LAYERS, {"version": 1, "layers": rows})
+        if tokenizer is not None:
+            tokenizer.save(made)
 
 
 def _read(

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_pair
+from minilora.files import tensor_file
 from minilora.injection import check_alpha
 from minilora.selection import check_rank, compile_ending, pattern_value
 from minilora.wrappers import MARKS
@@ -129,20 +128,15 @@ def check(folder: str | Path) -> ReaderList:
 
 
 def _read(folder: Path) -> _Folder:
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
+    config_file, weights_file = find_pair(folder)
+    for file, name in ((config_file, CONFIG_FILE), (weights_file, WEIGHTS_FILE)):
+        if not file.is_file():
             raise ValueError(
                 f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}; {name} is missing"
             )
-    config = _config(folder / CONFIG_FILE)
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as opened:
-            shapes = {k: opened.get_slice(k).get_shape() for k in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE} must be a whole safetensors file, but reading it failed "
-            f"({error}); save or copy it again"
-        ) from None
+    config = _config(config_file)
+    with tensor_file(weights_file) as opened:
+        shapes = {k: opened.get_slice(k).get_shape() for k in opened.keys()}  # noqa: SIM118
     layers: dict[str, dict[str, list[int]]] = {}
     others = []
     for key, shape in shapes.items():

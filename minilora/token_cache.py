@@ -3,19 +3,17 @@
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 
 from minilora.data import Example
+from minilora.files import CHECKSUMS, UnwritableError, read_tensors, tensor_content, write
 
-_VERSION = 1
+_VERSION = 2
 
 
 def cached(
@@ -79,38 +77,24 @@ def _write(entry: Path, examples: list[Example], report: list[str]) -> None:
         "labels": torch.tensor([i for example in examples for i in example.labels]),
         "lengths": torch.tensor([len(example.input_ids) for example in examples]),
     }
-    metadata = {"report": json.dumps(report), "sha256": _digest(tensors)}
-    aside = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
-    try:
+    # A full disk must not keep anyone from training.
+    with contextlib.suppress(OSError, UnwritableError):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(serialize(tensors, metadata))
-        os.replace(aside, entry)
-    except OSError:  # a full disk must not keep anyone from training
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        write(entry, tensor_content(tensors, {"report": json.dumps(report)}))
 
 
 def _read(entry: Path) -> tuple[list[Example], list[str]] | None:
     """Return an entry, or None where there is none that is whole."""
     try:
-        with safe_open(entry, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in ("ids", "labels", "lengths")}
-            metadata = opened.metadata()
-        if metadata["sha256"] != _digest(tensors):
+        tensors, metadata = read_tensors(entry)
+        if CHECKSUMS not in metadata:
             return None
         report = json.loads(metadata["report"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        sizes = tensors["lengths"].tolist()
+        ids, labels = (tensors[key].split(sizes) for key in ("ids", "labels"))
+    except (KeyError, ValueError, RuntimeError):
         return None
-    sizes = tensors["lengths"].tolist()
-    ids, labels = (tensors[key].split(sizes) for key in ("ids", "labels"))
     examples = [
         Example(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(ids, labels, strict=True)
     ]
     return examples, report
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
-    for key in sorted(tensors):
-        found.update(tensors[key].numpy().data)
-    return found.hexdigest()

@@ -59,7 +59,7 @@ layers =
     minilora.packed
     minilora.wrappers
     minilora.quantization
-    minilora.kernels
+    minilora.kernels | minilora.files
 """
 
 

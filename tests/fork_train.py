@@ -43,7 +43,7 @@ def _die_at(name, call):
 
         def opening(file, mode="r", *arguments, **options):
             opened = real_open(file, mode, *arguments, **options)
-            if mode == "wb" and ".state." in str(file):
+            if mode == "xb" and ".state." in str(file):
                 write = opened.raw.write if hasattr(opened, "raw") else opened.write
 
                 def half(content):

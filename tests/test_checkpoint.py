@@ -5,7 +5,6 @@ import copy
 import itertools
 import json
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -56,7 +55,7 @@ def test_load_refuses_another_base(tmp_path):
     torch.testing.assert_close(narrow(x.bfloat16()).float(), model(x), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("fails", [1, 2])
+@pytest.mark.parametrize("fails", [1, 2, 3])
 def test_interrupted_save_is_detected_or_harmless(tmp_path, monkeypatch, fails):
     import os
 
@@ -71,10 +70,11 @@ def test_interrupted_save_is_detected_or_harmless(tmp_path, monkeypatch, fails):
         real(*arguments)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(RuntimeError, match="must be written, but that failed: killed"):
         minilora.save(other, tmp_path)
     monkeypatch.undo()
-    if fails == 1:
+    assert len(list(tmp_path.iterdir())) == 2
+    if fails < 3:
         minilora.load(net(), tmp_path)  # the old pair, whole
         return
     with pytest.raises(ValueError, match=r"safetensors and .*config\.json must be saved together"):
@@ -162,6 +162,7 @@ def rewrite(folder, **metadata):
     with safe_open(file, framework="pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         kept = opened.metadata()
+    kept.pop("minilora_sha256")
     save_file(tensors, file, kept | metadata)
 
 
@@ -234,7 +235,7 @@ def test_save_refuses_an_unknown_adapter_and_a_plain_model(tmp_path):
 
 def test_save_into_a_folder_that_cannot_be_made_says_so(tmp_path):
     (tmp_path / "file").write_text("here first")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(RuntimeError, match="file/run must be written, but that failed: Not a dir"):
         minilora.save(minilora.inject(net(), r=2, alpha=3), tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "here first"
 
@@ -309,7 +310,7 @@ def test_save_into_a_read_only_folder_says_so_and_keeps_what_is_there():
             os.seteuid(65534)
         try:
             for call in (minilora.save, minilora.export):
-                with pytest.raises(PermissionError, match=re.escape(str(folder))):
+                with pytest.raises(RuntimeError, match=f"{folder}.*Permission denied; make the fo"):
                     call(other, folder)
         finally:
             os.seteuid(owner)

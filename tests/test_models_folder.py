@@ -2,12 +2,15 @@
 
 import json
 import os
+import resource
+import shutil
 import struct
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_files import every_kill, needs_fork
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from torch import nn
@@ -252,7 +255,7 @@ def test_from_pretrained_holds_one_tensor_beside_the_model(monkeypatch, tmp_path
             reads.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr("minilora.models.folder.safe_open", Watched)
+    monkeypatch.setattr("minilora.files.safe_open", Watched)
     model = Llama.from_pretrained(tmp_path, transform=count)
     assert reads == alive
     wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -456,19 +459,66 @@ def test_save_pretrained_refuses_weights_that_another_program_wrote(folder):
     assert _everything(folder) == before
 
 
-def test_save_pretrained_that_fails_leaves_the_files(monkeypatch, tmp_path, folder):
+def test_save_pretrained_that_fails_leaves_the_files(tmp_path, folder):
     ours = Llama.from_pretrained(folder)
     save_pretrained(ours, tmp_path / "ours")
     before = _everything(tmp_path / "ours")
 
-    def fail(tensors, file, metadata):
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("minilora.models.folder.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_pretrained(ours, tmp_path / "ours")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("ours", "new"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        try:
+            with pytest.raises(RuntimeError, match=f"/{name} must be written.*File too large"):
+                save_pretrained(ours, tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert _everything(tmp_path / "ours") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+@needs_fork
+def test_a_killed_save_pretrained_leaves_no_folder_that_loads_as_something_else(tmp_path, folder):
+    """Killed before each call: without end token or template a folder would load as another."""
+    ours, out = Llama.from_pretrained(folder), tmp_path / "ours"
+
+    def check():
+        if (out / "config.json").exists():
+            _, tokenizer = load_model(out)
+            assert tokenizer.stop_ids == {2} and tokenizer.chat_template
+
+    calls = every_kill(
+        lambda: save_pretrained(ours, out, _tokenizer()),
+        lambda: shutil.rmtree(out, ignore_errors=True),
+        check,
+    )
+    assert calls > 10 and sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
+
+    def whole():
+        if not (out / "config.json").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            save_pretrained(ours, out, _tokenizer())
+
+    every_kill(lambda: save_pretrained(ours, out, _tokenizer()), whole, check)  # over another one
+
+
+def test_save_pretrained_notices_a_flipped_bit_when_it_is_read(tmp_path, folder):
+    save_pretrained(Llama.from_pretrained(folder), tmp_path / "ours")
+    file = tmp_path / "ours" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-50] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="found it damaged or cut short .*SHA-256"):
+        Llama.from_pretrained(tmp_path / "ours")
+
+
+def test_a_linked_chat_template_is_not_published(tmp_path, folder):
+    save_pretrained(Llama.from_pretrained(folder), tmp_path / "ours", _tokenizer())
+    template = tmp_path / "ours" / "chat_template.jinja"
+    (tmp_path / "secret").write_text("key")
+    template.unlink()
+    template.symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="chat_template.jinja' must lie in its folder, found a li"):
+        load_model(tmp_path / "ours")
 
 
 def _tokenizer():

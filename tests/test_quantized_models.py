@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import minilora
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig, load_model, save_pretrained
 from minilora.quantization import QuantizedLinear
+from minilora.quantized_files import stored_tensors
 from minilora.quantized_models import load_quantized, save_quantized
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -190,6 +191,30 @@ def test_damaged_quantized_folders(tmp_path, change, message):
     spoil(tmp_path / "q", "quantized.safetensors", change)
     with pytest.raises(ValueError, match=message):
         load_quantized(tmp_path / "q")
+
+
+def test_flipped_bits_of_a_quantized_folder_are_refused(tmp_path):
+    """Of codes and scales, by which nothing else could tell; a file without checksums is read."""
+    save_pretrained(llama(), tmp_path / "full")
+    full = _with_tokenizer(tmp_path / "full")
+    save_quantized(*load_quantized(full, "nf4", dtype=torch.float32)[:1], tmp_path / "q")
+    a_tokenizer(tmp_path / "q")
+    file = tmp_path / "q" / "quantized.safetensors"
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    places = torch.randint(start, len(whole), (60,), generator=torch.Generator().manual_seed(0))
+    for at in places.tolist():
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << (at % 8)
+        file.write_bytes(flipped)
+        with pytest.raises(ValueError, match="damaged or cut short .*SHA-256 that it was saved"):
+            dict(stored_tensors(file))
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        load_quantized(tmp_path / "q")
+    file.write_bytes(whole)
+    before = load_quantized(tmp_path / "q")[0](IDS)
+    save_file(load_file(file), file, {"format": "pt"})
+    assert torch.equal(load_quantized(tmp_path / "q")[0](IDS), before)
 
 
 def test_other_errors_of_quantized_folders(tmp_path):

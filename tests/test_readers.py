@@ -229,7 +229,7 @@ def test_check_refuses_what_it_cannot_read(plain):
             check(plain)
     (plain / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (plain / "adapter_model.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="must be a whole safetensors file, but reading it failed"):
+    with pytest.raises(ValueError, match="must be a whole safetensors file, found it damaged"):
         check(plain)
     (plain / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):

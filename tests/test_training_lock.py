@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import pytest
 from test_training import fit, tiny
@@ -91,5 +92,39 @@ def test_fit_releases_the_folder_however_it_ends(tmp_path):
 
 def test_lock_does_not_follow_a_link_to_nowhere(tmp_path):
     (tmp_path / LOCK_FILE).symlink_to(tmp_path / "gone" / "file")
-    with pytest.raises(RuntimeError, match="a folder that can be written, but .* can not"):
+    for look in (FolderLock, check_free):
+        with pytest.raises(ValueError, match="run.lock' must be a file of its own, found a link"):
+            look(tmp_path)
+    assert not (tmp_path / "gone").exists()
+    (tmp_path / LOCK_FILE).unlink()
+    os.mkfifo(tmp_path / LOCK_FILE)
+    for look in (FolderLock, check_free):
+        with pytest.raises(ValueError, match="run.lock' must be a file, found something else"):
+            look(tmp_path)
+
+
+def test_lock_does_not_write_into_another_files_second_name(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    os.link(tmp_path / "precious", tmp_path / LOCK_FILE)
+    lock = FolderLock(tmp_path)
+    assert lock.left and (tmp_path / "precious").read_text() == "mine"
+    with pytest.raises(RuntimeError, match="one process at a time"):
         FolderLock(tmp_path)
+    lock.release()
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_lock_that_can_not_be_written_is_let_go_of(tmp_path, left):
+    """On a full disk: the next try in the same process must not find it at work."""
+    if left:
+        (tmp_path / LOCK_FILE).touch()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(RuntimeError, match="can not: File too large; name another one"):
+            FolderLock(tmp_path / "new" if not left else tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ([LOCK_FILE] if left else [])
+    FolderLock(tmp_path).release()

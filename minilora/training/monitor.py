@@ -1,15 +1,15 @@
 """What a run shows and leaves behind: progress, metrics.jsonl and a loss curve."""
 
-import contextlib
 import importlib.util
+import io
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from minilora.files import UnwritableError, open_plain, write
 from minilora.training.callbacks import Callbacks
 
 METRICS_FILE = "metrics.jsonl"
@@ -102,7 +102,7 @@ class Monitor:
             for key, value in row.items()
         }
         try:
-            with open(self.file, "a", encoding="utf-8") as file:
+            with open(self.file, "a", encoding="utf-8", opener=open_plain) as file:
                 file.write(json.dumps(plain) + "\n")
         except OSError as error:
             raise RuntimeError(
@@ -114,7 +114,9 @@ class Monitor:
 def read_metrics(file: Path) -> list[dict]:
     """Read metrics; a line that a kill cut short is left out, null is what was not finite."""
     rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    with open(file, encoding="utf-8", errors="replace", opener=open_plain) as opened:
+        text = opened.read()
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -127,22 +129,16 @@ def read_metrics(file: Path) -> list[dict]:
 def _keep_until(file: Path, step: int) -> None:
     """Drop what was logged after the state that a resumed run continues from."""
     kept = []
-    aside = file.with_name(f".{file.name}.tmp")
     try:
         if step and file.exists():
             kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError as error:
+        write(file, "".join(line + "\n" for line in kept))
+    except (OSError, UnwritableError) as error:
         raise RuntimeError(
-            f"{file} must be written anew before the next step, but that failed: "
-            f"{error.strerror or error}; mend the disk or make room, then start as you did: "
-            f"nothing was lost"
+            f"{file} must be written anew before the next step: {error}; mend that, then start as "
+            f"you did: nothing was lost"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def draw_curve(out: Path) -> Path | None:
@@ -173,8 +169,9 @@ def draw_curve(out: Path) -> Path | None:
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(out / CURVE_FILE, dpi=120)
-    return out / CURVE_FILE
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    return write(out / CURVE_FILE, drawn.getvalue())
 
 
 def seconds() -> float:

@@ -16,6 +16,7 @@ from minilora.checkpoint import save_adapter
 from minilora.compiling import settle_compile
 from minilora.data import Batches
 from minilora.evaluation import Evaluation, Loss, device_of, token_loss
+from minilora.files import UnwritableError
 from minilora.quantization import QuantizedLinear
 from minilora.streaming import Stream
 from minilora.training.config import TrainConfig, learning_rate
@@ -35,18 +36,19 @@ from minilora.training.ranks import Ranks, is_sharded, shard, whole_factors
 from minilora.training.same_run import check_same_run, check_tensors
 from minilora.training.scaling import LossScale, loss_scale
 from minilora.training.state import (
+    LAST,
     STATE_FILE,
     damaged,
     has_state,
     load_state,
     optimizer_tensors,
     restore_optimizer,
+    resumable,
     save_state,
+    settle_state,
     sweep,
-    unwritable,
 )
 
-LAST = "last"
 _COUNTERS = (
     *("step", "tokens", "skipped", "bad", "elapsed", "evaluated", "best_step", "lr"),
     "stale",
@@ -75,6 +77,7 @@ class Run:
         ranks: the processes of the run.
         place: where in the data the last complete step ended.
         remarks: what the run should say before it begins.
+        fallen_back: whether it goes on from the state before the newest one.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class Run:
         self.stale = self.rows = 0
         self.elapsed = self.lr = 0.0
         self.evaluated = -1
+        self.fallen_back = False
         self.before: Evaluation | None = None
         self.best: Evaluation | None = None
         self.best_values: dict[str, Tensor] = {}
@@ -268,12 +272,15 @@ class Run:
             with whole_factors(self.model, self.adapter):
                 if self.ranks.rank == 0:
                     save_adapter(self.model, folder, self.adapter)
-        except OSError as error:
-            raise unwritable(folder, error) from error
+        except UnwritableError as error:
+            raise resumable(error) from error
 
     def sweep(self) -> None:
-        """Remove what a killed run left half written."""
+        """Make good what a killed run left."""
+        self.ranks.sums(0)  # waits until all have read the state
         if self.out is not None and self.ranks.rank == 0:
+            if self.fallen_back:
+                settle_state(self.out)
             sweep(self.out)
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -313,7 +320,8 @@ class Run:
         tensors, facts = self.ranks.one_after_the_first(lambda: load_state(out))
         trained, buffers = {name: p for p, name in self.names.items()}, self._buffers()
         try:
-            fallback = [facts["fallback"]] if facts["fallback"] else []
+            self.fallen_back = facts["fallback"] is not None
+            fallback = [facts["fallback"]] if self.fallen_back else []
             self.remarks += fallback + check_same_run(out, facts["identity"], self._identity())
             check_tensors(file, tensors, trained, buffers)  # type: ignore[arg-type]
             self.batches.load_state_dict(facts["data"])

@@ -4,34 +4,24 @@ One file, renamed into place, is whole or absent; a state of two files could be 
 one before it is kept, so a newest one that a crash or a bad disk damaged costs one save, not a run.
 """
 
-import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, settle_pair
+from minilora.files import CHECKSUMS, UnwritableError, beside, read_tensors, tensor_content
 from minilora.training.lock import LOCK_FILE
-from minilora.training.monitor import METRICS_FILE, read_metrics
+from minilora.training.monitor import CURVE_FILE, METRICS_FILE, read_metrics
 
 STATE_FILE = "state.safetensors"
 PREVIOUS_FILE = "state.previous.safetensors"
+LAST = "last"  # the folder of the newest adapter
 ADAM = ("step", "exp_avg", "exp_avg_sq")
-_VERSION = 4
-_HINTS = {
-    errno.ENOSPC: "free space there",
-    errno.EDQUOT: "free space there, or raise the quota",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EROFS: "name a folder on a file system that can be written",
-    errno.EACCES: "make the folder writable, or name another one",
-    errno.EPERM: "make the folder writable, or name another one",
-}
+_VERSION = 5
 
 
 def has_state(out: Path) -> bool:
@@ -49,6 +39,11 @@ def check_out(out: Path, resume: bool, begun: bool | None = None) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, found a file at {out}; name another place")
+    if (out / LAST).is_symlink():
+        raise ValueError(
+            f"{out / LAST} must be a folder of its own, found a link; remove it: nothing is "
+            f"written to where it leads"
+        )
     if resume:
         begun = (out / LOCK_FILE).exists() if begun is None else begun
         if not (has_state(out) or begun):
@@ -72,19 +67,16 @@ def check_out(out: Path, resume: bool, begun: bool | None = None) -> None:
         )
 
 
-def unwritable(place: Path, error: OSError) -> RuntimeError:
-    """Return the error for a file that could not be written."""
-    hint = _HINTS.get(error.errno or 0, "see what is wrong with the disk")
-    return RuntimeError(
-        f"{place} must be written, but that failed: {error.strerror or error}; {hint}, then go on "
-        f"with resume=True (--resume): what was saved before is whole"
-    )
+def resumable(error: UnwritableError) -> RuntimeError:
+    """Return the error for a run whose file could not be written."""
+    return RuntimeError(f"{error}; go on with resume=True (--resume)")
 
 
 def sweep(out: Path) -> None:
-    """Remove what writes that were killed left beside the files."""
-    for folder in (out, out / "last"):
-        for name in (STATE_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE):
+    """Finish or remove what writes that were killed left beside the files."""
+    for folder in (out, out / LAST):
+        settle_pair(folder)
+        for name in (STATE_FILE, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, CURVE_FILE):
             for aside in folder.glob(f".{name}.*tmp"):
                 aside.unlink()
 
@@ -101,14 +93,11 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     Raises:
         RuntimeError: it can't be written; the states that were there stay.
     """
-    plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    told = {"version": _VERSION, "sha256": digest(plain), **facts}
+    told = {"minilora_run": json.dumps({"version": _VERSION, **facts})}
     newest, previous = folder / STATE_FILE, folder / PREVIOUS_FILE
-    aside = folder / f".{STATE_FILE}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(aside, serialize(plain, {"minilora_run": json.dumps(told)}))
+        with beside(newest, tensor_content(tensors, told)) as aside:
             if newest.is_file():
                 os.replace(newest, previous)
             try:
@@ -117,51 +106,23 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
                 if previous.is_file() and not newest.exists():
                     os.replace(previous, newest)
                 raise
-            _sync_folder(folder)
-        finally:
-            aside.unlink(missing_ok=True)
+    except UnwritableError as error:
+        raise resumable(error) from error
     except OSError as error:
-        raise unwritable(newest, error) from error
-
-
-def _write(file: Path, content: bytes) -> None:
-    with open(file, "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the renames, where folders can be opened."""
-    if os.name != "posix":
-        return
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of names and bytes: safetensors itself has no checksum."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        raise resumable(UnwritableError(newest, error)) from error
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Read the newest state, or the one before where the newest is missing or damaged.
 
-    A damaged newest state is replaced by the previous one, so that the next save can't push the
-    good one out.
+    Nothing on the disk changes: a run that goes on calls `settle_state`.
 
     Returns:
         The tensors, and the facts with a remark under `"fallback"` (None for the newest).
 
     Raises:
         ValueError: no state that is whole, or one of another version.
+        RuntimeError: the newest is there and can't be read just now, which is no damage.
     """
     newest, previous = folder / STATE_FILE, folder / PREVIOUS_FILE
     try:
@@ -179,18 +140,21 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
         except ValueError:
             raise error from None
     why = "is damaged" if newest.exists() else "is missing (a save was cut short)"
-    os.replace(previous, newest)
     return tensors, facts | {
         "fallback": f"{newest} {why}: going on from the state before it, of step {facts['step']}"
     }
 
 
+def settle_state(folder: Path) -> None:
+    """Put the state before a damaged newest one in its place: the next save would push it out."""
+    os.replace(folder / PREVIOUS_FILE, folder / STATE_FILE)
+
+
 def _read(file: Path) -> tuple[dict[str, Tensor], dict]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            facts = json.loads((opened.metadata() or {})["minilora_run"])
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        tensors, metadata = read_tensors(file)
+        facts = json.loads(metadata["minilora_run"])
+    except (KeyError, ValueError, RecursionError) as error:
         raise damaged(file, error) from None
     if not isinstance(facts, dict):
         raise damaged(file, facts)
@@ -199,8 +163,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict]:
             f"{file} has state version {facts.get('version')!r}, this minilora reads {_VERSION}; "
             f"finish the run with the version that began it"
         )
-    if facts.get("sha256") != digest(tensors):
-        raise damaged(file, "its SHA-256 is not the one written in it")
+    if CHECKSUMS not in metadata:
+        raise damaged(file, "it has no checksums")
     return tensors, facts
 
 
