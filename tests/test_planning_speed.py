@@ -1,7 +1,5 @@
 """Seconds and money against sums done by hand."""
 
-import math
-
 import pytest
 import torch
 from planning_machine import MACHINE
@@ -11,8 +9,6 @@ from minilora.planning.devices import DEVICES, device
 from minilora.planning.memory import Settings, count_memory
 from minilora.planning.shapes import Shape, read_shape
 from minilora.planning.speed import (
-    Prices,
-    cost_of,
     count_steps,
     duration,
     foretell,
@@ -112,35 +108,6 @@ def test_hours_follow_the_rows():
 )
 def test_a_duration_is_in_a_unit_that_suits_it(hours, text):
     assert duration(hours) == text
-
-
-def test_owning_and_renting():
-    prices = Prices(per_hour=2.0, purchase=26298.0, years=3, duty=0.5, kwh=0.25)
-    found = cost_of(10, prices, watts=400)
-    assert found.rented == 20
-    assert found.owned == pytest.approx(10 * (26298 / (3 * 8766 * 0.5) + 0.1))
-    assert found.break_even == pytest.approx(1 / 1.9)
-    assert cost_of(10, Prices(purchase=5.0, watts=0), 400).break_even is None
-    dear = Prices(per_hour=0.05, purchase=5.0, kwh=0.25)
-    assert cost_of(1, dear, watts=400).break_even == math.inf
-    nothing = cost_of(1, Prices(), 400)
-    assert (nothing.rented, nothing.owned, nothing.break_even) == (None, None, None)
-
-
-@pytest.mark.parametrize(
-    ("prices", "match"),
-    [
-        ({"per_hour": -1}, "per_hour must be at least 0, found -1"),
-        ({"purchase": math.nan}, "purchase must be at least 0, found nan"),
-        ({"watts": "400"}, "watts must be at least 0, found '400'"),
-        ({"years": 0}, "years must be above 0, found 0"),
-        ({"duty": 1.5}, r"duty must be a share in \(0, 1\], found 1.5"),
-        ({"kwh": -0.1}, "kwh must be at least 0, found -0.1"),
-    ],
-)
-def test_prices_that_are_none(prices, match):
-    with pytest.raises(ValueError, match=match):
-        Prices(**prices)
 
 
 def test_devices_state_their_source():

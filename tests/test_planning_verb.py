@@ -13,7 +13,7 @@ import minilora
 from minilora.cli_arguments import build_parser
 from minilora.data import Example
 from minilora.models import LlamaConfig
-from minilora.planning import Prices, advice, verb
+from minilora.planning import advice, verb
 from minilora.planning.advice import Planner, best_dtype, command, this_machine, variants
 from minilora.planning.devices import DEVICES
 from minilora.planning.memory import Settings
@@ -191,20 +191,17 @@ def test_rows_of_other_machines_compute_in_what_is_fastest_there(machine):
 
 def test_cost_over_machines_has_a_bottom():
     prices = {"here": 0.1, "rtx-4090": 0.4, "a100-80gb": 1.6, "h100-80gb": 2.5, "8xa100-80gb": 13.0}
-    asked = {name: Prices(per_hour=price) for name, price in prices.items()}
-    found = plan("tinyllama-1.1b", 5000, length=512, prices=asked)
+    found = plan("tinyllama-1.1b", 5000, length=512, prices=prices)
     assert "Over machines cost is U-shaped" in str(found)
-    paid = {
-        one.device.name: one.cost.rented for one in found.options if one.cost and one.cost.rented
-    }
+    paid = {one.device.name: one.cost for one in found.options if one.cost is not None}
     least = min(paid, key=paid.get)
     assert f"the least is at {least}" in str(found)
     assert least not in ("here", "8xa100-80gb")
-    assert "electricity (pass prices for cost) is U-shaped" in str(plan("tinyllama-1.1b"))
+    assert "Over machines" not in str(plan("tinyllama-1.1b"))
 
 
 def test_no_bottom_is_claimed_where_there_is_none():
-    asked = {name: Prices(per_hour=1.0) for name in ("rtx-4090", "a100-80gb", "h100-80gb")}
+    asked = dict.fromkeys(("rtx-4090", "a100-80gb", "h100-80gb"), 1.0)
     text = str(plan("tinyllama-1.1b", 5000, length=512, prices=asked))
     assert "cost is least at the fastest that is compared, h100-80gb" in text
     assert "U-shaped" not in text
@@ -218,7 +215,7 @@ def test_machines_that_are_too_small_have_a_row():
     assert small.settings.batch_size == 1
     assert small.memory.peak > small.device.memory
     line = next(line for line in str(found).splitlines() if "rtx-4090" in line)
-    assert line.split()[-5:] == ["no", "–", "–", "–", "–"]
+    assert line.split()[-4:] == ["no", "–", "–", "–"]
 
 
 def test_what_the_command_refuses_is_not_advised():
@@ -240,12 +237,15 @@ def test_other_work_on_the_machine_is_told(machine):
     assert "Other work" not in str(plan(device="rtx-4090"))
 
 
-def test_a_duty_cycle_that_is_never_reached():
-    found = plan(device="rtx-4090", prices=Prices(0.01, 2000.0, kwh=1.0))
-    assert "renting is cheaper at any duty cycle" in str(found)
-    assert "Cost on demand: under 0.01" in str(found)
-    told = json.dumps(found.to_dict(), allow_nan=False)
-    assert json.loads(told)["cost"]["break_even"] is None
+def test_a_run_costs_its_hours_at_the_price():
+    found = plan(device="rtx-4090", prices=0.01)
+    assert "Cost: under 0.01" in str(found)
+    assert found.cost == pytest.approx(0.01 * found.speed.hours)
+    assert json.loads(json.dumps(found.to_dict()))["cost"] == found.cost
+    assert plan().cost is None
+    for price in (-1, float("nan"), "3", True):
+        with pytest.raises(ValueError, match="the price of an hour on rtx-4090 must be at least 0"):
+            plan(device="rtx-4090", prices=price)
 
 
 def test_examples_are_measured():
@@ -279,11 +279,11 @@ def test_timings_that_disagree_are_told(monkeypatch):
 
 
 def test_it_prints_and_is_json():
-    found = plan(prices=Prices(0.5, 2000.0, kwh=0.3, watts=60.0), epochs=2)
+    found = plan(prices=0.5, epochs=2)
     text = str(found)
     for part in ("Memory of each process at the peak", "peak", "Time:", "Rules of thumb",
                  "1 GB per 1B", "70B in 14 GB", "7B in 3.5 GB", "Options", "Advice",
-                 "minilora train", "Cost on demand", "Cost owned", "duty cycle"):  # fmt: skip
+                 "minilora train", "Cost: "):  # fmt: skip
         assert part in text
     told = json.loads(json.dumps(found.to_dict()))
     assert told["memory"]["peak"] == found.memory.peak
@@ -292,7 +292,6 @@ def test_it_prints_and_is_json():
     named = plan("gpt2", device="rtx-4090", targets=["c_attn"])
     assert "taking 40% of peak" in str(named)
     assert json.dumps(named.to_dict())
-    assert named.options[0].kwh == pytest.approx(named.speed.hours * 0.45)
 
 
 def test_auto_is_what_is_fastest_there(machine):

@@ -2,7 +2,6 @@
 
 from minilora.planning.devices import DEVICES
 from minilora.planning.presets import PRESETS
-from minilora.planning.speed import Prices
 from minilora.planning.verb import Plan, plan
 
-__all__ = ["DEVICES", "PRESETS", "Plan", "Prices", "plan"]
+__all__ = ["DEVICES", "PRESETS", "Plan", "plan"]

@@ -18,7 +18,7 @@ from minilora.planning.calibration import Calibration
 from minilora.planning.devices import DEVICES, Device
 from minilora.planning.memory import Memory, Settings, count_memory
 from minilora.planning.shapes import Shape
-from minilora.planning.speed import Cost, Prices, Speed, cost_of, duration, foretell, run_of
+from minilora.planning.speed import Speed, duration, foretell, run_of
 
 HERE = "here"
 LONGEST = 12.0  # hours: a run that is done overnight
@@ -31,7 +31,7 @@ def this_machine(here: Calibration) -> Device:
     tflops = {name: rate / 1e12 for name, rate in here.rates.items()}
     name = hardware().name
     bandwidth = here.bandwidth / 1e9
-    return Device(HERE, name, False, 1, here.memory, tflops, bandwidth, 1.0, 1.0, 0, "measured")
+    return Device(HERE, name, False, 1, here.memory, tflops, bandwidth, 1.0, 1.0, "measured")
 
 
 def best_dtype(device: Device) -> torch.dtype:
@@ -69,7 +69,7 @@ class Option:
         memory: of each process there.
         fits: whether the peak leaves the margin free.
         speed: None where it does not fit.
-        cost: likewise.
+        cost: of the run, None where it does not fit or the machine has no price.
     """
 
     device: Device
@@ -77,13 +77,7 @@ class Option:
     memory: Memory
     fits: bool
     speed: Speed | None = None
-    cost: Cost | None = None
-
-    @property
-    def kwh(self) -> float | None:
-        """Electricity, None where the machine's power is not known."""
-        watts = self.device.watts * (self.settings.ranks if self.device.gpu else 1)
-        return self.speed.hours * watts / 1000 if self.speed and watts else None
+    cost: float | None = None
 
 
 class Planner:
@@ -93,7 +87,7 @@ class Planner:
         shape: of the model.
         data: its size.
         here: this machine's figures.
-        prices: by device name.
+        prices: of an hour, by device name.
         timed: whether to time blocks here.
         auto: whether each machine computes in what is fastest there, not in what is asked for.
     """
@@ -103,7 +97,7 @@ class Planner:
         shape: Shape,
         data: Data,
         here: Calibration,
-        prices: Mapping[str, Prices],
+        prices: Mapping[str, float],
         timed: bool = True,
         auto: bool = False,
     ):
@@ -133,8 +127,8 @@ class Planner:
         if not self.fits(memory, settings, device):
             return Option(device, settings, memory, False)
         speed = self._speed(settings, memory, device)
-        watts = device.watts * (settings.ranks if device.gpu else 1)
-        cost = cost_of(speed.hours, self.prices.get(device.name, Prices()), watts)
+        price = self.prices.get(device.name)
+        cost = None if price is None else speed.hours * price
         return Option(device, settings, memory, True, speed, cost)
 
     def _speed(self, settings: Settings, memory: Memory, device: Device) -> Speed:
@@ -301,31 +295,24 @@ def _trains(option: Option) -> bool:
 
 
 def u_shape(options: list[Option]) -> str:
-    """Say where cost, or electricity, is least among the machines that fit, slowest to fastest."""
-    priced = [(_paid(one), one) for one in options if _paid(one) is not None]
-    kind = "cost"
-    if len(priced) < 3:
-        priced = [(one.kwh, one) for one in options if one.kwh is not None]
-        kind = "electricity (pass prices for cost)"
+    """Say where cost is least among the machines that fit, slowest to fastest."""
+    priced = [
+        (one.cost, one.speed.hours, one.device.name)
+        for one in options
+        if one.cost is not None and one.speed is not None
+    ]
     if len(priced) < 3:
         return ""
-    priced.sort(key=lambda pair: -pair[1].speed.hours if pair[1].speed else 0.0)
-    at = min(range(len(priced)), key=lambda i: priced[i][0] or 0.0)
-    least = priced[at][1].device.name
+    priced.sort(key=lambda each: -each[1])
+    at = min(range(len(priced)), key=lambda i: priced[i][0])
+    least = priced[at][2]
     if at in (0, len(priced) - 1):
         which = "slowest" if at == 0 else "fastest"
-        return f"Over machines {kind} is least at the {which} that is compared, {least}."
+        return f"Over machines cost is least at the {which} that is compared, {least}."
     return (
-        f"Over machines {kind} is U-shaped: slower ones work longer than they are cheaper, faster "
+        f"Over machines cost is U-shaped: slower ones work longer than they are cheaper, faster "
         f"ones cost more than they save; the least is at {least}."
     )
-
-
-def _paid(option: Option) -> float | None:
-    if option.cost is None:
-        return None
-    found = [one for one in (option.cost.rented, option.cost.owned) if one is not None]
-    return min(found) if found else None
 
 
 def all_options(planner: Planner, settings: Settings, chosen: Device) -> list[Option]:

@@ -12,7 +12,6 @@ from minilora.models import Tokenizer, fetch
 from minilora.planning.advice import HERE
 from minilora.planning.devices import DEVICES, device
 from minilora.planning.presets import PRESETS
-from minilora.planning.speed import Prices
 from minilora.planning.verb import Plan, plan
 from minilora.quantization import FORMATS
 
@@ -55,11 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--memory", type=float, metavar="GB", help="that may be used, in 10⁹ bytes")
     add("--untimed", action="store_true", help="time no blocks: faster, rougher")
-    add("--price", nargs="+", default=(), metavar="[NAME=]PRICE", help="an hour on demand")
-    add("--purchase", type=float, metavar="PRICE", help="of --device, owned")
-    add("--years", type=float, default=3.0, help="it is used for (default 3)")
-    add("--duty", type=float, default=0.5, help="share of them in which it works (default 0.5)")
-    add("--kwh", type=float, default=0.0, metavar="PRICE", help="of electricity")
+    add("--price", nargs="+", default=(), metavar="[NAME=]PRICE", help="of an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -116,17 +111,15 @@ def _tokenizer(model: str) -> Tokenizer:
     )
 
 
-def _prices(options: argparse.Namespace) -> dict[str, Prices]:
-    """Read `--price 0.4 a100-80gb=1.5`, and what is said of owning `--device`."""
+def _prices(options: argparse.Namespace) -> dict[str, float]:
+    """Read `--price 0.4 a100-80gb=1.5`: of `--device`, or of another by name."""
     own = HERE if options.device == HERE else device(options.device).name
-    hourly: dict[str, float] = {}
+    found: dict[str, float] = {}
     for text in options.price:
         name, _, number = text.rpartition("=")
         name = own if not name else name if name == HERE else device(name).name
         try:
-            hourly[name] = float(number)
+            found[name] = float(number)
         except ValueError:
             raise ValueError(f"--price must be a number, or NAME=number, found {text!r}") from None
-    found = {name: Prices(per_hour=price) for name, price in hourly.items()}
-    mine = Prices(hourly.get(own), options.purchase, options.years, options.duty, options.kwh)
-    return found | {own: mine}
+    return found

@@ -23,7 +23,6 @@ class Device:
         bandwidth: GB/s of each.
         efficiency: share of peak FLOPs that LoRA training is taken to reach (an assumption).
         moving: share of the bandwidth.
-        watts: of each, under load.
         link: GB/s at which one can fetch from the others, 0 where there are none.
         source: of the figures.
     """
@@ -37,7 +36,6 @@ class Device:
     bandwidth: float
     efficiency: float
     moving: float
-    watts: int
     source: str
     link: float = 0.0
 
@@ -46,18 +44,18 @@ class Device:
         return self.tflops[str(dtype).removeprefix("torch.")] * 1e12 * self.efficiency
 
 
-def _gpu(name, what, count, gib, half, full, bandwidth, watts, source, link=0.0) -> Device:
+def _gpu(name, what, count, gib, half, full, bandwidth, source, link=0.0) -> Device:
     rates = {"bfloat16": half, "float16": half, "float32": full}
     memory = int(gib * GIB)
-    return Device(name, what, True, count, memory, rates, bandwidth, 0.4, 0.7, watts, source, link)
+    return Device(name, what, True, count, memory, rates, bandwidth, 0.4, 0.7, source, link)
 
 
-_A100 = (79.1, 312.0, 19.5, 2039.0, 400)
+_A100 = (79.1, 312.0, 19.5, 2039.0)
 DEVICES = {
     one.name: one
     for one in (
         _gpu(
-            "rtx-4090", "NVIDIA GeForce RTX 4090, 24 GB", 1, 23.5, 165.2, 82.6, 1008.0, 450,
+            "rtx-4090", "NVIDIA GeForce RTX 4090, 24 GB", 1, 23.5, 165.2, 82.6, 1008.0,
             "NVIDIA Ada GPU architecture whitepaper, appendix A (bf16 with f32 accumulation)",
         ),
         _gpu(
@@ -65,7 +63,7 @@ DEVICES = {
             "NVIDIA A100 Tensor Core GPU datasheet",
         ),
         _gpu(
-            "h100-80gb", "NVIDIA H100 80 GB SXM", 1, 79.1, 989.4, 66.9, 3350.0, 700,
+            "h100-80gb", "NVIDIA H100 80 GB SXM", 1, 79.1, 989.4, 66.9, 3350.0,
             "NVIDIA H100 Tensor Core GPU datasheet (dense: half of the figures with sparsity)",
         ),
         _gpu(
@@ -75,7 +73,7 @@ DEVICES = {
         Device(
             "epyc-7763", "AMD EPYC 7763, 64 cores, 256 GB", False, 1, 240 * GIB,
             # 64 cores · 2.45 GHz · 32 f32 FLOPs a cycle (AVX2); bf16 is multiplied in f32.
-            {"float32": 5.0, "bfloat16": 5.0, "float16": 1.25}, 204.8, 0.5, 0.6, 280,
+            {"float32": 5.0, "bfloat16": 5.0, "float16": 1.25}, 204.8, 0.5, 0.6,
             "AMD EPYC 7003 series datasheet (base clock, 8 channels of DDR4-3200); bf16, which it "
             "has no instructions for, multiplied in f32",
         ),

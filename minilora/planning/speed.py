@@ -1,4 +1,4 @@
-"""Seconds, hours, money: from steps timed here, from rates measured here, or from a datasheet."""
+"""Seconds and hours: from steps timed here, from rates measured here, or from a datasheet."""
 
 import dataclasses
 import math
@@ -11,7 +11,6 @@ from minilora.planning.shapes import Shape
 from minilora.planning.timing import Timing, timed_step
 from minilora.planning.work import Work, count_work
 
-_HOURS_A_YEAR = 8766
 # Where nothing was timed: shares of the measured rates that real steps reach on a CPU, and the
 # nanoseconds in which a weight is decoded.
 _PRODUCTS, _MOVING, _DECODE = 0.35, 0.5, 0.6e-9
@@ -119,73 +118,3 @@ def run_of(
     rows = settings.batch_size * settings.accumulate
     hours = seconds * max(1.0, examples * epochs / rows) / 3600  # a tail's step is shorter
     return Speed(seconds, tokens / seconds, steps, hours, how)
-
-
-@dataclass(frozen=True)
-class Prices:
-    """What the user pays; every figure is the user's own.
-
-    Attributes:
-        per_hour: of a rented machine, on demand.
-        purchase: of an owned one.
-        years: it is used for.
-        duty: share of that time in which it works, in (0, 1].
-        kwh: price of a kilowatt-hour.
-        watts: under load; None: as the device table says.
-    """
-
-    per_hour: float | None = None
-    purchase: float | None = None
-    years: float = 3.0
-    duty: float = 0.5
-    kwh: float = 0.0
-    watts: float | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("per_hour", "purchase", "watts"):
-            value = getattr(self, key)
-            self._require(key, value is None or (_number(value) and value >= 0), "at least 0")
-        self._require("years", _number(self.years) and self.years > 0, "above 0")
-        self._require("kwh", _number(self.kwh) and self.kwh >= 0, "at least 0")
-        self._require("duty", _number(self.duty) and 0 < self.duty <= 1, "a share in (0, 1]")
-
-    def _require(self, key: str, good: bool, must: str) -> None:
-        if not good:
-            raise ValueError(f"{key} must be {must}, found {getattr(self, key)!r}")
-
-
-def _number(value: object) -> bool:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return ok and math.isfinite(value)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run costs, in the currency of the prices.
-
-    Attributes:
-        rented: hours · price an hour; None without one.
-        owned: share of the purchase price and electricity; None without one.
-        break_even: the duty cycle above which owning is cheaper; above 1: never; None if unknown.
-    """
-
-    rented: float | None
-    owned: float | None
-    break_even: float | None
-
-
-def cost_of(hours: float, prices: Prices, watts: float) -> Cost:
-    """Compare renting with owning for a run.
-
-    owned = hours · (purchase / (years · 8766 h · duty) + kW · price of a kWh)
-    """
-    power = (prices.watts if prices.watts is not None else watts) / 1000 * prices.kwh
-    rented = None if prices.per_hour is None else hours * prices.per_hour
-    owned = break_even = None
-    if prices.purchase is not None:
-        life = prices.years * _HOURS_A_YEAR
-        owned = hours * (prices.purchase / (life * prices.duty) + power)
-        if prices.per_hour is not None:
-            saved = prices.per_hour - power
-            break_even = prices.purchase / (life * saved) if saved > 0 else math.inf
-    return Cost(rented, owned, break_even)

@@ -28,7 +28,7 @@ from minilora.planning.memory import Memory, Settings, whole
 from minilora.planning.met import epoch_met, mean_batch
 from minilora.planning.rules import Rule, rules_of_thumb
 from minilora.planning.shapes import Shape, read_shape
-from minilora.planning.speed import Cost, Prices, Speed, duration
+from minilora.planning.speed import Speed, duration
 
 BUSY = 0.2  # share of the processor above which times are worth a warning
 _WORDS = {
@@ -61,7 +61,7 @@ class Plan:
         memory: bytes of each process at the peak.
         fits: whether the peak leaves a tenth of the machine's memory free.
         speed: None where it does not fit.
-        cost: likewise.
+        cost: of the run at the price given, None without one.
         rules: rules of thumb beside the computed figures.
         options: other ways to run.
         advice: what to do, with a command.
@@ -75,7 +75,7 @@ class Plan:
     memory: Memory
     fits: bool
     speed: Speed | None
-    cost: Cost | None
+    cost: float | None
     rules: list[Rule]
     options: list[Option]
     advice: Advice
@@ -125,15 +125,8 @@ class Plan:
             )
         if timing is not None and not timing.steady:
             text += f"\n  {timing.doubt()}"
-        cost = self.cost
-        if cost is not None and cost.rented is not None:
-            text += f"\nCost on demand: {_money(cost.rented)}"
-        if cost is not None and cost.owned is not None:
-            text += f"\nCost owned: {_money(cost.owned)}"
-            if cost.break_even is not None and cost.break_even <= 1:
-                text += f" (cheaper than renting above a duty cycle of {cost.break_even:.0%})"
-            elif cost.break_even is not None:
-                text += " (renting is cheaper at any duty cycle)"
+        if self.cost is not None:
+            text += f"\nCost: {_money(self.cost)}"
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +140,7 @@ class Plan:
             "memory": self.memory.components() | {"peak": self.memory.peak},
             "fits": self.fits,
             "speed": None if self.speed is None else dataclasses.asdict(self.speed),
-            "cost": _cost(self.cost),
+            "cost": self.cost,
             "busy": self.busy,
             "rules": [dataclasses.asdict(rule) for rule in self.rules],
             "options": [
@@ -157,22 +150,13 @@ class Plan:
                     "peak": one.memory.peak,
                     "fits": one.fits,
                     "speed": None if one.speed is None else dataclasses.asdict(one.speed),
-                    "kwh": one.kwh,
-                    "cost": _cost(one.cost),
+                    "cost": one.cost,
                 }
                 for one in self.options
             ],
             "advice": {"cpu": self.advice.cpu, "why": self.advice.why}
             | {"command": self.advice.command},
         }
-
-
-def _cost(cost: Cost | None) -> dict[str, float | None] | None:
-    """Return it with null for a duty cycle that is never reached: JSON has no infinity."""
-    if cost is None:
-        return None
-    found = dataclasses.asdict(cost)
-    return {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
 
 
 def _money(amount: float) -> str:
@@ -207,11 +191,10 @@ def memory_table(memory: Memory, place: Device | None = None) -> str:
 def option_table(options: list[Option]) -> str:
     """Return the options as a table."""
     head = ("machine", "base", "rows", "again", "ranks", "GB", "of", "fits", "tokens/s", "time",
-            "kWh", "cost")  # fmt: skip
+            "cost")  # fmt: skip
     rows = [head]
     for one in options:
         s, speed = one.settings, one.speed
-        paid = [c for c in (one.cost.rented, one.cost.owned) if c is not None] if one.cost else []
         rows.append((
             one.device.name, s.format or str(s.dtype).removeprefix("torch."),
             f"{s.batch_size}×{s.accumulate}", "yes" if s.checkpointing else "no",
@@ -220,8 +203,7 @@ def option_table(options: list[Option]) -> str:
             "yes" if one.fits else "no",
             f"{speed.tokens_per_second:,.0f}" if speed else "–",
             duration(speed.hours) if speed else "–",
-            "–" if one.kwh is None else f"{one.kwh:.2g}",
-            "–" if not paid else _money(min(paid)),
+            "–" if one.cost is None else _money(one.cost),
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(
@@ -279,7 +261,7 @@ def plan(
     block_size: int = 64,
     double_quant: bool = True,
     memory_gb: float | None = None,
-    prices: Prices | Mapping[str, Prices] | None = None,
+    prices: float | Mapping[str, float] | None = None,
     timed: bool = True,
 ) -> Plan:
     """Say what a run will need before it begins: memory, time, cost, and settings that fit.
@@ -309,7 +291,7 @@ def plan(
         block_size: of nf4 and int4.
         double_quant: of nf4.
         memory_gb: GB (10⁹) of the machine that may be used; default: what is free, or the table.
-        prices: `Prices` of that machine, or by device name.
+        prices: of an hour on that machine, or by device name.
         timed: time blocks here; False takes the measured rates alone (faster, rougher).
 
     Returns:
@@ -336,7 +318,7 @@ def plan(
         raise ValueError(
             f"{chosen.name} has {chosen.count} GPUs, found ranks={ranks}; pass at most as many"
         )
-    asked = {chosen.name: prices} if isinstance(prices, Prices) else dict(prices or {})
+    asked = _prices(prices, chosen.name)
     if ranks > batch_size:
         raise ValueError(
             f"batch_size counts the rows of all ranks, so it must be at least ranks, found "
@@ -349,6 +331,18 @@ def plan(
         shape, settings, size, chosen, first.memory, first.fits, first.speed, first.cost,
         rules_of_thumb(shape, settings, first.memory), options, advise(planner, options), here.busy,
     )  # fmt: skip
+
+
+def _prices(prices: float | Mapping[str, float] | None, name: str) -> dict[str, float]:
+    """Return what an hour costs by device name; one number is of the device that is named."""
+    found = (
+        dict(prices) if isinstance(prices, Mapping) else {} if prices is None else {name: prices}
+    )
+    for key, price in found.items():
+        number = isinstance(price, (int, float)) and not isinstance(price, bool)
+        if not number or not 0 <= price < math.inf:
+            raise ValueError(f"the price of an hour on {key} must be at least 0, found {price!r}")
+    return found
 
 
 def _device(name: str, here: Any, memory_gb: float | None) -> Device:
