@@ -151,6 +151,22 @@ def test_presets_have_the_published_number_of_parameters(name, billions):
     assert PRESETS[name].source.startswith("huggingface.co/")
 
 
+@pytest.mark.parametrize(
+    ("name", "published", "on_o"),
+    [
+        ("llama-3.1-8b", 8_030_261_248, 0), ("llama-3.2-1b", 1_235_814_400, 0),
+        ("llama-3.2-3b", 3_212_749_824, 0), ("mistral-7b-v0.3", 7_248_023_552, 0),
+        ("qwen2.5-0.5b", 494_032_768, 24 * 896), ("qwen2.5-1.5b", 1_543_714_304, 28 * 1536),
+        ("qwen2.5-7b", 7_615_616_512, 28 * 3584), ("phi-3-mini", 3_821_079_552, 0),
+        ("phi-4", 14_659_507_200, 0),
+    ],
+)  # fmt: skip
+def test_presets_of_other_families_have_the_published_number_to_the_last(name, published, on_o):
+    """Qwen2.5 has no bias on o, where minilora's Llama has one once q, k and v have."""
+    assert read_shape(name).parameters - on_o == published
+    assert PRESETS[name].foreign
+
+
 def test_seventy_billion_frozen_weights_stay():
     """ "70B with LoRA needs 14 GB" counts what is trained; the base's 140 GB are there too."""
     found = plan(read_shape("llama-2-70b"), batch_size=1, length=512, r=16)

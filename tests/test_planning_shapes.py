@@ -64,6 +64,9 @@ def test_the_real_file_has_the_presets_shape():
         ("lama-2-7b", "a hub name, found 'lama-2-7b'; nearest: llama-2-7b, llama-2-70b"),
         ("tinyllama", "nearest: tinyllama-1.1b"),
         ("zzzz", "there are: gpt2, gpt2-medium"),
+        ("qwen2.5-8b", "nearest: qwen2.5-"),
+        ("Qwen3-4B", "qwen3 is not planned, as its blocks norm queries and keys"),
+        ("gemma-2-2b", "gemma is not planned, as its blocks have two or four norms more"),
     ],
 )
 def test_unknown_names_get_the_nearest(name, match):

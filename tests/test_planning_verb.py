@@ -175,6 +175,13 @@ def test_every_command_is_parsed_by_who_gets_it(model, device):
         assert (read.r, read.parallel) == (option.settings.r, option.settings.parallel)
 
 
+def test_no_command_is_advised_for_a_model_it_does_not_read():
+    found = plan("qwen2.5-0.5b", device="rtx-4090")
+    assert found.advice.command == ""
+    assert "minilora train does not read this model: q, k and v have biases" in str(found)
+    assert "does not read" not in str(plan("gpt2"))
+
+
 def test_rows_of_other_machines_compute_in_what_is_fastest_there(machine):
     slow = {"float32": 90e9, "bfloat16": 23e9, "float16": 23e9, "int8": 0.0}
     machine(rates=slow, integer=None)

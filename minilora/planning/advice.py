@@ -203,7 +203,9 @@ def _splits(batch: int, ranks: int) -> list[int]:
 
 
 def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str:
-    """Return the `minilora train` command of an option."""
+    """Return the `minilora train` command of an option, "" where it does not read the model."""
+    if shape.foreign:
+        return ""
     name = shape.name if shape.stored else f"path/to/{shape.name.rpartition('/')[2]}"
     words = ["minilora", "train", name, "--data", "train.jsonl", "--out", "out/v1"]
     if settings.ranks > 1:

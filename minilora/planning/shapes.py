@@ -28,12 +28,14 @@ class Shape:
         config: of the architecture.
         source: where the numbers come from.
         stored: whether `name` is a place with weights, so that a command can name it.
+        foreign: why `minilora train` does not read such a model, "" where it does.
     """
 
     name: str
     config: Config
     source: str
     stored: bool = False
+    foreign: str = ""
 
     @property
     def kind(self) -> str:
@@ -83,7 +85,8 @@ def read_shape(model: Any) -> Shape:
         return Shape(name, model_config(read_gguf(place)), name, stored=True)
     if name.lower() in PRESETS:
         preset = PRESETS[name.lower()]
-        return Shape(name.lower(), preset.config, preset.source, stored=name == "smollm2-135m")
+        stored = name.lower() == "smollm2-135m"
+        return Shape(name.lower(), preset.config, preset.source, stored, preset.foreign)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return Shape(name, _from_json(_hub(name)), f"huggingface.co/{name}, config.json")
     raise ValueError(

@@ -86,6 +86,11 @@ class Plan:
         parts.append("Rules of thumb\n" + "\n".join(f"- {rule}" for rule in self.rules))
         parts.append("Options\n" + option_table(self.options))
         told = [self.advice.why, u_shape(self.options), f"    {self.advice.command}"]
+        if self.shape.foreign:
+            told.append(
+                f"minilora train does not read this model: {self.shape.foreign}. Load it with "
+                f"transformers, and call minilora.inject and minilora.fit with these settings."
+            )
         parts.append("Advice\n" + "\n".join(line for line in told if line.strip()))
         return "\n\n".join(parts)
 
