@@ -99,7 +99,9 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 
 def _data(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
-    return DataFiles(files, options.max_length, options.all_tokens)
+    return DataFiles(
+        files, options.max_length, options.all_tokens, options.skip_bad, options.parse_special
+    )
 
 
 def _examples(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[Example]:
@@ -173,7 +175,15 @@ def _train(options: argparse.Namespace) -> int:
     else:
         model, tokenizer = _load(options)
     train: Any = (
-        streamed(options.data, tokenizer, options.max_length, options.all_tokens, options.pack)
+        streamed(
+            options.data,
+            tokenizer,
+            options.max_length,
+            options.all_tokens,
+            options.pack,
+            options.skip_bad,
+            options.parse_special,
+        )
         if train_data is None
         else _examples(train_data, tokenizer, options)
     )

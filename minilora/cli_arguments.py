@@ -268,3 +268,12 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=_length, default=512, help="tokens kept of an example")
     parser.add_argument("--all-tokens", action="store_true", help="learn prompts too")
+    parser.add_argument(
+        "--skip-bad", type=int, default=0, metavar="N", help="leave out bad rows, N at most"
+    )
+    parser.add_argument(
+        "--parse-special",
+        action=argparse.BooleanOptionalAction,
+        help="read names of control tokens in texts as tokens (default: where a text begins as the "
+        "chat template's do)",
+    )

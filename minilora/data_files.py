@@ -1,34 +1,55 @@
 """Data files, read before the model and encoded after it: rows, documents, or a stream."""
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from minilora.data import Example
-from minilora.records import encode_records, iter_records, read_records
+from minilora.models import as_tokenizer
+from minilora.record_files import iter_records, listed, read_rows
+from minilora.records import encode_records
 from minilora.streaming import Stream
 from minilora.token_cache import cached
 
 
 class DataFiles:
-    """Data files, read before the model and encoded after it."""
+    """Data files, read before the model and encoded after it.
 
-    def __init__(self, files: Sequence[str], max_length: int, all_tokens: bool):
+    Args:
+        files: `.jsonl` and `.txt` files.
+        max_length, all_tokens, parse_special: as for `encode_records`.
+        skip_bad: bad rows to leave out at most, while reading and while encoding together.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        max_length: int,
+        all_tokens: bool,
+        skip_bad: int = 0,
+        parse_special: bool | None = None,
+    ):
         self.files, self.max_length, self.all_tokens = files, max_length, all_tokens
+        self.parse_special = parse_special
         rows = [file for file in files if not file.endswith(".txt")]
         self.texts = [file for file in files if file.endswith(".txt")]
-        self.rows = read_records(rows) if rows else []
-        self.documents = read_records(self.texts) if self.texts else []
+        self.rows, bad = read_rows(rows, skip_bad) if rows else ([], [])
+        self.skip_bad = skip_bad - len(bad)
+        self.left_out = [f"left out: {listed(bad)}"] if bad else []
+        self.documents = read_rows(self.texts, 0)[0] if self.texts else []
 
     def examples(
         self, tokenizer: Any, cache: Path | None = None
     ) -> tuple[list[Example], list[str]]:
         """Encode, or take from the cache; return the examples and a report."""
+        tokenizer = as_tokenizer(tokenizer)
         if cache is None:
             examples, report = self._encode(tokenizer)
         else:
-            decides = {"max_length": self.max_length, "all_tokens": self.all_tokens}
+            keys = ("max_length", "all_tokens", "skip_bad", "parse_special")
+            decides = {key: getattr(self, key) for key in keys}
             examples, report, known = cached(
                 cache, self.files, tokenizer, decides, lambda: self._encode(tokenizer)
             )
@@ -39,7 +60,7 @@ class DataFiles:
                 f"first {self.max_length} tokens of any record; raise --max-length, or pass "
                 f"--all-tokens to learn prompts too"
             )
-        return examples, report
+        return examples, self.left_out + report
 
     def _encode(self, tokenizer: Any) -> tuple[list[Example], list[str]]:
         """Encode: rows are cut at --max-length, documents into windows of it."""
@@ -51,15 +72,19 @@ class DataFiles:
                 tokenizer,
                 max_length=self.max_length,
                 completion_only=not self.all_tokens,
+                parse_special=self.parse_special,
+                skip_bad=self.skip_bad,
             )
             rows = [file for file in self.files if file not in self.texts]
             lines.append(f"{', '.join(rows)}: {report}")
         for file, document in zip(self.texts, self.documents, strict=True):
-            (whole,), _ = encode_records([document], tokenizer, max_length=sys.maxsize)
+            (whole,), report = encode_records(
+                [document], tokenizer, max_length=sys.maxsize, parse_special=self.parse_special
+            )
             cut = _windows(whole, self.max_length)
             lines.append(
                 f"{file}: {len(whole.input_ids)} tokens in {len(cut)} windows of up to "
-                f"{self.max_length}"
+                f"{self.max_length}" + "".join(f"; note: {note}" for note in report.notes)
             )
             examples += cut
         return examples, lines
@@ -68,11 +93,11 @@ class DataFiles:
 class _Records:
     """The records of files, read anew by every iteration."""
 
-    def __init__(self, files: Sequence[str]):
-        self.files = files
+    def __init__(self, files: Sequence[str], skip_bad: int):
+        self.files, self.skip_bad = files, skip_bad
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter_records(self.files)
+        return iter_records(self.files, skip_bad=self.skip_bad)
 
 
 def check_streamed(files: Sequence[str]) -> None:
@@ -85,20 +110,37 @@ def check_streamed(files: Sequence[str]) -> None:
 
 
 def streamed(
-    files: Sequence[str], tokenizer: Any, max_length: int, all_tokens: bool, packed: bool = False
+    files: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    all_tokens: bool,
+    packed: bool = False,
+    skip_bad: int = 0,
+    parse_special: bool | None = None,
 ) -> Stream:
-    """Return the files' records as a stream that is encoded, and packed, in the background."""
+    """Return the files' records as a stream that is encoded, and packed, in the background.
 
-    def encode(record: dict[str, Any]) -> Example | None:
-        found, _ = encode_records(
+    What there is to say of the records is a warning, once each.
+    """
+    tokenizer = as_tokenizer(tokenizer)
+    said: set[str] = set()
+
+    def encode(record: dict[str, Any]) -> list[Example]:
+        found, report = encode_records(
             [record],
             tokenizer,
             max_length=max_length,
             completion_only=not all_tokens,
+            parse_special=parse_special,
         )
-        return found[0] if found else None
+        for each in report.notes:
+            note = each.replace(" (record 0)", "")
+            if note not in said:
+                said.add(note)
+                warnings.warn(f"in a record of the stream: {note}", stacklevel=2)
+        return found
 
-    return Stream(_Records(files), encode, pack=max_length if packed else None)
+    return Stream(_Records(files, skip_bad), encode, pack=max_length if packed else None)
 
 
 def _windows(whole: Example, length: int) -> list[Example]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from minilora.compiling import compiled, settle_compile
 from minilora.evaluation import argument_names, device_of, eval_mode, forward_logits
-from minilora.models import KVCache
-from minilora.records import encode_prompt
+from minilora.models import KVCache, as_tokenizer
+from minilora.records import encode_prompt, warn_of_control
 from minilora.widening import widened
 
 Rows = list[list[int]]
@@ -43,8 +43,8 @@ def generate(
             returns logits [B, T, V] (or has them in `.logits`), recomputed for each token.
             Left as it was, each module's training flag included.
         prompts: a text, several texts, or several lists of token ids.
-        tokenizer: a `minilora.models.Tokenizer` or its like; needed for texts and stop strings.
-            Its `stop_ids` stop a row.
+        tokenizer: a `minilora.models.Tokenizer`, or one of transformers'; needed for texts and
+            stop strings. Its `stop_ids` stop a row.
         max_new_tokens: tokens to write at most, at least 1.
         temperature: 0 takes the likeliest token, whatever `top_k` and `top_p` say; above 0
             samples from softmax(logits / temperature).
@@ -61,21 +61,23 @@ def generate(
 
     Returns:
         Per prompt the new text, or the new token ids when there is no tokenizer; what stopped the
-        row is not part of it.
+        row is not part of it, nor is a character whose last bytes were not written.
 
     Raises:
         ValueError: an option out of range, an empty prompt, ids outside the vocabulary, more
             tokens than the model's context holds; all before any work.
-        TypeError: prompts of another type, or texts without a tokenizer.
+        TypeError: prompts of another type, texts without a tokenizer, another tokenizer.
         RuntimeError: the model's logits are not numbers; `compile=True` without a compiler.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, compile)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     wanted = settle_compile(compile)[0]
     stop_ids, stop_strings = _stops(stop, tokenizer)
     rows = _encode(prompts, tokenizer, chat)
     _check_rows(rows, max_new_tokens, getattr(model, "config", None))
     seed = random.SystemRandom().getrandbits(62) if seed is None else seed
     generators = [_generator(seed, i) for i in range(len(rows))]
+    asked = [list(row) for row in rows]
     new: Rows = [[] for _ in rows]
     running = list(range(len(rows)))
     with torch.no_grad(), eval_mode(model), widened(model):
@@ -93,14 +95,16 @@ def generate(
                         continue
                     rows[i].append(token)
                     new[i].append(token)
-                    stopped = stop_strings and _end(tokenizer.decode(new[i]), stop_strings) >= 0
+                    stopped = bool(stop_strings) and (
+                        _end(tokenizer.decode_after(asked[i], new[i]), stop_strings) >= 0
+                    )
                     if stopped or len(new[i]) == max_new_tokens:
                         running.remove(i)
                 if running:
                     logits = step(rows)
     if tokenizer is None:
         return new
-    texts = [tokenizer.decode(ids) for ids in new]
+    texts = [tokenizer.decode_after(*both) for both in zip(asked, new, strict=True)]
     ends = [_end(text, stop_strings) for text in texts]
     return [text if end < 0 else text[:end] for text, end in zip(texts, ends, strict=True)]
 
@@ -273,6 +277,7 @@ def _encode(prompts: Any, tokenizer: Any, chat: bool) -> Rows:
                 message = [{"role": "user", "content": prompt}]
                 ids = tokenizer.encode_chat(message, add_generation_prompt=True)
             else:
+                warn_of_control(tokenizer, prompt, f"prompt {i}")
                 ids = encode_prompt(tokenizer, prompt)
         elif chat:
             raise TypeError(f"chat=True needs texts, prompt {i} is {type(prompt).__name__}")

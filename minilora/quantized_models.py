@@ -11,7 +11,7 @@ from minilora.bases import check_quantizable, quantized
 from minilora.files import is_new, tensor_content, whole_folder, write, write_json
 from minilora.layers import is_conv1d
 from minilora.lora_layer import lora_layers
-from minilora.models import Tokenizer, load_model
+from minilora.models import Tokenizer, as_tokenizer, load_model
 from minilora.models.causal import Prepare
 from minilora.models.folder import KINDS, Model, read_json, resolve_dtype
 from minilora.quantization import (
@@ -181,22 +181,21 @@ def is_quantized_folder(folder: str | Path) -> bool:
     return file.is_file() and "quantization_config" in read_json(file)
 
 
-def save_quantized(
-    model: nn.Module, folder: str | Path, tokenizer: Tokenizer | None = None
-) -> None:
+def save_quantized(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
     """Write a quantized `Llama` or `GPT2` for `load_quantized`, with a checksum of every tensor.
 
     Args:
         model: without adapters.
         folder: a new or empty one.
-        tokenizer: written beside it when given.
+        tokenizer: a `Tokenizer`, or one of transformers', written beside it when given.
 
     Raises:
         ValueError: a model with adapters or without quantized layers, a folder that holds files.
-        TypeError: another kind of model.
+        TypeError: another kind of model or tokenizer.
         RuntimeError: the folder can't be written; it appears whole or not at all.
     """
     folder = Path(folder)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     if not any(isinstance(model, kind.model) for kind in KINDS.values()):
         raise TypeError(
             f"save_quantized writes a Llama or GPT2 of minilora.models, found "

@@ -17,8 +17,8 @@ class Stream:
     Attributes:
         source: any iterable whose iteration begins anew each time (an epoch each), in the same
             order: a data set, or an object whose `__iter__` reads files.
-        encode: makes an example of an item, or None to leave it out; called in the background.
-            None: the items are examples.
+        encode: makes an example of an item, a list of them, or None to leave it out; called in the
+            background. None: the items are examples.
         window: examples that are shuffled and grouped by length together; None: 50 batches.
         pack: tokens in a row into which each window's examples are packed, first-fit, as
             `minilora.packing.pack` does; None packs nothing.
@@ -122,14 +122,14 @@ class StreamBatches:
                 break
             name = f"item {self._read + read} of the stream"
             read += 1
-            encoded = item if self.stream.encode is None else self.stream.encode(item)
-            if encoded is not None:
-                try:
-                    (example,) = as_examples([encoded])
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{name}: {error}") from None
+            encoded = self._encoded(item)
+            try:
+                made = as_examples(encoded) if encoded else []
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
+            for example in made:
                 self.check(example, name)
-                examples.append(example)
+            examples += made
         if self.stream.pack is None or not examples:
             return examples, read
         where = f"items {self._read} to {self._read + read - 1} of the stream"
@@ -141,6 +141,13 @@ class StreamBatches:
             self.check(row, f"a packed row of {where}")
         return rows, read
 
+    def _encoded(self, item: Any) -> list[Any]:
+        """Return what becomes of an item, in a list."""
+        encoded = item if self.stream.encode is None else self.stream.encode(item)
+        if self.stream.encode is not None and isinstance(encoded, list):
+            return encoded
+        return [] if encoded is None else [encoded]
+
     def _order(self, examples: list[Example]) -> list[list[Example]]:
         rng = random.Random(f"{self.seed}/{self.epoch}/{self._read}")
         order = grouped(examples, self.batch_size, self.shuffle, self.group_by_length, rng)
@@ -149,9 +156,8 @@ class StreamBatches:
     def any_batch(self) -> Batch:
         """Return one row, for who must compute something."""
         for item in self.stream.source:
-            encoded = item if self.stream.encode is None else self.stream.encode(item)
-            if encoded is not None:
-                return pad(as_examples([encoded]), self.pad_id)
+            if encoded := self._encoded(item):
+                return pad(as_examples(encoded)[:1], self.pad_id)
         raise ValueError("the stream must yield at least one example, found none to learn from")
 
     def about(self) -> str:

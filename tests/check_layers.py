@@ -32,6 +32,8 @@ layers =
     minilora.streaming
     minilora.packing
     minilora.records
+    minilora.turns
+    minilora.record_files
     minilora.data
     minilora.quantized_models
     minilora.quantized_files

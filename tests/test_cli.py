@@ -126,6 +126,32 @@ def test_cli_trains_and_generates_in_float16(folder, letters, tmp_path, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_cli_leaves_out_bad_rows_where_asked(folder, letters, tmp_path, capsys, stream, recwarn):
+    letters.write_text(letters.read_text() + '{"text": ""}\n{"text": "a b", "id": 1}\n')
+    train = ["train", folder, "--data", letters, "--max-length", 32, "--max-steps", 2, *stream]
+    assert run(*train, "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "letters.jsonl:9: text must not be empty; mend these rows, or leave them out" in said
+    assert run(*train, "--out", tmp_path / "again", "--skip-bad", 1) == 0
+    said = capsys.readouterr().err + " ".join(str(each.message) for each in recwarn)
+    assert "left out: " in said and "letters.jsonl:9: text must not be empty" in said
+    assert "ignored fields, with how many times they stand there: id (1)" in said
+
+
+def test_cli_reads_control_tokens_in_texts_where_asked(folder, tmp_path, capsys):
+    file = tmp_path / "names.jsonl"
+    file.write_text('{"text": "a b <end> c"}\n')
+    counts = []
+    for flags in ((), ("--parse-special",), ("--no-parse-special",)):
+        assert run("eval", folder, "--data", file, "--json", *flags) == 0
+        said = capsys.readouterr()
+        counts.append(json.loads(said.out)["tokens"])
+        named = "names of control tokens are read as text" in said.err
+        assert named == ("--parse-special" not in flags)
+    assert counts[0] == counts[2] > counts[1] == 4
+
+
 def test_cli_cuts_a_text_file_into_windows(folder, tmp_path, capsys):
     """Every token but the first is learned once, whatever the window."""
     file = tmp_path / "long.txt"

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from torch import nn
 from transformers import LlamaConfig as TheirConfig
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import minilora
 from minilora import compiling
@@ -285,6 +285,95 @@ def test_generate_with_chat_asks_by_the_template():
         [spelled[c] for c in word if c in spelled] for word in ("user", "abcimend", "assistant")
     )
     assert seen == [[[22, *user, *asked, 23, 22, *assistant]]]
+
+
+class Script(nn.Module):
+    """Writes given ids, whatever it is asked."""
+
+    def __init__(self, ids, vocabulary):
+        super().__init__()
+        self.ids, self.vocabulary, self.told = ids, vocabulary, None
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, input_ids):
+        self.told = len(input_ids[0]) if self.told is None else self.told
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        logits[..., self.ids[input_ids.shape[1] - self.told]] = self.scale.item()
+        return logits
+
+
+def spaced_tokenizer():
+    """As Llama 2's: a space before each text, bytes where no letter is."""
+    names = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", *LETTERS]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    backend = Backend(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Tokenizer(backend, bos="<s>", eos="</s>", unk="<unk>")
+
+
+@pytest.mark.parametrize("make", [letter_tokenizer, spaced_tokenizer])
+def test_generate_takes_tokenizers_of_transformers(make):
+    ours = make()
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=ours._backend, bos_token=ours.decode([ours.bos_id], skip_special=False),
+        eos_token=ours.decode([ours.eos_id], skip_special=False),
+    )  # fmt: skip
+    ids = ours.encode("bcd", special=False)
+    model = Script(ids, ours.vocab_size)
+    wanted = generate(model, ["ab"], tokenizer=ours, max_new_tokens=len(ids))
+    model.told = None
+    assert generate(model, ["ab"], tokenizer=theirs, max_new_tokens=len(ids)) == wanted
+    with pytest.raises(TypeError, match="found SimpleNamespace; convert it by minilora.models"):
+        generate(model, ["ab"], tokenizer=types.SimpleNamespace(), max_new_tokens=2)
+
+
+def test_generate_keeps_the_space_a_text_begins_with_and_finds_it_in_stop_strings():
+    ours = spaced_tokenizer()
+    ids = ours.encode("ab cd ef", special=False)[3:]  # behind "ab"
+    for stop, wanted in (((), " cd ef"), (" cd", ""), (" ef", " cd"), ("d e", " c")):
+        model = Script(ids, ours.vocab_size)
+        assert generate(model, "ab", tokenizer=ours, max_new_tokens=6, stop=stop) == [wanted]
+    model = Script(ours.encode("cd", special=False), ours.vocab_size)
+    assert generate(model, [[ours.bos_id]], tokenizer=ours, max_new_tokens=3) == ["cd"]
+
+
+@pytest.mark.parametrize("make", [letter_tokenizer, spaced_tokenizer])
+def test_generate_writes_no_part_of_a_character(make):
+    """Cut after each token; a stop string of whole characters is found all the same."""
+    ours = make()
+    if ours.joins:
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        ours = Tokenizer(backend)
+    text = "aé🙂€b"
+    ids = ours.encode("b" + text, special=False)[-len(text.encode()) :]
+    found = [
+        generate(Script(ids, ours.vocab_size), "b", tokenizer=ours, max_new_tokens=n)[0]
+        for n in range(1, len(ids) + 1)
+    ]
+    assert all(text.startswith(each) for each in found) and found[-1] == text
+    assert sorted(set(found), key=len) == [text[:n] for n in range(1, 6)]
+    stopped = generate(Script(ids, ours.vocab_size), "b", tokenizer=ours, stop="€")
+    assert stopped == ["aé🙂"]
+
+
+def test_generate_warns_of_a_prompt_that_was_put_through_the_template():
+    ours = letter_tokenizer()
+    model = Script(ours.encode("bcd"), ours.vocab_size)
+    with pytest.warns(
+        UserWarning, match="prompt 0 begins with the name of the control token '<|im"
+    ):
+        generate(model, "<|im_start|>abc", tokenizer=ours, max_new_tokens=2)
 
 
 # --- where it stops -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+import tracemalloc
 
 import gguf
 import pytest
@@ -191,6 +192,48 @@ def test_from_pretrained_refuses_damaged_files(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("padding", [{"length": 40}, {"pad_to_multiple_of": 32}, {}])
+def test_truncation_and_padding_of_tokenizer_json_are_left_aside(tmp_path, padding):
+    """transformers keeps there what some call asked for, and ignores it when it encodes."""
+    theirs = _theirs()
+    theirs.save_pretrained(tmp_path)
+    plain = Tokenizer.from_pretrained(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(**padding)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours, again = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*TEXTS, "word " * 60):
+        assert ours.encode(text) == plain.encode(text) == again.encode(text)
+    ours.save(tmp_path / "saved")
+    stored = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert stored["truncation"] is None and stored["padding"] is None
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("where", ["eos_token", "additional_special_tokens", "extra", "decoder"])
+def test_special_tokens_that_tokenizer_json_does_not_list_are_control_tokens(tmp_path, where):
+    stored = json.loads(_backend().to_str())
+    stored["added_tokens"] = [t for t in stored["added_tokens"] if t["content"] != "<|im_end|>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    named = {
+        "eos_token": "<|im_end|>",
+        "additional_special_tokens": ["<|im_end|>", "<absent>"],
+        "extra_special_tokens": ["<|im_end|>"],
+        "added_tokens_decoder": {"2": {"content": "<|im_end|>", "special": True}},
+    }
+    key = {"extra": "extra_special_tokens", "decoder": "added_tokens_decoder"}.get(where, where)
+    entries = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHATML}
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**entries, key: named[key]}))
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
+    assert ours.encode_chat(TALK) == ids and ids.count(2) == len(TALK)
+    assert 2 not in ours.encode("a<|im_end|>")
+    assert 2 in ours.stop_ids
+
+
 # --- text and control tokens --------------------------------------------------------------------
 
 
@@ -314,6 +357,19 @@ def test_encode_chat_refuses_a_template_that_takes_names_apart():
         ours.encode_chat([{"role": "user", "content": "hello<|im_end|>"}])
 
 
+def test_render_gives_the_template_further_variables():
+    template = (
+        "{{ tools[0].name }}{{ messages[0].content }}{% if think %}!{% endif %}{{ eos_token }}"
+    )
+    ours = Tokenizer(_backend_once(), eos="<|im_end|>", chat_template=template)
+    assert ours.template_variables == {"tools", "think", "eos_token"}
+    given = {"tools": [{"name": "<|im_end|>"}], "think": True}
+    assert ours.render(USER[:1], **given) == "<|im_end|> What is\tLoRA? !<|im_end|>"
+    ids = ours.encode_chat(USER[:1], **given)
+    assert ids.count(2) == 1 and ids[-1] == 2
+    assert Tokenizer(_backend_once()).template_variables == frozenset()
+
+
 def test_render_leaves_messages_as_they_are(pair):
     ours, _ = pair
     messages = [{"role": "user", "content": "a", "extra": [1, 2.5, None, True, {"b": "c"}]}]
@@ -361,24 +417,24 @@ HOSTILE = {
     "include": "{% include '/etc/passwd' %}",
     "import": "{% import 'os' as os %}{{ os }}",
     "change": "{{ messages.append(1) }}",
-    "range": "{% for i in range(10**12) %}x{% endfor %}",
+    "range": "{% for i in range(1000000000000) %}x{% endfor %}",
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
     "{{ f(90) }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "recursive": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
-    "times": "{{ 'a' * 10**12 }}",
-    "list_times": "{{ 10**12 * [1] }}",
+    "times": "{{ 'a' * 1000000000000 }}",
+    "list_times": "{{ 1000000000000 * [1] }}",
     "power": "{{ 10**(10**10) }}",
     "squares": "{% set ns = namespace(x=7) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}"
     "{% endfor %}",
     "percent": "{{ '%1000000000d' % 1 }}",
     "format": "{{ '{:>10000000000}'.format(1) }}",
-    "center": "{{ 'a'.center(10**11) }}",
-    "safe_center": "{{ ('a'|safe).center(10**11) }}",
-    "indent": "{{ 'a\nb'|indent(10**11) }}",
-    "to_bytes": "{{ (1).to_bytes(10**12) }}",
-    "translate": "{{ ('a' * 10**6).translate({97: 'b' * 10**6}) }}",
+    "center": "{{ 'a'.center(100000000000) }}",
+    "safe_center": "{{ ('a'|safe).center(100000000000) }}",
+    "indent": "{{ 'a\nb'|indent(100000000000) }}",
+    "to_bytes": "{{ (1).to_bytes(1000000000000) }}",
+    "translate": "{{ ('a' * 1000000).translate({97: 'b' * 1000000}) }}",
     "strftime": "{{ strftime_now('%1000000000Y') }}",
     "tilde": GROW + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "plus": GROW + "{% set ns.s = ns.s + ns.s %}{% endfor %}",
@@ -395,9 +451,24 @@ HOSTILE = {
     "test": TWINS + "{{ ns.l is eq(ns.k) }}",
     "sort": TWINS + "{{ [ns.l, ns.k]|sort }}",
     "objects": "{% set a = namespace(x=1) %}{{ namespace(a=a, b=a) }}",
+    "join_by": "{{ ('x' * 50000).join('a' * 50000) }}",
+    "join_to": "{{ ('a' * 50000)|join(d='x' * 50000) }}",
+    "join_map": "{{ ['x' * 50000]|map('upper')|join('y')|join('z' * 999) }}",
+    "replace_named": "{{ ('a' * 50000)|replace(new='x' * 50000, old='') }}",
+    "replace_all": "{{ ('a' * 50000).replace('', 'x' * 50000) }}",
+    "tojson_indent": "{{ [[1]]|tojson(indent=10000) }}",
+    "tojson_string": "{{ [[1]]|tojson(indent='x' * 20000) }}",
+    "tojson_between": "{{ range(9999)|list|tojson(separators=('x' * 50000, 'y')) }}",
+    "tojson_deep": "{% set ns = namespace(l=range(20000)|list) %}{% for i in range(900) %}"
+    "{% set ns.l = [ns.l] %}{% endfor %}{{ ns.l|tojson(indent=16) }}",
+    "address": "{{ strftime_now }}",
+    "address_text": "{{ [strftime_now]|string }}",
+    "address_joined": "{{ '' ~ strftime_now }}",
+    "address_beside": "{{ [[strftime_now]] }}",
+    "address_raised": "{{ raise_exception(strftime_now) }}",
+    "address_key": "{{ [1][strftime_now].a }}",
     "nesting": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
 }
-LONG = "it runs for more than"
 REASONS = {
     "class": "attribute '__class__' of 'str' object is unsafe",
     "subclasses": "attribute '__class__' of 'list' object is unsafe",
@@ -409,28 +480,27 @@ REASONS = {
     "import": "no loader",
     "change": "'append' of 'list' object is unsafe",
     "range": "Range too big",
-    "loops": LONG,
-    "macros": LONG,
     "recursion": "maximum recursion depth",
-    "recursive": "recursive loops are not permitted",
-    "power": "integers have at most 65536 bits",
-    "squares": "integers have at most 65536 bits",
-    "percent": "the % operator on text is not permitted",
-    "format": "the method format of str is not permitted",
-    "center": "the method center of str is not permitted",
-    "safe_center": "the method center of Markup is not permitted",
-    "indent": "indent takes numbers up to 10000",
-    "to_bytes": "the method to_bytes of int is not",
-    "translate": "the method translate of str is not",
+    "recursive": "maximum recursion depth",
+    "power": "the ** operator on a int is refused",
+    "percent": "the % operator on a str is refused",
+    "format": "'format' of 'str' object is unsafe",
+    "center": "'center' of 'str' object is unsafe",
+    "safe_center": "'center' of 'Markup' object is unsafe",
+    "indent": "No filter named 'indent'",
+    "to_bytes": "'to_bytes' of 'int' object is unsafe",
+    "translate": "'translate' of 'str' object is unsafe",
     "strftime": "strftime_now takes a plain format",
-    "print": LONG,
-    "tojson": LONG,
-    "compare": LONG,
-    "index": LONG,
-    "test": LONG,
-    "sort": LONG,
-    "objects": "a Namespace is not printed",
+    "objects": "a Namespace is not text",
     "nesting": "maximum recursion depth",
+    "tojson_indent": "tojson indents by up to 16",
+    "tojson_string": "tojson indents by up to 16",
+    "address": "a function is not text",
+    "address_text": "a function is not text",
+    "address_joined": "a function is not text",
+    "address_beside": "a function is not text",
+    "address_raised": "<function _strftime_now>",
+    "address_key": "has no element <function _strftime_now>",
 }
 
 
@@ -438,9 +508,15 @@ REASONS = {
 def test_render_of_a_hostile_template_ends_with_an_error(monkeypatch, template):
     monkeypatch.setattr("minilora.models.template_sandbox._SECONDS", 0.3)
     begin = time.monotonic()
-    reason = REASONS.get(template, "it makes too much text")
-    with pytest.raises(ValueError, match=f"^the chat template .*: .*{re.escape(reason)}"):
-        ChatTemplate(HOSTILE[template]).render(USER)
+    reason = re.escape(REASONS[template]) if template in REASONS else "it (makes|runs)"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"^the chat template .*: .*{reason}") as caught:
+            ChatTemplate(HOSTILE[template]).render(USER)
+        assert tracemalloc.get_traced_memory()[1] < 4e8
+    finally:
+        tracemalloc.stop()
+    assert " at 0x" not in str(caught.value)
     assert time.monotonic() - begin < 5  # the bound and a slow machine
 
 

@@ -4,81 +4,35 @@ import json
 import re
 
 import pytest
+from byte_tokenizer import (
+    BEGIN,
+    CHATML,
+    END,
+    NAMES,
+    STOP,
+    byte_tokenizer,
+    encode_one,
+    pieces,
+    talk,
+    turn,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-from tokenizers import Tokenizer as Backend
 
 from minilora.data import Example
 from minilora.models import Tokenizer, fetch
-from minilora.records import EncodeReport, encode_prompt, encode_records, read_records
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+from minilora.records import (
+    EncodeReport,
+    encode_prompt,
+    encode_records,
+    iter_records,
+    read_records,
 )
+
 PLAIN = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-END, BEGIN, START, STOP = 256, 257, 258, 259
-NAMES = {"<|endoftext|>": END, "<|begin|>": BEGIN, "<|im_start|>": START, "<|im_end|>": STOP}
-
-
-def byte_tokenizer(template=None, begin=False, eos="<|endoftext|>", merges=(), close=False):
-    """A token per byte, in order of GPT-2's alphabet, four control tokens, and the merges."""
-    letters = [*ALPHABET.values(), *NAMES, *("".join(pair) for pair in merges)]
-    backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)}, [*merges]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in NAMES])
-    if begin or close:
-        frame = ["<|begin|>"] * begin + ["$A"] + ["<|endoftext|>"] * close
-        backend.post_processor = processors.TemplateProcessing(
-            single=" ".join(frame), special_tokens=[("<|begin|>", BEGIN), ("<|endoftext|>", END)]
-        )
-    return Tokenizer(backend, bos="<|begin|>", eos=eos, chat_template=template)
-
-
-def _alphabet():
-    """GPT-2's printable stand-in for each byte (Radford et al. 2019, encoder.py)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {
-        **{byte: chr(byte) for byte in shown},
-        **{b: chr(256 + i) for i, b in enumerate(hidden)},
-    }
-
-
-ALPHABET = dict(sorted(_alphabet().items()))
-
-
-def pieces(*parts):
-    """The oracle: ids and labels of (what, learned) pairs; what is text or a control token's id."""
-    ids, labels = [], []
-    for what, learned in parts:
-        found = [what] if isinstance(what, int) else list(what.encode("utf-8"))
-        ids += found
-        labels += found if learned else [-100] * len(found)
-    return ids, labels
-
-
-def turn(role, content, learned):
-    """One ChatML turn; of a learned one the content and the marker that ends it."""
-    return [
-        (START, False),
-        (f"{role}\n", False),
-        (content, learned),
-        (STOP, learned),
-        ("\n", learned),
-    ]
-
-
-def encode_one(record, tokenizer, **options):
-    """The ids and labels of the only record, and the report."""
-    ((example,), report) = encode_records([record], tokenizer, **{"max_length": 10**6, **options})
-    return (list(example.input_ids), list(example.labels)), report
 
 
 def write(folder, content, name="a.jsonl"):
@@ -89,10 +43,6 @@ def write(folder, content, name="a.jsonl"):
 
 def lines(*records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def talk(*roles):
-    return [{"role": role, "content": f"{i}"} for i, role in enumerate(roles)]
 
 
 KINDS = [
@@ -159,33 +109,66 @@ def test_read_records_takes_a_text_file_as_one_document(tmp_path, raw, text):
     assert read_records(write(tmp_path, raw, "a.txt")) == [{"text": text}]
 
 
-def test_read_records_names_every_bad_line(tmp_path):
+def test_read_records_says_each_reason_once_behind_its_places(tmp_path):
     good = json.dumps(KINDS[0])
-    a = write(tmp_path, "\n".join([good, "{", good, "[]", '{"text": ""}']), "a.jsonl")
+    a = write(tmp_path, "\n".join([good, "{", good, "[]", '{"text": ""}', "[1"]), "a.jsonl")
     b = write(tmp_path, good, "b.jsonl")
-    c = write(tmp_path, good.encode() + b"\n\xff\n", "c.jsonl")
+    c = write(tmp_path, good.encode() + b"\n\xff\n[]", "c.jsonl")
     with pytest.raises(ValueError) as caught:
         read_records([a, b, c])
-    head, *problems = str(caught.value).split("\n  ")
-    assert head == "cannot read the data:"
-    assert [problem.split(" ")[0] for problem in problems] == [
-        f"{a}:2:",
-        f"{a}:4:",
-        f"{a}:5:",
-        f"{c}:2:",
-    ]
+    assert str(caught.value) == (
+        f"cannot read the data: {a}:2: must be JSON: Expecting property name enclosed in double "
+        f"quotes (column 2); {a}:4, {c}:3: a record must be an object, found list; {a}:5: text "
+        f"must not be empty; {a}:6: must be JSON: Expecting ',' delimiter (column 3); {c}:2: must "
+        "be UTF-8: invalid start byte; mend these rows, or leave them out by skip_bad=6 "
+        "(--skip-bad)"
+    )
 
 
-@pytest.mark.parametrize(("count", "more"), [(10, None), (11, "and 1 more"), (25, "and 15 more")])
-def test_read_records_lists_ten_problems_in_full(tmp_path, count, more):
-    file = write(tmp_path, "{\n" * count)
-    with pytest.raises(ValueError, match="cannot read the data") as caught:
+@pytest.mark.parametrize(("count", "more"), [(10, ""), (11, " and 1 more"), (25, " and 15 more")])
+def test_read_records_names_ten_lines_of_a_kind(tmp_path, count, more):
+    file = write(tmp_path, '{"text": ""}\n' * count)
+    places = f"{file}:1, 2, 3, 4, 5, 6, 7, 8, 9, 10{more}: text must not be empty; mend"
+    with pytest.raises(ValueError, match=re.escape(f"cannot read the data: {places}")):
         read_records(file)
-    found = str(caught.value).split("\n  ")[1:]
-    assert [problem.split(" ")[0] for problem in found[:10]] == [
-        f"{file}:{i}:" for i in range(1, 11)
-    ]
-    assert found[10:] == ([] if more is None else [more])
+
+
+def test_read_records_counts_more_than_five_kinds(tmp_path):
+    kinds = ["[]", "{", '{"text": ""}', '{"text": 1}', '{"prompt": ""}', '{"messages": 1}', "a"]
+    with pytest.raises(ValueError, match="; and 2 other kinds of fault; mend"):
+        read_records(write(tmp_path, "\n".join(kinds)))
+
+
+def test_read_records_leaves_out_as_many_bad_rows_as_are_allowed(tmp_path):
+    good = json.dumps(KINDS[0])
+    file = write(tmp_path, "\n".join([good, '{"text": ""}', good, "{", good]))
+    with pytest.warns(UserWarning, match=r"were left out: .*:2: text must not be empty; .*:4: mus"):
+        assert read_records(file, skip_bad=2) == [KINDS[0]] * 3
+    with pytest.raises(ValueError, match=r"skip_bad=2 \(--skip-bad\)"):
+        read_records(file, skip_bad=1)
+    with pytest.warns(UserWarning, match="a bad row was left out"):
+        assert list(iter_records([file], skip_bad=2)) == [KINDS[0]] * 3
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=":2: .*; .*:4: must be JSON"):
+        list(iter_records([file], skip_bad=1))
+    for bad in (-1, 1.0, True):
+        with pytest.raises(ValueError, match="skip_bad must be a whole number of at least 0"):
+            read_records(file, skip_bad=bad)
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: must hold text"):  # a file is no row
+        read_records([file, tmp_path / "empty.jsonl"], skip_bad=9)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_read_records_names_other_encodings_of_unicode(tmp_path, encoding, name):
+    file = write(tmp_path, lines(KINDS[0]).encode(encoding), name)
+    named = encoding[:6].upper()
+    message = f"cannot read the data: .*: must be UTF-8, found {named}; save it as UTF-8"
+    with pytest.raises(ValueError, match=message):
+        read_records(file)
+    if name == "a.jsonl":
+        with pytest.raises(ValueError, match=message):
+            list(iter_records([file]))
 
 
 CONTENT = [{"role": "user", "content": "a"}]
@@ -228,8 +211,15 @@ BAD_RECORDS = [
         {"messages": talk("system", "user")},
         "messages must hold an assistant message, found none",
     ),
-    ({"text": "half \ud83d"}, "surrogates not allowed"),
-    ({"messages": [{"role": "user", "content": "\udc00"}]}, "surrogates not allowed"),
+    ({"text": "half \ud83d"}, "half a surrogate pair at character 5"),
+    (
+        {"messages": [{"role": "user", "content": "\udc00"}]},
+        r"\]\.content must be text, found half",
+    ),
+    (
+        {"messages": [*CONTENT, {"role": "assistant", "content": "b", "weight": 0.5}]},
+        r"messages\[1\]\.weight must be 0 or 1, true or false, found 0\.5",
+    ),
 ]
 
 
@@ -387,34 +377,6 @@ def test_encode_records_with_chat_prompts_leaves_texts_alone():
     assert found == pieces(("ab", True), (END, True))
 
 
-REWRITING = {
-    "the history changes": "{% for m in messages %}{% if m['role'] != 'assistant' or loop.last %}"
-    "{{ m['content'] }}{% endif %};{% endfor %}",
-    "the prompt is no prefix": "{% for m in messages %}{{ m['content'] }};{% endfor %}"
-    "{% if add_generation_prompt %}<think>{% endif %}",
-}
-
-
-@pytest.mark.parametrize("template", REWRITING)
-def test_encode_records_refuses_a_template_that_rewrites(template):
-    tokenizer = byte_tokenizer(REWRITING[template])
-    record = {"messages": talk("user", "assistant", "user", "assistant")}
-    turn = 3 if template == "the history changes" else 1
-    message = (
-        rf"record 1, messages\[{turn}\]: the chat template must write a conversation as a prefix "
-        "of its continuation, found that a later turn changes an earlier one; pass "
-        "completion_only=False or use another template"
-    )
-    with pytest.raises(ValueError, match=message):
-        encode_records([{"text": "a"}, record], tokenizer, max_length=99)
-    whole, _ = encode_one(record, tokenizer, completion_only=False)
-    assert (
-        whole[0]
-        == whole[1]
-        == tokenizer.encode_chat(record["messages"], add_generation_prompt=False)
-    )
-
-
 # --- cutting and counting -----------------------------------------------------------------------
 
 kinds = st.one_of(
@@ -455,7 +417,9 @@ def test_encode_records_cuts_drops_and_counts(records, max_length):
         truncated=sum(len(ids) > max_length for ids, _ in full),
         fully_masked=len(records) - len(kept),
         longest=max((len(ids) for ids, _ in full), default=0),
+        notes=report.notes,
     )
+    assert bool(report.notes) == any(name in str(record) for record in records for name in NAMES)
 
 
 def test_encode_report_says_what_became_of_the_records():
@@ -483,16 +447,18 @@ def test_encode_records_refuses_a_length_that_leaves_nothing(length):
 
 @pytest.mark.parametrize(("record", "message"), BAD_RECORDS)
 def test_encode_records_refuses_other_records_by_index(record, message):
-    with pytest.raises(ValueError, match=f"cannot encode the records:\n  record 1: .*{message}"):
+    with pytest.raises(ValueError, match=f"cannot encode the records: record 1: .*{message}"):
         encode_records([{"text": "a"}, record], byte_tokenizer(CHATML), max_length=9)
 
 
 def test_encode_records_names_all_bad_records_at_once():
     records = [{"text": ""}, {"text": "a"}] * 12
-    with pytest.raises(ValueError, match="\n  and 2 more$") as caught:
+    places = ", ".join(f"record {i}" for i in range(0, 20, 2))
+    with pytest.raises(ValueError, match=f": {places} and 2 more: text must not be empty; mend"):
         encode_records(records, byte_tokenizer(), max_length=9)
-    for i in range(0, 20, 2):
-        assert f"record {i}: text must not be empty" in str(caught.value)
+    found, report = encode_records(records, byte_tokenizer(), max_length=9, skip_bad=12)
+    assert len(found) == report.documents == 12
+    assert report.notes == (f"left out: {places} and 2 more: text must not be empty",)
 
 
 # --- the real SmolLM2 ---------------------------------------------------------------------------

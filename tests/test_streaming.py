@@ -88,6 +88,12 @@ def test_stream_passes_over_without_encoding():
     assert rows(again) == whole and len(encoded) == 60 - place["read"]
 
 
+def test_stream_takes_several_examples_of_an_item():
+    found = list(loader(encode=lambda item: [item, item] if len(item["input_ids"]) > 4 else []))
+    long = [tuple(item["input_ids"]) for item in DATA if len(item["input_ids"]) > 4]
+    assert 0 < len(long) < len(DATA) and tokens(found) == sorted(long * 2)
+
+
 def test_stream_parts_are_the_rows_of_one_order():
     whole = list(loader())
     parts = [list(loader(part=(rank, 3))) for rank in range(3)]

@@ -1,8 +1,10 @@
 """Llama and GPT-2 in plain PyTorch: reading, writing, tokenizing, fetching. Knows no LoRA."""
 
+from .conversation import Conversation
 from .decoder import KVCache
 from .fetching import fetch
 from .folder import save_pretrained
+from .foreign_tokenizer import as_tokenizer
 from .gpt2 import GPT2, Conv1D
 from .gpt2_config import GPT2Config
 from .llama import Llama
@@ -13,11 +15,13 @@ from .tokenizer import Tokenizer
 __all__ = [
     "GPT2",
     "Conv1D",
+    "Conversation",
     "GPT2Config",
     "KVCache",
     "Llama",
     "LlamaConfig",
     "Tokenizer",
+    "as_tokenizer",
     "fetch",
     "load_model",
     "save_pretrained",

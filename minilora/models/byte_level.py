@@ -1,4 +1,4 @@
-"""Byte-level BPE backends: from tokenizer.json, from GPT-2's older pair of files, from a GGUF."""
+"""Tokenizer backends: from tokenizer.json, from GPT-2's older pair of files, from a GGUF."""
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _END = "<|endoftext|>"
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def tokenizers_library() -> Any:
@@ -36,11 +37,33 @@ def folder_backend(folder: Path, entries: dict[str, Any]) -> tuple[Any, dict[str
     pair = folder / "vocab.json", folder / "merges.txt"
     if not file.is_file() and any(one.is_file() for one in pair):
         return _gpt2_backend(*pair, entries)
-    read_json(file)  # a clear error where it is missing or no JSON
+    stored = read_json(file)  # a clear error where it is missing or no JSON
     try:
-        return library.Tokenizer.from_file(str(file)), {}
+        backend = library.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"'{file}' must describe a tokenizer, found: {error}") from error
+    if entries.get("tokenizer_class") in _LLAMA and _prepends(stored.get("normalizer")):
+        _begin_once(backend, entries)
+    return backend, {}
+
+
+def _prepends(normalizer: Any) -> bool:
+    """Whether a space is put before every stretch of text between control tokens."""
+    steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else []
+    return any(isinstance(step, dict) and step.get("type") == "Prepend" for step in steps)
+
+
+def _begin_once(backend: Any, entries: dict[str, Any]) -> None:
+    """Put a space before the first stretch of text alone, as transformers does for this class.
+
+    huggingface/transformers, `models/llama/tokenization_llama.py`.
+    """
+    spaced = entries.get("add_prefix_space")
+    scheme = "always" if entries.get("legacy") else "first"
+    backend.normalizer = None
+    backend.pre_tokenizer = tokenizers_library().pre_tokenizers.Metaspace(
+        prepend_scheme="never" if spaced is False else scheme, split=False
+    )
 
 
 def _gpt2_backend(

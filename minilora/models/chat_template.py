@@ -4,6 +4,7 @@ What holds while one runs is in `template_sandbox`.
 """
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,6 +54,10 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 class ChatTemplate:
     """Compile a template once and render conversations with it.
 
+    Attributes:
+        source: the Jinja source.
+        variables: names of the values it reads that `render` does not set by itself.
+
     Args:
         source: Jinja source, as transformers reads it.
 
@@ -73,6 +78,7 @@ class ChatTemplate:
         self._sandbox = Sandbox()
         with _one_error("is not valid"):
             self._template = self._sandbox.compiled(source)
+            self.variables: frozenset[str] = self._sandbox.variables(source) - {"messages"}
 
     def render(self, messages: list[dict[str, Any]], **values: Any) -> str:
         """Return the text of a conversation.
@@ -88,7 +94,7 @@ class ChatTemplate:
             ValueError: the template refuses the messages, fails, or exceeds its bounds.
         """
         with self._lock, _one_error("cannot render these messages"):
-            self._sandbox.budget.start(messages)
+            self._sandbox.start(messages, values)
             return self._template.render(messages=messages, **values)
 
 
@@ -98,5 +104,5 @@ def _one_error(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = re.sub(r" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__
         raise ValueError(f"the chat template {what}: {reason}") from error

@@ -348,12 +348,12 @@ def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> 
         model: a plain floating-point `Llama` or `GPT2`: no adapters, not quantized. A head that
             no longer shares the embedding's memory is stored as its own tensor.
         folder: made when missing. Files of an earlier `save_pretrained` are replaced.
-        tokenizer: a `Tokenizer` to write beside it, or None.
+        tokenizer: a `Tokenizer`, or one of transformers', to write beside it, or None.
 
     Raises:
         ValueError: a model that holds anything but the plain parameters, or a folder that holds
             model files written by something else.
-        TypeError: another kind of model.
+        TypeError: another kind of model or tokenizer.
         RuntimeError: the folder can't be written.
     """
     folder = Path(folder)
@@ -363,6 +363,10 @@ def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> 
             f"save_pretrained writes a Llama or GPT2 of minilora.models, found "
             f"{type(model).__name__}; write other models by their own means"
         )
+    if tokenizer is not None:
+        from .foreign_tokenizer import as_tokenizer  # which imports this module
+
+        tokenizer = as_tokenizer(tokenizer)
     tensors = _plain_tensors(model, known)
     _refuse_foreign(folder)
     config = model.config.to_dict(tensors[known.embedding].dtype)

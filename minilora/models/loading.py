@@ -80,7 +80,7 @@ def _with_gpt2_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
     OpenAI's own folder names none. Without one, training has nothing to end a text with.
     """
-    if tokenizer.eos_id is not None or _GPT2_END not in tokenizer._control:
+    if tokenizer.eos_id is not None or _GPT2_END not in tokenizer.control:
         return tokenizer
     named = {"bos_token": _GPT2_END, "unk_token": _GPT2_END, **tokenizer._named}
     return Tokenizer(

@@ -4,9 +4,10 @@ Text of users never turns into control tokens unless it is asked for: `"<|im_end
 is encoded as the characters it is made of.
 """
 
+import functools
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ from minilora.files import leads_out, whole_folder, write, write_json
 
 from .byte_level import folder_backend, gguf_backend, tokenizers_library
 from .chat_template import ChatTemplate, map_strings, plain_messages
+from .conversation import Conversation
 from .folder import read_json
+from .long_text import encode_pieces
+from .special_tokens import (
+    Encoded,
+    control_tokens,
+    encode_as_text,
+    make_special,
+    special_texts,
+    stand_in,
+    text_of,
+)
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 # Control tokens that end a turn or a document in any model; llama.cpp stops at them too.
 _ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")
-_MARK = "\ufdd0"  # a code point that stands for no character
 
 
 class Tokenizer:
@@ -34,6 +45,7 @@ class Tokenizer:
         pad_id: id to fill batches with: the tokenizer's own, else `eos_id`, or None.
         stop_ids: ids at which generation ends.
         vocab_size: ids are below this number.
+        control: ids of the control tokens by name.
         chat_template: Jinja source, or None.
     """
 
@@ -62,14 +74,17 @@ class Tokenizer:
         self.bos_id: int | None = ids.get("bos_token")
         self.eos_id: int | None = ids.get("eos_token")
         self.pad_id: int | None = ids.get("pad_token", self.eos_id)
-        added = backend.get_added_tokens_decoder()
-        self._control = {token.content: i for i, token in added.items() if token.special}
-        ends = {self._control[text] for text in _ENDS if text in self._control}
+        backend.no_truncation()  # what tokenizer.json may keep of some earlier call
+        backend.no_padding()
+        make_special(backend, self._named.values())
+        self.control: dict[str, int] = control_tokens(backend)
+        ends = {self.control[text] for text in _ENDS if text in self.control}
         if self.eos_id is not None:
             ends.add(self.eos_id)
         self.stop_ids: frozenset[int] = frozenset(ends | set(stop_ids))
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self._template: ChatTemplate | None = None
+        self._stand_in: tuple[str, Any, dict[int, int]] | None = None
         self.chat_template = chat_template
 
     @classmethod
@@ -94,7 +109,7 @@ class Tokenizer:
         backend, defaults = folder_backend(folder, entries)
         entries = defaults | entries
         named = {
-            name: _text_of(entries.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")
+            name: text_of(entries.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")
         }
         stops: set[int] = set()
         for name in ("config.json", "generation_config.json"):
@@ -111,6 +126,7 @@ class Tokenizer:
                     f"somewhere else; put a copy there: save would publish whatever it leads to"
                 )
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        make_special(backend, special_texts(entries))
         made = cls(backend, **named, stop_ids=stops, chat_template=template)
         if not (folder / "tokenizer.json").is_file():
             made._frame(bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token")))
@@ -203,6 +219,18 @@ class Tokenizer:
             TypeError: `text` is no string.
             ValueError: it holds half a surrogate pair, which no encoding can store.
         """
+        if special:
+            before, after = self._around
+            return [*before, *self.encode(text, special=False, parse_special=parse_special), *after]
+        return [i for ids, _ in self.pieces(text, parse_special=parse_special) for i in ids]
+
+    def pieces(
+        self, text: str, *, parse_special: bool = False
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the ids of a text and the character after each token, a few thousand at a time.
+
+        Args, Raises: as `encode`, with `special=False`.
+        """
         if not isinstance(text, str):
             raise TypeError(f"encode needs a string, found {type(text).__name__}")
         if half := re.search("[\ud800-\udfff]", text):
@@ -210,9 +238,32 @@ class Tokenizer:
                 f"encode needs text, found half a surrogate pair at character {half.start()}; "
                 f"decode the bytes it came from as UTF-8"
             )
-        with self._lock:  # the library keeps this choice as state
-            self._backend.encode_special_tokens = not parse_special
-            return self._backend.encode(text, add_special_tokens=special).ids
+
+        def encode(part: str) -> Encoded:
+            with self._lock:  # the library keeps this choice as state
+                self._backend.encode_special_tokens = not parse_special
+                return encode_as_text(self._backend, part, {} if parse_special else self.control)
+
+        return encode_pieces(encode, text)
+
+    @functools.cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What stands before and after a document."""
+        whole = self._backend.encode("a", add_special_tokens=True).ids
+        inner = self._backend.encode("a", add_special_tokens=False).ids
+        for start in range(len(whole) - len(inner) + 1):
+            if inner and whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+        return self._backend.encode("", add_special_tokens=True).ids, []
+
+    @functools.cached_property
+    def joins(self) -> bool:
+        """Whether texts that are encoded apart read as one text.
+
+        False of vocabularies that put a space before each (SentencePiece), or mark what goes on.
+        """
+        apart = [i for letter in "ab" for i in self.encode(letter, special=False)]
+        return self.decode(apart) == "ab"
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Turn token ids into text.
@@ -229,8 +280,41 @@ class Tokenizer:
             raise ValueError(f"token ids must be 0 or more, found {min(ids)}")
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text that `ids` add to what `before` says, without control tokens.
+
+        The space that a vocabulary drops at the beginning of a text is kept. A character cut off
+        at the end is left out, so the text of more ids begins with it.
+
+        Args:
+            before: ids of the text that `ids` go on from; may be empty.
+            ids: token ids.
+
+        Raises:
+            ValueError: negative ids.
+        """
+        silent = set(self.control.values()).issuperset(before)
+        anchor = [] if silent else self.encode("a", special=False)[-1:]
+        start, text = self.decode(anchor), ""
+        for end in range(len(ids), max(0, len(ids) - 4), -1):
+            text = self.decode([*anchor, *ids[:end]])
+            text = text[len(start) :] if text.startswith(start) else self.decode(ids[:end])
+            if not text.endswith("\ufffd") or self._ends_with_replacement(ids[:end]):
+                return text
+        return text.rstrip("\ufffd")
+
+    def _ends_with_replacement(self, ids: Sequence[int]) -> bool:
+        """Whether the character that stands for broken ones was itself written."""
+        written = self.encode("a\ufffd", special=False)[-3:]  # its three bytes, or one token
+        written = written[-1:] if self.decode(written[-1:]) == "\ufffd" else written
+        return list(ids[-len(written) :]) == written
+
     def render(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
         """Write a conversation as the text the model was trained on, by its chat template.
 
@@ -239,6 +323,7 @@ class Tokenizer:
         Args:
             messages: dicts of JSON values with `role` and, mostly, `content`; not changed.
             add_generation_prompt: end with the beginning of the assistant's next turn.
+            variables: what else the template reads, as JSON values: tools, documents, …
 
         Returns:
             Text in which control tokens stand by name, whoever wrote them: to encode it safely use
@@ -249,9 +334,16 @@ class Tokenizer:
             TypeError: messages of another type.
             RuntimeError: jinja2 is missing.
         """
-        return self._rendered(plain_messages(messages), add_generation_prompt)
+        values = map_strings(variables, str)
+        return self._rendered(plain_messages(messages), add_generation_prompt, values)
 
-    def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _rendered(
+        self, messages: list[dict[str, Any]], prompt: bool, variables: dict[str, Any]
+    ) -> str:
+        given = {"tools": None, "documents": None, **self._named, **variables}
+        return self._compiled().render(messages, add_generation_prompt=prompt, **given)
+
+    def _compiled(self) -> ChatTemplate:
         if self.chat_template is None:
             raise ValueError(
                 "a conversation needs a chat template, found none in this tokenizer; set "
@@ -259,16 +351,19 @@ class Tokenizer:
             )
         if self._template is None or self._template.source != self.chat_template:
             self._template = ChatTemplate(self.chat_template)
-        return self._template.render(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **self._named,
-        )
+        return self._template
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template reads beside the messages and the tokens' names."""
+        return frozenset() if self.chat_template is None else self._compiled().variables
 
     def encode_chat(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> list[int]:
         """Render a conversation and encode it; only the template's control tokens become ones.
 
@@ -277,8 +372,7 @@ class Tokenizer:
         name in two fields that a template joins directly are read as the name.
 
         Args:
-            messages: as in `render`.
-            add_generation_prompt: as in `render`.
+            messages, add_generation_prompt, variables: as in `render`.
 
         Returns:
             Token ids.
@@ -286,35 +380,15 @@ class Tokenizer:
         Raises:
             As `render`; ValueError too where a template takes such a name apart.
         """
-        plain = plain_messages(messages)
-        names = sorted(self._control, key=len, reverse=True)
-        control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        found: list[bool] = []
-        marks = _longest_run(plain) + _MARK
+        talk = Conversation(self, messages, variables)
+        text = talk.text(prompt=add_generation_prompt)
+        return [i for ids, _ in talk.pieces(text) for i in ids]
 
-        def hide(text: str) -> str:
-            found.extend(True for _ in control.finditer(text))
-            return control.sub(lambda name: f"{marks}{names.index(name[0]):05d}", text)
-
-        hidden = [map_strings(message, hide) for message in plain]
-        text = self._rendered(hidden, add_generation_prompt)
-        if not found:
-            return self.encode(text, special=False, parse_special=True)
-        ids: list[int] = []
-        end = 0
-        for match in (*control.finditer(text), None):
-            piece = text[end : match.start() if match else len(text)]
-            shown = re.sub(marks + r"(\d{5})", lambda name: names[int(name[1])], piece)
-            if marks in shown:
-                raise ValueError(
-                    "the chat template takes apart a message that holds the name of a control "
-                    "token; remove the name from the message"
-                )
-            ids += self.encode(shown, special=False)
-            if match:
-                ids.append(self._control[match[0]])
-                end = match.end()
-        return ids
+    def _standing_in(self, mark: str) -> tuple[Any, dict[int, int]]:
+        """Return `stand_in`'s result for this tokenizer, kept for the mark used last."""
+        if self._stand_in is None or self._stand_in[0] != mark:
+            self._stand_in = mark, *stand_in(self._backend, mark)
+        return self._stand_in[1:]
 
     def save(self, folder: str | Path) -> None:
         """Write the files from which transformers' `AutoTokenizer` makes the same tokenizer.
@@ -331,20 +405,3 @@ class Tokenizer:
             )
             if self.chat_template is not None:
                 write(made / "chat_template.jinja", self.chat_template)
-
-
-def _text_of(token: Any) -> str | None:
-    """A special token's text: in config files it stands bare or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _longest_run(value: Any) -> str:
-    """The longest run of marks in any string inside, so that one more is unmistakable."""
-    runs = [""]
-
-    def note(text: str) -> str:
-        runs.extend(re.findall(f"{_MARK}+", text))
-        return text
-
-    map_strings(value, note)
-    return max(runs, key=len)
