@@ -255,14 +255,15 @@ class _Encoder:
             turns = (("user", record["prompt"]), ("assistant", record["completion"]))
             messages = [{"role": role, "content": content} for role, content in turns]
             return self._chat(messages, record, name)
-        if self.tokenizer.eos_id is None:
+        eos_id = self.tokenizer.eos_id
+        if eos_id is None:
             raise ValueError("the tokenizer must have an eos_id to end it with, found None")
         data = ("text",) if "text" in record else ("prompt", "completion")
         self.ignore(k for k, v in record.items() if k not in data and v is not None)
         texts = [record[key] for key in data]
-        return [self._document(texts, name)]
+        return [self._document(texts, eos_id, name)]
 
-    def _document(self, texts: Sequence[str], name: str) -> _Row:
+    def _document(self, texts: Sequence[str], eos_id: int, name: str) -> _Row:
         """Encode a text, or a prompt and its completion."""
         tokenizer, whole = self.tokenizer, "".join(texts)
         parse = self._parses(whole, name)
@@ -281,7 +282,7 @@ class _Encoder:
                 row.add(ids, [end > start for end in ends])
         stops = [text for text, i in tokenizer.control.items() if i in tokenizer.stop_ids]
         if not (parse and whole.rstrip().endswith(tuple(stops))):
-            row.add([tokenizer.eos_id], True)
+            row.add([eos_id], True)
         return row
 
     def _parses(self, text: str, name: str) -> bool:
@@ -290,7 +291,7 @@ class _Encoder:
             parse = self.parse_special
         else:
             first = self.control.match(text.lstrip())
-            parse = bool(first) and first[0] in self.openers and self._names(text) > 1
+            parse = first is not None and first[0] in self.openers and self._names(text) > 1
             if parse:
                 self.note(_PARSED, name)
         if not parse and self._names(text):

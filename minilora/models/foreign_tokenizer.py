@@ -28,12 +28,15 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
             f"the tokenizer must be a minilora.models.Tokenizer or one of transformers' that has a "
             f"backend_tokenizer, found {kind}; convert it by {line}"
         )
-    named = {key: getattr(tokenizer, f"{key}_token", None) for key in ("bos", "eos", "pad", "unk")}
+    named: dict[str, Any] = {}
+    for key in ("bos", "eos", "pad", "unk"):
+        token = getattr(tokenizer, f"{key}_token", None)
+        named[key] = None if token is None else str(token)
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
     return Tokenizer(
         backend,
-        **{key: None if token is None else str(token) for key, token in named.items()},
+        **named,
         chat_template=template,
     )

@@ -161,7 +161,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Call a function, method or macro of the template."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name in ("join", "replace"):
-            return __self.join(*args, owner) if name == "join" else __self.replace(owner, *args)
+            return __self.join(args[0], owner) if name == "join" else __self.replace(owner, *args)
         return __self.made(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
