@@ -4,7 +4,7 @@
 
 Each row is a real run of a few steps by `minilora.fit` in a process of its own, whose peak is the
 kernel's (VmHWM) and whose seconds are the median after the first step. Planned before it: memory
-on shapes, and time from steps of 1 and of 3 blocks. SmolLM2 is read from its file if that is in
+on shapes, and time from repeated steps of 3 blocks. SmolLM2 is read from its file if that is in
 the cache, the other models have random weights of their shape. A quantized base computes in what
 is fastest on the machine. Rows that the table holds for this machine are not run again; `--rows`
 takes those that hold all of these words, `--budget` starts no row after so many seconds.

@@ -1,5 +1,6 @@
 """`fit(plan=True)`: what is said before and after, of a run that is the same."""
 
+import itertools
 import re
 
 import pytest
@@ -123,11 +124,41 @@ def test_a_time_limit_is_planned_by_the_steps_within_it(monkeypatch):
     assert int(found[1]) == pytest.approx(0.06 / 1e-4, rel=0.1), "epochs after the first count"
 
 
+def test_memory_that_the_timed_blocks_took_beyond_the_plan_is_added(monkeypatch):
+    peaks = []
+    for beyond in (0, 50_000_000, -(10**12)):
+        said = short_run(monkeypatch, Timing(0.5, 0.5, 0.5, 5, beyond), max_steps=1)
+        heap = re.search(r"heap.*?([\d,.]+)$", said, re.MULTILINE)
+        peaks.append(0.0 if heap is None else float(heap[1].replace(",", "")))
+    assert peaks[1] == pytest.approx(peaks[0] + 50)
+    assert peaks[2] == 0, "never below nothing"
+
+
+def test_a_time_that_cannot_be_measured_is_told(monkeypatch):
+    said = short_run(monkeypatch, None, max_steps=1)
+    assert "plan: no time, as real blocks could not be run in a process of their own" in said
+
+
+def test_planned_seconds_are_those_of_the_very_steps(monkeypatch):
+    """The loader reads ahead, so the place counts at which the run began."""
+    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: HALF_A_SECOND)
+    planned = []
+    after = foretold.Foretold.after
+    monkeypatch.setattr(
+        foretold.Foretold, "after", lambda self: planned.extend(self.pairs) or after(self)
+    )
+    trained(True, rows=LONG, config={"max_steps": 9})
+    met = [batch.tokens for [batch] in itertools.islice(
+        steps_met(Batches(LONG, batch_size=2), 1), 9)]  # fmt: skip
+    seconds = [one / met[0] * planned[0][1] for one in met]
+    assert [one for _, one in planned] == pytest.approx(seconds)
+
+
 def test_a_plan_that_is_far_off_is_noticed_early(monkeypatch):
     monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: Timing(1e4, 1e4, 1e4, 5))
     rows = [Example([1] * 8, [1] * 8)] * 20
     _, said = trained(True, rows=rows, config={"max_steps": 6})
-    notes = [line for line in said if line.startswith("note: steps 2 to 4 took")]
+    notes = [line for line in said if line.startswith("note: steps 2 to 6 took")]
     assert len(notes) == 1
     assert "times what was planned; at this pace an epoch takes 0.0 minutes" in notes[0]
     assert "disagree" not in "".join(said)

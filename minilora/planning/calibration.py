@@ -136,6 +136,17 @@ def process_bytes() -> int:
         return constants.PROCESS
 
 
+def resident() -> int:
+    """Return the bytes this process holds now, 0 where that is not known."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    for line in status.read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def peak_bytes() -> int:
     """Return the most memory this process has held, in bytes; 0 where that is not known."""
     status = Path("/proc/self/status")
@@ -158,5 +169,5 @@ def forget_peak() -> bool:
 
 __all__ = [
     "Calibration", "calibrate", "forget_peak", "free_memory", "isolated", "peak_bytes",
-    "process_bytes",
+    "process_bytes", "resident",
 ]  # fmt: skip

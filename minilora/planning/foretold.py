@@ -3,8 +3,8 @@
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from minilora.planning.calibration import (
     calibrate,
     forget_peak,
     peak_bytes,
+    resident,
 )
 from minilora.planning.memory import Memory, Settings, count_memory
 from minilora.planning.met import Met, Step, epoch_met, largest_batch, mean_batch, steps_met
@@ -28,7 +29,7 @@ from minilora.selection import matrix_shape
 from minilora.sizes import sizes
 from minilora.wrappers import named_modules
 
-_EARLY = 4  # steps after which a plan is held against the run
+_EARLY = 6  # steps after which a plan is held against the run
 _FAR = 1.5  # factor of time above which the run says so
 
 
@@ -102,7 +103,7 @@ class Foretold:
         )
 
     def _memory(self, batch: Met) -> Memory:
-        return count_memory(
+        found = count_memory(
             self.shape,
             self._settings(batch),
             gpu=self.cuda,
@@ -111,6 +112,8 @@ class Foretold:
             linears=self.linears,
             base=self.base,
         )
+        beyond = 0 if self.timing is None else self.timing.beyond
+        return dataclasses.replace(found, heap=max(0, found.heap + beyond))
 
     def _time(self) -> Timing | None:
         """Time the run's usual batch; None on a GPU, and with several processes."""
@@ -146,6 +149,8 @@ class Foretold:
 
     def _say_time(self, met: list[Step], epoch: list[Step], steps: int | None) -> None:
         if self.timing is None:
+            if not self.cuda and self.settings["ranks"] == 1:
+                self.say("plan: no time, as real blocks could not be run in a process of their own")
             return
         of_step = self.timing.times(self.settings["accumulate"])
         self.minutes = sum(map(self._seconds, epoch)) / 60
@@ -170,11 +175,11 @@ class Foretold:
         self.pairs.append((took, planned))
         if len(self.pairs) != _EARLY:
             return
-        measured, planned = (sum(each[1:]) for each in zip(*self.pairs, strict=True))
-        if not 1 / _FAR < measured / planned < _FAR:
+        far = statistics.median(took / planned for took, planned in self.pairs[1:])
+        if not 1 / _FAR < far < _FAR:
             self.say(
-                f"note: steps 2 to {_EARLY} took {measured / planned:.2g} times what was planned; "
-                f"at this pace an epoch takes {self.minutes * measured / planned:.1f} minutes"
+                f"note: steps 2 to {_EARLY} took {far:.2g} times what was planned; at this pace an "
+                f"epoch takes {self.minutes * far:.1f} minutes"
             )
 
     @staticmethod
@@ -224,14 +229,3 @@ class Foretold:
                 f"({planned / one - 1:+.1%}) on {hardware().name}"
             )
         return found
-
-
-def resident() -> int:
-    """Return the bytes this process holds now, 0 where that is not known."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    for line in status.read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0

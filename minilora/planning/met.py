@@ -38,15 +38,18 @@ Step = list[Met]
 def steps_met(
     batches: Batches, accumulate: int, place: tuple[int, int] | None = None
 ) -> Iterator[Step]:
-    """Yield the batches of each optimizer step as `fit` makes them, epoch after epoch, without end.
+    """Return each optimizer step's batches as `fit` makes them, epoch after epoch, without end.
 
     Args:
         batches: of the run.
         accumulate: micro-batches of a step; an epoch's last step may have fewer.
-        place: epoch and batches of it that are done; None: where `batches` is.
+        place: epoch and batches of it that are done; None: where `batches` is now.
     """
     state = batches.state_dict()
-    epoch, done = place or (state["epoch"], state["index"])
+    return _ahead(batches, accumulate, *(place or (state["epoch"], state["index"])))
+
+
+def _ahead(batches: Batches, accumulate: int, epoch: int, done: int) -> Iterator[Step]:
     sizes = [(len(one.input_ids), learned_labels(one.labels)) for one in batches.examples]
     for number in itertools.count(epoch):
         met = []

@@ -15,11 +15,11 @@ from torch import nn
 from minilora.data import IGNORE, Batch, Example, pad
 from minilora.evaluation import token_loss
 from minilora.injection import inject, places_of
-from minilora.kernels import hand_back_freed_memory, hardware, keep_freed_memory
+from minilora.kernels import hand_back_freed_memory, hardware, integer_way, keep_freed_memory
 from minilora.layers import is_conv1d
 from minilora.models import GPT2Config, LlamaConfig
-from minilora.planning.calibration import isolated
-from minilora.planning.memory import Settings
+from minilora.planning.calibration import forget_peak, isolated, peak_bytes, resident
+from minilora.planning.memory import Settings, count_memory
 from minilora.planning.shapes import Config, Shape
 from minilora.quantization import QuantizedLinear, Spec, check_spec, layout
 from minilora.selection import matrix_shape, select_targets
@@ -82,9 +82,9 @@ def _random_codes(module: Any, spec: Spec, dtype: torch.dtype) -> QuantizedLinea
     return QuantizedLinear(parts, K, N, spec, bias=bias, dtype=dtype, plain=plain)
 
 
-def _shallow(shape: Shape, layers: int) -> Shape:
-    """The same widths with fewer blocks and, if it is large, a smaller vocabulary."""
-    config = shape.config
+def _shallow(shape: Shape) -> Shape:
+    """The same widths with few blocks and, if it is large, a smaller vocabulary."""
+    config, layers = shape.config, min(_DEPTH, shape.config.num_hidden_layers)
     vocabulary = min(config.vocab_size, max(1024, _VOCABULARY // config.hidden_size))
     changed: Config
     if isinstance(config, GPT2Config):
@@ -141,7 +141,7 @@ def _steps(
     shape: Shape, settings: Settings, rows: int, clock: Clock
 ) -> Iterator[tuple[float, float]]:
     """Time steps of a shallow model without end, after one that warms up: the rest, and a block."""
-    shallow = _shallow(shape, min(_DEPTH, shape.config.num_hidden_layers))
+    shallow = _shallow(shape)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = random_model(shallow, settings).train()
@@ -168,12 +168,15 @@ class Timing:
         low: where the middle half of the repeats begins.
         high: where it ends.
         repeats: how many there were.
+        beyond: bytes at the peak above those planned for the timed steps, which a whole model takes
+            too (what this machine's libraries hold for products); 0 where that is not known.
     """
 
     seconds: float
     low: float
     high: float
     repeats: int
+    beyond: int = 0
 
     @property
     def steady(self) -> bool:
@@ -197,12 +200,14 @@ class Timing:
 
     def times(self, factor: float) -> "Timing":
         """Return it for so much more work."""
-        return Timing(self.seconds * factor, self.low * factor, self.high * factor, self.repeats)
+        return dataclasses.replace(
+            self, seconds=self.seconds * factor, low=self.low * factor, high=self.high * factor
+        )
 
 
-def _summed_up(found: list[float]) -> Timing:
+def _summed_up(found: list[float], beyond: int = 0) -> Timing:
     low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-    return Timing(middle, low, high, len(found))
+    return Timing(middle, low, high, len(found), beyond)
 
 
 _known: dict[str, Timing] = {}
@@ -211,7 +216,9 @@ _known: dict[str, Timing] = {}
 def _timed(shape: Shape, settings: Settings, clock: Clock) -> Timing:
     """Foretell a step from each of a few, and from more where these disagree."""
     keep_freed_memory()  # as `fit` does: steps are slower where freed pages are cleared again
-    config, shallow, rows = shape.config, _shallow(shape, _DEPTH), settings.one_pass.B
+    hand_back_freed_memory()
+    held = resident() if forget_peak() else 0
+    config, shallow, rows = shape.config, _shallow(shape), settings.one_pass.B
     flops = sum(one.numel() for one in shallow.empty().parameters())
     rate = hardware().float32 if settings.dtype == torch.float32 else hardware().bfloat16
     timed = max(1, min(rows, int(_SECONDS * rate * 1e9 / (6 * flops * settings.length))))
@@ -221,8 +228,13 @@ def _timed(shape: Shape, settings: Settings, clock: Clock) -> Timing:
         found.append((rest * larger + block * config.num_hidden_layers) * rows / timed)
         if len(found) >= _MOST or (len(found) >= _REPEATS and _summed_up(found).steady):
             break
+    beyond = 0
+    if held:
+        run = dataclasses.replace(settings, batch_size=timed, ranks=1, parallel=None)
+        planned = count_memory(shallow, run, integer=integer_way(), process=held)
+        beyond = peak_bytes() - planned.peak
     hand_back_freed_memory()
-    return _summed_up(found)
+    return _summed_up(found, beyond)
 
 
 def timed_step(shape: Shape, settings: Settings, clock: Clock = time.perf_counter) -> Timing:

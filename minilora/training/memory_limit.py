@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from minilora.data import Batch
-from minilora.planning.foretold import Foretold, resident
+from minilora.planning.calibration import resident
+from minilora.planning.foretold import Foretold
 from minilora.planning.memory import Memory, Settings, count_memory
 from minilora.planning.shapes import read_shape
 from minilora.quantization import QuantizedLinear
