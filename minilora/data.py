@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 IGNORE = -100
+MASKS = ("loss_mask", "completion_mask", "assistant_masks")  # 1: learned
+WEIGHTS = ("weight", "weights", "loss_weight", "loss_weights", "sample_weight")
 POOL = 50  # length grouping sorts pools of this many batches
 
 
@@ -111,8 +114,9 @@ def as_examples(data: Iterable[Any]) -> list[Example]:
 
     Args:
         data: `Example`s, or mappings or objects with `input_ids` and, optionally, `labels` (else
-            the labels are the ids), each a list or a 1-D integer tensor, unpadded. A packed row
-            has `lengths` beside; what begins one of its documents is not learned.
+            the labels are the ids), each a list or a 1-D integer tensor, unpadded. What is 0 in a
+            `loss_mask`, `completion_mask` or `assistant_masks` beside is not learned. A packed row
+            has `lengths`; what begins one of its documents is not learned.
 
     Raises:
         TypeError: by index, ids or labels that are missing or not integers in one dimension.
@@ -143,6 +147,7 @@ def _as_example(item: Any, name: str) -> Example:
         raise ValueError(f"{name}: input_ids must not be negative, found {min(ids)}")
     if bad := [label for label in labels if label < 0 and label != IGNORE]:
         raise ValueError(f"{name}: labels must be token ids or {IGNORE}, found {bad[0]}")
+    labels = _masked(labels, get, name)
     lengths = _integers(get("lengths") or (), f"{name}: lengths")
     if lengths and (sum(lengths) != len(ids) or min(lengths) < 1):
         raise ValueError(
@@ -158,6 +163,22 @@ def _as_example(item: Any, name: str) -> Example:
     if mask is not None and not all(_integers(mask, f"{name}: attention_mask")):
         raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
     return Example(ids, labels, lengths)
+
+
+def _masked(labels: tuple[int, ...], get: Callable[[str], Any], name: str) -> tuple[int, ...]:
+    """Return labels without those that a mask leaves out; warn of weights, which are not used."""
+    for key in MASKS:
+        if get(key) is not None:
+            given = get(key).tolist() if hasattr(get(key), "tolist") else get(key)
+            mask = _integers([int(v) if type(v) is bool else v for v in given], f"{name}: {key}")
+            if len(mask) != len(labels) or not {0, 1}.issuperset(mask):
+                raise ValueError(f"{name}: {key} must hold a 0 or a 1 for each of the input_ids")
+            labels = tuple(
+                label if learned else IGNORE for label, learned in zip(labels, mask, strict=True)
+            )
+    if weights := [key for key in WEIGHTS if get(key) is not None]:
+        warnings.warn(f"examples have {weights[0]}, which is ignored", stacklevel=4)
+    return labels
 
 
 def _integers(values: Any, name: str) -> tuple[int, ...]:

@@ -537,3 +537,23 @@ def test_digest_differs_where_the_data_does(one, other):
 
     digests = [Batches(made(shape), batch_size=1).digest for shape in (one, other)]
     assert (digests[0] == digests[1]) == (one == other)
+
+
+@pytest.mark.parametrize("key", ["loss_mask", "completion_mask", "assistant_masks"])
+@pytest.mark.parametrize(
+    "make", [list, torch.tensor, lambda mask: torch.tensor(mask) > 0, lambda m: [*map(bool, m)]]
+)
+def test_as_examples_uses_masks_of_what_is_learned(key, make):
+    item = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, -100, 8], key: make([0, 1, 1, 0])}
+    (found,) = as_examples([item])
+    assert found.labels == (-100, 6, -100, -100)
+    for bad in ([0, 1], [0, 1, 2, 0]):
+        with pytest.raises(ValueError, match=f"example 0: {key} must hold a 0 or a 1 for each of"):
+            as_examples([{**item, key: bad}])
+    with pytest.raises(ValueError, match="nothing to learn"):
+        as_examples([{**item, key: [1, 0, 1, 0]}])
+
+
+def test_as_examples_warns_of_weights():
+    with pytest.warns(UserWarning, match="examples have loss_weights, which is ignored"):
+        as_examples([{"input_ids": [1, 2], "loss_weights": [0.5, 1.0]}])

@@ -29,15 +29,14 @@ from .special_tokens import (
 )
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_GGUF_NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 # Control tokens that end a turn or a document in any model; llama.cpp stops at them too.
 _ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")
 
 
 class Tokenizer:
-    """Encode and decode text, and render conversations.
-
-    Made by `from_pretrained` or `from_gguf`.
+    """Encode and decode text, and render conversations; made by `from_pretrained` or `from_gguf`.
 
     Attributes:
         bos_id: id that begins a text, or None.
@@ -160,12 +159,7 @@ class Tokenizer:
         backend.add_tokens([token for token in added if not token.special])
         ids = {
             name: source.metadata.get(f"tokenizer.ggml.{key}_token_id")
-            for name, key in (
-                ("bos", "bos"),
-                ("eos", "eos"),
-                ("pad", "padding"),
-                ("unk", "unknown"),
-            )
+            for name, key in _GGUF_NAMES.items()
         }
         for name, token_id in ids.items():
             if token_id is not None and not 0 <= token_id < len(tokens):
@@ -397,11 +391,10 @@ class Tokenizer:
             folder: made when missing; `tokenizer.json`, `tokenizer_config.json` and
                 `chat_template.jinja` in it are replaced.
         """
-        entries = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named}
+        entries: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named}
+        entries["clean_up_tokenization_spaces"] = False
         with whole_folder(folder, last="tokenizer.json") as made:
             write(made / "tokenizer.json", self._backend.to_str(pretty=True))
-            write_json(
-                made / "tokenizer_config.json", {**entries, "clean_up_tokenization_spaces": False}
-            )
+            write_json(made / "tokenizer_config.json", entries)
             if self.chat_template is not None:
                 write(made / "chat_template.jinja", self.chat_template)
