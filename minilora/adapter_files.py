@@ -26,6 +26,7 @@ from minilora.files import (
     tensor_content,
     tensor_file,
 )
+from minilora.frozen_values import difference
 from minilora.lora_layer import LoRALayer, storage_format, weight_sample
 from minilora.packed import packed_format, weight_values
 
@@ -149,7 +150,7 @@ def check_base(
     modules: dict[str, Any],
     samples: dict[str, Tensor],
 ) -> bool:
-    """Compare the base with the one the adapter was trained on; False when nothing is known."""
+    """Compare the base with the one the adapter was trained on; False unless all is known."""
     if "minilora_base" not in metadata:
         return False
     try:
@@ -181,4 +182,20 @@ def check_base(
                 f"and are not; load the base it was trained on, or pass verify=False to load it "
                 f"all the same"
             )
-    return True
+    return rows.keys() >= samples.keys()
+
+
+def check_rest(folder: Path, metadata: dict[str, str], values: Mapping[str, Tensor]) -> None:
+    """Compare what the adapter depends on and does not hold; older files say nothing of it."""
+    try:
+        found = difference(values, metadata.get("minilora_rest", "{}"))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: minilora_rest in the metadata must be readable, found "
+            f"{type(error).__name__} ({error}); save the adapter again, or pass verify=False"
+        ) from None
+    if found is not None:
+        raise ValueError(
+            f"{folder} was trained on another base: {found}; load the base it was trained on, or "
+            f"pass verify=False to load it all the same"
+        )

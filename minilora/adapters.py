@@ -22,7 +22,7 @@ from minilora.injection import check_adapter_name, places_of
 from minilora.lora_layer import LoRALayer, lora_layers
 from minilora.packed import packed_format
 from minilora.quantization import QuantizedLinear
-from minilora.wrappers import named_modules, named_parameters
+from minilora.wrappers import named_modules, named_parameters, unwrapped
 
 
 def require_layers(model: nn.Module, verb: str) -> dict[str, LoRALayer]:
@@ -210,6 +210,21 @@ def _put_back(model: nn.Module, layer: LoRALayer) -> None:
         parent._modules[child] = layer.base
 
 
+def _say_untied(model: Any) -> None:
+    """Make a config of transformers say so when a merge has given the head its own weight.
+
+    Programs that read the folder would else take the embedding for the head.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(type(config), "get_text_config"):
+        return
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if None not in ends and ends[0].weight is not ends[1].weight:
+        for one in (config, config.get_text_config()):
+            if getattr(one, "tie_word_embeddings", False):
+                one.tie_word_embeddings = False
+
+
 def eject(model: nn.Module) -> nn.Module:
     """Take every adapter off and give the plain model back, merged or not, in place.
 
@@ -234,6 +249,7 @@ def eject(model: nn.Module) -> nn.Module:
     remove_copies(model)
     for layer in layers.values():
         _put_back(model, layer)
+    _say_untied(unwrapped(model))
     for _, module in named_modules(model):  # `inject` may have been called on a part of the model
         trainable = set(module.__dict__.pop("_minilora_trainable", ()))
         for name, parameter in named_parameters(module) if trainable else ():

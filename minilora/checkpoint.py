@@ -19,6 +19,7 @@ from minilora.adapter_files import (
     WEIGHTS_FILE,
     check_base,
     check_pair,
+    check_rest,
     find_pair,
     fingerprint,
     write_pair,
@@ -34,6 +35,7 @@ from minilora.copies import (
 )
 from minilora.factors import LoRAAdapter
 from minilora.files import read_tensors
+from minilora.frozen_values import describe, frozen_values
 from minilora.injection import as_dtype, attach, check_adapter_name
 from minilora.kernels import check_backend
 from minilora.layers import LoRAConv2d, LoRAEmbedding, layer_class
@@ -89,7 +91,8 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Pa
         The folder that holds the two files.
 
     Raises:
-        ValueError: no adapter, an unknown one, several without a name, factors with NaN or Inf.
+        ValueError: no adapter, an unknown one, several without a name, factors with NaN or Inf,
+            a parameter outside the adapter that is being trained.
         RuntimeError: the folder can't be written; what was there before stays.
     """
     layers = require_layers(model, "save")
@@ -129,11 +132,20 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
             )
         _require_finite(value, f"{name} of adapter {adapter!r}")
         tensors[_copy_key(name, layers)] = value
+    frozen = frozen_values(model, layers, copies_of(model, adapter))
+    loose = next((name for name, value in frozen.items() if value.requires_grad), None)
+    if loose is not None:
+        raise ValueError(
+            f"{loose} requires gradients, and the adapter's files do not hold it: what is trained "
+            f"there would be lost; inject with modules_to_save=[{loose.rpartition('.')[0]!r}], or "
+            f"set requires_grad_(False) on it to save the adapter without it"
+        )
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     metadata = {
         "format": "pt",
         "minilora_base": fingerprint(layers, original_parameters(model)),
+        "minilora_rest": describe(frozen),
     }
     slices = {fqn: _slices(layer.adapters[adapter]) for fqn, layer in layers.items()}
     if any(slices.values()):
@@ -201,6 +213,37 @@ def _wanted_copies(model: nn.Module, config: dict, names: list[str]) -> list[str
     return wanted
 
 
+def _replaced(
+    model: nn.Module, tensors: dict[str, Tensor], adapted: list[str], copied: dict[str, str]
+) -> dict[str, str]:
+    """Return parameters that the file replaces though no config says so, with their keys.
+
+    PEFT writes embedding and head along when their vocabulary has grown (`save_embedding_layers`),
+    and puts any such key into the base. A layer that is tied to one of them follows it.
+    """
+    places = parameter_places(model)
+    found: dict[str, str] = {}
+    for name, (module, _) in places.items():
+        owner = name.rpartition(".")[0]
+        keys = [
+            f"{_PREFIX}{owner}.{leaf}" for leaf, p in module._parameters.items() if p is not None
+        ]
+        if name not in copied and owner not in adapted and all(key in tensors for key in keys):
+            found[name] = f"{_PREFIX}{name}"
+    held = {id(module._parameters[key]): found[name] for name, (module, key) in places.items()
+            if name in found}  # fmt: skip
+    for name, (module, key) in places.items():
+        if name not in copied and id(module._parameters[key]) in held:
+            found.setdefault(name, held[id(module._parameters[key])])
+    return found
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return the rows of the input embedding, where the model says which that is."""
+    getter = getattr(unwrapped(model), "get_input_embeddings", None)
+    return len(getter().weight) if callable(getter) else None
+
+
 def _match_keys(file: Path, tensors: dict[str, Tensor], expected: set[str]) -> None:
     """Require exactly the keys that the config calls for."""
     missing, surplus = expected - set(tensors), set(tensors) - expected
@@ -230,16 +273,22 @@ def _unwrapped_keys(tensors: dict[str, Tensor], as_named: bool) -> dict[str, Ten
 class _Reader:
     """Takes tensors out of a file by key, each checked against the model it is for."""
 
-    def __init__(self, file: Path, tensors: dict[str, Tensor]):
-        self.file, self.tensors = file, tensors
+    def __init__(self, file: Path, tensors: dict[str, Tensor], vocabulary: int | None):
+        self.file, self.tensors, self.vocabulary = file, tensors, vocabulary
 
     def take(self, key: str, shape: list[int], device: torch.device, dtype: torch.dtype, of: str):
         """Return a parameter of this shape there; refuse what isn't finite floats."""
         value = self.tensors[key]
         if list(value.shape) != shape:
+            do = "is this the model the adapter was trained on?"
+            if self.vocabulary in shape and value.dim() == len(shape):
+                rows = value.shape[shape.index(self.vocabulary)]
+                do = (
+                    f"if its vocabulary was grown, call model.resize_token_embeddings({rows}) first"
+                )
             raise ValueError(
                 f"{self.file}: {key} must have shape {shape} ({of}), found {list(value.shape)}; "
-                f"is this the model the adapter was trained on?"
+                f"{do}"
             )
         if value.is_floating_point():  # copied: the tensors of the file are mapped from it
             value = value.to(device, dtype, copy=True)
@@ -403,11 +452,13 @@ def _read(
     except (ValueError, TypeError, re.error) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not fit this model: {error}") from None
     copied = {n: _copy_key(n, names) for n in _wanted_copies(model, config, names)}
+    replaced = _replaced(model, tensors, names, copied)
+    copied |= replaced
     keys = {key for n in names for key in _keys(n, _kind(modules[n]), config).values()}
     base_keys = {n: f"{_PREFIX}{n}.base_layer.weight" for n in names}
     frozen = {n: key for n, key in base_keys.items() if key in tensors}
     _match_keys(folder / WEIGHTS_FILE, tensors, keys | set(copied.values()) | set(frozen.values()))
-    reader = _Reader(folder / WEIGHTS_FILE, tensors)
+    reader = _Reader(folder / WEIGHTS_FILE, tensors, _vocabulary(model))
     built = {n: _build(reader, config, n, modules[n], dtype) for n in names}
     _restore_slices(built, metadata, folder / WEIGHTS_FILE)
     places = parameter_places(model)
@@ -420,6 +471,7 @@ def _read(
     if verify:
         samples = {n: weight_sample(n, weight_values(modules[n])) for n in names}
         known = check_base(folder, metadata, modules, samples)
+        check_rest(folder, metadata, frozen_values(model, names, copied))
         _check_frozen(reader, frozen, modules)
         if not known:
             warnings.warn(
@@ -430,7 +482,8 @@ def _read(
     if not values:
         return built, None
     whole = config.get("modules_to_save") or []
-    whole = [whole] if isinstance(whole, str) else whole
+    whole = [whole] if isinstance(whole, str) else list(whole)
+    whole += dict.fromkeys(name.rpartition(".")[0] for name in replaced)
     return built, TrainedCopies(values, config["bias"], whole)
 
 

@@ -82,7 +82,7 @@ def _load(options: argparse.Namespace, prepare=None):
     else:
         model, tokenizer = load_model(options.model, dtype=dtype, device=device, prepare=prepare)
     if adapter is not None:
-        minilora.load(model, adapter)
+        minilora.load(model, adapter, trainable=options.command == "train")
     return model, tokenizer
 
 
@@ -113,10 +113,27 @@ def _examples(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[E
     return examples
 
 
+def _check_going_on(options: argparse.Namespace) -> None:
+    """Refuse options that an adapter which is there has settled."""
+    if options.parallel == "fsdp":
+        raise ValueError("--adapter is read whole, and --parallel fsdp reads in parts; use ddp")
+    plain = build_parser().parse_args(["train", "MODEL", "--data", "FILE", "--out", "OUT"])
+    names = ("r", "alpha", "dropout", "rslora", "targets", "exclude", "dora", "init", "bias",
+             "modules_to_save")  # fmt: skip
+    given = [name for name in names if getattr(options, name) != getattr(plain, name)]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise ValueError(
+            f"--adapter goes on with an adapter as it is, found --{flag} too; leave out one of them"
+        )
+
+
 def _train(options: argparse.Namespace) -> int:
     if options.alpha is not None:
         check_alpha(options.alpha, "--alpha")
     check_dropout(options.dropout)
+    if options.adapter is not None:
+        _check_going_on(options)
     if int(os.environ.get("RANK", "0")) == 0:  # before the slow part
         check_free(options.out)
         check_out(options.out, options.resume)
@@ -190,7 +207,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.pack and not options.stream:
         train = pack(train, options.max_length)
     valid = _examples(valid_data, tokenizer, options) if valid_data is not None else None
-    if options.parallel != "fsdp":
+    if options.parallel != "fsdp" and options.adapter is None:
         inject(model)
     result = minilora.fit(  # torchrun ends the others when one fails
         model,

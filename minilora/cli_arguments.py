@@ -31,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--valid", nargs="+", metavar="FILE", help="held-out data, as --data")
     train.add_argument("--out", required=True, type=Path, help="folder for adapter and metrics")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument(
+        "--adapter", type=Path, help="folder with an adapter to go on with, on any data"
+    )
     _add_lora(train.add_argument_group("adapter"))
     _add_run(train.add_argument_group("run"))
     _add_data_options(train)

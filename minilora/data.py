@@ -334,7 +334,8 @@ class Batches:
             if state.get(key) != here:
                 raise ValueError(
                     "the state must come from the same data and options, found "
-                    f"{key} = {state.get(key)!r} where this loader has {here!r}"
+                    f"{key} = {state.get(key)!r} where this loader has {here!r}; to train an "
+                    "adapter on, begin a new run with load(..., trainable=True) or --adapter"
                 )
         epoch, index = state.get("epoch"), state.get("index")
         if not (isinstance(epoch, int) and isinstance(index, int) and 0 <= index <= len(self)):

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from minilora.copies import (
     originals_in_place,
 )
 from minilora.factors import FROM_WEIGHT, INITS, LoRAAdapter
+from minilora.frozen_values import drawn_modules
 from minilora.kernels import check_backend
 from minilora.layers import LoRALinear, layer_class
 from minilora.lora_layer import lora_layers, weight_device
@@ -136,46 +137,94 @@ def _check_init(init: object, modules: dict[str, nn.Module], ranks: dict[str, in
 
 
 def _copied_parameters(
-    model: nn.Module, names: list[str], bias: object, modules_to_save: object
-) -> tuple[list[str], list[str]]:
-    """Resolve `bias` and `modules_to_save` to dotted names of parameters, and of modules."""
+    model: nn.Module, names: list[str], bias: object, saved: list[str]
+) -> list[str]:
+    """Resolve `bias` and the modules to save to dotted names of parameters."""
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias must be 'none', 'all' or 'lora_only', found {bias!r}")
     places = parameter_places(model)
     chosen: list[str] = []
-    whole: list[str] = []
     if bias == "lora_only":
         chosen = [f"{name}.bias" for name in names if f"{name}.bias" in places]
     elif bias == "all":
         chosen = [name for name in places if "bias" in name.rpartition(".")[2]]
     if bias != "none" and not chosen:
         raise ValueError(f"bias={bias!r} must find a bias to train, found none")
-    entries = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
+    modules = plain_modules(model)
+    for hit in saved:
+        inside = [n for n in places if n.startswith(f"{hit}.")]
+        target = next((n for n in names if _within(n, hit)), None)
+        if target is not None:
+            raise ValueError(
+                f"modules_to_save trains a whole copy of {hit}, but {target} is a target of "
+                f"LoRA too; name it in one of the two"
+            )
+        stored = {
+            f"{n}.{key}" for n, m in modules.items() if _within(n, hit)
+            for key, buffer in m._buffers.items()
+            if buffer is not None and key not in m._non_persistent_buffers_set
+        }  # fmt: skip
+        if not inside or stored:
+            found = f"the buffer {min(stored)}, which is not copied" if stored else "none"
+            raise ValueError(
+                f"modules_to_save needs a module of parameters, found {found} in {hit}; name the "
+                f"modules within it that have none"
+            )
+        chosen += inside
+    return list(dict.fromkeys(chosen))
+
+
+def _within(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
+
+
+def _modules_to_save(model: nn.Module, entries: object) -> list[str]:
+    """Resolve `modules_to_save` to dotted names; every entry has to match."""
+    entries = [entries] if isinstance(entries, str) else entries
     if not isinstance(entries, Iterable) or isinstance(entries, Mapping):
         raise TypeError(f"modules_to_save must be a list of module names, found {entries!r}")
+    found: list[str] = []
     modules = plain_modules(model)
     for entry in entries:
         hits = [n for n in modules if isinstance(entry, str) and f".{n}".endswith(f".{entry}")]
         if not hits:
-            raise ValueError(f"every entry of modules_to_save must match a module, {entry!r} "
-                             f"matches none")  # fmt: skip
-        for hit in hits:
-            inside = [n for n in places if n.startswith(f"{hit}.")]
-            target = next((n for n in names if n == hit or n.startswith(f"{hit}.")), None)
-            if target is not None:
-                raise ValueError(
-                    f"modules_to_save trains a whole copy of {hit}, but {target} is a target of "
-                    f"LoRA too; name it in one of the two"
-                )
-            within = [m for n, m in modules.items() if f"{n}.".startswith(f"{hit}.")]
-            if not inside or any(b is not None for m in within for b in m._buffers.values()):
-                found = "buffers, which are not copied" if inside else "none"
-                raise ValueError(
-                    f"modules_to_save needs a module of parameters, found {found} in {hit}"
-                )
-            chosen += inside
-            whole.append(hit)
-    return list(dict.fromkeys(chosen)), whole
+            raise ValueError(
+                f"every entry of modules_to_save must match a module, {entry!r} matches none"
+            )
+        found += hits
+    return list(dict.fromkeys(found))
+
+
+def _refuse_drawn(model: nn.Module, copied: Container[str]) -> None:
+    """Refuse values that are random in this process alone and would be lost with it."""
+    places = parameter_places(model)
+    drawn = [
+        module for module in drawn_modules(model)
+        if any(n.rpartition(".")[0] == module and n not in copied for n in places)
+    ]  # fmt: skip
+    if drawn:
+        raise ValueError(
+            f"{', '.join(drawn[:4])} {'hold' if len(drawn) > 1 else 'holds'} values drawn at "
+            f"random, which the checkpoint did not have (a new head, new rows of a vocabulary): "
+            f"the adapter's files would not hold them, and the next process draws others; pass "
+            f"modules_to_save={drawn[:4]} to train and save them with the adapter, or write the "
+            f"base with model.save_pretrained(folder) and load it from there"
+        )
+
+
+def _warn_moving(model: nn.Module) -> None:
+    moving = [
+        name for name, module in plain_modules(model).items()
+        if getattr(module, "running_mean", None) is not None
+    ]  # fmt: skip
+    if moving:
+        warnings.warn(
+            f"minilora: {moving[0]} ({len(moving)} in all) moves its running statistics in "
+            f"training mode, and the adapter's files don't hold them; call .eval() on such "
+            f"layers after model.train(), as fit does",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _slice_rows(value: object, N: int, name: str) -> list[tuple[int, int]]:
@@ -259,7 +308,8 @@ def inject(
             bias in the model).
         lora_bias: a bias on B.
         modules_to_save: modules of which the adapter trains and keeps a whole copy, such as a new
-            head; names as in `targets`.
+            head, or embedding and head of a vocabulary that has grown; names as in `targets`, from
+            which "all-linear" leaves them out.
         slices: adapt only some outputs of a fused layer, each range with its own rank-r pair:
             `{"c_attn": "qv"}` (thirds) or `{"qkv_proj": [(0, 768)]}`, keys as in `rank_pattern`.
         rank_pattern: r by regex over the end of a dotted name, first match wins.
@@ -277,7 +327,8 @@ def inject(
 
     Raises:
         ValueError: anything above violated, a target that is already adapted under this name, a
-            child of nn.MultiheadAttention.
+            child of nn.MultiheadAttention, values that transformers drew at random on loading and
+            that `modules_to_save` does not name.
         TypeError: targets, exclude or model of another type.
         RuntimeError: adapters are merged, or the backend can't run.
 
@@ -300,6 +351,11 @@ def inject(
         raise RuntimeError("inject() needs unmerged weights; call minilora.unmerge(model) first")
     with originals_in_place(model):  # a copy would hide a tied head
         names = select_targets(model, targets, exclude, layers)
+    whole = _modules_to_save(model, modules_to_save)
+    if targets == "all-linear":
+        names = [n for n in names if not any(_within(n, module) for module in whole)]
+        if not names:
+            raise ValueError(f"modules_to_save={whole} leaves no layer of targets='all-linear'")
     taken = [name for name in names if name in present and adapter in present[name].adapters]
     if taken or adapter in all_adapter_names(model):
         where = f"{taken[0]} already has" if taken else "the model already has"
@@ -317,8 +373,10 @@ def inject(
     _check_init(init, modules, ranks)
     _check_combination(modules, names, init, dora, lora_bias, slices)
     rows = _slices_of(model, names, slices)
-    copied, whole = _copied_parameters(model, names, bias, modules_to_save)
+    copied = _copied_parameters(model, names, bias, whole)
+    _refuse_drawn(model, copied)
     _warn_wide_ranks(model, names, ranks)
+    _warn_moving(model)
     with originals_in_place(model):  # DoRA, PiSSA and OLoRA read the base's own weight
         new = {
             name: _fresh(modules[name], ranks[name], alphas[name], rows.get(name), {

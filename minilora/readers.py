@@ -56,6 +56,7 @@ class _Folder:
     config: dict
     layers: dict[str, dict[str, list[int]]]
     others: list[str]
+    shapes: dict[str, list[int]]
 
     def rank(self, fqn: str) -> int:
         """Return the rank that the config gives to a layer."""
@@ -146,7 +147,7 @@ def _read(folder: Path) -> _Folder:
         else:
             fqn = key[len(_PREFIX) : -len(end)]
             layers.setdefault(fqn, {})[_PARTS[end]] = list(shape)
-    return _Folder(config, layers, others)
+    return _Folder(config, layers, others, shapes)
 
 
 def _config(file: Path) -> dict:
@@ -208,7 +209,12 @@ def _peft(content: _Folder) -> Reader:
             or ".base_layer." in key
             or (config.get("bias") in ("all", "lora_only") and "bias" in key.rpartition(".")[2])
         )
-        if not inside:
+        shape = content.shapes[key]
+        if not inside and key.startswith(_PREFIX) and key.endswith(".weight") and len(shape) == 2:
+            notes.append(  # embedding and head, which PEFT writes where their vocabulary has grown
+                f"{key} replaces the base's own, which must have that name and shape {shape}"
+            )
+        elif not inside:
             problems.append(f"{key} is no key that PEFT looks for, so it is left out")
     init = _changes_base(config)
     if init:

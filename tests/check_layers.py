@@ -51,6 +51,7 @@ layers =
     minilora.bases
     minilora.injection
     minilora.sizes
+    minilora.frozen_values
     minilora.selection
     minilora.copies
     minilora.widening

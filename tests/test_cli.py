@@ -552,3 +552,41 @@ def test_cli_quantizes_trains_evaluates_and_merges(letters, tmp_path, capsys, fo
     assert run("train", folder, *train, "--out", tmp_path / "x", "--quantize", "nf4",
                "--block-size", "65") == 2  # fmt: skip
     assert "block_size of nf4 must be one of" in capsys.readouterr().err
+
+
+def test_cli_train_goes_on_with_an_adapter(folder, letters, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": "e d c b a"}) + "\n" for _ in range(8)))
+    common = ("--max-steps", 2, "--batch-size", 4)
+    first = ("train", folder, "--data", letters, "--out", tmp_path / "a", "--r", 4, *common)
+    assert run(*first) == 0
+    again = ("train", folder, "--data", other, "--out", tmp_path / "b", *common)
+    assert run(*again, "--adapter", tmp_path / "a", "--lr", 1e-9) == 0  # hardly moves
+    start = factors(tmp_path / "a")
+    for key, value in factors(tmp_path / "b").items():
+        torch.testing.assert_close(value, start[key], rtol=0, atol=1e-7)
+        assert value.any()
+    capsys.readouterr()
+    assert run(*first[:3], other, *first[4:], "--resume") == 2
+    assert "begin a new run with load(..., trainable=True) or --adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--r", 4), "--adapter goes on with an adapter as it is, found --r too"),
+        (("--modules-to-save", "lm_head"), "found --modules-to-save too"),
+        (("--parallel", "fsdp"), "--adapter is read whole, and --parallel fsdp reads in parts"),
+    ],
+)
+def test_cli_train_refuses_what_an_adapter_has_settled(
+    letters, tmp_path, capsys, no_model, options, text
+):
+    arguments = ("train", "model", "--data", letters, "--out", tmp_path / "b")
+    assert run(*arguments, "--adapter", tmp_path / "a", *options) == 2
+    assert text in capsys.readouterr().err
+
+
+def factors(folder):
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

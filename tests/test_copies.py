@@ -329,7 +329,7 @@ COPIED = [
     (
         {"modules_to_save": ["bnorm"]},
         ValueError,
-        "needs a module of parameters, found buffers, which are not copied in bnorm",
+        "found the buffer bnorm.num_batches_tracked, which is not copied",
     ),
     ({"modules_to_save": ["act"]}, ValueError, "needs a module of parameters, found none in act"),
 ]

@@ -359,7 +359,7 @@ def test_fit_refuses_what_it_cannot_train(tmp_path):
         fit(no_flag, checkpointing=True)
     with pytest.raises(ValueError, match=r"found model.*lora_A in float16, in which small updates"):
         fit(tiny(dtype="float16"))
-    with pytest.raises(ValueError, match="found a OptimizedModule around it; pass the model"):
+    with pytest.raises(ValueError, match="found OptimizedModule around it; pass the model"):
         fit(torch.compile(tiny(), backend="eager"))
     with pytest.raises(TypeError, match=r"found Batches as train; pass its \.examples"):
         fit(tiny(), Batches(examples(), batch_size=4))

@@ -121,7 +121,7 @@ def test_ddp_saves_plain_names_and_takes_no_new_parameters(net, tmp_path, ddp):
         minilora.inject(model, adapter="second")
     with pytest.raises(ValueError, match=r"load\(\) adds parameters.*wrap it afterwards"):
         minilora.load(ddp(net()), folder)
-    with pytest.raises(ValueError, match="found a DistributedDataParallel around it"):
+    with pytest.raises(ValueError, match="found DistributedDataParallel around it"):
         minilora.fit(model, [{"input_ids": [1, 2, 3]}])
 
 
@@ -150,7 +150,7 @@ def test_fit_refuses_a_wrapper_and_takes_wrapped_parts(tmp_path):
     rows = [{"input_ids": [1, 2, 3, 4]}]
     options = minilora.TrainConfig(max_steps=2, dtype="float32", compile=False)
     for wrap in (compiled, DataParallel):
-        with pytest.raises(ValueError, match=r"fit\(\) needs the model itself, found a .* around"):
+        with pytest.raises(ValueError, match=r"fit\(\) needs the model itself, found .* around"):
             minilora.fit(wrap(tiny()), rows, config=options, quiet=True)
     model, plain = tiny(), tiny()
     model.model.layers[0].mlp = compiled(model.model.layers[0].mlp)

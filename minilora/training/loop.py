@@ -200,6 +200,9 @@ def _training(run: Run) -> Iterator[None]:
     ):
         try:
             run.model.train()
+            for module in run.model.modules():  # the base is frozen, and so are its statistics
+                if getattr(module, "running_mean", None) is not None:
+                    module.eval()
             yield
         finally:
             for module, training in flags:

@@ -27,7 +27,7 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     """Refuse models whose training could not work or not be saved."""
     if unwrapped(model) is not model:
         raise ValueError(
-            f"fit() needs the model itself, found a {type(model).__name__} around it; pass the "
+            f"fit() needs the model itself, found {type(model).__name__} around it; pass the "
             f"model you wrapped: TrainConfig(compile=...) compiles it, and torchrun spreads a run "
             f"over processes"
         )

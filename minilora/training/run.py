@@ -14,9 +14,11 @@ from minilora.adapter_files import fingerprint
 from minilora.adapters import active_adapters, require_layers
 from minilora.checkpoint import save_adapter
 from minilora.compiling import settle_compile
+from minilora.copies import copies_of
 from minilora.data import Batches
 from minilora.evaluation import Evaluation, Loss, device_of, token_loss
 from minilora.files import UnwritableError
+from minilora.frozen_values import describe, frozen_values
 from minilora.quantization import QuantizedLinear
 from minilora.streaming import Stream
 from minilora.training.config import TrainConfig, learning_rate
@@ -308,6 +310,9 @@ class Run:
             "adapter": {k: v for k, v in adapter.items() if k not in _ANY_BASE}
             | {"active adapters": list(active_adapters(self.model))},
             "base": json.loads(fingerprint(self.layers)),
+            "rest": json.loads(describe(
+                frozen_values(self.model, mine, copies_of(self.model, self.adapter))
+            )),
             "valid": None if self.valid is None else self.valid.digest,
             "loss": _name_of(self.loss),
             "products": sorted({" and ".join(m.ways) for m in self.model.modules()

@@ -51,8 +51,9 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
                 f"{folder} holds the state of another adapter: {key} was {old!r} and is {new!r}; "
                 f"inject as for the first run"
             )
-    for fqn, row in here["base"].items():
-        if saved["base"].get(fqn) != row:
+    rest = saved.get("rest", {})  # not in states of before
+    for fqn, row in (here["base"] | {n: r for n, r in here["rest"].items() if rest}).items():
+        if (saved["base"] | rest).get(fqn) != row:
             raise ValueError(
                 f"{folder} holds the state of a run on another base: the weights of {fqn} are not "
                 f"what they were (or not in that dtype); load the same base"
