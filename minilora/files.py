@@ -213,20 +213,22 @@ def write(file: str | Path, content: Content | str) -> Path:
     return file
 
 
-def tensor_content(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Content:
+def tensor_content(
+    tensors: dict[str, Tensor], metadata: dict[str, str], sums: bool = True
+) -> Content:
     """Return what writes a safetensors file: equal tensors and metadata, equal bytes.
 
-    Checksums are added to the metadata. The format: an 8-byte length, a header of JSON, the bytes
-    (https://huggingface.co/docs/safetensors). One tensor at a time is copied.
+    With `sums`, checksums are added to the metadata. The format: an 8-byte length, a JSON header,
+    the bytes (https://huggingface.co/docs/safetensors). One tensor at a time is copied.
 
     Raises:
         ValueError: a dtype that the format does not have.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # all aligned
-    sums = {"": _of_metadata(metadata)} | {name: checksum(tensors[name]) for name in order}
-    header: dict[str, Any] = {
-        "__metadata__": dict(sorted({**metadata, CHECKSUMS: json.dumps(sums)}.items()))
-    }
+    if sums:
+        found = {"": _of_metadata(metadata)} | {name: checksum(tensors[name]) for name in order}
+        metadata = {**metadata, CHECKSUMS: json.dumps(found)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
         tensor, start = tensors[name], end

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minilora.adapters import (
@@ -28,6 +27,7 @@ from minilora.copies import (
     install,
     original_parameters,
 )
+from minilora.files import read_tensors, tensor_content, write
 from minilora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear, is_conv1d
 from minilora.lora_layer import (
     LoRALayer,
@@ -51,13 +51,16 @@ class _DiskCopy:
         folder = tempfile.mkdtemp(prefix="minilora-merge-")
         self.file = Path(folder) / "originals.safetensors"
         self._finalizer = weakref.finalize(self, shutil.rmtree, folder, True)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, self.file)
+        write(self.file, tensor_content(tensors, {}, sums=False))
+
+    def read(self) -> dict[str, Tensor]:
+        return read_tensors(self.file)[0]
 
     def __deepcopy__(self, memo: dict) -> "_DiskCopy":
         return self  # a copied model reads the same file; it stays until both are gone
 
     def __reduce__(self):
-        return _DiskCopy, (load_file(self.file),)  # a pickle outlives the file, so it holds it
+        return _DiskCopy, (self.read(),)  # a pickle outlives the file, so it holds it
 
 
 class _Emptied(NamedTuple):
@@ -491,13 +494,13 @@ def unmerge(model: nn.Module) -> None:
         kept: Any = layer.original
         for key, value in kept.items():
             if isinstance(value, _Emptied):
-                files.setdefault(value.disk.file, load_file(value.disk.file))
+                files.setdefault(value.disk.file, value.disk.read())
             if not isinstance(value, tuple) or isinstance(value, _Emptied):
                 originals.setdefault(name, {})[key] = value
                 continue
             disk, entry = value
             if disk.file not in files:
-                files[disk.file] = load_file(disk.file)
+                files[disk.file] = disk.read()
             originals.setdefault(name, {})[key] = files[disk.file][entry]
     with torch.no_grad():
         for name, layer in merged.items():

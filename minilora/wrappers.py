@@ -33,18 +33,17 @@ def unwrapped(module: nn.Module) -> Any:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module once, as `nn.Module.named_modules` does, wrappers passed over."""
-    seen: set[nn.Module] = set()
+    return _walk(model, "", set())
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrapped(module)
-        if module not in seen:
-            seen.add(module)
-            yield name, module
-            for child, inner in module._modules.items():
-                if inner is not None:
-                    yield from walk(inner, f"{name}.{child}" if name else child)
 
-    return walk(model, "")
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrapped(module)
+    if module not in seen:
+        seen.add(module)
+        yield name, module
+        for child, inner in module._modules.items():
+            if inner is not None:
+                yield from _walk(inner, f"{name}.{child}" if name else child, seen)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

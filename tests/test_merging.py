@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import resource
 
 import pytest
 import torch
@@ -114,6 +115,20 @@ def test_disk_copy_survives_a_pickle_of_the_model():
     twin = pickle.loads(data)
     minilora.unmerge(twin)
     assert all(torch.equal(value, before[name]) for name, value in bits(twin).items())
+
+
+def test_merge_on_a_full_disk_leaves_the_model_unmerged():
+    model = shake(minilora.inject(net(), r=4, alpha=6))
+    before, flags = bits(model), [p.requires_grad for p in model.parameters()]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(RuntimeError, match="originals.safetensors must be written.*too large"):
+            minilora.merge(model, keep="disk")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    unchanged(model, before, flags)
+    minilora.merge(model, keep="disk")
 
 
 class Tied(nn.Module):
