@@ -4,6 +4,7 @@ from .attention import causal_attention
 from .cache import cache_folder, make_folder, private_folder
 from .cpu import int4_blocks, int4_rows, int8_blocks, int8_rows
 from .cross_entropy import linear_cross_entropy
+from .dropout import dropout_mask, hashed_mask, row_masks
 from .four_bit import (
     DYNAMIC_CODE,
     NF4_TABLE,
@@ -28,10 +29,8 @@ from .low_rank import (
     conv1d_grad_x,
     dense_forward,
     dense_grad_x,
-    dropout_mask,
     lora_add,
     lora_linear,
-    row_masks,
 )
 from .probe import Hardware, hardware, int8_is_exact, integer_way, is_slow
 from .rowwise import rms_norm, swiglu
@@ -75,6 +74,7 @@ __all__ = [
     "frozen_product",
     "hand_back_freed_memory",
     "hardware",
+    "hashed_mask",
     "int4_blocks",
     "int4_codes",
     "int4_linear",

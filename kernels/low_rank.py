@@ -11,8 +11,7 @@ f32 where that one is slow (`probe.product_dtype`); factors are cast per call; t
 factors come back in the factors' dtype.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,49 +76,6 @@ def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def conv1d_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `G Wᵀ`."""
     return torch.mm(grad_out, _like(weight, grad_out).t())
-
-
-# Seeds of the rows in hand, see `row_masks`. Not per thread: a backward pass that recomputes may
-# run in another one than the forward pass.
-_row_seeds: Sequence[int] | None = None
-
-
-@contextmanager
-def row_masks(seeds: Sequence[int]) -> Iterator[None]:
-    """Within the block draw dropout's masks row by row, so that they don't depend on the batch.
-
-    A row's mask follows from its seed, the call (one number of torch's global random stream each)
-    and the position, not from the rows beside it.
-
-    Args:
-        seeds: one per row of the batch, in [0, 2⁶³).
-    """
-    global _row_seeds  # noqa: PLW0603 (one for all threads, see above)
-    before, _row_seeds = _row_seeds, seeds
-    try:
-        yield
-    finally:
-        _row_seeds = before
-
-
-def dropout_mask(x: Tensor, p: float) -> Tensor:
-    """Draw a bool mask of x's shape that is True with probability 1 − p.
-
-    Args:
-        x: `[..., K]`; inside `row_masks` its leading dimension is taken to hold the rows one
-            after another, if their number divides it.
-        p: in [0, 1).
-    """
-    drawn = torch.empty_like(x, dtype=torch.float32)
-    seeds = _row_seeds
-    if torch.compiler.is_compiling() or not seeds or x.dim() == 0 or len(x) % len(seeds):
-        return drawn.bernoulli_(1 - p).to(torch.bool)
-    call = int(torch.randint(2**62, ()))
-    generator = torch.Generator(x.device)
-    drawn = drawn.contiguous().view(len(seeds), -1)
-    for row, seed in zip(drawn, seeds, strict=True):
-        row.bernoulli_(1 - p, generator=generator.manual_seed(seed ^ call))
-    return drawn.view(x.shape).to(torch.bool)
 
 
 def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:

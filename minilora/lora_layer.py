@@ -298,7 +298,7 @@ class LoRALayer(nn.Module):
         if x.is_floating_point():
             x = x.to(dtype)
         if dropped:
-            x = x * torch.empty_like(x).uniform_().ge(p).to(dtype) / (1 - p.to(dtype))
+            x = x * dropout_mask(x, p) / (1 - p.to(dtype))
         with torch.autocast(x.device.type, enabled=False):
             parts = [scaled_factors(a) for a in adapters]
             A, B = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)

@@ -12,12 +12,14 @@ from minilora.kernels import (
     dense_forward,
     dense_grad_x,
     dropout_mask,
+    hashed_mask,
     lora_add,
     lora_linear,
     probe,
     reference,
     row_masks,
 )
+from minilora.kernels.dropout import row_seeds
 
 # How many times plain torch's own error, in the same dtype, a kernel may make: the one table.
 C = {
@@ -299,3 +301,43 @@ def test_row_masks_end_with_the_block_and_skip_what_has_other_rows():
     torch.manual_seed(3)
     assert torch.equal(dropout_mask(x, 0.4), outside)
     assert torch.equal(masks([1, 2], x)[0], outside)  # 5 rows are not 2 rows' tokens
+
+
+def test_traced_row_masks_do_not_depend_on_the_rows_beside_them():
+    x, p = torch.randn(5, 7, 11), 0.4
+    traced = torch.compile(
+        lambda x: dropout_mask(x, p), backend="aot_eager", dynamic=True, fullgraph=True
+    )
+
+    def drawn(seeds, x):
+        torch.manual_seed(3)
+        with row_masks(seeds):
+            return traced(x)
+
+    whole = drawn([1, 2, 3, 4, 5], x)
+    parts = [drawn([1, 2], x[:2]), drawn([3], x[2:3]), drawn([4, 5], x[3:])]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(drawn([4, 1], torch.randn(2, 9, 11))[:, :7], whole[[3, 0]])
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(drawn([1, 2, 3, 4, 6], x)[4], whole[4])
+    wide = drawn(list(range(50)), torch.randn(50, 40, 40))
+    assert abs(float(wide.float().mean()) - (1 - p)) < 0.01
+    assert abs(float(wide.float().mean((1, 2)).std()) - (p * (1 - p) / 1600) ** 0.5) < 0.005
+
+
+def test_hashed_masks_of_neighbouring_rows_are_apart():
+    """No two lines or columns are alike, of seeds that differ in one bit as those of `fit` do."""
+    x = torch.empty(5, 40, 200)
+    with row_masks([1, 2, 3, 1 + 2**32, 2**62]):
+        lines = hashed_mask(row_seeds(x), 200, 200, 0.5).double() * 2 - 1
+    for apart in (lines @ lines.t(), lines.t() @ lines):
+        assert float((apart / 200).fill_diagonal_(0).abs().max()) < 6 / 200**0.5
+
+
+def test_row_masks_of_rows_with_their_own_probability():
+    x, p = torch.randn(4, 9, 30), torch.tensor([0.0, 0.3, 0.9, 0.3])[:, None, None]
+    whole = masks([1, 2, 3, 4], x, p, calls=1)[0]
+    half = masks([3, 4], x[2:], p[2:], calls=1)[0]
+    assert torch.equal(whole[2:], half)
+    assert whole[0].all()
+    assert abs(float(whole[2].float().mean()) - 0.1) < 0.08

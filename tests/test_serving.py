@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora
+from minilora.kernels import row_masks
 from minilora.lora_layer import lora_layers
 from minilora.serving import end_switching, mixed, prepare_switching
 
@@ -117,6 +118,16 @@ def test_mixed_draws_dropout_by_row():
         plain = model(ids)
     assert torch.equal(y[32:], plain[32:])
     assert len(y[:32].unique(dim=0)) == 32
+
+
+def test_mixed_rows_keep_their_masks_in_another_batch():
+    model = adapted(["a"], dropout=0.5).train()
+    ids, found = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]]), []
+    for rows in ([0, 1], [0], [1]):
+        torch.manual_seed(5)
+        with torch.no_grad(), mixed(model, ["a"] * len(rows)), row_masks([7 + i for i in rows]):
+            found.append(model(ids[rows]))
+    torch.testing.assert_close(torch.cat(found[1:]), found[0])
 
 
 def test_mixed_bfloat16_stays_bfloat16():

@@ -58,7 +58,16 @@ def test_split_is_remembered_and_said(capsys):
     fit(tiny(), examples(16), loss=limited(3, seen), batch_size=8, max_steps=3, quiet=False)
     assert seen == [8, 4, 2, 2, 2, 2, *[2] * 8][: len(seen)] and len(seen) == 2 + 12
     said = capsys.readouterr().err
-    assert "a micro-batch of 8 rows did not fit in memory: from here on in passes of 2" in said
+    whole = "a micro-batch of 8 rows did not fit in memory: from here on in passes of 2, with the "
+    assert f"{whole}same gradient\n" in said
+
+
+def test_a_split_says_so_where_the_model_drops_by_itself(capsys):
+    model = tiny()
+    model.model.layers[0].mlp.register_module("drop", torch.nn.Dropout(0.1))
+    fit(model, examples(4), loss=limited(2), batch_size=4, max_steps=1, quiet=False)
+    said = capsys.readouterr().err
+    assert "in passes of 2, with the same gradient but for the masks of the model's own" in said
 
 
 def test_split_is_bit_equal_over_a_resumption(tmp_path):

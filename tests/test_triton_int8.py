@@ -17,8 +17,8 @@ from triton_cases import (
 
 needs_kernels()
 
+from minilora.kernels.dropout import hashed_mask  # noqa: E402
 from minilora.kernels.triton.int8 import launch_int8_gemm, launch_quantize  # noqa: E402
-from minilora.kernels.triton.primitives import reference_mask  # noqa: E402
 from minilora.kernels.triton.tiles import Tile  # noqa: E402
 
 LAYOUTS = st.sampled_from(["plain", "strided", "transposed"])
@@ -48,7 +48,7 @@ def rows_quantized(x, c, A, seed=None, p=0.0, scale=1.0, finite=True):
 def test_quantize_shrink_rounds_rows_and_multiplies(dtype, m, k, r, p, scaled, layout):
     x, A = operand(m, k, dtype=dtype, layout=layout), operand(r, k, dtype=dtype, layout=layout)
     c = operand(k).abs() if scaled else None
-    seed = seed_tensor() if p else None
+    seed = seed_tensor(m=m) if p else None
     codes, t, s = rows_quantized(x, c, A, seed, p, 1.5)
     value = x.double() * (1 if c is None else c.double())
     largest = value.abs().amax(1) if k else torch.zeros(m, device=DEVICE).double()
@@ -56,7 +56,7 @@ def test_quantize_shrink_rounds_rows_and_multiplies(dtype, m, k, r, p, scaled, l
     torch.testing.assert_close(t.double(), expected, rtol=1e-6, atol=0)
     error = (codes.double() * t[:, None].double() - value).abs()
     assert (error <= t[:, None].double() * (0.5 + 1e-4)).all()
-    keep = reference_mask(seed, m, k, p) if p else torch.ones(m, k, device=DEVICE)
+    keep = hashed_mask(seed, m, k, p) if p else torch.ones(m, k, device=DEVICE)
     exact = 1.5 * (x.double() * keep / (1 - p)) @ A.double().t()  # from X: not quantized, no c
     plain = (x * keep.to(dtype) * (1 / (1 - p))) @ A.t() * 1.5
     size = 1.5 * (x.abs().double() * keep / (1 - p)) @ A.abs().double().t()
@@ -103,11 +103,11 @@ def test_int8_gemm_matches_float64(dtype, m, n, k, r, p, scaled, bias, turned, s
     t, w = operand(m).abs() / 127, operand(n).abs() / 127 if scaled else None
     s, b = operand(m, r, dtype=dtype), operand(r, n, dtype=dtype, layout="transposed")
     offset = operand(n, dtype=dtype, layout="strided") if bias else None
-    seed = seed_tensor() if p else None
+    seed = seed_tensor(m=m) if p else None
     out = Output(m, n, dtype=dtype)
     tile = Tile(16, 32, 32, 16, group_m=2)
     launch_int8_gemm(codes, t, q, w, offset, s, b, scale, seed, p, out.tensor, tile).run()
-    keep = reference_mask(seed, m, n, p) / (1 - p) if p else torch.ones(m, n, device=DEVICE)
+    keep = hashed_mask(seed, m, n, p) / (1 - p) if p else torch.ones(m, n, device=DEVICE)
     columns = torch.ones(n, device=DEVICE) if w is None else w
     whole = codes.double() @ q.double() * t.double()[:, None] * columns.double()
     exact = whole + scale * (s.double() @ b.double()) * keep.double()

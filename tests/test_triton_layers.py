@@ -7,6 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from triton_cases import DEVICE, needs_kernels
 
 import minilora
+from minilora.evaluation import token_loss
+from minilora.kernels import row_masks
+from minilora.models import Llama, LlamaConfig
 from minilora.models.gpt2 import Conv1D
 
 needs_kernels()
@@ -116,6 +119,56 @@ def test_dropout_averages_to_the_undropped_branch():
         exact = layer.eval()(x[:1])[0]
     error = drawn.std(0) / 4000**0.5
     assert ((drawn.mean(0) - exact).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("format", [None, "int8", "nf4", "int4"])
+@pytest.mark.parametrize("parts", [[[0, 1], [2]], [[2, 0], [1]]], ids=["halves", "ranks"])
+def test_a_row_has_its_mask_whatever_lies_beside_it(format, parts):
+    """Parts of a batch, as a split or another process has them, sum to the batch's gradient."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(128, 20)).to(DEVICE)
+    if format:
+        compute = {} if format == "nf4" else {"compute": "dequantize"}
+        minilora.quantize(model, format, targets=["0"], exclude=[], **compute)
+    minilora.inject(model, r=3, alpha=7, targets=["0"], exclude=[], dropout=0.5, backend="triton")
+    model[0].adapters["default"].lora_B.data.normal_()
+    x, seeds, found = torch.randn(3, 5, 128, device=DEVICE), [11, 5, 2**62 + 7], []
+    for rows in ([[0, 1, 2]], parts):
+        model.zero_grad()
+        out = torch.empty(3, 5, 20, device=DEVICE)
+        for some in rows:
+            torch.manual_seed(4)
+            with row_masks([seeds[i] for i in some]):
+                out[some] = model(x[some])
+        out.square().sum().backward()
+        factors = model[0].adapters["default"]
+        found.append([out.detach(), factors.lora_A.grad, factors.lora_B.grad])
+    assert paths(model) == {"triton"}
+    for whole, apart in zip(*found, strict=True):
+        torch.testing.assert_close(apart, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_fit_splits_a_micro_batch_with_the_same_gradient():
+    """The pass that does not fit is repeated in halves, and the adapter goes the same way."""
+
+    def limited(model, batch):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return token_loss(model, batch)
+
+    found = []
+    for loss in (token_loss, limited):
+        torch.manual_seed(6)
+        model = Llama(LlamaConfig(19, 16, 16, 1, 2, 1, 8, 16)).to(DEVICE)
+        minilora.inject(model, r=2, alpha=3, targets=["q_proj", "up_proj"], dropout=0.5,
+                        backend="triton")  # fmt: skip
+        config = minilora.TrainConfig(max_steps=2, batch_size=4, dtype="float32", lr=0.1)
+        rows = [{"input_ids": [1 + i, 2, 7 * i % 19, 3]} for i in range(8)]
+        minilora.fit(model, rows, config=config, loss=loss, quiet=True)
+        found.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert paths(model) == {"triton"}
+    for whole, split in zip(*found, strict=True):
+        torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

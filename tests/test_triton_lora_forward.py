@@ -17,8 +17,8 @@ from triton_cases import (
 
 needs_kernels()
 
+from minilora.kernels.dropout import hashed_mask  # noqa: E402
 from minilora.kernels.triton.lora_forward import launch_gemm, launch_shrink  # noqa: E402
-from minilora.kernels.triton.primitives import reference_mask  # noqa: E402
 from minilora.kernels.triton.tiles import Tile  # noqa: E402
 
 LAYOUTS = st.sampled_from(["plain", "strided", "transposed"])
@@ -31,10 +31,10 @@ RANKS = st.sampled_from([1, 2, 5, 16, 17, 40])
 @given(m=ROWS, k=SIZES | st.just(0), r=RANKS, p=st.sampled_from([0.0, 0.3]), layout=LAYOUTS)
 def test_shrink_matches_float64(dtype, m, k, r, p, layout):
     x, A = operand(m, k, dtype=dtype, layout=layout), operand(r, k, dtype=dtype, layout=layout)
-    seed = seed_tensor() if p else None
+    seed = seed_tensor(m=m) if p else None
     out = Output(m, r, dtype=dtype)
     launch_shrink(x, A, seed, p, out.tensor, 1.5, Tile(16, 0, 16, 0)).run()
-    keep = reference_mask(seed, m, k, p) if p else torch.ones(m, k, device=DEVICE)
+    keep = hashed_mask(seed, m, k, p) if p else torch.ones(m, k, device=DEVICE)
     exact = 1.5 * (x.double() * keep / (1 - p)) @ A.double().t()
     plain = (x * keep.to(dtype) * (1 / (1 - p))) @ A.t() * 1.5
     size = 1.5 * (x.abs().double() * keep / (1 - p)) @ A.abs().double().t()
@@ -58,11 +58,11 @@ def test_low_rank_gemm_matches_float64(dtype, m, n, k, r, p, bias, layout, turne
     w = operand(k, n, dtype=dtype, layout=turned)
     s, b = operand(m, r, dtype=dtype), operand(r, n, dtype=dtype, layout=turned)
     offset = operand(n, dtype=dtype, layout="strided") if bias else None
-    seed = seed_tensor() if p else None
+    seed = seed_tensor(m=m) if p else None
     out = Output(m, n, dtype=dtype)
     tile = Tile(16, 32, 16, 16, group_m=2)
     launch_gemm(x, w, offset, s, b, 2.5, seed, p, out.tensor, tile).run()
-    keep = reference_mask(seed, m, n, p) if p else torch.ones(m, n, device=DEVICE)
+    keep = hashed_mask(seed, m, n, p) if p else torch.ones(m, n, device=DEVICE)
     exact = x.double() @ w.double() + 2.5 * (s.double() @ b.double()) * keep / (1 - p)
     plain = x @ w + 2.5 * (s @ b) * keep.to(dtype) * (1 / (1 - p))
     size = x.abs().double() @ w.abs().double() + 4 * s.abs().double() @ b.abs().double()
@@ -88,7 +88,7 @@ def test_a_mask_zeroes_the_same_elements_in_every_kernel():
     # s b = 1·I has one 1 in a column: rows of ones give every element of the mask.
     third = Output(1, m, k)
     launch_tall(torch.eye(m, device=DEVICE), ones, seed, p, third.tensor, Tile(16, 0, 32, 16)).run()
-    mask = reference_mask(seed, m, k, p)
+    mask = hashed_mask(seed, m, k, p)
     for found in (first, second, third):
         assert torch.equal(found.checked().reshape(m, k) != 0, mask)
 
@@ -96,12 +96,12 @@ def test_a_mask_zeroes_the_same_elements_in_every_kernel():
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_the_hashed_mask_looks_drawn(p):
     rows, columns = 600, 1000
-    one = reference_mask(seed_tensor(), rows, columns, p).double()
+    one = hashed_mask(seed_tensor(), rows, columns, p).double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(one.mean() - (1 - p)) < 5 * deviation / (rows * columns) ** 0.5
     assert (one.mean(0) - (1 - p)).abs().max() < 5 * deviation / rows**0.5
     assert (one.mean(1) - (1 - p)).abs().max() < 5 * deviation / columns**0.5
-    other = reference_mask(seed_tensor(8), rows, columns, p).double()
+    other = hashed_mask(seed_tensor(8), rows, columns, p).double()
     centred = one - one.mean()
     size = 5 * deviation**2 / (rows * columns) ** 0.5  # of a covariance of independent draws
     for shifted in (

@@ -13,8 +13,8 @@ needs_kernels()
 
 import minilora  # noqa: E402
 from minilora.kernels import quantize_rows, triton_lora_linear  # noqa: E402
+from minilora.kernels.dropout import hashed_mask  # noqa: E402
 from minilora.kernels.triton import _product, table_on  # noqa: E402
-from minilora.kernels.triton.primitives import reference_mask  # noqa: E402
 from minilora.quantization import QuantizedLinear, Spec  # noqa: E402
 
 NAMES = ["y", "grad_x", "grad_A", "grad_B"]
@@ -65,12 +65,12 @@ def compare(name, m, n, k, r, dtype, compute, p=0.0, bias=True):
     A = operand(r, k, scale=k**-0.5).to(dtype).requires_grad_()
     B = operand(n, r, scale=r**-0.5).to(dtype).requires_grad_()
     G = operand(m, n, dtype=dtype, layout="transposed")
-    seed = seed_tensor() if p else None
+    seed = seed_tensor(m=m) if p else None
     y = _product(x, layer.frozen(), A, B, 2.5, seed, p)
     y.backward(G)
     keep = torch.ones(m, k, dtype=torch.float64, device=DEVICE)
     if p:
-        keep = reference_mask(seed, m, k, p).double() / (1 - p)
+        keep = hashed_mask(seed, m, k, p).double() / (1 - p)
     W = layer.dequantize(torch.float64 if name == "int8" else torch.float32).double()
     operands = (x, W, layer.bias, A, B, 2.5, keep, G)
     exact, plain = exact_linear(*operands), list(plain_linear(*operands))

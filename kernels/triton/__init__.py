@@ -6,6 +6,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..dropout import row_seeds
 from ..four_bit import DYNAMIC_CODE, NF4_TABLE
 from ..int8 import LONGEST
 from ..low_rank import FrozenLinear, conv1d_forward, dense_forward
@@ -78,8 +79,9 @@ def lora_linear(
         A: `[R, K]`, kept for backward; any floating dtype, cast to x's for the products.
         B: `[N, R]`, likewise.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
-        p: the probability to drop an element of x. The mask is a hash of a seed drawn from torch's
-            generator on x's device, so activation checkpointing repeats it.
+        p: the probability to drop an element of x. The mask is a hash of a number drawn from
+            torch's generator on x's device, so activation checkpointing repeats it, and of the
+            row's seed, see `row_masks`.
 
     Returns:
         `[..., N]` in x's dtype.
@@ -88,9 +90,7 @@ def lora_linear(
         RuntimeError: x is not where kernels run, or of a dtype they lack, or the base has outliers.
     """
     _check(x, base)
-    seed = None
-    if p:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seed = row_seeds(x) if p else None
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         y = _product(flat, base, A, B, scaling, seed, p)

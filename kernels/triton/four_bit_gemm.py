@@ -39,7 +39,7 @@ def store_turned(
 ):  # fmt: skip
     """Add bias and branch to a tile `[BLOCK_N, BLOCK_M]` of Yᵀ; write it to Y (contiguous)."""
     acc += low_rank_branch(  # B Sᵀ: B in the place of S, both contiguous
-        b_ptr, s_ptr, None, offs_n, offs_m, N, M, scale, 0, 1, R,
+        b_ptr, s_ptr, None, offs_n, offs_m, N, M, scale, 0, 1, 1, R,
         R, PRECISION, BLOCK_N, BLOCK_M, BLOCK_R,
     )  # fmt: skip
     if bias_ptr is not None:

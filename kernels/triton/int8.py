@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, cdiv, precision
+from ..dropout import threshold_of
+from .launch import Launch, cdiv, precision, span_of
 from .lora_forward import low_rank_branch, low_rank_product
-from .primitives import is_kept, multiply, round_to_int8, threshold_of, tile_of
+from .primitives import is_kept, multiply, round_to_int8, row_keys, tile_of
 from .tiles import Tile, padded
 
 
@@ -41,7 +42,7 @@ def _scaled(x, c_ptr, offs_k, mask_k):
 @triton.jit
 def quantize_shrink(
     x_ptr, c_ptr, a_ptr, seed_ptr, p_ptr, t_ptr, s_ptr,
-    M, K, scale, threshold,
+    M, K, scale, threshold, span,
     stride_xm, stride_xk, stride_ar, stride_ak,
     R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -59,6 +60,8 @@ def quantize_shrink(
     step = tl.full((), BLOCK_K, tl.int64)
     largest = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if seed_ptr is not None:
+        key, other = row_keys(seed_ptr, offs_m[:, None], M, span)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
@@ -68,7 +71,7 @@ def quantize_shrink(
         size = tl.where(unordered, float("inf"), tl.abs(value))
         largest = tl.maximum(largest, tl.max(size, axis=1))
         if seed_ptr is not None:
-            keep = is_kept(tl.load(seed_ptr), offs_m[:, None], (k + offs_k)[None, :], threshold)
+            keep = is_kept(key, other, (k + offs_k)[None, :], threshold)
             x = tl.where(keep, x, 0.0).to(x.dtype)
         acc = multiply(x, a, acc, PRECISION)
         x_ptrs += step * stride_xk
@@ -95,7 +98,7 @@ def quantize_shrink(
 @triton.jit
 def int8_gemm(
     p_ptr, t_ptr, q_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, seed_ptr, y_ptr,
-    M, N, K, scale, threshold,
+    M, N, K, scale, threshold, span,
     stride_qk, stride_qn, stride_bias, stride_br, stride_bn,
     R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -133,8 +136,8 @@ def int8_gemm(
         )
     else:
         y += low_rank_branch(
-            s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, stride_br, stride_bn,
-            R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, span,
+            stride_br, stride_bn, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
@@ -154,7 +157,7 @@ def launch_quantize(
     (M, K), R = x.shape, len(A)
     p = p if seed is not None else 0.0
     args = (
-        x, c, A, seed, codes, t, s, M, K, scale / (1 - p), threshold_of(p),
+        x, c, A, seed, codes, t, s, M, K, scale / (1 - p), threshold_of(p), span_of(seed, M),
         *x.stride(), *A.stride(),
     )  # fmt: skip
     constants = {
@@ -179,7 +182,7 @@ def launch_int8_gemm(
         s, scale = torch.zeros_like(s), 1.0
     args = (
         codes, t, q, w, bias, s, b, seed, y, M, N, K, scale / (1 - p), threshold_of(p),
-        *q.stride(), 0 if bias is None else bias.stride(0), *b.stride(),
+        span_of(seed, M), *q.stride(), 0 if bias is None else bias.stride(0), *b.stride(),
     )  # fmt: skip
     constants = {
         "R": R, "PRECISION": precision(s), "BLOCK_M": tile.m, "BLOCK_N": tile.n,

@@ -39,6 +39,11 @@ def cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+def span_of(seed: Tensor | None, M: int) -> int:
+    """Return how many of M rows share a seed of `[S]`, as the kernels take it."""
+    return max(1, M // len(seed)) if seed is not None else 1
+
+
 @functools.cache
 def is_interpreted() -> bool:
     """Tell whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""

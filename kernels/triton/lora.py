@@ -167,7 +167,7 @@ def lora_dense(
             from f32 sums.
         B: `[N, R]`, likewise.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
-        seed: int64 `[1]` that the dropout mask is a hash of, or None.
+        seed: int64 `[S]`, one for each M / S rows, that the dropout mask is a hash of; or None.
         p: the probability to drop.
 
     Returns:

@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, cdiv, precision
-from .primitives import is_kept, multiply, threshold_of
+from ..dropout import threshold_of
+from .launch import Launch, cdiv, precision, span_of
+from .primitives import is_kept, multiply, row_keys
 from .tiles import Tile
 
 
@@ -77,7 +78,7 @@ def expand_grad(
 @triton.jit
 def tall_product(
     u_ptr, x_ptr, seed_ptr, partial_ptr,
-    M, K, rows, threshold,
+    M, K, rows, threshold, span,
     stride_um, stride_ur, stride_xm, stride_xk,
     R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -98,10 +99,12 @@ def tall_product(
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for m in range(0, rows, BLOCK_M):
         mask_m = offs_m + m < end
+        if seed_ptr is not None:
+            key, other = row_keys(seed_ptr, (offs_m + m)[:, None], M, span)
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
         u = tl.load(u_ptrs, mask=mask_r & mask_m[None, :], other=0.0)
         if seed_ptr is not None:
-            keep = is_kept(tl.load(seed_ptr), (offs_m + m)[:, None], offs_k[None, :], threshold)
+            keep = is_kept(key, other, offs_k[None, :], threshold)
             x = tl.where(keep, x, 0.0).to(x.dtype)
         acc = multiply(u, x, acc, PRECISION)
         x_ptrs += step * stride_xm
@@ -162,7 +165,7 @@ def launch_tall(
     rows = cdiv(cdiv(M, slices), tile.m) * tile.m
     args = (
         u, x, seed, partial, M, K, rows, threshold_of(p if seed is not None else 0.0),
-        *u.stride(), *x.stride(),
+        span_of(seed, M), *u.stride(), *x.stride(),
     )  # fmt: skip
     constants = {
         "R": R, "PRECISION": precision(x),

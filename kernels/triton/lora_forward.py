@@ -21,15 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, cdiv, precision
-from .primitives import is_kept, multiply, threshold_of, tile_of
+from ..dropout import threshold_of
+from .launch import Launch, cdiv, precision, span_of
+from .primitives import is_kept, multiply, row_keys, tile_of
 from .tiles import Tile, padded
 
 
 @triton.jit
 def shrink(
     x_ptr, a_ptr, seed_ptr, s_ptr,
-    M, K, scale, threshold,
+    M, K, scale, threshold, span,
     stride_xm, stride_xk, stride_ar, stride_ak,
     R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -45,12 +46,14 @@ def shrink(
     a_ptrs = a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if seed_ptr is not None:
+        key, other = row_keys(seed_ptr, offs_m[:, None], M, span)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
         a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r, other=0.0)
         if seed_ptr is not None:
-            keep = is_kept(tl.load(seed_ptr), offs_m[:, None], (k + offs_k)[None, :], threshold)
+            keep = is_kept(key, other, (k + offs_k)[None, :], threshold)
             x = tl.where(keep, x, 0.0).to(x.dtype)
         acc = multiply(x, a, acc, PRECISION)
         x_ptrs += step * stride_xk
@@ -79,18 +82,24 @@ def low_rank_product(
 
 @triton.jit
 def low_rank_branch(
-    s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, stride_br, stride_bn,
+    s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, span, stride_br, stride_bn,
     R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Return a tile of `c · (S B) ∘ D` in f32: what every GEMM here starts from or adds."""
+    # Where the keys are formed decides what spills: sm_90's widest tile if they come late, f32's
+    # many steps over a long rank if they are held through them.
+    if seed_ptr is not None and BLOCK_N > 128:
+        key, other = row_keys(seed_ptr, offs_m[:, None], M, span)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = low_rank_product(
         acc, s_ptr, b_ptr, offs_m, offs_n, M, N, stride_br, stride_bn, R, PRECISION, BLOCK_R
     )
     acc = acc * scale
     if seed_ptr is not None:
-        keep = is_kept(tl.load(seed_ptr), offs_m[:, None], offs_n[None, :], threshold)
+        if BLOCK_N <= 128:
+            key, other = row_keys(seed_ptr, offs_m[:, None], M, span)
+        keep = is_kept(key, other, offs_n[None, :], threshold)
         acc = tl.where(keep, acc, 0.0)
     return acc
 
@@ -98,7 +107,7 @@ def low_rank_branch(
 @triton.jit
 def low_rank_gemm(
     x_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, seed_ptr, y_ptr,
-    M, N, K, scale, threshold,
+    M, N, K, scale, threshold, span,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_bias, stride_br, stride_bn,
     R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -114,7 +123,7 @@ def low_rank_gemm(
 
     # The branch first: its scale and mask are applied to the accumulator the GEMM goes on with.
     acc = low_rank_branch(
-        s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, stride_br, stride_bn,
+        s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, span, stride_br, stride_bn,
         R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
@@ -140,7 +149,10 @@ def launch_shrink(
     """Fill `s [M, R]` with `scale / (1 − p) · (x ∘ D) Aᵀ`; x `[M, K]`, A `[R, K]`, any strides."""
     (M, K), R = x.shape, len(A)
     p = p if seed is not None else 0.0
-    args = (x, A, seed, s, M, K, scale / (1 - p), threshold_of(p), *x.stride(), *A.stride())
+    args = (
+        x, A, seed, s, M, K, scale / (1 - p), threshold_of(p), span_of(seed, M),
+        *x.stride(), *A.stride(),
+    )  # fmt: skip
     constants = {
         "R": R, "PRECISION": precision(x),
         "BLOCK_M": tile.m, "BLOCK_K": tile.k, "BLOCK_R": padded(R),
@@ -159,7 +171,7 @@ def launch_gemm(
     (M, K), N, R = x.shape, w.shape[1], len(b)
     p = p if seed is not None else 0.0
     args = (
-        x, w, bias, s, b, seed, y, M, N, K, scale / (1 - p), threshold_of(p),
+        x, w, bias, s, b, seed, y, M, N, K, scale / (1 - p), threshold_of(p), span_of(seed, M),
         *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *b.stride(),
     )  # fmt: skip
     constants = {

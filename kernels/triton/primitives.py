@@ -1,13 +1,12 @@
 """What the kernels share: one product, one dropout mask, one order of tiles.
 
 The mask is a hash of (seed, row, column), so it is never stored: the forward, grad_X and grad_A
-each make the same one again. `reference_mask` is its meaning in torch.
+each make the same one again. `hashed_mask` of kernels/dropout.py says what it
+means.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 _COLUMN = tl.constexpr(0x9E3779B9)  # 2³² / golden ratio: neighbouring columns land far apart
 _FIRST = tl.constexpr(0x85EBCA6B)  # the two multipliers of MurmurHash3's 32-bit finalizer
@@ -43,16 +42,23 @@ def _finalize(h):
 
 
 @triton.jit
-def is_kept(seed, rows, columns, threshold):
-    """Tell which elements dropout keeps: `hash >= threshold`, threshold = p · 2³¹.
+def row_keys(seed_ptr, rows, M, span):
+    """Return two keys for each of rows `[m, 1]`, of which every `span` share a seed.
 
-    rows `[m, 1]`, columns `[1, n]`. A row gives two keys and an element costs ten integer
-    operations; the second key keeps rows whose first keys lie close from being shifted copies.
+    The second keeps rows whose first keys lie close from being shifted copies.
     """
-    low = seed.to(tl.uint32)
-    high = (seed >> 32).to(tl.uint32)
-    key = _finalize(rows.to(tl.uint32) ^ low)
-    other = _finalize(key + high)
+    row = rows.to(tl.int32)  # a division of int64 is a function of its own on a GPU
+    seed = tl.load(seed_ptr + row // span, mask=row < M, other=0)
+    key = _finalize((row % span).to(tl.uint32) ^ seed.to(tl.uint32))
+    return key, _finalize(key + (seed >> 32).to(tl.uint32))
+
+
+@triton.jit
+def is_kept(key, other, columns, threshold):
+    """Return which elements dropout keeps: `hash >= threshold`, threshold = p · 2³¹.
+
+    key and other `[m, 1]` from `row_keys`, columns `[1, n]`: ten integer operations an element.
+    """
     h = (columns.to(tl.uint32) * _COLUMN) ^ key
     h = (h ^ (h >> 16)) * _FIRST
     h = h ^ other
@@ -70,34 +76,3 @@ def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
     rows = min(tiles_m - band * GROUP_M, GROUP_M)
     within = pid % (GROUP_M * tiles_n)
     return (band * GROUP_M + within % rows).to(tl.int64), (within // rows).to(tl.int64)
-
-
-def threshold_of(p: float) -> int:
-    """Return the integer that `is_kept` compares with."""
-    return min(round(p * 2**31), 2**31 - 1)
-
-
-def reference_mask(seed: Tensor, M: int, N: int, p: float) -> Tensor:
-    """Return the bool mask `[M, N]` that the kernels apply: True = keep.
-
-    Args:
-        seed: int64 `[1]`.
-        M: rows.
-        N: columns.
-        p: the probability to drop.
-    """
-    word = 0xFFFFFFFF
-
-    def finalize(h: Tensor) -> Tensor:
-        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & word
-        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & word
-        return h ^ (h >> 16)
-
-    rows = torch.arange(M, device=seed.device)[:, None]
-    columns = torch.arange(N, device=seed.device)[None, :]
-    key = finalize(rows ^ (seed & word))
-    other = finalize((key + ((seed >> 32) & word)) & word)
-    h = ((columns * 0x9E3779B9) & word) ^ key
-    h = (((h ^ (h >> 16)) * 0x85EBCA6B) & word) ^ other
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & word
-    return (h ^ (h >> 16)) >> 1 >= threshold_of(p)

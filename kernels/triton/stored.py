@@ -246,7 +246,7 @@ def lora_stored(
         block: weights that share a scale (int8 has none: 0).
         way: "int8" (not NF4) or "dequantize", for Y.
         grad_way: likewise, for the input's gradient.
-        seed: int64 `[1]` that the dropout mask is a hash of, or None.
+        seed: int64 `[S]`, one for each M / S rows, that the dropout mask is a hash of; or None.
         p: the probability to drop.
 
     Returns:

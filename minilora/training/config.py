@@ -52,7 +52,7 @@ class TrainConfig:
         compile: True runs each block of the model through `torch.compile`, which takes a C++
             compiler and about half a minute once (its result is cached on disk); `"auto"` does
             where that works and says so where not. Rounding differs from uncompiled steps, and
-            dropout's masks depend on the batch. Of several ranks all compile, or none.
+            dropout draws other masks. Of several ranks all compile, or none.
         shuffle: a new order each epoch.
         group_by_length: batches of similar lengths (less padding).
         seed: decides order and dropout, nothing else; the global random state is left alone.

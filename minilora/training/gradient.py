@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.data import Batch
 from minilora.kernels import row_masks
@@ -92,9 +92,10 @@ class Gradient:
     def _smaller(self, batch: Batch, size: int, why: str) -> int:
         """Halve the passes from here on, and say so."""
         size = self.run.rows = math.ceil(size / 2)
+        own = "" if not _drops(self.run.model) else " but for the masks of the model's own dropout"
         self.say(
             f"a micro-batch of {len(batch)} rows {why}: from here on in passes of {size}, with the "
-            f"same gradient"
+            f"same gradient{own}"
         )
         return size
 
@@ -141,6 +142,12 @@ class Gradient:
             total, _ = _checked(self.run.loss(self.run.model, batch))
         (total * 0).backward()
         return 0.0, 0
+
+
+def _drops(model: nn.Module) -> bool:
+    """Return whether the model drops anything itself; such masks follow the batch, not the row."""
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+    return any(isinstance(module, kinds) and module.p > 0 for module in model.modules())
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

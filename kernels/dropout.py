@@ -1,0 +1,138 @@
+"""Dropout's masks: every row of a batch has its own, whatever lies beside it.
+
+Within `row_masks` a row's mask follows from its seed, the call and the position. Untraced torch
+draws it from a generator of that seed. Traced torch and the Triton kernels hash
+
+    (seed of the row, token in the row, column)
+
+so that nothing is drawn one after another: `hashed_mask` says how.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Seeds of the rows in hand, and spread over 64 bits as a tensor. Not per thread: a backward pass
+# that recomputes may run in another one than the forward pass.
+_row_seeds: Sequence[int] = ()
+_spread_seeds: Tensor | None = None
+_placed: dict[torch.device, Tensor] = {}
+
+
+def _spread(seed: int) -> int:
+    """Mix 64 bits, so that neighbouring seeds share neither half: SplitMix64's finalizer.
+
+    Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators", figure 14.
+    """
+    word = 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15) & word
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+    return (z ^ (z >> 31)) - 2**63
+
+
+@contextmanager
+def row_masks(seeds: Sequence[int]) -> Iterator[None]:
+    """Within the block draw dropout's masks row by row, so that they don't depend on the batch.
+
+    A row's mask follows from its seed, the call (one number of torch's global random stream each)
+    and the position, not from the rows beside it.
+
+    Args:
+        seeds: one per row of the batch, in [0, 2⁶³).
+    """
+    global _row_seeds, _spread_seeds  # noqa: PLW0603 (one for all threads, see above)
+    before = _row_seeds, _spread_seeds
+    _row_seeds = tuple(seeds)
+    _spread_seeds = torch.tensor([_spread(seed) for seed in seeds], device="cpu")
+    _placed.clear()
+    try:
+        yield
+    finally:
+        _row_seeds, _spread_seeds = before
+        _placed.clear()
+
+
+def row_seeds(x: Tensor) -> Tensor:
+    """Draw one call's seeds for hashed masks, int64 `[S]` on x's device; S divides x's rows.
+
+    Inside `row_masks` there is one for each of its rows, if their number divides x's leading
+    dimension, which is taken to hold them one after another; else one for all of x.
+    """
+    call = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seeds = _spread_seeds
+    if seeds is None or not len(seeds) or x.dim() < 2 or len(x) % len(seeds):
+        return call
+    if torch.compiler.is_compiling():
+        return seeds.to(x.device) ^ call
+    if x.device not in _placed:  # copied once a pass: each copy waits for the GPU
+        _placed[x.device] = seeds.to(x.device)
+    return _placed[x.device] ^ call
+
+
+def threshold_of(p: float) -> int:
+    """Return the integer that a hash of 31 bits is compared with: below it, it is dropped."""
+    return min(round(p * 2**31), 2**31 - 1)
+
+
+def hashed_mask(seeds: Tensor, M: int, N: int, p: float) -> Tensor:
+    """Return the bool mask `[M, N]` that the Triton kernels apply: True = keep.
+
+    Args:
+        seeds: int64 `[S]`, one for each M / S rows.
+        M: rows.
+        N: columns.
+        p: the probability to drop.
+    """
+    return _hashes(seeds, M, N) >= threshold_of(p)
+
+
+def _hashes(seeds: Tensor, M: int, N: int) -> Tensor:
+    """Return int64 `[M, N]` in [0, 2³¹), as evenly spread as if drawn."""
+    word = 0xFFFFFFFF
+
+    def finalize(h: Tensor) -> Tensor:  # of MurmurHash3's 32-bit hash
+        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & word
+        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & word
+        return h ^ (h >> 16)
+
+    span = max(1, M // len(seeds))
+    rows = torch.arange(M, device=seeds.device)[:, None]
+    columns = torch.arange(N, device=seeds.device)[None, :]
+    seed = seeds[rows // span]
+    key = finalize((rows % span) ^ (seed & word))
+    other = finalize((key + ((seed >> 32) & word)) & word)
+    h = ((columns * 0x9E3779B9) & word) ^ key
+    h = (((h ^ (h >> 16)) * 0x85EBCA6B) & word) ^ other
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & word
+    return (h ^ (h >> 16)) >> 1
+
+
+def dropout_mask(x: Tensor, p: float | Tensor) -> Tensor:
+    """Draw a bool mask of x's shape that is True with probability 1 − p.
+
+    Args:
+        x: `[..., K]`; inside `row_masks` its leading dimension is taken to hold the rows one
+            after another, if their number divides it.
+        p: in [0, 1), or a tensor of such that broadcasts to x's shape.
+    """
+    if torch.compiler.is_compiling():
+        columns = x.shape[-1]
+        rows = x.numel() // max(1, columns)
+        drawn = _hashes(row_seeds(x), rows, columns).view(x.shape)
+        return drawn >= (p * 2**31 if isinstance(p, Tensor) else threshold_of(p))
+    drawn = torch.empty_like(x, dtype=torch.float32)
+    seeds = _row_seeds
+    if not seeds or x.dim() == 0 or len(x) % len(seeds):
+        return drawn.bernoulli_(1 - p).to(torch.bool)
+    call = int(torch.randint(2**62, ()))
+    generator = torch.Generator(x.device)
+    drawn = drawn.contiguous().view(len(seeds), -1)
+    keep = [1 - p] * len(seeds)
+    if isinstance(p, Tensor):
+        keep = list((1 - p).expand(x.shape).reshape(len(seeds), -1))
+    for row, chance, seed in zip(drawn, keep, seeds, strict=True):
+        row.bernoulli_(chance, generator=generator.manual_seed(seed ^ call))
+    return drawn.view(x.shape).to(torch.bool)
