@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.kernels.triton import tiles
-from minilora.kernels.triton.launch import Launch
+from minilora.kernels.triton.launch import Launch, precision
 
 ARCHES = st.sampled_from([75, 80, 86, 89, 90, 100, 103, 120, 121, 200])
 FLOATS = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -92,3 +92,32 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted):
     assert entered == wanted
     options = {"BLOCK": 16, "enable_fp_fusion": True, "num_warps": 4, "num_stages": 3}
     assert launched == [((1,), 2, options)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "wanted"),
+    [
+        ("matmul", "tf32", "tf32"),
+        ("matmul", "ieee", "ieee"),
+        ("all", "tf32", "tf32"),
+        ("legacy", "high", "tf32"),
+        ("legacy", "highest", "ieee"),
+    ],
+)
+def test_f32_follows_every_switch_of_torch(setting, value, wanted):
+    """The old ones and the new one, after which torch's old getters raise."""
+    x, new = torch.ones(2, 2), torch.backends.cuda.matmul
+    assert precision(x) == "ieee"
+    try:
+        if setting == "legacy":
+            torch.set_float32_matmul_precision(value)
+        elif setting == "all":
+            torch.backends.fp32_precision = value
+        else:
+            new.fp32_precision = value
+        assert precision(x) == wanted
+        assert precision(x.half()) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision = new.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"

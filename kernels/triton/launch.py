@@ -61,7 +61,11 @@ def architecture(device: torch.device) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """Return what `multiply` is told: see there. f32 follows torch's matmul precision."""
+    """Return what `multiply` is told: see there. f32 follows torch's switch for CUDA's matmuls.
+
+    The switch also knows what `torch.set_float32_matmul_precision` and `allow_tf32` set; their own
+    getters raise once it was set directly.
+    """
     if x.dtype == torch.float32:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return "widened" if x.dtype == torch.bfloat16 and is_interpreted() else "ieee"
