@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilora.data import IGNORE, Batch, Batches, as_examples, pad
+from minilora.inference import inference
 from minilora.widening import widened
 
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
@@ -117,18 +117,6 @@ def argument_names(function: Any) -> set[str]:
     return set(inspect.signature(function).parameters) if inspect.isroutine(function) else set()
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the block and give every module its own training flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter or buffer, the CPU for a model without any."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -151,7 +139,7 @@ def evaluate(
     The same for every batch size up to rounding, and the same bits for the same batches.
 
     Args:
-        model: left as it was, each module's training flag included.
+        model: left as it was, flags, buffers and torch's random state included.
         data: examples as `minilora.data.as_examples` takes them, sorted by length here; or
             `Batch`es, taken in their order. Of a `Batches` the examples and the batch size are
             taken, and its place in the data is not moved.
@@ -170,7 +158,7 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     total, tokens = 0.0, 0
     device = device_of(model)
-    with torch.no_grad(), eval_mode(model), widened(model):
+    with inference(model), widened(model):
         for batch in _batches(data, batch_size, pad_id):
             part, count = (loss or token_loss)(model, batch.to(device))
             total += float(part)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from minilora.compiling import compiled, settle_compile
-from minilora.evaluation import argument_names, device_of, eval_mode, forward_logits
+from minilora.evaluation import argument_names, device_of, forward_logits
+from minilora.inference import inference
 from minilora.models import KVCache, as_tokenizer
 from minilora.records import encode_prompt, warn_of_control
 from minilora.widening import widened
@@ -41,7 +42,7 @@ def generate(
     Args:
         model: a `minilora.models.Llama`, run with a key-value cache; or any causal model that
             returns logits [B, T, V] (or has them in `.logits`), recomputed for each token.
-            Left as it was, each module's training flag included.
+            Left as it was, flags, buffers and torch's random state included.
         prompts: a text, several texts, or several lists of token ids.
         tokenizer: a `minilora.models.Tokenizer`, or one of transformers'; needed for texts and
             stop strings. Its `stop_ids` stop a row.
@@ -80,7 +81,7 @@ def generate(
     asked = [list(row) for row in rows]
     new: Rows = [[] for _ in rows]
     running = list(range(len(rows)))
-    with torch.no_grad(), eval_mode(model), widened(model):
+    with inference(model), widened(model):
         step = _step(model, rows, max_new_tokens)
         logits = step(rows)  # the prompts, uncompiled: they have other lengths, and come once
         with compiled(model, wanted and max_new_tokens > 1, getattr(model, "_blocks", list)()):

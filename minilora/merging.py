@@ -4,7 +4,8 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters import (
-    activate,
     active_adapters,
     known_adapters,
     require_layers,
@@ -28,6 +28,7 @@ from minilora.copies import (
     original_parameters,
 )
 from minilora.files import read_tensors, tensor_content, write
+from minilora.inference import inference
 from minilora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear, is_conv1d
 from minilora.lora_layer import (
     LoRALayer,
@@ -38,7 +39,6 @@ from minilora.lora_layer import (
 )
 from minilora.packed import packed_format, weight_values
 from minilora.quantization import QuantizedLinear
-from minilora.stored_weights import StoredWeights
 from minilora.wrappers import named_modules
 
 MODES = ("dequantize", "requantize")
@@ -101,20 +101,14 @@ class MergeReport:
         return "\n".join([*lines, f"outputs differ by: {outputs}"])
 
 
-# How the weight a merge starts from is read, per quantized layer; others have their own.
-Read = Callable[[str], Tensor] | None
-
-
-def _merged_tensors(
-    name: str, layer: LoRALayer, names: tuple[str, ...], read: Read = None
-) -> dict[str, Tensor]:
+def _merged_tensors(layer: LoRALayer, names: tuple[str, ...]) -> dict[str, Tensor]:
     """W + Σ delta_weight (and b + Σ scaling · lora_bias) in f32 (f64), rounded once.
 
-    Of a quantized layer W is decoded, or comes from `read`, and the sum is not rounded yet.
+    Of a quantized layer W is decoded, and the sum is not rounded yet.
     """
     quantized = isinstance(layer.base, QuantizedLinear)
     if quantized:
-        weight = wide = layer.base.dequantize(torch.float32) if read is None else read(name)
+        weight = wide = layer.base.dequantize(torch.float32)
     else:
         weight = layer.base.weight.detach()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
@@ -156,7 +150,7 @@ def _new_base(base: QuantizedLinear, merged: dict[str, Tensor], mode: str | None
 
 def _requantized_error(name: str, layer: LoRALayer, names: tuple[str, ...]) -> MergedLayer:
     before = layer.base.dequantize(torch.float32)
-    wanted = _merged_tensors(name, layer, names)["weight"]
+    wanted = _merged_tensors(layer, names)["weight"]
     if torch.equal(before, wanted):
         return MergedLayer(name, 0.0, 0.0)
     stored = QuantizedLinear.from_weight(wanted, layer.base.spec).dequantize(torch.float32)
@@ -232,10 +226,9 @@ def merge(
     model: nn.Module,
     adapters: str | Sequence[str] | None = None,
     *,
-    keep: str | None = "memory",
+    keep: str | bool | None = "memory",
     untie: bool = False,
     mode: str | None = None,
-    into: str | Path | None = None,
     tolerance: float | None = 1.0,
     sample: Tensor | None = None,
 ) -> MergeReport | None:
@@ -248,14 +241,14 @@ def merge(
         model: a model with adapters; changed in place.
         adapters: a name, several, or None for the active ones.
         keep: what makes `unmerge` possible: `"memory"` keeps the original weights beside the
-            merged ones (as many bytes again), `"disk"` in a temporary file, None nowhere
+            merged ones (as many bytes again), `"disk"` in a temporary file, None or False nowhere
             (`unmerge` then raises).
         untie: give a layer that shares its weight (a head tied to the embedding) a weight of its
             own for the merged values; `unmerge` ties them again. False refuses such a layer.
         mode: what becomes of a quantized base: `"dequantize"` a plain layer in the dtype it had
-            before, or `"requantize"` the same format again, which rounds the sum anew.
-        into: instead of `mode`, a Hugging Face folder with the weights the base was quantized
-            from: the adapter is added to those, and the layers become plain ones.
+            before, or `"requantize"` the same format again, which rounds the sum anew. Both start
+            from the rounded weights; to merge into the full-precision ones, load that model, load
+            the adapter there and merge.
         tolerance: refuse `"requantize"` where in some layer the new rounding exceeds this many
             times what the adapter adds, ‖ΔW‖_F; None accepts any.
         sample: an input for `model(sample)`; with `"requantize"` the report then says how far the
@@ -266,12 +259,13 @@ def merge(
 
     Raises:
         ValueError: unknown names, nothing to merge, a weight shared with another module, a base
-            of another kind, a quantized base without `mode` or `into`, a rounding error above the
+            of another kind, a quantized base without `mode`, a rounding error above the
             tolerance, a result that is not finite; the model is unchanged.
         RuntimeError: adapters are merged already.
     """
     layers = require_layers(model, "merge")
     require_unmerged(layers, "merge")
+    keep = None if keep is False else keep
     if keep not in ("memory", "disk", None):
         raise ValueError(f"keep must be 'memory', 'disk' or None, found {keep!r}")
     names = active_adapters(model) if adapters is None else known_adapters(model, adapters, "merge")
@@ -286,7 +280,7 @@ def merge(
     plan = {n: wanted for n, wanted in plan.items() if wanted}
     chosen = {n: layers[n] for n in plan}
     small = {n: layer for n, layer in chosen.items() if isinstance(layer.base, QuantizedLinear)}
-    _check_mode(small, mode, into)
+    _check_mode(small, mode)
     if tolerance is not None and (
         isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance > 0
     ):
@@ -296,8 +290,7 @@ def merge(
     install(model, names)
     try:
         # What must not be written: weights that others read, and trained copies.
-        read = None if into is None else StoredWeights(into).reader(small)
-        apart = _kept_apart(model, plan, chosen, untie, read)
+        apart = _kept_apart(model, plan, chosen, untie)
         errors = []
         if mode == "requantize":
             errors = [_requantized_error(n, layer, plan[n]) for n, layer in small.items()]
@@ -312,17 +305,15 @@ def merge(
                               if (n, key) not in apart})  # fmt: skip
         outputs = None
         if sample is not None and errors:
-            active = active_adapters(model)
-            activate(model, names)
-            outputs = _outputs(model, sample)
-            activate(model, active)
+            with _active(layers, plan):
+                outputs = _outputs(model, sample)
     except BaseException:
         install(model, before)
         raise
     with torch.no_grad():
         for name, layer in chosen.items():
             if name in small:
-                _replace_base(name, layer, plan[name], keep, disk, read, mode)
+                _replace_base(name, layer, plan[name], keep, disk, mode)
             else:
                 _merge_layer(name, layer, plan[name], keep, disk, apart, own)
     for name, layer in layers.items():
@@ -340,20 +331,18 @@ def _held(base: nn.Module) -> list[str]:
     return [name for name, parameter in base._parameters.items() if parameter is not None]
 
 
-def _check_mode(small: dict[str, LoRALayer], mode: object, into: object) -> None:
+def _check_mode(small: dict[str, LoRALayer], mode: object) -> None:
     if mode not in (None, *MODES):
         raise ValueError(f"mode must be one of {', '.join(MODES)} or None, found {mode!r}")
-    if mode is not None and into is not None:
-        raise ValueError("merge() takes mode= or into=, found both; leave one of them out")
-    if small and mode is None and into is None:
+    if small and mode is None:
         raise ValueError(
-            f"merging into a quantized base needs mode='dequantize' (plain layers), "
-            f"'requantize' (the same format, rounded anew) or into=<the unquantized model's "
-            f"folder>; {next(iter(small))} and {len(small) - 1} more are quantized"
+            f"merging into a quantized base needs mode='dequantize' (plain layers) or 'requantize' "
+            f"(the same format, rounded anew), found none ({next(iter(small))} and "
+            f"{len(small) - 1} more are quantized); or save the adapter, load it on the "
+            f"full-precision model and merge there"
         )
-    if not small and (mode is not None or into is not None):
-        what = "mode" if mode is not None else "into"
-        raise ValueError(f"{what}= is for quantized bases, found none; leave it out")
+    if not small and mode is not None:
+        raise ValueError("mode= is for quantized bases, found none; leave it out")
 
 
 def _check_tolerance(errors: list[MergedLayer], tolerance: float | None) -> None:
@@ -362,19 +351,27 @@ def _check_tolerance(errors: list[MergedLayer], tolerance: float | None) -> None
         raise ValueError(
             f"mode='requantize' must not lose more than tolerance={tolerance:g} times what the "
             f"adapter adds, found {over[0].of_delta:.2f} times in {over[0].name} ({len(over)} of "
-            f"{len(errors)} layers are above); use mode='dequantize' or into=, or pass "
+            f"{len(errors)} layers are above); use mode='dequantize', or pass "
             f"tolerance=None to merge all the same"
         )
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, sample: Tensor) -> Tensor:
-    training = model.training
-    model.eval()
+@contextmanager
+def _active(layers: dict[str, LoRALayer], plan: dict[str, tuple[str, ...]]) -> Iterator[None]:
+    """Within the block exactly the adapters to be merged add to the output."""
+    before = {name: layer.active for name, layer in layers.items()}
     try:
-        found = model(sample)
+        for name, layer in layers.items():
+            layer.activate(plan.get(name, ()))
+        yield
     finally:
-        model.train(training)
+        for name, layer in layers.items():
+            layer.activate(before[name])
+
+
+def _outputs(model: nn.Module, sample: Tensor) -> Tensor:
+    with inference(model):
+        found = model(sample)
     return getattr(found, "logits", found).double()
 
 
@@ -384,12 +381,11 @@ def _replace_base(
     names: tuple[str, ...],
     keep: str | None,
     disk: _DiskCopy | None,
-    read: Read,
     mode: str | None,
 ) -> None:
     """Put a new base in place of a quantized one, which stays what `unmerge` brings back."""
     old: QuantizedLinear = layer.base
-    new = _new_base(old, _merged_tensors(name, layer, names, read), mode)
+    new = _new_base(old, _merged_tensors(layer, names), mode)
     layer.base_sample = weight_sample(name, weight_values(old))
     layer.base_format = storage_format(old)
     layer.base = new
@@ -409,7 +405,6 @@ def _kept_apart(
     plan: dict[str, tuple[str, ...]],
     chosen: dict[str, LoRALayer],
     untie: bool,
-    read: Read = None,
 ) -> set[tuple[str, str]]:
     """Check that everything can be merged; return the (layer, key) that need a new parameter."""
     apart = set()
@@ -425,7 +420,7 @@ def _kept_apart(
     copied = {id(p) for copies in all_copies(model).values() for p in copies.values()}
     for name, layer in chosen.items():
         dtype = weight_dtype(layer.base)
-        merged = _merged_tensors(name, layer, plan[name], read)
+        merged = _merged_tensors(layer, plan[name])
         if not isinstance(layer.base, QuantizedLinear):
             held = layer.base._parameters
             apart |= {(name, key) for key in merged if id(held[key]) in copied}
@@ -452,7 +447,7 @@ def _merge_layer(
     apart: set[tuple[str, str]],
     own: dict[str, nn.Parameter],
 ) -> None:
-    merged = _merged_tensors(name, layer, names)
+    merged = _merged_tensors(layer, names)
     layer.base_sample = weight_sample(name, own.get(f"{name}.weight", layer.base.weight))
     originals: dict[str, Any] = {}
     for key, value in merged.items():

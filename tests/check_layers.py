@@ -46,7 +46,6 @@ layers =
     minilora.combination
     minilora.serving
     minilora.merging
-    minilora.stored_weights
     minilora.adapters
     minilora.bases
     minilora.injection
@@ -57,6 +56,7 @@ layers =
     minilora.widening
     minilora.layers
     minilora.compiling
+    minilora.inference
     minilora.lora_layer
     minilora.factors
     minilora.packed

@@ -355,54 +355,28 @@ def test_requantizing_that_drowns_the_adapter_is_refused(snapshot, same):
     assert "pass sample=" in str(report)
 
 
-def test_merge_into_the_unquantized_weights(tmp_path):
+def test_an_adapter_of_a_quantized_base_merges_into_the_full_precision_one(tmp_path):
     plain = gpt2()
-    from minilora.models import save_pretrained
-
-    save_pretrained(plain, tmp_path / "full")
     model = minilora.quantize(copy.deepcopy(plain), "nf4")
     minilora.inject(model, r=3, alpha=5)
     layer = model.transformer.h[0].attn.c_attn
     nn.init.normal_(layer.adapters["default"].lora_B)
     factors = layer.adapters["default"]
     delta = (factors.lora_B @ factors.lora_A * factors.scaling).T.detach()
-    codes = layer.base.codes.clone()
-    minilora.merge(model, into=tmp_path / "full")
+    minilora.save(model, tmp_path)
+    minilora.load(plain, tmp_path)
     want = plain.transformer.h[0].attn.c_attn.weight + delta
-    torch.testing.assert_close(layer.base.weight, want, rtol=1e-6, atol=1e-6)
-    minilora.unmerge(model)
-    assert torch.equal(layer.base.codes, codes)
-    torch.manual_seed(9)
-    other = GPT2(plain.config)
-    save_pretrained(other, tmp_path / "other")
-    with pytest.raises(ValueError, match="is not the weight transformer.* was quantized from"):
-        minilora.merge(model, into=tmp_path / "other")
-    with pytest.raises(ValueError, match="must name a folder with model.safetensors"):
-        minilora.merge(model, into=tmp_path / "none")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "model.safetensors").write_bytes(b"123")
-    with pytest.raises(ValueError, match="is damaged or cut short"):
-        minilora.merge(model, into=damaged)
-    (damaged / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ValueError, match="must map tensor names to files"):
-        minilora.merge(model, into=damaged)
-    smaller = GPT2(GPT2Config(**{**plain.config.__dict__, "n_embd": 32}))
-    save_pretrained(smaller, tmp_path / "smaller")
-    with pytest.raises(ValueError, match=r"must be a floating-point weight for \[192, 64\]"):
-        minilora.merge(model, into=tmp_path / "smaller")
-    fewer = GPT2(GPT2Config(**{**plain.config.__dict__, "n_layer": 1}))
-    save_pretrained(fewer, tmp_path / "fewer")
-    with pytest.raises(ValueError, match=r"must hold transformer.h.1.* of the unquantized model"):
-        minilora.merge(model, into=tmp_path / "fewer")
+    minilora.merge(plain)
+    torch.testing.assert_close(
+        plain.transformer.h[0].attn.c_attn.weight, want, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "needs mode='dequantize' .* 'requantize' .* or into=.*; up and 1 more are quantized"),
+        ({}, r"mode='dequantize' .* or 'requantize' .*\(up and 1 more .*the full-precision model"),
         ({"mode": "x"}, "mode must be one of dequantize, requantize or None, found 'x'"),
-        ({"mode": "dequantize", "into": "x"}, "takes mode= or into=, found both"),
         ({"mode": "requantize", "tolerance": float("nan")}, "number above 0 or None, found nan"),
         ({"mode": "requantize", "tolerance": "2"}, "number above 0 or None, found '2'"),
     ],

@@ -17,7 +17,6 @@ from minilora.evaluation import (
     Evaluation,
     argument_names,
     device_of,
-    eval_mode,
     evaluate,
     forward_logits,
     token_loss,
@@ -399,17 +398,6 @@ def test_evaluate_restores_the_flags_after_an_error(where):
             evaluate(model, [{"input_ids": [0, VOCAB]}])
     assert {name: module.training for name, module in model.named_modules()} == flags
     assert torch.is_grad_enabled()
-
-
-def test_eval_mode_restores_after_the_block_and_after_an_error():
-    model = plain()
-    flags = mixed(model)
-    with eval_mode(model):
-        assert not any(module.training for module in model.modules())
-    assert {name: module.training for name, module in model.named_modules()} == flags
-    with pytest.raises(KeyError, match="inside"), eval_mode(model):
-        raise KeyError("inside")
-    assert {name: module.training for name, module in model.named_modules()} == flags
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minilora.data import Example, pad
-from minilora.evaluation import device_of, eval_mode, forward_logits
+from minilora.evaluation import device_of, forward_logits
+from minilora.inference import inference
 from minilora.report.tokens import encode
 
 
@@ -134,7 +135,7 @@ def attention_masses(
         )
     totals: list[float] = []
     even, tokens, queries = 0.0, 0, 0
-    with torch.no_grad(), eval_mode(model):
+    with inference(model):
         for start in range(0, len(marked), batch_size):
             rows = marked[start : start + batch_size]
             batch = pad([example for example, _ in rows], pad_id).to(device_of(model))

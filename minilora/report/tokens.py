@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.data import IGNORE, Example, pad
-from minilora.evaluation import device_of, eval_mode, forward_logits
+from minilora.evaluation import device_of, forward_logits
+from minilora.inference import inference
 
 CHUNK = 2**24  # logits widened at a time
 CONTEXT = 12  # tokens shown before the one in question
@@ -82,7 +83,7 @@ def token_losses(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     device = device_of(model)
-    with torch.no_grad(), eval_mode(model):
+    with inference(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = pad([examples[i] for i in rows], pad_id).to(device)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from minilora.compiling import compiled
 from minilora.data import Batch, Batches
-from minilora.evaluation import Evaluation, Loss, device_of, eval_mode, evaluate
+from minilora.evaluation import Evaluation, Loss, device_of, evaluate
 from minilora.files import UnwritableError
+from minilora.inference import as_found, inference
 from minilora.kernels import keep_freed_memory
 from minilora.lora_layer import weight_dtype
 from minilora.planning.foretold import Foretold
@@ -190,10 +191,8 @@ def _training(run: Run) -> Iterator[None]:
     """Training mode, checkpointing and the run's own random numbers, all put back after."""
     if run.ranks.kind != "fsdp":  # which lives of what is given back
         keep_freed_memory()
-    flags = [(module, module.training) for module in run.model.modules()]
-    devices = [run.device] if run.device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices),
+        as_found(run.model, buffers=False),
         checkpointing(run.model, run.config.checkpointing),
         widened(run.model),
         compiled(run.model, run.compile),
@@ -205,8 +204,7 @@ def _training(run: Run) -> Iterator[None]:
                     module.eval()
             yield
         finally:
-            for module, training in flags:
-                module.training = training
+            run.optimizer.zero_grad(set_to_none=True)  # else a loop that follows would add to it
 
 
 class _InterruptedError(Exception):
@@ -412,7 +410,7 @@ class _Loop:
         if run.keep(found) and run.step:
             run.save_adapter()
         if self.sample is not None:
-            with torch.no_grad(), eval_mode(run.model), self._autocast():
+            with inference(run.model), self._autocast():
                 self.monitor.sample(run.step, self.sample(run.model))
 
     def _rescue(self) -> None:

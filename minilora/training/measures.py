@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from minilora.data import Batches, pad
-from minilora.evaluation import Evaluation, eval_mode, summarize
+from minilora.evaluation import Evaluation, summarize
+from minilora.inference import inference
 from minilora.training.run import Run
 
 
@@ -14,7 +15,7 @@ def evaluate_on_ranks(run: Run, valid: Batches) -> Evaluation:
     ranks = run.ranks
     examples = sorted(valid.examples, key=lambda example: len(example.input_ids))
     total, tokens = 0.0, 0
-    with torch.no_grad(), eval_mode(run.model):
+    with inference(run.model):
         for start in range(0, len(examples), valid.batch_size):
             rows = examples[start : start + valid.batch_size][ranks.rank :: ranks.world]
             if rows or ranks.kind == "fsdp":  # sharded: all must compute, if only along

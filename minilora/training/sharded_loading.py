@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minilora.factors import FROM_WEIGHT, LoRAAdapter
 from minilora.lora_layer import LoRALayer, lora_layers, weight_sample
+from minilora.packed import weight_values
 from minilora.quantization import QuantizedLinear
 from minilora.training.ranks import Ranks, shard
 
@@ -47,7 +48,7 @@ def sharded(
             if isinstance(value, QuantizedLinear):
                 for part, tensor in value.named_parameters():
                     ranks.put(places[f"{name}.{part}"], tensor)
-                value = value.weight
+                value = weight_values(value)
             else:
                 ranks.put(places[fqn], value)  # type: ignore[arg-type]
             if name in layers:  # the whole weight is not at hand later
