@@ -11,12 +11,19 @@ from typing import Any
 
 from torch import nn
 
+from minilora.bare_parameters import taken_for_experts
 from minilora.copies import asked_copies
 from minilora.injection import check_alpha, check_dropout
 from minilora.layers import is_conv1d
 from minilora.lora_layer import LoRALayer
 from minilora.quantization import QuantizedLinear
-from minilora.selection import check_rank, compile_ending, find_head, plain_modules
+from minilora.selection import (
+    check_rank,
+    compile_ending,
+    find_head,
+    parameter_places,
+    plain_modules,
+)
 from minilora.wrappers import unwrapped
 
 # Config keys that name or describe; every other key must be one handled below or at a value that
@@ -29,8 +36,9 @@ _DESCRIPTIVE = {
 _HANDLED = {
     "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r",
-    "rank_pattern", "target_modules", "use_dora", "use_rslora",
+    "rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora",
 }  # fmt: skip
+_MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _ASKS_NOTHING: tuple[object, ...] = (None, False, "none", [], {}, "")
 # Initialisations that leave the base as it was; PiSSA, OLoRA, LoftQ and CorDA change its weights,
 # so their factors mean something only beside the changed base.
@@ -58,11 +66,16 @@ def _minimal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
     return sorted(entries)
 
 
-def _patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _patterns(values: dict[str, Any], by_weight: list[str]) -> tuple[Any, dict[str, Any]]:
     """Split per-layer values into the commonest one and exact-name patterns for the others."""
     common = Counter(values.values()).most_common(1)[0][0]
-    # "^" keeps a name from also matching as the ending of a longer one under PEFT's rule.
-    rest = {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
+    # "^" keeps a name from also matching as the ending of a longer one under PEFT's rule; where
+    # PEFT is given a parameter's name (`target_parameters`), it looks that up.
+    rest = {
+        f"^{re.escape(name)}" + (r"(\.weight)?" if name in by_weight else ""): value
+        for name, value in values.items()
+        if value != common
+    }
     return common, rest
 
 
@@ -71,17 +84,65 @@ def _stores_transposed(base: nn.Module) -> bool:
     return quantized or is_conv1d(base)
 
 
+def by_parameter(
+    model: nn.Module, layers: dict[str, LoRALayer], adapter: str
+) -> tuple[list[str], str | None]:
+    """Return the layers to be named by their weight, and why those can't be that should be.
+
+    PEFT would look for them among stacked experts (`taken_for_experts`); named by their weight, in
+    `target_parameters`, it finds them. It takes neither dropout nor DoRA nor a lora_bias there.
+    """
+    names = taken_for_experts(unwrapped(model), {"": model, **plain_modules(model)}, list(layers))
+    first: Any = next(iter(layers.values())).adapters[adapter]
+    what = "dropout" if first.dropout else "DoRA" if first.magnitude is not None else None
+    what = "a lora_bias" if first.lora_bias is not None else what
+    if not names or what is None:
+        return names, None
+    return [], (
+        f"PEFT takes {names[0]} and {len(names) - 1} more for the model's stacked experts, and "
+        f"reads them rightly only without dropout, DoRA and lora_bias; this adapter has {what}"
+    )
+
+
+def not_for_peft(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> str | None:
+    """Say why PEFT refuses this adapter on its own base, or reads it otherwise; else None."""
+    kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
+    wrong = [n for n in layers if n.rpartition(".")[2] in ("out_proj", "conv1d")]
+    if kind in _MAMBAS and wrong:
+        return f"PEFT refuses {wrong[0]} ({len(wrong)} such layers) in a model of type {kind}"
+    return by_parameter(model, layers, adapter)[1]
+
+
+def weights_named(model: nn.Module, config: dict, file: Path) -> list[str]:
+    """Return the linears whose weight `target_parameters` names; refuse what is no such weight."""
+    places, found = parameter_places(model), []
+    entries = config.get("target_parameters") or []
+    for name in places:
+        if not any(f".{name}".endswith(f".{entry}") for entry in entries):
+            continue
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or not isinstance(places[name][0], nn.Linear):
+            raise ValueError(
+                f"{file}: target_parameters must name weights of linear layers, found {name} "
+                f"{list(getattr(*places[name]).shape)}, which is none; adapters on such parameters "
+                f"(stacked experts) can't be loaded here, only in PEFT"
+            )
+        found.append(module)
+    return found
+
+
 def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dict:
     """Describe an adapter by PEFT's fields, target_modules as short as is exact."""
     factors: dict[str, Any] = {fqn: layer.adapters[adapter] for fqn, layer in layers.items()}
     plain = {fqn: f.plain()[2:] for fqn, f in factors.items()}
-    r, rank_pattern = _patterns({fqn: values[0] for fqn, values in plain.items()})
-    alpha, alpha_pattern = _patterns({fqn: values[1] for fqn, values in plain.items()})
+    by_weight, _ = by_parameter(model, layers, adapter)
+    r, rank_pattern = _patterns({fqn: values[0] for fqn, values in plain.items()}, by_weight)
+    alpha, alpha_pattern = _patterns({fqn: values[1] for fqn, values in plain.items()}, by_weight)
     bias, modules_to_save = asked_copies(model, adapter)
     first = next(iter(factors.values()))
     head = find_head(model)
-    names = list(factors)
-    return {
+    names = [fqn for fqn in factors if fqn not in by_weight]
+    config = {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
         "base_model_name_or_path": getattr(unwrapped(model), "name_or_path", None) or None,
@@ -106,6 +167,9 @@ def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> d
         "use_dora": first.magnitude is not None,
         "use_rslora": next(iter(plain.values()))[2],
     }
+    if by_weight:
+        config["target_parameters"] = sorted(f"{fqn}.weight" for fqn in by_weight)
+    return config
 
 
 def read_config(file: Path) -> dict:
@@ -136,7 +200,10 @@ def read_config(file: Path) -> dict:
         )
     entries = config.get("target_modules")
     is_list = isinstance(entries, list) and all(isinstance(e, str) and e for e in entries)
-    if not (is_list or isinstance(entries, str)) or not entries:
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(e, str) and e for e in parameters):
+        raise problem("target_parameters", "a list of parameter names or null")
+    if not (is_list or isinstance(entries, str)) or not (entries or parameters):
         raise problem("target_modules", "a non-empty list of module names or a regex")
     for key in ("exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(key)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minilora.bare_parameters import unreached, weight_count
 from minilora.copies import (
     all_adapter_names,
     all_copies,
@@ -20,8 +21,8 @@ from minilora.copies import (
 )
 from minilora.injection import check_adapter_name, places_of
 from minilora.lora_layer import LoRALayer, lora_layers
-from minilora.packed import packed_format
 from minilora.quantization import QuantizedLinear
+from minilora.selection import plain_modules
 from minilora.wrappers import named_modules, named_parameters, unwrapped
 
 
@@ -282,6 +283,8 @@ class Summary:
     bytes: int
     paths: dict[str, int]
     kept_bytes: int
+    unreached: float = 0.0
+    note: str = ""
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(1, self.parameters)
@@ -300,20 +303,10 @@ class Summary:
             )
         paths = ", ".join(f"{path} {n}" for path, n in self.paths.items())
         lines.append(f"path last used, by layers: {paths}")
+        lines += [self.note] if self.note else []
         if self.kept_bytes:
             lines.append(f"originals kept in memory for unmerge: {self.kept_bytes / 1e6:,.1f} MB")
         return "\n".join(lines)
-
-
-def _packed_away(module: Any) -> int:
-    """Return how many more weights a quantized linear has than its stored tensors have elements."""
-    if isinstance(module, QuantizedLinear):
-        stored = [p for name, p in module.named_parameters(recurse=False) if name != "bias"]
-    elif isinstance(module, nn.Linear) and packed_format(module):
-        stored = [module.weight]
-    else:
-        return 0
-    return module.in_features * module.out_features - sum(p.numel() for p in stored)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -348,7 +341,8 @@ def summary(model: nn.Module) -> Summary:
             )
         )
     everything = list(model.parameters())
-    packed = sum(_packed_away(module) for module in model.modules())
+    packed = [m for m in model.modules() if isinstance(m, (QuantizedLinear, nn.Linear))]
+    hidden = sum(weight_count(m) - sum(p.numel() for p in m.parameters(False)) for m in packed)
     kept = [
         value
         for layer in layers.values()
@@ -360,9 +354,10 @@ def summary(model: nn.Module) -> Summary:
         kept += list(base.parameters()) if isinstance(base, nn.Module) else []
     return Summary(
         tuple(rows),
-        sum(p.numel() for p in everything) + packed,
+        sum(p.numel() for p in everything) + hidden,
         sum(p.numel() for p in everything if p.requires_grad),
         sum(p.numel() * p.element_size() for p in everything),
         dict(Counter(layer.last_path or "not run yet" for layer in layers.values())),
         sum(t.numel() * t.element_size() for t in kept),
+        *unreached({"": model, **plain_modules(model)}),
     )

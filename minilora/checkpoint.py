@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter_config import config_of, read_config
+from minilora.adapter_config import config_of, not_for_peft, read_config, weights_named
 from minilora.adapter_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -147,6 +147,10 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
         "minilora_base": fingerprint(layers, original_parameters(model)),
         "minilora_rest": describe(frozen),
     }
+    problem = not_for_peft(model, layers, adapter)
+    if problem is not None:
+        metadata["minilora_not_for_peft"] = problem
+        warnings.warn(f"minilora: {problem}", UserWarning, stacklevel=3)
     slices = {fqn: _slices(layer.adapters[adapter]) for fqn, layer in layers.items()}
     if any(slices.values()):
         metadata["minilora_slices"] = json.dumps({n: rows for n, rows in slices.items() if rows})
@@ -301,14 +305,15 @@ class _Reader:
 
 
 def _build(
-    reader: _Reader, config: dict, fqn: str, base: nn.Module, dtype: torch.dtype
+    reader: _Reader, config: dict, fqn: str, base: nn.Module, dtype: torch.dtype, by_weight: bool
 ) -> LoRAAdapter:
     """Make one layer's factors from the file."""
     kind: Any = layer_class(base)
-    r = int(pattern_value(fqn, config["rank_pattern"], config["r"]))
+    looked_up = f"{fqn}.weight" if by_weight else fqn
+    r = int(pattern_value(looked_up, config["rank_pattern"], config["r"]))
     factors = kind(base).new_adapter(
         r=r,
-        alpha=pattern_value(fqn, config["alpha_pattern"], config["lora_alpha"]),
+        alpha=pattern_value(looked_up, config["alpha_pattern"], config["lora_alpha"]),
         dropout=config["lora_dropout"],
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
@@ -441,8 +446,9 @@ def _read(
     tensors = _unwrapped_keys(tensors, "module" in unwrapped(model)._modules)
     adaptable = {name: m for name, m in modules.items() if layer_class(m) is not None}
     entries, excluded = config["target_modules"], config.get("exclude_modules") or ()
+    by_weight = weights_named(model, config, folder / CONFIG_FILE)
     try:
-        names = select_targets(
+        chosen = entries and select_targets(
             model,
             _matching(entries, modules) or entries,
             _matching(excluded, adaptable),
@@ -451,6 +457,7 @@ def _read(
         )
     except (ValueError, TypeError, re.error) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not fit this model: {error}") from None
+    names = [n for n in modules if n in {*chosen, *by_weight}]
     copied = {n: _copy_key(n, names) for n in _wanted_copies(model, config, names)}
     replaced = _replaced(model, tensors, names, copied)
     copied |= replaced
@@ -459,7 +466,7 @@ def _read(
     frozen = {n: key for n, key in base_keys.items() if key in tensors}
     _match_keys(folder / WEIGHTS_FILE, tensors, keys | set(copied.values()) | set(frozen.values()))
     reader = _Reader(folder / WEIGHTS_FILE, tensors, _vocabulary(model))
-    built = {n: _build(reader, config, n, modules[n], dtype) for n in names}
+    built = {n: _build(reader, config, n, modules[n], dtype, n in by_weight) for n in names}
     _restore_slices(built, metadata, folder / WEIGHTS_FILE)
     places = parameter_places(model)
     values = {}

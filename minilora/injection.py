@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.bare_parameters import WORTH_A_WARNING, unreached
 from minilora.copies import (
     TrainedCopies,
     add_copies,
@@ -377,6 +378,9 @@ def inject(
     _refuse_drawn(model, copied)
     _warn_wide_ranks(model, names, ranks)
     _warn_moving(model)
+    share, note = unreached({"": model, **modules})
+    if share >= WORTH_A_WARNING and not present:
+        warnings.warn(f"minilora: {note}; they stay as they are", UserWarning, stacklevel=2)
     with originals_in_place(model):  # DoRA, PiSSA and OLoRA read the base's own weight
         new = {
             name: _fresh(modules[name], ranks[name], alphas[name], rows.get(name), {

@@ -114,7 +114,7 @@ class LoRALinear(LoRALayer):
     def _takes(self, dtype: torch.dtype) -> bool:
         if isinstance(self.base, QuantizedLinear):
             return dtype.is_floating_point
-        return dtype == self.weight.dtype
+        return dtype == self.base.weight.dtype
 
     def _forward(self, x: Tensor, adapters: list[LoRAAdapter], drops: list[float]) -> Tensor:
         if any(a.magnitude is not None for a in adapters):

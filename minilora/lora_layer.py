@@ -48,6 +48,7 @@ class LoRALayer(nn.Module):
         self.compute_dtype = compute_dtype
         self.backend = backend
         self.last_path: str | None = None
+        self.weight_read = False  # whether other code has read `weight`, to use it by itself
         self.merged: tuple[str, ...] = ()
         self.original: object = None  # what `merge(keep=...)` kept
         self.base_sample: Tensor | None = None  # of the unmerged weight, while merged
@@ -61,6 +62,8 @@ class LoRALayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight."""
+        if not torch.compiler.is_compiling():
+            self.weight_read = True
         return self.base.weight
 
     @property

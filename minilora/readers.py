@@ -51,12 +51,18 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class _Folder:
-    """An adapter folder as its config and the shapes by layer and part; `others` are other keys."""
+    """An adapter folder as its config and the shapes by layer and part; `others` are other keys.
+
+    `stacked` are layers of PEFT's `target_parameters`, whose shapes only the base could explain;
+    `refused` is what the writer knew of PEFT and this base.
+    """
 
     config: dict
     layers: dict[str, dict[str, list[int]]]
     others: list[str]
     shapes: dict[str, list[int]]
+    stacked: list[str]
+    refused: str | None
 
     def rank(self, fqn: str) -> int:
         """Return the rank that the config gives to a layer."""
@@ -138,6 +144,7 @@ def _read(folder: Path) -> _Folder:
     config = _config(config_file)
     with tensor_file(weights_file) as opened:
         shapes = {k: opened.get_slice(k).get_shape() for k in opened.keys()}  # noqa: SIM118
+        refused = (opened.metadata() or {}).get("minilora_not_for_peft")
     layers: dict[str, dict[str, list[int]]] = {}
     others = []
     for key, shape in shapes.items():
@@ -147,7 +154,9 @@ def _read(folder: Path) -> _Folder:
         else:
             fqn = key[len(_PREFIX) : -len(end)]
             layers.setdefault(fqn, {})[_PARTS[end]] = list(shape)
-    return _Folder(config, layers, others, shapes)
+    stacked = [fqn for fqn in layers if _stacked(fqn, config)]
+    layers = {fqn: parts for fqn, parts in layers.items() if fqn not in stacked}
+    return _Folder(config, layers, others, shapes, stacked, refused)
 
 
 def _config(file: Path) -> dict:
@@ -169,6 +178,9 @@ def _config(file: Path) -> dict:
         check_rank(config["r"])
         check_alpha(config["lora_alpha"], "lora_alpha")
         _targeted("", config.get("target_modules"))
+        named = config.get("target_parameters") or []
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise TypeError(f"target_parameters must be a list of parameter names, found {named!r}")
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise ValueError(f"{file}: {error}") from None
     return config
@@ -181,6 +193,19 @@ def _targeted(fqn: str, entries: Any) -> bool:
     return any(f".{fqn}".endswith(f".{entry}") for entry in entries or ())
 
 
+def _by_weight(fqn: str, config: dict) -> bool:
+    """Return whether target_parameters names a layer's weight."""
+    return _targeted(f"{fqn}.weight", config.get("target_parameters"))
+
+
+def _stacked(fqn: str, config: dict) -> bool:
+    """Return whether a layer's factors are for other parameters that target_parameters names."""
+    holder = "." + re.sub(r"\.base_layer(?=\.|$)", "", fqn)  # several on one module are nested
+    named = _targeted(fqn, config.get("target_modules")) or _by_weight(fqn, config)
+    parents = [e.rpartition(".")[0] for e in config.get("target_parameters") or ()]
+    return not named and any(not p or holder.endswith(f".{p}") for p in parents)
+
+
 def _peft(content: _Folder) -> Reader:
     """PEFT: what does not fit is an error, a warning, or left out without a word.
 
@@ -189,11 +214,18 @@ def _peft(content: _Folder) -> Reader:
     """
     config, problems = content.config, [*content.dead(), *content.lacking()]
     notes = []
+    if content.refused:
+        problems.append(content.refused)
+    if content.stacked:
+        notes.append(
+            f"{content.stacked[0]} is for parameters of target_parameters ({len(content.stacked)} "
+            f"such): whether they fit is known with the base only; minilora.load refuses them"
+        )
     for fqn, parts in content.layers.items():
         ranks = [*parts.get("A", [])[:1], *parts.get("B", [])[1:2]]
         if any(r != content.rank(fqn) for r in ranks):
             problems.append(f"{fqn} has rank {ranks[0]}, the config says {content.rank(fqn)}")
-        if not _targeted(fqn, config.get("target_modules")):
+        if not (_targeted(fqn, config.get("target_modules")) or _by_weight(fqn, config)):
             problems.append(f"{fqn} is not in target_modules, so PEFT leaves its factors out")
         for part, flag in (("magnitude", "use_dora"), ("bias", "lora_bias")):
             if (part in parts) != bool(config.get(flag)):
@@ -232,6 +264,11 @@ def _changes_base(config: dict) -> str | None:
 def _shared(content: _Folder) -> list[str]:
     """Return what neither vLLM nor llama.cpp takes."""
     problems = [*content.dead(), *content.lacking()]
+    if content.stacked:
+        problems.append(
+            f"factors of other parameters than layers' weights are not read as PEFT means them "
+            f"(first: {content.stacked[0]})"
+        )
     init = _changes_base(content.config)
     if init:
         problems.append(f"init_lora_weights={init!r} fits only the changed base that PEFT makes")

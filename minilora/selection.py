@@ -4,10 +4,12 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from minilora.bare_parameters import bare_match, unreached
 from minilora.layers import is_linear, layer_class, unsupported
 from minilora.lora_layer import LoRALayer, lora_layers
 from minilora.packed import packed_linear
@@ -39,11 +41,19 @@ class TargetList(list[Target]):
 
     Attributes:
         counts: how many layers each entry of a list of targets chose.
+        unreached: the share of the model's parameters that no adapter can reach: of matrices and
+            larger ones that are no layer's weight, such as stacked experts.
     """
 
-    def __init__(self, rows: Iterable[Target] = (), counts: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        rows: Iterable[Target] = (),
+        counts: Mapping[str, int] | None = None,
+        unreached: tuple[float, str] = (0.0, ""),
+    ):
         super().__init__(rows)
         self.counts = dict(counts or {})
+        self.unreached, self._note = unreached
 
     def __str__(self) -> str:
         width = max([len(t.name) for t in self] + [6])
@@ -61,6 +71,7 @@ class TargetList(list[Target]):
             f"{len(chosen)} of {len(self)} linear layers{f' ({counts})' if counts else ''}, "
             f"{total:,} adapter parameters"
         )
+        lines += [self._note] if self._note else []
         return "\n".join(lines)
 
 
@@ -170,6 +181,9 @@ def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) 
         pattern = _compile(spec, what)
         found = {name: m for name, m in layers.items() if pattern.fullmatch(name)}
         if not found:
+            meant = bare_match(pattern.fullmatch, modules)
+            if meant is not None:
+                raise ValueError(f"{what}={spec!r} must match layers, but {meant}")
             hint = f"for module names pass a list: {what}=[{spec!r}]" if spec.isidentifier() else ""
             raise ValueError(
                 f"{what}={spec!r} is a regex over whole dotted names and must match a linear, "
@@ -182,6 +196,10 @@ def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) 
     found = {}
     for entry in entries:
         hits = {name: m for name, m in modules.items() if _entry_matches(entry, name)}
+        hit_layers = any(name in layers for name in hits)
+        meant = None if hit_layers else bare_match(partial(_entry_matches, entry), modules)
+        if meant is not None and what == "targets":
+            raise ValueError(f"targets must name layers, but {entry!r} {meant}")
         if not hits:
             raise ValueError(
                 f"every entry of {what} must match a module, {entry!r} matches none; "
@@ -356,4 +374,4 @@ def targets(
         entry: sum(_entry_matches(entry, name) for name in chosen)
         for entry in (() if isinstance(targets, str) else targets)
     }
-    return TargetList(rows, counts)
+    return TargetList(rows, counts, unreached({"": model, **plain_modules(model)}))

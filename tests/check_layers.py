@@ -52,6 +52,7 @@ layers =
     minilora.sizes
     minilora.frozen_values
     minilora.selection
+    minilora.bare_parameters
     minilora.copies
     minilora.widening
     minilora.layers

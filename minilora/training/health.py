@@ -39,7 +39,7 @@ class Health:
     def begin(self) -> None:
         """Forget which layers were called: a step begins."""
         for layer in self.layers.values():
-            layer.last_path = None
+            layer.last_path, layer.weight_read = None, False
 
     def check(self) -> list[str]:
         """Check after the backward pass of a step, before the update; return remarks.
@@ -68,16 +68,26 @@ class Health:
                         raise _no_gradient(what, f"only zeros in {PATIENCE} steps")
         if zero and not learning:
             raise _no_gradient(zero[0], "only zeros, as all others did")
-        unseen = [name for name in self.layers if self.first and name not in called]
+        unseen = {n: m for n, m in self.layers.items() if self.first and n not in called}
         self.first = False
         self.layers = {  # go on with those that have not shown all of it
             name: layer
             for name, layer in self.layers.items()
             if any(self.alive.get(what, 0) < PATIENCE for what, _, _ in _factors(name, layer))
         }
-        if not unseen:
-            return []
-        return [f"{len(unseen)} adapted layers saw no token (first: {unseen[0]}) in the first step"]
+        used = [name for name, layer in unseen.items() if layer.weight_read]
+        idle = [name for name in unseen if name not in used]
+        remarks = []
+        if used:
+            remarks.append(
+                f"{len(used)} adapted layers do nothing, because the model uses their weight "
+                f"without calling them (first: {used[0]}); leave them out with exclude="
+            )
+        if idle:
+            remarks.append(
+                f"{len(idle)} adapted layers saw no token (first: {idle[0]}) in the first step"
+            )
+        return remarks
 
     def _follow(self, what: str, factor: Tensor) -> None:
         """Count a factor's steps since its first gradient, and see that it does not stay 0."""
