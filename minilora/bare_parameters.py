@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from minilora.layers import layer_class, unsupported
 from minilora.packed import packed_format
@@ -25,14 +26,14 @@ def bare_parameters(modules: Mapping[str, Any]) -> dict[str, nn.Parameter]:
         for key, parameter in module._parameters.items():
             if takes:
                 reached.add(id(parameter))
-            elif parameter is not None and parameter.ndim > 1:
+            elif not (parameter is None or is_lazy(parameter)) and parameter.ndim > 1:
                 found[f"{name}.{key}" if name else key] = parameter
     return {name: p for name, p in found.items() if id(p) not in reached}
 
 
 def weight_count(module: Any) -> int:
     """Return the number of a module's own weights, as many as a packed one stands for."""
-    own = {n: p for n, p in module._parameters.items() if p is not None}
+    own = {n: p for n, p in module._parameters.items() if not (p is None or is_lazy(p))}
     quantized = isinstance(module, QuantizedLinear)
     if not quantized and not (isinstance(module, nn.Linear) and packed_format(module)):
         return sum(p.numel() for p in own.values())
@@ -51,19 +52,24 @@ def unreached(modules: Mapping[str, Any]) -> tuple[float, str]:
         return share, ""
     name, largest = max(bare.items(), key=lambda item: item[1].numel())
     return share, (
-        f"no adapter reaches {share:.0%} of the parameters: {len(bare)} are no layer's weight "
-        f"(largest: {name}, {list(largest.shape)})"
+        f"no adapter reaches {share:.0%} of the parameters: {len(bare)} are the weight of no "
+        f"linear, embedding or 2-D convolution (largest: {name}, {list(largest.shape)})"
     )
 
 
 def bare_match(matches: Callable[[str], object], modules: Mapping[str, Any]) -> str | None:
-    """Say so where a pattern means such parameters, or a module that holds them; else None."""
+    """Say so where a pattern means such parameters, or a module that holds them; else None.
+
+    A layer of torch's that takes no adapter (Conv1d and the like) is no such module.
+    """
     bare = bare_parameters(modules)
-    hits = [n for n in bare if matches(n) or matches(n.rpartition(".")[0])]
+    holders = {n: n.rpartition(".")[0] for n in bare}
+    of_torch = {n for n, m in modules.items() if type(m).__module__.startswith("torch.nn.")}
+    hits = [n for n, m in holders.items() if matches(n) or (matches(m) and m not in of_torch)]
     if not hits:
         return None
     name = hits[0]
-    holder = type(modules[name.rpartition(".")[0]]).__name__
+    holder = type(modules[holders[name]]).__name__
     return (
         f"means {len(hits)} parameters that are no layer's weight (first: {name}, "
         f"{list(bare[name].shape)}, of a {holder}), and adapters go on layers only; leave it out, "
