@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A bare `kernels` package belongs to Hugging Face: keep this folder off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo explain test aot soak bench bench-quick check format clean
+.PHONY: demo explain test test-full aot soak bench bench-quick check format clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,11 @@ explain: $(VENV)/demo  # what the demo's adapter changed: out/explain/report.htm
 test: export OMP_WAIT_POLICY := PASSIVE
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The suite, and thousands of damaged files and odd arguments.
+test-full: export OMP_WAIT_POLICY := PASSIVE
+test-full: $(VENV)/dev
+	$(BIN)/python -m pytest --wide $(ARGS)
 
 # Every Triton kernel × tile × dtype for sm_80 and sm_90, without a GPU: benchmarks/results/aot.csv.
 aot: $(VENV)/dev

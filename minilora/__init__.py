@@ -1,5 +1,8 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
+import minilora.interrupt  # noqa: F401  first: importing the rest takes seconds
+
+# isort: split
 from minilora.adapters import activate, delete, disabled, eject, rename, summary
 from minilora.bases import quantize
 from minilora.checkpoint import load, save

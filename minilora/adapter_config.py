@@ -3,7 +3,6 @@
 Fields and their meaning: huggingface/peft, `src/peft/tuners/lora/config.py`.
 """
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from minilora.bare_parameters import taken_for_experts
 from minilora.copies import asked_copies
 from minilora.injection import check_alpha, check_dropout
+from minilora.json_text import read_json_object
 from minilora.layers import is_conv1d
 from minilora.lora_layer import LoRALayer
 from minilora.quantization import QuantizedLinear
@@ -24,6 +24,7 @@ from minilora.selection import (
     parameter_places,
     plain_modules,
 )
+from minilora.wording import one_line, short
 from minilora.wrappers import unwrapped
 
 # Config keys that name or describe; every other key must be one handled below or at a value that
@@ -39,6 +40,7 @@ _HANDLED = {
     "rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora",
 }  # fmt: skip
 _MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MOST_PATTERNS = 4096  # of ranks or alphas: one for each layer of the largest models
 _ASKS_NOTHING: tuple[object, ...] = (None, False, "none", [], {}, "")
 # Initialisations that leave the base as it was; PiSSA, OLoRA, LoftQ and CorDA change its weights,
 # so their factors mean something only beside the changed base.
@@ -172,29 +174,32 @@ def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> d
     return config
 
 
+def check_pattern_count(patterns: object, key: str) -> None:
+    """Raise unless this is an object of regex: number that can be matched in bounded time."""
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{key} must be an object of regex: number, found {short(patterns)}")
+    if len(patterns) > MOST_PATTERNS:
+        raise ValueError(f"{key} must have at most {MOST_PATTERNS:,} keys, found {len(patterns):,}")
+
+
 def read_config(file: Path) -> dict:
     """Read adapter_config.json with the mistrust that user input deserves."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, found a {type(config).__name__}")
+    config = read_json_object(file)
 
     def problem(key: str, must: str) -> ValueError:
-        return ValueError(f"{file}: {key} must be {must}, found {config.get(key)!r}")
+        return ValueError(f"{file}: {key} must be {must}, found {short(config.get(key))}")
 
     if config.get("peft_type") != "LORA":
         raise problem("peft_type", "'LORA' (no other method can be loaded)")
     for key, value in config.items():
         if key not in _DESCRIPTIVE | _HANDLED and value not in _ASKS_NOTHING:
             raise ValueError(
-                f"{file}: {key}={value!r} may change what is computed, and this version of "
-                f"minilora does not support it"
+                f"{file}: {one_line(key, 80)}={short(value)} may change what is computed, and this "
+                f"version of minilora does not support it"
             )
     if config.get("init_lora_weights") not in _PLAIN_INITS:
         raise ValueError(
-            f"{file}: init_lora_weights={config['init_lora_weights']!r} changed the base's "
+            f"{file}: init_lora_weights={short(config['init_lora_weights'])} changed the base's "
             f"weights, so the adapter fits only that base; convert it in PEFT "
             f"(save_pretrained(path_initial_model_for_weight_conversion=...)) and load the result"
         )
@@ -226,14 +231,13 @@ def read_config(file: Path) -> dict:
         raise ValueError(f"{file}: {error}") from None
     for key, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
         patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise problem(key, "an object of regex: number")
-        for pattern, value in patterns.items():
-            try:
-                compile_ending(pattern, "the key")
-                check(value, f"{key}[{pattern!r}]")  # type: ignore[operator]
-            except ValueError as error:
-                raise ValueError(f"{file}: {key}: {error}") from None
+        try:
+            check_pattern_count(patterns, key)
+            for pattern, value in patterns.items():
+                compile_ending(pattern, f"the key of {key}")
+                check(value, f"{key}[{short(pattern)}]")  # type: ignore[operator]
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         config[key] = patterns
     for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
         if config.get(key) not in (True, False, None):

@@ -27,6 +27,7 @@ from minilora.files import (
     tensor_file,
 )
 from minilora.frozen_values import difference
+from minilora.json_text import parse_json
 from minilora.lora_layer import LoRALayer, storage_format, weight_sample
 from minilora.packed import packed_format, weight_values
 
@@ -156,12 +157,12 @@ def check_base(
     try:
         rows = {
             fqn: (row["format"], np.frombuffer(base64.b64decode(row["sample"]), dtype="<f4"))
-            for fqn, row in json.loads(metadata["minilora_base"]).items()
+            for fqn, row in parse_json(metadata["minilora_base"], "it").items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder / WEIGHTS_FILE}: minilora_base in the metadata must be readable, found "
-            f"{type(error).__name__} ({error}); save the adapter again, or pass verify=False"
+            f"{type(error).__name__} ({error!s:.200}); save the adapter again, or pass verify=False"
         ) from None
     for fqn, (saved_format, raw) in rows.items():
         if fqn not in samples:

@@ -21,8 +21,9 @@ from minilora.copies import (
 )
 from minilora.injection import check_adapter_name, places_of
 from minilora.lora_layer import LoRALayer, lora_layers
-from minilora.quantization import QuantizedLinear
+from minilora.quantization import QuantizedLinear, is_finite
 from minilora.selection import plain_modules
+from minilora.threads import claimed
 from minilora.wrappers import named_modules, named_parameters, unwrapped
 
 
@@ -67,6 +68,30 @@ def require_unmerged(layers: dict[str, LoRALayer], verb: str) -> None:
             f"{verb}() needs unmerged weights, but {', '.join(merged)} is merged into the base; "
             f"call minilora.unmerge(model) first"
         )
+
+
+def require_values(model: nn.Module, verb: str) -> None:
+    """Raise unless every parameter has values: none is on the meta device."""
+    for name, parameter in named_parameters(model):
+        if parameter.is_meta:
+            raise ValueError(
+                f"{verb}() needs a model with weights, found {name} on the meta device; load the "
+                f"model first"
+            )
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise where an adapter in use holds NaN or Inf, which attention may swallow unseen."""
+    for fqn, layer in lora_layers(model).items():
+        used = [name for name in (*layer.active, *(layer.rows or ())) if name]
+        for adapter in dict.fromkeys(used):
+            held = layer.adapters[adapter] if adapter in layer.adapters else nn.Module()
+            for part, value in held.named_parameters():
+                if not hasattr(value, "full_tensor") and not is_finite(value):  # or it is a shard
+                    raise ValueError(
+                        f"adapter {adapter!r} must be finite, found NaN or Inf in {part} of {fqn}; "
+                        f"load or train it anew"
+                    )
 
 
 def activate(
@@ -128,26 +153,29 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the model is its base; afterwards the active adapters are back.
 
+    The model serves one thread meanwhile: what others ask of it raises.
+
     Args:
         model: a model with adapters.
 
     Raises:
         ValueError: a model without adapters.
-        RuntimeError: adapters are merged.
+        RuntimeError: adapters are merged, or another thread is within `disabled` or `mixed`.
     """
     layers = require_layers(model, "disabled")
     require_unmerged(layers, "disabled")
-    before = {name: layer.active for name, layer in layers.items()}
-    names = active_adapters(model)
-    try:
-        for layer in layers.values():
-            layer.activate(())
-        install(model, ())
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.activate(before[name])
-        install(model, names)
+    with claimed(layers.values()):
+        before = {name: layer.active for name, layer in layers.items()}
+        names = active_adapters(model)
+        try:
+            for layer in layers.values():
+                layer.activate(())
+            install(model, ())
+            yield
+        finally:
+            for name, layer in layers.items():
+                layer.activate(before[name])
+            install(model, names)
 
 
 def delete(model: nn.Module, adapter: str) -> None:

@@ -5,7 +5,6 @@ two files are written and checked: `adapter_files.py`.
 """
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from minilora.adapter_files import (
     fingerprint,
     write_pair,
 )
-from minilora.adapters import require_layers, set_trainable
+from minilora.adapters import require_layers, require_values, set_trainable
 from minilora.copies import (
     TrainedCopies,
     all_adapter_names,
@@ -37,10 +36,12 @@ from minilora.factors import LoRAAdapter
 from minilora.files import read_tensors
 from minilora.frozen_values import describe, frozen_values
 from minilora.injection import as_dtype, attach, check_adapter_name
+from minilora.json_text import parse_json
 from minilora.kernels import check_backend
 from minilora.layers import LoRAConv2d, LoRAEmbedding, layer_class
 from minilora.lora_layer import LoRALayer, lora_layers, weight_device, weight_sample
 from minilora.packed import weight_values
+from minilora.patterns import compiled_pattern
 from minilora.quantization import QuantizedLinear
 from minilora.selection import (
     matrix_shape,
@@ -106,6 +107,7 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
     """Write the two files into exactly this folder, whatever the adapter's name; see `save`."""
     layers = require_layers(model, "save")
     check_whole(model, "save")
+    require_values(model, "save")
     layers = {fqn: layer for fqn, layer in layers.items() if adapter in layer.adapters}
     if not layers:
         raise ValueError(
@@ -192,7 +194,8 @@ def _matching(entries: Any, modules: dict[str, Any]) -> Any:
     every key of the file to find its layer.
     """
     if isinstance(entries, str):
-        return entries if any(re.fullmatch(entries, name) for name in modules) else []
+        pattern = compiled_pattern(entries, "the config's regular expression")
+        return entries if any(map(pattern.fullmatch, modules)) else []
     names = [f".{name}" for name in modules]
     return [e for e in entries if any(name.endswith(f".{e}") for name in names)]
 
@@ -338,18 +341,24 @@ def _build(
 def _restore_slices(built: dict[str, LoRAAdapter], metadata: dict[str, str], file: Path) -> None:
     """Give fused layers that were adapted in slices their masks back."""
     try:
-        for fqn, columns in json.loads(metadata.get("minilora_slices", "{}")).items():
+        for fqn, columns in parse_json(metadata.get("minilora_slices", "{}"), "it").items():
             B = built[fqn].lora_B.flatten(1)
+            rows = len(B)
+            if len(columns) != B.shape[1] or not all(
+                type(start) is type(stop) is int and 0 <= start <= stop <= rows
+                for start, stop in columns
+            ):
+                raise ValueError(f"{fqn} needs {B.shape[1]} pairs of rows, from 0 to {rows}")
             mask = torch.zeros(B.shape, dtype=torch.bool, device=B.device)
             for column, (start, stop) in enumerate(columns):
                 mask[start:stop, column] = True
-            if len(columns) != B.shape[1] or B.detach()[~mask].any():
+            if B.detach()[~mask].any():
                 raise ValueError(f"the rows of {fqn} are not those of its lora_B")
             built[fqn].row_mask = mask
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{file}: minilora_slices in the metadata must fit the factors ({error}); save the "
-            f"adapter again"
+            f"{file}: minilora_slices in the metadata must fit the factors ({error!s:.200}); save "
+            f"the adapter again"
         ) from None
 
 
@@ -455,7 +464,7 @@ def _read(
             config.get("layers_to_transform"),
             config.get("layers_pattern") or r"[^.]*",  # PEFT's reading of "no pattern"
         )
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not fit this model: {error}") from None
     names = [n for n in modules if n in {*chosen, *by_weight}]
     copied = {n: _copy_key(n, names) for n in _wanted_copies(model, config, names)}

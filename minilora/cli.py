@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 import minilora
+from minilora import interrupt
 from minilora.adapter_config import read_config
 from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_pair
 from minilora.checkpoint import save_adapter
@@ -26,11 +26,13 @@ from minilora.quantization import QuantizedLinear
 from minilora.quantized_models import is_quantized_folder, load_quantized, save_quantized
 from minilora.report import truncate
 from minilora.report.comparison import check_keep
+from minilora.selection import check_rank
 from minilora.sizes import sizes
 from minilora.training.lock import check_free
-from minilora.training.ranks import Ranks, common_dtype, leave
+from minilora.training.ranks import Ranks, common_dtype, leave, torchrun_number
 from minilora.training.sharded_loading import sharded
 from minilora.training.state import check_out
+from minilora.wording import one_line
 
 
 def _check_adapter(folder: Path, what: str) -> None:
@@ -95,7 +97,7 @@ def _device(options: argparse.Namespace) -> torch.device:
             "--device cuda needs a GPU that torch can use, found none; leave it out to train on "
             "the CPU, or install torch for CUDA"
         )
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torchrun_number("LOCAL_RANK", 0))
 
 
 def _data(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
@@ -107,7 +109,7 @@ def _data(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
 def _examples(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[Example]:
     """Encode and say what became of the files; of several processes one does."""
     examples, report = data.examples(tokenizer, getattr(options, "token_cache", None))
-    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's
+    if torchrun_number("RANK", 0) == 0:  # torchrun's
         for line in report:
             print(line, file=sys.stderr)
     return examples
@@ -129,12 +131,13 @@ def _check_going_on(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    check_rank(options.r)
     if options.alpha is not None:
         check_alpha(options.alpha, "--alpha")
     check_dropout(options.dropout)
     if options.adapter is not None:
         _check_going_on(options)
-    if int(os.environ.get("RANK", "0")) == 0:  # before the slow part
+    if torchrun_number("RANK", 0) == 0:  # before the slow part
         check_free(options.out)
         check_out(options.out, options.resume)
     config = minilora.TrainConfig(
@@ -222,7 +225,7 @@ def _train(options: argparse.Namespace) -> int:
     leave()
     if result.stopped == "interrupted":
         return 130
-    if int(os.environ.get("RANK", "0")) > 0:
+    if torchrun_number("RANK", 0) > 0:
         return 0
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
@@ -394,11 +397,13 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    interrupt.end_by_exception()
     options = build_parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        print(f"minilora {options.command}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
+        said = str(error) or f"{type(error).__name__} without a word"
+        print(one_line(f"minilora {options.command}: {said}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"minilora {options.command}: interrupted", file=sys.stderr)

@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 import minilora
 from minilora.planning.arguments import add_arguments
 from minilora.quantization import FORMATS
+from minilora.wording import one_line, short
 
 MODEL_HELP = "a Hugging Face folder, a .gguf file, or smollm2-135m (fetched once)"
 DATA_HELP = (
@@ -14,9 +16,15 @@ DATA_HELP = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 after one line of readable length, whatever was typed."""
+        super().error(one_line(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="minilora",
         description="Fine-tune language models with LoRA, on the machine you have.",
         epilog="example: minilora train smollm2-135m --data train.jsonl --out out/v1 --minutes 3",
@@ -59,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     generate.add_argument("--top-k", type=_positive)
     generate.add_argument("--top-p", type=float)
-    generate.add_argument("--seed", type=int)
+    generate.add_argument("--seed", type=_integer)
     generate.add_argument("--chat", action="store_true", help="ask through the chat template")
     generate.add_argument(
         "--compile", action="store_true", help="faster tokens after some ten seconds; needs g++"
@@ -127,7 +135,7 @@ def _add_explain(explain: argparse.ArgumentParser) -> None:
         "--examples", type=_positive, default=200, help="of each, evenly picked (default 200)"
     )
     explain.add_argument(
-        "--ablate", type=int, default=32, help="examples to ablate on, 0 for none (default 32)"
+        "--ablate", type=_integer, default=32, help="examples to ablate on, 0 for none (default 32)"
     )
     explain.add_argument(
         "--words", nargs="+", default=(), metavar="WORD", help="whose attention to measure"
@@ -183,11 +191,11 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
         "--accumulate", type=_positive, default=1, help="micro-batches a step (default 1)"
     )
     run.add_argument("--epochs", type=float, help="default 1, unless another limit is given")
-    run.add_argument("--max-steps", type=int)
+    run.add_argument("--max-steps", type=_integer)
     run.add_argument("--minutes", type=float, help="training time at most")
     run.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine")
-    run.add_argument("--eval-every", type=int, metavar="STEPS")
-    run.add_argument("--save-every", type=int, metavar="STEPS")
+    run.add_argument("--eval-every", type=_integer, metavar="STEPS")
+    run.add_argument("--save-every", type=_integer, metavar="STEPS")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     run.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     run.add_argument(
@@ -202,9 +210,12 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--plan", action="store_true", help="say memory and time before, and what they were after"
     )
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=_integer, default=0)
     run.add_argument(
-        "--patience", type=int, metavar="N", help="stop after N evaluations without a better one"
+        "--patience",
+        type=_integer,
+        metavar="N",
+        help="stop after N evaluations without a better one",
     )
     run.add_argument(
         "--sample", nargs="+", metavar="PROMPT", help="continue these at each evaluation"
@@ -226,8 +237,18 @@ def _add_data_path(group: argparse._ArgumentGroup) -> None:
 
 def _positive(text: str) -> int:
     """Read a whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
+    if _integer(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text}")
+    return int(text)
+
+
+def _integer(text: str) -> int:
+    """Read a whole number of at most ten digits."""
+    digits = text.removeprefix("-")
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 10:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at most ten digits, found {short(text)}"
+        )
     return int(text)
 
 
@@ -260,7 +281,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _add_block_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--block-size", type=int, default=64, help="weights that share a scale (default 64)"
+        "--block-size", type=_integer, default=64, help="weights that share a scale (default 64)"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from minilora.lora_layer import LoRALayer, lora_layers
+from minilora.threads import claimed
 
 Place = tuple[nn.Module, str]  # a module, and a parameter's attribute in it
 
@@ -132,11 +133,12 @@ def install(model: nn.Module, active: Iterable[str]) -> None:
 def originals_in_place(model: nn.Module) -> Iterator[None]:
     """Within the block every parameter is the base's own, afterwards copies are back."""
     before = [adapter for adapter in _holders(model) if in_place(model, adapter)]
-    install(model, ())
-    try:
-        yield
-    finally:
-        install(model, before)
+    with claimed(lora_layers(model).values() if before else ()):
+        install(model, ())
+        try:
+            yield
+        finally:
+            install(model, before)
 
 
 def in_place(model: nn.Module, adapter: str) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from minilora.wording import short
+
 IGNORE = -100
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")  # 1: learned
 WEIGHTS = ("weight", "weights", "loss_weight", "loss_weights", "sample_weight")
@@ -188,6 +190,8 @@ def _integers(values: Any, name: str) -> tuple[int, ...]:
     for value in values:
         if type(value) is not int:
             raise TypeError(f"{name} must hold integers in one dimension, found {value!r:.40}")
+    if values and max(values, key=abs) not in range(-(2**31), 2**31):  # no vocabulary is larger
+        raise ValueError(f"{name} must be below 2³¹, found {short(max(values, key=abs))}")
     return tuple(values)
 
 

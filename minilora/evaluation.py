@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minilora.adapters import require_finite, require_values
 from minilora.data import IGNORE, Batch, Batches, as_examples, pad
 from minilora.inference import inference
 from minilora.widening import widened
+from minilora.wording import short
 
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
 
@@ -151,11 +153,13 @@ def evaluate(
         The numbers as found: a loss that is infinite or not a number is not hidden.
 
     Raises:
-        ValueError: data that is empty, malformed or without a label to learn.
+        ValueError: data that is empty, malformed or without a label to learn; an adapter with NaN.
         TypeError: data that is no examples or batches.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    if not 1 <= batch_size < 2**31:
+        raise ValueError(f"batch_size must be at least 1, found {short(batch_size)}")
+    require_values(model, "evaluate")
+    require_finite(model)
     total, tokens = 0.0, 0
     device = device_of(model)
     with inference(model), widened(model):

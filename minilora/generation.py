@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.adapters import require_finite, require_values
 from minilora.compiling import compiled, settle_compile
 from minilora.evaluation import argument_names, device_of, forward_logits
 from minilora.inference import inference
 from minilora.models import KVCache, as_tokenizer
 from minilora.records import encode_prompt, warn_of_control
 from minilora.widening import widened
+from minilora.wording import short
 
 Rows = list[list[int]]
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
@@ -66,7 +68,7 @@ def generate(
 
     Raises:
         ValueError: an option out of range, an empty prompt, ids outside the vocabulary, more
-            tokens than the model's context holds; all before any work.
+            tokens than the model's context holds, an adapter with NaN; all before any work.
         TypeError: prompts of another type, texts without a tokenizer, another tokenizer.
         RuntimeError: the model's logits are not numbers; `compile=True` without a compiler.
     """
@@ -76,6 +78,8 @@ def generate(
     stop_ids, stop_strings = _stops(stop, tokenizer)
     rows = _encode(prompts, tokenizer, chat)
     _check_rows(rows, max_new_tokens, getattr(model, "config", None))
+    require_values(model, "generate")
+    require_finite(model)
     seed = random.SystemRandom().getrandbits(62) if seed is None else seed
     generators = [_generator(seed, i) for i in range(len(rows))]
     asked = [list(row) for row in rows]
@@ -238,14 +242,14 @@ def _check_options(
 ) -> None:
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ValueError(
-            f"max_new_tokens must be a whole number of at least 1, found {max_new_tokens!r}"
+            f"max_new_tokens must be a whole number of at least 1, found {short(max_new_tokens)}"
         )
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 or a positive number, found {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, found {top_k}")
+        raise ValueError(f"temperature must be 0 or a positive number, found {short(temperature)}")
+    if top_k is not None and not 1 <= top_k < 2**63:
+        raise ValueError(f"top_k must be at least 1 or None, found {short(top_k)}")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1] or be None, found {top_p}")
+        raise ValueError(f"top_p must lie in (0, 1] or be None, found {short(top_p)}")
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
 
@@ -300,10 +304,10 @@ def _check_rows(rows: Rows, new: int, config: Any) -> None:
     """Hold the prompts against the model's vocabulary and context."""
     vocabulary = getattr(config, "vocab_size", None)
     for i, row in enumerate(rows):
-        if min(row) < 0 or (vocabulary is not None and max(row) >= vocabulary):
+        if min(row) < 0 or max(row) >= (2**31 if vocabulary is None else vocabulary):
             raise ValueError(
-                f"token ids must lie in [0, {vocabulary or '∞'}), prompt {i} has {min(row)} to "
-                f"{max(row)}"
+                f"token ids must lie in [0, {vocabulary or '2³¹'}), prompt {i} has "
+                f"{short(min(row))} to {short(max(row))}"
             )
     contexts = [getattr(config, name, None) for name in CONTEXT_NAMES]
     context = next((c for c in contexts if isinstance(c, int)), None)

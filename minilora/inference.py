@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.threads import eval_mode
+
 FLAGS = ("training", "gradient_checkpointing", "use_cache")
 _LARGEST = 2**20  # elements of a buffer that is copied; larger ones are weights, as GPTQ keeps them
 
@@ -52,6 +54,5 @@ def as_found(model: nn.Module, buffers: bool = True) -> Iterator[None]:
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Within the block the model runs without dropout and gradients; see `as_found`."""
-    with as_found(model), torch.no_grad():
-        model.eval()
+    with eval_mode(model), as_found(model), torch.no_grad():
         yield

@@ -35,6 +35,7 @@ from minilora.selection import (
     plain_modules,
     select_targets,
 )
+from minilora.wording import short
 from minilora.wrappers import check_open, named_modules, named_parameters, unwrapped
 
 
@@ -43,14 +44,14 @@ def check_alpha(alpha: object, what: str = "alpha") -> float:
     ok = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     # Compared, not converted: an int beyond any float is refused too, and NaN compares false.
     if not ok or not 0 < abs(alpha) <= sys.float_info.max:  # type: ignore[arg-type]
-        raise ValueError(f"{what} must be a finite number other than 0, found {alpha!r}")
+        raise ValueError(f"{what} must be a finite number other than 0, found {short(alpha)}")
     return alpha  # type: ignore[return-value]
 
 
 def check_dropout(p: object) -> float:
     """Return p if it lies in [0, 1), else raise."""
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise ValueError(f"dropout must lie in [0, 1), found {p!r}")
+        raise ValueError(f"dropout must lie in [0, 1), found {short(p)}")
     return float(p)
 
 
@@ -258,7 +259,7 @@ def _slices_of(
     found: dict[str, list[tuple[int, int]]] = {}
     for pattern, value in (slices or {}).items():
         for name in names:
-            if compile_ending(pattern, "slices").match(name) and name not in found:
+            if compile_ending(pattern, "slices").ends(name) and name not in found:
                 found[name] = _slice_rows(value, matrix_shape(modules[name])[0], name)
     return found
 

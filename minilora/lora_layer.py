@@ -15,6 +15,7 @@ from minilora.factors import FROM_WEIGHT, LoRAAdapter
 from minilora.kernels import dropout_mask
 from minilora.packed import packed_format, unpacked_dtype
 from minilora.quantization import QuantizedLinear
+from minilora.threads import refuse_others
 from minilora.wrappers import named_modules
 
 
@@ -34,6 +35,7 @@ class LoRALayer(nn.Module):
 
     in_features: int
     out_features: int
+    thread: int | None = None  # the only one to use the layer, see `claimed`
     slot_A: Tensor | None
     slot_B: Tensor | None
 
@@ -83,7 +85,7 @@ class LoRALayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle made within `mixed` is outside of it, since nothing would end it."""
-        return {**super().__getstate__(), "rows": None}
+        return {**super().__getstate__(), "rows": None, "thread": None}
 
     def new_adapter(self, **options: Any) -> LoRAAdapter:
         """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
@@ -129,23 +131,27 @@ class LoRALayer(nn.Module):
 
         Raises:
             RuntimeError: a training step while an adapter is merged into the base (its factors
-                would get no gradient).
+                would get no gradient), or another thread within `disabled` or `mixed`.
         """
+        before = None if torch.compiler.is_compiling() else self.thread
+        rows, active = self.rows, self.active
+        if not torch.compiler.is_compiling():
+            refuse_others(before, self.thread)  # asked twice: a block may end in between
         if self.merged:
             self._refuse_training(
                 f"a merged adapter can't be trained: {', '.join(self.merged)} is merged into the "
                 f"base weight and would get no gradient; call minilora.unmerge(model)"
             )
             return self.base(x)
-        if self.rows is not None:
-            return self._mixed(x, self.rows)
+        if rows is not None:
+            return self._mixed(x, rows)
         if self.slot_A is not None and self.slot_B is not None:
             self._refuse_training(
                 "a model prepared for switching can't be trained: its slots are copies of the "
                 "factors, which would get no gradient; call end_switching(model)"
             )
             return self._slotted(x, self.slot_A, self.slot_B)
-        adapters: list[Any] = [self.adapters[name] for name in self.active]
+        adapters: list[Any] = [self.adapters[name] for name in active]
         if not adapters:
             return self.base(x)
         drops = [adapter.dropout if self.training else 0.0 for adapter in adapters]

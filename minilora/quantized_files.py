@@ -5,7 +5,6 @@ A folder of ours holds `config.json`, `quantized.safetensors` (the state dict) a
 has another name than Hugging Face's, so that no other reader takes codes for weights.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 
 from minilora.files import Checksums, tensor_file
+from minilora.json_text import parse_json
 from minilora.kernels import DYNAMIC_CODE, NF4_TABLE
 from minilora.models.folder import read_json
 from minilora.quantization import Spec, check_spec, layout
+from minilora.wording import one_line, short
 
 WEIGHTS, LAYERS = "quantized.safetensors", "quantization.json"
 _STATE = ".quant_state.bitsandbytes__"  # between a weight's name and its 4-bit type
@@ -58,7 +59,7 @@ def read_specs(folder: Path) -> dict[str, tuple[Spec, bool]]:
     entries = read_json(folder / LAYERS)
     try:
         if entries["version"] != 1:
-            raise ValueError(f"version 1 is read, found {entries['version']!r}")
+            raise ValueError(f"version 1 is read, found {short(entries['version'])}")
         return {
             name: (
                 check_spec(row["format"], row["block_size"], row["double_quant"]),
@@ -67,7 +68,9 @@ def read_specs(folder: Path) -> dict[str, tuple[Spec, bool]]:
             for name, row in entries["layers"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{folder / LAYERS}' must describe the layers: {error!r}") from None
+        raise ValueError(
+            f"'{folder / LAYERS}' must describe the layers: {one_line(repr(error), 200)}"
+        ) from None
 
 
 def bitsandbytes_tensors(folder: Path, fqn_of: Any) -> Iterator[tuple[str, Any]]:
@@ -88,11 +91,13 @@ def bitsandbytes_tensors(folder: Path, fqn_of: Any) -> Iterator[tuple[str, Any]]
         )
     specs: dict[str, tuple[Spec, bool]] = {}
     for weight, key in states.items():
-        name = fqn_of(weight).removesuffix(".weight")
+        name = str(fqn_of(weight)).removesuffix(".weight")
         kind = key.partition(_STATE)[2]
         if kind != "nf4":
-            raise ValueError(f"{name} in '{folder}' must be NF4, found {kind}; it can't be read")
-        state = json.loads(bytes(found.pop(key).tolist()).decode())
+            raise ValueError(
+                f"{name} in '{folder}' must be NF4, found {short(kind)}; can't read it"
+            )
+        state = parse_json(bytes(found.pop(key).tolist()), key)
         double = f"{weight}.nested_absmax" in found
         spec = check_spec("nf4", state["blocksize"], double)
         tables = {"quant_map": torch.tensor(NF4_TABLE)}

@@ -13,7 +13,15 @@ from minilora.layers import is_conv1d
 from minilora.lora_layer import lora_layers
 from minilora.models import Tokenizer, as_tokenizer, load_model
 from minilora.models.causal import Prepare
-from minilora.models.folder import KINDS, Model, read_json, resolve_dtype
+from minilora.models.folder import (
+    KINDS,
+    Model,
+    check_blocks,
+    finite,
+    read_json,
+    resolve_dtype,
+)
+from minilora.models.loading import check_tokenizer
 from minilora.quantization import (
     QuantizedLinear,
     Spec,
@@ -33,6 +41,7 @@ from minilora.quantized_files import (
     stored_tensors,
 )
 from minilora.selection import select_targets
+from minilora.wording import one_line, reading, short
 
 
 class _Quantizing:
@@ -49,8 +58,6 @@ class _Quantizing:
             self.wanted[f"{name}.weight"] = modules[name]
 
     def __call__(self, fqn: str, tensor: torch.Tensor) -> Any:
-        if not is_finite(tensor):
-            raise ValueError(f"{fqn} must be finite, found NaN or Inf; fetch the model again")
         module = self.wanted.get(fqn)
         if module is None:
             return tensor
@@ -139,7 +146,9 @@ def load_quantized(
             model = _read_in_parts(folder, ways, resolve_dtype(dtype), prepare)
         else:
             model = _read(folder, ways, resolve_dtype(dtype), device)
-        return model, Tokenizer.from_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        check_tokenizer(model, tokenizer, folder)
+        return model, tokenizer
     spec = check_spec(format, block_size, double_quant)
     transform = _Quantizing(spec, ways, (targets, exclude, layers))
     if prepare is not None:
@@ -231,31 +240,46 @@ def save_quantized(model: nn.Module, folder: str | Path, tokenizer: Any = None) 
 def _read(
     folder: Path, ways: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str
 ) -> Any:
-    known, model = _shapes(folder)
+    known, config = _config(folder)
     foreign = not (folder / LAYERS).is_file()
-    tensors = dict(
-        bitsandbytes_tensors(folder, known.fqn) if foreign else stored_tensors(folder / WEIGHTS)
-    )
+    with reading(f"'{folder}'"):
+        tensors = dict(
+            bitsandbytes_tensors(folder, known.fqn) if foreign else stored_tensors(folder / WEIGHTS)
+        )
     rows = tensors.pop("specs") if foreign else read_specs(folder)
+    check_blocks(config, len(tensors), folder)
+    model = known.model(config, device="meta")
     floats = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     _put_layers(folder, model, rows, dtype or floats, ways)
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
-            if not is_finite(tensor):
-                raise ValueError(
-                    f"{name} in '{folder}' must be finite, found NaN or Inf; write the folder again"
-                )
-            tensors[name] = tensor.to(dtype or tensor.dtype)
+            tensors[name] = finite(
+                f"{name} in '{folder}'", tensor, tensor.to(dtype or tensor.dtype)
+            )
     if model.config.tie_word_embeddings and "lm_head" not in rows:
         tensors.setdefault("lm_head.weight", tensors.get(known.embedding))
+    _check_names(folder, model, tensors)
     try:
         model.load_state_dict(tensors, assign=True)
     except (RuntimeError, AttributeError) as error:
-        raise ValueError(f"'{folder}' does not hold the model it describes: {error}") from None
+        raise ValueError(
+            f"'{folder}' does not hold the model it describes: {one_line(error, 300)}"
+        ) from None
     if "lm_head" not in rows:
         model.tie_weights()
+    for name in rows:
+        _check_decoded(name, model.get_submodule(name), folder)
     model.name_or_path = str(folder)
     return model.to(device).eval()
+
+
+def _check_decoded(name: str, layer: QuantizedLinear, folder: Path) -> None:
+    """Raise where finite scales give weights that float16, of all dtypes, can't hold."""
+    if layer.dtype == torch.float16 and not is_finite(layer.weight):
+        raise ValueError(
+            f"{name} in '{folder}' must be finite in torch.float16, found weights which that can't "
+            f"hold; name a dtype that can, such as dtype=torch.bfloat16 or torch.float32"
+        )
 
 
 def _read_in_parts(
@@ -267,29 +291,21 @@ def _read_in_parts(
             f"'{folder}' is in bitsandbytes' format, which is read as a whole; write it anew with "
             f"save_quantized, and read that in parts"
         )
-    _, model = _shapes(folder)
+    known, config = _config(folder)
     rows = read_specs(folder)
     stored = float_dtypes(folder / WEIGHTS)
+    check_blocks(config, len(stored), folder)
+    model = known.model(config, device="meta")
     floats = next((d for d in stored.values() if d is not None), torch.float32)
     _put_layers(folder, model, rows, dtype or floats, ways)
-    wanted = set(model.state_dict())
-    if model.config.tie_word_embeddings and "lm_head" not in rows:
-        wanted.discard("lm_head.weight")
-    if wanted != stored.keys():
-        raise ValueError(
-            f"'{folder}' does not hold the model it describes: {sorted(wanted ^ stored.keys())[0]} "
-            f"is in one of them only"
-        )
+    head = ["lm_head.weight"] if model.config.tie_word_embeddings and "lm_head" not in rows else []
+    _check_names(folder, model, [*stored, *head])
     put: Any = prepare(model.to(dtype or floats).eval())
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in stored_tensors(folder / WEIGHTS):
         owner, _, leaf = name.rpartition(".")
         if owner not in rows or leaf == "bias":
-            if not is_finite(tensor):
-                raise ValueError(
-                    f"{name} in '{folder}' must be finite, found NaN or Inf; write the folder again"
-                )
-            put(name, tensor.to(dtype or floats))
+            put(name, finite(f"{name} in '{folder}'", tensor, tensor.to(dtype or floats)))
             continue
         mine = parts.setdefault(owner, {})
         mine[leaf] = tensor
@@ -302,8 +318,11 @@ def _read_in_parts(
             if reason is not None:
                 raise ValueError(f"{owner} in '{folder}' {reason}; the file is damaged")
             sizes = (layer.in_features, layer.out_features)
-            put(f"{owner}.weight", QuantizedLinear(parts.pop(owner), *sizes, spec, bias=None,
-                                                   dtype=dtype or floats, **ways))  # fmt: skip
+            small = QuantizedLinear(
+                parts.pop(owner), *sizes, spec, bias=None, dtype=dtype or floats, **ways
+            )
+            _check_decoded(owner, small, folder)
+            put(f"{owner}.weight", small)
     model.name_or_path = str(folder)
     return model
 
@@ -319,17 +338,28 @@ def _wrong(parts: dict[str, torch.Tensor], expected: Any) -> str | None:
     return None
 
 
-def _shapes(folder: Path) -> tuple[Any, Any]:
-    """Return the kind of model that a folder describes, and one on the meta device."""
+def _check_names(folder: Path, model: Any, found: Iterable[str]) -> None:
+    """Raise unless a folder holds the tensors of its model, before any is put in."""
+    odd = sorted(set(model.state_dict()) ^ set(found))
+    if odd:
+        names = one_line(", ".join(odd[:3]), 200)
+        raise ValueError(
+            f"'{folder}' does not hold the model it describes: {names}"
+            f"{f' and {len(odd) - 3:,} more' if len(odd) > 3 else ''} in one of them only"
+        )
+
+
+def _config(folder: Path) -> tuple[Any, Any]:
+    """Return the kind of model that a folder describes, and its configuration."""
     config = read_json(folder / "config.json")
     known = KINDS.get(str(config.get("model_type")))
     if known is None:
         raise ValueError(
             f"'{folder}' must hold a model of type {', '.join(KINDS)}, found "
-            f"{config.get('model_type')!r}"
+            f"{short(config.get('model_type'))}"
         )
     config.pop("quantization_config", None)
-    return known, known.model(known.config.from_dict(config), device="meta")  # type: ignore[arg-type]
+    return known, known.config.from_dict(config)
 
 
 def _put_layers(

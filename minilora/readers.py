@@ -1,16 +1,19 @@
 """Which programs read an adapter folder as PEFT means it, and why one does not."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilora.adapter_config import check_pattern_count
 from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_pair
 from minilora.files import tensor_file
 from minilora.injection import check_alpha
+from minilora.json_text import read_json_object
+from minilora.patterns import compiled_pattern
 from minilora.selection import check_rank, compile_ending, pattern_value
+from minilora.wording import one_line, short
 from minilora.wrappers import MARKS
 
 
@@ -28,6 +31,9 @@ class Reader:
         return not self.problems
 
 
+_SHOWN = 20  # problems printed of each reader
+
+
 class ReaderList(list[Reader]):
     """A list of `Reader` that prints as a table."""
 
@@ -35,8 +41,11 @@ class ReaderList(list[Reader]):
         lines = []
         for reader in self:
             lines.append(f"{reader.name}: {'yes' if reader.takes else 'no'}")
-            lines += [f"  - {text}" for text in reader.problems]
-            lines += [f"  (note: {text})" for text in reader.notes]
+            shown = [one_line(text) for text in reader.problems[:_SHOWN]]
+            if len(reader.problems) > _SHOWN:
+                shown.append(f"and {len(reader.problems) - _SHOWN:,} more")
+            lines += [f"  - {text}" for text in shown]
+            lines += [f"  (note: {one_line(text)})" for text in reader.notes]
         return "\n".join(lines)
 
 
@@ -161,35 +170,44 @@ def _read(folder: Path) -> _Folder:
 
 def _config(file: Path) -> dict:
     """Read the config of any LoRA adapter, also one that `read_config` refuses."""
-    try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else config
-        raise ValueError(f"{file} must describe a LoRA adapter (peft_type 'LORA'), found {found!r}")
+    config = read_json_object(file)
+    if config.get("peft_type") != "LORA":
+        found = short(config.get("peft_type"))
+        raise ValueError(f"{file} must describe a LoRA adapter (peft_type 'LORA'), found {found}")
     config = {"r": 8, "lora_alpha": 8} | config  # PEFT's defaults
     try:
         for key, check_value in (("rank", check_rank), ("alpha", check_alpha)):
             patterns = config[f"{key}_pattern"] = config.get(f"{key}_pattern") or {}
+            check_pattern_count(patterns, f"{key}_pattern")
             for pattern, value in patterns.items():
                 compile_ending(pattern, "a pattern")
                 check_value(value, f"{key}_pattern")
         check_rank(config["r"])
         check_alpha(config["lora_alpha"], "lora_alpha")
+        for key in ("target_modules", "modules_to_save"):
+            _check_names(config.get(key), key)
         _targeted("", config.get("target_modules"))
         named = config.get("target_parameters") or []
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-            raise TypeError(f"target_parameters must be a list of parameter names, found {named!r}")
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise ValueError(
+                f"target_parameters must be a list of parameter names, found {short(named)}"
+            )
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return config
+
+
+def _check_names(value: Any, key: str) -> None:
+    """Raise unless this is a list of names, a string or None."""
+    entries = value if isinstance(value, list) else [value or ""]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"{key} must be a list of names, a string or null, found {short(value)}")
 
 
 def _targeted(fqn: str, entries: Any) -> bool:
     """Tell whether target_modules names a layer, by PEFT's rule; "all-linear" is taken as it is."""
     if isinstance(entries, str):
-        return entries == "all-linear" or re.fullmatch(entries, fqn) is not None
+        return entries == "all-linear" or compiled_pattern(entries, "target_modules").fullmatch(fqn)
     return any(f".{fqn}".endswith(f".{entry}") for entry in entries or ())
 
 

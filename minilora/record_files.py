@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minilora.json_text import unique_keys
+
 ROLES = ("system", "user", "assistant")
 KINDS = (("text",), ("prompt", "completion"), ("messages",))
 MARKS = ("weight", "train", "trainable", "training", "loss", "loss_mask")  # 0 or false: not learned
@@ -129,7 +131,7 @@ def _read_line(
     where = f"{file}:{number}"
     try:
         if line.strip():
-            records.append(checked(json.loads(line.decode("utf-8"))))
+            records.append(checked(json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)))
     except UnicodeDecodeError as error:
         problems.append((where, f"must be UTF-8: {error.reason}"))
     except json.JSONDecodeError as error:

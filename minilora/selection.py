@@ -1,7 +1,6 @@
 """Which layers take an adapter: strict selection by name, and its dry run."""
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +12,12 @@ from minilora.bare_parameters import bare_match, unreached
 from minilora.layers import is_linear, layer_class, unsupported
 from minilora.lora_layer import LoRALayer, lora_layers
 from minilora.packed import packed_linear
+from minilora.patterns import Pattern, after_dots, compiled_pattern
 from minilora.quantization import QuantizedLinear
+from minilora.wording import one_line, short
 from minilora.wrappers import named_modules, unwrapped
 
+MOST_RANK = 2**16
 _HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
 
 
@@ -145,21 +147,14 @@ def _nearest(entry: str, names: Iterable[str]) -> str:
     )
 
 
-def _compile(pattern: str, what: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{what} must be a valid regular expression, {pattern!r}: {error}"
-        ) from None
-
-
 def _string_list(value: object, what: str) -> list[str]:
     if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
         entries = list(value)
         if all(isinstance(entry, str) and entry for entry in entries):
             return entries
-    raise TypeError(f"{what} must be a list of module names or a regex string, found {value!r}")
+    raise TypeError(
+        f"{what} must be a list of module names or a regex string, found {short(value)}"
+    )
 
 
 def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) -> dict[str, Any]:
@@ -178,16 +173,18 @@ def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) 
         return found
     layers = {n: m for n, m in modules.items() if layer_class(m) is not None or n in packed}
     if isinstance(spec, str):
-        pattern = _compile(spec, what)
+        pattern = compiled_pattern(spec, what)
         found = {name: m for name, m in layers.items() if pattern.fullmatch(name)}
         if not found:
             meant = bare_match(pattern.fullmatch, modules)
             if meant is not None:
-                raise ValueError(f"{what}={spec!r} must match layers, but {meant}")
-            hint = f"for module names pass a list: {what}=[{spec!r}]" if spec.isidentifier() else ""
+                raise ValueError(f"{what}={short(spec)} must match layers, but {meant}")
+            hint = _nearest(spec, linears)
+            if spec.isidentifier():
+                hint = f"for module names pass a list: {what}=[{short(spec)}]"
             raise ValueError(
-                f"{what}={spec!r} is a regex over whole dotted names and must match a linear, "
-                f"embedding or convolution, found no match; {hint or _nearest(spec, linears)}"
+                f"{what}={short(spec)} is a regex over whole dotted names and must match a linear, "
+                f"embedding or convolution, found no match; {hint}"
             )
         return found
     entries = _string_list(spec, what)
@@ -202,14 +199,14 @@ def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) 
             raise ValueError(f"targets must name layers, but {entry!r} {meant}")
         if not hits:
             raise ValueError(
-                f"every entry of {what} must match a module, {entry!r} matches none; "
+                f"every entry of {what} must match a module, {short(entry)} matches none; "
                 f"{_nearest(entry, linears)}"
             )
         wrong = next((name for name in hits if name not in layers), None)
         if wrong is not None and what == "targets":
             kind = type(hits[wrong]).__name__
             raise ValueError(
-                f"targets must name linear layers, embeddings or 2-D convolutions, {entry!r} "
+                f"targets must name linear layers, embeddings or 2-D convolutions, {short(entry)} "
                 f"matches {wrong}, a {kind}; {_nearest(entry, linears)}"
             )
         found.update(hits)
@@ -256,7 +253,9 @@ def select_targets(
             if not any(name == d or name.startswith(d + ".") for d in dropped)
         }
         if not chosen:
-            raise ValueError(f"exclude={exclude!r} leaves no layer of targets={targets!r}")
+            raise ValueError(
+                f"exclude={short(exclude)} leaves no layer of targets={short(targets)}"
+            )
     _refuse_attention_children(model, chosen)
     for name, module in chosen.items():
         reason = unsupported(module)
@@ -272,38 +271,53 @@ def _in_layers(
     given = [layers] if isinstance(layers, int) else layers
     wanted: list[Any] = list(given) if isinstance(given, Iterable) else [None]
     if not all(type(i) is int for i in wanted):
-        raise TypeError(f"layers must be block numbers, a list of whole numbers, found {layers!r}")
+        raise TypeError(
+            f"layers must be block numbers, a list of whole numbers, found {short(layers)}"
+        )
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())
     kept, there = {}, set()
     for name, module in chosen.items():
-        rules = [rf".*\.{p}\.(\d+)\." for p in patterns] or [r"(?:.*?\.)?(\d+)\."]
-        match = next((m for rule in rules if (m := re.match(rule, name))), None)
-        if match:
-            there.add(int(match[1]))
-            if int(match[1]) in wanted:
+        number = _block_number(name, patterns)
+        if number is not None:
+            there.add(number)
+            if number in wanted:
                 kept[name] = module
     missing = sorted(set(wanted) - there)
     if missing or not wanted:
-        numbers = ", ".join(map(str, sorted(there))) or "no numbered blocks"
+        numbers = one_line(", ".join(map(str, sorted(there))), 200) or "no numbered blocks"
         raise ValueError(
-            f"layers must name blocks that hold targets={targets!r}, found {missing or 'none'}; "
-            f"there are: {numbers}"
+            f"layers must name blocks that hold targets={short(targets)}, found "
+            f"{short(missing) if missing else 'none'}; there are: {numbers}"
         )
     return kept
 
 
-def compile_ending(pattern: str, what: str) -> re.Pattern[str]:
-    """Compile a pattern that has to end a dotted name at a dot boundary (PEFT's rule)."""
+def _block_number(name: str, patterns: list[str]) -> int | None:
+    """Return the number of a name's block: the first in it, or the last that `patterns` precede."""
+    parts = name.split(".")
+    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
+    if not patterns:
+        return int(parts[numbered[0]]) if numbered else None
+    for pattern in patterns:
+        rule = compiled_pattern(pattern, "layers_pattern")
+        for i in reversed(numbered):
+            before = ".".join(parts[:i])
+            if rule.fullmatch(before, after_dots(before)):
+                return int(parts[i])
+    return None
+
+
+def compile_ending(pattern: str, what: str) -> Pattern:
+    """Compile a pattern whose `ends` is PEFT's rule for the keys of rank_pattern."""
     if not isinstance(pattern, str):
-        raise TypeError(f"{what} must have regex strings as keys, found {pattern!r}")
-    _compile(pattern, what)
-    return _compile(rf"(.*\.)?({pattern})$", what)
+        raise TypeError(f"{what} must have regex strings as keys, found {short(pattern)}")
+    return compiled_pattern(pattern, what)
 
 
 def pattern_value(name: str, patterns: Mapping[str, float] | None, default: float) -> float:
     """Return the value of the first pattern that ends `name`; see `compile_ending`."""
     for pattern, value in (patterns or {}).items():
-        if compile_ending(pattern, "a pattern").match(name):
+        if compile_ending(pattern, "a pattern").ends(name):
             return value
     return default
 
@@ -311,20 +325,22 @@ def pattern_value(name: str, patterns: Mapping[str, float] | None, default: floa
 def check_patterns(patterns: Mapping[str, float] | None, names: list[str], what: str) -> None:
     """Raise unless every pattern is a regex that matches one of the names."""
     if not isinstance(patterns, (Mapping, type(None))):
-        raise TypeError(f"{what} must be a mapping of regex: number, found {patterns!r}")
+        raise TypeError(f"{what} must be a mapping of regex: number, found {short(patterns)}")
     for pattern in patterns or {}:
         compiled = compile_ending(pattern, what)
-        if not any(compiled.match(name) for name in names):
+        if not any(compiled.ends(name) for name in names):
             raise ValueError(
-                f"every key of {what} must match a target, {pattern!r} matches none; "
+                f"every key of {what} must match a target, {short(pattern)} matches none; "
                 f"{_nearest(pattern, names)}"
             )
 
 
 def check_rank(r: object, what: str = "r") -> int:
-    """Return r if it is a whole number of at least 1, else raise."""
+    """Return r if it is a whole number from 1 to `MOST_RANK`, else raise."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, found {r!r}")
+        raise ValueError(f"{what} must be a whole number of at least 1, found {short(r)}")
+    if r > MOST_RANK:
+        raise ValueError(f"{what} must be at most {MOST_RANK:,}, found {short(r)}")
     return r
 
 

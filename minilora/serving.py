@@ -9,6 +9,7 @@ from torch import nn
 from minilora.adapters import require_layers, require_unmerged
 from minilora.copies import all_adapter_names, copies_of
 from minilora.lora_layer import LoRALayer
+from minilora.threads import claimed
 
 BASE = "base"
 
@@ -29,7 +30,7 @@ def mixed(model: nn.Module, rows: Sequence[str]) -> Iterator[None]:
         TypeError: rows is no list of names.
         ValueError: an unknown name, an adapter with trained copies of base parameters (they act on
             the whole batch), a model without adapters; in the block, a batch of another size.
-        RuntimeError: adapters are merged.
+        RuntimeError: adapters are merged, or another thread is within `disabled` or `mixed`.
     """
     layers = require_layers(model, "mixed")
     require_unmerged(layers, "mixed")
@@ -45,14 +46,15 @@ def mixed(model: nn.Module, rows: Sequence[str]) -> Iterator[None]:
                 f"modules_to_save=), which act on the whole batch; run its rows apart"
             )
     plan = tuple(None if name == BASE else name for name in rows)
-    before = {name: layer.rows for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.rows = plan
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.rows = before[name]
+    with claimed(layers.values()):
+        before = {name: layer.rows for name, layer in layers.items()}
+        try:
+            for layer in layers.values():
+                layer.rows = plan
+            yield
+        finally:
+            for name, layer in layers.items():
+                layer.rows = before[name]
 
 
 def prepare_switching(model: nn.Module, max_r: int) -> None:

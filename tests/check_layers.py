@@ -59,11 +59,16 @@ layers =
     minilora.compiling
     minilora.inference
     minilora.lora_layer
+    minilora.patterns
+    minilora.threads
     minilora.factors
     minilora.packed
     minilora.wrappers
     minilora.quantization
+    minilora.json_text
+    minilora.wording
     minilora.kernels | minilora.files
+    minilora.interrupt
 """
 
 

@@ -12,6 +12,10 @@ settings.register_profile("ci", parent=settings.get_profile("local"), derandomiz
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--wide", action="store_true", help="sweeps of thousands of cases, as well")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

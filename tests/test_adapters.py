@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from small_models import bits, net, shake, two_adapters, unchanged
 
 import minilora
 from minilora.lora_layer import lora_layers
+from minilora.serving import mixed
 
 
 def test_adapters_sum_switch_and_roll_back():
@@ -49,6 +52,73 @@ def test_copies_and_pickles_keep_the_numbers():
         assert torch.equal(twin(x), model(x))
         shake(twin)
         assert not torch.equal(twin(x), model(x))
+
+
+def _in_thread(action):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(action).result()
+
+
+def _within(model):
+    yield minilora.disabled(model)
+    yield mixed(model, ["default", "base", "default"])
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["disabled", "mixed"])
+def test_a_block_serves_one_thread_and_others_are_refused(which):
+    model, x = shake(minilora.inject(net(), r=4, alpha=6)), torch.randn(3, 12)
+    full = model(x)
+    with list(_within(model))[which]:
+        inside = model(x)
+        assert not torch.equal(inside, full)
+        with pytest.raises(
+            RuntimeError, match=r"must be used by one thread .* a copy \(copy\.deepcopy\)"
+        ):
+            _in_thread(lambda: model(x))
+        for block in _within(model):
+            with pytest.raises(RuntimeError, match=r"found another one within such a block"):
+                _in_thread(block.__enter__)
+        with minilora.disabled(model):  # of one thread they nest
+            pass
+        assert torch.equal(model(x), inside)
+    assert torch.equal(model(x), full)
+    assert torch.equal(_in_thread(lambda: model(x)), full)
+
+
+def test_threads_that_disable_at_once_leave_the_adapters_on():
+    model, x = shake(minilora.inject(net(), r=4, alpha=6)), torch.randn(3, 12)
+    full = model(x)
+    with minilora.disabled(model):
+        base = model(x)
+    begin = threading.Barrier(4)
+
+    def work():
+        begin.wait()
+        refused = 0
+        for _ in range(40):
+            try:
+                with minilora.disabled(model):
+                    assert torch.equal(model(x), base)
+                assert torch.equal(model(x), full)
+            except RuntimeError:
+                refused += 1
+        return refused
+
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(work) for _ in range(4)]
+    assert all(0 <= one.result() <= 40 for one in done)
+    assert torch.equal(model(x), full)
+
+
+def test_verbs_that_compute_refuse_a_model_of_shapes(tmp_path):
+    model = minilora.inject(net().to("meta"), r=2)
+    for verb in (
+        lambda: minilora.evaluate(model, [{"input_ids": [1, 2]}]),
+        lambda: minilora.generate(model, [[1, 2]]),
+        lambda: minilora.save(model, tmp_path),
+    ):
+        with pytest.raises(ValueError, match="needs a model with weights, found .* on the meta"):
+            verb()
 
 
 # --- what every verb refuses, and what summary and targets say

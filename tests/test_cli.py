@@ -220,8 +220,12 @@ def test_cli_export_needs_a_model_and_an_adapter(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--r", 0], "--r/--rank: must be a whole number of at least 1, found '0'"),
+        (["--r", 0], "--r/--rank: must be a whole number of at least 1, found 0"),
         (["--batch-size", "x"], "--batch-size: must be a whole number"),
+        (["--r", 10**12], "--r/--rank: must be a whole number of at most ten digits, found '1000"),
+        (["--r", 10**9], "r must be at most 65,536, found 1000000000"),
+        (["--seed", 10**400], "--seed: must be a whole number of at most ten digits, found '1000"),
+        (["--batch-size", 2**31], "batch_size must be a whole number of at least 1, at most 2,147"),
         (["--max-length", 1], "--max-length: must be at least 2"),
         (["--alpha", 0], "--alpha must be a finite number other than 0"),
         (["--dropout", 1], "dropout must lie in [0, 1)"),
@@ -590,3 +594,39 @@ def test_cli_train_refuses_what_an_adapter_has_settled(
 def factors(folder):
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_ctrl_c_while_the_command_imports_is_a_line_and_130(module):
+    script = Path(sys.executable).with_name("minilora")
+    command = [sys.executable, "-m", "minilora"] if module else [script]
+    process = subprocess.Popen([*command, "check", "nowhere"], stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert (process.returncode, said) == (130, "minilora: interrupted\n")
+
+
+def test_numbers_of_torchrun_that_are_none_are_named(
+    folder, letters, tmp_path, monkeypatch, capsys
+):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "x")
+        assert (
+            run("train", folder, "--data", letters, "--out", tmp_path / "o", "--max-steps", 1) == 2
+        )
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert (
+            f"the environment variable {name} must be a whole number, as torchrun sets it" in said
+        )
+        monkeypatch.delenv(name)
+
+
+def test_an_argument_is_never_shown_in_full_nor_obeyed_by_the_terminal(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("eval", "model", "--data", "rows.jsonl", "--batch-size", "x" * 10**5)
+    assert len(capsys.readouterr().err.splitlines()[-1]) <= 700
+    assert run("check", tmp_path / "\x1b[2Jnowhere\nelse") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said[:-1].isprintable() and r"\x1b[2Jnowhere else" in said

@@ -113,6 +113,8 @@ def test_as_examples_refuses_other_types_by_index(item, message):
             "example 1: 2 input_ids must have as many labels, not 3",
         ),
         ({"input_ids": [1, -2]}, "example 1: input_ids must not be negative, found -2"),
+        ({"input_ids": [1, 10**30]}, "example 1: input_ids must be below 2³¹, found 1000"),
+        ({"input_ids": [1, 2], "labels": [1, -(10**30)]}, "example 1: labels must be below 2³¹"),
         (
             {"input_ids": [1, 2], "labels": [1, -1]},
             "example 1: labels must be token ids or -100, found -1",

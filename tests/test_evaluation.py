@@ -1,6 +1,7 @@
 """Held-out numbers: the same as a float64 oracle's, whatever the batches and the padding."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from minilora.evaluation import (
     forward_logits,
     token_loss,
 )
+from minilora.inference import inference
 from minilora.models import Llama, LlamaConfig
 
 VOCAB = 23
@@ -534,3 +536,26 @@ def test_device_of_looks_at_parameters_then_buffers():
     assert device_of(nn.Linear(1, 1, device="meta")).type == "meta"
     assert device_of(Masked(torch.ones(1, device="meta"))).type == "meta"
     assert device_of(nn.Identity()) == torch.device("cpu")
+
+
+def test_threads_that_run_a_model_at_once_leave_its_flags_as_they_were():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
+    model[0].eval()
+    begun, done = threading.Event(), threading.Event()
+
+    def run():
+        with inference(model):
+            begun.set()
+            done.wait(60)
+
+    other = threading.Thread(target=run)
+    other.start()
+    assert begun.wait(60)
+    with inference(model):  # it begins and ends within the other's, which goes on
+        pass
+    assert not any(module.training for module in model.modules())
+    with inference(model):
+        done.set()
+        other.join()
+        assert not any(module.training for module in model.modules())  # or there were dropout
+    assert [module.training for module in model.modules()] == [True, False, True]

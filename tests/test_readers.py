@@ -214,14 +214,14 @@ def test_table_of_readers():
 def test_check_refuses_what_it_cannot_read(plain):
     edits = {
         '{"peft_type": "IA3"}': "must describe a LoRA adapter .peft_type 'LORA'., found 'IA3'",
-        "[1]": r"must describe a LoRA adapter .peft_type 'LORA'., found \[1\]",
-        "{": "adapter_config.json must be JSON",
+        "[1]": "must hold a JSON object, found list",
+        "{": "adapter_config.json. must be JSON",
         '{"peft_type": "LORA", "r": 0}': "r must be a whole number of at least 1, found 0",
         '{"peft_type": "LORA", "lora_alpha": "x"}': "lora_alpha must be a finite number",
-        '{"peft_type": "LORA", "rank_pattern": [1]}': "adapter_config.json: 'list' object",
+        '{"peft_type": "LORA", "rank_pattern": [1]}': "rank_pattern must be an object of regex",
         '{"peft_type": "LORA", "alpha_pattern": {"(": 1}}': "adapter_config.json: a pattern",
-        '{"peft_type": "LORA", "target_modules": "("}': "adapter_config.json: missing",
-        '{"peft_type": "LORA", "target_modules": 3}': "adapter_config.json: 'int' object",
+        '{"peft_type": "LORA", "target_modules": "("}': "target_modules must be a valid regular",
+        '{"peft_type": "LORA", "target_modules": 3}': "target_modules must be a list of names",
     }
     for text, error in edits.items():
         (plain / "adapter_config.json").write_text(text)
@@ -234,3 +234,15 @@ def test_check_refuses_what_it_cannot_read(plain):
     (plain / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):
         check(plain)
+
+
+def test_check_prints_keys_of_strangers_in_short_lines_without_control_characters(tmp_path):
+    minilora.save(minilora.inject(net(), r=2, targets=["q_proj"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    odd = {f"\x1b[2J\n{'x' * 900}{i}": torch.zeros(1) for i in range(50)}
+    save_file(load_file(file) | odd, file)
+    found = minilora.check(tmp_path)
+    assert len(found[0].problems) == 50
+    lines = str(found).splitlines()
+    assert all(line.isprintable() and len(line) <= 610 for line in lines)
+    assert "  - and 30 more" in lines and len(lines) < 80

@@ -234,6 +234,7 @@ def test_read_records_refuses_other_records_by_line(tmp_path, record, message):
     ("raw", "message"),
     [
         (b'{"text": "a"', r"must be JSON: Expecting ',' delimiter \(column 13\)"),
+        (b'{"text": "a", "text": "b"}', r"the key 'text' is given twice"),
         (b'{"text": "a"} {"text": "b"}', r"must be JSON: Extra data \(column 15\)"),
         (b'\xef\xbb\xbf{"text": "a"}', "must be JSON: Unexpected UTF-8 BOM"),
         (b'{"text": "\xff"}', "must be UTF-8: invalid start byte"),

@@ -219,3 +219,31 @@ def test_fit_checkpointing_recomputes_a_transformers_model():
     fit(model, max_steps=2, checkpointing=True)
     assert len(calls) == 2 * plain
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_a_run_whose_every_step_was_skipped_has_not_finished(tmp_path):
+    model = tiny()
+    model.lm_head.weight.data.view(-1)[1] = float("nan")
+    message = r"at least one step, found all 3 skipped .*; nothing was trained"
+    with pytest.raises(RuntimeError, match=message):
+        fit(model, max_steps=3, out=tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    with pytest.raises(RuntimeError, match=message):  # and to resume it is no way around
+        fit(model, max_steps=3, out=tmp_path, resume=True)
+
+
+def test_an_adapter_that_is_not_finite_is_refused_before_the_first_step(tmp_path):
+    """Attention may swallow NaN: a loss and a text over it can be finite."""
+    model = tiny()
+    model.model.layers[1].self_attn.q_proj.adapters["default"].lora_B.data[3, 1] = float("nan")
+    message = r"adapter 'default' must be finite, found NaN or Inf in lora_B of model.layers.1.self"
+    for verb in (
+        lambda: fit(model, max_steps=3, out=tmp_path / "run"),
+        lambda: minilora.generate(model, [[1, 2, 3]]),
+        lambda: minilora.evaluate(model, examples()),
+    ):
+        with pytest.raises(ValueError, match=message):
+            verb()
+    assert not (tmp_path / "run").exists()
+    minilora.activate(model, None)
+    assert minilora.generate(model, [[1, 2, 3]], max_new_tokens=1)

@@ -16,6 +16,7 @@ from minilora.evaluation import token_loss
 from minilora.files import tensor_content, write
 from minilora.quantization import QuantizedLinear
 from minilora.training import TrainConfig
+from minilora.training.monitor import read_metrics
 from minilora.training.same_run import check_same_run
 from minilora.training.state import STATE_FILE, load_state
 
@@ -65,6 +66,27 @@ def test_a_curve_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, capsys):
     fit(tiny(), examples(5), out=tmp_path, max_steps=2, quiet=False)
     assert "loss.png could not be drawn" in capsys.readouterr().err
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"loss": {"a": 1}}, {"loss": 10**400}, {"eval_loss": "x"}, {"loss": True}, {"loss": [1]}],
+)
+def test_odd_numbers_in_the_metrics_do_not_fail_a_finished_run(tmp_path, row, capsys):
+    fit(tiny(), examples(5), out=tmp_path, max_steps=2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 2, **row}) + "\n" + "[" * 10**5 + "\n")
+    (tmp_path / "loss.png").unlink()
+    options = {"max_steps": 2, "resume": True, "quiet": False}
+    assert fit(tiny(), examples(5), out=tmp_path, **options).stopped == "finished"
+    assert (tmp_path / "loss.png").exists()
+    assert "could not be drawn" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
+def test_metrics_without_an_end_are_no_metrics(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("stop", [1, 3, 7, 8])

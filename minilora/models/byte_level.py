@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from minilora.wording import one_line
+
 from .folder import read_json
 
 # Values of a GGUF's `tokenizer.ggml.pre` that are built: how text is cut before merging. From
@@ -41,7 +43,9 @@ def folder_backend(folder: Path, entries: dict[str, Any]) -> tuple[Any, dict[str
     try:
         backend = library.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"'{file}' must describe a tokenizer, found: {error}") from error
+        raise ValueError(
+            f"'{file}' must describe a tokenizer, found: {one_line(error, 200)}"
+        ) from error
     if entries.get("tokenizer_class") in _LLAMA and _prepends(stored.get("normalizer")):
         _begin_once(backend, entries)
     return backend, {}
@@ -91,7 +95,8 @@ def _gpt2_backend(
         model = library.models.BPE.from_file(str(vocabulary), str(merges))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(
-            f"'{folder}': vocab.json and merges.txt must be a byte-level BPE, found: {error}"
+            f"'{folder}': vocab.json and merges.txt must be a byte-level BPE, found: "
+            f"{one_line(error, 200)}"
         ) from error
     backend = library.Tokenizer(model)
     spaced = bool(entries.get("add_prefix_space"))
@@ -127,10 +132,10 @@ def _added(folder: Path, entries: dict[str, Any]) -> list[dict[str, Any]]:
         for i, token in (entries.get("added_tokens_decoder") or {}).items():
             rest = {key: value for key, value in token.items() if key in known}
             found[int(i)] = {"content": token["content"], **rest}
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"'{folder}': added tokens must have whole numbers as ids and a content, found "
-            f"otherwise ({error}); correct added_tokens.json or tokenizer_config.json"
+            f"otherwise ({one_line(error, 200)}); correct added_tokens.json"
         ) from None
     return [{"id": i, **found[i]} for i in sorted(found)]
 
@@ -160,7 +165,7 @@ def gguf_backend(source: Any, tokens: list[str]) -> Any:
         model = library.models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe")
     except Exception as error:  # the library raises plain Exception
         raise ValueError(
-            f"'{source.path}': the merges must lie in the vocabulary: {error}"
+            f"'{source.path}': the merges must lie in the vocabulary: {one_line(error, 200)}"
         ) from error
     backend = library.Tokenizer(model)
     pre = library.pre_tokenizers

@@ -5,7 +5,6 @@ it names (https://huggingface.co/docs/safetensors).
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,7 +21,9 @@ from minilora.files import (
     write,
     write_json,
 )
+from minilora.json_text import read_json_object
 from minilora.kernels import hardware
+from minilora.quantization import is_finite
 
 from .causal import Prepare, Transform
 from .gpt2 import GPT2, stored_fqn
@@ -83,10 +84,11 @@ def read_folder(
     known = KINDS[kind]
     config = known.config.from_dict(read_json(folder / _CONFIG))
     wanted = resolve_dtype(dtype)
-    model = known.model(config, device="meta")  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(tensor_file(file)) for file in _weight_files(folder)}
         owner = _owners(files, known)
+        check_blocks(config, len(owner), folder)
+        model = known.model(config, device="meta")  # type: ignore[arg-type]
         _check_index(folder, owner, known)
         shapes = {
             fqn: tuple(files[file].get_slice(name).get_shape())
@@ -116,13 +118,17 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file."""
     if not file.is_file():
         raise ValueError(f"a model folder must hold {file.name}, found none in '{file.parent}'")
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{file}' must hold JSON, found otherwise: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"'{file}' must hold a JSON object, found {type(entries).__name__}")
-    return entries
+    return read_json_object(file)
+
+
+def check_blocks(config: Any, tensors: int, source: str | Path) -> None:
+    """Raise where a configuration has more blocks than tensors are stored, before any is built."""
+    if config.num_hidden_layers > tensors:
+        raise ValueError(
+            f"a model must have a tensor for each of its blocks, found {config.num_hidden_layers} "
+            f"blocks in the configuration and {tensors} tensors in '{source}'; the weights and the "
+            f"configuration do not belong together"
+        )
 
 
 def check_names_and_shapes(
@@ -184,7 +190,7 @@ def fill(
         put = prepare(model.to(dtype or torch.float32).eval())
         for fqn, tensor in stored:
             if fqn != "lm_head.weight" or not model.config.tie_word_embeddings:
-                put(fqn, tensor.to(dtype or torch.float32))
+                put(fqn, finite(fqn, tensor, tensor.to(dtype or torch.float32)))
         return
     start = getattr(transform, "start", None)
     if start is not None:
@@ -194,6 +200,7 @@ def fill(
             continue
         # A copy even where nothing changes: a parameter must not be a view of a mapped file.
         value: Any = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        finite(fqn, tensor, value)
         if transform is not None:
             value = transform(fqn, value)
             if isinstance(value, nn.Module):
@@ -208,6 +215,19 @@ def fill(
         trainable = value.is_floating_point()
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trainable))
     model.tie_weights()
+
+
+def finite(fqn: str, stored: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a stored tensor's value in another dtype, or raise where it isn't finite."""
+    if is_finite(value):
+        return value
+    if is_finite(stored):
+        raise ValueError(
+            f"{fqn} must be finite in {value.dtype}, found values up to "
+            f"{float(stored.abs().max()):.3g}, which that can't hold; name a dtype that can, such "
+            f"as dtype=torch.bfloat16 or torch.float32"
+        )
+    raise ValueError(f"{fqn} must be finite, found NaN or Inf; fetch or write the file again")
 
 
 def _replace(model: Model, fqn: str, module: nn.Module) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from minilora.wording import one_line, short
+
 from .causal import Prepare, Transform
-from .folder import check_names_and_shapes, fill, resolve_dtype
+from .folder import check_blocks, check_names_and_shapes, fill, resolve_dtype
 from .llama import Llama
 from .llama_config import LlamaConfig
 
@@ -180,18 +182,20 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     for _ in range(value_count):
         key = cursor.string()
         if key in metadata:
-            raise ValueError(f"it states {key} twice")
+            raise ValueError(f"it states {one_line(key, 80)} twice")
         metadata[key] = cursor.value(cursor.scalar("I"))
     places: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensor_count):
         name, dims = cursor.string(), cursor.scalar("I")
         if name in places or dims > 4:
-            raise ValueError(f"tensor {name} is listed twice or has {dims} dimensions")
+            raise ValueError(
+                f"tensor {one_line(name, 80)} is listed twice or has {dims} dimensions"
+            )
         shape = tuple(cursor.scalar("Q") for _ in range(dims))[::-1]
         places[name] = (shape, cursor.scalar("I"), cursor.scalar("Q"))
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment is {alignment!r}, which is no power of two")
+        raise ValueError(f"general.alignment is {short(alignment)}, which is no power of two")
     data = -(-cursor.at // alignment) * alignment
     stored = {
         name: _stored(name, shape, kind, data + offset)
@@ -199,19 +203,21 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     }
     for name, tensor in stored.items():
         if tensor.start + tensor.size > len(cursor.buffer):
-            raise ValueError(f"it ends in the middle of tensor {name}")
+            raise ValueError(f"it ends in the middle of tensor {one_line(name, 80)}")
     return metadata, stored
 
 
 def _stored(name: str, shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
     if kind not in _TYPES:
         raise ValueError(
-            f"tensor {name} has type {_OTHER_TYPES.get(kind, kind)}, which is not built; the types "
-            f"read are {', '.join(known for known, _, _ in _TYPES.values())}"
+            f"tensor {one_line(name, 80)} has type {_OTHER_TYPES.get(kind, kind)}, which is not "
+            f"built; the types read are {', '.join(known for known, _, _ in _TYPES.values())}"
         )
     label, weights, size = _TYPES[kind]
     if not shape or 0 in shape or shape[-1] % weights:
-        raise ValueError(f"tensor {name} has shape {list(shape)}, which {label} cannot store")
+        raise ValueError(
+            f"tensor {one_line(name, 80)} has shape {list(shape)}, which {label} cannot store"
+        )
     return StoredTensor(label, shape, start, math.prod(shape) // weights * size)
 
 
@@ -262,8 +268,8 @@ def model_config(source: GGUF) -> LlamaConfig:
     architecture = source.need("general.architecture")
     if architecture != "llama":
         raise ValueError(
-            f"'{source.path}' must hold the llama architecture, found {architecture!r}, which is "
-            f"not built"
+            f"'{source.path}' must hold the llama architecture, found {short(architecture)}, which "
+            f"is not built"
         )
     given = {
         key.removeprefix("llama."): value
@@ -272,7 +278,9 @@ def model_config(source: GGUF) -> LlamaConfig:
     }
     for key, value in given.items():
         if key not in _BUILT and not (key in _NEUTRAL and value == _NEUTRAL[key]):
-            raise ValueError(f"'{source.path}': llama.{key} = {value!r} is not built")
+            raise ValueError(
+                f"'{source.path}': llama.{one_line(key, 80)} = {short(value)} is not built"
+            )
     if "rope_freqs.weight" in source.tensors:
         raise ValueError(
             f"'{source.path}' scales its rotary frequencies (rope_freqs.weight), which is not built"
@@ -304,7 +312,7 @@ def model_config(source: GGUF) -> LlamaConfig:
         if given.get(key, config.head_dim) != config.head_dim:
             raise ValueError(
                 f"'{source.path}': llama.{key} must be the head's width {config.head_dim}, found "
-                f"{given[key]}; anything else is not built"
+                f"{short(given[key])}; anything else is not built"
             )
     return config
 
@@ -326,6 +334,7 @@ def read_model(
     """Make the model of an open file; `Llama.from_gguf` says what holds."""
     config = model_config(source)
     wanted = resolve_dtype(dtype) or torch.float32
+    check_blocks(config, len(source.tensors), source.path)
     names = {_fqn(name): name for name in source.tensors}
     model = Llama(config, device="meta")
     shapes = {fqn: source.tensors[name].shape for fqn, name in names.items()}
@@ -351,7 +360,7 @@ def _fqn(name: str) -> str:
     if stem in _WHOLE:
         return f"{_WHOLE[stem]}.{leaf}"
     block, _, part = stem.removeprefix("blk.").partition(".")
-    if stem.startswith("blk.") and block.isdigit() and part in _PARTS:
+    if stem.startswith("blk.") and block.isascii() and block.isdigit() and part in _PARTS:
         return f"model.layers.{int(block)}.{_PARTS[part]}.{leaf}"
     return name
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minilora.wording import short
+
 from .llama_config import LlamaConfig
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
@@ -98,13 +100,13 @@ class GPT2Config:
             if name == "activation_function":
                 if not isinstance(value, str) or value not in ACTIVATIONS:
                     raise ValueError(
-                        f"{name}={value!r} is not built: it must be one of "
+                        f"{name}={short(value)} is not built: it must be one of "
                         f"{', '.join(ACTIVATIONS)}; use a model with one of them"
                     )
             elif name.endswith("_pdrop"):
                 if type(value) not in (int, float) or not 0 <= value < 1:
                     raise ValueError(
-                        f"{name} must be a probability in [0, 1), found {value!r}; correct "
+                        f"{name} must be a probability in [0, 1), found {short(value)}; correct "
                         f"config.json"
                     )
             elif name == "n_inner":
@@ -171,13 +173,13 @@ class GPT2Config:
                 or a value that is mistyped, out of range or given twice and differing.
         """
         if not isinstance(entries, dict):
-            raise ValueError(f"a model configuration must be an object, found {entries!r}")
+            raise ValueError(f"a model configuration must be an object, found {short(entries)}")
         if "model_type" not in entries:
             raise ValueError("config.json must name its model_type ('gpt2'), found none")
         for key, neutral in _NEUTRAL.items():
             if key in entries and entries[key] not in neutral:
                 raise ValueError(
-                    f"{key}={entries[key]!r} is not built: minilora's GPT2 has only {key} = "
+                    f"{key}={short(entries[key])} is not built: minilora's GPT2 has only {key} = "
                     f"{' or '.join(repr(value) for value in neutral)}; use a model without it"
                 )
         known = {field.name for field in fields(cls)}
@@ -185,8 +187,8 @@ class GPT2Config:
         for alias, name in _ALIASES.items():
             if alias in entries and values.setdefault(name, entries[alias]) != entries[alias]:
                 raise ValueError(
-                    f"{name} and {alias} are one number and must agree, found {values[name]!r} "
-                    f"and {entries[alias]!r}; remove one from config.json"
+                    f"{name} and {alias} are one number and must agree, found "
+                    f"{short(values[name])} and {short(entries[alias])}; remove one of them"
                 )
         return cls(**values)
 

@@ -1,10 +1,14 @@
 """The shape of a Llama model, read from and written to Hugging Face's `config.json`."""
 
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
+from minilora.wording import one_line, short
+
+MOST_BLOCKS, LARGEST = 1024, 2**30  # of a configuration: every number has a limit
 # Options that change the maths and are not built: a key, and the values that change nothing.
 # `Llama` would compute something else than the model's authors did, so other values are refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -75,6 +79,11 @@ class LlamaConfig:
                 f"num_key_value_heads must divide num_attention_heads, found "
                 f"{self.num_key_value_heads} and {self.num_attention_heads}; correct config.json"
             )
+        if self.num_attention_heads * self.head_dim > LARGEST:
+            raise ValueError(
+                f"num_attention_heads · head_dim must be at most {LARGEST:,}, found "
+                f"{self.num_attention_heads} · {self.head_dim}; correct config.json"
+            )
         if self.head_dim % 2:
             raise ValueError(
                 f"head_dim must be even (rotary embeddings turn pairs), found {self.head_dim}"
@@ -85,17 +94,19 @@ class LlamaConfig:
         is_int = isinstance(value, int) and not isinstance(value, bool)
         if name.endswith("_token_id"):
             ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-            good = all(i is None or (type(i) is int and i >= 0) for i in ids)
+            good = all(i is None or (type(i) is int and 0 <= i <= LARGEST) for i in ids)
             wanted = "a token id ≥ 0 or null"
         elif kind is bool:
             good, wanted = isinstance(value, bool), "true or false"
         elif kind is int:
-            good, wanted = is_int and value > 0, "an integer above 0"
+            most = MOST_BLOCKS if name in ("num_hidden_layers", "n_layer") else LARGEST
+            good = is_int and 0 < value <= most
+            wanted = f"at most {most:,}" if is_int and value > most else "an integer above 0"
         else:
-            good = (is_int or isinstance(value, float)) and 0 < value < float("inf")
+            good = (is_int or isinstance(value, float)) and 0 < value <= sys.float_info.max
             wanted = "a number above 0"
         if not good:
-            raise ValueError(f"{name} must be {wanted}, found {value!r}; correct config.json")
+            raise ValueError(f"{name} must be {wanted}, found {short(value)}; correct config.json")
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> "LlamaConfig":
@@ -115,7 +126,7 @@ class LlamaConfig:
                 or a value that is missing, mistyped or out of range.
         """
         if not isinstance(entries, dict):
-            raise ValueError(f"a model configuration must be an object, found {entries!r}")
+            raise ValueError(f"a model configuration must be an object, found {short(entries)}")
         if "model_type" not in entries:
             raise ValueError("config.json must name its model_type ('llama'), found none")
         _refuse_other_maths(entries)
@@ -169,13 +180,17 @@ def _refuse_other_maths(entries: dict[str, Any]) -> None:
     for key, neutral in _NEUTRAL.items():
         if key in entries and entries[key] not in neutral:
             raise ValueError(
-                f"{key}={entries[key]!r} is not built: minilora's Llama has only {key} = "
+                f"{key}={short(entries[key])} is not built: minilora's Llama has only {key} = "
                 f"{' or '.join(repr(value) for value in neutral)}; use a model without it"
             )
     layer_types = entries.get("layer_types") or []
-    other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
+    other = layer_types
+    if isinstance(layer_types, list):
+        other = [kind for kind in layer_types if kind != "full_attention"]
     if other:
-        raise ValueError(f"layer_types={other} is not built: every layer must be 'full_attention'")
+        raise ValueError(
+            f"layer_types={short(other)} is not built: every layer must be 'full_attention'"
+        )
 
 
 def _rope_theta(entries: dict[str, Any]) -> Any:
@@ -185,12 +200,12 @@ def _rope_theta(entries: dict[str, Any]) -> Any:
         if rope is None:
             continue
         if not isinstance(rope, dict):
-            raise ValueError(f"{key} must be an object or null, found {rope!r}")
+            raise ValueError(f"{key} must be an object or null, found {short(rope)}")
         for name, value in rope.items():
             if name != "rope_theta" and value not in _NEUTRAL_ROPE.get(name, (None,)):
                 raise ValueError(
-                    f"{key}: {name}={value!r} is not built: only the default rotary embedding "
-                    f"without scaling is; use a model without it"
+                    f"{key}: {one_line(name, 80)}={short(value)} is not built: only the default "
+                    f"rotary embedding without scaling is; use a model without it"
                 )
         if rope.get("rope_theta") is not None:
             return rope["rope_theta"]

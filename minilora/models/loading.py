@@ -1,8 +1,11 @@
 """One call from a path, or a known name, to a model and its tokenizer."""
 
+import warnings
 from pathlib import Path
 
 import torch
+
+from minilora.wording import short
 
 from .causal import Prepare, Transform
 from .fetching import fetch
@@ -51,16 +54,32 @@ def load_model(
             place, dtype=dtype, device=device, transform=transform, kind=kind, prepare=prepare
         )
         tokenizer = Tokenizer.from_pretrained(place)
-        return model, _with_gpt2_tokens(tokenizer) if kind == "gpt2" else tokenizer
+        tokenizer = _with_gpt2_tokens(tokenizer) if kind == "gpt2" else tokenizer
+        check_tokenizer(model, tokenizer, place)
+        return model, tokenizer
     if place.is_file():
         source = read_gguf(place)
         tokenizer = Tokenizer._from_gguf(source)
         model = read_model(source, dtype=dtype, device=device, transform=transform, prepare=prepare)
+        check_tokenizer(model, tokenizer, place)
         return model, tokenizer
     raise ValueError(
         f"a model is a folder with config.json, a .gguf file or one of {', '.join(_NAMES)}, found "
         f"nothing at {str(path)!r}"
     )
+
+
+def check_tokenizer(model: Model, tokenizer: Tokenizer, place: Path) -> None:
+    """Warn where a tokenizer's ids are not those of the model's embedding."""
+    rows, ids = model.config.vocab_size, tokenizer.vocab_size
+    problems = []
+    if ids > rows:
+        problems.append(f"its tokenizer has {ids} ids, and the model can't compute {rows} and more")
+    if tokenizer.stop_ids and min(tokenizer.stop_ids) >= rows:
+        stop = min(tokenizer.stop_ids)
+        problems.append(f"eos_token_id {stop} is not among the model's {rows} ids: no text ends")
+    for problem in problems:
+        warnings.warn(f"minilora: '{place}': {problem}", stacklevel=4)
 
 
 def _model_type(folder: Path) -> str:
@@ -69,8 +88,8 @@ def _model_type(folder: Path) -> str:
     found = read_json(file).get("model_type")
     if not isinstance(found, str) or found not in KINDS:
         raise ValueError(
-            f"'{file}' must name a model_type that is built ({', '.join(KINDS)}), found {found!r}; "
-            f"for another model pass transformers' own to minilora.inject"
+            f"'{file}' must name a model_type that is built ({', '.join(KINDS)}), found "
+            f"{short(found)}; for another model pass transformers' own to minilora.inject"
         )
     return found
 

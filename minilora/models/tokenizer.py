@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files import leads_out, whole_folder, write, write_json
+from minilora.wording import reading
 
 from .byte_level import folder_backend, gguf_backend, tokenizers_library
 from .chat_template import ChatTemplate, map_strings, plain_messages
@@ -101,6 +102,11 @@ class Tokenizer:
             RuntimeError: the `tokenizers` package is missing.
         """
         folder = Path(folder)
+        with reading(f"the tokenizer in '{folder}'"):
+            return cls._from_folder(folder)
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> "Tokenizer":
         entries: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
@@ -146,6 +152,11 @@ class Tokenizer:
 
     @classmethod
     def _from_gguf(cls, source: Any) -> "Tokenizer":
+        with reading(f"the tokenizer in '{source.path}'"):
+            return cls._from_metadata(source)
+
+    @classmethod
+    def _from_metadata(cls, source: Any) -> "Tokenizer":
         library = tokenizers_library()
         tokens = source.need("tokenizer.ggml.tokens")
         backend = gguf_backend(source, tokens)
@@ -234,7 +245,7 @@ class Tokenizer:
             )
 
         def encode(part: str) -> Encoded:
-            with self._lock:  # the library keeps this choice as state
+            with self._lock, reading("the tokenizer"):  # the library keeps this choice as state
                 self._backend.encode_special_tokens = not parse_special
                 return encode_as_text(self._backend, part, {} if parse_special else self.control)
 

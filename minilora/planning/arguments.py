@@ -14,6 +14,7 @@ from minilora.planning.devices import DEVICES, device
 from minilora.planning.presets import PRESETS
 from minilora.planning.verb import Plan, plan
 from minilora.quantization import FORMATS
+from minilora.wording import short
 
 _FETCHED = "smollm2-135m"
 
@@ -106,8 +107,8 @@ def _tokenizer(model: str) -> Tokenizer:
     if place.is_file() and place.suffix != ".json":
         return Tokenizer.from_gguf(place)
     raise ValueError(
-        f"--data is counted by the model's tokenizer, found none at {model!r}; pass the folder of "
-        f"the model, or the number of rows (--examples) and their length (--max-length)"
+        f"--data is counted by the model's tokenizer, found none at {short(model)}; pass the "
+        f"model's folder, or the number of rows (--examples) and their length (--max-length)"
     )
 
 
@@ -121,5 +122,7 @@ def _prices(options: argparse.Namespace) -> dict[str, float]:
         try:
             found[name] = float(number)
         except ValueError:
-            raise ValueError(f"--price must be a number, or NAME=number, found {text!r}") from None
+            raise ValueError(
+                f"--price must be a number, or NAME=number, found {short(text)}"
+            ) from None
     return found

@@ -17,6 +17,7 @@ from minilora.planning import constants
 from minilora.planning.activations import Pass, block_saved, linears_by_block, saved
 from minilora.planning.shapes import Linear, Shape, adapted
 from minilora.sizes import Sizes, sizes
+from minilora.wording import short
 
 _CHUNK = 3 * 2**22  # logits the loss holds at a time, as minilora.kernels.cross_entropy
 _F32 = 4
@@ -93,9 +94,12 @@ class Settings:
 
 
 def whole(key: str, value: object) -> int:
-    """Return a whole number of at least 1, or raise."""
+    """Return a whole number from 1 to a limit that no run comes near, or raise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a whole number of at least 1, found {value!r}")
+        raise ValueError(f"{key} must be a whole number of at least 1, found {short(value)}")
+    most = 10**12 if key == "data" else 10**6
+    if value > most:
+        raise ValueError(f"{key} must be at most {most:,}, found {short(value)}")
     return value
 
 

@@ -15,6 +15,7 @@ from minilora.models.folder import KINDS, read_json
 from minilora.models.gguf_file import model_config, read_gguf
 from minilora.planning.presets import PRESETS, nearest
 from minilora.selection import check_rank, matrix_shape, plain_modules, select_targets
+from minilora.wording import short
 
 Config = GPT2Config | LlamaConfig
 
@@ -109,12 +110,12 @@ def _of_module(model: Any) -> Shape:
 def _from_json(file: Path) -> Config:
     entries = read_json(file)
     kind = entries.get("model_type")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
             f"'{file}' must name a model_type that can be planned ({', '.join(KINDS)}), found "
-            f"{kind!r}; pass the preset that is nearest in size"
+            f"{short(kind)}; pass the preset that is nearest in size"
         )
-    return KINDS[str(kind)].config.from_dict(entries)
+    return KINDS[kind].config.from_dict(entries)
 
 
 def _hub(name: str) -> Path:

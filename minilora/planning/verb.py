@@ -29,6 +29,7 @@ from minilora.planning.met import epoch_met, mean_batch
 from minilora.planning.rules import Rule, rules_of_thumb
 from minilora.planning.shapes import Shape, read_shape
 from minilora.planning.speed import Speed, duration
+from minilora.wording import short
 
 BUSY = 0.2  # share of the processor above which times are worth a warning
 _WORDS = {
@@ -224,7 +225,7 @@ def data_size(
     """Return the size of a data set, or of one of so many rows."""
     good = isinstance(epochs, (int, float)) and not isinstance(epochs, bool) and 0 < epochs < 1e9
     if not good:
-        raise ValueError(f"epochs must be a finite number above 0, found {epochs!r}")
+        raise ValueError(f"epochs must be a finite number above 0, found {short(epochs)}")
     if length is not None and whole("length", length) < 2:
         raise ValueError("length must be at least 2, as a row's first token is never learned")
     if isinstance(data, int):
@@ -356,5 +357,5 @@ def _device(name: str, here: Any, memory_gb: float | None) -> Device:
         return found
     good = isinstance(memory_gb, (int, float)) and not isinstance(memory_gb, bool)
     if not good or not 0 < memory_gb < 1e9:
-        raise ValueError(f"memory_gb must be a number above 0, found {memory_gb!r}")
+        raise ValueError(f"memory_gb must be a number above 0, found {short(memory_gb)}")
     return dataclasses.replace(found, memory=int(memory_gb * 1e9))

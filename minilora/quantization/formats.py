@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels import DYNAMIC_CODE, NF4_TABLE, quantize_rows
+from minilora.wording import short
 
 FORMATS = ("int8", "nf4", "int4")
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes has
@@ -52,15 +53,15 @@ def check_spec(format: object, block_size: object, double_quant: object) -> Spec
         TypeError: `double_quant` is no bool.
     """
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, found {format!r}")
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, found {short(format)}")
     sizes = {"nf4": NF4_BLOCKS, "int4": INT4_GROUPS}.get(str(format))
     if sizes and (isinstance(block_size, bool) or block_size not in sizes):
         raise ValueError(
             f"block_size of {format} must be one of {', '.join(map(str, sizes))}, found "
-            f"{block_size!r}"
+            f"{short(block_size)}"
         )
     if not isinstance(double_quant, bool):
-        raise TypeError(f"double_quant must be True or False, found {double_quant!r}")
+        raise TypeError(f"double_quant must be True or False, found {short(double_quant)}")
     size = block_size if isinstance(block_size, int) else 64
     return Spec(str(format), size, double_quant)
 

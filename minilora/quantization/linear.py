@@ -21,6 +21,7 @@ from minilora.kernels import (
     nf4_linear,
     scales_from_bits,
 )
+from minilora.wording import short
 
 from .formats import Spec, layout, problem, quantize_weight
 
@@ -290,7 +291,7 @@ def check_compute(choice: object) -> None:
 def check_outliers(count: object) -> None:
     """Raise unless this is a number of channels."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"outliers must be a whole number of at least 0, found {count!r}")
+        raise ValueError(f"outliers must be a whole number of at least 0, found {short(count)}")
 
 
 def is_finite(tensor: Tensor) -> bool:

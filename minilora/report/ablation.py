@@ -12,6 +12,7 @@ from minilora.copies import copies_of, install
 from minilora.data import Example
 from minilora.lora_layer import lora_layers
 from minilora.report.tokens import measured, token_losses
+from minilora.threads import claimed
 
 COPIES = "trained copies"
 OUTSIDE = "outside blocks"
@@ -90,15 +91,16 @@ def only(
     layers = lora_layers(model)
     before = {name: layer.active for name, layer in layers.items()}
     active, chosen = active_adapters(model), set(names)
-    try:
-        for name, layer in layers.items():
-            layer.activate((adapter,) if name in chosen else ())
-        install(model, (adapter,) if copies else ())
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.activate(before[name])
-        install(model, active)
+    with claimed(layers.values()):
+        try:
+            for name, layer in layers.items():
+                layer.activate((adapter,) if name in chosen else ())
+            install(model, (adapter,) if copies else ())
+            yield
+        finally:
+            for name, layer in layers.items():
+                layer.activate(before[name])
+            install(model, active)
 
 
 def parts_of(model: nn.Module, adapter: str) -> list[tuple[str, str, list[str]]]:

@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
+
+from minilora.wording import short
 
 SCHEDULES = ("cosine", "linear", "constant")
 PARALLEL = ("ddp", "fsdp")
+MOST = 2**31 - 1  # of what is counted: rows, steps, epochs
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -96,15 +100,23 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        most = f"at most {MOST:,}"
         for key in ("batch_size", "accumulate", "max_bad_steps", "log_every"):
-            self._require(key, _whole(getattr(self, key)), "a whole number of at least 1")
+            self._require(
+                key, _whole(getattr(self, key)), f"a whole number of at least 1, at most {MOST:,}"
+            )
         for key in ("max_steps", "eval_every", "eval_batch_size", "save_every", "patience"):
             value = getattr(self, key)
-            self._require(key, value is None or _whole(value), "a whole number ≥ 1, or None")
+            self._require(
+                key,
+                value is None or _whole(value),
+                f"a whole number ≥ 1, at most {MOST:,}, or None",
+            )
         for key in ("epochs", "max_minutes", "clip", "max_memory"):
             value = getattr(self, key)
             good = value is None or (_number(value) and value > 0)
             self._require(key, good, "a finite number above 0, or None")
+        self._require("epochs", self.epochs is None or self.epochs <= MOST, most)
         for key in ("lr", "lora_plus_ratio", "eps"):
             value = getattr(self, key)
             self._require(key, _number(value) and value > 0, "a finite number above 0")
@@ -135,12 +147,13 @@ class TrainConfig:
                 f"compute in step, found max_memory={self.max_memory}; use 'ddp', or a smaller "
                 f"batch_size"
             )
-        good = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
-        self._require("seed", good, "a whole number of at least 0")
+        good = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        good = good and 0 <= self.seed < 2**63
+        self._require("seed", good, "a whole number of at least 0, below 2⁶³")
 
     def _require(self, key: str, good: bool, must: str) -> None:
         if not good:
-            raise ValueError(f"{key} must be {must}, found {getattr(self, key)!r}")
+            raise ValueError(f"{key} must be {must}, found {short(getattr(self, key))}")
 
     def to_dict(self) -> dict:
         """Return the settings as JSON-able values."""
@@ -148,12 +161,12 @@ class TrainConfig:
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
 
 
 def _number(value: object) -> bool:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return ok and math.isfinite(value)  # type: ignore[arg-type]
+    return ok and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def learning_rate(config: TrainConfig, progress: float, step_share: float = 0.0) -> float:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from minilora.compiling import compiled
 from minilora.data import Batch, Batches
 from minilora.evaluation import Evaluation, Loss, device_of, evaluate
-from minilora.files import UnwritableError
 from minilora.inference import as_found, inference
 from minilora.kernels import keep_freed_memory
 from minilora.lora_layer import weight_dtype
@@ -31,6 +30,7 @@ from minilora.training.ranks import Ranks
 from minilora.training.run import Run
 from minilora.training.state import LAST, check_out, has_state
 from minilora.widening import widened
+from minilora.wording import one_line
 
 _RESUME = "resume=True (--resume)"
 SAVE_SECONDS = 600  # between saves, where save_every is None
@@ -238,6 +238,8 @@ class _Loop:
         try:
             try:
                 stopped = self._steps()
+                if stopped != "interrupted" and 0 < self.run.step == self.run.skipped:
+                    self._refuse_nothing()
                 if stopped != "interrupted":
                     self._evaluate()
             except _InterruptedError:
@@ -381,6 +383,15 @@ class _Loop:
             f"before them{where}; go on with a lower lr{again}, or start anew in float32"
         )
 
+    def _refuse_nothing(self) -> None:
+        scale = self.run.scale.value if self.run.scale.growth else None
+        why = "" if scale is None else f", the loss scaled by {scale:g} in the end"
+        raise RuntimeError(
+            f"a run must do at least one step, found all {self.run.step} skipped for a non-finite "
+            f"loss or gradient{why}; nothing was trained: check the base and the adapter for NaN, "
+            f"lower lr, or compute in float32"
+        )
+
     def _autocast(self):
         if self.run.dtype is None:
             return nullcontext()
@@ -452,8 +463,8 @@ class _Loop:
         if run.out is not None and self.ranks.rank == 0:
             try:
                 draw_curve(run.out)
-            except (OSError, ValueError, UnwritableError) as error:  # the run is whole without it
-                self.monitor.say(f"{CURVE_FILE} could not be drawn in {run.out}: {error}")
+            except Exception as error:  # whatever it is: the run is whole without it
+                self.monitor.say(one_line(f"{CURVE_FILE} could not be drawn in {run.out}: {error}"))
         if interrupted and run.step == 0:
             self.monitor.say("stopped before the first step: nothing was trained or saved")
         elif interrupted:

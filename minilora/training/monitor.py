@@ -113,17 +113,23 @@ class Monitor:
 
 def read_metrics(file: Path) -> list[dict]:
     """Read metrics; a line that a kill cut short is left out, null is what was not finite."""
+    if not file.is_file():  # a pipe or a device has no end
+        return []
     rows = []
-    with open(file, encoding="utf-8", errors="replace", opener=open_plain) as opened:
-        text = opened.read()
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+    with open(file, encoding="utf-8", errors="replace", opener=open_plain) as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
+
+
+def _is_number(value: object) -> bool:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return ok and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _keep_until(file: Path, step: int) -> None:
@@ -148,9 +154,9 @@ def draw_curve(out: Path) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_metrics(out / METRICS_FILE) if (out / METRICS_FILE).exists() else []
-    steps = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    evals = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    rows = read_metrics(out / METRICS_FILE)
+    steps = [(row["step"], row["loss"]) for row in rows if _is_number(row.get("loss"))]
+    evals = [(row["step"], row["eval_loss"]) for row in rows if _is_number(row.get("eval_loss"))]
     if not steps and not evals:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")

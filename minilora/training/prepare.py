@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.adapters import require_finite
 from minilora.copies import all_copies, copies_of
 from minilora.data import Batch, Batches, Example
 from minilora.evaluation import takes_packed
@@ -34,6 +35,7 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     check_whole(model, "fit")
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
+    require_finite(model)
 
 
 def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from minilora.kernels import hardware
 from minilora.lora_layer import lora_layers, weight_device, weight_sample
 from minilora.packed import weight_values
+from minilora.wording import short
 
 KINDS = ("ddp", "fsdp")
 _MMAP_THRESHOLD = -3  # name of a setting in glibc's malloc.h
@@ -60,7 +61,7 @@ class Ranks:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
             if kind == "fsdp":
                 _give_back_freed_memory()
-        elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        elif torchrun_number("WORLD_SIZE", 1) > 1:
             raise RuntimeError(
                 f"each of several processes must train with parallel='ddp' or 'fsdp' (--parallel), "
                 f"found {os.environ['WORLD_SIZE']} processes without it, which would all write the "
@@ -171,6 +172,21 @@ def _give_back_freed_memory() -> None:
         mallopt(_MMAP_THRESHOLD, 2**20)
 
 
+def torchrun_number(name: str, default: int) -> int:
+    """Return a number that torchrun sets in the environment.
+
+    Raises:
+        RuntimeError: it is no number.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise RuntimeError(
+            f"the environment variable {name} must be a whole number, as torchrun sets it, found "
+            f"{short(text)}; unset it"
+        )
+    return int(text)
+
+
 def start(kind: str, device: torch.device) -> None:
     """Join the processes that torchrun started, unless that has been done.
 
@@ -184,8 +200,10 @@ def start(kind: str, device: torch.device) -> None:
             f"parallel='{kind}' needs processes started by torchrun, found none of its variables; "
             f"start: torchrun --nproc-per-node N -m minilora train ... --parallel {kind}"
         )
+    for name in ("RANK", "WORLD_SIZE"):
+        torchrun_number(name, 0)
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(torchrun_number("LOCAL_RANK", 0))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

@@ -1,0 +1,48 @@
+"""Messages in one line of readable length, whatever the values they quote."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
+
+LONGEST = 600  # characters of a message
+
+
+def short(value: object, limit: int = 80) -> str:
+    """Return a value's `repr`, cut where it is longer than `limit` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits, a list in itself
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def one_line(message: object, limit: int = LONGEST) -> str:
+    """Return a message without line breaks and control characters, cut at `limit` characters."""
+    text = " ".join(str(message)[: 8 * limit].split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within the block, what a library makes of damaged content is a ValueError that names it.
+
+    ValueErrors with words of ours, and RuntimeErrors of the environment, pass unchanged.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        if isinstance(error, (UnicodeError, JSONDecodeError, RecursionError)):
+            raise _damaged(what, error) from None
+        raise
+    except Exception as error:
+        raise _damaged(what, error) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust; Ctrl-C is another
+            raise
+        raise _damaged(what, error) from None
+
+
+def _damaged(what: str, error: BaseException) -> ValueError:
+    found = one_line(error, 200) or "no reason given"
+    return ValueError(f"{what} must be whole, found otherwise: {type(error).__name__}, {found}")
