@@ -3,6 +3,7 @@
 import minilora.interrupt  # noqa: F401  first: importing the rest takes seconds
 
 # isort: split
+import minilora.pretrained  # noqa: F401 - transformers models write by it
 from minilora.adapters import activate, delete, disabled, eject, rename, summary
 from minilora.bases import quantize
 from minilora.checkpoint import load, save

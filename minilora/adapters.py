@@ -244,7 +244,7 @@ def _say_untied(model: Any) -> None:
 
     Programs that read the folder would else take the embedding for the head.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(type(config), "get_text_config"):
         return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -281,6 +281,7 @@ def eject(model: nn.Module) -> nn.Module:
     _say_untied(unwrapped(model))
     for _, module in named_modules(model):  # `inject` may have been called on a part of the model
         trainable = set(module.__dict__.pop("_minilora_trainable", ()))
+        module.__dict__.pop("save_pretrained", None)  # transformers' own again
         for name, parameter in named_parameters(module) if trainable else ():
             if name in trainable:
                 parameter.requires_grad_(True)

@@ -1,11 +1,12 @@
 """Put an adapter on the selected layers: everything is checked first, then swapped in."""
 
+import functools
 import itertools
 import math
 import re
 import sys
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -427,6 +428,18 @@ def _fresh(base, r: int, alpha: float, rows: list[tuple[int, int]] | None, optio
     return factors
 
 
+# What a transformers model with adapters does instead of its own `save_pretrained`. The writer lies
+# to the right of this room (`pretrained.py`), which puts it here.
+save_pretrained: Callable[..., None] | None = None
+
+
+def _save_as_plain(model: nn.Module) -> None:
+    """Let a transformers model write what reads back as itself."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if save_pretrained is not None and "PreTrainedModel" in kinds:
+        model.save_pretrained = functools.partial(save_pretrained, model)  # type: ignore[assignment]
+
+
 def _stay_called(*_: object) -> None:
     """Do nothing: nn.TransformerEncoderLayer reads `.weight` itself unless a child has a hook."""
 
@@ -481,6 +494,7 @@ def attach(
         factors.train(layer.training)
         layer.adapters[adapter] = factors
     add_copies(model, adapter, copies, places)
+    _save_as_plain(root)
     for name, layer in lora_layers(model).items():
         layer.activate((adapter,) if name in new else ())
     install(model, (adapter,))

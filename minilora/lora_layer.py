@@ -87,6 +87,13 @@ class LoRALayer(nn.Module):
         """A copy or pickle made within `mixed` is outside of it, since nothing would end it."""
         return {**super().__getstate__(), "rows": None, "thread": None}
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        """Take the base's weights under the plain layer's names too."""
+        for key in self.base.state_dict():
+            if f"{prefix}{key}" in state_dict:
+                state_dict[f"{prefix}base.{key}"] = state_dict.pop(f"{prefix}{key}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def new_adapter(self, **options: Any) -> LoRAAdapter:
         """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
 

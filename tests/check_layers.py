@@ -40,6 +40,7 @@ layers =
     minilora.models
     minilora.portable
     minilora.readers
+    minilora.pretrained
     minilora.checkpoint
     minilora.adapter_files
     minilora.adapter_config
