@@ -1,6 +1,6 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
-import minilora.interrupt  # noqa: F401  first: importing the rest takes seconds
+import minilora.interrupt
 
 # isort: split
 import minilora.pretrained  # noqa: F401 - transformers models write by it
