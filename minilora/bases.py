@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from minilora.injection import places_of
-from minilora.layers import is_conv1d
+from minilora.layers import acts_as_linear, is_conv1d
 from minilora.lora_layer import lora_layers
 from minilora.packed import packed_format
 from minilora.quantization import (
@@ -102,10 +102,10 @@ def check_quantizable(name: str, module: Any, spec: Spec, values: bool = True) -
             f"{name} is quantized already ({packed_format(module)}); quantize a model loaded in "
             f"full precision, or leave that layer out with exclude=[{name!r}]"
         )
-    if not (type(module) is nn.Linear or is_conv1d(module)):
+    if not (type(module) is nn.Linear or is_conv1d(module) or acts_as_linear(module)):
         raise ValueError(
-            f"quantize() stores plain nn.Linear and Conv1D layers, but {name} is a "
-            f"{type(module).__name__}; leave it out with exclude=[{name!r}]"
+            f"quantize() stores nn.Linear, subclasses that compute the same, and Conv1D, but "
+            f"{name} is a {type(module).__name__}; leave it out with exclude=[{name!r}]"
         )
     weight = module._parameters.get("weight")
     hooked = module._forward_hooks or module._forward_pre_hooks
@@ -137,6 +137,6 @@ def quantized(
         compute=compute,
         grad_compute=grad_compute,
         outliers=outliers,
-        plain=type(module),
+        plain=nn.Linear if isinstance(module, nn.Linear) else type(module),
     )
     return small.train(module.training)

@@ -489,10 +489,10 @@ def _read(
         known = check_base(folder, metadata, modules, samples)
         check_rest(folder, metadata, frozen_values(model, names, copied))
         _check_frozen(reader, frozen, modules)
-        if not known:
+        if not known and "minilora_base" in metadata:  # PEFT writes nothing of the kind
             warnings.warn(
-                f"minilora: {folder} says nothing of the base it was trained on (only minilora "
-                f"writes that), so a wrong base can't be told here; compare outputs",
+                f"minilora: {folder} says nothing of the base it was trained on, so a wrong base "
+                f"can't be told here; compare outputs",
                 stacklevel=3,
             )
     if not values:

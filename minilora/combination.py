@@ -40,7 +40,7 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class Fit:
-    """What `combine`, `to_lora` and `export` made, with its error; prints as a table.
+    """What `combine`, `to_lora` and `export` made; prints as a table of the layers with an error.
 
     `adapter` is the new adapter (the source's name for `export`), `method` says how it was made.
     """
@@ -56,9 +56,10 @@ class Fit:
         return _ratio(lost, norm)
 
     def __str__(self) -> str:
-        width = max([len(f.name) for f in self.layers] + [6])
-        lines = [f"{'module':<{width}}  {'r':>4}  relative error"]
-        lines += [f"{f.name:<{width}}  {f.r:>4}  {f.error:.3g}" for f in self.layers]
+        changed = [f for f in self.layers if f.error]
+        width = max([len(f.name) for f in changed] + [6])
+        lines = [f"{'module':<{width}}  {'r':>4}  relative error"] if changed else []
+        lines += [f"{f.name:<{width}}  {f.r:>4}  {f.error:.3g}" for f in changed]
         lines.append(
             f"{self.adapter} ({self.method}): {len(self.layers)} layers, error {self.error:.3g}"
         )

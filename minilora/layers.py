@@ -1,5 +1,6 @@
 """LoRA around one untouched layer: the layer stays whole in `base`, the factors stand beside it."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,35 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Tell what "all-linear" means: nn.Linear, its subclasses, Conv1D, and either quantized."""
     return isinstance(module, (nn.Linear, QuantizedLinear)) or is_conv1d(module)
+
+
+@torch.no_grad()
+def acts_as_linear(base: Any) -> bool:
+    """Return whether an nn.Linear, or a subclass by its own forward, computes `x Wᵀ + b`.
+
+    A forward of its own is tried on a few rows, large and small, in both modes, on a shallow copy
+    whose buffers are its own.
+    """
+    if not isinstance(base, nn.Linear) or "forward" in base.__dict__:
+        return False
+    if type(base).forward is nn.Linear.forward:
+        return True
+    trial = copy.copy(base)
+    trial._buffers = {n: b if b is None else b.clone() for n, b in base._buffers.items()}
+    x = torch.linspace(-3, 3, 3 * base.in_features, dtype=torch.float64).reshape(3, -1).sin()
+    x = (x * torch.tensor([[1e-3], [1.0], [100.0]])).to(base.weight)
+    wanted = F.linear(x, base.weight, base.bias)
+    near = 1e-2 * wanted.abs().amax(1, keepdim=True)  # a forward may round between its steps
+    try:
+        return all(
+            isinstance(y := trial.train(mode)(x), Tensor)
+            and y.shape == wanted.shape
+            and y.dtype == wanted.dtype
+            and bool(((y - wanted).abs() <= near).all())
+            for mode in (True, False)
+        )
+    except Exception:  # whatever a stranger's forward raises, it is no linear's
+        return False
 
 
 def frozen_linear(base: nn.Module) -> FrozenLinear | None:

@@ -29,7 +29,7 @@ from minilora.copies import (
 )
 from minilora.files import read_tensors, tensor_content, write
 from minilora.inference import inference
-from minilora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear, is_conv1d
+from minilora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear, acts_as_linear, is_conv1d
 from minilora.lora_layer import (
     LoRALayer,
     storage_format,
@@ -168,7 +168,10 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def _check_kind(name: str, layer: LoRALayer, names: tuple[str, ...]) -> None:
     base = layer.base
     plain = (
-        (type(layer) is LoRALinear and (type(base) is nn.Linear or is_conv1d(base)))
+        (
+            type(layer) is LoRALinear
+            and (type(base) is nn.Linear or is_conv1d(base) or acts_as_linear(base))
+        )
         or type(layer) is LoRAEmbedding
         or (type(layer) is LoRAConv2d and type(base) is nn.Conv2d)
     )
@@ -187,8 +190,8 @@ def _check_kind(name: str, layer: LoRALayer, names: tuple[str, ...]) -> None:
     if not plain or type(weight) is not nn.Parameter or not floating:
         raise ValueError(
             f"merge() adds to the weight of a plain nn.Linear, Conv1D, nn.Embedding or nn.Conv2d, "
-            f"but {name} wraps a {type(base).__name__} whose weight is no plain parameter; leave "
-            f"that layer unmerged or use a plain base"
+            f"but {name} wraps a {type(base).__name__} whose weight is no plain parameter or which "
+            f"computes something else; leave that layer unmerged or use a plain base"
         )
     if "bias" in _changed(layer, names) and base._parameters.get("bias") is None:
         raise ValueError(

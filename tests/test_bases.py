@@ -418,7 +418,7 @@ def _norm(model):
         (small(), {"block_size": 65}, ValueError, "block_size of nf4 must be one of"),
         (small(), {"compute": "fast"}, ValueError, "compute must be one of auto, int8, dequ"),
         (small(), {"targets": ["nope"]}, ValueError, "'nope' matches none"),
-        (small(), {"targets": ["embed"]}, ValueError, "nn.Linear and Conv1D layers, but embed"),
+        (small(), {"targets": ["embed"]}, ValueError, "compute the same, and Conv1D, but embed"),
         ("model", {}, TypeError, r"quantize\(\) needs an nn.Module, found str"),
     ],
 )  # fmt: skip

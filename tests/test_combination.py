@@ -309,15 +309,15 @@ def test_what_cancels_counts_as_nothing():
     assert LayerFit("x", 1, 0.0, 2.0).error == math.inf
 
 
-def test_report_prints_every_layer():
+def test_report_prints_the_layers_with_an_error():
     fit = Fit("new", "svd", (LayerFit("a.q", 4, 2.0, 1.0), LayerFit("b", 8, 2.0, 0.0)))
     assert fit.error == pytest.approx(math.sqrt(1 / 8))
     assert str(fit).splitlines() == [
         "module     r  relative error",
         "a.q        4  0.5",
-        "b          8  0",
         "new (svd): 2 layers, error 0.354",
     ]
+    assert str(Fit("new", "export", fit.layers[1:])) == "new (export): 1 layers, error 0"
 
 
 def test_slot_of_a_model_prepared_for_switching(snapshot, same):

@@ -185,3 +185,65 @@ def test_merging_one_of_several_adds_that_one_alone(one, keep):
         minilora.unmerge(model)
         assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
         assert torch.equal(model(x), expected)
+
+
+class OwnForward(nn.Linear):
+    """As transformers' FalconLinear: a linear, written out."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Clipped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-9, 9)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_subclass_that_computes_a_linear_is_merged_and_quantized(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(OwnForward(64, 96), OwnForward(96, 64, bias=False)).to(dtype)
+    for name, base in model.named_children():
+        before = base.weight.detach().double()
+        minilora.inject(model, r=3, alpha=5, targets=[name], adapter=f"a{name}")
+        layer = model.get_submodule(name)
+        nn.init.normal_(layer.adapters[f"a{name}"].lora_B, std=0.1)
+        minilora.activate(model, f"a{name}")
+        wanted = before + layer.delta_weight(f"a{name}").double()
+        minilora.merge(model)
+        assert torch.equal(layer.base.weight, wanted.to(dtype) if dtype != torch.bfloat16 else
+                           wanted.float().to(dtype)) and type(layer.base) is OwnForward  # fmt: skip
+        minilora.unmerge(model)
+        assert torch.equal(layer.base.weight.double(), before)
+    minilora.eject(model)
+    x = torch.randn(5, 64, dtype=dtype)
+    plain = model(x)
+    minilora.quantize(model, "int8")
+    assert (model(x) - plain).norm() < 0.05 * plain.norm()
+    minilora.inject(model, r=2)
+    minilora.merge(model, mode="dequantize")
+    assert [type(m) for m in minilora.eject(model)] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("kind", [Clipped, Noisy, Pair])
+def test_a_subclass_that_computes_something_else_is_refused(kind):
+    model = nn.Sequential(kind(64, 64), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=f"that compute the same, and .* is a {kind.__name__}"):
+        minilora.quantize(model)
+    assert type(model[1]) is nn.Linear
+    minilora.inject(model, r=2)
+    with pytest.raises(
+        ValueError, match=f"0 wraps a {kind.__name__} whose weight .* something els"
+    ):
+        minilora.merge(model)
