@@ -19,7 +19,7 @@ DATA_HELP = (
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 after one line of readable length, whatever was typed."""
-        super().error(one_line(message))
+        super().error(one_line(message, 500))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minilora.wording import one_line
+
 try:
     import fcntl
 except ImportError:  # Windows: what a killed process leaves stays there
@@ -79,7 +81,7 @@ def damaged(file: str | Path, why: object) -> ValueError:
     """Return the error for a file that is not what its writer wrote."""
     return ValueError(
         f"'{file}' must be a whole safetensors file, found it damaged or cut short "
-        f"({why!s:.200}); fetch, copy or save it again"
+        f"({one_line(why, 200)}); fetch, copy or save it again"
     )
 
 

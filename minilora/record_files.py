@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.json_text import unique_keys
+from minilora.wording import one_line
 
 ROLES = ("system", "user", "assistant")
 KINDS = (("text",), ("prompt", "completion"), ("messages",))
@@ -163,7 +164,7 @@ def listed(problems: Sequence[Problem]) -> str:
     reasons: dict[str, str] = {}
     for where, reason in problems:
         kind = re.sub(r"\d+|'[^']*'", "", reason)
-        reasons.setdefault(kind, f"{reason:.300}")
+        reasons.setdefault(kind, one_line(reason, 200))
         places.setdefault(kind, []).append(where)
     shown = [f"{joined(places[kind])}: {reasons[kind]}" for kind in list(places)[:REASONS]]
     more = len(places) - REASONS

@@ -67,8 +67,8 @@ layers =
     minilora.wrappers
     minilora.quantization
     minilora.json_text
-    minilora.wording
     minilora.kernels | minilora.files
+    minilora.wording
     minilora.interrupt
 """
 

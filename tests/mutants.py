@@ -158,14 +158,15 @@ def write_gguf(file, change=lambda values: values):
               "rope.freq_base": 1e4, "rope.dimension_count": 16, "vocab_size": 260}  # fmt: skip
     writer = gguf.GGUFWriter(file, "llama")
     for key, value in change(values).items():
+        name = f"llama.{key.encode('ascii', 'replace').decode()}"
         if isinstance(value, bool) or value is None:
-            writer.add_bool(f"llama.{key}", bool(value))
+            writer.add_bool(name, bool(value))
         elif isinstance(value, int):
-            writer.add_uint64(f"llama.{key}", value % 2**64)
+            writer.add_uint64(name, value % 2**64)
         elif isinstance(value, float):
-            writer.add_float32(f"llama.{key}", value)
+            writer.add_float32(name, value if abs(value) < 3e38 else float("inf"))
         else:
-            writer.add_string(f"llama.{key}", json.dumps(value)[:5000])
+            writer.add_string(name, json.dumps(value)[:5000])
     vocabulary = Backend.from_str(tokenizer()._backend.to_str()).get_vocab(True)
     tokens = sorted(vocabulary, key=vocabulary.get)
     writer.add_tokenizer_model("gpt2")

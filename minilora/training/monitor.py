@@ -122,14 +122,15 @@ def read_metrics(file: Path) -> list[dict]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(row, dict) and type(row.get("step")) is int and _is_number(row["step"]):
                 rows.append(row)
     return rows
 
 
 def _is_number(value: object) -> bool:
+    """Return whether this is a number that a curve can show."""
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return ok and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+    return ok and abs(value) <= 1e30  # type: ignore[arg-type]
 
 
 def _keep_until(file: Path, step: int) -> None:
