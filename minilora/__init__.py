@@ -1,6 +1,6 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
-import minilora.interrupt
+import minilora.interrupt  # first: importing the rest takes seconds
 
 # isort: split
 import minilora.pretrained  # noqa: F401 - transformers models write by it
