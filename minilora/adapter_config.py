@@ -133,7 +133,16 @@ def weights_named(model: nn.Module, config: dict, file: Path) -> list[str]:
     return found
 
 
-def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dict:
+def _base_name(model: nn.Module) -> str | None:
+    """Return where the base came from; of a copy in Hugging Face's cache, the model's name."""
+    name = getattr(unwrapped(model), "name_or_path", None) or None
+    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", str(name))
+    return f"{cached[1]}/{cached[2]}" if cached else name
+
+
+def config_of(
+    model: nn.Module, layers: dict[str, LoRALayer], adapter: str, base_name: str | None = None
+) -> dict:
     """Describe an adapter by PEFT's fields, target_modules as short as is exact."""
     factors: dict[str, Any] = {fqn: layer.adapters[adapter] for fqn, layer in layers.items()}
     plain = {fqn: f.plain()[2:] for fqn, f in factors.items()}
@@ -147,7 +156,7 @@ def config_of(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> d
     config = {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(unwrapped(model), "name_or_path", None) or None,
+        "base_model_name_or_path": base_name or _base_name(model),
         "bias": bias,
         "exclude_modules": None,
         "fan_in_fan_out": any(_stores_transposed(layer.base) for layer in layers.values()),

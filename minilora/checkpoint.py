@@ -75,7 +75,13 @@ def _copy_key(name: str, targets: Any) -> str:
     return f"{_PREFIX}{module}.base_layer.{leaf}" if module in targets else f"{_PREFIX}{name}"
 
 
-def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: str | None = None,
+    *,
+    base_name: str | None = None,
+) -> Path:
     """Write an adapter as PEFT's two files, so that PEFT, vLLM and `load` read it.
 
     The adapter named `default` goes to `folder`, any other to `folder/<name>`. Both files are
@@ -87,6 +93,8 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Pa
         model: a model with adapters; not changed.
         folder: made if missing; the two files in it are replaced.
         adapter: which one; None when there is only one, or only one is active.
+        base_name: what the config names as the base; None is where the model came from, of a
+            model from the hub its name there.
 
     Returns:
         The folder that holds the two files.
@@ -99,11 +107,11 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Pa
     layers = require_layers(model, "save")
     adapter = _only_adapter(model, layers) if adapter is None else adapter
     return save_adapter(
-        model, Path(folder) if adapter == "default" else Path(folder) / adapter, adapter
+        model, Path(folder) if adapter == "default" else Path(folder) / adapter, adapter, base_name
     )
 
 
-def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
+def save_adapter(model: nn.Module, out: Path, adapter: str, base_name: str | None = None) -> Path:
     """Write the two files into exactly this folder, whatever the adapter's name; see `save`."""
     layers = require_layers(model, "save")
     check_whole(model, "save")
@@ -114,7 +122,7 @@ def save_adapter(model: nn.Module, out: Path, adapter: str) -> Path:
             f"there is no adapter {adapter!r}; this model has: "
             f"{', '.join(all_adapter_names(model))}"
         )
-    config = config_of(model, layers, adapter)
+    config = config_of(model, layers, adapter, base_name)
     tensors: dict[str, Tensor] = {}
     for fqn, layer in layers.items():
         factors: Any = layer.adapters[adapter]

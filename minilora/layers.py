@@ -24,7 +24,7 @@ from minilora.kernels import (
     triton_lora_linear,
 )
 from minilora.lora_layer import LoRALayer, scaled_factors
-from minilora.packed import packed_linear, unreadable, weight_values
+from minilora.packed import packed_format, packed_linear, unreadable, weight_values
 from minilora.quantization import QuantizedLinear
 
 
@@ -48,7 +48,7 @@ def acts_as_linear(base: Any) -> bool:
     A forward of its own is tried on a few rows, large and small, in both modes, on a shallow copy
     whose buffers are its own.
     """
-    if not isinstance(base, nn.Linear) or "forward" in base.__dict__:
+    if not isinstance(base, nn.Linear) or "forward" in base.__dict__ or packed_format(base):
         return False
     if type(base).forward is nn.Linear.forward:
         return True

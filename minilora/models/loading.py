@@ -8,7 +8,7 @@ import torch
 from minilora.wording import short
 
 from .causal import Prepare, Transform
-from .fetching import fetch
+from .fetching import fetch, hub_name, known_name
 from .folder import KINDS, Model, read_folder, read_json
 from .gguf_file import read_gguf, read_model
 from .tokenizer import Tokenizer
@@ -30,7 +30,8 @@ def load_model(
     Args:
         path: a Hugging Face folder (its `config.json` says whether it holds a Llama or a GPT-2), a
             GGUF file of the llama architecture, or `"smollm2-135m"`, which is fetched when it is
-            not in the cache (a file or folder of that name goes first).
+            not in the cache (a file or folder of that name goes first); its name on the hub,
+            which adapters trained on it carry, means the same.
         dtype: `"auto"` the fastest here, None as stored, or a floating-point torch dtype.
         device: where the weights go.
         transform: called per tensor; see `Llama.from_pretrained`.
@@ -46,8 +47,9 @@ def load_model(
         RuntimeError: a package is missing, or fetching fails.
     """
     place = Path(path)
-    if str(path) in _NAMES and not place.exists():
-        place = fetch(str(path))
+    known = known_name(str(path))
+    if known and not place.exists():
+        place = fetch(known)
     if place.is_dir():
         kind = _model_type(place)
         model = read_folder(
@@ -62,6 +64,7 @@ def load_model(
         tokenizer = Tokenizer._from_gguf(source)
         model = read_model(source, dtype=dtype, device=device, transform=transform, prepare=prepare)
         check_tokenizer(model, tokenizer, place)
+        model.name_or_path = hub_name(place) or model.name_or_path
         return model, tokenizer
     raise ValueError(
         f"a model is a folder with config.json, a .gguf file or one of {', '.join(_NAMES)}, found "

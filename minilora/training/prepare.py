@@ -38,6 +38,29 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     require_finite(model)
 
 
+def require_next_token_loss(model: nn.Module) -> None:
+    """Refuse models of transformers that predict no next token: their loss has to be given."""
+    takes, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    if takes is None or config is None:
+        return
+    of_words = takes == "input_ids" and not getattr(config, "is_encoder_decoder", False)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if of_words and (head is not None or "LM" in type(model).__name__):
+        return
+    if takes != "input_ids":
+        raise ValueError(
+            f"fit() passes input_ids, but {type(model).__name__} takes {takes}; train its adapter "
+            f"in a loop of your own: loss = model(**batch).loss; loss.backward(); optimizer.step()"
+        )
+    raise ValueError(
+        f"fit() without loss= learns the next token, which {type(model).__name__} does not "
+        f"predict; pass loss=, as in: def loss(model, batch): "
+        f"count = int((batch.labels != -100).sum()); "
+        f"found = model(input_ids=batch.input_ids, labels=batch.labels); "
+        f"return found.loss * count, count"
+    )
+
+
 def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
     """Return the one adapter that is active and trainable."""
     active = dict.fromkeys(name for layer in layers.values() for name in layer.active)

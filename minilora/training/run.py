@@ -30,6 +30,7 @@ from minilora.training.prepare import (
     make_batches,
     make_optimizer,
     planned_steps,
+    require_next_token_loss,
     slow_dtype,
     trained,
     trained_adapter,
@@ -100,6 +101,8 @@ class Run:
         self.own_loss = loss is not None
         self.layers = require_layers(model, "fit")
         check_model(model, self.layers)
+        if loss is None:
+            require_next_token_loss(model)
         self.adapter = trained_adapter(model, self.layers)
         self.names = trained(model, self.layers, self.adapter)
         self.compile, reason = settle_compile(config.compile)
