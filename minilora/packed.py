@@ -78,7 +78,7 @@ def unreadable(base: nn.Module) -> str | None:
 
 def packed_linear(module: nn.Module) -> str | None:
     """Say why a module that is no nn.Linear, but another library's packed one, is refused."""
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    sizes: list[Any] = [getattr(module, n, None) for n in ("in_features", "out_features")]
     ours = isinstance(module, (nn.Linear, QuantizedLinear))
     if ours or not all(type(n) is int for n in sizes):
         return None
