@@ -29,8 +29,8 @@ def frozen_values(
 ) -> dict[str, Tensor]:
     """Return the base's own values that an adapter does not bring along, by dotted name.
 
-    Left out are what quantized layers store, merged layers, and what is on no device or only in
-    part at hand.
+    Left out are what quantized layers store in place of a weight, what a merge has changed, and what
+    is on no device or only in part at hand.
 
     Args:
         model: with or without adapters.
@@ -38,12 +38,16 @@ def frozen_values(
         copied: parameters of which the adapter has a trained copy.
     """
     own = original_parameters(model)
-    merged = {fqn for fqn, layer in lora_layers(model).items() if layer.merged}
+    merged = {fqn: layer for fqn, layer in lora_layers(model).items() if layer.merged}
+    changed = {f"{fqn}.weight" for fqn in merged} | {
+        f"{fqn}.bias" for fqn, layer in merged.items()
+        if any(layer.adapters[name].lora_bias is not None for name in layer.merged)
+    }  # fmt: skip
     found: dict[str, Any] = {}
     for name, (module, key) in parameter_places(model).items():
         layer = name.rpartition(".")[0]
-        held = name in copied or layer in merged or (key == "weight" and layer in adapted)
-        if not held and not isinstance(module, QuantizedLinear):
+        held = name in copied or name in changed or (key == "weight" and layer in adapted)
+        if not held and (key == "bias" or not isinstance(module, QuantizedLinear)):
             found[name] = own.get(name, module._parameters[key])
     for name, module in {"": unwrapped(model), **plain_modules(model)}.items():
         if name not in merged and not isinstance(module, QuantizedLinear):

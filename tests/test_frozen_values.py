@@ -39,6 +39,17 @@ def test_another_value_outside_the_adapter_is_refused_by_name(net, tmp_path, nam
     minilora.load(other, tmp_path, verify=False)
 
 
+def test_the_bias_of_a_quantized_layer_is_compared_also_with_the_plain_one(net, tmp_path):
+    model = net()
+    minilora.quantize(model, "int8", targets=["mlp.0"])
+    minilora.save(minilora.inject(model, r=2, targets=["q_proj"]), tmp_path)
+    minilora.load(net(), tmp_path)
+    other = net()
+    other.layers[1].mlp[0].bias.data += 1
+    with pytest.raises(ValueError, match=r"values of layers\.1\.mlp\.0\.bias are others"):
+        minilora.load(other, tmp_path)
+
+
 def test_one_new_row_of_many_is_noticed(net, tmp_path):
     minilora.save(minilora.inject(net(), r=2), tmp_path)
     other = net()
