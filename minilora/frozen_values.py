@@ -29,8 +29,8 @@ def frozen_values(
 ) -> dict[str, Tensor]:
     """Return the base's own values that an adapter does not bring along, by dotted name.
 
-    Left out are what quantized layers store in place of a weight, what a merge has changed, and what
-    is on no device or only in part at hand.
+    Left out are what quantized layers store in place of a weight, what a merge has changed, and
+    what is on no device or only in part at hand.
 
     Args:
         model: with or without adapters.
