@@ -150,6 +150,7 @@ def save_adapter(model: nn.Module, out: Path, adapter: str, base_name: str | Non
             f"there would be lost; inject with modules_to_save=[{loose.rpartition('.')[0]!r}], or "
             f"set requires_grad_(False) on it to save the adapter without it"
         )
+    _warn_unmoved(layers, adapter)
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     metadata = {
@@ -166,6 +167,23 @@ def save_adapter(model: nn.Module, out: Path, adapter: str, base_name: str | Non
         metadata["minilora_slices"] = json.dumps({n: rows for n, rows in slices.items() if rows})
     write_pair(out, tensors, metadata, text)
     return out
+
+
+def _warn_unmoved(layers: dict[str, LoRALayer], adapter: str) -> None:
+    """Warn of layers that training has left at 0 while it moved others."""
+    factors: dict[str, Any] = {fqn: layer.adapters[adapter] for fqn, layer in layers.items()}
+    still = [
+        fqn for fqn, one in factors.items()
+        if one.zero_factor and not getattr(one, one.zero_factor).detach().any()
+    ]  # fmt: skip
+    if 0 < len(still) < len(factors):
+        warnings.warn(
+            f"minilora: adapter {adapter!r} adds nothing in {len(still)} of {len(factors)} layers "
+            f"(first: {still[0]}): no gradient has reached them; does the model call these "
+            f"modules, or others that it kept before inject?",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _require_finite(value: Tensor, what: str) -> None:

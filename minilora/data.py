@@ -17,11 +17,8 @@ from typing import Any
 
 import torch
 
-from minilora.wording import short
+from minilora.token_rows import IGNORE, document_lengths, integers, masked, shifted
 
-IGNORE = -100
-MASKS = ("loss_mask", "completion_mask", "assistant_masks")  # 1: learned
-WEIGHTS = ("weight", "weights", "loss_weight", "loss_weights", "sample_weight")
 POOL = 50  # length grouping sorts pools of this many batches
 
 
@@ -118,7 +115,8 @@ def as_examples(data: Iterable[Any]) -> list[Example]:
         data: `Example`s, or mappings or objects with `input_ids` and, optionally, `labels` (else
             the labels are the ids), each a list or a 1-D integer tensor, unpadded. What is 0 in a
             `loss_mask`, `completion_mask` or `assistant_masks` beside is not learned. A packed row
-            has `lengths`; what begins one of its documents is not learned.
+            has `lengths`, `seq_lengths`, `position_ids` that start anew or an `attention_mask`
+            that numbers its documents; what begins one of them is not learned.
 
     Raises:
         TypeError: by index, ids or labels that are missing or not integers in one dimension.
@@ -129,6 +127,12 @@ def as_examples(data: Iterable[Any]) -> list[Example]:
     examples = [_as_example(item, f"example {i}") for i, item in enumerate(data)]
     if not examples:
         raise ValueError("data must hold at least one example, found none")
+    if all(shifted(example.input_ids, example.labels) for example in examples[:20]):
+        warnings.warn(
+            "each label is the token after its own, so that the one after next would be learned; "
+            "labels stand at their own token here: leave the shift out",
+            stacklevel=2,
+        )
     return examples
 
 
@@ -137,8 +141,8 @@ def _as_example(item: Any, name: str) -> Example:
     get = item.get if isinstance(item, Mapping) else lambda key: getattr(item, key, None)
     if get("input_ids") is None:
         raise TypeError(f"{name} must have input_ids, found {type(item).__name__} without them")
-    ids = _integers(get("input_ids"), f"{name}: input_ids")
-    labels = ids if get("labels") is None else _integers(get("labels"), f"{name}: labels")
+    ids = integers(get("input_ids"), f"{name}: input_ids")
+    labels = ids if get("labels") is None else integers(get("labels"), f"{name}: labels")
     if not ids:
         raise ValueError(f"{name}: input_ids must not be empty")
     if len(labels) != len(ids):
@@ -149,50 +153,17 @@ def _as_example(item: Any, name: str) -> Example:
         raise ValueError(f"{name}: input_ids must not be negative, found {min(ids)}")
     if bad := [label for label in labels if label < 0 and label != IGNORE]:
         raise ValueError(f"{name}: labels must be token ids or {IGNORE}, found {bad[0]}")
-    labels = _masked(labels, get, name)
-    lengths = _integers(get("lengths") or (), f"{name}: lengths")
-    if lengths and (sum(lengths) != len(ids) or min(lengths) < 1):
-        raise ValueError(
-            f"{name}: lengths must be those of its documents, {len(ids)} in all and each at "
-            f"least 1, found {list(lengths)!s:.60}; pack the row anew"
-        )
+    labels = masked(labels, get, name)
+    mask = get("attention_mask")
+    if mask is not None and not all(integers(mask, f"{name}: attention_mask")):
+        raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
+    lengths = document_lengths(get, name, len(ids))
     if len(lengths) > 1:  # a document's first token does not follow from the document before
         starts = set(itertools.accumulate(lengths))
         labels = tuple(IGNORE if i in starts else label for i, label in enumerate(labels))
     if not learned_labels(labels):
         raise ValueError(f"{name}: nothing to learn, every label after the first is {IGNORE}")
-    mask = get("attention_mask")
-    if mask is not None and not all(_integers(mask, f"{name}: attention_mask")):
-        raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
     return Example(ids, labels, lengths)
-
-
-def _masked(labels: tuple[int, ...], get: Callable[[str], Any], name: str) -> tuple[int, ...]:
-    """Return labels without those that a mask leaves out; warn of weights, which are not used."""
-    for key in MASKS:
-        if get(key) is not None:
-            given = get(key).tolist() if hasattr(get(key), "tolist") else get(key)
-            mask = _integers([int(v) if type(v) is bool else v for v in given], f"{name}: {key}")
-            if len(mask) != len(labels) or not {0, 1}.issuperset(mask):
-                raise ValueError(f"{name}: {key} must hold a 0 or a 1 for each of the input_ids")
-            labels = tuple(
-                label if learned else IGNORE for label, learned in zip(labels, mask, strict=True)
-            )
-    if weights := [key for key in WEIGHTS if get(key) is not None]:
-        warnings.warn(f"examples have {weights[0]}, which is ignored", stacklevel=4)
-    return labels
-
-
-def _integers(values: Any, name: str) -> tuple[int, ...]:
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{name} must be a list or a 1-D tensor, found {type(values).__name__}")
-    for value in values:
-        if type(value) is not int:
-            raise TypeError(f"{name} must hold integers in one dimension, found {value!r:.40}")
-    if values and max(values, key=abs) not in range(-(2**31), 2**31):  # no vocabulary is larger
-        raise ValueError(f"{name} must be below 2³¹, found {short(max(values, key=abs))}")
-    return tuple(values)
 
 
 def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:

@@ -7,6 +7,7 @@ a convolution's kernel flattened to `[out, in·kh·kw]`. `delta_weight` is a mat
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from torch import Tensor, nn
 # Initialisations in which the factors start from the base's weight; see `LoRAAdapter.start_from`.
 FROM_WEIGHT = re.compile(r"pissa|pissa_niter_[1-9]\d*|olora")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
+
+
+def _exact(like: Tensor) -> AbstractContextManager:
+    """Multiply in the tensors' own dtype, whatever autocast the caller is in."""
+    if like.is_meta:
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class LoRAAdapter(nn.Module):
@@ -137,7 +145,8 @@ class LoRAAdapter(nn.Module):
     def delta_weight(self) -> Tensor:
         """Return `scaling · B A` (minus the offset) as `[N, K]` in f32 (f64 for f64 factors)."""
         A, B = self.product()
-        return B @ A
+        with _exact(A):
+            return B @ A
 
     def row_lengths(self, weight: Tensor) -> Tensor:
         """Return `‖W + scaling · B A‖` per row as `[N]`, without forming B A; no gradient.
@@ -148,8 +157,8 @@ class LoRAAdapter(nn.Module):
         Args:
             weight: `[N, K]`.
         """
-        with torch.no_grad():
-            A, B = self.product()
+        A, B = self.product()
+        with torch.no_grad(), _exact(A):
             W = weight.detach().to(A.dtype)
             squares = W.square().sum(1) + 2 * ((W @ A.T) * B).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
             return squares.clamp(min=0).sqrt()

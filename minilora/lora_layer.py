@@ -58,6 +58,7 @@ class LoRALayer(nn.Module):
         self.rows: tuple[str | None, ...] | None = None  # an adapter per row, see `mixed`
         self.register_buffer("slot_A", None, persistent=False)  # see `prepare_switching`
         self.register_buffer("slot_B", None, persistent=False)
+        self.register_load_state_dict_post_hook(_refill)
         self.train(base.training)
 
     # Other code reads these of a layer it believes to be the base.
@@ -87,12 +88,33 @@ class LoRALayer(nn.Module):
         """A copy or pickle made within `mixed` is outside of it, since nothing would end it."""
         return {**super().__getstate__(), "rows": None, "thread": None}
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        """Take the base's weights under the plain layer's names too."""
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Note what is merged: the weights alone don't show it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None and self.merged:
+            metadata["merged"] = list(self.merged)
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any
+    ) -> None:
+        """Take the base's weights under the plain layer's names too.
+
+        Raises:
+            RuntimeError: weights with adapters merged where none are, or the other way round.
+        """
+        merged = tuple(local_metadata.get("merged", ()))
+        if merged != self.merged and any(key.startswith(prefix) for key in state_dict):
+            there, here = (", ".join(names) or "none" for names in (merged, self.merged))
+            raise RuntimeError(
+                f"a state dict must have the same adapters merged as the model, found {there} "
+                f"there and {here} in {prefix[:-1]}: they would count twice or not at all; call "
+                f"minilora.unmerge before state_dict() and before load_state_dict()"
+            )
         for key in self.base.state_dict():
             if f"{prefix}{key}" in state_dict:
                 state_dict[f"{prefix}base.{key}"] = state_dict.pop(f"{prefix}{key}")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def new_adapter(self, **options: Any) -> LoRAAdapter:
         """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
@@ -354,6 +376,11 @@ class LoRALayer(nn.Module):
         if self.compute_dtype is not None:
             parts.append(f"compute_dtype={self.compute_dtype}")
         return ", ".join(parts)
+
+
+def _refill(layer: LoRALayer, _: object) -> None:
+    """Bring new factors into the slot."""
+    layer.fill_slot()
 
 
 def _rescaled(plain: Tensor, branch: Tensor, ratio: Tensor) -> Tensor:

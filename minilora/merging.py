@@ -1,8 +1,10 @@
 """Merging adapters into base weights, and taking that back to the very bits."""
 
 import copy
+import math
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,7 @@ from minilora.quantization import QuantizedLinear
 from minilora.wrappers import named_modules
 
 MODES = ("dequantize", "requantize")
+LOST = 0.5  # the part of ΔW from which its rounding is warned of
 
 
 class _DiskCopy:
@@ -238,7 +241,8 @@ def merge(
     """Add `scaling · B A` of adapters to the base weights, in place: no branch is left to compute.
 
     The sum is formed in f32 (f64 for f64 bases) and rounded once to the storage dtype. The
-    adapters themselves stay as they are; `save` still writes them.
+    adapters themselves stay as they are; `save` still writes them. A warning says so where rounding
+    to a 16-bit dtype loses over half of what they add.
 
     Args:
         model: a model with adapters; changed in place.
@@ -411,6 +415,7 @@ def _kept_apart(
 ) -> set[tuple[str, str]]:
     """Check that everything can be merged; return the (layer, key) that need a new parameter."""
     apart = set()
+    lost: dict[str, tuple[float, float]] = {}
     for name, layer in chosen.items():
         _check_kind(name, layer, plan[name])
     for (name, key), owner in _sharers(model, chosen, plan).items():
@@ -432,7 +437,31 @@ def _kept_apart(
                 f"the merged weight of {name} must be finite, found NaN or Inf in "
                 f"{dtype}; check the adapter, or merge into a wider dtype"
             )
+        if torch.finfo(dtype).bits < 32 and not isinstance(layer.base, QuantizedLinear):
+            lost[name] = _rounded_away(layer, plan[name], merged["weight"])
+    _warn_of_rounding(lost)
     return apart
+
+
+def _rounded_away(layer: LoRALayer, names: tuple[str, ...], merged: Tensor) -> tuple[float, float]:
+    """Return ‖stored − (W + ΔW)‖ and ‖ΔW‖ of a layer."""
+    wanted = layer.as_weight(sum(layer.delta_weight(n) for n in names))  # type: ignore[arg-type]
+    moved = merged.to(wanted.dtype) - layer.base.weight.detach().to(wanted.dtype)
+    return float((moved - wanted).norm()), float(wanted.norm())
+
+
+def _warn_of_rounding(lost: dict[str, tuple[float, float]]) -> None:
+    """Warn where the storage dtype drowns what the adapters add."""
+    error, size = (math.hypot(*(pair[i] for pair in lost.values())) for i in (0, 1))
+    if error > LOST * size:
+        worst = max(lost, key=lambda name: lost[name][0] / max(lost[name][1], 1e-30))
+        warnings.warn(
+            f"minilora: rounding to the base's dtype loses {error / size:.0%} of what the adapter "
+            f"adds (worst: {worst}); load the base in float32 and merge there, or leave the "
+            f"adapter beside it",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _changed(layer: LoRALayer, names: tuple[str, ...]) -> list[str]:

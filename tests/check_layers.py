@@ -35,6 +35,7 @@ layers =
     minilora.turns
     minilora.record_files
     minilora.data
+    minilora.token_rows
     minilora.quantized_models
     minilora.quantized_files
     minilora.models

@@ -386,3 +386,26 @@ def test_the_config_names_the_base_and_not_this_machines_cache(tmp_path, place, 
     minilora.save(model, tmp_path / "b", base_name="me/base")
     configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in "ab"]
     assert [c["base_model_name_or_path"] for c in configs] == [named, "me/base"]
+
+
+def test_save_names_layers_that_training_did_not_reach(tmp_path):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.calls = [self.first]  # `inject` can't see a plain list
+
+        def forward(self, x):
+            for call in self.calls:
+                x = call(x)
+            return self.last(x)
+
+    model = minilora.inject(Listed(), r=2, targets=["first", "last"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minilora.save(model, tmp_path / "fresh")
+    model(torch.randn(3, 6)).square().sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"adds nothing in 1 of 2 layers \(first: first\)"):
+        minilora.save(model, tmp_path / "trained")

@@ -5,6 +5,7 @@ import json
 import random
 import struct
 import types
+import warnings
 from hashlib import sha256
 
 import numpy as np
@@ -559,3 +560,57 @@ def test_as_examples_uses_masks_of_what_is_learned(key, make):
 def test_as_examples_warns_of_weights():
     with pytest.warns(UserWarning, match="examples have loss_weights, which is ignored"):
         as_examples([{"input_ids": [1, 2], "loss_weights": [0.5, 1.0]}])
+
+
+IDS = [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seq_lengths": [3, 2]},
+        {"position_ids": [0, 1, 2, 0, 1]},
+        {"attention_mask": [1, 1, 1, 2, 2]},
+        {"position_ids": torch.tensor([0, 1, 2, 0, 1]), "lengths": [3, 2]},
+    ],
+)
+def test_as_examples_keeps_documents_apart_that_others_packed(fields):
+    (found,) = as_examples([{"input_ids": IDS, **fields}])
+    assert found.lengths == (3, 2) and found.labels == (5, 6, 7, -100, 9)
+
+
+@pytest.mark.parametrize("fields", [{"position_ids": range(5)}, {"attention_mask": [1] * 5}])
+def test_as_examples_takes_positions_and_mask_of_a_single_document(fields):
+    (found,) = as_examples([{"input_ids": IDS, **{k: list(v) for k, v in fields.items()}}])
+    assert found == Example(tuple(IDS), tuple(IDS))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position_ids": [0, 0, 1, 3, 4]}, "position_ids must count from 0, anew in each"),
+        ({"position_ids": [2, 3, 4, 5, 6]}, "position_ids must count from 0, anew in each"),
+        ({"position_ids": [0, 1]}, "position_ids must hold a number for each of the input_ids"),
+        ({"seq_lengths": [3, 3]}, "seq_lengths must be those of its documents, 5 in all"),
+        (
+            {"seq_lengths": [3, 2], "attention_mask": [1, 1, 2, 2, 2]},
+            "seq_lengths and attention_mask must tell of the same documents",
+        ),
+    ],
+)
+def test_as_examples_refuses_documents_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=f"example 0: {message}"):
+        as_examples([{"input_ids": IDS, **fields}])
+
+
+def test_as_examples_warns_of_labels_that_are_shifted_already():
+    rows = [
+        {"input_ids": IDS, "labels": labels}
+        for labels in ([6, 7, 8, 9, -100], [-100, 7, 8, 9, -100])
+    ]
+    with pytest.warns(UserWarning, match="each label is the token after its own"):
+        as_examples(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_examples([*rows, {"input_ids": IDS}][1:])
+        as_examples([{"input_ids": [4, 4, 4], "labels": [4, 4, -100]}])

@@ -1,8 +1,10 @@
 """Merging and unmerging: the very bits back, and what is refused."""
 
 import copy
+import io
 import pickle
 import resource
+import warnings
 
 import pytest
 import torch
@@ -247,3 +249,55 @@ def test_a_subclass_that_computes_something_else_is_refused(kind):
         ValueError, match=f"0 wraps a {kind.__name__} whose weight .* something els"
     ):
         minilora.merge(model)
+
+
+@pytest.mark.parametrize(("scale", "loses"), [(0.3, False), (3e-4, True)])
+def test_merge_says_when_16_bits_drown_the_adapter(scale, loses):
+    model = shake(minilora.inject(net(dtype=torch.bfloat16), r=4, alpha=6), scale=scale)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        minilora.merge(model)
+    assert ["rounding to the base's dtype loses" in str(one.message) for one in said] == [
+        True
+    ] * loses
+    minilora.unmerge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minilora.merge(model.float())
+
+
+def test_merge_under_autocast_is_exact():
+    models = [shake(minilora.inject(net(), r=4, alpha=6)) for _ in range(2)]
+    minilora.merge(models[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        minilora.merge(models[1])
+    for one, other in zip(*(bits(model).values() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_row_lengths_under_autocast_are_exact():
+    factors = shake(minilora.inject(net(), r=4, alpha=6)).q_proj.adapters["default"]
+    W = torch.randn(20, 12)
+    wanted = (W.double() + factors.delta_weight().double()).norm(dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = factors.row_lengths(W)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_state_dicts_with_and_without_merged_adapters_are_not_mixed():
+    model, x = shake(minilora.inject(net(), r=4, alpha=6)).eval(), torch.randn(3, 12)
+    plain, y = copy.deepcopy(model.state_dict()), model(x)
+    minilora.merge(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    merged = torch.load(file)
+    with pytest.raises(RuntimeError, match="same adapters merged .* none there and default in q_"):
+        model.load_state_dict(plain)
+    model.load_state_dict(merged)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    minilora.unmerge(model)
+    with pytest.raises(RuntimeError, match="default there and none in q_proj: .* twice or not"):
+        model.load_state_dict(merged)
+    model.load_state_dict(plain)
+    assert torch.equal(model(x), y)

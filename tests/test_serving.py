@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import net, two_adapters
 from torch import nn
 
 import minilora
@@ -246,3 +247,14 @@ def test_prepare_switching_refuses_and_ends():
     minilora.inject(model, r=2, adapter="whole", targets=["0"], bias="lora_only")
     with pytest.raises(ValueError, match="'whole' brings trained copies"):
         prepare_switching(model, 16)
+
+
+def test_a_state_dict_reaches_the_slots():
+    trained, x = two_adapters().eval(), torch.randn(3, 12)
+    model = minilora.inject(net(), r=4, alpha=6)
+    minilora.inject(model, r=2, alpha=5, adapter="b", targets=["q_proj"])
+    for one in (trained, model):
+        minilora.activate(one, ["default", "b"])
+    prepare_switching(model.eval(), 6)
+    model.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(model(x), trained(x), rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import stat
+import threading
 
 import pytest
 import torch
@@ -509,3 +510,61 @@ def test_the_loss_that_the_refusal_gives_trains():
     exec(f"{head}:\n " + body.replace("; ", "\n "), given)
     found = minilora.fit(model, rows, config=config, loss=given["loss"], quiet=True)
     assert found.losses[-1] < found.losses[0]
+
+
+def test_fit_says_which_held_out_examples_are_trained_on(capsys):
+    train = [{"input_ids": [i, 2, 3]} for i in range(4)]
+    valid = [{"input_ids": [9, 2, 3]}, train[2]]
+    fit(tiny(), train, valid=valid, max_steps=1, quiet=False)
+    assert (
+        "1 of 2 held-out examples are trained on too (first: example 1" in capsys.readouterr().err
+    )
+    fit(tiny(), train, valid=valid[:1], max_steps=1, quiet=False)
+    assert "trained on too" not in capsys.readouterr().err
+
+
+def test_fit_in_two_threads_is_refused():
+    rows, errors = [{"input_ids": [1, 2, 3]}], []
+
+    class Second:
+        def on_step(self, *_):
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+
+    def run():
+        try:
+            fit(tiny(), rows, max_steps=1)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    fit(tiny(), rows, max_steps=1, callbacks=[Second()])
+    assert len(errors) == 1 and "found another run in a thread of this process" in errors[0]
+    run()
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoder", "sees"),
+    [
+        ("BertForMaskedLM", False, True),
+        ("BertLMHeadModel", False, True),
+        ("BertLMHeadModel", True, False),
+    ],
+)
+def test_fit_refuses_a_model_that_sees_the_next_token(kind, decoder, sees):
+    config = transformers.BertConfig(
+        vocab_size=61,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        is_decoder=decoder,
+    )
+    torch.manual_seed(0)
+    model = minilora.inject(getattr(transformers, kind)(config), r=2)
+    if not sees:
+        fit(model, max_steps=1)
+        return
+    with pytest.raises(ValueError, match=f"{kind} sees it: its logits depend on later tokens"):
+        fit(model, max_steps=1)

@@ -1,6 +1,7 @@
 """The training loop, to be read top to bottom: prepare, step, evaluate, save, finish."""
 
 import math
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -67,6 +68,24 @@ class FitResult:
     data_wait: float = 0.0
 
 
+_AT_WORK = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other threads' runs out: dropout is drawn from random numbers that all threads share."""
+    if not _AT_WORK.acquire(blocking=False):
+        raise RuntimeError(
+            "fit() needs torch's random numbers, which all threads share, for itself, found "
+            "another run in a thread of this process; train one after the other, or in processes"
+        )
+    try:
+        yield
+    finally:
+        _AT_WORK.release()
+
+
+@_alone()
 def fit(
     model: nn.Module,
     train: Iterable[Any],
@@ -121,8 +140,8 @@ def fit(
             a damaged one, an `out` that holds a run while `resume` is False.
         TypeError: data or a loss of another kind.
         RuntimeError: a merged model; an adapted layer that gets no gradient; too many non-finite
-            steps in a row; another process at work in `out`, or no room there. On any error after
-            a step the state of the last complete one is saved.
+            steps in a row; a run in another thread; another process at work in `out`, or no room
+            there. On any error after a step the state of the last complete one is saved.
     """
     config, told = config or TrainConfig(), Callbacks(callbacks)
     if sample is not None and (valid is None or not callable(sample)):

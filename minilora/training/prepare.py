@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from minilora.adapters import require_finite
 from minilora.copies import all_copies, copies_of
 from minilora.data import Batch, Batches, Example
-from minilora.evaluation import takes_packed
+from minilora.evaluation import device_of, forward_logits, takes_packed
 from minilora.generation import CONTEXT_NAMES
+from minilora.inference import inference
 from minilora.kernels import hardware, is_slow
 from minilora.lora_layer import LoRALayer, weight_dtype
+from minilora.quantization import QuantizedLinear
 from minilora.streaming import Stream, StreamBatches
 from minilora.training.config import TrainConfig
 from minilora.wrappers import check_whole, named_parameters, unwrapped
@@ -46,6 +48,7 @@ def require_next_token_loss(model: nn.Module) -> None:
     of_words = takes == "input_ids" and not getattr(config, "is_encoder_decoder", False)
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if of_words and (head is not None or "LM" in type(model).__name__):
+        _require_causal(model, config)
         return
     if takes != "input_ids":
         raise ValueError(
@@ -59,6 +62,31 @@ def require_next_token_loss(model: nn.Module) -> None:
         f"found = model(input_ids=batch.input_ids, labels=batch.labels); "
         f"return found.loss * count, count"
     )
+
+
+def _require_causal(model: nn.Module, config: Any) -> None:
+    """Refuse a model whose logits see what they are to predict, as those of BERT do."""
+    vocabulary = getattr(config, "vocab_size", 0)
+    if not isinstance(vocabulary, int) or vocabulary < 8 or _stored_otherwise(model):
+        return
+    ids = torch.arange(4, device=device_of(model))[None] + vocabulary // 2
+    other = torch.where(ids == ids[0, -1], ids[0, 0], ids)  # the last token is another one
+    with inference(model):
+        one, two = (forward_logits(model, x) for x in (ids, other))
+    if one.dim() != 3 or one.shape[1] != 4:
+        return
+    moved = (one - two).abs().amax(-1)[0].float()
+    if float(moved[:-1].max()) > 1e-3 * float(moved[-1]):
+        raise ValueError(
+            f"fit() without loss= learns the next token, but {type(model).__name__} sees it: its "
+            f"logits depend on later tokens; load it as a causal model (is_decoder=True), or pass "
+            f"loss= with masked tokens"
+        )
+
+
+def _stored_otherwise(model: nn.Module) -> bool:
+    """Return whether rounding of activations may depend on other tokens."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:

@@ -162,7 +162,8 @@ class Run:
         self.best: Evaluation | None = None
         self.best_values: dict[str, Tensor] = {}
         slow = slow_dtype(self.layers, self.dtype, self.device)
-        self.remarks: list[str] = [said for said in (reason, slow) if said is not None]
+        found_twice = self._seen_in_training()
+        self.remarks: list[str] = [said for said in (reason, slow, found_twice) if said is not None]
         if resume and out is None:
             raise ValueError("resume=True needs out, the folder of the run to continue")
         if resume and out is not None:
@@ -179,6 +180,20 @@ class Run:
                     "the run was killed before its first save, so it begins from the start"
                 )
         self.place = self.batches.state_dict()
+
+    def _seen_in_training(self) -> str | None:
+        """Say how many held-out examples are not held out."""
+        if self.valid is None or not isinstance(self.batches, Batches):
+            return None
+        learned = {tuple(example.input_ids) for example in self.batches.examples}
+        held_out = self.valid.examples
+        seen = [i for i, example in enumerate(held_out) if tuple(example.input_ids) in learned]
+        if not seen:
+            return None
+        return (
+            f"{len(seen)} of {len(held_out)} held-out examples are trained on too (first: example "
+            f"{seen[0]} of valid); their loss says nothing of other data"
+        )
 
     def _limit(self) -> MemoryLimit | None:
         """Return the limit on passes, if there is one that the longest row keeps."""
