@@ -22,7 +22,6 @@ real_task_losses.csv.
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -71,17 +70,16 @@ TASKS = {"docstrings": Task(16, 200, 2.95), "documents": Task(4, 24, 2.40)}
 class Contender:
     """Whose code, and with what options."""
 
-    code: str  # "peft" (transformers' Trainer), "trl" (SFTTrainer) or "minilora"
+    code: str  # "peft" (transformers' Trainer) or "minilora"
     grouped: bool = False  # the Trainer's length grouping; fit always groups
     compiled: bool = False
     format: str | None = None  # of the base
 
     @property
     def name(self) -> str:
-        code = {"peft": "PEFT + Trainer", "trl": "PEFT + SFTTrainer", "minilora": "minilora"}
-        parts = [code[self.code], self.format or ""]
+        code = "PEFT + Trainer" if self.code == "peft" else "minilora"
+        parts = [code, self.format or ""]
         parts += ["grouped by length"] if self.grouped else []
-        parts += ["padding-free"] if self.code == "trl" else []
         parts += ["compiled"] if self.compiled else []
         return ", ".join(part for part in parts if part)
 
@@ -92,7 +90,6 @@ CONTENDERS = {
         Contender("peft"),
         Contender("peft", grouped=True),
         Contender("peft", compiled=True),
-        Contender("trl"),
         Contender("minilora"),
         Contender("minilora", compiled=True),
         Contender("minilora", format="int8"),
@@ -189,7 +186,7 @@ def _minilora(base: Any, train: list, contender: Contender, _: str, asked: dict[
 def _trainer(
     base: Any, train: list, contender: Contender, dtype: str, asked: dict[str, Any]
 ) -> None:
-    """Train as transformers' and TRL's documentation shows, on the same ids and labels."""
+    """Train as transformers' documentation shows, on the same ids and labels."""
     import transformers
 
     model = peft_model(base, Provider("peft", dtype, r=R))
@@ -209,19 +206,11 @@ def _trainer(
         "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
         "torch_compile": contender.compiled,
     }  # fmt: skip
-    if contender.code == "trl":
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        kept = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
-        config = SFTConfig(**settings, padding_free=True, max_length=None, use_liger_kernel=False)
-        SFTTrainer(model, config, train_dataset=Dataset.from_list(kept), callbacks=[Told()]).train()
-        return
     if contender.grouped:
         settings["train_sampling_strategy"] = "group_by_length"
     transformers.Trainer(
         model, transformers.TrainingArguments(**settings), train_dataset=rows,
-        data_collator=partial(_padded), callbacks=[Told()],
+        data_collator=_padded, callbacks=[Told()],
     ).train()  # fmt: skip
 
 
@@ -411,10 +400,9 @@ def main() -> None:
         return
     if unknown := set(options.only or ()) - set(CONTENDERS):
         parser.error(f"unknown contenders: {', '.join(sorted(unknown))}; --list names all")
+    if options.steps <= WARMUP:
+        parser.error(f"--steps must be more than the warmup's {WARMUP}, found {options.steps}")
     chosen = [CONTENDERS[name] for name in options.only or CONTENDERS]
-    if importlib.util.find_spec("trl") is None:
-        chosen = [contender for contender in chosen if contender.code != "trl"]
-        print("trl is not installed: its row is left out")
     target = options.target or TASKS[options.task].target
     found = minilora.hardware()
     common = {
