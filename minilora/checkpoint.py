@@ -247,7 +247,7 @@ def _wanted_copies(model: nn.Module, config: dict, names: list[str]) -> list[str
 
 
 def _replaced(
-    model: nn.Module, tensors: dict[str, Tensor], adapted: list[str], copied: dict[str, str]
+    model: nn.Module, tensors: dict[str, Tensor], adapted: set[str], copied: dict[str, str]
 ) -> dict[str, str]:
     """Return parameters that the file replaces though no config says so, with their keys.
 
@@ -492,9 +492,10 @@ def _read(
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not fit this model: {error}") from None
-    names = [n for n in modules if n in {*chosen, *by_weight}]
+    wanted = {*chosen, *by_weight}
+    names = [n for n in modules if n in wanted]
     copied = {n: _copy_key(n, names) for n in _wanted_copies(model, config, names)}
-    replaced = _replaced(model, tensors, names, copied)
+    replaced = _replaced(model, tensors, wanted, copied)
     copied |= replaced
     keys = {key for n in names for key in _keys(n, _kind(modules[n]), config).values()}
     base_keys = {n: f"{_PREFIX}{n}.base_layer.weight" for n in names}
@@ -513,7 +514,7 @@ def _read(
     if verify:
         samples = {n: weight_sample(n, weight_values(modules[n])) for n in names}
         known = check_base(folder, metadata, modules, samples)
-        check_rest(folder, metadata, frozen_values(model, names, copied))
+        check_rest(folder, metadata, frozen_values(model, wanted, copied))
         _check_frozen(reader, frozen, modules)
         if not known and "minilora_base" in metadata:  # PEFT writes nothing of the kind
             warnings.warn(

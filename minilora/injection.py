@@ -1,11 +1,11 @@
 """Put an adapter on the selected layers: everything is checked first, then swapped in."""
 
-import functools
 import itertools
 import math
 import re
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -433,11 +433,25 @@ def _fresh(base, r: int, alpha: float, rows: list[tuple[int, int]] | None, optio
 save_pretrained: Callable[..., None] | None = None
 
 
+class _SavePretrained:
+    """`save_pretrained` of one model, which is not kept alive by it and is copied along with it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        assert save_pretrained is not None
+        save_pretrained(self.model(), *args, **options)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.model(),)
+
+
 def _save_as_plain(model: nn.Module) -> None:
     """Let a transformers model write what reads back as itself."""
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if save_pretrained is not None and "PreTrainedModel" in kinds:
-        model.save_pretrained = functools.partial(save_pretrained, model)  # type: ignore[assignment]
+        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
 
 
 def _stay_called(*_: object) -> None:

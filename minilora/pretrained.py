@@ -27,7 +27,8 @@ def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
     merged = any(layer.merged for layer in layers.values())
     found = {}
     for name, value in state.items():
-        fqn = next((f for f in layers if name.startswith(f"{f}.")), None)
+        dots = [i for i, character in enumerate(name) if character == "."]
+        fqn = next((name[:i] for i in dots if name[:i] in layers), None)
         part = "" if fqn is None else name[len(fqn) + 1 :]
         if part.startswith("base."):
             found[f"{fqn}.{part.removeprefix('base.')}"] = value

@@ -1,6 +1,8 @@
 """A model of transformers with our adapters under Hugging Face's Trainer: it trains unchanged."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -138,6 +140,18 @@ def test_save_pretrained_of_a_copy_writes_the_copy(shake, tmp_path):
     other = shake(copy.deepcopy(model))
     other.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(minilora.load(hf_model(), tmp_path)), logits(other))
+
+
+def test_an_injected_model_goes_with_its_last_name():
+    model = minilora.inject(hf_model(), r=4, alpha=6)
+    weight = weakref.ref(model.lm_head.weight)
+    gc.collect()
+    gc.disable()  # a cycle would keep its memory until some later collection
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_save_pretrained_refuses_what_it_can_not_write(tmp_path):

@@ -83,7 +83,8 @@ def encode_as_text(backend: Any, text: str, control: dict[str, int]) -> Encoded:
         Ids and character spans.
     """
     found = backend.encode(text, add_special_tokens=False)
-    if not any(i in found.ids and name in text for name, i in control.items()):
+    used = set(found.ids)
+    if not any(i in used and name in text for name, i in control.items()):
         return found.ids, found.offsets
     cuts = [match.start() + 1 for match in name_pattern(control).finditer(text)]
     ids: list[int] = []
