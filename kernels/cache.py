@@ -1,6 +1,7 @@
 """Where what was fetched or compiled once is kept: folders that this user alone can write to."""
 
 import errno
+import functools
 import os
 import stat
 from pathlib import Path
@@ -47,8 +48,9 @@ def make_folder(folder: str | Path) -> Path:
 def private_folder(folder: str | Path) -> Path:
     """Make a folder as `make_folder` does, and require that nobody else could change what it holds.
 
-    It must be this user's, each folder above it this user's or root's, and none writable by others;
-    one above may be if it is sticky, as `/tmp` is: nobody can swap a folder of ours in it.
+    It must be this user's, each folder above it this user's or root's, and none writable by others
+    (a group of this user alone is none); one above may be if it is sticky, as `/tmp` is: nobody can
+    swap a folder of ours in it.
 
     Raises:
         OSError: it can't be made, or others could write to it.
@@ -59,7 +61,24 @@ def private_folder(folder: str | Path) -> Path:
     for level in reversed([real, *real.parents]):  # one that is safe makes the next one stay
         found, above = level.lstat(), level != real
         ours = found.st_uid == os.getuid() or (above and found.st_uid == 0)
-        shared = found.st_mode & 0o022 and not (above and found.st_mode & stat.S_ISVTX)
+        others = found.st_mode & (stat.S_IWOTH if _is_own_group(found.st_gid) else 0o022)
+        shared = others and not (above and found.st_mode & stat.S_ISVTX)
         if not ours or shared or not stat.S_ISDIR(found.st_mode):
             raise PermissionError(errno.EPERM, "others could write to this folder", str(level))
     return real
+
+
+@functools.cache
+def _is_own_group(gid: int) -> bool:
+    """Return whether a group is this user's private one: of the same name, with no other member.
+
+    Where each user has one, folders are made with mode 0775 (umask 002).
+    """
+    import grp
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from minilora.factors import LoRAAdapter
+from minilora.inference import as_found
 from minilora.kernels import (
     FrozenLinear,
     conv1d_forward,
@@ -45,27 +46,27 @@ def is_linear(module: nn.Module) -> bool:
 def acts_as_linear(base: Any) -> bool:
     """Return whether an nn.Linear, or a subclass by its own forward, computes `x Wᵀ + b`.
 
-    A forward of its own is tried on a few rows, large and small, in both modes, on a shallow copy
-    whose buffers are its own.
+    A forward of its own is tried on a few rows, large and small, in both modes, on a shallow copy.
     """
     if not isinstance(base, nn.Linear) or "forward" in base.__dict__ or packed_format(base):
         return False
     if type(base).forward is nn.Linear.forward:
         return True
     trial = copy.copy(base)
-    trial._buffers = {n: b if b is None else b.clone() for n, b in base._buffers.items()}
+    trial._buffers = dict(base._buffers)
     x = torch.linspace(-3, 3, 3 * base.in_features, dtype=torch.float64).reshape(3, -1).sin()
     x = (x * torch.tensor([[1e-3], [1.0], [100.0]])).to(base.weight)
     wanted = F.linear(x, base.weight, base.bias)
     near = 1e-2 * wanted.abs().amax(1, keepdim=True)  # a forward may round between its steps
     try:
-        return all(
-            isinstance(y := trial.train(mode)(x), Tensor)
-            and y.shape == wanted.shape
-            and y.dtype == wanted.dtype
-            and bool(((y - wanted).abs() <= near).all())
-            for mode in (True, False)
-        )
+        with as_found(base):
+            return all(
+                isinstance(y := trial.train(mode)(x), Tensor)
+                and y.shape == wanted.shape
+                and y.dtype == wanted.dtype
+                and bool(((y - wanted).abs() <= near).all())
+                for mode in (True, False)
+            )
     except Exception:  # whatever a stranger's forward raises, it is no linear's
         return False
 

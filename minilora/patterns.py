@@ -1,7 +1,7 @@
 """Regular expressions that come from files, matched in bounded time.
 
 Python's `re` tries one way after another, and a pattern such as `(a|a)+!` has it try without end.
-Only patterns with at most one repeat of a character and one branch are left to it. All others are
+Only patterns with at most two repeats of a character and one branch are left to it. All others are
 matched here along all ways at once (Thompson 1968): an int stands for a set of positions in the
 name, bit i for the one before character i.
 """
@@ -55,7 +55,7 @@ class Pattern:
             raise ValueError(
                 f"{what} must be a valid regular expression, {short(text)}: {error}"
             ) from None
-        self.simple = repeats <= 1 and branches <= 1
+        self.simple = repeats <= 2 and branches <= 1
         if not self.simple:
             self._check(self.tree, looking=False)
 
@@ -127,14 +127,14 @@ def _inner(op: Any, value: Any) -> Iterable[Any]:
 
 
 def _choices(tree: Any) -> tuple[int, int]:
-    """Count the repeats and branches of a pattern, a repeat of more than a character doubly."""
+    """Count the repeats and branches of a pattern, a repeat of more than a character as three."""
     repeats = branches = 0
     for op, value in tree:
         if op is ops.BRANCH:
             branches += 1
         elif op not in (*_SINGLE, ops.SUBPATTERN, ops.AT):
             body = list(value[-1]) if op in _REPEATS else []
-            repeats += 1 if len(body) == 1 and body[0][0] in _SINGLE else 2
+            repeats += 1 if len(body) == 1 and body[0][0] in _SINGLE else 3
         for inner in _inner(op, value):
             more = _choices(inner)
             repeats, branches = repeats + more[0], branches + more[1]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 _LOCK = threading.Lock()
@@ -40,8 +41,12 @@ def claimed(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def refuse_others(*threads: int | None) -> None:
-    """Raise RuntimeError where one of these threads, which claim a layer, is not this one."""
-    if any(thread not in (None, threading.get_ident()) for thread in threads):
+    """Raise RuntimeError where one of these threads, which claim a layer, is not this one.
+
+    A backward pass that recomputes a checkpoint does so in a thread of autograd's.
+    """
+    others = any(thread not in (None, threading.get_ident()) for thread in threads)
+    if others and torch._C._current_graph_task_id() < 0:  # no backward pass is at work here
         raise RuntimeError(
             "the model must be used by one thread while disabled(), mixed() or another verb "
             "switches its adapters for a while, found a call from another one; give each thread "

@@ -542,7 +542,7 @@ def test_it_brings_no_second_openmp(tmp_path):
 
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners here")
-@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
 def test_a_library_below_a_folder_that_others_can_change_is_not_loaded(tmp_path, monkeypatch, mode):
     """Another user could swap the folder after the check; in a sticky one nobody can."""
     shared = tmp_path / "shared"
@@ -591,9 +591,23 @@ def test_every_folder_of_the_cache_is_made_for_this_user_alone(tmp_path):
     if os.name == "posix":
         for level in (made, made.parent, made.parent.parent):
             assert level.stat().st_mode & 0o777 == 0o700
-        made.parent.chmod(0o770)
+        made.parent.chmod(0o777)
         with pytest.raises(PermissionError, match="others could write to this folder.*a/b'"):
             private_folder(made)
+
+
+@pytest.mark.skipif(getattr(os, "getuid", lambda: 1)() != 0, reason="only root can give away")
+def test_a_folder_that_a_group_can_change_is_private_if_the_group_is_the_users_own(tmp_path):
+    """As all folders are that a user makes with umask 002."""
+    shared, folder = tmp_path / "shared", tmp_path / "shared" / "minilora"
+    private_folder(folder)
+    shared.chmod(0o775)
+    os.chown(shared, -1, os.getgid())
+    assert private_folder(folder) == folder.resolve()
+    for group in (1, 2**31 - 2):  # another one, and one without a name
+        os.chown(shared, -1, group)
+        with pytest.raises(PermissionError, match="others could write to this folder.*shared'"):
+            private_folder(folder)
 
 
 @pytest.mark.skipif(getattr(os, "getuid", lambda: 1)() != 0, reason="only root can give away")

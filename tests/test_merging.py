@@ -12,6 +12,7 @@ from small_models import bits, net, shake, two_adapters, unchanged
 from torch import nn
 
 import minilora
+from minilora.layers import acts_as_linear
 
 
 @pytest.mark.parametrize("keep", ["memory", "disk"])
@@ -210,6 +211,25 @@ class Noisy(nn.Linear):
 class Pair(nn.Linear):
     def forward(self, x):
         return super().forward(x), x
+
+
+class Stateful(nn.Linear):
+    """A linear that draws, counts and has a child."""
+
+    def __init__(self, N, K):
+        super().__init__(N, K)
+        self.drop, self.calls = nn.Dropout(0.5), nn.Buffer(torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return super().forward(x) + 0 * self.drop(x).sum()
+
+
+def test_a_forward_that_is_tried_leaves_everything_as_it_was():
+    layer, state = Stateful(12, 20), torch.get_rng_state()
+    assert acts_as_linear(layer)
+    assert layer.training and layer.drop.training and not layer.calls
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -48,6 +48,8 @@ USED = [  # as adapters in public have them
     r"\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.(?:(?:q_proj|k_proj|up_proj)))",
     r"model\.layers\.(1[0-9]|2[0-3])\.(self_attn|mlp)\.[a-z]+_proj",
     r".*(?<!lm_)head|.*q_proj(?:_\w+)?",
+    r"(?i).*ATTN.*",
+    r"(?i).*(attn|mlp).*",
 ]
 
 

@@ -1,6 +1,7 @@
 """Mixed batches equal their adapters one by one; switching never recompiles."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import net, two_adapters
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import minilora
 from minilora.kernels import row_masks
@@ -107,6 +109,25 @@ def test_mixed_gradients_equal_each_adapter_alone():
     assert sum("adapters" in name for name in grads[0]) > 20
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_recomputes_in_whatever_thread_runs_the_backward_pass():
+    """Autograd's own, for a GPU."""
+    model, ids = adapted().train(), torch.arange(12).reshape(3, 4) % 9
+    for layer in lora_layers(model).values():
+        layer.adapters.requires_grad_(True)
+    grads = []
+    for again in (False, True):
+        model.zero_grad()
+        with mixed(model, ["d", "a", "base"]):
+            y = checkpoint(model, ids, use_reentrant=False) if again else model(ids)
+            loss = y.square().sum()
+            with ThreadPoolExecutor(1) as other:
+                other.submit(loss.backward).result()
+                with pytest.raises(RuntimeError, match="must be used by one thread"):
+                    other.submit(model, ids).result()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert grads[0] and all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 def test_mixed_draws_dropout_by_row():
