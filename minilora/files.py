@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minilora.links import NOFOLLOW, NONBLOCK
 from minilora.wording import one_line
 
 try:
@@ -38,14 +38,13 @@ _HINTS = {
     errno.EACCES: "make the folder writable, or name another one",
     errno.EPERM: "make the folder writable, or name another one",
 }
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would else wait for its other end
 
 # --- reading
 
@@ -256,14 +255,18 @@ def write_json(file: str | Path, entries: Any) -> Path:
 
 
 def sync(folder: Path) -> None:
-    """Flush a folder's renames, where folders can be opened."""
+    """Flush a folder's renames, where folders can be opened and flushed (not on every share)."""
     if os.name != "posix":
         return
-    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 @contextlib.contextmanager
@@ -354,7 +357,7 @@ def sweep(folder: Path, name: str) -> None:
     """Remove the leftovers that no process is writing any more."""
     for place in leftovers(folder, name) if fcntl is not None else ():
         with contextlib.suppress(OSError):
-            opened = os.open(place, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
+            opened = os.open(place, os.O_RDONLY | NOFOLLOW | NONBLOCK)
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if place.is_dir():
@@ -363,40 +366,3 @@ def sweep(folder: Path, name: str) -> None:
                     place.unlink()
             finally:
                 os.close(opened)
-
-
-# --- folders that others made
-
-
-def open_plain(file: str | Path, flags: int) -> int:
-    """Open a file of a folder that may come from a stranger: never through a link.
-
-    Raises:
-        ValueError: it is a link, or no file.
-        OSError: as `os.open`.
-    """
-    try:
-        opened = os.open(file, flags | _NOFOLLOW | _NONBLOCK | getattr(os, "O_CLOEXEC", 0), 0o644)
-    except OSError:
-        if Path(file).is_symlink():
-            raise ValueError(
-                f"'{file}' must be a file of its own, found a link; remove it: what it leads to "
-                f"is not to be written"
-            ) from None
-        raise
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
-        raise ValueError(f"'{file}' must be a file, found something else; remove it")
-    return opened
-
-
-def leads_out(folder: Path, file: Path) -> bool:
-    """Return whether a file of a model folder is a link to somewhere else.
-
-    In Hugging Face's cache, files of `snapshots/…` are links into `blobs`: those count as inside.
-    """
-    root, real = folder.resolve(), file.resolve()
-    homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-    return not any(real.is_relative_to(home) for home in homes)

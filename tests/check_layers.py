@@ -69,6 +69,7 @@ layers =
     minilora.quantization
     minilora.json_text
     minilora.kernels | minilora.files
+    minilora.links
     minilora.wording
     minilora.interrupt
 """

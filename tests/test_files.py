@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,18 +24,18 @@ from minilora.files import (
     UnwritableError,
     beside,
     is_new,
-    leads_out,
     leftovers,
     name_beside,
-    open_plain,
     read_tensors,
     sweep,
+    sync,
     tensor_content,
     tensor_file,
     whole_folder,
     write,
     write_json,
 )
+from minilora.links import leads_out, open_plain
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool,
@@ -239,6 +240,26 @@ def test_open_plain_follows_no_link_and_waits_for_no_pipe(tmp_path):
     os.close(open_plain(tmp_path / "file", os.O_RDONLY))
 
 
+def test_open_plain_leaves_the_mode_to_the_umask(tmp_path):
+    before = os.umask(0o002)
+    try:
+        os.close(open_plain(tmp_path / "new", os.O_WRONLY | os.O_CREAT))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o664
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder here that can't be flushed")
+def test_a_folder_that_its_file_system_does_not_flush_is_no_error():
+    opened = os.open("/proc", os.O_RDONLY)
+    with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+        os.fsync(opened)
+    os.close(opened)
+    sync(Path("/proc"))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOENT)):
+        sync(Path("/proc/no such folder"))
+
+
 def test_leads_out_knows_the_hubs_cache(tmp_path):
     (tmp_path / "m" / "snapshots" / "1").mkdir(parents=True)
     (tmp_path / "m" / "blobs").mkdir()
@@ -249,6 +270,11 @@ def test_leads_out_knows_the_hubs_cache(tmp_path):
     (folder / "s").symlink_to(tmp_path / "secret")
     (folder / "own").touch()
     (folder / "inside").symlink_to("own")
+    (tmp_path / "m" / "blobs").rename(tmp_path / "elsewhere")  # on another disk
+    (tmp_path / "m" / "blobs").symlink_to(tmp_path / "elsewhere")
+    (folder / "part").mkdir()
+    (folder / "part" / "a").symlink_to("../../../blobs/b")
+    assert not leads_out(folder / "part", folder / "part" / "a")
     assert [leads_out(folder, folder / name) for name in ("a", "s", "own", "inside")] == [
         False, True, False, False]  # fmt: skip
 

@@ -3,13 +3,13 @@
 from .conversation import Conversation
 from .decoder import KVCache
 from .fetching import fetch
-from .folder import save_pretrained
 from .foreign_tokenizer import as_tokenizer
 from .gpt2 import GPT2, Conv1D
 from .gpt2_config import GPT2Config
 from .llama import Llama
 from .llama_config import LlamaConfig
 from .loading import load_model
+from .saving import save_pretrained
 from .tokenizer import Tokenizer
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: read one into a `Llama` or `GPT2`, write one transformers loads.
+"""Hugging Face model folders, read into a `Llama` or `GPT2`; `saving` writes them.
 
 The format: `config.json`, and `model.safetensors` or `model.safetensors.index.json` with the shards
 it names (https://huggingface.co/docs/safetensors).
@@ -12,17 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minilora.files import (
-    Checksums,
-    leads_out,
-    tensor_content,
-    tensor_file,
-    whole_folder,
-    write,
-    write_json,
-)
+from minilora.files import Checksums, tensor_file
 from minilora.json_text import read_json_object
 from minilora.kernels import hardware
+from minilora.links import leads_out
 from minilora.quantization import is_finite
 
 from .causal import Prepare, Transform
@@ -31,19 +24,9 @@ from .gpt2_config import GPT2Config
 from .llama import Llama
 from .llama_config import LlamaConfig
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_FOREIGN = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-    "*.index.json",
-    "adapter_config.json",
-)
+CONFIG, WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAPPED = 2**24  # bytes of a file read through one mapping
-_MARK = {"written_by": "minilora"}  # in config.json: what save_pretrained may replace
 _DERIVED = ".rotary_emb.inv_freq"  # old checkpoints store it; it follows from the configuration
 
 Model = Llama | GPT2
@@ -82,7 +65,7 @@ def read_folder(
     """Read a folder into the model of that kind; its `from_pretrained` says what holds."""
     folder = Path(folder)
     known = KINDS[kind]
-    config = known.config.from_dict(read_json(folder / _CONFIG))
+    config = known.config.from_dict(read_json(folder / CONFIG))
     wanted = resolve_dtype(dtype)
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(tensor_file(file)) for file in _weight_files(folder)}
@@ -108,9 +91,9 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Turn `"auto"` into the fastest dtype here; pass None and floating dtypes through."""
     if dtype == "auto":
         return hardware().dtype
-    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in _FLOATS):
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         return dtype
-    names = ", ".join(str(kind) for kind in _FLOATS)
+    names = ", ".join(str(kind) for kind in FLOATS)
     raise ValueError(f"dtype must be None, 'auto' or one of {names}, found {dtype!r}")
 
 
@@ -153,12 +136,12 @@ def check_names_and_shapes(
         if found[fqn] != wanted[fqn]
     ]
     problems = [
-        f"{what}: {_some(names)}"
+        f"{what}: {some(names)}"
         for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)))
         if names
     ]
     if wrong:
-        problems.append(f"of another shape: {_some(wrong)}")
+        problems.append(f"of another shape: {some(wrong)}")
     if problems:
         raise ValueError(
             f"the tensors in '{source}' must be those its configuration describes, found "
@@ -166,7 +149,8 @@ def check_names_and_shapes(
         )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Join the first five names, and say how many more there are."""
     rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + rest
 
@@ -241,14 +225,14 @@ def _replace(model: Model, fqn: str, module: nn.Module) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if not (folder / _INDEX).is_file():
         others = sorted(
             file.name for kind in ("*.bin", "*.safetensors") for file in folder.glob(kind)
         )
         raise ValueError(
-            f"a model folder must hold {_WEIGHTS} or {_INDEX}, found {others or 'neither'} in "
+            f"a model folder must hold {WEIGHTS} or {_INDEX}, found {others or 'neither'} in "
             f"'{folder}'; only safetensors are read"
         )
     names = sorted(set(_weight_map(folder).values()))
@@ -282,7 +266,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _check_index(folder: Path, owner: dict[str, Place], kind: Kind) -> None:
     """Where there is an index, it must say of every tensor the file that holds it."""
-    if (folder / _WEIGHTS).is_file():
+    if (folder / WEIGHTS).is_file():
         return
     entries = _weight_map(folder).items()
     mapped = {name: folder / file for name, file in entries if kind.fqn(name) is not None}
@@ -291,7 +275,7 @@ def _check_index(folder: Path, owner: dict[str, Place], kind: Kind) -> None:
     if wrong:
         raise ValueError(
             f"'{folder / _INDEX}' must agree with the files it names, found it wrong about "
-            f"{_some(wrong)}; fetch the folder again"
+            f"{some(wrong)}; fetch the folder again"
         )
 
 
@@ -329,7 +313,7 @@ def _stored(owner: dict[str, Place]) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _read(handle: Any, fqn: str, file: Path) -> torch.Tensor:
     tensor = handle.get_tensor(fqn)
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise ValueError(
             f"{fqn} in '{file}' must be stored in a floating-point type of 16 bits or more, found "
             f"{tensor.dtype}; use an unquantized copy of the model"
@@ -353,81 +337,6 @@ def _check_tied_head(
     head, embedding = (_read(files[file], name, file) for file, name in places)
     if not torch.equal(head, embedding):
         raise ValueError(
-            f"tie_word_embeddings is true in '{folder / _CONFIG}', found an lm_head.weight that "
+            f"tie_word_embeddings is true in '{folder / CONFIG}', found an lm_head.weight that "
             f"differs from {embedding_name}; set it to false to keep both"
-        )
-
-
-def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` load.
-
-    A new or empty folder appears whole, by one rename. Files of an earlier one are replaced after
-    all have been written, `config.json` at the end: without it nobody reads the folder.
-
-    Args:
-        model: a plain floating-point `Llama` or `GPT2`: no adapters, not quantized. A head that
-            no longer shares the embedding's memory is stored as its own tensor.
-        folder: made when missing. Files of an earlier `save_pretrained` are replaced.
-        tokenizer: a `Tokenizer`, or one of transformers', to write beside it, or None.
-
-    Raises:
-        ValueError: a model that holds anything but the plain parameters, or a folder that holds
-            model files written by something else.
-        TypeError: another kind of model or tokenizer.
-        RuntimeError: the folder can't be written.
-    """
-    folder = Path(folder)
-    known = next((kind for kind in KINDS.values() if isinstance(model, kind.model)), None)
-    if known is None:
-        raise TypeError(
-            f"save_pretrained writes a Llama or GPT2 of minilora.models, found "
-            f"{type(model).__name__}; write other models by their own means"
-        )
-    if tokenizer is not None:
-        from .foreign_tokenizer import as_tokenizer  # which imports this module
-
-        tokenizer = as_tokenizer(tokenizer)
-    tensors = _plain_tensors(model, known)
-    _refuse_foreign(folder)
-    config = model.config.to_dict(tensors[known.embedding].dtype)
-    config |= {"tie_word_embeddings": "lm_head.weight" not in tensors, **_MARK}
-    with whole_folder(folder, last=_CONFIG) as made:
-        write(made / _WEIGHTS, tensor_content(tensors, {"format": "pt"}))
-        if model.config.eos_token_id is not None:
-            ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            generation = {key: value for key, value in ids.items() if value is not None}
-            write_json(made / "generation_config.json", generation)
-        write_json(made / _CONFIG, config)
-        if tokenizer is not None:
-            tokenizer.save(made)
-
-
-def _plain_tensors(model: Model, kind: Kind) -> dict[str, torch.Tensor]:
-    wanted = kind.model(model.config, device="meta").state_dict().keys()  # type: ignore[arg-type]
-    state = model.state_dict()
-    other = sorted(state.keys() ^ wanted)
-    other += [fqn for fqn, tensor in state.items() if tensor.dtype not in _FLOATS]
-    if other:
-        raise ValueError(
-            f"save_pretrained writes a plain floating-point {kind.model.__name__}, found the model "
-            f"differs in {_some(other)}; eject adapters (minilora.eject) and dequantize first"
-        )
-    head = state["lm_head.weight"]
-    if head.data_ptr() == state[kind.embedding].data_ptr():
-        if model.config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        else:
-            state["lm_head.weight"] = head.clone()
-    return {fqn: tensor.detach().contiguous() for fqn, tensor in state.items()}
-
-
-def _refuse_foreign(folder: Path) -> None:
-    found = {file.name for kind in _FOREIGN for file in folder.glob(kind)}
-    if (folder / _CONFIG).is_file():
-        ours = _MARK.items() <= read_json(folder / _CONFIG).items()
-        found = found - {_WEIGHTS} if ours else found | {_CONFIG}
-    if found:
-        raise ValueError(
-            f"'{folder}' must hold no model files but minilora's own, found "
-            f"{_some(sorted(found))}; choose another folder"
         )

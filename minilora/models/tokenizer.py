@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.files import leads_out, whole_folder, write, write_json
+from minilora.files import whole_folder, write, write_json
+from minilora.links import leads_out
 from minilora.wording import reading
 
 from .byte_level import folder_backend, gguf_backend, tokenizers_library
