@@ -4,115 +4,39 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import minilora
 from minilora import interrupt
-from minilora.adapter_config import read_config
-from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_pair
 from minilora.checkpoint import save_adapter
 from minilora.cli_arguments import build_parser
-from minilora.data import Example
-from minilora.data_files import DataFiles, check_streamed, streamed
-from minilora.files import is_new
+from minilora.cli_loading import (
+    base_of,
+    check_adapter,
+    check_new_folder,
+    data_files,
+    device,
+    encode_files,
+    load,
+)
+from minilora.data_files import check_streamed, streamed
 from minilora.injection import check_alpha, check_dropout
 from minilora.models import fetch, load_model, save_pretrained
 from minilora.packing import pack
 from minilora.planning.arguments import from_arguments
 from minilora.quantization import QuantizedLinear
-from minilora.quantized_models import is_quantized_folder, load_quantized, save_quantized
+from minilora.quantized_models import save_quantized
 from minilora.report import truncate
 from minilora.report.comparison import check_keep
 from minilora.selection import check_rank
 from minilora.sizes import sizes
 from minilora.training.lock import check_free
-from minilora.training.ranks import Ranks, common_dtype, leave, torchrun_number
+from minilora.training.ranks import Ranks, leave, torchrun_number
 from minilora.training.sharded_loading import sharded
 from minilora.training.state import check_out
 from minilora.wording import one_line
-
-
-def _check_adapter(folder: Path, what: str) -> None:
-    if not find_pair(folder)[0].is_file():
-        raise ValueError(
-            f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
-            f"{CONFIG_FILE} in {folder}"
-        )
-
-
-def _base_of(adapter: Path, model: str | None) -> str:
-    """Return the model that was asked for, or else the one that an adapter names as its base."""
-    named = model or read_config(find_pair(adapter)[0]).get("base_model_name_or_path")
-    if not named:
-        raise ValueError(f"{adapter / CONFIG_FILE} must name its base, found none; pass --model")
-    return named
-
-
-def _check_new_folder(out: Path, what: str) -> None:
-    if not is_new(out):
-        raise ValueError(
-            f"{what} must be a new or empty folder, found files at {out}; nothing is overwritten, "
-            f"so name another one"
-        )
-
-
-def _load(options: argparse.Namespace, prepare=None):
-    adapter = getattr(options, "adapter", None)
-    if adapter is not None:
-        _check_adapter(adapter, "--adapter")  # before the slow part
-    device = _device(options)
-    dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
-    dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
-    if device.type == "cuda" and dtype == "auto":
-        dtype = minilora.hardware("cuda").dtype
-    elif getattr(options, "parallel", None) is not None and dtype == "auto":
-        dtype = common_dtype(options.parallel)
-    format = getattr(options, "quantize", None)
-    if format is not None or is_quantized_folder(options.model):
-        block_size = getattr(options, "block_size", 64)
-        model, tokenizer = load_quantized(
-            options.model,
-            format,
-            block_size=block_size,
-            dtype=dtype,
-            device=device,
-            prepare=prepare,
-        )
-    else:
-        model, tokenizer = load_model(options.model, dtype=dtype, device=device, prepare=prepare)
-    if adapter is not None:
-        minilora.load(model, adapter, trainable=options.command == "train")
-    return model, tokenizer
-
-
-def _device(options: argparse.Namespace) -> torch.device:
-    """Return where the model goes; under torchrun each process has a GPU of its own."""
-    if getattr(options, "device", "cpu") == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            "--device cuda needs a GPU that torch can use, found none; leave it out to train on "
-            "the CPU, or install torch for CUDA"
-        )
-    return torch.device("cuda", torchrun_number("LOCAL_RANK", 0))
-
-
-def _data(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
-    return DataFiles(
-        files, options.max_length, options.all_tokens, options.skip_bad, options.parse_special
-    )
-
-
-def _examples(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[Example]:
-    """Encode and say what became of the files; of several processes one does."""
-    examples, report = data.examples(tokenizer, getattr(options, "token_cache", None))
-    if torchrun_number("RANK", 0) == 0:  # torchrun's
-        for line in report:
-            print(line, file=sys.stderr)
-    return examples
 
 
 def _check_going_on(options: argparse.Namespace) -> None:
@@ -171,8 +95,8 @@ def _train(options: argparse.Namespace) -> int:
                 "leave one out"
             )
         check_streamed(options.data)
-    train_data = None if options.stream else _data(options.data, options)
-    valid_data = _data(options.valid, options) if options.valid else None
+    train_data = None if options.stream else data_files(options.data, options)
+    valid_data = data_files(options.valid, options) if options.valid else None
 
     def inject(model) -> None:
         torch.manual_seed(options.seed)
@@ -191,9 +115,9 @@ def _train(options: argparse.Namespace) -> int:
         )
 
     if options.parallel == "fsdp":  # each process reads its part alone
-        model, tokenizer = _load(options, sharded(Ranks("fsdp", _device(options)), inject))
+        model, tokenizer = load(options, sharded(Ranks("fsdp", device(options)), inject))
     else:
-        model, tokenizer = _load(options)
+        model, tokenizer = load(options)
     train: Any = (
         streamed(
             options.data,
@@ -205,11 +129,11 @@ def _train(options: argparse.Namespace) -> int:
             options.parse_special,
         )
         if train_data is None
-        else _examples(train_data, tokenizer, options)
+        else encode_files(train_data, tokenizer, options)
     )
     if options.pack and not options.stream:
         train = pack(train, options.max_length)
-    valid = _examples(valid_data, tokenizer, options) if valid_data is not None else None
+    valid = encode_files(valid_data, tokenizer, options) if valid_data is not None else None
     if options.parallel != "fsdp" and options.adapter is None:
         inject(model)
     result = minilora.fit(  # torchrun ends the others when one fails
@@ -248,16 +172,16 @@ def _sampler(prompts: Sequence[str], tokenizer) -> Callable[[Any], str]:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    data = _data(options.data, options)
-    model, tokenizer = _load(options)
-    examples = _examples(data, tokenizer, options)
+    data = data_files(options.data, options)
+    model, tokenizer = load(options)
+    examples = encode_files(data, tokenizer, options)
     found = minilora.evaluate(model, examples, batch_size=options.batch_size)
     print(json.dumps(vars(found)) if options.json else found)
     return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
-    model, tokenizer = _load(options)
+    model, tokenizer = load(options)
     texts = minilora.generate(
         model,
         options.prompts,
@@ -277,8 +201,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     out = options.out
-    _check_new_folder(out, "--out")
-    model, tokenizer = _load(options)
+    check_new_folder(out, "--out")
+    model, tokenizer = load(options)
     small = any(isinstance(m, QuantizedLinear) for m in model.modules())
     minilora.merge(model, keep=None, mode="dequantize" if small else None)
     minilora.eject(model)
@@ -289,9 +213,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    _check_new_folder(options.new, "NEW")
-    _check_adapter(options.out, "OUT")
-    model, _ = load_model(_base_of(options.out, options.model), dtype=None)
+    check_new_folder(options.new, "NEW")
+    check_adapter(options.out, "OUT")
+    model, _ = load_model(base_of(options.out, options.model), dtype=None)
     minilora.load(model, options.out)
     print(minilora.export(model, options.new, r=options.r, dtype=options.dtype))
     print(minilora.check(options.new))
@@ -305,16 +229,16 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    _check_new_folder(options.out, "--out")
+    check_new_folder(options.out, "--out")
     options.quantize = options.format
-    model, tokenizer = _load(options)
+    model, tokenizer = load(options)
     save_quantized(model, options.out, tokenizer)
     print(f"{options.format} model in {options.out}: {sizes(model)}")
     return 0
 
 
 def _targets(options: argparse.Namespace) -> int:
-    model, _ = _load(options)
+    model, _ = load(options)
     targets = options.targets or "all-linear"
     print(minilora.targets(model, targets, exclude=options.exclude, r=options.r))
     return 0
@@ -329,18 +253,18 @@ def _explain(options: argparse.Namespace) -> int:
     if options.against is not None:
         folders["other"] = options.against
     if options.truncate is not None:
-        _check_new_folder(options.truncate, "--truncate")
+        check_new_folder(options.truncate, "--truncate")
     for folder in folders.values():
-        _check_adapter(folder, "OUT" if folder == options.out else "--against")
-    options.model = _base_of(options.out, options.model)
+        check_adapter(folder, "OUT" if folder == options.out else "--against")
+    options.model = base_of(options.out, options.model)
     files = {key: getattr(options, key) for key in ("data", "train", "outside")}
-    data = {key: _data(names, options) for key, names in files.items() if names}
-    model, tokenizer = _load(options)
+    data = {key: data_files(names, options) for key, names in files.items() if names}
+    model, tokenizer = load(options)
     for name, folder in folders.items():
         minilora.load(model, folder, name)
     examples = {}
     for key, some in data.items():
-        whole = _examples(some, tokenizer, options)
+        whole = encode_files(some, tokenizer, options)
         count = min(len(whole), options.examples)
         examples[key] = [whole[i * len(whole) // count] for i in range(count)]
     found = minilora.explain(

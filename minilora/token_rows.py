@@ -19,9 +19,11 @@ Get = Callable[[str], Any]
 def masked(labels: tuple[int, ...], get: Get, name: str) -> tuple[int, ...]:
     """Return labels without those that a mask leaves out; warn of weights, which are not used."""
     for key in MASKS:
-        if get(key) is not None:
-            given = get(key).tolist() if hasattr(get(key), "tolist") else get(key)
-            mask = integers([int(v) if type(v) is bool else v for v in given], f"{name}: {key}")
+        if (given := get(key)) is not None:
+            given = given.tolist() if hasattr(given, "tolist") else given
+            if isinstance(given, (list, tuple)):
+                given = [int(v) if type(v) is bool else v for v in given]
+            mask = integers(given, f"{name}: {key}")
             if len(mask) != len(labels) or not {0, 1}.issuperset(mask):
                 raise ValueError(f"{name}: {key} must hold a 0 or a 1 for each of the input_ids")
             labels = tuple(

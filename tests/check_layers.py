@@ -22,6 +22,7 @@ type = layers
 layers =
     minilora.cli
     minilora.cli_arguments
+    minilora.cli_loading
     minilora.report
     minilora.training
     minilora.planning

@@ -75,7 +75,8 @@ def no_model(monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("minilora.cli.load_model", fail)
+    for module in ("cli", "cli_loading"):
+        monkeypatch.setattr(f"minilora.{module}.load_model", fail)
 
 
 def dtypes(file):

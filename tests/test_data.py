@@ -553,6 +553,8 @@ def test_as_examples_uses_masks_of_what_is_learned(key, make):
     for bad in ([0, 1], [0, 1, 2, 0]):
         with pytest.raises(ValueError, match=f"example 0: {key} must hold a 0 or a 1 for each of"):
             as_examples([{**item, key: bad}])
+    with pytest.raises(TypeError, match=f"example 0: {key} must be a list or a 1-D tensor, found"):
+        as_examples([{**item, key: 1}])
     with pytest.raises(ValueError, match="nothing to learn"):
         as_examples([{**item, key: [1, 0, 1, 0]}])
 
