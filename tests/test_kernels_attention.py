@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minilora.kernels import causal_attention
 
@@ -85,6 +86,12 @@ def test_is_as_exact_as_torchs_own_backward(dtype):
     inputs = case(2, 3, 3, 150, 16, dtype)  # chunks of 128 and 22
     true = oracle(*inputs, 0.25)
     mine, theirs = errors(by_chunks(*inputs, 0.25), true), errors(by_sdpa(*inputs, 0.25), true)
+    if dtype == torch.float32:
+        # How products are summed differs from processor to processor. Ours are torch's plain ones,
+        # so they are held to those, where torch's fused kernel is more exact.
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = errors(by_sdpa(*inputs, 0.25), true)
+        theirs = [max(pair) for pair in zip(theirs, plain, strict=True)]
     if dtype != torch.float32:
         # Q Kᵀ and dO Vᵀ leave their products rounded, which torch's kernel spares dQ (but not dK
         # and dV): each gradient is held to the worst of torch's.

@@ -750,7 +750,9 @@ def test_load_model_writes_the_text_that_transformers_writes(tmp_path):
         ids = judge(text, return_tensors="pt")
         assert tokenizer.encode(text) == ids.input_ids[0].tolist()
         out = theirs.generate(**ids, max_new_tokens=20, do_sample=False, pad_token_id=end)
-        assert new == judge.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+        written = judge.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+        assert written.startswith(new)
+        assert set(written[len(new) :]) <= {"�"}  # a character cut by the limit is held back
         assert len(set(new)) > 3
     save_pretrained(model, tmp_path / "ours", tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path / "ours").eos_token_id == end
@@ -761,11 +763,14 @@ def test_load_model_keeps_special_tokens_that_are_named(tmp_path):
     size = _add_tokenizer(tmp_path, eos_token="hell", pad_token="he")
     _theirs(vocab_size=size).save_pretrained(tmp_path)
     tokenizer = load_model(tmp_path)[1]
-    assert tokenizer.decode([tokenizer.eos_id, tokenizer.pad_id]) == "hellhe"
+    judge = AutoTokenizer.from_pretrained(tmp_path)
+    named = [tokenizer.eos_id, tokenizer.pad_id]
+    assert judge.convert_ids_to_tokens(named) == ["hell", "he"]
+    assert tokenizer.decode(named) == judge.decode(named, skip_special_tokens=True) == ""
     assert tokenizer.bos_id is None
     _add_tokenizer(tmp_path, pad_token="he")
     tokenizer = load_model(tmp_path)[1]
-    assert tokenizer.decode([tokenizer.pad_id]) == "he"
+    assert AutoTokenizer.from_pretrained(tmp_path).convert_ids_to_tokens(tokenizer.pad_id) == "he"
     assert tokenizer.eos_id == tokenizer.bos_id == size - 1
 
 
