@@ -178,6 +178,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
             install(model, names)
 
 
+def _require_outside(layers: dict[str, LoRALayer], verb: str) -> None:
+    """Raise within `disabled` and `mixed`, which know adapters by their names."""
+    if any(layer.thread is not None for layer in layers.values()):
+        raise RuntimeError(
+            f"{verb}() must be called outside of disabled() and mixed(), which would no longer "
+            f"find the adapter; end the block first"
+        )
+
+
 def delete(model: nn.Module, adapter: str) -> None:
     """Take one adapter off; a layer that held only this one becomes plain again.
 
@@ -187,11 +196,12 @@ def delete(model: nn.Module, adapter: str) -> None:
 
     Raises:
         ValueError: an unknown name, or a model without adapters.
-        RuntimeError: adapters are merged.
+        RuntimeError: adapters are merged, or a block of `disabled` or `mixed` is open.
     """
     layers = require_layers(model, "delete")
     adapter = _one(model, adapter, "delete")
     require_unmerged(layers, "delete")
+    _require_outside(layers, "delete")
     if all_adapter_names(model) == [adapter]:
         eject(model)
         return
@@ -217,11 +227,12 @@ def rename(model: nn.Module, adapter: str, new: str) -> None:
 
     Raises:
         ValueError: an unknown name, or a new one that is in use or can't be a name.
-        RuntimeError: adapters are merged.
+        RuntimeError: adapters are merged, or a block of `disabled` or `mixed` is open.
     """
     layers = require_layers(model, "rename")
     adapter = _one(model, adapter, "rename")
     require_unmerged(layers, "rename")
+    _require_outside(layers, "rename")
     check_adapter_name(new)
     if new in all_adapter_names(model):
         raise ValueError(f"the model already has an adapter {new!r}; choose another name")

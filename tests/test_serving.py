@@ -279,3 +279,20 @@ def test_a_state_dict_reaches_the_slots():
     prepare_switching(model.eval(), 6)
     model.load_state_dict(trained.state_dict())
     torch.testing.assert_close(model(x), trained(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [minilora.disabled, lambda model: mixed(model, ["b", "base"])])
+def test_blocks_keep_the_adapters_they_know(block):
+    model, x = two_adapters().eval(), torch.randn(2, 12)
+    minilora.activate(model, ["default", "b"])
+    y = model(x)
+    with block(model):
+        for call in (
+            lambda: minilora.delete(model, "b"),
+            lambda: minilora.rename(model, "b", "c"),
+        ):
+            with pytest.raises(RuntimeError, match="must be called outside of disabled.. and mix"):
+                call()
+    assert torch.equal(model(x), y)
+    minilora.rename(model, "b", "c")
+    assert torch.equal(model(x), y)
