@@ -34,7 +34,7 @@ from minilora.copies import (
 )
 from minilora.factors import LoRAAdapter
 from minilora.files import read_tensors
-from minilora.frozen_values import describe, frozen_values
+from minilora.frozen_values import describe, drawn_modules, frozen_values
 from minilora.injection import as_dtype, attach, check_adapter_name
 from minilora.json_text import parse_json
 from minilora.kernels import check_backend
@@ -142,7 +142,16 @@ def save_adapter(model: nn.Module, out: Path, adapter: str, base_name: str | Non
             )
         _require_finite(value, f"{name} of adapter {adapter!r}")
         tensors[_copy_key(name, layers)] = value
-    frozen = frozen_values(model, layers, copies_of(model, adapter))
+    copied = copies_of(model, adapter)
+    frozen = frozen_values(model, layers, copied)
+    if drawn := drawn_modules(model, copied):
+        warnings.warn(
+            f"minilora: {', '.join(drawn[:4])} of the base holds values drawn at random since it "
+            f"was loaded (new rows of a vocabulary, a new head), which the adapter's files do not "
+            f"hold: save the base too, with adapters ejected, or the adapter will not load",
+            UserWarning,
+            stacklevel=3,
+        )
     loose = next((name for name, value in frozen.items() if value.requires_grad), None)
     if loose is not None:
         raise ValueError(

@@ -126,8 +126,8 @@ def difference(values: Mapping[str, Tensor], description: str) -> str | None:
     return None
 
 
-def drawn_modules(model: nn.Module) -> list[str]:
-    """Return the modules with values drawn at random beside those of a checkpoint.
+def drawn_modules(model: nn.Module, copied: Container[str] = ()) -> list[str]:
+    """Return the modules with values drawn at random, not `copied`, beside those of a checkpoint.
 
     Known for models of transformers' `from_pretrained` alone: what it did not read is a new head,
     a layer put in afterwards, or a vocabulary that has grown. Constant values count as known.
@@ -145,7 +145,8 @@ def drawn_modules(model: nn.Module) -> list[str]:
         return []
     drawn = {id(v) for v in unread.values() if bool(v.detach().min() != v.detach().max())}
     drawn |= _grown(model)
-    return list(dict.fromkeys(n.rpartition(".")[0] for n, v in values.items() if id(v) in drawn))
+    found = [n for n, value in values.items() if id(value) in drawn and n not in copied]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in found))
 
 
 def _grown(model: nn.Module) -> set[int]:

@@ -200,11 +200,7 @@ def _modules_to_save(model: nn.Module, entries: object) -> list[str]:
 
 def _refuse_drawn(model: nn.Module, copied: Container[str]) -> None:
     """Refuse values that are random in this process alone and would be lost with it."""
-    places = parameter_places(model)
-    drawn = [
-        module for module in drawn_modules(model)
-        if any(n.rpartition(".")[0] == module and n not in copied for n in places)
-    ]  # fmt: skip
+    drawn = drawn_modules(model, copied)
     if drawn:
         raise ValueError(
             f"{', '.join(drawn[:4])} {'hold' if len(drawn) > 1 else 'holds'} values drawn at "

@@ -263,6 +263,15 @@ def test_a_grown_vocabulary_has_to_be_saved(hf, tmp_path, tied):
         minilora.load(hf(tie_word_embeddings=tied), folder)
 
 
+def test_a_vocabulary_that_grows_after_inject_is_named_by_save(hf, tmp_path):
+    model = minilora.inject(hf(), r=2, alpha=3)
+    model.resize_token_embeddings(64)
+    with pytest.warns(UserWarning, match=r"embed_tokens, lm_head of the base holds values drawn"):
+        folder = minilora.save(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"grew: model\.resize_token_embeddings\(64\) first"):
+        minilora.load(hf(), folder)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("tied", [False, True])
 def test_pefts_adapter_over_a_grown_vocabulary_loads(hf, tmp_path, tied):
