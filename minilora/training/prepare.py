@@ -24,6 +24,7 @@ from minilora.packed import packed_format
 from minilora.quantization import QuantizedLinear
 from minilora.streaming import Stream, StreamBatches
 from minilora.training.config import TrainConfig
+from minilora.widening import widened
 from minilora.wrappers import check_whole, named_parameters, unwrapped
 
 
@@ -72,7 +73,7 @@ def _require_causal(model: nn.Module, config: Any) -> None:
         return
     ids = torch.arange(4, device=device_of(model))[None] + vocabulary // 2
     other = torch.where(ids == ids[0, -1], ids[0, 0], ids)  # the last token is another one
-    with inference(model):
+    with inference(model), widened(model):  # as training computes
         one, two = (forward_logits(model, x) for x in (ids, other))
     if one.dim() != 3 or one.shape[1] != 4:
         return
