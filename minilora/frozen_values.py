@@ -41,7 +41,8 @@ def frozen_values(
     merged = {fqn: layer for fqn, layer in lora_layers(model).items() if layer.merged}
     changed = {f"{fqn}.weight" for fqn in merged} | {
         f"{fqn}.bias" for fqn, layer in merged.items()
-        if any(layer.adapters[name].lora_bias is not None for name in layer.merged)
+        if any(name not in layer.adapters or layer.adapters[name].lora_bias is not None
+               for name in layer.merged)
     }  # fmt: skip
     found: dict[str, Any] = {}
     for name, (module, key) in parameter_places(model).items():

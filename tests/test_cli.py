@@ -256,7 +256,7 @@ def test_cli_train_refuses_an_out_that_holds_an_adapter(letters, tmp_path, no_mo
 
 def test_cli_names_the_file_in_which_nothing_is_left_to_learn(folder, tmp_path, capsys):
     file = tmp_path / "long.jsonl"
-    file.write_text(json.dumps({"prompt": "a " * 30, "completion": " b"}) + "\n")
+    file.write_text(json.dumps({"prompt": "a b " * 15, "completion": " b"}) + "\n")
     train = ["train", folder, "--data", file, "--out", tmp_path / "run"]
     assert run(*train, "--max-length", 8, "--max-steps", 1) == 2
     error = capsys.readouterr().err
