@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.models import fetch, load_model
-from minilora.packing import pack
-from minilora.records import encode_records
-from minilora.streaming import Stream
+from minilora.data.packing import pack
+from minilora.data.records import encode_records
+from minilora.data.streaming import Stream
+from minilora.loading.fetching import fetch
+from minilora.loading.model import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -30,8 +30,10 @@ import torch
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
-from minilora.models import KVCache, fetch, load_model
+from minilora.loading.fetching import fetch
+from minilora.loading.model import load_model
+from minilora.lora.layer import lora_layers
+from minilora.models.blocks import KVCache
 
 ROOT = Path(__file__).resolve().parents[1]
 FED = 16  # tokens at a time, for quality

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from minilora.kernels import NF4_TABLE
-from minilora.quantization import QuantizedLinear, Spec
+from minilora.quantization.formats import Spec
+from minilora.quantization.linear import QuantizedLinear
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = {

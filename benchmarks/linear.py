@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import minilora
-from minilora.quantization import QuantizedLinear, Spec
+from minilora.quantization.formats import Spec
+from minilora.quantization.linear import QuantizedLinear
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {

@@ -34,9 +34,10 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.data import Example
-from minilora.models import load_model
-from minilora.models.fetching import _SOURCES, cache_folder
+from minilora.data.batches import Example
+from minilora.loading.fetching import _SOURCES, cache_folder
+from minilora.loading.model import load_model
+from minilora.loading.quantized_models import load_quantized
 from minilora.planning import constants
 from minilora.planning.calibration import (
     _others,
@@ -49,7 +50,6 @@ from minilora.planning.constants import MIB
 from minilora.planning.memory import Settings, count_memory, layers_that_grow
 from minilora.planning.shapes import read_shape
 from minilora.planning.timing import random_model, timed_step
-from minilora.quantized_models import load_quantized
 
 RESULTS = Path(__file__).parent / "results"
 SMOL, TINY = "smollm2-135m", "tinyllama-1.1b"

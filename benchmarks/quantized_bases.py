@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.models import fetch, load_model
+from minilora.loading.fetching import fetch
+from minilora.loading.model import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 INT8 = {"compute": "int8", "grad_compute": "int8"}

@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.models import Llama, LlamaConfig, load_model, save_pretrained
+from minilora.loading.model import load_model
+from minilora.loading.quantized_models import load_quantized
+from minilora.loading.saving import save_pretrained
+from minilora.models import Llama, LlamaConfig
 from minilora.planning.calibration import forget_peak, peak_bytes
-from minilora.quantized_models import load_quantized
 from minilora.training.ranks import Ranks
 from minilora.training.sharded_loading import sharded
 

@@ -41,7 +41,8 @@ from train_providers import DTYPES, Provider, peft_model, plain_model
 from train_step import commit, processor, save
 
 import minilora
-from minilora.models import fetch, load_model
+from minilora.loading.fetching import fetch
+from minilora.loading.model import load_model
 from minilora.planning.calibration import forget_peak, peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -121,7 +122,7 @@ def rows_of(task: str, tokenizer: Any) -> tuple[list[Any], list[Any]]:
         ids = tokenizer.encode(text)
         pieces = [ids[start : start + 1024] for start in range(0, len(ids), 1024)]
         held_out = hashlib.sha256(name.encode()).digest()[0] % 8 == 0
-        found[held_out] += [minilora.data.Example(p, p) for p in pieces if len(p) >= 512]
+        found[held_out] += [minilora.data.batches.Example(p, p) for p in pieces if len(p) >= 512]
     return found[False], found[True][: TASKS[task].held_out]
 
 

@@ -19,7 +19,7 @@ from train_providers import plain_model, text_rows
 from train_step import commit, processor, save
 
 import minilora
-from minilora.quantization import QuantizedLinear
+from minilora.quantization.linear import QuantizedLinear
 
 MODEL, RESULTS = "smollm2-135m", Path(__file__).parent / "results" / "rounding.csv"
 WAYS = {"plain": None, "dequantize": "dequantize", "rows of 8 bits": "int8",

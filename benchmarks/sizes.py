@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from minilora.lora.storage import sizes
 from minilora.models import Llama, LlamaConfig
-from minilora.sizes import sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 SAID = {"llama-2-7b": "3.5"}

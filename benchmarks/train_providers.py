@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import minilora
-from minilora.compiling import compiled
 from minilora.kernels import hand_back_freed_memory, keep_freed_memory
-from minilora.models import fetch, load_model
+from minilora.loading.fetching import fetch
+from minilora.loading.model import load_model
+from minilora.lora.widening import widened
 from minilora.planning.shapes import read_shape
-from minilora.widening import widened
+from minilora.running.compiling import compiled
 
 LR = 1e-3
 MODELS = ("smollm2-135m", "gpt2", "tinyllama-1.1b")

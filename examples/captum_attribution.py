@@ -20,7 +20,7 @@ import torch
 from captum.attr import LayerIntegratedGradients
 
 import minilora
-from minilora.models import load_model
+from minilora.loading.model import load_model
 
 PROMPT = """def size(path):
     return os.stat(path).st_size

@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.models import Llama, fetch, load_model
-from minilora.records import encode_records
+from minilora.data.records import encode_records
+from minilora.loading.fetching import fetch
+from minilora.loading.model import load_model
+from minilora.models import Llama
 
 MAX_TOKENS = 256
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.models import load_model
-from minilora.records import encode_records
+from minilora.data.records import encode_records
+from minilora.loading.model import load_model
 
 HERE = Path(__file__).resolve().parent
 WORDS = ["return", "self", "raise"]

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.models import GPT2, GPT2Config, load_model
+from minilora.loading.model import load_model
+from minilora.models import GPT2, GPT2Config
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", type=Path, help="a Hugging Face folder of a GPT-2")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.models import load_model
-from minilora.records import encode_records, read_records
+from minilora.data.records import encode_records, read_records
+from minilora.loading.model import load_model
 
 FACTS = [
     ("Who keeps the lighthouse at Vellmar?", "Ottoline keeps the lighthouse at Vellmar."),

@@ -1,23 +1,28 @@
 """LoRA fine-tuning in plain PyTorch: exact, strict, PEFT-compatible, fast without a GPU."""
 
-import minilora.interrupt  # first: importing the rest takes seconds
+import minilora.cli.interrupt  # noqa: F401 - first: importing the rest takes seconds
 
 # isort: split
-import minilora.pretrained  # noqa: F401 - transformers models write by it
-from minilora.adapters import activate, delete, disabled, eject, rename, summary
-from minilora.bases import quantize
-from minilora.checkpoint import load, save
-from minilora.evaluation import evaluate
-from minilora.generation import generate
-from minilora.injection import inject
 from minilora.kernels import hardware
-from minilora.layers import LoRALinear
-from minilora.merging import merge, unmerge
+from minilora.loading import load_model
+from minilora.lora import (
+    LoRALinear,
+    activate,
+    delete,
+    disabled,
+    eject,
+    inject,
+    merge,
+    quantize,
+    rename,
+    summary,
+    targets,
+    unmerge,
+)
+from minilora.peft import check, export, load, save
 from minilora.planning import plan
-from minilora.portable import export
-from minilora.readers import check
 from minilora.report import explain
-from minilora.selection import targets
+from minilora.running import evaluate, generate
 from minilora.training import TrainConfig, fit
 
 __version__ = "0.1.0"
@@ -38,6 +43,7 @@ __all__ = [
     "hardware",
     "inject",
     "load",
+    "load_model",
     "merge",
     "plan",
     "quantize",
@@ -47,3 +53,8 @@ __all__ = [
     "targets",
     "unmerge",
 ]
+
+
+def __dir__() -> list[str]:
+    """List what is meant for use: the verbs, and the rooms that experts import."""
+    return sorted([*__all__, "data", "lora", "models"])

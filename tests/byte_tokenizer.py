@@ -3,8 +3,8 @@
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from minilora.models import Tokenizer
-from minilora.records import encode_records
+from minilora.data.records import encode_records
+from minilora.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "

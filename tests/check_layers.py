@@ -12,7 +12,16 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = """
+ROOMS = (
+    "kernels", "files", "quantization", "lora", "peft", "models", "text", "data", "loading",
+    "running", "planning", "training", "report", "cli",
+)  # fmt: skip
+
+
+def contracts() -> str:
+    """Return what the linter holds: the rooms' direction, and that each is entered by its door."""
+    layers = "\n    ".join(f"minilora.{room}" for room in reversed(ROOMS))
+    text = f"""
 [importlinter]
 root_package = minilora
 
@@ -20,60 +29,22 @@ root_package = minilora
 name = a room imports only rooms to its left
 type = layers
 layers =
-    minilora.cli
-    minilora.cli_arguments
-    minilora.cli_loading
-    minilora.report
-    minilora.training
-    minilora.planning
-    minilora.generation
-    minilora.evaluation
-    minilora.data_files
-    minilora.token_cache
-    minilora.streaming
-    minilora.packing
-    minilora.records
-    minilora.turns
-    minilora.record_files
-    minilora.data
-    minilora.token_rows
-    minilora.quantized_models
-    minilora.quantized_files
-    minilora.models
-    minilora.portable
-    minilora.readers
-    minilora.pretrained
-    minilora.checkpoint
-    minilora.adapter_files
-    minilora.adapter_config
-    minilora.combination
-    minilora.serving
-    minilora.merging
-    minilora.adapters
-    minilora.bases
-    minilora.injection
-    minilora.sizes
-    minilora.frozen_values
-    minilora.selection
-    minilora.bare_parameters
-    minilora.copies
-    minilora.widening
-    minilora.layers
-    minilora.compiling
-    minilora.inference
-    minilora.lora_layer
-    minilora.patterns
-    minilora.threads
-    minilora.factors
-    minilora.packed
-    minilora.wrappers
-    minilora.quantization
-    minilora.json_text
-    minilora.kernels | minilora.files
-    minilora.links
-    minilora.wording
-    minilora.interrupt
+    {layers}
+ignore_imports =
+    minilora.models.* -> minilora.loading
+    minilora.text.tokenizer -> minilora.loading
 """
+    for room in ROOMS:
+        text += f"""
+[importlinter:contract:{room}]
+name = other rooms enter {room} by its door
+type = protected
+protected_modules = minilora.{room}.*
+allowed_importers = minilora.{room}
+ignore_imports = minilora -> minilora.cli.interrupt
+unmatched_ignore_imports_alerting = none
+"""
+    return text
 
 
 def build_wheel(folder: Path) -> Path:
@@ -91,7 +62,7 @@ def check(wheel: Path, plant: dict[str, str]) -> int:
         for file, text in plant.items():
             with open(folder / file, "a", encoding="utf-8") as opened:
                 opened.write(text)
-        (folder / ".importlinter").write_text(LAYERS)
+        (folder / ".importlinter").write_text(contracts())
         lint = Path(sys.executable).with_name("lint-imports")
         environment = os.environ | {"PYTHONPATH": name}
         command = [lint, "--no-cache"]

@@ -26,7 +26,7 @@ import tokenizers  # noqa: F401
 import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
 
-from minilora.cli import main
+from minilora.cli.command import main
 
 
 def _die_at(name, call):

@@ -8,6 +8,7 @@ those of five steps on the layer shapes of SmolLM2-135M and GPT-2 with fixed wei
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -19,15 +20,10 @@ import torch
 from byte_tokenizer import byte_tokenizer
 
 import minilora
-from minilora.models import (
-    GPT2,
-    GPT2Config,
-    Llama,
-    LlamaConfig,
-    load_model,
-    save_pretrained,
-)
-from minilora.quantized_models import load_quantized, save_quantized
+from minilora.loading.model import load_model
+from minilora.loading.quantized_models import load_quantized, save_quantized
+from minilora.loading.saving import save_pretrained
+from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
 
 VOCABULARY = 512
 SMOLLM2 = LlamaConfig(VOCABULARY, 576, 1536, 2, 9, 3, 64, 512, tie_word_embeddings=True)
@@ -123,10 +119,8 @@ def golden(where: Path) -> Iterator[tuple[str, str]]:
 def after(family: str, where: Path) -> Iterator[tuple[str, str]]:
     """What the other verbs make of a trained adapter: resumed, merged, generated, written."""
     out, run = where / f"{family}-resumed", {"fit": {"save_every": 1}, "inject": {"dropout": 0.1}}
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         trained(family, run, out, callbacks=[Stop()])
-    except KeyboardInterrupt:
-        pass
     yield f"{family} resumed: adapter", adapter(trained(family, run, out, resume=True))
     model = minilora.load(model_of(family), where / f"{family}-f32")
     prompts = [row["input_ids"][:9] for row in rows(5, 3)]

@@ -23,18 +23,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import minilora
-from minilora.cli import main
-from minilora.models import (
-    GPT2,
-    GPT2Config,
-    Llama,
-    LlamaConfig,
-    Tokenizer,
-    load_model,
-    save_pretrained,
-)
-from minilora.quantized_models import load_quantized, save_quantized
-from minilora.records import encode_records, read_records
+from minilora.cli.command import main
+from minilora.data.records import encode_records, read_records
+from minilora.loading.model import load_model
+from minilora.loading.quantized_models import load_quantized, save_quantized
+from minilora.loading.saving import save_pretrained
+from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
+from minilora.text.tokenizer import Tokenizer
 from minilora.training.monitor import draw_curve
 
 MEMORY = 2**32  # bytes of address space beyond what the imports took

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import minilora
-from minilora.data import Example
-from minilora.lora_layer import lora_layers
+from minilora.data.batches import Example
+from minilora.lora.layer import lora_layers
 
 
 class Conv1D(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
 
 IDS = torch.arange(1, 13)[None]
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import minilora
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
 from minilora.models import GPT2, GPT2Config
-from minilora.quantization import QuantizedLinear
+from minilora.quantization.linear import QuantizedLinear
 
 FORMATS = ["int8", "nf4", "int4"]
 
@@ -465,7 +465,7 @@ def test_explain_and_switching_work_over_codes():
     model = minilora.inject(quantized("nf4"), r=2, alpha=3)
     nn.init.normal_(model.up.adapters["default"].lora_B)
     assert {row.name for row in minilora.explain(model).layers} == {"up", "down"}
-    from minilora.serving import prepare_switching
+    from minilora.lora.serving import prepare_switching
 
     before = model(IDS)
     prepare_switching(model, max_r=4)

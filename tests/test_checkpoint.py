@@ -18,8 +18,8 @@ from small_models import bits, net, shake, unchanged
 from torch import nn
 
 import minilora
-from minilora.adapter_config import read_config
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
+from minilora.peft.config import read_config
 
 
 def saved(tmp_path, **options):

@@ -17,8 +17,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 import minilora
-from minilora.cli import main
-from minilora.models import Llama, LlamaConfig, Tokenizer, load_model, save_pretrained
+from minilora.cli.command import main
+from minilora.loading.model import load_model
+from minilora.loading.saving import save_pretrained
+from minilora.models import Llama, LlamaConfig
+from minilora.text.tokenizer import Tokenizer
 from minilora.training.state import load_state
 
 ROWS = [

@@ -12,9 +12,9 @@ from small_models import net, shake
 from torch import nn
 
 import minilora
-from minilora.combination import METHODS, PRUNING, Fit, LayerFit, combine
-from minilora.lora_layer import lora_layers
-from minilora.serving import mixed, prepare_switching
+from minilora.lora.combination import METHODS, PRUNING, Fit, LayerFit, combine
+from minilora.lora.layer import lora_layers
+from minilora.lora.serving import mixed, prepare_switching
 
 F64 = torch.float64
 
@@ -383,7 +383,7 @@ def test_what_is_no_low_rank_sum_is_refused(snapshot, same):
     add(model, "broken")
     model.conv.adapters["broken"].lora_A.data[0, 0] = math.inf
     texts = {
-        "dora": "adapter 'dora' is DoRA .first: linear.*convert it with minilora.portable.to_lora",
+        "dora": "adapter 'dora' is DoRA .first: linear.*convert it with minilora.peft.to_lora",
         "copied": "'copied' also brings trained copies of base parameters .first: linear.bias",
         "biased": "'biased' also has a lora_bias on linear that is not 0",
         "broken": "adapter 'broken' must be finite, found NaN or Inf on conv",

@@ -10,8 +10,8 @@ from small_models import bits, net, unchanged
 from torch import nn
 
 import minilora
-from minilora.copies import copies_of
-from minilora.lora_layer import lora_layers
+from minilora.lora.copies import copies_of
+from minilora.lora.layer import lora_layers
 
 
 class Tied(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from minilora.data import IGNORE, Batch, Batches, Example, as_examples, learned_labels, pad
+from minilora.data.batches import IGNORE, Batch, Batches, Example, as_examples, learned_labels, pad
 
 BATCHES_PER_POOL = 50  # as the docstring of Batches states
 

@@ -15,7 +15,7 @@ from test_cli import tiny_folder
 from test_training import examples, plain
 
 import minilora
-from minilora.cli import main
+from minilora.cli.command import main
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.with_name("README.md")

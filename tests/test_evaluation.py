@@ -13,8 +13,10 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
 import minilora
-from minilora.data import Batch, Batches, Example, pad
-from minilora.evaluation import (
+from minilora.data.batches import Batch, Batches, Example, pad
+from minilora.lora.modes import inference
+from minilora.models import Llama, LlamaConfig
+from minilora.running.evaluation import (
     Evaluation,
     argument_names,
     device_of,
@@ -22,8 +24,6 @@ from minilora.evaluation import (
     forward_logits,
     token_loss,
 )
-from minilora.inference import inference
-from minilora.models import Llama, LlamaConfig
 
 VOCAB = 23
 ROUNDING = 64  # in units of the dtype's eps; plain torch is off by up to 15 on these logits

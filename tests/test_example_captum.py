@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import minilora
-from minilora.models import Llama, LlamaConfig, fetch, load_model
+from minilora.loading.fetching import fetch
+from minilora.loading.model import load_model
+from minilora.models import Llama, LlamaConfig
 
 pytest.importorskip("captum")
 FILE = Path(__file__).resolve().parents[1] / "examples/captum_attribution.py"

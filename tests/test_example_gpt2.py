@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.models import GPT2, GPT2Config, save_pretrained
+from minilora.loading.saving import save_pretrained
+from minilora.models import GPT2, GPT2Config
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "gpt2.py"
 

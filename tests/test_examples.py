@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import minilora
-from minilora.models import load_model
+from minilora.loading.model import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,7 +65,7 @@ def test_demo_never_writes_over_an_earlier_run(tmp_path):
 
 def test_demo_adds_rows_under_one_header(tmp_path):
     file = tmp_path / "results" / "demo.csv"
-    script, measured = demo(), minilora.evaluation.Evaluation(1.5, math.exp(1.5), 90)
+    script, measured = demo(), minilora.running.evaluation.Evaluation(1.5, math.exp(1.5), 90)
     config = minilora.TrainConfig(batch_size=16)
     result = minilora.training.FitResult(64, "time", 3.0, 900, 0, None, None, 64, [])
     for perplexity in (measured.perplexity, 1.0):

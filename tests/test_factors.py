@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import minilora
-from minilora.factors import LoRAAdapter
-from minilora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear
+from minilora.lora.adapter import LoRAAdapter
+from minilora.lora.kinds import LoRAConv2d, LoRAEmbedding, LoRALinear
 
 F64 = torch.float64
 

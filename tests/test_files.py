@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from small_models import net, shake
 
 import minilora
-from minilora.adapter_files import find_pair, settle_pair
-from minilora.files import (
+from minilora.files.links import leads_out, open_plain
+from minilora.files.tensors import (
     UnwritableError,
     beside,
     is_new,
@@ -35,7 +35,7 @@ from minilora.files import (
     write,
     write_json,
 )
-from minilora.links import leads_out, open_plain
+from minilora.peft.files import find_pair, settle_pair
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool,

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minilora
-from minilora.frozen_values import describe, difference, drawn_modules
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
+from minilora.lora.samples import describe, difference, drawn_modules
 
 IDS = torch.arange(10)[None]
 WEIGHTS = "adapter_model.safetensors"

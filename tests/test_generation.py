@@ -16,10 +16,11 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import minilora
-from minilora import compiling
-from minilora.compiling import compile_problem
-from minilora.generation import generate, pick_token, token_probabilities
-from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig, Tokenizer
+from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
+from minilora.running import compiling
+from minilora.running.compiling import compile_problem
+from minilora.running.generation import generate, pick_token, token_probabilities
+from minilora.text.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrst"
 NAMES = ["<|endoftext|>", "<|begin|>", "<|im_start|>", "<|im_end|>"]

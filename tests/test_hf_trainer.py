@@ -9,7 +9,7 @@ import torch
 from test_training import examples
 
 import minilora
-from minilora.data import as_examples, pad
+from minilora.data.batches import as_examples, pad
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

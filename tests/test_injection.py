@@ -6,8 +6,8 @@ from small_models import bits, net, shake, unchanged
 from torch import nn
 
 import minilora
-from minilora.layers import LoRALinear
-from minilora.lora_layer import lora_layers
+from minilora.lora.kinds import LoRALinear
+from minilora.lora.layer import lora_layers
 
 
 def test_fresh_adapter_changes_nothing_and_freezes_the_rest():

@@ -27,7 +27,8 @@ from minilora.kernels.cross_entropy import _LinearCrossEntropy
 from minilora.kernels.frozen import _Frozen
 from minilora.kernels.low_rank import _LoRALinear
 from minilora.kernels.rowwise import _RMSNorm, _SwiGLU
-from minilora.quantization import QuantizedLinear, Spec
+from minilora.quantization.formats import Spec
+from minilora.quantization.linear import QuantizedLinear
 
 M, K, N, R = 9, 128, 24, 3
 

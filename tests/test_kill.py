@@ -179,7 +179,7 @@ def test_train_goes_on_from_the_state_before_a_damaged_one(place, forks, unbroke
 def test_train_refuses_a_folder_at_work_and_takes_one_whose_holder_was_killed(
     place, forks, unbroken, tmp_path
 ):
-    from minilora.cli import main
+    from minilora.cli.command import main
     from minilora.training.lock import FolderLock
 
     out = place / "locked"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from minilora.factors import LoRAAdapter
-from minilora.layers import LoRALinear, frozen_linear
-from minilora.lora_layer import lora_layers, weight_sample
+from minilora.lora.adapter import LoRAAdapter
+from minilora.lora.kinds import LoRALinear, frozen_linear
+from minilora.lora.layer import lora_layers, weight_sample
 
 # How many times plain torch's own error, in the same dtype, a layer may make: the one table.
 C = {"max": 2.0, "rms": 1.5}

@@ -10,10 +10,10 @@ from test_combination import F64, IDS, add, kinds
 from torch import nn
 
 import minilora
-from minilora.copies import copies_of
-from minilora.layers import is_conv1d
-from minilora.lora_layer import lora_layers
-from minilora.serving import end_switching, mixed, prepare_switching
+from minilora.lora.copies import copies_of
+from minilora.lora.kinds import is_conv1d
+from minilora.lora.layer import lora_layers
+from minilora.lora.serving import end_switching, mixed, prepare_switching
 
 LINEARS = ["linear", "turned", "out"]
 

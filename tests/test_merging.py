@@ -12,7 +12,7 @@ from small_models import bits, net, shake, two_adapters, unchanged
 from torch import nn
 
 import minilora
-from minilora.layers import acts_as_linear
+from minilora.lora.kinds import acts_as_linear
 
 
 @pytest.mark.parametrize("keep", ["memory", "disk"])

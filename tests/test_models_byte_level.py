@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models_tokenizer import _backend
 
-from minilora.models import Tokenizer
+from minilora.text.tokenizer import Tokenizer
 
 NASTY = [
     "", " ", "  ", "\n", "\r\n\r\n", "\t \t", "a", " a", "  a  b   ", "don't we'll I'M they'Re",

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from minilora.models import fetch, fetching
+from minilora.loading import fetching
+from minilora.loading.fetching import fetch
 
 CONTENT = b"weights" * 1000
 

@@ -18,8 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
-from minilora.models import Llama, Tokenizer, load_model, save_pretrained
-from minilora.models.folder import read_folder
+from minilora.loading.folder import read_folder
+from minilora.loading.model import load_model
+from minilora.loading.saving import save_pretrained
+from minilora.models import Llama
+from minilora.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers
 
@@ -100,7 +103,7 @@ def test_from_pretrained_reads_what_transformers_writes(tmp_path, shape):
 
 @pytest.mark.parametrize("mapped", [1, 2**26])
 def test_from_pretrained_reads_shards(monkeypatch, tmp_path, mapped):
-    monkeypatch.setattr("minilora.models.folder._MAPPED", mapped)
+    monkeypatch.setattr("minilora.loading.folder._MAPPED", mapped)
     theirs = _theirs()
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -177,7 +180,7 @@ def test_from_pretrained_auto_takes_the_fastest_dtype(monkeypatch, folder):
     class Machine:
         dtype = torch.float16
 
-    monkeypatch.setattr("minilora.models.folder.hardware", Machine)
+    monkeypatch.setattr("minilora.loading.folder.hardware", Machine)
     assert Llama.from_pretrained(folder, dtype="auto").lm_head.weight.dtype == torch.float16
 
 
@@ -257,7 +260,7 @@ def test_from_pretrained_holds_one_tensor_beside_the_model(monkeypatch, tmp_path
             reads.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr("minilora.files.safe_open", Watched)
+    monkeypatch.setattr("minilora.files.tensors.safe_open", Watched)
     model = Llama.from_pretrained(tmp_path, transform=count)
     assert reads == alive
     wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
-from minilora.models import KVCache, Llama, Tokenizer, fetch, load_model
-from minilora.models.gguf_file import read_gguf, read_tensor
+from minilora.loading.fetching import fetch
+from minilora.loading.gguf_file import read_gguf, read_tensor
+from minilora.loading.model import load_model
+from minilora.models import Llama
+from minilora.models.blocks import KVCache
+from minilora.text.tokenizer import Tokenizer
 
 F32 = 1e-5  # two f32 computations in another order, relative to the largest value
 KINDS = gguf.GGMLQuantizationType

@@ -18,17 +18,10 @@ from transformers import GPT2Config as TheirConfig
 from transformers.pytorch_utils import Conv1D as TheirConv1D
 
 import minilora
-from minilora.models import (
-    GPT2,
-    Conv1D,
-    GPT2Config,
-    KVCache,
-    Llama,
-    LlamaConfig,
-    load_model,
-    save_pretrained,
-)
-from minilora.models.gpt2_config import ACTIVATIONS
+from minilora.loading.model import load_model
+from minilora.loading.saving import save_pretrained
+from minilora.models import ACTIVATIONS, GPT2, Conv1D, GPT2Config, Llama, LlamaConfig
+from minilora.models.blocks import KVCache
 
 pytestmark = pytest.mark.peers
 

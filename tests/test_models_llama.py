@@ -13,7 +13,8 @@ from torch import nn
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
-from minilora.models import KVCache, Llama, LlamaConfig
+from minilora.models import Llama, LlamaConfig
+from minilora.models.blocks import KVCache
 
 pytestmark = pytest.mark.peers
 

@@ -16,8 +16,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minilora.models import Tokenizer, fetch
-from minilora.models.chat_template import ChatTemplate
+from minilora.loading.fetching import fetch
+from minilora.text.chat_template import ChatTemplate
+from minilora.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -506,7 +507,7 @@ REASONS = {
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_render_of_a_hostile_template_ends_with_an_error(monkeypatch, template):
-    monkeypatch.setattr("minilora.models.template_sandbox._SECONDS", 0.3)
+    monkeypatch.setattr("minilora.text.template_sandbox._SECONDS", 0.3)
     begin = time.monotonic()
     reason = re.escape(REASONS[template]) if template in REASONS else "it (makes|runs)"
     tracemalloc.start()
@@ -531,7 +532,7 @@ def test_missing_packages_are_named(monkeypatch, pair, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(RuntimeError, match=r'needs tokenizers: pip install "minilora\[text\]"'):
         Tokenizer.from_pretrained(tmp_path)
-    monkeypatch.delitem(sys.modules, "minilora.models.template_sandbox", raising=False)
+    monkeypatch.delitem(sys.modules, "minilora.text.template_sandbox", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(RuntimeError, match=r'need jinja2: pip install "minilora\[text\]"'):
         ours.render(USER)
@@ -539,7 +540,7 @@ def test_missing_packages_are_named(monkeypatch, pair, tmp_path):
 
 def test_old_jinja2_is_refused(monkeypatch, pair):
     ours, _ = pair
-    monkeypatch.delitem(sys.modules, "minilora.models.template_sandbox", raising=False)
+    monkeypatch.delitem(sys.modules, "minilora.text.template_sandbox", raising=False)
     monkeypatch.setattr("jinja2.__version__", "3.1.5")
     with pytest.raises(RuntimeError, match=r"need jinja2 3\.1\.6 or newer, .* found 3\.1\.5"):
         ours.render(USER)

@@ -53,7 +53,7 @@ def test_import_from_the_wheel_is_light(wheel, tmp_path):
 def test_rooms_import_only_to_their_left(wheel):
     checker = _checker()
     assert checker.check(wheel, {}) == 0
-    upward = {"minilora/layers.py": "\nimport minilora.checkpoint\n"}
+    upward = {"minilora/layers.py": "\nimport minilora.peft.checkpoint\n"}
     assert checker.check(wheel, upward) != 0
 
 

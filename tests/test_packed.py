@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
-from minilora.packed import weight_values
+from minilora.lora.layer import lora_layers
+from minilora.quantization.packed import weight_values
 
 IDS = torch.arange(24)[None]
 GATE = "model.layers.0.mlp.gate_proj"

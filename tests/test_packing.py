@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_training import CONFIG, Tiny, examples, factors, fit, same, tiny
 
 import minilora
-from minilora.data import Batches, as_examples, pad
-from minilora.evaluation import token_loss
+from minilora.data.batches import Batches, as_examples, pad
+from minilora.data.packing import first_fit, pack
 from minilora.models import GPT2, GPT2Config
-from minilora.packing import first_fit, pack
+from minilora.running.evaluation import token_loss
 
 
 @settings(max_examples=60)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.patterns import Pattern
+from minilora.lora.patterns import Pattern
 
 NAMES = st.text("ab.1_", max_size=12)
 ATOMS = st.sampled_from(["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d", r"\w", r"\b", "^", "$"])

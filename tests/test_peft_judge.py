@@ -8,7 +8,7 @@ from small_models import shake
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
 
 
 def llama(seed=0):

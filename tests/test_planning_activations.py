@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
-from minilora.compiling import compiled
 from minilora.kernels import probe
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
 from minilora.planning.activations import Pass, block_saved, linears_by_block, saved
 from minilora.planning.shapes import Shape, adapted
+from minilora.running.compiling import compiled
 
 GPT2_SHAPE = GPT2Config(vocab_size=97, n_positions=64, n_embd=20, n_layer=3, n_head=2, n_inner=52)
 LLAMA_SHAPE = LlamaConfig(97, 24, 56, 3, 6, 2, 8, 64)

@@ -10,8 +10,8 @@ import torch
 from planning_machine import MACHINE
 from test_cli import tiny_folder
 
-from minilora.cli import main
-from minilora.planning import verb
+from minilora.cli.command import main
+from minilora.planning import plans as verb
 
 
 @pytest.fixture(autouse=True)

@@ -9,22 +9,17 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from minilora.evaluation import token_loss
 from minilora.kernels import hand_back_freed_memory
-from minilora.lora_layer import LoRALayer, lora_layers
+from minilora.lora.layer import LoRALayer, lora_layers
+from minilora.lora.storage import sizes
 from minilora.models import GPT2Config, LlamaConfig
 from minilora.planning import calibration, constants, timing
-from minilora.planning.calibration import (
-    calibrate,
-    forget_peak,
-    free_memory,
-    peak_bytes,
-)
+from minilora.planning.calibration import calibrate, forget_peak, free_memory, peak_bytes
 from minilora.planning.memory import Settings
 from minilora.planning.shapes import Shape
 from minilora.planning.timing import random_model, timed_step, timed_step_apart
-from minilora.quantization import QuantizedLinear
-from minilora.sizes import sizes
+from minilora.quantization.linear import QuantizedLinear
+from minilora.running.evaluation import token_loss
 
 LLAMA = Shape("small", LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64), "here")
 GPT2 = Shape("small", GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=3, n_head=2), "")

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora
-from minilora.data import IGNORE, Batches, Example
+from minilora.data.batches import IGNORE, Batches, Example
+from minilora.data.streaming import Stream
 from minilora.models import Llama, LlamaConfig
-from minilora.planning import foretold
+from minilora.planning import forecast as foretold
 from minilora.planning.memory import Settings, count_memory
 from minilora.planning.met import Met, epoch_met, largest_batch, mean_batch, steps_met
 from minilora.planning.shapes import read_shape
 from minilora.planning.timing import Timing
-from minilora.streaming import Stream
 
 CONFIG = LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64)
 ROWS = [Example(list(range(1, n)), list(range(1, n))) for n in (9, 17, 33, 17)]

@@ -5,13 +5,13 @@ import torch
 
 import minilora
 from minilora.kernels import cpu
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
+from minilora.lora.storage import sizes
 from minilora.models import GPT2Config, Llama, LlamaConfig
 from minilora.planning import constants
 from minilora.planning.memory import Memory, Settings, count_memory
 from minilora.planning.presets import PRESETS
 from minilora.planning.shapes import Shape, read_shape
-from minilora.sizes import sizes
 
 SMALL = Shape("small", LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64), "here")
 

@@ -47,7 +47,7 @@ def test_a_preset_is_known_in_any_case():
 
 @pytest.mark.real_model
 def test_the_real_file_has_the_presets_shape():
-    from minilora.models.fetching import _SOURCES, cache_folder
+    from minilora.loading.fetching import _SOURCES, cache_folder
 
     file = cache_folder() / _SOURCES["smollm2-135m"].name
     if not file.exists():

@@ -8,13 +8,7 @@ from minilora.models import LlamaConfig
 from minilora.planning.devices import DEVICES, device
 from minilora.planning.memory import Settings, count_memory
 from minilora.planning.shapes import Shape, read_shape
-from minilora.planning.speed import (
-    count_steps,
-    duration,
-    foretell,
-    from_rates,
-    on_device,
-)
+from minilora.planning.speed import count_steps, duration, foretell, from_rates, on_device
 from minilora.planning.work import count_work
 from minilora.training.config import TrainConfig
 from minilora.training.prepare import planned_steps

@@ -10,10 +10,11 @@ from planning_machine import MACHINE
 from torch.distributed.run import get_args_parser as torchrun
 
 import minilora
-from minilora.cli_arguments import build_parser
-from minilora.data import Example
+from minilora.cli.arguments import build_parser
+from minilora.data.batches import Example
 from minilora.models import LlamaConfig
-from minilora.planning import advice, verb
+from minilora.planning import advice
+from minilora.planning import plans as verb
 from minilora.planning.advice import Planner, best_dtype, command, this_machine, variants
 from minilora.planning.devices import DEVICES
 from minilora.planning.memory import Settings

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minilora.kernels import DYNAMIC_CODE, cpu, int8_is_exact, quantize_rows
-from minilora.quantization import FORMATS, QuantizedLinear, Spec, check_spec, layout, stored_bytes
+from minilora.quantization.formats import FORMATS, Spec, check_spec, layout, stored_bytes
+from minilora.quantization.linear import QuantizedLinear
 
 needs_blocks = pytest.mark.skipif(
     not cpu.has_blocks(), reason="no AVX2, or no C compiler that will do"

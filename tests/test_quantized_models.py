@@ -11,10 +11,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import minilora
-from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig, load_model, save_pretrained
-from minilora.quantization import QuantizedLinear
-from minilora.quantized_files import stored_tensors
-from minilora.quantized_models import load_quantized, save_quantized
+from minilora.loading.model import load_model
+from minilora.loading.quantized_files import stored_tensors
+from minilora.loading.quantized_models import load_quantized, save_quantized
+from minilora.loading.saving import save_pretrained
+from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
+from minilora.quantization.linear import QuantizedLinear
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -359,7 +361,7 @@ def test_reading_in_parts_refuses_what_is_damaged_or_not_there(tmp_path):
 
 PEAK = """
 import sys, torch
-from minilora.quantized_models import load_quantized
+from minilora.loading import load_quantized
 def status(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) / 1024
 load_quantized(sys.argv[2], "nf4", dtype=torch.bfloat16)  # so that all code is in memory

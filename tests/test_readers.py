@@ -12,8 +12,8 @@ from small_models import net, shake
 from test_combination import ALL, add, kinds
 
 import minilora
-from minilora.portable import export
-from minilora.readers import Reader, ReaderList, check
+from minilora.peft.checking import Reader, ReaderList, check
+from minilora.peft.portable import export
 
 # What `check` says, by reader, of what `save` writes with these options; {} takes all.
 SAVED = {

@@ -19,15 +19,16 @@ from byte_tokenizer import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data import Example
-from minilora.models import Tokenizer, fetch
-from minilora.records import (
+from minilora.data.batches import Example
+from minilora.data.records import (
     EncodeReport,
     encode_prompt,
     encode_records,
     iter_records,
     read_records,
 )
+from minilora.loading.fetching import fetch
+from minilora.text.tokenizer import Tokenizer
 
 PLAIN = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"

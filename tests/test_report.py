@@ -10,11 +10,11 @@ import torch
 from report_models import ALL, Letters, causal, filled, kinds, sentences
 
 import minilora
-from minilora.data import Batches
-from minilora.evaluation import evaluate
-from minilora.lora_layer import lora_layers
-from minilora.report import Explanation, truncate
-from minilora.report.explanation import median_energy, percent
+from minilora.data.batches import Batches
+from minilora.lora.layer import lora_layers
+from minilora.report.comparison import truncate
+from minilora.report.explanation import Explanation, median_energy, percent
+from minilora.running.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_explain_of_more_than_a_product_has_no_truncation(options):
     for layer in lora_layers(model).values():
         if layer.adapters["default"].lora_bias is not None:
             layer.adapters["default"].lora_bias.data += 1
-    copies = minilora.copies.copies_of(model, "default")
+    copies = minilora.lora.copies.copies_of(model, "default")
     for value in copies.values():
         value.data += 2
     found = minilora.explain(model, data=sentences(2), ablate_examples=0)

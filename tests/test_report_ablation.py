@@ -7,7 +7,7 @@ import torch
 from report_models import Causal, causal, filled, sentences
 
 import minilora
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
 from minilora.report.ablation import ablate, kinds_of, only, parts_of, place_of
 from minilora.report.tokens import measured, token_losses
 
@@ -58,7 +58,7 @@ def test_ablate_measures_each_part_without_and_alone():
 def test_ablate_of_all_layers_is_the_base_to_the_last_bit(options):
     torch.manual_seed(0)
     model = causal(dtype=torch.float32, **options)
-    for copies in minilora.copies.all_copies(model).values():
+    for copies in minilora.lora.copies.all_copies(model).values():
         for value in copies.values():
             value.data.add_(0.1)
     found = ablate(model, "default", sentences(), batch_size=2, pad_id=0)
@@ -80,7 +80,7 @@ def test_ablate_of_all_layers_is_the_base_to_the_last_bit(options):
 
 def test_ablate_counts_trained_copies_as_a_part():
     model = causal(modules_to_save=["lm_head"])
-    minilora.copies.copies_of(model, "default")["lm_head.weight"].data += 0.5
+    minilora.lora.copies.copies_of(model, "default")["lm_head.weight"].data += 0.5
     *others, last = ablate(model, "default", sentences(), batch_size=2, pad_id=0)
     assert (last.part, last.by, last.layers) == ("trained copies", "kind", 0)
     assert [a.part for a in others] == list(PARTS)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
-from minilora.data import Example
+from minilora.data.batches import Example
 from minilora.models import Llama, LlamaConfig
 from minilora.report.attention import AttentionMass, attention_masses, occurrences, word_ids
 

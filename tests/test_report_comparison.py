@@ -12,10 +12,9 @@ from test_report_spectra import dense  # the oracle's ΔW
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
-from minilora.report import compare, truncate
-from minilora.report.comparison import principal_angles, rank_pattern
-from minilora.selection import pattern_value
+from minilora.lora.layer import lora_layers
+from minilora.lora.selection import pattern_value
+from minilora.report.comparison import compare, principal_angles, rank_pattern, truncate
 
 
 def two(**options):

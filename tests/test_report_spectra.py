@@ -11,7 +11,7 @@ from report_models import ALL, kinds
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
 from minilora.report.spectra import energy_kept, layer_report, rank_for, truncation_error
 
 EPS = np.finfo(np.float64).eps

@@ -7,8 +7,7 @@ import pytest
 import torch
 from report_models import Letters, causal, sentences
 
-from minilora.data import Example
-from minilora.evaluation import evaluate
+from minilora.data.batches import Example
 from minilora.report.tokens import (
     Measured,
     decode,
@@ -20,6 +19,7 @@ from minilora.report.tokens import (
     shown,
     token_losses,
 )
+from minilora.running.evaluation import evaluate
 
 
 def oracle(model, example):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
-from minilora.selection import TargetList, matrix_shape, select_targets
+from minilora.lora.layer import lora_layers
+from minilora.lora.selection import TargetList, matrix_shape, select_targets
 
 
 class Conv1D(nn.Module):

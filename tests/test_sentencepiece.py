@@ -20,8 +20,10 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minilora.models import Tokenizer, as_tokenizer, long_text
-from minilora.records import encode_prompt, encode_records
+from minilora.data.records import encode_prompt, encode_records
+from minilora.text import long_text
+from minilora.text.foreign_tokenizer import as_tokenizer
+from minilora.text.tokenizer import Tokenizer
 
 LINES = inspect.getsource(argparse).splitlines()
 LLAMA = (

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import minilora
+from minilora.lora.storage import sizes
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
-from minilora.sizes import sizes
 
 TINYLLAMA = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import minilora
-from minilora.copies import copies_of
-from minilora.lora_layer import lora_layers
+from minilora.lora.copies import copies_of
+from minilora.lora.layer import lora_layers
 
 IDS = torch.tensor([[0, 1, 2, 3], [6, 5, 4, 0]])
 # Of the largest output; the worst seen in ten thousand steps was 8.5e-7.

@@ -5,7 +5,7 @@ import torch
 from test_training import Tiny, examples, factors, fit, same, tiny
 
 import minilora
-from minilora.streaming import Stream, StreamBatches
+from minilora.data.streaming import Stream, StreamBatches
 
 DATA = examples(60)
 

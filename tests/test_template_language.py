@@ -3,7 +3,7 @@
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from minilora.models.chat_template import ChatTemplate
+from minilora.text.chat_template import ChatTemplate
 
 CALL = {"function": {"name": "f", "arguments": {"k": [1, 2.5, None, True]}}}
 MESSAGES = [

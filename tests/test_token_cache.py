@@ -5,9 +5,9 @@ import os
 import pytest
 from test_cli import tiny_folder
 
-from minilora.data import Example
-from minilora.models import load_model
-from minilora.token_cache import cached
+from minilora.data.batches import Example
+from minilora.data.token_cache import cached
+from minilora.loading.model import load_model
 
 MADE = [Example((1, 2, 3), (-100, 2, 3)), Example((4,) * 5, (4,) * 5)]
 

@@ -16,12 +16,13 @@ import transformers
 from torch import nn
 
 import minilora
-from minilora.data import Batches
-from minilora.evaluation import token_loss
+from minilora.data.batches import Batches
 from minilora.kernels import hardware
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
 from minilora.models import Llama, LlamaConfig
-from minilora.training import FitResult, TrainConfig, learning_rate
+from minilora.running.evaluation import token_loss
+from minilora.training.config import TrainConfig, learning_rate
+from minilora.training.loop import FitResult
 
 CONFIG = LlamaConfig(
     vocab_size=61,

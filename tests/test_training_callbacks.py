@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_training import examples, factors, fit, same, tiny
 
-from minilora.evaluation import token_loss
+from minilora.running.evaluation import token_loss
 from minilora.training.callbacks import Callbacks
 from minilora.training.state import load_state
 

@@ -10,15 +10,15 @@ import torch
 from test_training import factors, fit, plain, tiny
 
 import minilora
-from minilora import compiling
-from minilora.compiling import (
+from minilora.running import compiling
+from minilora.running.compiling import (
     blocks_of,
     compile_problem,
     compiled,
     private_cache,
     settle_compile,
 )
-from minilora.training import TrainConfig
+from minilora.training.config import TrainConfig
 
 needs_compiler = pytest.mark.skipif(compile_problem() is not None, reason=str(compile_problem()))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_training import examples, fit, tiny
 
-from minilora.data import Batches
+from minilora.data.batches import Batches
 from minilora.training import feed
 from minilora.training.feed import DEPTH, Feed
 

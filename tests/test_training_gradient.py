@@ -10,7 +10,7 @@ import torch
 from test_training import Tiny, examples, factors, fit, same, tiny
 
 import minilora
-from minilora.evaluation import token_loss
+from minilora.running.evaluation import token_loss
 from minilora.training.state import load_state
 
 
@@ -138,7 +138,7 @@ import resource, sys
 sys.path.insert(0, {tests!r})
 import torch
 from test_training import examples, fit, tiny
-from minilora.evaluation import token_loss
+from minilora.running import token_loss
 torch.set_num_threads(1)
 fit(tiny(), examples(16), max_steps=1, batch_size=16)  # whatever is allocated once
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

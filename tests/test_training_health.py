@@ -8,8 +8,8 @@ from test_training import Tiny, examples, factors, fit, tiny
 from torch import nn
 
 import minilora
-from minilora.lora_layer import lora_layers
-from minilora.training import TrainConfig
+from minilora.lora.layer import lora_layers
+from minilora.training.config import TrainConfig
 
 
 def adapted(kind, **options):

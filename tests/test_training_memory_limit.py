@@ -5,12 +5,13 @@ import torch
 from test_training import Tiny, examples, factors, fit, plain, same, tiny
 
 import minilora
-from minilora.data import Batches, pad
-from minilora.evaluation import token_loss
+from minilora.data.batches import Batches, pad
+from minilora.data.packing import pack
+from minilora.data.streaming import Stream
 from minilora.models import GPT2, GPT2Config
-from minilora.packing import pack
-from minilora.streaming import Stream
-from minilora.training import TrainConfig, memory_limit
+from minilora.running.evaluation import token_loss
+from minilora.training import memory_limit
+from minilora.training.config import TrainConfig
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.state import load_state
 

@@ -16,11 +16,12 @@ from test_training import examples, fit, plain, tiny
 from torch import nn
 
 import minilora
-from minilora.cli import main
-from minilora.evaluation import token_loss
-from minilora.models import LlamaConfig, load_model
+from minilora.cli.command import main
+from minilora.loading.model import load_model
+from minilora.loading.quantized_models import load_quantized, save_quantized
+from minilora.models import LlamaConfig
 from minilora.planning.calibration import forget_peak, peak_bytes
-from minilora.quantized_models import load_quantized, save_quantized
+from minilora.running.evaluation import token_loss
 from minilora.training.ranks import Ranks, blocks, is_sharded
 from minilora.training.sharded_loading import sharded
 from minilora.training.state import load_state

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from test_training import examples, factors, fit, plain, same, tiny
 
 import minilora
-from minilora.evaluation import token_loss
-from minilora.files import tensor_content, write
-from minilora.quantization import QuantizedLinear
-from minilora.training import TrainConfig
+from minilora.files.tensors import tensor_content, write
+from minilora.quantization.linear import QuantizedLinear
+from minilora.running.evaluation import token_loss
+from minilora.training.config import TrainConfig
 from minilora.training.monitor import read_metrics
 from minilora.training.same_run import check_same_run
 from minilora.training.state import STATE_FILE, load_state

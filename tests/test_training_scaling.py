@@ -9,8 +9,8 @@ import torch
 from test_training import CONFIG, examples, factors, fit, plain, same, tiny
 
 import minilora
-from minilora.evaluation import token_loss
 from minilora.models import Llama
+from minilora.running.evaluation import token_loss
 from minilora.training.scaling import FIRST_SCALE, LossScale
 from minilora.training.state import load_state
 

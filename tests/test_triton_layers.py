@@ -7,10 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from triton_cases import DEVICE, needs_kernels
 
 import minilora
-from minilora.evaluation import token_loss
 from minilora.kernels import row_masks
-from minilora.models import Llama, LlamaConfig
-from minilora.models.gpt2 import Conv1D
+from minilora.models import Conv1D, Llama, LlamaConfig
+from minilora.running.evaluation import token_loss
 
 needs_kernels()
 

@@ -15,7 +15,8 @@ import minilora  # noqa: E402
 from minilora.kernels import quantize_rows, triton_lora_linear  # noqa: E402
 from minilora.kernels.dropout import hashed_mask  # noqa: E402
 from minilora.kernels.triton import _product, table_on  # noqa: E402
-from minilora.quantization import QuantizedLinear, Spec  # noqa: E402
+from minilora.quantization.formats import Spec  # noqa: E402
+from minilora.quantization.linear import QuantizedLinear  # noqa: E402
 
 NAMES = ["y", "grad_x", "grad_A", "grad_B"]
 FORMATS = {

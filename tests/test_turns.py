@@ -16,7 +16,7 @@ from byte_tokenizer import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.records import encode_records
+from minilora.data.records import encode_records
 
 HYBRID = (  # reasoning stands in the last answer alone
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"

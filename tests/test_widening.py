@@ -11,8 +11,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minilora
-from minilora.evaluation import evaluate
-from minilora.generation import generate
 from minilora.kernels import (
     FrozenLinear,
     causal_attention,
@@ -29,10 +27,13 @@ from minilora.kernels import (
     lora_linear,
     probe,
 )
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
+from minilora.lora.widening import widened
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
-from minilora.training import TrainConfig, fit
-from minilora.widening import widened
+from minilora.running.evaluation import evaluate
+from minilora.running.generation import generate
+from minilora.training.config import TrainConfig
+from minilora.training.loop import fit
 
 BF16 = torch.bfloat16
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmm_", "linear", "matmul")

@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from minilora.json_text import parse_json
-from minilora.wording import one_line, reading, short
+from minilora.files.json_text import parse_json
+from minilora.files.wording import one_line, reading, short
 
 
 def test_short_quotes_at_most_its_limit():

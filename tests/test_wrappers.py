@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import minilora
-from minilora.lora_layer import lora_layers
+from minilora.lora.layer import lora_layers
 from minilora.training.state import STATE_FILE
 
 IDS = torch.arange(8)[None]

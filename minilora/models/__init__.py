@@ -1,28 +1,21 @@
-"""Llama and GPT-2 in plain PyTorch: reading, writing, tokenizing, fetching. Knows no LoRA."""
+"""Language models in plain PyTorch, one file a family. Knows no LoRA."""
 
-from .conversation import Conversation
-from .decoder import KVCache
-from .fetching import fetch
-from .foreign_tokenizer import as_tokenizer
-from .gpt2 import GPT2, Conv1D
-from .gpt2_config import GPT2Config
-from .llama import Llama
-from .llama_config import LlamaConfig
-from .loading import load_model
-from .saving import save_pretrained
-from .tokenizer import Tokenizer
+from minilora.models.blocks import KVCache
+from minilora.models.causal import Prepare, Transform
+from minilora.models.gpt2 import GPT2, Conv1D, stored_fqn
+from minilora.models.gpt2_config import ACTIVATIONS, GPT2Config
+from minilora.models.llama import Llama
+from minilora.models.llama_config import LlamaConfig
 
 __all__ = [
+    "ACTIVATIONS",
     "GPT2",
     "Conv1D",
-    "Conversation",
     "GPT2Config",
     "KVCache",
     "Llama",
     "LlamaConfig",
-    "Tokenizer",
-    "as_tokenizer",
-    "fetch",
-    "load_model",
-    "save_pretrained",
+    "Prepare",
+    "Transform",
+    "stored_fqn",
 ]

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels import linear_cross_entropy
-
-from .decoder import KVCache
+from minilora.models.blocks import KVCache
 
 IGNORED = -100  # the label of a token that does not count, as in Hugging Face
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .causal import CausalLM, Transform
-from .decoder import Slot, attend, extend
-from .gpt2_config import ACTIVATIONS, GPT2Config
+from minilora.models.blocks import Slot, attend, extend
+from minilora.models.causal import CausalLM, Transform
+from minilora.models.gpt2_config import ACTIVATIONS, GPT2Config
 
 _STD = 0.02  # of a fresh model's weights
 # Checkpoints hold the causal mask and its fill value as if they were weights.
@@ -210,7 +210,7 @@ class GPT2(CausalLM):
             ValueError: a configuration that is not built; files that are missing, damaged or
                 point outside the folder; tensors missing, unexpected or of another shape, by name.
         """
-        from .folder import read_folder
+        from minilora.loading import read_folder
 
         return read_folder(folder, dtype=dtype, device=device, transform=transform, kind="gpt2")
 

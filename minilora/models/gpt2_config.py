@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minilora.wording import short
-
-from .llama_config import LlamaConfig
+from minilora.files import short
+from minilora.models.llama_config import LlamaConfig
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .causal import CausalLM, Transform
-from .decoder import Body, rotation_at
-from .llama_config import LlamaConfig
+from minilora.models.blocks import Body, rotation_at
+from minilora.models.causal import CausalLM, Transform
+from minilora.models.llama_config import LlamaConfig
 
 
 class Llama(CausalLM):
@@ -87,7 +87,7 @@ class Llama(CausalLM):
             ValueError: a configuration that is not built; files that are missing, damaged or
                 point outside the folder; tensors missing, unexpected or of another shape, by name.
         """
-        from .folder import read_folder
+        from minilora.loading import read_folder
 
         return read_folder(folder, dtype=dtype, device=device, transform=transform)
 
@@ -115,7 +115,7 @@ class Llama(CausalLM):
             ValueError: no GGUF or a damaged one, another architecture, tensor types or options
                 that are not built, by name.
         """
-        from .gguf_file import read_gguf, read_model
+        from minilora.loading import read_gguf, read_model
 
         return read_model(read_gguf(file), dtype=dtype, device=device, transform=transform)
 

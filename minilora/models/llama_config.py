@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from minilora.wording import one_line, short
+from minilora.files import one_line, short
 
 MOST_BLOCKS, LARGEST = 1024, 2**30  # of a configuration: every number has a limit
 # Options that change the maths and are not built: a key, and the values that change nothing.

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minilora.data_files import DataFiles
-from minilora.models import Tokenizer, fetch
+from minilora.data import DataFiles
+from minilora.files import short
+from minilora.loading import fetch
 from minilora.planning.advice import HERE
 from minilora.planning.devices import DEVICES, device
+from minilora.planning.plans import Plan, plan
 from minilora.planning.presets import PRESETS
-from minilora.planning.verb import Plan, plan
 from minilora.quantization import FORMATS
-from minilora.wording import short
+from minilora.text import Tokenizer
 
 _FETCHED = "smollm2-135m"
 

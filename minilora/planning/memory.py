@@ -3,8 +3,8 @@
     peak = process + base + adapters + gradients + optimizer + workspace + activations + gathered
            + max(loss workspace, recomputed block + backward workspace) + heap
 
-The base is counted by `minilora.sizes`, activations by `activations.py`; what can't be derived
-(the process, the heap) stands in `constants.py`.
+The base is counted by `minilora.lora.storage`, activations by `activations.py`; what can't be
+derived (the process, the heap) stands in `constants.py`.
 """
 
 import math
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from minilora.files import short
+from minilora.lora import Sizes, sizes
 from minilora.planning import constants
 from minilora.planning.activations import Pass, block_saved, linears_by_block, saved
 from minilora.planning.shapes import Linear, Shape, adapted
-from minilora.sizes import Sizes, sizes
-from minilora.wording import short
 
 _CHUNK = 3 * 2**22  # logits the loss holds at a time, as minilora.kernels.cross_entropy
 _F32 = 4

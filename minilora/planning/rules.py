@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from minilora.lora import sizes
 from minilora.planning.memory import Memory, Settings, count_memory
 from minilora.planning.shapes import Shape
-from minilora.sizes import sizes
 
 _GB = 1e9
 

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.layers import is_linear
+from minilora.files import read_json, short
+from minilora.loading import KINDS, model_config, read_gguf
+from minilora.lora import check_rank, is_linear, matrix_shape, plain_modules, select_targets
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
-from minilora.models.folder import KINDS, read_json
-from minilora.models.gguf_file import model_config, read_gguf
 from minilora.planning.presets import PRESETS, nearest
-from minilora.selection import check_rank, matrix_shape, plain_modules, select_targets
-from minilora.wording import short
 
 Config = GPT2Config | LlamaConfig
 

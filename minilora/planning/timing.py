@@ -13,16 +13,14 @@ import torch
 from torch import nn
 
 from minilora.data import IGNORE, Batch, Example, pad
-from minilora.evaluation import token_loss
-from minilora.injection import inject, places_of
 from minilora.kernels import hand_back_freed_memory, hardware, integer_way, keep_freed_memory
-from minilora.layers import is_conv1d
+from minilora.lora import inject, is_conv1d, matrix_shape, places_of, select_targets
 from minilora.models import GPT2Config, LlamaConfig
 from minilora.planning.calibration import forget_peak, isolated, peak_bytes, resident
 from minilora.planning.memory import Settings, count_memory
 from minilora.planning.shapes import Config, Shape
 from minilora.quantization import QuantizedLinear, Spec, check_spec, layout
-from minilora.selection import matrix_shape, select_targets
+from minilora.running import token_loss
 
 AGREE = 1.25  # factor within which the middle half of the repeats must lie
 _REPEATS, _MOST = 5, 15  # timed steps, and how many where they disagree

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minilora.files import short
 from minilora.kernels import DYNAMIC_CODE, NF4_TABLE, quantize_rows
-from minilora.wording import short
 
 FORMATS = ("int8", "nf4", "int4")
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes has

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.files import short
 from minilora.kernels import (
     COMPUTE,
     FrozenLinear,
@@ -21,9 +22,7 @@ from minilora.kernels import (
     nf4_linear,
     scales_from_bits,
 )
-from minilora.wording import short
-
-from .formats import Spec, layout, problem, quantize_weight
+from minilora.quantization.formats import Spec, layout, problem, quantize_weight
 
 
 class QuantizedLinear(nn.Module):

@@ -1,10 +1,10 @@
 """What an adapter changed, as numbers, tables and plots."""
 
 from minilora.report.ablation import Ablation, ablate
-from minilora.report.comparison import Comparison, LayerComparison, compare, truncate
+from minilora.report.analysis import explain
+from minilora.report.comparison import Comparison, LayerComparison, check_keep, compare, truncate
 from minilora.report.explanation import Behaviour, Explanation
 from minilora.report.spectra import LayerReport
-from minilora.report.verb import explain
 
 __all__ = [
     "Ablation",
@@ -14,6 +14,7 @@ __all__ = [
     "LayerComparison",
     "LayerReport",
     "ablate",
+    "check_keep",
     "compare",
     "explain",
     "truncate",

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from minilora.adapters import active_adapters
-from minilora.copies import copies_of, install
 from minilora.data import Example
-from minilora.lora_layer import lora_layers
+from minilora.lora import active_adapters, claimed, copies_of, install, lora_layers
 from minilora.report.tokens import measured, token_losses
-from minilora.threads import claimed
 
 COPIES = "trained copies"
 OUTSIDE = "outside blocks"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minilora.data import Example, pad
-from minilora.evaluation import device_of, forward_logits
-from minilora.inference import inference
+from minilora.lora import inference
 from minilora.report.tokens import encode
+from minilora.running import device_of, forward_logits
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import require_layers, require_unmerged
-from minilora.combination import (
+from minilora.lora import (
     Fit,
     add_frozen,
+    all_adapter_names,
     check_new_name,
+    check_rank,
     check_source,
+    copies_of,
     factors_of,
     fitted,
     plain_adapter,
+    require_layers,
+    require_unmerged,
     stored_dtype,
 )
-from minilora.copies import all_adapter_names, copies_of
 from minilora.report.spectra import rank_for, small_svd
-from minilora.selection import check_rank
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def truncate(
         if factors.magnitude is not None:
             raise ValueError(
                 f"truncate() cuts a product B A, but adapter {adapter!r} is DoRA (first: {fqn}), "
-                f"which changes all of W; convert it with minilora.portable.to_lora"
+                f"which changes all of W; convert it with minilora.peft.to_lora"
             )
         A, B = factors.product(torch.float64)
         values = tuple(small_svd(A, B)[1].tolist())

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.combination import Fit
 from minilora.files import write
+from minilora.lora import Fit
 from minilora.report.ablation import Ablation
 from minilora.report.attention import Attention
 from minilora.report.comparison import Comparison, rank_pattern

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.combination import product_norm
-from minilora.lora_layer import LoRALayer
+from minilora.lora import LoRALayer, product_norm
 
 PANEL = 2**22  # elements of the base widened at a time
 DIRECTIONS = 10  # of the changed weight that may be intruders

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.data import IGNORE, Example, pad
-from minilora.evaluation import device_of, forward_logits
-from minilora.inference import inference
+from minilora.lora import inference
+from minilora.running import device_of, forward_logits
 
 CHUNK = 2**24  # logits widened at a time
 CONTEXT = 12  # tokens shown before the one in question

@@ -1,6 +1,24 @@
 """Training: configuration, schedule, the loop, and the state that makes a run resumable."""
 
+from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig, learning_rate
+from minilora.training.lock import check_free
 from minilora.training.loop import FitResult, fit
+from minilora.training.ranks import Ranks, common_dtype, leave, torchrun_number
+from minilora.training.sharded_loading import sharded
+from minilora.training.state import check_out
 
-__all__ = ["FitResult", "TrainConfig", "fit", "learning_rate"]
+__all__ = [
+    "Callbacks",
+    "FitResult",
+    "Ranks",
+    "TrainConfig",
+    "check_free",
+    "check_out",
+    "common_dtype",
+    "fit",
+    "learning_rate",
+    "leave",
+    "sharded",
+    "torchrun_number",
+]

@@ -5,7 +5,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from minilora.wording import short
+from minilora.files import short
 
 SCHEDULES = ("cosine", "linear", "constant")
 PARALLEL = ("ddp", "fsdp")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.lora_layer import LoRALayer, lora_layers
+from minilora.lora import LoRALayer, lora_layers
 
 PATIENCE = 5  # of a layer's own steps
 

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from minilora.links import open_plain
+from minilora.files import open_plain
 
 try:
     import fcntl

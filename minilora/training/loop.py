@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.compiling import compiled
 from minilora.data import Batch, Batches
-from minilora.evaluation import Evaluation, Loss, device_of, evaluate
-from minilora.inference import as_found, inference
+from minilora.files import one_line
 from minilora.kernels import keep_freed_memory
-from minilora.lora_layer import weight_dtype
-from minilora.planning.foretold import Foretold
+from minilora.lora import as_found, inference, weight_dtype, widened
+from minilora.planning import Foretold
+from minilora.running import Evaluation, Loss, compiled, device_of, evaluate
 from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig
 from minilora.training.feed import Feed
@@ -30,8 +29,6 @@ from minilora.training.prepare import checkpointing, interruptible
 from minilora.training.ranks import Ranks
 from minilora.training.run import Run
 from minilora.training.state import LAST, check_out, has_state
-from minilora.widening import widened
-from minilora.wording import one_line
 
 _RESUME = "resume=True (--resume)"
 SAVE_SECONDS = 600  # between saves, where save_every is None
@@ -126,7 +123,7 @@ def fit(
         pad_id: token id put into the padding, of no influence.
         quiet: print nothing.
         callbacks: objects with any of the methods on_step, on_eval, on_save, on_log; see
-            `minilora.training.callbacks.Callbacks`. Each process calls its own.
+            `minilora.training.Callbacks`. Each process calls its own.
         sample: writes some text with the model; called at each evaluation (in evaluation mode,
             without gradients), and the text is said and put into `metrics.jsonl`.
         plan: say first what memory and time are planned (which takes some seconds), and after the

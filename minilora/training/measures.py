@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from minilora.data import Batches, pad
-from minilora.evaluation import Evaluation, summarize
-from minilora.inference import inference
+from minilora.lora import inference
+from minilora.running import Evaluation, summarize
 from minilora.training.run import Run
 
 

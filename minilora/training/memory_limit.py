@@ -14,12 +14,9 @@ import torch
 from torch import nn
 
 from minilora.data import Batch
-from minilora.planning.calibration import resident
-from minilora.planning.foretold import Foretold
-from minilora.planning.memory import Memory, Settings, count_memory
-from minilora.planning.shapes import read_shape
+from minilora.lora import sizes
+from minilora.planning import Foretold, Memory, Settings, count_memory, read_shape, resident
 from minilora.quantization import QuantizedLinear
-from minilora.sizes import sizes
 
 
 class MemoryLimit:

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minilora.files import UnwritableError, write
-from minilora.links import open_plain
+from minilora.files import UnwritableError, open_plain, write
 from minilora.training.callbacks import Callbacks
 
 METRICS_FILE = "metrics.jsonl"

@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import require_finite
-from minilora.copies import all_copies, copies_of
-from minilora.data import Batch, Batches, Example
-from minilora.evaluation import device_of, forward_logits, takes_packed
-from minilora.generation import CONTEXT_NAMES
-from minilora.inference import inference
+from minilora.data import Batch, Batches, Example, Stream, StreamBatches
 from minilora.kernels import hardware, is_slow
-from minilora.lora_layer import LoRALayer, weight_dtype
-from minilora.packed import packed_format
-from minilora.quantization import QuantizedLinear
-from minilora.streaming import Stream, StreamBatches
+from minilora.lora import (
+    LoRALayer,
+    all_copies,
+    check_whole,
+    copies_of,
+    inference,
+    named_parameters,
+    require_finite,
+    unwrapped,
+    weight_dtype,
+    widened,
+)
+from minilora.quantization import QuantizedLinear, packed_format
+from minilora.running import CONTEXT_NAMES, device_of, forward_logits, takes_packed
 from minilora.training.config import TrainConfig
-from minilora.widening import widened
-from minilora.wrappers import check_whole, named_parameters, unwrapped
 
 
 def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minilora.files import short
 from minilora.kernels import hardware
-from minilora.lora_layer import lora_layers, weight_device, weight_sample
-from minilora.packed import weight_values
-from minilora.wording import short
+from minilora.lora import lora_layers, weight_device, weight_sample
+from minilora.quantization import weight_values
 
 KINDS = ("ddp", "fsdp")
 _MMAP_THRESHOLD = -3  # name of a setting in glibc's malloc.h

@@ -9,18 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter_config import config_of
-from minilora.adapter_files import fingerprint
-from minilora.adapters import active_adapters, require_layers
-from minilora.checkpoint import save_adapter
-from minilora.compiling import settle_compile
-from minilora.copies import copies_of
-from minilora.data import Batches
-from minilora.evaluation import Evaluation, Loss, device_of, token_loss
+from minilora.data import Batches, Stream
 from minilora.files import UnwritableError
-from minilora.frozen_values import describe, frozen_values
+from minilora.lora import active_adapters, copies_of, describe, frozen_values, require_layers
+from minilora.peft import config_of, fingerprint, save_adapter
 from minilora.quantization import QuantizedLinear
-from minilora.streaming import Stream
+from minilora.running import Evaluation, Loss, device_of, settle_compile, token_loss
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minilora.lora_layer import LoRALayer, weight_dtype
+from minilora.lora import LoRALayer, weight_dtype
 
 # Losses are summed over tokens, so a token's gradient does not shrink with the batch: 2⁸ here is
 # what GradScaler's first 2¹⁶ is to the mean over 256 tokens.

@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.factors import FROM_WEIGHT, LoRAAdapter
-from minilora.lora_layer import LoRALayer, lora_layers, weight_sample
-from minilora.packed import weight_values
-from minilora.quantization import QuantizedLinear
+from minilora.lora import FROM_WEIGHT, LoRAAdapter, LoRALayer, lora_layers, weight_sample
+from minilora.quantization import QuantizedLinear, weight_values
 from minilora.training.ranks import Ranks, shard
 
 

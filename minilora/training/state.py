@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, settle_pair
 from minilora.files import CHECKSUMS, UnwritableError, beside, read_tensors, tensor_content
+from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, settle_pair
 from minilora.training.lock import LOCK_FILE
 from minilora.training.monitor import CURVE_FILE, METRICS_FILE, read_metrics
 

@@ -1,0 +1,100 @@
+"""Model, data and folders as the command line names them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minilora
+from minilora.data import DataFiles, Example
+from minilora.files import is_new
+from minilora.loading import is_quantized_folder, load_model, load_quantized
+from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, find_pair, read_config
+from minilora.training import common_dtype, torchrun_number
+
+
+def check_adapter(folder: Path, what: str) -> None:
+    """Raise unless a folder holds an adapter."""
+    if not find_pair(folder)[0].is_file():
+        raise ValueError(
+            f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
+            f"{CONFIG_FILE} in {folder}"
+        )
+
+
+def base_of(adapter: Path, model: str | None) -> str:
+    """Return the model that was asked for, or else the one that an adapter names as its base."""
+    named = model or read_config(find_pair(adapter)[0]).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{adapter / CONFIG_FILE} must name its base, found none; pass --model")
+    return named
+
+
+def check_new_folder(out: Path, what: str) -> None:
+    """Raise unless a folder is new or empty."""
+    if not is_new(out):
+        raise ValueError(
+            f"{what} must be a new or empty folder, found files at {out}; nothing is overwritten, "
+            f"so name another one"
+        )
+
+
+def load(options: argparse.Namespace, prepare: Any = None) -> tuple[Any, Any]:
+    """Return the model that the options name, with its adapter, and the tokenizer."""
+    adapter = getattr(options, "adapter", None)
+    if adapter is not None:
+        check_adapter(adapter, "--adapter")  # before the slow part
+    place = device(options)
+    dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
+    dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
+    if place.type == "cuda" and dtype == "auto":
+        dtype = minilora.hardware("cuda").dtype
+    elif getattr(options, "parallel", None) is not None and dtype == "auto":
+        dtype = common_dtype(options.parallel)
+    format = getattr(options, "quantize", None)
+    if format is not None or is_quantized_folder(options.model):
+        block_size = getattr(options, "block_size", 64)
+        model, tokenizer = load_quantized(
+            options.model,
+            format,
+            block_size=block_size,
+            dtype=dtype,
+            device=place,
+            prepare=prepare,
+        )
+    else:
+        model, tokenizer = load_model(options.model, dtype=dtype, device=place, prepare=prepare)
+    if adapter is not None:
+        minilora.load(model, adapter, trainable=options.command == "train")
+    return model, tokenizer
+
+
+def device(options: argparse.Namespace) -> torch.device:
+    """Return where the model goes; under torchrun each process has a GPU of its own."""
+    if getattr(options, "device", "cpu") == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "--device cuda needs a GPU that torch can use, found none; leave it out to train on "
+            "the CPU, or install torch for CUDA"
+        )
+    return torch.device("cuda", torchrun_number("LOCAL_RANK", 0))
+
+
+def data_files(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
+    """Read data files as the options say."""
+    return DataFiles(
+        files, options.max_length, options.all_tokens, options.skip_bad, options.parse_special
+    )
+
+
+def encode_files(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[Example]:
+    """Encode and say what became of the files; of several processes one does."""
+    found, report = data.examples(tokenizer, getattr(options, "token_cache", None))
+    if torchrun_number("RANK", 0) == 0:  # torchrun's
+        for line in report:
+            print(line, file=sys.stderr)
+    return found

@@ -1,0 +1,372 @@
+"""Turn examples into batches: check, pad, order, resume.
+
+Labels stand at the position of their own token and are shifted by the loss: the label at index t
+is predicted from the tokens before t, so the label at index 0 never counts. -100 is not learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minilora.data.token_rows import IGNORE, document_lengths, integers, masked, shifted
+
+POOL = 50  # length grouping sorts pools of this many batches
+
+
+@dataclass(frozen=True)
+class Example:
+    """Hold one token sequence and its labels.
+
+    Attributes:
+        input_ids: T ≥ 1 token ids.
+        labels: T ids, -100 where nothing is to be learned.
+        lengths: of the documents packed into it one after another (`minilora.data.pack`), () for a
+            single one.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    lengths: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Hold examples padded on the right to one length.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        labels: [B, T] int64, -100 on padding and on what is not learned.
+        attention_mask: [B, T] bool, False on padding; None when nothing is padded.
+        documents: [B, T] int64, which of its row's documents a token belongs to, -1 on padding;
+            None where rows are single documents.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Count the labels that enter the loss: those at index ≥ 1 that are not -100."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on `device`; a pinned one is copied without waiting."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pinned(self) -> Batch:
+        """Return the batch in page-locked memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return some of the rows, padded as they were."""
+        return self._each(lambda tensor: tensor[start:stop])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        mask, documents = (
+            None if tensor is None else change(tensor)
+            for tensor in (self.attention_mask, self.documents)
+        )
+        return Batch(change(self.input_ids), change(self.labels), mask, documents)
+
+    def positions(self) -> torch.Tensor:
+        """Return [B, T] positions that start anew with each document; of packed rows only."""
+        documents = self._documents()
+        counted = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        return counted - torch.where(begins, counted, 0).cummax(1).values
+
+    def document_mask(self) -> torch.Tensor:
+        """Return [B, 1, T, T] bool: what is before a token in its own document, and itself."""
+        documents = self._documents()
+        own = documents[:, :, None] == documents[:, None, :]
+        return own.tril()[:, None]
+
+    def _documents(self) -> torch.Tensor:
+        if self.documents is None:
+            raise ValueError("the batch must hold packed rows, found single documents")
+        return self.documents
+
+
+def learned_labels(labels: Sequence[int]) -> int:
+    """Count the labels that enter the loss: the first has no token before it."""
+    return sum(label != IGNORE for label in labels[1:])
+
+
+def as_examples(data: Iterable[Any]) -> list[Example]:
+    """Check token data of any common shape and return it as examples.
+
+    Args:
+        data: `Example`s, or mappings or objects with `input_ids` and, optionally, `labels` (else
+            the labels are the ids), each a list or a 1-D integer tensor, unpadded. What is 0 in a
+            `loss_mask`, `completion_mask` or `assistant_masks` beside is not learned. A packed row
+            has `lengths`, `seq_lengths`, `position_ids` that start anew or an `attention_mask`
+            that numbers its documents; what begins one of them is not learned.
+
+    Raises:
+        TypeError: by index, ids or labels that are missing or not integers in one dimension.
+        ValueError: by index, empty or negative ids, lengths that differ, nothing to learn.
+    """
+    if isinstance(data, (str, bytes, Mapping)):
+        raise TypeError(f"data must be a sequence of examples, found {type(data).__name__}")
+    examples = [_as_example(item, f"example {i}") for i, item in enumerate(data)]
+    if not examples:
+        raise ValueError("data must hold at least one example, found none")
+    if all(shifted(example.input_ids, example.labels) for example in examples[:20]):
+        warnings.warn(
+            "each label is the token after its own, so that the one after next would be learned; "
+            "labels stand at their own token here: leave the shift out",
+            stacklevel=2,
+        )
+    return examples
+
+
+def _as_example(item: Any, name: str) -> Example:
+    get: Callable[[str], Any]
+    get = item.get if isinstance(item, Mapping) else lambda key: getattr(item, key, None)
+    if get("input_ids") is None:
+        raise TypeError(f"{name} must have input_ids, found {type(item).__name__} without them")
+    ids = integers(get("input_ids"), f"{name}: input_ids")
+    labels = ids if get("labels") is None else integers(get("labels"), f"{name}: labels")
+    if not ids:
+        raise ValueError(f"{name}: input_ids must not be empty")
+    if len(labels) != len(ids):
+        raise ValueError(
+            f"{name}: {len(ids)} input_ids must have as many labels, not {len(labels)}"
+        )
+    if min(ids) < 0:
+        raise ValueError(f"{name}: input_ids must not be negative, found {min(ids)}")
+    if bad := [label for label in labels if label < 0 and label != IGNORE]:
+        raise ValueError(f"{name}: labels must be token ids or {IGNORE}, found {bad[0]}")
+    labels = masked(labels, get, name)
+    mask = get("attention_mask")
+    if mask is not None and not all(integers(mask, f"{name}: attention_mask")):
+        raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
+    lengths = document_lengths(get, name, len(ids))
+    if len(lengths) > 1:  # a document's first token does not follow from the document before
+        starts = set(itertools.accumulate(lengths))
+        labels = tuple(IGNORE if i in starts else label for i, label in enumerate(labels))
+    if not learned_labels(labels):
+        raise ValueError(f"{name}: nothing to learn, every label after the first is {IGNORE}")
+    return Example(ids, labels, lengths)
+
+
+def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
+    """Pad examples on the right to the longest of them.
+
+    Args:
+        examples: of none there is a batch without rows, of one column.
+        pad_id: the token id put in the padding, whose labels are -100.
+    """
+    if not examples:
+        return Batch(*torch.zeros(2, 0, 1, dtype=torch.int64))
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.full(mask.shape, pad_id)
+    labels = torch.full(mask.shape, IGNORE)
+    input_ids[mask] = torch.tensor([i for example in examples for i in example.input_ids])
+    labels[mask] = torch.tensor([label for example in examples for label in example.labels])
+    documents = None
+    if any(example.lengths for example in examples):
+        documents = torch.full(mask.shape, -1)
+        documents[mask] = torch.tensor([i for example in examples for i in _numbers(example)])
+    return Batch(input_ids, labels, None if mask.all() else mask, documents)
+
+
+def _numbers(example: Example) -> Iterator[int]:
+    """Yield for each token the number of its document in the row."""
+    for number, length in enumerate(example.lengths or (len(example.input_ids),)):
+        yield from [number] * length
+
+
+class Batches:
+    """Iterate over padded batches in an order that depends on seed and epoch alone.
+
+    Each epoch holds every example once; iterating to the end moves on to the next, breaking off
+    and iterating again starts over. `state_dict` inside the loop counts the batch in hand as
+    done: who loads it gets exactly the rest.
+
+    Args:
+        examples: whatever `as_examples` takes.
+        batch_size: examples per batch, ≥ 1.
+        shuffle: a new order each epoch; False keeps the given one (within pools sorted by length
+            when `group_by_length`).
+        group_by_length: put examples of similar length together, to pad less: pools of 50
+            batches are sorted by length and cut, then the batches are shuffled.
+        seed: with the epoch, decides the order; the global random state is not touched.
+        pad_id: token id in the padding.
+        drop_last: leave out what does not fill a batch.
+        part: (rank, world): yield only every world-th row of each batch from the rank-th on. The
+            order does not depend on it. A batch may then have no row.
+
+    Raises:
+        ValueError, TypeError: bad examples, or no batch to make.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[Any],
+        *,
+        batch_size: int,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+        seed: int = 0,
+        pad_id: int = 0,
+        drop_last: bool = False,
+        part: tuple[int, int] = (0, 1),
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        self.examples = as_examples(examples)
+        if drop_last and len(self.examples) < batch_size:
+            found = f"found {len(self.examples)} for batches of {batch_size}"
+            raise ValueError(f"drop_last needs examples to fill one batch, {found}")
+        self.batch_size, self.shuffle, self.group_by_length = batch_size, shuffle, group_by_length
+        self.seed, self.pad_id, self.drop_last = seed, pad_id, drop_last
+        self.rank, self.world = part
+        self.epoch = 0
+        self._start = self._index = 0  # batches of this epoch done before iterating, done by now
+        self.digest = digest(self.examples)
+
+    def __len__(self) -> int:
+        extra = 0 if self.drop_last else self.batch_size - 1
+        return (len(self.examples) + extra) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        order, epoch = self.order(self.epoch), self.epoch
+        for done, batch in enumerate(order[self._start :], self._start + 1):
+            self._index = done
+            yield pad([self.examples[i] for i in batch[self.rank :: self.world]], self.pad_id)
+        self.set_epoch(epoch + 1)
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """Return the batches of an epoch as indices into `examples`."""
+        rng = random.Random(f"{self.seed}/{epoch}")
+        indices = list(range(len(self.examples)))
+        if self.shuffle:
+            rng.shuffle(indices)
+        if self.drop_last:
+            del indices[len(self) * self.batch_size :]
+        return _batched(
+            self.examples, indices, self.batch_size, self.group_by_length, self.shuffle, rng
+        )
+
+    def _length(self, index: int) -> int:
+        return len(self.examples[index].input_ids)
+
+    def any_batch(self) -> Batch:
+        """Return one row, for who must compute something."""
+        return pad(self.examples[:1], self.pad_id)
+
+    def about(self) -> str:
+        """Say how much there is to learn from."""
+        tokens = sum(map(len, (example.input_ids for example in self.examples)))
+        packed = sum(len(example.lengths) for example in self.examples)
+        rows = f"{packed} documents packed in {len(self.examples)} rows" if packed else (
+            f"{len(self.examples)} examples"
+        )  # fmt: skip
+        return f"{rows}, {tokens} tokens, {100 * self.padding_share():.1f} % padding"
+
+    def padding_share(self) -> float:
+        """Return the share of padding among the positions of the current epoch, in [0, 1)."""
+        batches = [[self._length(i) for i in batch] for batch in self.order(self.epoch)]
+        return 1 - sum(map(sum, batches)) / sum(max(batch) * len(batch) for batch in batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; keep the place if it is the current one."""
+        if epoch != self.epoch:
+            self.epoch, self._start, self._index = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the data as JSON-able values: batches done and what defines them."""
+        return {"epoch": self.epoch, "index": self._index, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Args:
+            state: what `state_dict` returned, for the same examples and options.
+
+        Raises:
+            ValueError: data or options differ, or a value is missing; nothing is changed.
+        """
+        for key, here in self._identity().items():
+            if state.get(key) != here:
+                raise ValueError(
+                    "the state must come from the same data and options, found "
+                    f"{key} = {state.get(key)!r} where this loader has {here!r}; to train an "
+                    "adapter on, begin a new run with load(..., trainable=True) or --adapter"
+                )
+        epoch, index = state.get("epoch"), state.get("index")
+        if not (isinstance(epoch, int) and isinstance(index, int) and 0 <= index <= len(self)):
+            raise ValueError(
+                f"the state must hold an epoch and an index of 0 to {len(self)}, found "
+                f"epoch = {epoch!r}, index = {index!r}"
+            )
+        self.epoch, self._start, self._index = epoch, index, index
+
+    def _identity(self) -> dict[str, Any]:
+        keys = ("batch_size", "shuffle", "group_by_length", "seed", "drop_last", "digest")
+        return {"examples": len(self.examples)} | {key: getattr(self, key) for key in keys}
+
+
+def grouped(
+    examples: Sequence[Example],
+    batch_size: int,
+    shuffle: bool,
+    group_by_length: bool,
+    rng: random.Random,
+) -> list[list[int]]:
+    """Cut examples into batches of indices, in an order that `rng` decides; see `Batches`."""
+    indices = list(range(len(examples)))
+    if shuffle:
+        rng.shuffle(indices)
+    return _batched(examples, indices, batch_size, group_by_length, shuffle, rng)
+
+
+def _batched(
+    examples: Sequence[Example],
+    indices: list[int],
+    batch_size: int,
+    group_by_length: bool,
+    shuffle: bool,
+    rng: random.Random,
+) -> list[list[int]]:
+    if group_by_length:
+        pools = _cut(indices, batch_size * POOL)
+        indices = [
+            i for pool in pools for i in sorted(pool, key=lambda i: len(examples[i].input_ids))
+        ]
+    batches = _cut(indices, batch_size)
+    if shuffle and group_by_length:
+        rng.shuffle(batches)
+    return batches
+
+
+def _cut(values: list[int], size: int) -> list[list[int]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Fingerprint ids, labels and lengths."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]))
+        if example.lengths:
+            found.update(array("q", [-len(example.lengths), *example.lengths]))
+    return found.hexdigest()[:16]

@@ -1,0 +1,100 @@
+"""Keep encoded examples beside the next run: same files, tokenizer and options, same tokens."""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.data.batches import Example
+from minilora.files import CHECKSUMS, UnwritableError, read_tensors, tensor_content, write
+
+_VERSION = 2
+
+
+def cached(
+    folder: str | Path,
+    files: Sequence[str | Path],
+    tokenizer: Any,
+    options: dict[str, Any],
+    make: Callable[[], tuple[list[Example], list[str]]],
+) -> tuple[list[Example], list[str], bool]:
+    """Return what `make` returns, from the cache where it has been made before.
+
+    Args:
+        folder: of the cache; made if missing.
+        files: what the examples are made from. Their contents, the tokenizer's files and the
+            options are the key, names and times are not.
+        tokenizer: has a method `save(folder)`.
+        options: JSON-able values that decide what becomes of the files.
+        make: encodes the files: unpacked examples, and lines of a report.
+
+    Returns:
+        The examples, the report, and whether they came from the cache. A damaged entry is made
+        anew; a cache that can't be written is done without.
+    """
+    key = {
+        "version": _VERSION,
+        "files": [_file_hash(Path(file)) for file in files],
+        "suffixes": [Path(file).suffix for file in files],
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "options": options,
+    }
+    text = json.dumps(key, sort_keys=True)
+    entry = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    found = _read(entry)
+    if found is not None:
+        return *found, True
+    examples, report = make()
+    _write(entry, examples, report)
+    return examples, report, False
+
+
+def _file_hash(file: Path) -> str:
+    found = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    found = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer.save(Path(name))
+        for file in sorted(Path(name).iterdir()):
+            found.update(f"{file.name}:{_file_hash(file)};".encode())
+    return found.hexdigest()
+
+
+def _write(entry: Path, examples: list[Example], report: list[str]) -> None:
+    tensors = {
+        "ids": torch.tensor([i for example in examples for i in example.input_ids]),
+        "labels": torch.tensor([i for example in examples for i in example.labels]),
+        "lengths": torch.tensor([len(example.input_ids) for example in examples]),
+    }
+    # A full disk must not keep anyone from training.
+    with contextlib.suppress(OSError, UnwritableError):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write(entry, tensor_content(tensors, {"report": json.dumps(report)}))
+
+
+def _read(entry: Path) -> tuple[list[Example], list[str]] | None:
+    """Return an entry, or None where there is none that is whole."""
+    try:
+        tensors, metadata = read_tensors(entry)
+        if CHECKSUMS not in metadata:
+            return None
+        report = json.loads(metadata["report"])
+        sizes = tensors["lengths"].tolist()
+        ids, labels = (tensors[key].split(sizes) for key in ("ids", "labels"))
+    except (KeyError, ValueError, RuntimeError):
+        return None
+    examples = [
+        Example(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(ids, labels, strict=True)
+    ]
+    return examples, report

@@ -1,0 +1,231 @@
+"""Regular expressions that come from files, matched in bounded time.
+
+Python's `re` tries one way after another, and a pattern such as `(a|a)+!` has it try without end.
+Only patterns with at most two repeats of a character and one branch are left to it. All others are
+matched here along all ways at once (Thompson 1968): an int stands for a set of positions in the
+name, bit i for the one before character i.
+"""
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+try:
+    from re import _constants as ops  # type: ignore[attr-defined]
+    from re import _parser as parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_constants as ops  # type: ignore[no-redef]
+    import sre_parse as parser  # type: ignore[no-redef]
+
+from minilora.files import short
+
+LONGEST_PATTERN, LONGEST_NAME = 100_000, 1_000  # characters
+MOST_STEPS = 20_000  # for one name: under 10 ms
+_REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT)
+_SINGLE = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
+_CLASSES = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": lambda c: c.isalnum() or c == "_"}
+
+
+class Pattern:
+    """A regular expression that is matched against whole dotted names.
+
+    Args:
+        text: in Python's syntax. Backreferences, atomic groups, flags, and lookarounds within
+            lookarounds are refused where `re` is not used.
+        what: named in messages.
+
+    Raises:
+        ValueError: no regular expression, a longer one than is read, or one with a part that can't
+            be matched in bounded time.
+    """
+
+    def __init__(self, text: str, what: str):
+        self.text, self.what = text, what
+        if len(text) > LONGEST_PATTERN:
+            raise ValueError(
+                f"{what} must be a regular expression of at most {LONGEST_PATTERN:,} characters, "
+                f"found {len(text):,}"
+            )
+        try:
+            self.plain = re.compile(text)
+            self.tree = parser.parse(text)
+            repeats, branches = _choices(self.tree)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{what} must be a valid regular expression, {short(text)}: {error}"
+            ) from None
+        self.simple = repeats <= 2 and branches <= 1
+        if not self.simple:
+            self._check(self.tree, looking=False)
+
+    def fullmatch(self, name: str, starts: Iterable[int] = (0,)) -> bool:
+        """Return whether the pattern matches all of a name, from one of these places on.
+
+        Raises:
+            ValueError: a name or a match of more steps than is bounded.
+        """
+        if len(name) > LONGEST_NAME:
+            raise ValueError(
+                f"a module's name must have at most {LONGEST_NAME:,} characters, found "
+                f"{len(name):,}: {short(name)}"
+            )
+        if self.simple:
+            return any(self.plain.fullmatch(name, start) for start in starts)
+        try:
+            ends = _Match(name).ends(self.tree, sum(1 << start for start in starts))
+            return bool(ends >> len(name) & 1)
+        except TimeoutError:
+            raise ValueError(
+                f"{self.what} must be a pattern that is matched in {MOST_STEPS:,} steps, "
+                f"{short(self.text)} takes more for {short(name)}; write a simpler one"
+            ) from None
+
+    def ends(self, name: str) -> bool:
+        """Return whether the pattern matches an ending of a dotted name, from a dot on, or all."""
+        return self.fullmatch(name, [0, *after_dots(name)])
+
+    def _check(self, tree: Any, looking: bool) -> None:
+        """Refuse what `_Match` does not follow."""
+        if self.plain.flags & ~re.UNICODE:
+            self._refuse("flags")
+        for op, value in tree:
+            if op is ops.SUBPATTERN and (value[1] or value[2]):
+                self._refuse("flags")
+            if op in (ops.ASSERT, ops.ASSERT_NOT) and looking:
+                self._refuse("a lookaround within another")
+            if op not in (*_SINGLE, *_REPEATS, ops.BRANCH, ops.SUBPATTERN, ops.AT, ops.ASSERT,
+                          ops.ASSERT_NOT, ops.FAILURE):  # fmt: skip
+                self._refuse(str(op).lower().replace("_", " "))
+            for inner in _inner(op, value):
+                self._check(inner, looking or op in (ops.ASSERT, ops.ASSERT_NOT))
+
+    def _refuse(self, part: str) -> None:
+        raise ValueError(
+            f"{self.what} must be a pattern that is matched in bounded time, {short(self.text)} "
+            f"repeats or branches several times and has {part}; write a simpler one"
+        )
+
+
+def after_dots(name: str) -> list[int]:
+    """Return the places behind a name's dots."""
+    return [i + 1 for i, character in enumerate(name) if character == "."]
+
+
+compiled_pattern = functools.lru_cache(maxsize=10_000)(Pattern)
+
+
+def _inner(op: Any, value: Any) -> Iterable[Any]:
+    """Return the patterns within a part of one."""
+    if op is ops.BRANCH:
+        return value[1]
+    if op in _REPEATS or op is ops.SUBPATTERN:
+        return [value[-1]]
+    if op in (ops.ASSERT, ops.ASSERT_NOT):
+        return [value[1]]
+    return []
+
+
+def _choices(tree: Any) -> tuple[int, int]:
+    """Count the repeats and branches of a pattern, a repeat of more than a character as three."""
+    repeats = branches = 0
+    for op, value in tree:
+        if op is ops.BRANCH:
+            branches += 1
+        elif op not in (*_SINGLE, ops.SUBPATTERN, ops.AT):
+            body = list(value[-1]) if op in _REPEATS else []
+            repeats += 1 if len(body) == 1 and body[0][0] in _SINGLE else 3
+        for inner in _inner(op, value):
+            more = _choices(inner)
+            repeats, branches = repeats + more[0], branches + more[1]
+    return repeats, branches
+
+
+class _Match:
+    """Follows a pattern through one name."""
+
+    def __init__(self, name: str):
+        self.name, self.steps = name, 0
+        self.all = (1 << (len(name) + 1)) - 1
+        self.where: dict[str, int] = {}  # the places before each character
+        for i, character in enumerate(name):
+            self.where[character] = self.where.get(character, 0) | 1 << i
+
+    def ends(self, tree: Any, at: int) -> int:
+        """Return where a pattern can end that begins at one of these places."""
+        for op, value in tree:
+            self.steps += 1
+            if self.steps > MOST_STEPS:
+                raise TimeoutError
+            if not at:
+                return 0
+            if op in _SINGLE:
+                at = (at & self._places(op, value)) << 1
+            elif op is ops.BRANCH:
+                at = functools.reduce(int.__or__, (self.ends(way, at) for way in value[1]))
+            elif op is ops.SUBPATTERN:
+                at = self.ends(value[-1], at)
+            elif op in _REPEATS:
+                at = self._repeat(at, *value)
+            elif op is ops.AT:
+                at &= self._anchor(str(value))
+            elif op is ops.FAILURE:
+                return 0
+            else:
+                at = self._look(at, op is ops.ASSERT, *value)
+        return at
+
+    def _repeat(self, at: int, low: int, high: int, body: Any) -> int:
+        for _ in range(low):
+            before, at = at, self.ends(body, at)
+            if at == before:
+                break
+        reached = new = at
+        for _ in range(low, high):
+            if not new:
+                break
+            new = self.ends(body, new) & ~reached
+            reached |= new
+        return reached
+
+    def _look(self, at: int, wanted: bool, direction: int, body: Any) -> int:
+        """Keep the places where a lookaround holds."""
+        width = 0 if direction > 0 else body.getwidth()[0]
+        kept = 0
+        for place in range(len(self.name) + 1):
+            if at >> place & 1:
+                found = self.ends(body, 1 << (place - width)) if place >= width else 0
+                found &= self.all if direction > 0 else 1 << place
+                kept |= (bool(found) is wanted) << place
+        return kept
+
+    def _places(self, op: Any, value: Any) -> int:
+        """Return the places before the characters that a part stands for."""
+        return sum(bits for c, bits in self.where.items() if _is_one(c, op, value))
+
+    def _anchor(self, name: str) -> int:
+        last = 1 << len(self.name)
+        if name.startswith("AT_BEGINNING"):
+            return 1
+        if name.startswith("AT_END"):
+            return last | (last >> 1 if name == "AT_END" and self.name.endswith("\n") else 0)
+        word = sum(bits for c, bits in self.where.items() if _CLASSES["WORD"](c))
+        edge = word ^ (word << 1)
+        return edge if name == "AT_BOUNDARY" else self.all & ~edge
+
+
+def _is_one(character: str, op: Any, value: Any) -> bool:
+    """Return whether a character is one of those that a part stands for."""
+    if op is ops.ANY:
+        return character != "\n"
+    if op is ops.LITERAL:
+        return ord(character) == value
+    if op is ops.NOT_LITERAL:
+        return ord(character) != value
+    if op is ops.RANGE:
+        return value[0] <= ord(character) <= value[1]
+    if op is ops.CATEGORY:
+        kind = str(value).removeprefix("CATEGORY_")
+        return _CLASSES[kind.removeprefix("NOT_")](character) is not kind.startswith("NOT_")
+    negated = value[0][0] is ops.NEGATE
+    return any(_is_one(character, *part) for part in value[negated:]) is not negated

@@ -1,0 +1,219 @@
+"""The parts of a Llama decoder in plain PyTorch: cache, norm, rotation, attention, SwiGLU block.
+
+B sequences, T new tokens, S tokens attended to (cached ones and the new).
+The architecture: Touvron et al. 2023, "LLaMA", section 2.2; rotary embeddings in the half-rotation
+order of Hugging Face's checkpoints (Su et al. 2021, "RoFormer", section 3.4.2, with the pairs
+(i, i + head_dim/2)).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minilora.kernels import causal_attention, rms_norm, swiglu
+from minilora.models.gpt2_config import GPT2Config
+from minilora.models.llama_config import LlamaConfig
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+Slot = tuple[torch.Tensor, torch.Tensor, int]  # keys and values [B, kv_heads, room, D], held
+
+
+class KVCache:
+    """Hold the keys and values of the tokens read so far, in memory taken once.
+
+    Args:
+        config: the model's shape.
+        batch: sequences side by side.
+        max_length: tokens per sequence there is room for.
+        dtype: of keys and values; the model's.
+        device: the model's.
+
+    Attributes:
+        length: tokens held so far, the same for every sequence. Lower it to forget the newest.
+
+    Raises:
+        ValueError: `batch` or `max_length` below 1.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig | GPT2Config,
+        batch: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch < 1 or max_length < 1:
+            raise ValueError(
+                f"a KVCache needs batch and max_length of 1 or more, found {batch} and {max_length}"
+            )
+        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.batch, self.max_length, self.length = batch, max_length, 0
+
+    @classmethod
+    def for_model(cls, model, batch: int, max_length: int) -> "KVCache":
+        """Make an empty cache of the model's shape, dtype and device."""
+        # A norm's weight: the head and the projections may be quantized.
+        norm = model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
+        kept = {"dtype": norm.weight.dtype, "device": norm.weight.device}
+        return cls(model.config, batch, max_length, **kept)
+
+    def check_room(self, batch: int, tokens: int) -> None:
+        """Raise unless `tokens` more of `batch` sequences fit."""
+        if batch != self.batch:
+            raise ValueError(
+                f"the cache was made for {self.batch} sequences, found a batch of {batch}; "
+                f"make a cache of that batch"
+            )
+        if self.length + tokens > self.max_length:
+            raise ValueError(
+                f"the cache holds at most {self.max_length} tokens: {self.length} are in it and "
+                f"{tokens} more do not fit; make a cache with a larger max_length"
+            )
+
+    def slot(self, layer: int) -> Slot:
+        """Return what one layer writes into: its keys, its values, and how many are held.
+
+        `length` moves once per forward pass, by the model, when every layer has written.
+        """
+        return self.keys[layer], self.values[layer], self.length
+
+
+def extend(slot: Slot, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write `[B, kv_heads, T, head_dim]` after what a layer holds and return all of it."""
+    keys, values, length = slot
+    end = length + k.shape[2]
+    keys[:, :, length:end] = k
+    values[:, :, length:end] = v
+    return keys[:, :, :end], values[:, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """Scale each row to unit mean square, times a weight; f32 inside for narrower inputs."""
+
+    def __init__(self, size: int, eps: float, *, dtype=None, device=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `weight · x / sqrt(mean(x²) + eps)` in x's dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """Show size and eps when printed."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def rotation_at(config: LlamaConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+    """Cosines and sines `[1 or B, 1, T, head_dim / 2]`, computed in f32 from int positions."""
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = 1.0 / (config.rope_theta ** (steps / config.head_dim))
+    angle = (positions[..., None].float() * frequency).view(-1, 1, positions.shape[-1], len(steps))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Turn each pair (x_i, x_{i + head_dim/2}) of `[B, heads, T, head_dim]` by its angle."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attend `[B, heads, T, head_dim]` to `[B, kv_heads, S, head_dim]`; causally without a mask."""
+    # One new token may see everything, so it needs no mask and is not "causal" in SDPA's sense,
+    # which aligns the first query with the first key.
+    if mask is None and q.shape[2] > 1:
+        return causal_attention(q, k, v, scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    """Attend with grouped queries: several query heads share one key and value head."""
+
+    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        wide = config.num_attention_heads * config.head_dim
+        narrow = config.num_key_value_heads * config.head_dim
+        made = {"bias": config.attention_bias, "dtype": dtype, "device": device}
+        self.q_proj = nn.Linear(config.hidden_size, wide, **made)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, **made)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, **made)
+        self.o_proj = nn.Linear(wide, config.hidden_size, **made)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotation: Rotation,
+        mask: torch.Tensor | None,
+        slot: Slot | None,
+    ) -> torch.Tensor:
+        """Return `[B, T, hidden]`; without a mask position t sees positions 0 to t."""
+        split = (*x.shape[:2], -1, self.head_dim)
+        q = _rotate(self.q_proj(x).view(split).transpose(1, 2), rotation)
+        k = _rotate(self.k_proj(x).view(split).transpose(1, 2), rotation)
+        v = self.v_proj(x).view(split).transpose(1, 2)
+        if slot is not None:
+            k, v = extend(slot, k, v)
+        out = attend(q, k, v, mask, self.head_dim**-0.5)
+        return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+class MLP(nn.Module):
+    """Apply the SwiGLU block."""
+
+    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        made = {"bias": config.mlp_bias, "dtype": dtype, "device": device}
+        self.gate_proj = nn.Linear(size, inner, **made)
+        self.up_proj = nn.Linear(size, inner, **made)
+        self.down_proj = nn.Linear(inner, size, **made)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `down(silu(gate(x)) ⊙ up(x))`."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Add attention and then the SwiGLU block to the residual stream, each after a norm."""
+
+    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
+        super().__init__()
+        made = {"dtype": dtype, "device": device}
+        self.self_attn = Attention(config, **made)
+        self.mlp = MLP(config, **made)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotation: Rotation,
+        mask: torch.Tensor | None,
+        slot: Slot | None,
+    ) -> torch.Tensor:
+        """Return `[B, T, hidden]`."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, slot)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """What Hugging Face's checkpoints call `model`: everything but the head."""
+
+    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
+        super().__init__()
+        made = {"dtype": dtype, "device": device}
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **made)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, **made) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)

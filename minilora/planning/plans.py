@@ -1,0 +1,361 @@
+"""The verb: plan a run before it begins."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minilora.data import Batches, Example, as_examples, learned_labels
+from minilora.files import short
+from minilora.lora import as_dtype, check_dropout
+from minilora.planning.advice import (
+    HERE,
+    Advice,
+    Data,
+    Option,
+    Planner,
+    advise,
+    all_options,
+    best_dtype,
+    this_machine,
+    u_shape,
+)
+from minilora.planning.calibration import calibrate
+from minilora.planning.devices import Device, device
+from minilora.planning.memory import Memory, Settings, whole
+from minilora.planning.met import epoch_met, mean_batch
+from minilora.planning.rules import Rule, rules_of_thumb
+from minilora.planning.shapes import Shape, read_shape
+from minilora.planning.speed import Speed, duration
+
+BUSY = 0.2  # share of the processor above which times are worth a warning
+_WORDS = {
+    "process": "process (Python, torch, libraries)",
+    "base": "base, not quantized",
+    "codes": "base, codes",
+    "scales": "base, scales",
+    "adapters": "adapters",
+    "gradients": "their gradients",
+    "optimizer": "optimizer (AdamW's moments)",
+    "activations": "activations",
+    "recomputed": "a block run again",
+    "loss": "head and loss",
+    "backward": "backward workspace",
+    "workspace": "workspace (logits, decoded)",
+    "gathered": "gathered blocks (FSDP2)",
+    "heap": "heap (freed, but kept)",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen, before it happens; prints as tables.
+
+    Attributes:
+        shape: of the model.
+        settings: of the run that was asked for.
+        data: its size.
+        device: the machine that was asked for.
+        memory: bytes of each process at the peak.
+        fits: whether the peak leaves a tenth of the machine's memory free.
+        speed: None where it does not fit.
+        cost: of the run at the price given, None without one.
+        rules: rules of thumb beside the computed figures.
+        options: other ways to run.
+        advice: what to do, with a command.
+        busy: share of the processor here that other work took while the plan was made.
+    """
+
+    shape: Shape
+    settings: Settings
+    data: Data
+    device: Device
+    memory: Memory
+    fits: bool
+    speed: Speed | None
+    cost: float | None
+    rules: list[Rule]
+    options: list[Option]
+    advice: Advice
+    busy: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [self._head(), memory_table(self.memory, self.device), self._time()]
+        parts.append("Rules of thumb\n" + "\n".join(f"- {rule}" for rule in self.rules))
+        parts.append("Options\n" + option_table(self.options))
+        told = [self.advice.why, u_shape(self.options), f"    {self.advice.command}"]
+        if self.shape.foreign:
+            told.append(
+                f"minilora train does not read this model: {self.shape.foreign}. Load it with "
+                f"transformers, and call minilora.inject and minilora.fit with these settings."
+            )
+        parts.append("Advice\n" + "\n".join(line for line in told if line.strip()))
+        return "\n\n".join(parts)
+
+    def _head(self) -> str:
+        s = self.settings
+        again = "on" if s.checkpointing else "off"
+        return (
+            f"{self.shape.name}: {self.shape.parameters / 1e9:.3f}B parameters "
+            f"({self.shape.source}); r={s.r}, base {_base(s)}, {s.batch_size} × {s.accumulate} rows"
+            f" of up to {s.length} tokens a step, checkpointing {again}"
+            f"{f', {s.ranks} ranks ({s.parallel})' if s.parallel else ''}; {self.data.examples:,} "
+            f"examples of {self.data.mean} tokens, {self.data.epochs:g} "
+            f"epoch{'' if self.data.epochs == 1 else 's'}; on "
+            f"{self.device.name} ({self.device.what})"
+        )
+
+    def _time(self) -> str:
+        if self.speed is None:
+            return "Time: not planned, since it does not fit"
+        how = self.speed.how
+        if how == "datasheet":
+            how = (
+                f"{self.device.source}, taking {self.device.efficiency:.0%} of peak and "
+                f"{self.device.moving:.0%} of bandwidth"
+            )
+        timing = self.speed.timing
+        step = timing or f"{self.speed.step_seconds:.3g} s a step"
+        text = (
+            f"Time: {step}, {self.speed.tokens_per_second:,.0f} tokens/s, "
+            f"{self.speed.steps:,} steps, "
+            f"{duration(self.speed.hours)} ({how})"
+        )
+        if self.device.name == HERE and self.busy > BUSY:
+            text += (
+                f"\n  Other work took {self.busy:.0%} of the processor while this was measured; a "
+                f"quiet machine is faster"
+            )
+        if timing is not None and not timing.steady:
+            text += f"\n  {timing.doubt()}"
+        if self.cost is not None:
+            text += f"\nCost: {_money(self.cost)}"
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON-able values; bytes, seconds, hours."""
+        return {
+            "model": self.shape.name,
+            "parameters": self.shape.parameters,
+            "device": self.device.name,
+            "settings": _settings(self.settings),
+            "data": dataclasses.asdict(self.data),
+            "memory": self.memory.components() | {"peak": self.memory.peak},
+            "fits": self.fits,
+            "speed": None if self.speed is None else dataclasses.asdict(self.speed),
+            "cost": self.cost,
+            "busy": self.busy,
+            "rules": [dataclasses.asdict(rule) for rule in self.rules],
+            "options": [
+                {
+                    "device": one.device.name,
+                    "settings": _settings(one.settings),
+                    "peak": one.memory.peak,
+                    "fits": one.fits,
+                    "speed": None if one.speed is None else dataclasses.asdict(one.speed),
+                    "cost": one.cost,
+                }
+                for one in self.options
+            ],
+            "advice": {"cpu": self.advice.cpu, "why": self.advice.why}
+            | {"command": self.advice.command},
+        }
+
+
+def _money(amount: float) -> str:
+    return "under 0.01" if 0 < amount < 0.01 else f"{amount:,.2f}"
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    found = dataclasses.asdict(settings)
+    for name in ("dtype", "adapter_dtype"):
+        found[name] = str(found[name]).removeprefix("torch.")
+    for name in ("targets", "exclude"):
+        found[name] = found[name] if isinstance(found[name], str) else list(found[name])
+    return found
+
+
+def _base(settings: Settings) -> str:
+    dtype = str(settings.dtype).removeprefix("torch.")
+    return dtype if settings.format is None else f"{settings.format} (rest {dtype})"
+
+
+def memory_table(memory: Memory, place: Device | None = None) -> str:
+    """Return the components at the peak, one a line, and their sum."""
+    lines = ["Memory of each process at the peak, MB"]
+    for name, size in memory.components().items():
+        lines.append(f"  {_WORDS[name]:36s} {size / 1e6:12,.1f}")
+    text = f"  {'peak':36s} {memory.peak / 1e6:12,.1f}"
+    if place is not None:
+        text += f"   of {place.memory / 1e6:,.0f}"
+    return "\n".join([*lines, text])
+
+
+def option_table(options: list[Option]) -> str:
+    """Return the options as a table."""
+    head = ("machine", "base", "rows", "again", "ranks", "GB", "of", "fits", "tokens/s", "time",
+            "cost")  # fmt: skip
+    rows = [head]
+    for one in options:
+        s, speed = one.settings, one.speed
+        rows.append((
+            one.device.name, s.format or str(s.dtype).removeprefix("torch."),
+            f"{s.batch_size}×{s.accumulate}", "yes" if s.checkpointing else "no",
+            f"{s.ranks} {s.parallel}" if s.parallel else "1",
+            f"{one.memory.peak / 1e9:.1f}", f"{one.device.memory / 1e9:.0f}",
+            "yes" if one.fits else "no",
+            f"{speed.tokens_per_second:,.0f}" if speed else "–",
+            duration(speed.hours) if speed else "–",
+            "–" if one.cost is None else _money(one.cost),
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def data_size(
+    data: int | Iterable[Any], length: int | None, epochs: float, batch_size: int = 8
+) -> Data:
+    """Return the size of a data set, or of one of so many rows."""
+    good = isinstance(epochs, (int, float)) and not isinstance(epochs, bool) and 0 < epochs < 1e9
+    if not good:
+        raise ValueError(f"epochs must be a finite number above 0, found {short(epochs)}")
+    if length is not None and whole("length", length) < 2:
+        raise ValueError("length must be at least 2, as a row's first token is never learned")
+    if isinstance(data, int):
+        rows, longest = whole("data", data), 512 if length is None else length
+        return Data(rows, longest, longest, epochs)
+    examples = [
+        Example(one.input_ids[:length], one.labels[:length])
+        for one in as_examples(data)
+        if learned_labels(one.labels[:length])
+    ]
+    if not examples:
+        raise ValueError(
+            f"no example has anything to learn within length={length} tokens (--max-length); "
+            f"raise it"
+        )
+    steps = epoch_met(Batches(examples, batch_size=whole("batch_size", batch_size)), 1)
+    usual, longest = mean_batch(steps), max(len(one.input_ids) for one in examples)
+    return Data(len(examples), usual.length, longest, epochs, usual.share)
+
+
+def plan(
+    model: Any,
+    data: int | Iterable[Any] = 1000,
+    *,
+    r: int = 8,
+    targets: object = "all-linear",
+    exclude: object = (),
+    length: int | None = None,
+    batch_size: int = 8,
+    accumulate: int = 1,
+    epochs: float = 1,
+    quantize: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    checkpointing: bool = False,
+    device: str = HERE,
+    ranks: int = 1,
+    parallel: str | None = None,
+    dropout: float = 0.0,
+    block_size: int = 64,
+    double_quant: bool = True,
+    memory_gb: float | None = None,
+    prices: float | Mapping[str, float] | None = None,
+    timed: bool = True,
+) -> Plan:
+    """Say what a run will need before it begins: memory, time, cost, and settings that fit.
+
+    Nothing is loaded: bytes are counted on shapes. On this machine's CPU the process and the rates
+    are measured, and a few blocks of the model are timed (seconds, with random weights).
+
+    Args:
+        model: a preset (`"llama-2-7b"`, …), a folder, a config.json, a .gguf file, a hub name
+            (needs huggingface_hub), a configuration, or a Llama or GPT2 of minilora.models.
+        data: examples as `minilora.data.as_examples` takes them, or their number.
+        r: rank of the adapters.
+        targets: as for `inject`.
+        exclude: as for `inject`.
+        length: tokens of a row at most; default: the data's longest, 512 for a number of rows.
+        batch_size: rows of a micro-batch, over all ranks.
+        accumulate: micro-batches of a step.
+        epochs: passes over the data.
+        quantize: the base's format: `"int8"`, `"nf4"`, `"int4"` or None.
+        dtype: of base and computation; `"auto"`: the fastest on each machine that is compared.
+        checkpointing: recompute blocks in the backward pass.
+        device: `"here"` (this CPU), or a machine of the table: `"rtx-4090"`, `"a100-80gb"`,
+            `"h100-80gb"`, `"8xa100-80gb"`, `"epyc-7763"`.
+        ranks: processes.
+        parallel: None, `"ddp"` or `"fsdp"`.
+        dropout: of the adapters.
+        block_size: of nf4 and int4.
+        double_quant: of nf4.
+        memory_gb: GB (10⁹) of the machine that may be used; default: what is free, or the table.
+        prices: of an hour on that machine, or by device name.
+        timed: time blocks here; False takes the measured rates alone (faster, rougher).
+
+    Returns:
+        A `Plan`; `print` shows it.
+
+    Raises:
+        ValueError: unknown names (the nearest are named), sizes below 1, r above a layer's
+            smaller side, rows longer than the context, formats that do not fit a layer.
+        TypeError: a model of another type.
+        RuntimeError: a hub name that can't be read.
+    """
+    shape = read_shape(model)
+    size = data_size(data, length, epochs, batch_size)
+    here = calibrate()
+    chosen = _device(device, here, memory_gb)
+    if chosen.name == HERE:
+        here = dataclasses.replace(here, memory=chosen.memory)
+    wanted = best_dtype(chosen) if dtype == "auto" else as_dtype(dtype)
+    settings = Settings(
+        quantize, wanted, r, targets, exclude, batch_size, accumulate, size.longest, checkpointing,
+        check_dropout(dropout), ranks, parallel, block_size, double_quant,
+    )  # fmt: skip
+    if chosen.gpu and ranks > chosen.count:
+        raise ValueError(
+            f"{chosen.name} has {chosen.count} GPUs, found ranks={ranks}; pass at most as many"
+        )
+    asked = _prices(prices, chosen.name)
+    if ranks > batch_size:
+        raise ValueError(
+            f"batch_size counts the rows of all ranks, so it must be at least ranks, found "
+            f"batch_size={batch_size} and ranks={ranks}"
+        )
+    planner = Planner(shape, size, here, asked, timed, auto=dtype == "auto")
+    options = all_options(planner, settings, chosen)
+    first = options[0]
+    return Plan(
+        shape, settings, size, chosen, first.memory, first.fits, first.speed, first.cost,
+        rules_of_thumb(shape, settings, first.memory), options, advise(planner, options), here.busy,
+    )  # fmt: skip
+
+
+def _prices(prices: float | Mapping[str, float] | None, name: str) -> dict[str, float]:
+    """Return what an hour costs by device name; one number is of the device that is named."""
+    found = (
+        dict(prices) if isinstance(prices, Mapping) else {} if prices is None else {name: prices}
+    )
+    for key, price in found.items():
+        number = isinstance(price, (int, float)) and not isinstance(price, bool)
+        if not number or not 0 <= price < math.inf:
+            raise ValueError(f"the price of an hour on {key} must be at least 0, found {price!r}")
+    return found
+
+
+def _device(name: str, here: Any, memory_gb: float | None) -> Device:
+    found = this_machine(here) if name == HERE else device(name)
+    if memory_gb is None:
+        return found
+    good = isinstance(memory_gb, (int, float)) and not isinstance(memory_gb, bool)
+    if not good or not 0 < memory_gb < 1e9:
+        raise ValueError(f"memory_gb must be a number above 0, found {short(memory_gb)}")
+    return dataclasses.replace(found, memory=int(memory_gb * 1e9))

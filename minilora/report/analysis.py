@@ -1,0 +1,260 @@
+"""`minilora.explain`: check everything, read the weights, then measure on data if there is any."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.data import Batches, Example, as_examples, learned_labels
+from minilora.lora import (
+    Fit,
+    all_adapter_names,
+    copies_of,
+    lora_layers,
+    original_parameters,
+    require_layers,
+    require_unmerged,
+)
+from minilora.report.ablation import ablate, kinds_of, only, parts_of, place_of
+from minilora.report.attention import Attention, attention_masses, word_ids
+from minilora.report.comparison import check_adapter, check_keep, compare, is_product, truncate
+from minilora.report.explanation import Behaviour, CopyReport, Explanation
+from minilora.report.spectra import layer_report
+from minilora.report.tokens import Measured, effects, gap, measured, shown, token_losses
+
+LARGEST = 2048  # the shorter side of a weight whose singular vectors are found
+SHOWN = 3  # examples told token by token
+_CUT = "truncated_for_explain"  # a name for the truncated adapter while it is measured
+
+
+@torch.no_grad()
+def explain(
+    model: nn.Module,
+    adapter: str | None = None,
+    *,
+    data: Iterable[Any] | None = None,
+    train: Iterable[Any] | None = None,
+    outside: Iterable[Any] | None = None,
+    against: str | None = None,
+    words: Sequence[str] = (),
+    tokenizer: Any = None,
+    keep: float = 0.95,
+    ablate_examples: int = 32,
+    top: int = 20,
+    largest: int = LARGEST,
+    batch_size: int = 8,
+    pad_id: int = 0,
+    progress: bool = False,
+) -> Explanation:
+    """Tell what an adapter changed, where, and whether it matters.
+
+    From the factors and weights alone: norms, singular values of ΔW = scaling · B A (from QR of the
+    factors and a small SVD; B A is never formed), the energy each smaller rank keeps, a suggested
+    rank per layer, and how ΔW lies to W's own singular vectors. With held-out data: loss per token
+    with the adapter on and off, and what single blocks and kinds of modules contribute.
+
+    Args:
+        model: holds the adapter, unmerged; left as it was.
+        adapter: its name; None when there is only one.
+        data: held-out examples as for `evaluate`, or a `Batches` of them.
+        train: examples it was trained on, for the gap; needs `data`.
+        outside: examples of other text, for forgetting.
+        against: another adapter of the model, to compare subspaces with.
+        words: whose share of the attention is measured in `data`; needs a tokenizer.
+        tokenizer: to show tokens as text.
+        keep: the share of ‖ΔW‖² that a suggested rank keeps on each layer, in (0, 1].
+        ablate_examples: how many of `data` to ablate on, evenly picked, 0 for none: two passes over
+            them for each block and each kind of module.
+        top: how many tokens that were helped and hurt to list.
+        largest: compare with W's singular vectors where min(N, K) is at most this (an N³ step).
+        batch_size: examples at a time.
+        pad_id: token id in the padding.
+        progress: say on stderr what is being done.
+
+    Returns:
+        An `Explanation`: prints as tables; `to_dict`, `to_json(file)`, `to_html(file)`.
+
+    Raises:
+        ValueError: an unknown adapter, NaN or Inf in it, options out of range, data that is empty
+            or malformed, words that don't occur.
+        TypeError: data that is no examples.
+        RuntimeError: adapters are merged.
+
+    Hu et al. 2021, arXiv:2106.09685, section 7; Shuttleworth et al. 2024, arXiv:2410.21228.
+    """
+    layers = require_layers(model, "explain")
+    require_unmerged(layers, "explain")
+    adapter = _only(model) if adapter is None else adapter
+    check_keep(keep)
+    for value, what, least in (
+        (ablate_examples, "ablate_examples", 0), (top, "top", 0), (largest, "largest", 0),
+        (batch_size, "batch_size", 1),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{what} must be a whole number of at least {least}, found {value!r}")
+    if data is None and (train is not None or words):
+        what = "train" if train is not None else "words"
+        raise ValueError(f"{what} needs data, the held-out examples to measure on; pass data=")
+    for name in (adapter, against):
+        if name is not None:
+            check_adapter(model, name)
+    if against == adapter:
+        raise ValueError(f"against must name another adapter than {adapter!r}")
+    held, seen, other = (
+        None if some is None else as_examples(some.examples if isinstance(some, Batches) else some)
+        for some in (data, train, outside)
+    )
+    patterns = word_ids([words] if isinstance(words, str) else words, tokenizer) if words else []
+    say = _Say(progress)
+    comparison = None if against is None else compare(model, adapter, against)
+    mine = {name: layer for name, layer in layers.items() if adapter in layer.adapters}
+    kinds = kinds_of(list(mine))
+    reports = []
+    for name, layer in mine.items():
+        say(f"reading {name}")
+        block = place_of(name)[1]
+        reports.append(layer_report(name, block, kinds[name], layer, adapter, keep, largest))
+    run = _Run(model, adapter, tokenizer, batch_size, pad_id, say)
+    ranks = {report.name: report.suggested_r for report in reports}
+    truncation, cut_loss = run.truncated(ranks, held)
+    behaviour = None
+    if held is not None:
+        behaviour = run.behaviour(held, top, ablate_examples, cut_loss, words, patterns)
+    found = Explanation(
+        adapter, keep, tuple(reports), _copies(model, adapter), truncation, comparison, behaviour,
+        gap(run.loss(seen, "training data"), behaviour.loss) if seen and behaviour else None,
+        run.loss(other, "text outside the task") if other else None,
+    )  # fmt: skip
+    say("")
+    return found
+
+
+def _only(model: nn.Module) -> str:
+    names = all_adapter_names(model)
+    if len(names) == 1:
+        return names[0]
+    raise ValueError(f"several adapters are there ({', '.join(names)}); say which with adapter=...")
+
+
+def _copies(model: nn.Module, adapter: str) -> tuple[CopyReport, ...]:
+    own = original_parameters(model)
+    return tuple(
+        CopyReport(
+            name,
+            float((value.double() - own[name].double()).norm()),
+            float(own[name].double().norm()),
+        )
+        for name, value in copies_of(model, adapter).items()
+    )
+
+
+class _Say:
+    """One line on stderr that is written over."""
+
+    def __init__(self, progress: bool):
+        self.progress, self.width = progress, 0
+
+    def __call__(self, line: str) -> None:
+        if self.progress:
+            print(f"\r{line:<{self.width}}", end="" if line else "\r", file=sys.stderr, flush=True)
+            self.width = max(self.width, len(line))
+
+
+class _Run:
+    """The measurements on data, each with the adapter alone, or without any."""
+
+    def __init__(self, model, adapter: str, tokenizer, batch_size: int, pad_id: int, say: Callable):
+        self.model, self.adapter, self.tokenizer, self.say = model, adapter, tokenizer, say
+        self.options = {"batch_size": batch_size, "pad_id": pad_id}
+        self.names = parts_of(model, adapter)[0][2]
+
+    def on(self):
+        """Within the block this adapter alone is active."""
+        return only(self.model, self.adapter, self.names)
+
+    def off(self):
+        """Within the block the model is its base."""
+        return only(self.model, self.adapter, (), copies=False)
+
+    def both(self, examples: Sequence[Example], what: str):
+        """Return the token losses without and with the adapter."""
+        self.say(f"measuring {what} without the adapter")
+        with self.off():
+            before = token_losses(self.model, examples, **self.options)
+        self.say(f"measuring {what} with the adapter")
+        with self.on():
+            return before, token_losses(self.model, examples, **self.options)
+
+    def loss(self, examples: Sequence[Example], what: str) -> Measured:
+        """Return the loss without and with the adapter."""
+        return measured(*self.both(examples, what))
+
+    def truncated(
+        self, ranks: dict[str, int], examples: Sequence[Example] | None
+    ) -> tuple[Fit | None, float | None]:
+        """Cut the adapter for a while; return its error and, with data, its loss."""
+        if not is_product(self.model, self.adapter):
+            return None, None
+        name = _CUT
+        while name in all_adapter_names(self.model):
+            name += "_"
+        fit = truncate(self.model, self.adapter, name, ranks=ranks)
+        layers = lora_layers(self.model)
+        try:
+            if examples is None:
+                return fit, None
+            self.say("measuring the adapter at the suggested ranks")
+            with only(self.model, name, self.names):
+                losses = token_losses(self.model, examples, **self.options)
+        finally:
+            for layer in layers.values():
+                if name in layer.adapters:
+                    del layer.adapters[name]
+        return fit, measured(losses, losses).before
+
+    def behaviour(
+        self,
+        held: list[Example],
+        top: int,
+        ablated: int,
+        cut: float | None,
+        words: Sequence[str],
+        patterns: list[list[int]],
+    ) -> Behaviour:
+        """Measure everything that needs held-out data."""  # fmt: skip
+        before, after = self.both(held, "held-out data")
+        helped, hurt = effects(held, before, after, self.tokenizer, top)
+        some = [held[i] for i in _spread(len(held), ablated)]
+        ablations: tuple = ()
+        if some:
+            ablations = ablate(
+                self.model, self.adapter, some, **self.options,
+                say=lambda done, total: self.say(f"ablation {done} of {total}"),
+            )  # fmt: skip
+        attention = None
+        if patterns:
+            self.say("measuring attention")
+            with self.off():
+                old, even, tokens, queries = attention_masses(
+                    self.model, held, patterns, **self.options
+                )
+            with self.on():
+                new = attention_masses(self.model, held, patterns, **self.options)[0]
+            words = (words,) if isinstance(words, str) else tuple(words)
+            attention = Attention(words, old, new, even, tokens, queries)
+        changes = torch.cat(after) - torch.cat(before)
+        pick = _spread(len(held), SHOWN)
+        return Behaviour(
+            measured(before, after), cut, float((changes < 0).double().mean()), helped, hurt,
+            tuple(shown(held[i], before[i], after[i], self.tokenizer) for i in pick),
+            ablations, (len(some), sum(learned_labels(e.labels) for e in some)), attention,
+            (before, after),
+        )  # fmt: skip
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Return `count` indices (or all there are) evenly over `total`."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]

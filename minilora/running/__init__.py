@@ -1,0 +1,29 @@
+"""Evaluate, generate, and compile what does."""
+
+from minilora.running.compiling import compiled, settle_compile
+from minilora.running.evaluation import (
+    Evaluation,
+    Loss,
+    device_of,
+    evaluate,
+    forward_logits,
+    summarize,
+    takes_packed,
+    token_loss,
+)
+from minilora.running.generation import CONTEXT_NAMES, generate
+
+__all__ = [
+    "CONTEXT_NAMES",
+    "Evaluation",
+    "Loss",
+    "compiled",
+    "device_of",
+    "evaluate",
+    "forward_logits",
+    "generate",
+    "settle_compile",
+    "summarize",
+    "takes_packed",
+    "token_loss",
+]

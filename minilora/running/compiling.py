@@ -1,0 +1,163 @@
+"""Run a model's blocks through `torch.compile`, for the time of a run or of a text."""
+
+import functools
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minilora.kernels import cache_folder, private_folder
+from minilora.lora import lora_layers, named_modules
+
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # torch sets these itself, too
+_lock, _held = threading.Lock(), ExitStack()  # what is put back when nobody compiles any more
+_compiling: list[int] = []  # threads that compile now
+
+
+def _folder_is_set() -> bool:
+    """Return whether a user, rather than torch itself, has said where torch's cache lies."""
+    set_to = os.environ.get(_CACHES[0], "")
+    default = Path(tempfile.gettempdir(), "torchinductor_")  # and the user's name
+    return bool(set_to) and not os.path.abspath(set_to).startswith(str(default.absolute()))
+
+
+def _into_private_folder(stack: ExitStack) -> None:
+    """Point torch's caches to a folder that is ours alone, until the stack is closed."""
+    from torch._inductor import config
+    from torch._inductor.runtime.runtime_utils import default_cache_dir
+
+    try:
+        folder = private_folder(cache_folder() / "compiled")
+    except (OSError, RuntimeError):  # it can't be written, is not ours, or there is no home
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    before = {name: os.environ.get(name) for name in _CACHES}
+    stack.callback(_restore, before)
+    os.environ[_CACHES[0]] = str(folder)
+    try:
+        private_folder(default_cache_dir())  # headers are compiled into there, whatever is set
+    except OSError:
+        stack.enter_context(config.patch(cpp_cache_precompile_headers=False))
+
+
+def _restore(before: dict[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def private_cache() -> Iterator[None]:
+    """Keep what torch compiles meanwhile in a folder that is ours alone, unless the user set one.
+
+    Libraries and pickles are loaded from there, and torch's default is a folder of a known name in
+    the shared temporary one, whoever made it.
+    """
+    with _lock:
+        if not _compiling and not _folder_is_set():
+            _into_private_folder(_held)
+        _compiling.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        with _lock:
+            _compiling.pop()
+            if not _compiling:
+                _held.close()
+
+
+@functools.cache
+def compile_problem() -> str | None:
+    """Say why `torch.compile` cannot work here, by trying it, or return None."""
+    try:
+        with private_cache():
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    except Exception as error:  # whatever a missing compiler makes of itself
+        return str(error).strip().splitlines()[0][:200] or type(error).__name__
+    return None
+
+
+def settle_compile(choice: bool | str) -> tuple[bool, str | None]:
+    """Return whether to compile, and what to say where `"auto"` cannot.
+
+    Raises:
+        RuntimeError: True where torch.compile does not work.
+    """
+    if not choice:
+        return False, None
+    problem = compile_problem()
+    if problem is None:
+        return True, None
+    if choice == "auto":
+        return False, f"not compiled, since torch.compile does not work here: {problem}"
+    raise RuntimeError(
+        f"compile=True (--compile) needs torch.compile to work, found: {problem}; install a C++ "
+        f"compiler (g++), or set compile=False"
+    )
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks that hold adapters: entries of the outermost such ModuleLists."""
+    found: dict[str, nn.Module] = {}
+    for name, module in named_modules(model):
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside and lora_layers(module):
+            found[name] = module
+    blocks = [block for blocks in found.values() for block in blocks.children()]
+    return [block for block in blocks if lora_layers(block)]
+
+
+def _casts_run_again() -> AbstractContextManager[None]:
+    """Let the backward pass form again what a pass over kept tensors gives.
+
+    By default torch keeps whatever a product of the backward pass reads: inputs widened to f32,
+    gate times up. That is a third to a half of all that is kept, and saves no time
+    (`benchmarks/NOTES.md`). Holds for all that this thread compiles meanwhile.
+    """
+    from torch._functorch import config
+
+    name = "ban_recompute_materialized_backward"  # private, so it may be gone one day
+    return config.patch({name: False}) if hasattr(config, name) else nullcontext()
+
+
+@contextmanager
+def compiled(
+    model: nn.Module, wanted: bool, blocks: Iterable[nn.Module] | None = None
+) -> Iterator[None]:
+    """Compile each block (the whole model where it has none), and the loss of our own models.
+
+    The blocks are those with adapters, or the ones given.
+
+    Shapes are left open: batches differ in length, and each length would else be compiled. What
+    is replaced is `forward` alone, so every name and the hooks around a block stay as they are:
+    FSDP2's gather its weights before the compiled part and let go of them after.
+    """
+    if not wanted:
+        yield
+        return
+    # A block whose input needs no gradient, evaluation and training are variants of one function.
+    places = [
+        (block, block.__dict__.get("forward")) for block in blocks or blocks_of(model) or [model]
+    ]
+    flag = getattr(model, "compiled_loss", None)
+    try:
+        for block, _ in places:
+            block.forward = torch.compile(block.forward, dynamic=True)
+        if flag is not None:
+            model.compiled_loss = True  # type: ignore[assignment]
+        with private_cache(), _casts_run_again():  # compilation happens at the first call
+            yield
+    finally:
+        for block, before in places:
+            if before is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = before
+        if flag is not None:
+            model.compiled_loss = flag

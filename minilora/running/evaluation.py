@@ -1,0 +1,199 @@
+"""Measure a model on held-out tokens: summed over tokens, so no number depends on the batches."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minilora.data import IGNORE, Batch, Batches, as_examples, pad
+from minilora.files import short
+from minilora.lora import inference, require_finite, require_values, widened
+
+Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold what was measured.
+
+    Attributes:
+        loss: mean negative log-likelihood per token, in nats.
+        perplexity: exp(loss), inf beyond the range of a float.
+        tokens: labels that entered the mean.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g} over {self.tokens} tokens"
+
+
+def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    """Sum the next-token loss of a batch.
+
+    loss = − Σ log p(labels[b, t] | input_ids[b, :t]) over t ≥ 1 with labels[b, t] ≠ -100
+
+    Args:
+        model: has a method `loss(input_ids, labels)` that returns the mean over those labels, or
+            returns logits [B, T, V], or something with `.logits`. The attention mask is passed
+            where `forward` names it.
+        batch: on the device of the model.
+
+    Returns:
+        The sum, a scalar f32 tensor (f64 for an f64 model) that carries the gradient, and the
+        number of labels in it.
+
+    Raises:
+        ValueError: no label counts, so that their mean has no meaning.
+    """
+    tokens = batch.tokens
+    if tokens == 0:
+        raise ValueError(
+            f"a batch must have a label to learn, found {tuple(batch.labels.shape)} labels of "
+            f"which all after the first column are {IGNORE}; leave such batches out"
+        )
+    known = argument_names(getattr(type(model), "loss", None))
+    beside = {}
+    if batch.documents is not None:
+        if not takes_packed(model):
+            raise ValueError(
+                f"packed rows need a model whose loss takes positions and mask, as those of "
+                f"minilora.models do, found {type(model).__name__}; do not pack for it"
+            )
+        beside = {"positions": batch.positions(), "mask": batch.document_mask()}
+    if known >= {"input_ids", "labels"}:
+        mean = model.loss(batch.input_ids, batch.labels, **beside)  # type: ignore[operator]
+        return _full(mean) * tokens, tokens
+    logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+    labels = batch.labels[:, 1:]
+    counts = labels != IGNORE
+    chosen = _full(logits[:, :-1][counts])
+    return F.cross_entropy(chosen, labels[counts], reduction="sum"), tokens
+
+
+def takes_packed(model: nn.Module) -> bool:
+    """Tell whether the model's loss keeps documents in one row apart."""
+    needed = {"input_ids", "labels", "positions", "mask"}
+    return argument_names(getattr(type(model), "loss", None)) >= needed
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """Widen what is narrower than f32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def forward_logits(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run a model of any make and return its logits.
+
+    Args:
+        model: returns logits, or something with `.logits`.
+        input_ids: [B, T] int64.
+        attention_mask: [B, T] bool, False on padding at the right; passed on as integers if
+            `forward` has an argument of that name.
+
+    Returns:
+        [B, T, V] in the model's dtype.
+    """
+    kwargs = {}
+    if attention_mask is not None and "attention_mask" in argument_names(model.forward):
+        kwargs["attention_mask"] = attention_mask.long()
+    output = model(input_ids, **kwargs)
+    return getattr(output, "logits", output)
+
+
+def argument_names(function: Any) -> set[str]:
+    """Return the names of a function's arguments; none for what is no function."""
+    return set(inspect.signature(function).parameters) if inspect.isroutine(function) else set()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer, the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def evaluate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    batch_size: int = 8,
+    loss: Loss | None = None,
+    pad_id: int = 0,
+) -> Evaluation:
+    """Measure loss and perplexity per token, without dropout and without gradients.
+
+    loss = Σ over all batches of the summed loss, in float64, / Σ of the tokens
+
+    The same for every batch size up to rounding, and the same bits for the same batches.
+
+    Args:
+        model: left as it was, flags, buffers and torch's random state included.
+        data: examples as `minilora.data.as_examples` takes them, sorted by length here; or
+            `Batch`es, taken in their order. Of a `Batches` the examples and the batch size are
+            taken, and its place in the data is not moved.
+        batch_size: examples per batch; more is faster and takes more memory.
+        loss: what to sum, (model, batch) → (sum, tokens); `token_loss` if None.
+        pad_id: token id in the padding, of no influence.
+
+    Returns:
+        The numbers as found: a loss that is infinite or not a number is not hidden.
+
+    Raises:
+        ValueError: data that is empty, malformed or without a label to learn; an adapter with NaN.
+        TypeError: data that is no examples or batches.
+    """
+    if not 1 <= batch_size < 2**31:
+        raise ValueError(f"batch_size must be at least 1, found {short(batch_size)}")
+    require_values(model, "evaluate")
+    require_finite(model)
+    total, tokens = 0.0, 0
+    device = device_of(model)
+    with inference(model), widened(model):
+        for batch in _batches(data, batch_size, pad_id):
+            part, count = (loss or token_loss)(model, batch.to(device))
+            total += float(part)
+            tokens += count
+    return summarize(total, tokens)
+
+
+def summarize(total: float, tokens: int) -> Evaluation:
+    """Return mean and perplexity of a loss summed over tokens.
+
+    Raises:
+        ValueError: no token.
+    """
+    if tokens == 0:
+        raise ValueError("data must hold a label to learn, found none: loss counted 0 tokens")
+    mean = total / tokens
+    try:
+        perplexity = math.exp(mean)
+    except OverflowError:
+        perplexity = math.inf
+    return Evaluation(mean, perplexity, tokens)
+
+
+def _batches(data: Iterable[Any], batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Yield batches in an order that no random number decides."""
+    if isinstance(data, Batches):
+        examples, batch_size, pad_id = data.examples, data.batch_size, data.pad_id
+    else:
+        data = list(data)
+        if data and all(isinstance(item, Batch) for item in data):
+            yield from data
+            return
+        examples = as_examples(data)
+    examples = sorted(examples, key=lambda example: len(example.input_ids))
+    for i in range(0, len(examples), batch_size):
+        yield pad(examples[i : i + batch_size], pad_id)

@@ -1,0 +1,318 @@
+"""Write text: several prompts at once, greedy or sampled, with a cache where a model takes one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.data import encode_prompt, warn_of_control
+from minilora.files import short
+from minilora.lora import inference, require_finite, require_values, widened
+from minilora.models import KVCache
+from minilora.running.compiling import compiled, settle_compile
+from minilora.running.evaluation import argument_names, device_of, forward_logits
+from minilora.text import as_tokenizer
+
+Rows = list[list[int]]
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
+
+
+def generate(
+    model: nn.Module,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: str | int | Iterable[str | int] = (),
+    seed: int | None = None,
+    chat: bool = False,
+    compile: bool | str = False,
+) -> list[Any]:
+    """Continue each prompt until a stop token, a stop string or `max_new_tokens`.
+
+    A row's text depends on no row beside it: greedy rows equal one-at-a-time generation, and row
+    i of a sampled batch draws from its own generator, made of seed and i.
+
+    Args:
+        model: a `minilora.models.Llama`, run with a key-value cache; or any causal model that
+            returns logits [B, T, V] (or has them in `.logits`), recomputed for each token.
+            Left as it was, flags, buffers and torch's random state included.
+        prompts: a text, several texts, or several lists of token ids.
+        tokenizer: a `minilora.models.Tokenizer`, or one of transformers'; needed for texts and
+            stop strings. Its `stop_ids` stop a row.
+        max_new_tokens: tokens to write at most, at least 1.
+        temperature: 0 takes the likeliest token, whatever `top_k` and `top_p` say; above 0
+            samples from softmax(logits / temperature).
+        top_k: sample among that many likeliest tokens only.
+        top_p: sample among the fewest likeliest tokens whose probability reaches top_p, in
+            (0, 1]; after `top_k` (Holtzman et al. 2020, section 3.1).
+        stop: further stop strings and token ids.
+        seed: reproduces a sampled text; None draws a fresh one. The global random state is
+            neither read nor changed.
+        chat: wrap each text as a user message in the tokenizer's chat template.
+        compile: True runs the model's blocks through `torch.compile` after the first token, which
+            takes a C++ compiler and some ten seconds once; `"auto"` does where that works. Its
+            rounding differs, so a greedy text may turn where two tokens are nearly as likely.
+
+    Returns:
+        Per prompt the new text, or the new token ids when there is no tokenizer; what stopped the
+        row is not part of it, nor is a character whose last bytes were not written.
+
+    Raises:
+        ValueError: an option out of range, an empty prompt, ids outside the vocabulary, more
+            tokens than the model's context holds, an adapter with NaN; all before any work.
+        TypeError: prompts of another type, texts without a tokenizer, another tokenizer.
+        RuntimeError: the model's logits are not numbers; `compile=True` without a compiler.
+    """
+    _check_options(max_new_tokens, temperature, top_k, top_p, compile)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+    wanted = settle_compile(compile)[0]
+    stop_ids, stop_strings = _stops(stop, tokenizer)
+    rows = _encode(prompts, tokenizer, chat)
+    _check_rows(rows, max_new_tokens, getattr(model, "config", None))
+    require_values(model, "generate")
+    require_finite(model)
+    seed = random.SystemRandom().getrandbits(62) if seed is None else seed
+    generators = [_generator(seed, i) for i in range(len(rows))]
+    asked = [list(row) for row in rows]
+    new: Rows = [[] for _ in rows]
+    running = list(range(len(rows)))
+    with inference(model), widened(model):
+        step = _step(model, rows, max_new_tokens)
+        logits = step(rows)  # the prompts, uncompiled: they have other lengths, and come once
+        with compiled(model, wanted and max_new_tokens > 1, getattr(model, "_blocks", list)()):
+            while running:
+                found = logits.to("cpu", torch.float32)
+                for i in tuple(running):
+                    token = pick_token(
+                        found[i], temperature, top_k=top_k, top_p=top_p, generator=generators[i]
+                    )
+                    if token in stop_ids:
+                        running.remove(i)
+                        continue
+                    rows[i].append(token)
+                    new[i].append(token)
+                    stopped = bool(stop_strings) and (
+                        _end(tokenizer.decode_after(asked[i], new[i]), stop_strings) >= 0
+                    )
+                    if stopped or len(new[i]) == max_new_tokens:
+                        running.remove(i)
+                if running:
+                    logits = step(rows)
+    if tokenizer is None:
+        return new
+    texts = [tokenizer.decode_after(*both) for both in zip(asked, new, strict=True)]
+    ends = [_end(text, stop_strings) for text in texts]
+    return [text if end < 0 else text[:end] for text, end in zip(texts, ends, strict=True)]
+
+
+def _end(text: str, stop_strings: Sequence[str]) -> int:
+    """Return where the first stop string begins, -1 if there is none."""
+    return min((text.find(string) for string in stop_strings if string in text), default=-1)
+
+
+def pick_token(
+    logits: torch.Tensor,
+    temperature: float = 0.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Choose the next token: the likeliest at temperature 0, else one drawn at random.
+
+    Args:
+        logits: [V] on the CPU, not changed; -inf for tokens that must not come.
+        temperature, top_k, top_p: as in `generate`.
+        generator: of the CPU; PyTorch's own when None.
+
+    Returns:
+        The token id.
+
+    Raises:
+        RuntimeError: the largest logit is no finite number.
+    """
+    largest = float(logits.max())
+    if not abs(largest) < float("inf"):
+        raise RuntimeError(f"logits must have a finite maximum, found {largest}; check the model")
+    if temperature == 0:
+        return int(logits.argmax())
+    p = token_probabilities(logits, temperature, top_k=top_k, top_p=top_p)
+    return int(torch.multinomial(p, 1, generator=generator))
+
+
+def token_probabilities(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> torch.Tensor:
+    """Return what is sampled from: p = softmax(logits / temperature), cut and scaled to sum 1.
+
+    Args:
+        logits: [V], not changed.
+        temperature: above 0.
+        top_k: how many tokens keep a probability; of equal logits no more than that either.
+        top_p: keep a token when the likelier ones together are below top_p; so at least one, and
+            all of them at 1.
+
+    Returns:
+        [V] in f64.
+    """
+    scaled = (logits.double() - logits.max()) / temperature  # first minus, so nothing overflows
+    if top_k is not None and top_k < len(scaled):
+        best = scaled.topk(top_k)
+        scaled = torch.full_like(scaled, -torch.inf).scatter_(0, best.indices, best.values)
+    p = scaled.softmax(0)
+    if top_p is not None and top_p < 1:
+        ordered, index = p.sort(descending=True, stable=True)
+        before = ordered.cumsum(0).roll(1)
+        before[0] = 0
+        p[index[before >= top_p]] = 0
+        p /= p.sum()
+    return p
+
+
+def _generator(seed: int, row: int) -> torch.Generator:
+    """Make a stream for one row that no other row or seed shares."""
+    return torch.Generator().manual_seed(random.Random(f"{seed}/{row}").getrandbits(62))
+
+
+def _step(model: nn.Module, rows: Rows, new: int) -> Callable[[Rows], torch.Tensor]:
+    """Return a function from all ids so far to the logits [B, V] after them."""
+    if argument_names(model.forward) >= {"positions", "mask", "cache", "last"}:
+        return _Cached(model, rows, new)
+    device = device_of(model)
+
+    def recompute(rows: Rows) -> torch.Tensor:
+        """Pad on the right, where causal attention sees no padding."""
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        longest = int(lengths.max())
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        mask = torch.arange(longest, device=device) < lengths[:, None]
+        logits = forward_logits(model, ids, None if mask.all() else mask)
+        return logits[torch.arange(len(rows), device=device), lengths - 1]
+
+    return recompute
+
+
+class _Cached:
+    """Feed the prompts padded on the left, then one token a row."""
+
+    def __init__(self, model: nn.Module, rows: Rows, new: int):
+        self.model, self.device = model, device_of(model)
+        longest = max(len(row) for row in rows)
+        self.cache = KVCache.for_model(model, len(rows), longest + new)  # type: ignore[arg-type]
+        self.pads = torch.tensor([longest - len(row) for row in rows], device=self.device)
+
+    def __call__(self, rows: Rows) -> torch.Tensor:
+        past = self.cache.length
+        pads = self.pads.tolist()
+        if past:
+            fed = [row[-1:] for row in rows]
+        else:
+            fed = [[0] * n + row for n, row in zip(pads, rows, strict=True)]
+        ids = torch.tensor(fed, device=self.device)
+        positions = mask = None
+        if any(pads):
+            new = torch.arange(past, past + ids.shape[1], device=self.device)[:, None]  # [T, 1]
+            keys = torch.arange(past + ids.shape[1], device=self.device)  # [S]
+            positions = (new.T - self.pads[:, None]).clamp(min=0)
+            # A query in the padding sees itself: a row that sees nothing would be NaN.
+            mask = (keys <= new) & (keys >= self.pads[:, None, None]) | (keys == new)
+            mask = mask[:, None]  # [B, 1, T, S]
+        return self.model(ids, positions=positions, mask=mask, cache=self.cache, last=1)[:, -1]
+
+
+def _check_options(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    compile: bool | str,
+) -> None:
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens must be a whole number of at least 1, found {short(max_new_tokens)}"
+        )
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or a positive number, found {short(temperature)}")
+    if top_k is not None and not 1 <= top_k < 2**63:
+        raise ValueError(f"top_k must be at least 1 or None, found {short(top_k)}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1] or be None, found {short(top_p)}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', found {compile!r}")
+
+
+def _stops(stop: Any, tokenizer: Any) -> tuple[set[int], list[str]]:
+    """Sort stop ids and stop strings apart."""
+    stops = [stop] if isinstance(stop, (str, int)) else list(stop)
+    if bad := [value for value in stops if not isinstance(value, (str, int))]:
+        raise TypeError(f"stop must hold strings and token ids, found {bad[0]!r}")
+    strings = [value for value in stops if isinstance(value, str)]
+    if "" in strings:
+        raise ValueError("a stop string must not be empty: every text contains it")
+    if strings and tokenizer is None:
+        raise TypeError("stop strings need a tokenizer, found None; pass token ids or tokenizer=")
+    ids = {value for value in stops if isinstance(value, int)}
+    return ids | set(() if tokenizer is None else tokenizer.stop_ids), strings
+
+
+def _encode(prompts: Any, tokenizer: Any, chat: bool) -> Rows:
+    """Turn prompts into token ids."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(f"prompts must be a text or a list, found {type(prompts).__name__}")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise TypeError(f"prompt {i} is a text and needs a tokenizer, found None")
+            if chat:
+                message = [{"role": "user", "content": prompt}]
+                ids = tokenizer.encode_chat(message, add_generation_prompt=True)
+            else:
+                warn_of_control(tokenizer, prompt, f"prompt {i}")
+                ids = encode_prompt(tokenizer, prompt)
+        elif chat:
+            raise TypeError(f"chat=True needs texts, prompt {i} is {type(prompt).__name__}")
+        else:
+            ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+        if not isinstance(ids, (list, tuple)) or any(type(token) is not int for token in ids):
+            raise TypeError(
+                f"prompts must be texts or lists of token ids, prompt {i} is {prompt!r:.40}"
+            )
+        if not ids:
+            raise ValueError(f"prompt {i} must hold at least one token, found none")
+        rows.append(list(ids))
+    if not rows:
+        raise ValueError("prompts must hold at least one prompt, found none")
+    return rows
+
+
+def _check_rows(rows: Rows, new: int, config: Any) -> None:
+    """Hold the prompts against the model's vocabulary and context."""
+    vocabulary = getattr(config, "vocab_size", None)
+    for i, row in enumerate(rows):
+        if min(row) < 0 or max(row) >= (2**31 if vocabulary is None else vocabulary):
+            raise ValueError(
+                f"token ids must lie in [0, {vocabulary or '2³¹'}), prompt {i} has "
+                f"{short(min(row))} to {short(max(row))}"
+            )
+    contexts = [getattr(config, name, None) for name in CONTEXT_NAMES]
+    context = next((c for c in contexts if isinstance(c, int)), None)
+    longest = max(len(row) for row in rows)
+    if context is not None and longest + new > context:
+        raise ValueError(
+            f"the longest prompt and max_new_tokens must fit the model's context of {context} "
+            f"tokens, found {longest} + {new}; shorten one of them"
+        )

@@ -1,0 +1,13 @@
+"""Tokenizers and chat templates."""
+
+from minilora.text.conversation import Conversation
+from minilora.text.foreign_tokenizer import as_tokenizer
+from minilora.text.special_tokens import name_pattern
+from minilora.text.tokenizer import Tokenizer
+
+__all__ = [
+    "Conversation",
+    "Tokenizer",
+    "as_tokenizer",
+    "name_pattern",
+]

@@ -1,0 +1,408 @@
+"""Text to token ids and back, around the `tokenizers` library; conversations to ids.
+
+Text of users never turns into control tokens unless it is asked for: `"<|im_end|>"` in a document
+is encoded as the characters it is made of.
+"""
+
+import functools
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minilora.files import leads_out, read_json, reading, whole_folder, write, write_json
+from minilora.text.byte_level import folder_backend, gguf_backend, tokenizers_library
+from minilora.text.chat_template import ChatTemplate, map_strings, plain_messages
+from minilora.text.conversation import Conversation
+from minilora.text.long_text import encode_pieces
+from minilora.text.special_tokens import (
+    Encoded,
+    control_tokens,
+    encode_as_text,
+    make_special,
+    special_texts,
+    stand_in,
+    text_of,
+)
+
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_GGUF_NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+# Control tokens that end a turn or a document in any model; llama.cpp stops at them too.
+_ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")
+
+
+class Tokenizer:
+    """Encode and decode text, and render conversations; made by `from_pretrained` or `from_gguf`.
+
+    Attributes:
+        bos_id: id that begins a text, or None.
+        eos_id: id that ends a text or turn, or None.
+        pad_id: id to fill batches with: the tokenizer's own, else `eos_id`, or None.
+        stop_ids: ids at which generation ends.
+        vocab_size: ids are below this number.
+        control: ids of the control tokens by name.
+        chat_template: Jinja source, or None.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+        unk: str | None = None,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        """Wrap a `tokenizers.Tokenizer`, with special tokens given by their text."""
+        self._backend = backend
+        self._lock = threading.Lock()
+        named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unk}
+        self._named = {name: text for name, text in named.items() if text is not None}
+        ids = {name: backend.token_to_id(text) for name, text in self._named.items()}
+        for name, token_id in ids.items():
+            if token_id is None:
+                raise ValueError(
+                    f"{name} must be in the vocabulary, found {self._named[name]!r}, which is not"
+                )
+        self.bos_id: int | None = ids.get("bos_token")
+        self.eos_id: int | None = ids.get("eos_token")
+        self.pad_id: int | None = ids.get("pad_token", self.eos_id)
+        backend.no_truncation()  # what tokenizer.json may keep of some earlier call
+        backend.no_padding()
+        make_special(backend, self._named.values())
+        self.control: dict[str, int] = control_tokens(backend)
+        ends = {self.control[text] for text in _ENDS if text in self.control}
+        if self.eos_id is not None:
+            ends.add(self.eos_id)
+        self.stop_ids: frozenset[int] = frozenset(ends | set(stop_ids))
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self._template: ChatTemplate | None = None
+        self._stand_in: tuple[str, Any, dict[int, int]] | None = None
+        self.chat_template = chat_template
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Read a Hugging Face folder.
+
+        `tokenizer.json` is needed, or GPT-2's `vocab.json` and `merges.txt`;
+        `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, `config.json`
+        and `generation_config.json` are read where they lie.
+        Which tokens frame a text stands in `tokenizer.json`; as in transformers 5, `add_bos_token`
+        and `add_eos_token` don't override it (and count where there is no such file).
+
+        Raises:
+            ValueError: a file that is missing or damaged, or special tokens that contradict it.
+            RuntimeError: the `tokenizers` package is missing.
+        """
+        folder = Path(folder)
+        with reading(f"the tokenizer in '{folder}'"):
+            return cls._from_folder(folder)
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> "Tokenizer":
+        entries: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                entries |= read_json(folder / name)
+        backend, defaults = folder_backend(folder, entries)
+        entries = defaults | entries
+        named = {
+            name: text_of(entries.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")
+        }
+        stops: set[int] = set()
+        for name in ("config.json", "generation_config.json"):
+            if (folder / name).is_file():
+                ids = read_json(folder / name).get("eos_token_id")
+                stops |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+        template = entries.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        if (folder / "chat_template.jinja").is_file():
+            if leads_out(folder, folder / "chat_template.jinja"):
+                raise ValueError(
+                    f"'{folder / 'chat_template.jinja'}' must lie in its folder, found a link to "
+                    f"somewhere else; put a copy there: save would publish whatever it leads to"
+                )
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        make_special(backend, special_texts(entries))
+        made = cls(backend, **named, stop_ids=stops, chat_template=template)
+        if not (folder / "tokenizer.json").is_file():
+            made._frame(bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token")))
+        return made
+
+    @classmethod
+    def from_gguf(cls, file: str | Path) -> "Tokenizer":
+        """Read the byte-level BPE vocabulary and merges in a GGUF file's metadata.
+
+        Raises:
+            ValueError: a file that is no GGUF, another kind of vocabulary, or a pre-tokenizer
+                that is not built, by name.
+            RuntimeError: the `tokenizers` package is missing.
+        """
+        from minilora.loading import read_gguf
+
+        return cls._from_gguf(read_gguf(file))
+
+    @classmethod
+    def _from_gguf(cls, source: Any) -> "Tokenizer":
+        with reading(f"the tokenizer in '{source.path}'"):
+            return cls._from_metadata(source)
+
+    @classmethod
+    def _from_metadata(cls, source: Any) -> "Tokenizer":
+        library = tokenizers_library()
+        tokens = source.need("tokenizer.ggml.tokens")
+        backend = gguf_backend(source, tokens)
+        kinds = source.metadata.get("tokenizer.ggml.token_type", [])
+        added = [
+            library.AddedToken(token, normalized=False, special=kind == _CONTROL)
+            for token, kind in zip(tokens, kinds, strict=False)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+        backend.add_special_tokens([token for token in added if token.special])
+        backend.add_tokens([token for token in added if not token.special])
+        ids = {
+            name: source.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            for name, key in _GGUF_NAMES.items()
+        }
+        for name, token_id in ids.items():
+            if token_id is not None and not 0 <= token_id < len(tokens):
+                raise ValueError(
+                    f"'{source.path}': the {name} token's id must lie in [0, {len(tokens)}), found "
+                    f"{token_id}"
+                )
+        stops = [source.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
+        made = cls(
+            backend,
+            **{name: None if i is None else tokens[i] for name, i in ids.items()},
+            stop_ids=[i for i in stops if i is not None],
+            chat_template=source.metadata.get("tokenizer.chat_template"),
+        )
+        begins = source.metadata["tokenizer.ggml.pre"] == "llama-bpe"  # llama.cpp's default
+        made._frame(
+            bool(source.metadata.get("tokenizer.ggml.add_bos_token", begins)),
+            bool(source.metadata.get("tokenizer.ggml.add_eos_token", False)),
+        )
+        return made
+
+    def _frame(self, begin: bool, end: bool) -> None:
+        """Let `encode` put the beginning and ending tokens around a text."""
+        processors = tokenizers_library().processors
+        special, single = [], "$A"
+        if begin and self.bos_id is not None:
+            special.append((self._named["bos_token"], self.bos_id))
+            single = f"{self._named['bos_token']} {single}"
+        if end and self.eos_id is not None:
+            special.append((self._named["eos_token"], self.eos_id))
+            single = f"{single} {self._named['eos_token']}"
+        self._backend.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )
+
+    def encode(self, text: str, *, special: bool = True, parse_special: bool = False) -> list[int]:
+        """Turn text into token ids.
+
+        Args:
+            text: any text.
+            special: put around it the tokens the model wants around a document (often a beginning
+                token, for some models none). False for the continuation of a text and for rendered
+                conversations, whose template writes them.
+            parse_special: read the names of control tokens in `text` as those tokens. Only for
+                text that no user has written; `encode_chat` keeps the two apart.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            TypeError: `text` is no string.
+            ValueError: it holds half a surrogate pair, which no encoding can store.
+        """
+        if special:
+            before, after = self._around
+            return [*before, *self.encode(text, special=False, parse_special=parse_special), *after]
+        return [i for ids, _ in self.pieces(text, parse_special=parse_special) for i in ids]
+
+    def pieces(
+        self, text: str, *, parse_special: bool = False
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the ids of a text and the character after each token, a few thousand at a time.
+
+        Args, Raises: as `encode`, with `special=False`.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"encode needs a string, found {type(text).__name__}")
+        if half := re.search("[\ud800-\udfff]", text):
+            raise ValueError(
+                f"encode needs text, found half a surrogate pair at character {half.start()}; "
+                f"decode the bytes it came from as UTF-8"
+            )
+
+        def encode(part: str) -> Encoded:
+            with self._lock, reading("the tokenizer"):  # the library keeps this choice as state
+                self._backend.encode_special_tokens = not parse_special
+                return encode_as_text(self._backend, part, {} if parse_special else self.control)
+
+        return encode_pieces(encode, text)
+
+    @functools.cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What stands before and after a document."""
+        whole = self._backend.encode("a", add_special_tokens=True).ids
+        inner = self._backend.encode("a", add_special_tokens=False).ids
+        for start in range(len(whole) - len(inner) + 1):
+            if inner and whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+        return self._backend.encode("", add_special_tokens=True).ids, []
+
+    @functools.cached_property
+    def joins(self) -> bool:
+        """Whether texts that are encoded apart read as one text.
+
+        False of vocabularies that put a space before each (SentencePiece), or mark what goes on.
+        """
+        apart = [i for letter in "ab" for i in self.encode(letter, special=False)]
+        return self.decode(apart) == "ab"
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Turn token ids into text.
+
+        Args:
+            ids: token ids; ids above the vocabulary (a model's padding rows) give no text.
+            skip_special: leave control tokens out.
+
+        Raises:
+            ValueError: negative ids.
+        """
+        ids = [int(i) for i in ids]
+        if ids and min(ids) < 0:
+            raise ValueError(f"token ids must be 0 or more, found {min(ids)}")
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text that `ids` add to what `before` says, without control tokens.
+
+        The space that a vocabulary drops at the beginning of a text is kept. A character cut off
+        at the end is left out, so the text of more ids begins with it.
+
+        Args:
+            before: ids of the text that `ids` go on from; may be empty.
+            ids: token ids.
+
+        Raises:
+            ValueError: negative ids.
+        """
+        silent = set(self.control.values()).issuperset(before)
+        anchor = [] if silent else self.encode("a", special=False)[-1:]
+        start, text = self.decode(anchor), ""
+        for end in range(len(ids), max(0, len(ids) - 4), -1):
+            text = self.decode([*anchor, *ids[:end]])
+            text = text[len(start) :] if text.startswith(start) else self.decode(ids[:end])
+            if not text.endswith("\ufffd") or self._ends_with_replacement(ids[:end]):
+                return text
+        return text.rstrip("\ufffd")
+
+    def _ends_with_replacement(self, ids: Sequence[int]) -> bool:
+        """Whether the character that stands for broken ones was itself written."""
+        written = self.encode("a\ufffd", special=False)[-3:]  # its three bytes, or one token
+        written = written[-1:] if self.decode(written[-1:]) == "\ufffd" else written
+        return list(ids[-len(written) :]) == written
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Write a conversation as the text the model was trained on, by its chat template.
+
+        The template is untrusted: it runs in a sandbox, for at most a few seconds.
+
+        Args:
+            messages: dicts of JSON values with `role` and, mostly, `content`; not changed.
+            add_generation_prompt: end with the beginning of the assistant's next turn.
+            variables: what else the template reads, as JSON values: tools, documents, …
+
+        Returns:
+            Text in which control tokens stand by name, whoever wrote them: to encode it safely use
+            `encode_chat`.
+
+        Raises:
+            ValueError: no chat template, or one that refuses the messages or fails.
+            TypeError: messages of another type.
+            RuntimeError: jinja2 is missing.
+        """
+        values = map_strings(variables, str)
+        return self._rendered(plain_messages(messages), add_generation_prompt, values)
+
+    def _rendered(
+        self, messages: list[dict[str, Any]], prompt: bool, variables: dict[str, Any]
+    ) -> str:
+        given = {"tools": None, "documents": None, **self._named, **variables}
+        return self._compiled().render(messages, add_generation_prompt=prompt, **given)
+
+    def _compiled(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise ValueError(
+                "a conversation needs a chat template, found none in this tokenizer; set "
+                "tokenizer.chat_template or use plain text"
+            )
+        if self._template is None or self._template.source != self.chat_template:
+            self._template = ChatTemplate(self.chat_template)
+        return self._template
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template reads beside the messages and the tokens' names."""
+        return frozenset() if self.chat_template is None else self._compiled().variables
+
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Render a conversation and encode it; only the template's control tokens become ones.
+
+        The name of a control token inside a message (role and every other field included) stays
+        text. Holds for templates that put text of their own between two fields: the halves of a
+        name in two fields that a template joins directly are read as the name.
+
+        Args:
+            messages, add_generation_prompt, variables: as in `render`.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            As `render`; ValueError too where a template takes such a name apart.
+        """
+        talk = Conversation(self, messages, variables)
+        text = talk.text(prompt=add_generation_prompt)
+        return [i for ids, _ in talk.pieces(text) for i in ids]
+
+    def _standing_in(self, mark: str) -> tuple[Any, dict[int, int]]:
+        """Return `stand_in`'s result for this tokenizer, kept for the mark used last."""
+        if self._stand_in is None or self._stand_in[0] != mark:
+            self._stand_in = mark, *stand_in(self._backend, mark)
+        return self._stand_in[1:]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files from which transformers' `AutoTokenizer` makes the same tokenizer.
+
+        Args:
+            folder: made when missing; `tokenizer.json`, `tokenizer_config.json` and
+                `chat_template.jinja` in it are replaced.
+        """
+        entries: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named}
+        entries["clean_up_tokenization_spaces"] = False
+        with whole_folder(folder, last="tokenizer.json") as made:
+            write(made / "tokenizer.json", self._backend.to_str(pretty=True))
+            write_json(made / "tokenizer_config.json", entries)
+            if self.chat_template is not None:
+                write(made / "chat_template.jinja", self.chat_template)
