@@ -22,15 +22,17 @@ demo: $(VENV)/demo
 explain: $(VENV)/demo  # what the demo's adapter changed: out/explain/report.html
 	$(BIN)/python examples/explain.py
 
-# Threads that wait by spinning starve each other as soon as a second process runs.
-test: export OMP_WAIT_POLICY := PASSIVE
+# Two processes of one thread: most tests are too small for two threads. Threads that wait by
+# spinning starve each other as soon as a second process runs.
+WORKERS ?= 2
+test test-full: export OMP_WAIT_POLICY := PASSIVE
+test test-full: export OMP_NUM_THREADS := 1
 test: $(VENV)/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # The suite, and thousands of damaged files and odd arguments.
-test-full: export OMP_WAIT_POLICY := PASSIVE
 test-full: $(VENV)/dev
-	$(BIN)/python -m pytest --wide $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --wide $(ARGS)
 
 # Every Triton kernel × tile × dtype for sm_80 and sm_90, without a GPU: benchmarks/results/aot.csv.
 aot: $(VENV)/dev
@@ -58,6 +60,7 @@ check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python tests/check_layers.py
+	$(BIN)/python tests/check_limits.py
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .

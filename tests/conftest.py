@@ -30,6 +30,20 @@ def tally(pytestconfig):
     return pytestconfig.stash.setdefault(TALLY, {})
 
 
+def pytest_sessionfinish(session):
+    """Hand a worker's counts to the process that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = session.config.stash.get(TALLY, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Add up what the workers counted."""
+    counts = node.config.stash.setdefault(TALLY, {})
+    for name, count in getattr(node, "workeroutput", {}).get("tally", {}).items():
+        counts[name] = counts.get(name, 0) + count
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Say how many cases ran behind a test that stands for many."""
     for name, count in config.stash.get(TALLY, {}).items():
