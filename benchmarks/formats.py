@@ -19,19 +19,19 @@ import torch
 from safetensors.torch import load_file
 
 from minilora.kernels import NF4_TABLE
-from minilora.quantization.formats import Spec
+from minilora.quantization import Quantization
 from minilora.quantization.linear import QuantizedLinear
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = {
-    "int8": Spec("int8"),
-    "nf4, 64": Spec("nf4"),
-    "nf4, 64, f32 scales": Spec("nf4", 64, False),
-    "nf4, 32": Spec("nf4", 32),
-    "nf4, 128": Spec("nf4", 128),
-    "int4, 32": Spec("int4", 32),
-    "int4, 64": Spec("int4"),
-    "int4, 128": Spec("int4", 128),
+    "int8": Quantization("int8"),
+    "nf4, 64": Quantization("nf4"),
+    "nf4, 64, f32 scales": Quantization("nf4", 64, False),
+    "nf4, 32": Quantization("nf4", 32),
+    "nf4, 128": Quantization("nf4", 128),
+    "int4, 32": Quantization("int4", 32),
+    "int4, 64": Quantization("int4"),
+    "int4, 128": Quantization("int4", 128),
 }
 
 
@@ -46,7 +46,7 @@ def real_weights() -> list[torch.Tensor]:
     ]
 
 
-def relative_error(weights: list[torch.Tensor], spec: Spec) -> tuple[float, float]:
+def relative_error(weights: list[torch.Tensor], spec: Quantization) -> tuple[float, float]:
     """Return the relative RMS error over all weights, and bits a weight."""
     error = total = 0.0
     size = count = 0

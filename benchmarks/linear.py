@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, nn
 
 import minilora
-from minilora.quantization.formats import Spec
+from minilora.quantization import Quantization
 from minilora.quantization.linear import QuantizedLinear
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {
-    "int8": (Spec("int8"), "int8"),
-    "int8, dequantized": (Spec("int8"), "dequantize"),
-    "int8, auto": (Spec("int8"), "auto"),
-    "int4, 64": (Spec("int4"), "int8"),
-    "int4, 64, dequantized": (Spec("int4"), "dequantize"),
-    "nf4": (Spec("nf4"), "auto"),
+    "int8": ("int8", "int8"),
+    "int8, dequantized": ("int8", "dequantize"),
+    "int8, auto": ("int8", "auto"),
+    "int4, 64": ("int4", "int8"),
+    "int4, 64, dequantized": ("int4", "dequantize"),
+    "nf4": ("nf4", "auto"),
 }
 
 
@@ -47,10 +47,9 @@ def providers(N: int, K: int, dtype: torch.dtype, compiled: bool) -> dict[str, n
         layer = nn.Linear(K, N, bias=False, dtype=kind)
         layer.weight = nn.Parameter(weight.to(kind), requires_grad=False)
         found[str(kind).removeprefix("torch.")] = layer
-    for name, (spec, way) in WAYS.items():
-        found[name] = QuantizedLinear.from_weight(
-            weight.to(dtype), spec, compute=way, grad_compute=way
-        ).eval()
+    for name, (format, way) in WAYS.items():
+        spec = Quantization(format, compute=way, grad_compute=way)
+        found[name] = QuantizedLinear.from_weight(weight.to(dtype), spec).eval()
     if compiled:
         pairs = [
             (f"{name}, compiled", torch.compile(m, dynamic=False)) for name, m in found.items()

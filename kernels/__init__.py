@@ -2,37 +2,32 @@
 
 from .attention import causal_attention
 from .cache import cache_folder, make_folder, private_folder
-from .cpu import int4_blocks, int4_rows, int8_blocks, int8_rows
 from .cross_entropy import linear_cross_entropy
-from .dropout import dropout_mask, hashed_mask, row_masks
-from .four_bit import (
-    DYNAMIC_CODE,
-    NF4_TABLE,
-    int4_codes,
-    int4_linear,
-    nf4_absmax,
-    nf4_dequantize,
-    nf4_linear,
-)
+from .dropout import dropout_mask, row_masks
 from .frozen import frozen_product
+from .int4 import INT4_CODES, int4_codes
 from .int8 import (
     COMPUTE,
-    int8_dequantize,
-    int8_linear,
+    INT8_CODES,
+    int8_decode,
+    integer_products,
     quantize_rows,
     scales_from_bits,
 )
 from .low_rank import (
     FrozenLinear,
+    Products,
     Stored,
     conv1d_forward,
     conv1d_grad_x,
+    decoded_products,
     dense_forward,
     dense_grad_x,
     lora_add,
     lora_linear,
 )
-from .probe import Hardware, hardware, int8_is_exact, integer_way, is_slow
+from .nf4 import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products
+from .probe import hardware, int8_is_exact, integer_way, is_slow
 from .rowwise import rms_norm, swiglu
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem
@@ -56,34 +51,30 @@ def check_backend(backend: str) -> None:
 
 
 __all__ = [
-    "BACKENDS",
     "COMPUTE",
     "DYNAMIC_CODE",
+    "INT4_CODES",
+    "INT8_CODES",
     "NF4_TABLE",
     "FrozenLinear",
-    "Hardware",
+    "Products",
     "Stored",
     "cache_folder",
     "causal_attention",
     "check_backend",
     "conv1d_forward",
     "conv1d_grad_x",
+    "decoded_products",
     "dense_forward",
     "dense_grad_x",
     "dropout_mask",
     "frozen_product",
     "hand_back_freed_memory",
     "hardware",
-    "hashed_mask",
-    "int4_blocks",
     "int4_codes",
-    "int4_linear",
-    "int4_rows",
-    "int8_blocks",
-    "int8_dequantize",
+    "int8_decode",
     "int8_is_exact",
-    "int8_linear",
-    "int8_rows",
+    "integer_products",
     "integer_way",
     "is_slow",
     "keep_freed_memory",
@@ -91,9 +82,8 @@ __all__ = [
     "lora_add",
     "lora_linear",
     "make_folder",
-    "nf4_absmax",
-    "nf4_dequantize",
-    "nf4_linear",
+    "nf4_decode",
+    "nf4_products",
     "private_folder",
     "quantize_rows",
     "rms_norm",
@@ -101,5 +91,4 @@ __all__ = [
     "scales_from_bits",
     "swiglu",
     "triton_lora_linear",
-    "triton_problem",
 ]

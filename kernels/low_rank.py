@@ -35,11 +35,14 @@ class Stored(NamedTuple):
     outliers: int = 0
 
 
+Products = tuple[Callable[..., Tensor], Callable[..., Tensor]]  # FrozenLinear's two functions
+
+
 class FrozenLinear(NamedTuple):
     """How to multiply by a frozen weight: two functions of plain tensors, and those tensors.
 
     `linear_forward(x [M, K], *tensors) -> [M, N]` is a fresh tensor (the branch is added in place)
-    and `linear_grad_x(grad_out [M, N], *tensors) -> [M, K]` likewise. A storage format is supported
+    and `linear_grad_x(grad_out [M, N], *tensors) -> [M, K]` too. A storage format is supported
     by the fused path once it has such a pair.
     """
 
@@ -64,6 +67,23 @@ def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def dense_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `G W`."""
     return torch.mm(grad_out, _like(weight, grad_out))
+
+
+def decoded_products(decode: Callable[..., Tensor]) -> Products:
+    """Return the products of a stored weight that is decoded first, then multiplied as any.
+
+    Args:
+        decode: `decode(like, *parts) -> W [N, K]` in like's dtype; valid until it is called again.
+    """
+
+    def linear_forward(x: Tensor, *stored: Tensor) -> Tensor:
+        *parts, bias = stored
+        return dense_forward(x, decode(x, *parts), bias)
+
+    def linear_grad_x(grad_out: Tensor, *stored: Tensor) -> Tensor:
+        return torch.mm(grad_out, decode(grad_out, *stored[:-1]))
+
+    return linear_forward, linear_grad_x
 
 
 def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,7 +152,7 @@ def lora_linear(
         x: `[..., K]` floating point, kept for backward.
         base: the frozen linear; gets no gradient.
         A: `[R, K]`, kept for backward; any floating dtype, cast to x's for the products.
-        B: `[N, R]`, likewise.
+        B: `[N, R]`, as A.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
         mask: bool, x's shape, True = keep (see `dropout_mask`), or None.
         p: the probability the mask was drawn with.

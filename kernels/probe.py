@@ -74,7 +74,7 @@ def _cpu_name_and_flags() -> tuple[str, tuple[str, ...]]:
 
 @functools.cache
 def int8_is_exact() -> bool:
-    """Tell whether `torch._int_mm` on this CPU gives the integers it should.
+    """Return whether `torch._int_mm` on this CPU gives the integers it should.
 
     Without VNNI its sums of two products saturate at 16 bits (seen with torch 2.13 under an AVX2
     limit: 127·127·512 comes out wrong), so no figure of speed makes it usable there.
@@ -146,7 +146,7 @@ def hardware(device: str = "cpu") -> Hardware:
 
 
 def is_slow(dtype: torch.dtype) -> bool:
-    """Tell whether this CPU multiplies `dtype` at under a quarter of float32's rate (bf16 alone).
+    """Return whether this CPU multiplies `dtype` at under a quarter of float32's rate (bf16 alone).
 
     Without AVX-512 torch multiplies bf16 at 1 to 10 GFLOP/s where f32 reaches 66. The quarter lies
     far from what either kind of processor shows, so that one machine always answers alike.

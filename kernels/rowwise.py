@@ -85,7 +85,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _recorded(*tensors: Tensor) -> bool:
-    """Tell whether backward will be asked for; else plain operations, which also have tangents."""
+    """Return whether backward will run; else plain operations do, which also have tangents."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 

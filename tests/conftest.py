@@ -9,11 +9,18 @@ from torch import nn
 
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+NARROW = "ci" if os.environ.get("CI") else "local"
+settings.register_profile("wide", parent=settings.get_profile(NARROW), max_examples=200)
+settings.load_profile(NARROW)
 
 
 def pytest_addoption(parser):
     parser.addoption("--wide", action="store_true", help="sweeps of thousands of cases, as well")
+
+
+def pytest_configure(config):
+    """Draw more examples in the wide sweeps; test files are imported after this."""
+    settings.load_profile("wide" if config.getoption("--wide") else NARROW)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """`minilora.quantize` on whole models, and adapters over what it makes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_fused_and_general_path_agree_and_checkpointing_too(format):
 @pytest.mark.parametrize("compute", ["dequantize", "int8"])
 def test_backward_keeps_codes_x_and_its_product_with_a(format, compute, monkeypatch):
     """No decoded weight, no quantized input, no second copy of x."""
-    monkeypatch.setattr("minilora.quantization.linear.int8_is_exact", lambda: True)
+    monkeypatch.setattr("minilora.quantization.options.int8_is_exact", lambda: True)
     layer = nn.Sequential(nn.Linear(64, 96))
     minilora.quantize(layer, format, compute=compute, grad_compute=compute)
     minilora.inject(layer, r=3, alpha=5)
@@ -248,7 +249,9 @@ def test_merge_dequantized_and_back(format, keep, lora_bias):
         nn.init.normal_(model.up.adapters["default"].lora_bias)
     codes = {n: p.clone() for n, p in model.named_parameters()}
     for layer in (model.up.base, model.down if lora_bias else model.down.base):
-        layer.compute = "dequantize"  # so that merging changes rounding only
+        layer.spec = dataclasses.replace(
+            layer.spec, compute="dequantize"
+        )  # so that merging changes rounding only
     before = model(IDS)
     assert minilora.merge(model, mode="dequantize", keep=keep) is None
     assert type(model.up.base) is nn.Linear

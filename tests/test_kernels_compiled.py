@@ -27,7 +27,7 @@ from minilora.kernels.cross_entropy import _LinearCrossEntropy
 from minilora.kernels.frozen import _Frozen
 from minilora.kernels.low_rank import _LoRALinear
 from minilora.kernels.rowwise import _RMSNorm, _SwiGLU
-from minilora.quantization.formats import Spec
+from minilora.quantization import Quantization
 from minilora.quantization.linear import QuantizedLinear
 
 M, K, N, R = 9, 128, 24, 3
@@ -41,7 +41,7 @@ def base(kind, dtype=torch.float32):
         return FrozenLinear((W.t().contiguous().to(dtype), b), conv1d_forward, conv1d_grad_x)
     format, _, compute = kind.partition(" ")
     how = {"compute": compute or "auto", "grad_compute": compute or "auto"}
-    return QuantizedLinear.from_weight(W, Spec(format), bias=b, **how).frozen()
+    return QuantizedLinear.from_weight(W, Quantization(format, **how), bias=b).frozen()
 
 
 def frozen(kind, dtype=torch.float32):

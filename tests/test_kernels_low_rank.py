@@ -12,14 +12,13 @@ from minilora.kernels import (
     dense_forward,
     dense_grad_x,
     dropout_mask,
-    hashed_mask,
     lora_add,
     lora_linear,
     probe,
     reference,
     row_masks,
 )
-from minilora.kernels.dropout import row_seeds
+from minilora.kernels.dropout import hashed_mask, row_seeds
 
 # How many times plain torch's own error, in the same dtype, a kernel may make: the one table.
 C = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.kernels import Hardware, hardware
+from minilora.kernels import hardware
 
 module = importlib.import_module("minilora.kernels.probe")
 
@@ -14,7 +14,7 @@ module = importlib.import_module("minilora.kernels.probe")
 def test_hardware_reports_this_machine_and_is_probed_once():
     found = hardware()
     assert found is hardware()
-    assert isinstance(found, Hardware)
+    assert isinstance(found, module.Hardware)
     assert (found.device, found.threads) == ("cpu", torch.get_num_threads())
     assert min(found.float32, found.bfloat16) > 0
     assert found.int8 >= 0

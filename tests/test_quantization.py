@@ -1,6 +1,7 @@
 """The formats and `QuantizedLinear` against definitions written apart, and bitsandbytes."""
 
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -15,13 +16,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minilora.kernels import DYNAMIC_CODE, cpu, int8_is_exact, quantize_rows
-from minilora.quantization.formats import FORMATS, Spec, check_spec, layout, stored_bytes
+from minilora.quantization import FORMATS, Quantization
 from minilora.quantization.linear import QuantizedLinear
 
 needs_blocks = pytest.mark.skipif(
     not cpu.has_blocks(), reason="no AVX2, or no C compiler that will do"
 )
-SPECS = [Spec("int8"), Spec("nf4"), Spec("nf4", 128, False), Spec("int4"), Spec("int4", 32)]
+SPECS = [
+    Quantization("int8"),
+    Quantization("nf4"),
+    Quantization("nf4", 128, False),
+    Quantization("int4"),
+    Quantization("int4", 32),
+]
+
+
+def name_of(spec):
+    return f"{spec.format} {spec.block_size}{'' if spec.double_quant else ' f32 scales'}"
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -29,8 +42,8 @@ def make(N, K, spec, dtype=torch.float32, bias=False, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(N, K, generator=generator) * torch.rand(N, 1, generator=generator)
     b = torch.randn(N, generator=generator).to(dtype) if bias else None
-    weight = weight.to(dtype)
-    return weight, QuantizedLinear.from_weight(weight, spec, bias=b, **options)
+    weight, spec = weight.to(dtype), dataclasses.replace(spec, **options)
+    return weight, QuantizedLinear.from_weight(weight, spec, bias=b)
 
 
 def decoded(module):
@@ -73,7 +86,7 @@ def relative(found, want):
 ROUNDING = {torch.float64: 1e-7, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_is_the_formats_definition(spec, dtype):
     module = make(6, 128, spec, dtype)[1]
@@ -115,7 +128,7 @@ def test_quantize_errs_by_half_a_step_at_most(spec, N, groups, dtype, seed):
         assert (
             errors.square().sum(1, keepdim=True) <= spec.block_size * (step / 2) ** 2 + 1e-9
         ).all()
-    assert module.nbytes == stored_bytes(spec, *weight.shape)
+    assert module.nbytes == sum(spec.nbytes(*weight.shape).values())
 
 
 @settings(max_examples=80)
@@ -278,7 +291,7 @@ def test_outlier_channels_are_exact_and_leave_the_scales(way, spec, count, M, dt
 def test_outliers_must_be_a_count():
     for wrong in (-1, True, 1.5):
         with pytest.raises(ValueError, match="outliers must be a whole number of at least 0"):
-            make(4, 64, Spec("int8"), outliers=wrong)
+            make(4, 64, Quantization("int8"), outliers=wrong)
 
 
 def test_rounding_to_int8_does_not_wrap():
@@ -313,7 +326,7 @@ def test_quantize_rows_edges(kind):
 @pytest.mark.parametrize("double", [True, False])
 def test_nf4_is_bit_identical_to_bitsandbytes(block, shape, double):
     for dtype in DTYPES:
-        weight, module = make(*shape, Spec("nf4", block, double), dtype)
+        weight, module = make(*shape, Quantization("nf4", block, double), dtype)
         codes, state = bnb.quantize_4bit(
             weight, blocksize=block, quant_type="nf4", compress_statistics=double
         )
@@ -340,9 +353,9 @@ def judge_decodes_across_rows():
 @pytest.mark.parametrize(
     ("spec", "error"),
     [  # of N(0, 1), relative RMS; NF4's by integration, see benchmarks/formats.py
-        (Spec("nf4", 32, False), 0.0873),
-        (Spec("nf4", 64, False), 0.0920),
-        (Spec("nf4", 128, False), 0.0956),
+        (Quantization("nf4", 32, False), 0.0873),
+        (Quantization("nf4", 64, False), 0.0920),
+        (Quantization("nf4", 128, False), 0.0956),
     ],
 )
 def test_nf4_errs_on_normal_weights_as_the_closed_form_says(spec, error):
@@ -357,14 +370,14 @@ def test_int4_beats_a_plain_grid_of_the_same_groups():
         blocks = weight.view(-1, group)
         step = blocks.abs().amax(1, keepdim=True) / 7
         plain = ((blocks / step).round() * step).view_as(weight)
-        found = QuantizedLinear.from_weight(weight, Spec("int4", group)).dequantize()
+        found = QuantizedLinear.from_weight(weight, Quantization("int4", group)).dequantize()
         assert relative(found, weight.double()) < relative(plain, weight.double())
 
 
 def test_every_code_of_nf4_is_used_and_decodes():
     table = bnb.get_4bit_type("nf4", device="cpu")
     weight = table.repeat(4).view(1, 64)
-    module = QuantizedLinear.from_weight(weight, Spec("nf4", 64, False))
+    module = QuantizedLinear.from_weight(weight, Quantization("nf4", 64, False))
     assert torch.equal(module.dequantize(), weight)
     byte = module.codes.reshape(-1)
     assert set((byte >> 4).tolist() + (byte & 15).tolist()) == set(range(16))
@@ -375,17 +388,21 @@ def test_bytes_follow_the_formulas():
     N, K = 37, 640
     n = N * K
     blocks = -(-n // 64)
-    assert stored_bytes(Spec("nf4"), N, K) == -(-n // 2) + blocks + 4 * -(-blocks // 256) + 4
-    assert stored_bytes(Spec("int8"), N, K) == n + 4 * N
-    assert stored_bytes(Spec("int4"), N, K) == n // 2 + n // 64 + 4 * N
+
+    def stored(format):
+        return sum(Quantization(format).nbytes(N, K).values())
+
+    assert stored("nf4") == -(-n // 2) + blocks + 4 * -(-blocks // 256) + 4
+    assert stored("int8") == n + 4 * N
+    assert stored("int4") == n // 2 + n // 64 + 4 * N
     for spec in SPECS:
-        shapes = layout(spec, N, K).values()
+        shapes = spec.layout(N, K).values()
         assert all(len(shape) for shape, _ in shapes)  # FSDP2 can't shard what is 0-dim
         assert not any(dtype.is_floating_point for _, dtype in shapes)  # no cast reaches scales
-    assert layout(Spec("nf4"), N, K)["codes"][0][0] == N
+    assert Quantization("nf4").layout(N, K)["codes"][0][0] == N
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_codes_survive_what_users_do_to_modules(spec, tmp_path):
     weight, module = make(8, 128, spec, torch.float32, bias=True)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -424,7 +441,7 @@ def test_codes_survive_what_users_do_to_modules(spec, tmp_path):
     assert module.weight.shape == weight.shape
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_only_codes_are_kept_for_backward(spec):
     _, module = make(16, 128, spec)
     x = torch.randn(40, 128, requires_grad=True)
@@ -436,7 +453,7 @@ def test_only_codes_are_kept_for_backward(spec):
     assert all(t.data_ptr() in mine | shared for t in kept)
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=name_of)
 def test_compiled_equals_eager(spec):
     _, module = make(24, 128, spec, bias=True)
     before = {n: p.clone() for n, p in module.named_parameters()}
@@ -454,7 +471,7 @@ def test_compiled_equals_eager(spec):
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[3]], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[3]], ids=name_of)
 def test_few_rows_compiled_equal_uncompiled_ones(spec):
     _, module = make(24, 128, spec)
     module.eval()._integer = None
@@ -490,7 +507,7 @@ def test_few_rows_are_multiplied_from_the_codes(spec, M, N, groups, bias, dtype,
             assert all(torch.equal(module(x[i : i + 1]), y[i : i + 1]) for i in range(M))
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=name_of)
 def test_second_derivatives_are_right(spec):
     """Decoded weights are then kept by autograd, so they must not lie in the reused buffer."""
     ways = dict.fromkeys(("compute", "grad_compute"), "dequantize")
@@ -498,10 +515,10 @@ def test_second_derivatives_are_right(spec):
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: torch.tanh(module(x)), x)
     if spec.format != "nf4":  # rounding has no derivative: it is the dequantized product's
-        module.grad_compute = "int8"
+        module.spec = dataclasses.replace(module.spec, grad_compute="int8")
         (g,) = torch.autograd.grad(torch.tanh(module(x)).sum(), x, create_graph=True)
         again = g.square().sum()
-        module.grad_compute = "dequantize"
+        module.spec = dataclasses.replace(module.spec, grad_compute="dequantize")
         (want,) = torch.autograd.grad(torch.tanh(module(x)).sum(), x, create_graph=True)
         assert torch.equal(g, want)
         # The last pass records nothing, so its own products are rounded again.
@@ -509,13 +526,13 @@ def test_second_derivatives_are_right(spec):
         assert relative(found, plain) < 0.02
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_integers_are_no_input(spec):
     with pytest.raises(TypeError, match="floating-point inputs, found torch.int64; cast it"):
         make(4, 64, spec)[1](torch.ones(2, 64, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_shapes_alone_quantize_and_take_codes_later(spec):
     weight, module = make(4, 128, spec)
     empty = QuantizedLinear.from_weight(weight.to("meta"), spec)
@@ -530,8 +547,8 @@ def test_shapes_alone_quantize_and_take_codes_later(spec):
 
 def test_workspace_is_not_shared_with_results():
     """Decoding goes through a reused buffer: a result must not change when it is used again."""
-    _, first = make(16, 128, Spec("nf4"), seed=1)
-    _, second = make(16, 128, Spec("nf4"), seed=2)
+    _, first = make(16, 128, Quantization("nf4"), seed=1)
+    _, second = make(16, 128, Quantization("nf4"), seed=2)
     W = first.dequantize()
     kept = W.clone()
     y = first(torch.eye(128))
@@ -541,10 +558,12 @@ def test_workspace_is_not_shared_with_results():
     assert torch.equal(W, kept)
     assert torch.equal(y, out)
     for form in ("int8", "int4"):
-        module = make(16, 128, Spec(form), compute="dequantize", grad_compute="dequantize")[1]
+        module = make(16, 128, Quantization(form), compute="dequantize", grad_compute="dequantize")[
+            1
+        ]
         W, y = module.dequantize(), module(torch.eye(128))
         kept, out = W.clone(), y.clone()
-        make(16, 128, Spec(form), seed=3)[1].dequantize()
+        make(16, 128, Quantization(form), seed=3)[1].dequantize()
         module(torch.ones(1, 128))
         assert torch.equal(W, kept)
         assert torch.equal(y, out)
@@ -561,27 +580,43 @@ def test_workspace_is_not_shared_with_results():
 )
 def test_unknown_formats_and_blocks(arguments, message):
     with pytest.raises(ValueError, match=message):
-        check_spec(*arguments)
+        Quantization(*arguments)
 
 
 def test_double_quant_must_be_a_flag():
     with pytest.raises(TypeError, match="double_quant must be True or False, found 1"):
-        check_spec("nf4", 64, 1)
+        Quantization("nf4", 64, 1)
 
 
 @pytest.mark.parametrize(
     ("weight", "spec", "message"),
     [
-        (torch.full((4, 64), float("nan")), Spec("int8"), "must be finite, found NaN or Inf"),
-        (torch.full((4, 64), float("-inf")), Spec("nf4"), "must be finite, found NaN or Inf"),
-        (torch.ones(4, 96), Spec("int4"), "96 inputs, .* groups of 64 .*; pass block_size=32"),
-        (torch.ones(4, 33), Spec("int4"), "33 inputs, .*; use 'nf4' or 'int8' for it"),
-        (torch.ones(4, 0), Spec("nf4"), r"has no weights: its shape is \[4, 0\]"),
-        (torch.ones(4), Spec("nf4"), r"floating-point matrix, found torch.float32 of shape \[4\]"),
-        (torch.ones(4, 4, dtype=torch.int8), Spec("nf4"), "matrix, found torch.int8"),
+        (
+            torch.full((4, 64), float("nan")),
+            Quantization("int8"),
+            "must be finite, found NaN or Inf",
+        ),
+        (
+            torch.full((4, 64), float("-inf")),
+            Quantization("nf4"),
+            "must be finite, found NaN or Inf",
+        ),
+        (
+            torch.ones(4, 96),
+            Quantization("int4"),
+            "96 inputs, .* groups of 64 .*; pass block_size=32",
+        ),
+        (torch.ones(4, 33), Quantization("int4"), "33 inputs, .*; use 'nf4' or 'int8' for it"),
+        (torch.ones(4, 0), Quantization("nf4"), r"has no weights: its shape is \[4, 0\]"),
+        (
+            torch.ones(4),
+            Quantization("nf4"),
+            r"floating-point matrix, found torch.float32 of shape \[4\]",
+        ),
+        (torch.ones(4, 4, dtype=torch.int8), Quantization("nf4"), "matrix, found torch.int8"),
         (
             torch.full((4, 64), 1e300, dtype=torch.float64),
-            Spec("int8"),
+            Quantization("int8"),
             r"NaN or Inf \(in float32\)",
         ),
     ],
@@ -595,12 +630,12 @@ def test_unknown_ways_to_compute():
     with pytest.raises(
         ValueError, match="compute must be one of auto, int8, dequantize, found 'x'"
     ):
-        make(4, 64, Spec("int8"), compute="x")
+        make(4, 64, Quantization("int8"), compute="x")
 
 
 def test_how_integers_are_multiplied_follows_from_the_processor(monkeypatch):
     from minilora.kernels import probe
-    from minilora.quantization import linear
+    from minilora.quantization import linear, options
 
     ways = {(True, "avx512_vnni", True): "int8", (True, "avx2", True): "blocks",
             (False, "avx512_vnni", True): "blocks", (True, "avx2", False): None,
@@ -611,29 +646,40 @@ def test_how_integers_are_multiplied_follows_from_the_processor(monkeypatch):
         monkeypatch.setattr(probe, "_cpu_name_and_flags", lambda flag=flag: ("a name", (flag,)))
         assert probe.integer_way.__wrapped__() == way
         monkeypatch.setattr(linear, "integer_way", lambda way=way: way)
-        monkeypatch.setattr(linear, "int8_is_exact", lambda exact=exact: exact)
-        module = make(4, 64, Spec("int8"))[1]
-        assert module._way("auto") == (way or "dequantize")
+        monkeypatch.setattr(options, "integer_way", lambda way=way: way)
+        monkeypatch.setattr(options, "int8_is_exact", lambda exact=exact: exact)
+        module = make(4, 64, Quantization("int8"))[1]
         assert module.ways == (way or "dequantize",) * 2
-        assert module._way("dequantize") == "dequantize"
+        module.spec = Quantization("int8", compute="dequantize")
+        assert module.ways == ("dequantize", way or "dequantize")
         if way or exact:
-            linear.check_compute("int8")
-            assert module._way("int8") == (way or "int8")
+            module.spec = Quantization("int8", compute="int8")
+            assert module.ways[0] == (way or "int8")
     with pytest.raises(RuntimeError, match=r"not exact .* AVX2 and a C compiler; .* 'dequantize'"):
-        make(4, 64, Spec("int8"), compute="int8")
+        make(4, 64, Quantization("int8"), compute="int8")
 
 
 @pytest.mark.parametrize(
     ("spec", "name", "change", "message"),
     [
-        (SPECS[0], "codes", lambda t: t[:3], r"codes must be torch.int8 of shape \[4, 64\].*\[3"),
+        (
+            SPECS[0],
+            "codes",
+            lambda t: t[:3],
+            r"codes of torch.int8 \[4, 64\].*torch.int8 \[3",
+        ),
         (
             SPECS[0],
             "codes",
             lambda t: t.float(),
-            "codes must be torch.int8 .*, found torch.float32",
+            "must have codes of torch.int8 .*, found torch.float32",
         ),
-        (SPECS[1], "codes", lambda t: torch.cat([t, t]), r"must be torch.uint8 of shape \[4, 32\]"),
+        (
+            SPECS[1],
+            "codes",
+            lambda t: torch.cat([t, t]),
+            r"codes of torch.uint8 \[4, 32\]",
+        ),
         (
             SPECS[0],
             "scale_bits",
@@ -659,7 +705,7 @@ def test_damaged_state_dicts(spec, name, change, message):
 
 
 def test_half_a_state_dict_is_refused():
-    _, module = make(4, 64, Spec("nf4"))
+    _, module = make(4, 64, Quantization("nf4"))
     state = module.state_dict()
     del state["absmax2_bits"]
     with pytest.raises(RuntimeError, match="absmax2_bits"):
@@ -668,7 +714,7 @@ def test_half_a_state_dict_is_refused():
         module.load_state_dict(nn.Linear(64, 4, bias=False).state_dict())
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_zero_rows_and_zero_weights(spec):
     weight = torch.randn(4, 128)
     weight[1] = 0
@@ -682,15 +728,15 @@ def test_zero_rows_and_zero_weights(spec):
 
 
 def test_it_shows_itself():
-    _, module = make(4, 64, Spec("nf4"))
+    _, module = make(4, 64, Quantization("nf4"))
     assert "format=nf4, block_size=64, double_quant=True" in repr(module)
-    _, module = make(4, 64, Spec("int8"))
+    _, module = make(4, 64, Quantization("int8"))
     assert "format=int8, compute=auto, grad_compute=auto" in repr(module)
     assert set(FORMATS) == {"int8", "nf4", "int4"}
 
 
 def test_autocast_decides_the_dtype():
-    _, module = make(4, 64, Spec("nf4"))
+    _, module = make(4, 64, Quantization("nf4"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(torch.randn(2, 64)).dtype == torch.bfloat16
     assert module(torch.randn(2, 64, dtype=torch.float64)).dtype == torch.float64

@@ -179,7 +179,7 @@ def _drop(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_cut, "up_proj.codes must be torch.int8 of shape"),
+        (_cut, "up_proj must have codes of torch.int8"),
         (_zero, "must have scales above 0, found 0"),
         (_drop, "down_proj.scale_bits"),
         (_nan, "model.norm.weight in .* must be finite, found NaN or Inf; fetch or write"),
@@ -338,7 +338,7 @@ def test_reading_in_parts_refuses_what_is_damaged_or_not_there(tmp_path):
     name = next(key for key in state if key.endswith("up_proj.codes"))
     norm = next(key for key in state if key.endswith("norm.weight"))
     for change, message in (
-        ({name: state[name][:-1].clone()}, r"must have codes in torch.int8 of shape"),
+        ({name: state[name][:-1].clone()}, r"must have codes of torch.int8"),
         ({name: torch.full_like(state[name], -128)}, "must have codes of -127 to 127, found -128"),
         ({"model.other": torch.zeros(2)}, "model.other in one of them only"),
         ({norm: state[norm] * float("nan")}, "must be finite, found NaN or Inf; fetch or write"),

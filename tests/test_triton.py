@@ -14,7 +14,8 @@ import pytest
 import torch
 from triton_cases import INSTALLED, INTERPRETED
 
-from minilora.kernels import check_backend, triton_problem
+from minilora.kernels import check_backend
+from minilora.kernels.triton import problem as triton_problem
 
 TESTS = Path(__file__).parent
 
@@ -34,11 +35,13 @@ def python(*arguments, **environment):
 
 
 @needs_triton
-def test_kernels_pass_in_the_interpreter(tmp_path, tally):
+def test_kernels_pass_in_the_interpreter(tmp_path, tally, pytestconfig):
+    """Over 5 s: the interpreter runs each program of each launch as numpy."""
     report = tmp_path / "report.xml"
     files = sorted(TESTS.glob("test_triton_*.py"))
+    wide = ["--wide"] if pytestconfig.getoption("--wide") else []
     done = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *files,
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *wide, *files,
         TRITON_INTERPRET="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import examples
 from triton_cases import DEVICE, DTYPES, Output, assert_as_exact, needs_kernels, operand
 
 needs_kernels()
@@ -52,7 +53,7 @@ def int4_storage(n, k, group):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=10)
+@examples(5, 10)
 @given(
     n=st.sampled_from([1, 2, 63, 64, 500, 1024, 3001]),
     block=st.sampled_from([32, 64, 256]),
@@ -67,7 +68,7 @@ def test_decode_nf4_matches_float64(dtype, n, block, double):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=10)
+@examples(5, 10)
 @given(
     n=st.sampled_from([1, 5, 16, 17]),
     k=st.sampled_from([1, 2, 3, 5]),
@@ -104,7 +105,7 @@ def test_decode_int8_scales_or_turns(dtype, turned):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=12)
+@examples(6, 12)
 @given(
     m=st.sampled_from([0, 1, 5, 33]),
     n=st.sampled_from([1, 16, 47]),

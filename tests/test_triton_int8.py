@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import examples
 from triton_cases import (
     DEVICE,
     DTYPES,
@@ -36,7 +37,7 @@ def rows_quantized(x, c, A, seed=None, p=0.0, scale=1.0, finite=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=15)
+@examples(5, 15)
 @given(
     m=st.sampled_from([0, 1, 7, 33]),
     k=SIZES | st.just(0),
@@ -84,7 +85,7 @@ def test_rows_of_zeros_of_subnormals_and_not_finite_ones():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=15)
+@examples(5, 15)
 @given(
     m=st.sampled_from([0, 1, 7, 33]),
     n=SIZES,

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import examples
 from triton_cases import (
     DEVICE,
     DTYPES,
@@ -33,7 +34,7 @@ RANKS = st.sampled_from([1, 2, 5, 16, 17])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=30)
+@examples(8, 30)
 @given(m=ROWS, n=SIZES | st.just(0), r=RANKS, splits=st.sampled_from([1, 2, 3]), layout=LAYOUTS)
 def test_expand_grad_matches_float64(dtype, m, n, r, splits, layout):
     G, B = operand(m, n, dtype=dtype, layout=layout), operand(n, r, dtype=dtype, layout=layout)
@@ -53,7 +54,7 @@ def test_expand_grad_matches_float64(dtype, m, n, r, splits, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25)
+@examples(8, 25)
 @given(
     m=ROWS,
     k=SIZES,
@@ -75,7 +76,7 @@ def test_tall_product_matches_float64(dtype, m, k, r, slices, p, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=20)
+@examples(6, 20)
 @given(
     count=st.sampled_from([1, 2, 9]),
     rows=st.sampled_from([1, 3, 17]),

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import examples
 from triton_cases import (
     DEVICE,
     DTYPES,
@@ -27,7 +28,7 @@ RANKS = st.sampled_from([1, 2, 5, 16, 17, 40])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25)
+@examples(8, 25)
 @given(m=ROWS, k=SIZES | st.just(0), r=RANKS, p=st.sampled_from([0.0, 0.3]), layout=LAYOUTS)
 def test_shrink_matches_float64(dtype, m, k, r, p, layout):
     x, A = operand(m, k, dtype=dtype, layout=layout), operand(r, k, dtype=dtype, layout=layout)
@@ -42,7 +43,7 @@ def test_shrink_matches_float64(dtype, m, k, r, p, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=30)
+@examples(8, 30)
 @given(
     m=ROWS,
     n=SIZES,

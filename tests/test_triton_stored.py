@@ -1,5 +1,7 @@
 """LoRA over quantized weights: every gradient, both ways to multiply, the layers that use it."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,25 +17,22 @@ import minilora  # noqa: E402
 from minilora.kernels import quantize_rows, triton_lora_linear  # noqa: E402
 from minilora.kernels.dropout import hashed_mask  # noqa: E402
 from minilora.kernels.triton import _product, table_on  # noqa: E402
-from minilora.quantization.formats import Spec  # noqa: E402
+from minilora.quantization import Quantization  # noqa: E402
 from minilora.quantization.linear import QuantizedLinear  # noqa: E402
 
 NAMES = ["y", "grad_x", "grad_A", "grad_B"]
 FORMATS = {
-    "int8": Spec("int8"),
-    "nf4": Spec("nf4", 64, True),
-    "nf4 f32 scales": Spec("nf4", 32, False),
-    "int4": Spec("int4", 32),
+    "int8": Quantization("int8"),
+    "nf4": Quantization("nf4", 64, True),
+    "nf4 f32 scales": Quantization("nf4", 32, False),
+    "int4": Quantization("int4", 32),
 }
 
 
 def stored(spec, n, k, dtype, compute, bias=True):
     weight = operand(n, k, scale=k**-0.5).to(dtype)
-    layer = QuantizedLinear.from_weight(
-        weight, spec, bias=operand(n, dtype=dtype) if bias else None
-    )
-    layer.compute = layer.grad_compute = compute  # no CPU's int8 products are wanted here
-    return layer
+    spec = dataclasses.replace(spec, compute=compute, grad_compute=compute)
+    return QuantizedLinear.from_weight(weight, spec, bias=operand(n, dtype=dtype) if bias else None)
 
 
 def through_codes(x, matrix):
@@ -204,7 +203,7 @@ def test_int8_layers_multiply_integers_by_default(shake):
     x = torch.randn(9, 64, device=DEVICE)
     for module in plain.modules():
         if isinstance(module, QuantizedLinear):
-            module.compute = "dequantize"
+            module.spec = dataclasses.replace(module.spec, compute="dequantize")
     found, expected = ours(x), plain(x)
     difference = (found - expected).norm() / expected.norm()
     assert 1e-4 < difference < 2e-2  # rows are rounded to 8 bits
@@ -259,7 +258,7 @@ def test_nf4_tables_lie_on_the_device_once(shake, monkeypatch):
 
 def test_outliers_raise_with_the_reason():
     layer = stored(FORMATS["int8"], 8, 64, torch.float32, "auto")
-    layer.outliers = 2
+    layer.spec = dataclasses.replace(layer.spec, outliers=2)
     with pytest.raises(
         RuntimeError,
         match="backend='triton' cannot run: its kernels multiply every input channel alike, and "

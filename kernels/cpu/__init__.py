@@ -18,141 +18,12 @@ _PANEL = 2**20  # weights decoded at a time where nothing is compiled
 
 
 def run(function: Callable[..., None], x: Tensor, *weight: Tensor, group: int = 0) -> Tensor:
-    """Call one of the C functions; operands as for `int8_rows` and `int4_rows`, checked there."""
+    """Call one of the C functions; operands as for `int8_rows` and `int4_rows`, checked before."""
     x, weight = x.contiguous(), tuple(part.contiguous() for part in weight)
     y = x.new_empty(len(x), len(weight[0]))
     pointers = (tensor.data_ptr() for tensor in (x, *weight, y))
     function(*pointers, *y.shape, x.shape[1], *((group,) if group else ()))
     return y
-
-
-def _check(x: Tensor, codes: Tensor, scales: Tensor, wanted: torch.dtype, K: int) -> None:
-    """Raise unless the operands fit: C reads what it is told, wherever that is."""
-    if (x.dtype, codes.dtype, scales.dtype) != (torch.float32, wanted, torch.float32):
-        raise TypeError(
-            f"few rows over codes must be float32, the codes {wanted} and the scales float32, "
-            f"found {x.dtype}, {codes.dtype} and {scales.dtype}; cast x and the scales"
-        )
-    if (
-        x.dim() != 2
-        or codes.dim() != 2
-        or x.shape[1] != K
-        or tuple(scales.shape) != (codes.shape[0],)
-    ):
-        raise ValueError(
-            f"few rows over codes must be [M, {K}] with scales [{codes.shape[0]}], found "
-            f"{list(x.shape)} with {list(scales.shape)}; pass inputs of the layer's width"
-        )
-
-
-def _check_int4(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> None:
-    _check(x, packed, scales, torch.uint8, 2 * packed.shape[1])
-    _check_steps(packed, steps, group)
-
-
-def _check_steps(packed: Tensor, steps: Tensor, group: int) -> None:
-    K = 2 * packed.shape[1]
-    if group < 1 or K % group:  # C would read steps that are not there
-        raise ValueError(f"groups must divide the {K} inputs, found groups of {group}; pass theirs")
-    if steps.dtype != torch.uint8 or tuple(steps.shape) != (packed.shape[0], K // group):
-        raise ValueError(
-            f"steps must be uint8 [{packed.shape[0]}, {K // group}] for groups of {group}, found "
-            f"{steps.dtype} {list(steps.shape)}; pass the steps and the group of one weight"
-        )
-
-
-def _in_torch(x: Tensor, scales: Tensor, decode: Callable[[slice], Tensor]) -> Tensor:
-    """Multiply row by row, so that none depends on the others; W decoded in panels."""
-    y = x.new_empty(len(x), len(scales))
-    step = max(1, _PANEL // max(1, x.shape[1]))
-    for start in range(0, len(scales), step):
-        panel = decode(slice(start, start + step))
-        for m, row in enumerate(x):
-            y[m, start : start + step] = panel.mv(row)
-    return y.mul_(scales)
-
-
-def _int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    _check(x, codes, scales, torch.int8, codes.shape[1])
-    library = native()
-    if library is None:
-        return _in_torch(x, scales, lambda rows: codes[rows].to(torch.float32))
-    return run(library.minilora_int8_rows, x, codes, scales)
-
-
-def _int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
-    _check_int4(x, packed, steps, scales, group)
-    library = native()
-    if library is not None:
-        return run(library.minilora_int4_rows, x, packed, steps, scales, group=group)
-
-    def decode(rows: slice) -> Tensor:
-        q = torch.cat([packed[rows] & 15, packed[rows] >> 4], dim=1).to(torch.float32) - 8
-        return q.mul_(steps[rows].repeat_interleave(group, dim=1))
-
-    return _in_torch(x, scales, decode)
-
-
-def _nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
-    n, parts = out.numel(), (packed, absmax, pairs, out)
-    found = [(t.dtype, t.numel(), t.is_contiguous()) for t in parts]
-    wanted = [(torch.uint8, -(-n // 2)), (torch.float32, -(-n // max(1, block)))]
-    wanted += [(torch.float32, 512), (torch.float32, n)]
-    if found != [(*pair, True) for pair in wanted] or block < 2 or block % 2:
-        raise ValueError(
-            f"{n} NF4 weights in even blocks take dense codes, scales, table and out of {wanted}, "
-            f"found {found} and blocks of {block}; pass those of one matrix"
-        )
-    library: Any = native()
-    library.minilora_nf4_weights(*(t.data_ptr() for t in parts), n, block)
-
-
-def _int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
-    N, K = out.shape
-    found = [(t.dtype, list(t.shape), t.is_contiguous()) for t in (packed, steps, out)]
-    sizes = [(torch.uint8, [N, K // 2]), (torch.uint8, [N, K // max(1, group)])]
-    wanted = [(*pair, True) for pair in [*sizes, (torch.float32, [N, K])]]
-    if found != wanted or K % 2 or group < 1 or K % group:
-        raise ValueError(
-            f"INT4 weights take dense codes, steps and out of {wanted}, found {found} and groups "
-            f"of {group}; pass those of one matrix"
-        )
-    library: Any = native()
-    library.minilora_int4_weights(*(t.data_ptr() for t in (packed, steps, out)), N, K, group)
-
-
-@functools.cache
-def has_blocks() -> bool:
-    """Tell whether products of bytes can run here: a compiler, and a processor with AVX2."""
-    library = native()
-    return library is not None and bool(library.minilora_has_blocks())
-
-
-def _check_blocks(x: Tensor, rows: int, columns: int, scales: Tensor, across: bool) -> None:
-    if not has_blocks():
-        raise RuntimeError(
-            "products of bytes need a processor with AVX2 and a C compiler, and one is missing "
-            "here; install a compiler (or set CC), or dequantize"
-        )
-    J = rows if across else columns
-    if (x.dtype, scales.dtype) != (torch.float32, torch.float32):
-        raise TypeError(
-            f"x and scales must be float32, found {x.dtype} and {scales.dtype}; cast them"
-        )
-    if x.dim() != 2 or x.shape[1] != J or list(scales.shape) != [rows]:
-        raise ValueError(
-            f"a product {'across' if across else 'along'} codes of [{rows}, {columns}] takes x "
-            f"[M, {J}] and scales [{rows}], found {list(x.shape)} and {list(scales.shape)}; pass "
-            "x of the layer's width"
-        )
-
-
-def _check_codes(codes: Tensor, dtype: torch.dtype) -> None:
-    if codes.dtype != dtype or codes.dim() != 2:
-        raise TypeError(
-            f"codes must be {dtype} of two dimensions, found {codes.dtype} of "
-            f"{list(codes.shape)}; pass those of one matrix"
-        )
 
 
 def run_blocks(
@@ -170,10 +41,102 @@ def run_blocks(
     return y
 
 
+@functools.cache
+def has_blocks() -> bool:
+    """Return whether products of bytes can run here: a compiler, and a processor with AVX2."""
+    library = native()
+    return library is not None and bool(library.minilora_has_blocks())
+
+
+def _require_blocks() -> None:
+    if not has_blocks():
+        raise RuntimeError(
+            "products of bytes need a processor with AVX2 and a C compiler, and one is missing "
+            "here; install a compiler (or set CC), or dequantize"
+        )
+
+
+def _check(op: str, **operands: tuple[Tensor, torch.dtype, tuple[int, ...]]) -> None:
+    """Raise unless the operands fit: C reads what it is told, wherever that is."""
+    for name, (tensor, dtype, shape) in operands.items():
+        if tensor.dtype != dtype or tensor.shape != shape:
+            kind = TypeError if tensor.dtype != dtype else ValueError
+            raise kind(
+                f"{op} takes {name} in {dtype} {list(shape)}, found {tensor.dtype} "
+                f"{list(tensor.shape)}; pass operands of one layer"
+            )
+
+
+def _check_groups(op: str, K: int, group: int) -> None:
+    if group < 1 or K % group:  # C would read steps that are not there
+        raise ValueError(
+            f"{op} takes groups that divide the {K} inputs, found groups of {group}; pass theirs"
+        )
+
+
+def _int8(op: str, x: Tensor, codes: Tensor, scales: Tensor, across: bool = False) -> Tensor:
+    """Check INT8's operands; return an empty y."""
+    N, K = codes.shape[0], codes.shape[-1]
+    J, L = (N, K) if across else (K, N)
+    M, f32 = x.shape[0], torch.float32
+    _check(op, codes=(codes, torch.int8, (N, K)), x=(x, f32, (M, J)), scales=(scales, f32, (N,)))
+    return x.new_empty(M, L)
+
+
+def _int4(
+    op: str, x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int,
+    across: bool = False,
+) -> Tensor:  # fmt: skip
+    """Check INT4's operands; return an empty y."""
+    N, K = packed.shape[0], 2 * packed.shape[-1]
+    J, L = (N, K) if across else (K, N)
+    M, f32 = x.shape[0], torch.float32
+    _check(op, x=(x, f32, (M, J)))
+    _check_groups(op, K, group)
+    _check(
+        op,
+        codes=(packed, torch.uint8, (N, K // 2)),
+        steps=(steps, torch.uint8, (N, K // group)),
+        scales=(scales, f32, (N,)),
+    )
+    return x.new_empty(M, L)
+
+
+def _in_torch(x: Tensor, scales: Tensor, decode: Callable[[slice], Tensor]) -> Tensor:
+    """Multiply row by row, so that none depends on the others; W decoded in panels."""
+    y = x.new_empty(len(x), len(scales))
+    step = max(1, _PANEL // max(1, x.shape[1]))
+    for start in range(0, len(scales), step):
+        panel = decode(slice(start, start + step))
+        for m, row in enumerate(x):
+            y[m, start : start + step] = panel.mv(row)
+    return y.mul_(scales)
+
+
+def _int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    _int8("int8_rows", x, codes, scales)
+    library = native()
+    if library is None:
+        return _in_torch(x, scales, lambda rows: codes[rows].to(torch.float32))
+    return run(library.minilora_int8_rows, x, codes, scales)
+
+
+def _int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
+    _int4("int4_rows", x, packed, steps, scales, group)
+    library = native()
+    if library is not None:
+        return run(library.minilora_int4_rows, x, packed, steps, scales, group=group)
+
+    def decode(rows: slice) -> Tensor:
+        q = torch.cat([packed[rows] & 15, packed[rows] >> 4], dim=1).to(torch.float32) - 8
+        return q.mul_(steps[rows].repeat_interleave(group, dim=1))
+
+    return _in_torch(x, scales, decode)
+
+
 def _int8_blocks_shape(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
-    _check_codes(codes, torch.int8)
-    _check_blocks(x, *codes.shape, scales, across)
-    return x.new_empty(x.shape[0], codes.shape[1 if across else 0])
+    _require_blocks()
+    return _int8("int8_blocks", x, codes, scales, across)
 
 
 def _int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
@@ -184,11 +147,8 @@ def _int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tens
 def _int4_blocks_shape(
     x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
 ) -> Tensor:
-    _check_codes(packed, torch.uint8)
-    N, K = packed.shape[0], 2 * packed.shape[1]
-    _check_blocks(x, N, K, scales, across)
-    _check_steps(packed, steps, group)
-    return x.new_empty(x.shape[0], K if across else N)
+    _require_blocks()
+    return _int4("int4_blocks", x, packed, steps, scales, group, across)
 
 
 def _int4_blocks(
@@ -198,23 +158,48 @@ def _int4_blocks(
     return run_blocks(native(), x, (packed, steps, scales), y, across, group)
 
 
-def _int8_shape(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    _check(x, codes, scales, torch.int8, codes.shape[1])
-    return x.new_empty(x.shape[0], codes.shape[0])  # len() would fix the number of rows
+def _decode(op: str, out: Tensor, parts: Sequence[Tensor], *sizes: int) -> None:
+    if not out.is_contiguous():
+        raise ValueError(f"{op} takes out without gaps, found strides {list(out.stride())}")
+    library: Any = native()
+    parts = [part.contiguous() for part in parts]
+    getattr(library, f"minilora_{op}")(*(t.data_ptr() for t in (*parts, out)), *sizes)
 
 
-def _int4_shape(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
-    _check_int4(x, packed, steps, scales, group)
-    return x.new_empty(x.shape[0], packed.shape[0])
+def _nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
+    n, f32 = out.numel(), torch.float32
+    if block < 2 or block % 2:
+        raise ValueError(f"nf4_weights takes even blocks, found blocks of {block}; pass theirs")
+    _check(
+        "nf4_weights",
+        codes=(packed, torch.uint8, (-(-n // 2),)),
+        scales=(absmax, f32, (-(-n // block),)),
+        pairs=(pairs, f32, (256, 2)),
+        out=(out, f32, (n,)),
+    )
+    _decode("nf4_weights", out, (packed, absmax, pairs), n, block)
+
+
+def _int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
+    N, K = packed.shape[0], 2 * packed.shape[-1]
+    _check_groups("int4_weights", K, group)
+    _check(
+        "int4_weights",
+        codes=(packed, torch.uint8, (N, K // 2)),
+        steps=(steps, torch.uint8, (N, K // group)),
+        out=(out, torch.float32, (N, K)),
+    )
+    _decode("int4_weights", out, (packed, steps), N, K, group)
 
 
 _ops = torch.library.Library("minilora", "FRAGMENT")
 # Not a second time: transformers, run in the repository's root, imports this folder as `kernels`.
 if not hasattr(torch.ops.minilora, "int8_rows"):
     made: tuple[tuple[str, Any, Any], ...] = (
-        ("int8_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor", _int8_rows, _int8_shape),
+        ("int8_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor", _int8_rows,
+         functools.partial(_int8, "int8_rows")),
         ("int4_rows(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group) -> Tensor",
-         _int4_rows, _int4_shape),
+         _int4_rows, functools.partial(_int4, "int4_rows")),
         ("nf4_weights(Tensor packed, Tensor absmax, Tensor pairs, int block, Tensor(a!) out) -> ()",
          _nf4_weights, lambda *_: None),
         ("int4_weights(Tensor packed, Tensor steps, int group, Tensor(a!) out) -> ()",
@@ -296,7 +281,7 @@ def int4_blocks(
 
 
 def can_decode(out: Tensor) -> bool:
-    """Tell whether `nf4_weights` and `int4_weights` can write `out` here."""
+    """Return whether `nf4_weights` and `int4_weights` can write `out` here."""
     return out.device.type == "cpu" and native() is not None
 
 
@@ -311,7 +296,8 @@ def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: 
         out: f32 `[n]`, dense; written.
 
     Raises:
-        ValueError: operands of another dtype, size or layout.
+        TypeError: operands of another dtype.
+        ValueError: operands of another size or layout.
     """
     torch.ops.minilora.nf4_weights(packed, absmax, pairs, block, out)
 
@@ -326,6 +312,7 @@ def int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None
         out: f32 `[N, K]`, dense; written.
 
     Raises:
-        ValueError: operands of another dtype, shape or layout.
+        TypeError: operands of another dtype.
+        ValueError: operands of another shape or layout.
     """
     torch.ops.minilora.int4_weights(packed, steps, group, out)

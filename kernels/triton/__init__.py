@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from ..dropout import row_seeds
-from ..four_bit import DYNAMIC_CODE, NF4_TABLE
 from ..int8 import LONGEST
 from ..low_rank import FrozenLinear, conv1d_forward, dense_forward
+from ..nf4 import DYNAMIC_CODE, NF4_TABLE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
+FORMATS = ("int8", "nf4", "int4")  # of stored weights; others have no kernels here
+DENSE = (dense_forward, conv1d_forward)
 
 _TABLES = {"nf4": torch.tensor(NF4_TABLE), "dynamic": DYNAMIC_CODE}
 _placed: dict[tuple[str, torch.device], Tensor] = {}
@@ -34,7 +35,7 @@ def table_on(name: str, device: torch.device) -> Tensor:
 
 
 def problem(device: torch.device | None = None) -> str | None:
-    """Say why no kernel can run in this process, on tensors of that device, or None."""
+    """Return why no kernel can run in this process, on tensors of that device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -55,14 +56,15 @@ problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def uncovered(base: FrozenLinear) -> str | None:
-    """Say why there are no kernels for a frozen linear like this, or None."""
-    if base.stored is None:
-        known = base.linear_forward in (dense_forward, conv1d_forward)
-        return None if known else "there are no kernels for a base stored like this"
-    if base.stored.outliers:
+    """Return why there are no kernels for a frozen linear like this, or None."""
+    stored = base.stored
+    known = stored.format in FORMATS if stored else base.linear_forward in DENSE
+    if not known:
+        return "there are no kernels for a base stored like this"
+    if stored and stored.outliers:
         return (
             f"its kernels multiply every input channel alike, and this base keeps "
-            f"{base.stored.outliers} outliers in floating point (outliers=0 has none)"
+            f"{stored.outliers} outliers in floating point (outliers=0 has none)"
         )
     return None
 
@@ -77,7 +79,7 @@ def lora_linear(
         base: a frozen linear, plain or quantized; gets no gradient. A quantized one is multiplied
             as its `compute` and `grad_compute` say; "auto" is "int8" for INT8, else "dequantize".
         A: `[R, K]`, kept for backward; any floating dtype, cast to x's for the products.
-        B: `[N, R]`, likewise.
+        B: `[N, R]`, as A.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
         p: the probability to drop an element of x. The mask is a hash of a number drawn from
             torch's generator on x's device, so activation checkpointing repeats it, and of the
@@ -115,7 +117,6 @@ def _product(
     ]  # fmt: skip
     if base.stored.format == "nf4":
         ways = ["dequantize", "dequantize"]
-        parts = [part for part in parts if part is not None]
         parts.insert(1, table_on("nf4", x.device))
         if len(parts) > 3:
             parts.append(table_on("dynamic", x.device))

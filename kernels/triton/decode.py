@@ -5,8 +5,9 @@
     w_nk = q_nk · s_{n, k // group} · channel_n     `decode_int4`   without channel: int8 codes
     w_nk = codes_nk · scale_n                       `decode_int8`   without scale: codes, turned
 
-N out, K in; layouts as in kernels/four_bit.py: NF4 is one line of N·K weights, two a byte, the
-earlier one in the high nibble; INT4's byte j of a row holds columns j (low nibble) and j + K/2.
+N out, K in; layouts as in kernels/nf4.py and int4.py: NF4 is one line of N·K weights, two a
+byte, the earlier one in the high nibble; INT4's byte j of a row holds columns j (low nibble) and
+j + K/2.
 
 | kernel            | program → tile                                | bytes moved, a weight |
 |-------------------|-----------------------------------------------|-----------------------|

@@ -165,7 +165,7 @@ def launch_int4_gemm(
     x: Tensor, packed: Tensor, steps: Tensor, channel: Tensor, group: int, bias: Tensor | None,
     s: Tensor, b: Tensor, scale: float, y: Tensor, tile: Tile,
 ) -> Launch:  # fmt: skip
-    """Fill `y [M, N]` likewise; packed, steps and channel as for `launch_decode_int4`."""
+    """Fill `y [M, N]` from INT4; packed, steps and channel as for `launch_decode_int4`."""
     M, (N, R), half = x.shape[0], b.shape, packed.shape[1]
     args = (
         x, packed, steps, channel, bias, s, b, y, M, N, half, scale,

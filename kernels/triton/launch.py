@@ -46,7 +46,7 @@ def span_of(seed: Tensor | None, M: int) -> int:
 
 @functools.cache
 def is_interpreted() -> bool:
-    """Tell whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Return whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

@@ -165,7 +165,7 @@ def lora_dense(
         bias: `[N]` or None.
         A: `[R, K]`, any floating dtype, cast to x's for the products; its gradient is rounded once,
             from f32 sums.
-        B: `[N, R]`, likewise.
+        B: `[N, R]`, as A.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
         seed: int64 `[S]`, one for each M / S rows, that the dropout mask is a hash of; or None.
         p: the probability to drop.

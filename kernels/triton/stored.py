@@ -240,12 +240,12 @@ def lora_stored(
         parts: what stores Ŵ, see `Weight`; contiguous, frozen.
         bias: `[N]` or None.
         A: `[R, K]`, any floating dtype, cast to x's for the products.
-        B: `[N, R]`, likewise.
+        B: `[N, R]`, as A.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
         format: "int8", "nf4" or "int4".
         block: weights that share a scale (int8 has none: 0).
         way: "int8" (not NF4) or "dequantize", for Y.
-        grad_way: likewise, for the input's gradient.
+        grad_way: the same for the input's gradient.
         seed: int64 `[S]`, one for each M / S rows, that the dropout mask is a hash of; or None.
         p: the probability to drop.
 

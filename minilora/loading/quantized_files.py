@@ -13,7 +13,7 @@ import torch
 
 from minilora.files import Checksums, one_line, parse_json, read_json, short, tensor_file
 from minilora.kernels import DYNAMIC_CODE, NF4_TABLE
-from minilora.quantization import Spec, check_spec, layout
+from minilora.quantization import Quantization
 
 WEIGHTS, LAYERS = "quantized.safetensors", "quantization.json"
 _STATE = ".quant_state.bitsandbytes__"  # between a weight's name and its 4-bit type
@@ -47,7 +47,7 @@ def float_dtypes(file: Path) -> dict[str, torch.dtype | None]:
         return {name: _FLOATS.get(one.get_dtype()) for name, one in slices.items()}
 
 
-def read_specs(folder: Path) -> dict[str, tuple[Spec, bool]]:
+def read_specs(folder: Path) -> dict[str, tuple[Quantization, bool]]:
     """Return format and whether there is a bias of each quantized layer of a folder of ours.
 
     Raises:
@@ -59,7 +59,7 @@ def read_specs(folder: Path) -> dict[str, tuple[Spec, bool]]:
             raise ValueError(f"version 1 is read, found {short(entries['version'])}")
         return {
             name: (
-                check_spec(row["format"], row["block_size"], row["double_quant"]),
+                Quantization(row["format"], row["block_size"], row["double_quant"]),
                 bool(row["bias"]),
             )
             for name, row in entries["layers"].items()
@@ -86,7 +86,7 @@ def bitsandbytes_tensors(folder: Path, fqn_of: Any) -> Iterator[tuple[str, Any]]
             f"'{folder}' has a quantization_config, found no 4-bit layers of bitsandbytes in it; "
             f"load the unquantized model"
         )
-    specs: dict[str, tuple[Spec, bool]] = {}
+    specs: dict[str, tuple[Quantization, bool]] = {}
     for weight, key in states.items():
         name = str(fqn_of(weight)).removesuffix(".weight")
         kind = key.partition(_STATE)[2]
@@ -96,7 +96,7 @@ def bitsandbytes_tensors(folder: Path, fqn_of: Any) -> Iterator[tuple[str, Any]]
             )
         state = parse_json(bytes(found.pop(key).tolist()), key)
         double = f"{weight}.nested_absmax" in found
-        spec = check_spec("nf4", state["blocksize"], double)
+        spec = Quantization("nf4", state["blocksize"], double)
         tables = {"quant_map": torch.tensor(NF4_TABLE)}
         if double:
             tables["nested_quant_map"] = DYNAMIC_CODE
@@ -104,7 +104,7 @@ def bitsandbytes_tensors(folder: Path, fqn_of: Any) -> Iterator[tuple[str, Any]]
             if not torch.equal(found.pop(f"{weight}.{table}").float(), ours):
                 raise ValueError(f"{name} in '{folder}' has a {table} of its own; can't read it")
         N, K = state["shape"]
-        shapes = layout(spec, N, K)
+        shapes = spec.layout(N, K)
         absmax = found.pop(f"{weight}.absmax")
         parts = {"codes": found.pop(weight).view(torch.uint8)}
         if double:

@@ -1,6 +1,7 @@
 """Language models whose linears are quantized while they are read; folders of quantized models."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,9 @@ from minilora.loading.quantized_files import (
 from minilora.lora import check_quantizable, is_conv1d, lora_layers, quantized, select_targets
 from minilora.models import Prepare
 from minilora.quantization import (
+    Quantization,
     QuantizedLinear,
-    Spec,
-    bad_scales,
-    check_compute,
-    check_outliers,
-    check_spec,
     is_finite,
-    layout,
 )
 from minilora.text import Tokenizer, as_tokenizer
 
@@ -46,8 +42,8 @@ from minilora.text import Tokenizer, as_tokenizer
 class _Quantizing:
     """A transform for the model readers: the target's weight becomes a `QuantizedLinear`."""
 
-    def __init__(self, spec: Spec, ways: dict[str, Any], targets: tuple[object, ...]):
-        self.spec, self.ways, self.targets = spec, ways, targets
+    def __init__(self, spec: Quantization, targets: tuple[object, ...]):
+        self.spec, self.targets = spec, targets
         self.wanted: dict[str, Any] = {}
 
     def start(self, model: nn.Module) -> None:
@@ -64,7 +60,6 @@ class _Quantizing:
             tensor.T if is_conv1d(module) else tensor,
             self.spec,
             plain=type(module),
-            **self.ways,
         )
 
     def finish(self, model: nn.Module) -> None:
@@ -73,7 +68,7 @@ class _Quantizing:
             module = model.get_submodule(name)
             if not isinstance(module, QuantizedLinear):
                 parent, _, child = name.rpartition(".")
-                small = quantized(module, self.spec, **self.ways)
+                small = quantized(module, self.spec)
                 setattr(model.get_submodule(parent), child, small)
 
 
@@ -124,10 +119,8 @@ def load_quantized(
     Raises:
         ValueError: what `load_model` or `minilora.quantize` refuse, or a damaged folder.
     """
-    for choice in (compute, grad_compute):
-        check_compute(choice)
-    check_outliers(outliers)
     ways = {"compute": compute, "grad_compute": grad_compute, "outliers": outliers}
+    Quantization(**ways)  # type: ignore[arg-type]
     folder = Path(path)
     stored = is_quantized_folder(folder)
     if format is None and not stored:
@@ -148,8 +141,8 @@ def load_quantized(
         tokenizer = Tokenizer.from_pretrained(folder)
         check_tokenizer(model, tokenizer, folder)
         return model, tokenizer
-    spec = check_spec(format, block_size, double_quant)
-    transform = _Quantizing(spec, ways, (targets, exclude, layers))
+    spec = Quantization(format, block_size, double_quant, compute, grad_compute, outliers)  # type: ignore[arg-type]
+    transform = _Quantizing(spec, (targets, exclude, layers))
     if prepare is not None:
         return load_model(path, dtype=dtype, prepare=_in_parts(transform, prepare))
     model, tokenizer = load_model(path, dtype=dtype, device=device, transform=transform)
@@ -173,7 +166,7 @@ def _in_parts(transform: _Quantizing, prepare: Prepare) -> Prepare:
         dtype = next(p.dtype for p in model.parameters())
         for fqn, module in transform.wanted.items():
             name, bias = fqn.removesuffix(".weight"), module.bias is not None
-            _put_empty(model, name, transform.spec, bias, dtype, transform.ways)
+            _put_empty(model, name, transform.spec, bias, dtype)
         put = prepare(model)
         return lambda fqn, tensor: put(fqn, transform(fqn, tensor))
 
@@ -225,8 +218,7 @@ def save_quantized(model: nn.Module, folder: str | Path, tokenizer: Any = None) 
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     rows = {
-        name: {**layer.spec._asdict(), "bias": layer.bias is not None}
-        for name, layer in small.items()
+        name: {**layer.spec.stored, "bias": layer.bias is not None} for name, layer in small.items()
     }
     with whole_folder(folder) as made:
         write(made / WEIGHTS, tensor_content(state, {"format": "pt"}))
@@ -245,11 +237,11 @@ def _read(
         tensors = dict(
             bitsandbytes_tensors(folder, known.fqn) if foreign else stored_tensors(folder / WEIGHTS)
         )
-    rows = tensors.pop("specs") if foreign else read_specs(folder)
+    rows = with_ways(tensors.pop("specs") if foreign else read_specs(folder), ways)
     check_blocks(config, len(tensors), folder)
     model = known.model(config, device="meta")
     floats = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    _put_layers(folder, model, rows, dtype or floats, ways)
+    _put_layers(folder, model, rows, dtype or floats)
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = finite(
@@ -291,12 +283,12 @@ def _read_in_parts(
             f"save_quantized, and read that in parts"
         )
     known, config = _config(folder)
-    rows = read_specs(folder)
+    rows = with_ways(read_specs(folder), ways)
     stored = float_dtypes(folder / WEIGHTS)
     check_blocks(config, len(stored), folder)
     model = known.model(config, device="meta")
     floats = next((d for d in stored.values() if d is not None), torch.float32)
-    _put_layers(folder, model, rows, dtype or floats, ways)
+    _put_layers(folder, model, rows, dtype or floats)
     head = ["lm_head.weight"] if model.config.tie_word_embeddings and "lm_head" not in rows else []
     _check_names(folder, model, [*stored, *head])
     put: Any = prepare(model.to(dtype or floats).eval())
@@ -311,14 +303,13 @@ def _read_in_parts(
         spec, _ = rows[owner]
         layer = model.get_submodule(owner)
         layer = getattr(layer, "base", layer)  # adapters may be on it by now
-        expected = layout(spec, layer.out_features, layer.in_features)
-        if len(mine) == len(expected):
-            reason = _wrong(mine, expected) or bad_scales(mine)
+        if len(mine) == len(spec.layout(layer.out_features, layer.in_features)):
+            reason = spec.damage(mine, layer.out_features, layer.in_features)
             if reason is not None:
                 raise ValueError(f"{owner} in '{folder}' {reason}; the file is damaged")
             sizes = (layer.in_features, layer.out_features)
             small = QuantizedLinear(
-                parts.pop(owner), *sizes, spec, bias=None, dtype=dtype or floats, **ways
+                parts.pop(owner), *sizes, spec, bias=None, dtype=dtype or floats
             )
             _check_decoded(owner, small, folder)
             put(f"{owner}.weight", small)
@@ -326,15 +317,11 @@ def _read_in_parts(
     return model
 
 
-def _wrong(parts: dict[str, torch.Tensor], expected: Any) -> str | None:
-    for name, (shape, dtype) in expected.items():
-        found = parts[name]
-        if found.dtype != dtype or tuple(found.shape) != shape:
-            return (
-                f"must have {name} in {dtype} of shape {list(shape)}, found {found.dtype} of shape "
-                f"{list(found.shape)}"
-            )
-    return None
+def with_ways(
+    rows: dict[str, tuple[Quantization, bool]], ways: dict[str, Any]
+) -> dict[str, tuple[Quantization, bool]]:
+    """Return what a folder stores, to be multiplied as asked for."""
+    return {name: (replace(spec, **ways), bias) for name, (spec, bias) in rows.items()}
 
 
 def _check_names(folder: Path, model: Any, found: Iterable[str]) -> None:
@@ -364,9 +351,8 @@ def _config(folder: Path) -> tuple[Any, Any]:
 def _put_layers(
     folder: Path,
     model: Any,
-    rows: dict[str, tuple[Spec, bool]],
+    rows: dict[str, tuple[Quantization, bool]],
     dtype: torch.dtype,
-    ways: dict[str, Any],
 ) -> None:
     """Put empty quantized layers where a folder says."""
     for name, (spec, bias) in rows.items():
@@ -376,20 +362,14 @@ def _put_layers(
             raise ValueError(f"'{folder}' names a quantized layer {name}, which the model of its "
                              f"config.json does not have") from None  # fmt: skip
         check_quantizable(name, old, spec)
-        _put_empty(model, name, spec, bias, dtype, ways)
+        _put_empty(model, name, spec, bias, dtype)
 
 
-def _put_empty(
-    model: Any, name: str, spec: Spec, bias: bool, dtype: torch.dtype, ways: dict[str, Any]
-) -> None:
+def _put_empty(model: Any, name: str, spec: Quantization, bias: bool, dtype: torch.dtype) -> None:
     """Put a quantized layer on the meta device where a plain one is."""
     parent, _, child = name.rpartition(".")
     old = model.get_submodule(name)
     N, K = old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape
-    parts = {
-        part: torch.empty(shape, dtype=kind, device="meta")
-        for part, (shape, kind) in layout(spec, N, K).items()
-    }
     empty = torch.empty(N, dtype=dtype, device="meta") if bias else None
-    small = QuantizedLinear(parts, K, N, spec, dtype=dtype, bias=empty, plain=type(old), **ways)
+    small = QuantizedLinear(spec.empty(N, K), K, N, spec, dtype=dtype, bias=empty, plain=type(old))
     setattr(model.get_submodule(parent), child, small)

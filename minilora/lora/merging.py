@@ -141,9 +141,6 @@ def _new_base(base: QuantizedLinear, merged: dict[str, Tensor], mode: str | None
         merged["weight"],
         base.spec,
         bias=bias,
-        compute=base.compute,
-        grad_compute=base.grad_compute,
-        outliers=base.outliers,
         plain=base.plain,
     )
     again._dtype = base.dtype

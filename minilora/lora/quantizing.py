@@ -12,14 +12,10 @@ from minilora.lora.kinds import acts_as_linear, is_conv1d
 from minilora.lora.layer import lora_layers
 from minilora.lora.selection import plain_modules, select_targets
 from minilora.quantization import (
+    Quantization,
     QuantizedLinear,
-    Spec,
-    check_compute,
-    check_outliers,
-    check_spec,
     is_finite,
     packed_format,
-    problem,
 )
 
 
@@ -72,10 +68,7 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize() needs an nn.Module, found {type(model).__name__}")
-    spec = check_spec(format, block_size, double_quant)
-    for choice in (compute, grad_compute):
-        check_compute(choice)
-    check_outliers(outliers)
+    spec = Quantization(format, block_size, double_quant, compute, grad_compute, outliers)
     if any(layer.merged for layer in lora_layers(model).values()):
         raise RuntimeError("quantize() needs unmerged weights; call minilora.unmerge(model) first")
     modules = plain_modules(model)
@@ -84,13 +77,13 @@ def quantize(
         check_quantizable(name, module, spec)
     for module in chosen.values():
         with torch.no_grad():
-            small = quantized(module, spec, compute, grad_compute, outliers)
+            small = quantized(module, spec)
         for parent, child in places_of(model, module):
             parent._modules[child] = small
     return model
 
 
-def check_quantizable(name: str, module: Any, spec: Spec, values: bool = True) -> None:
+def check_quantizable(name: str, module: Any, spec: Quantization, values: bool = True) -> None:
     """Raise unless this module can be stored in the format; `values` looks for NaN too."""
     if isinstance(module, QuantizedLinear):
         raise ValueError(
@@ -116,7 +109,7 @@ def check_quantizable(name: str, module: Any, spec: Spec, values: bool = True) -
         )
     if not weight.is_floating_point():
         raise ValueError(f"the weight of {name} must be floating point, found {weight.dtype}")
-    reason = problem(spec, *(weight.shape[::-1] if is_conv1d(module) else weight.shape))
+    reason = spec.problem(*(weight.shape[::-1] if is_conv1d(module) else weight.shape))
     if reason is not None:
         raise ValueError(f"{name} {reason}")
     if values and not is_finite(weight):
@@ -125,18 +118,13 @@ def check_quantizable(name: str, module: Any, spec: Spec, values: bool = True) -
         )
 
 
-def quantized(
-    module: Any, spec: Spec, compute: str, grad_compute: str, outliers: int
-) -> QuantizedLinear:
+def quantized(module: Any, spec: Quantization) -> QuantizedLinear:
     """Return the layer stored in this format; the given one is not changed."""
     weight = module.weight.detach()
     small = QuantizedLinear.from_weight(
         weight.T if is_conv1d(module) else weight,
         spec,
         bias=module.bias,
-        compute=compute,
-        grad_compute=grad_compute,
-        outliers=outliers,
         plain=nn.Linear if isinstance(module, nn.Linear) else type(module),
     )
     return small.train(module.training)

@@ -10,7 +10,7 @@ from torch import nn
 from minilora.lora.layer import lora_layers
 from minilora.lora.selection import matrix_shape, plain_modules, select_targets
 from minilora.lora.wrappers import named_modules
-from minilora.quantization import QuantizedLinear, Spec, check_spec, layout, packed_format, problem
+from minilora.quantization import Quantization, QuantizedLinear, packed_format
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,6 @@ class Sizes:
         return f"{self.total / 1e6:,.1f} MB ({parts})"
 
 
-def _of_spec(spec: Spec, N: int, K: int) -> tuple[int, int]:
-    """Return the bytes of codes and of scales."""
-    parts = {n: torch.Size(s).numel() * d.itemsize for n, (s, d) in layout(spec, N, K).items()}
-    return parts["codes"], sum(parts.values()) - parts["codes"]
-
-
 def sizes(
     model: nn.Module,
     format: str | None = None,
@@ -82,12 +76,12 @@ def sizes(
     """
     found = dict.fromkeys(vars(Sizes()), 0)
     modules = plain_modules(model)
-    chosen: dict[str, Spec] = {}
+    chosen: dict[str, Quantization] = {}
     if format is not None:
-        spec = check_spec(format, block_size, double_quant)
+        spec = Quantization(format, block_size, double_quant)
         chosen = dict.fromkeys(select_targets(model, targets, exclude, layers), spec)
         for name in chosen:
-            reason = problem(spec, *matrix_shape(modules[name]))
+            reason = spec.problem(*matrix_shape(modules[name]))
             if reason is not None:
                 raise ValueError(f"{name} {reason}")
     owners: dict[int, Any] = {id(m): name for name, m in modules.items()}
@@ -101,9 +95,8 @@ def sizes(
                 continue
             asked = chosen.get(owners.get(id(module), ""))
             if name == "weight" and asked is not None:  # a head quantized apart is counted so
-                codes, scales = _of_spec(asked, *matrix_shape(module))
-                found["codes"] += codes
-                found["scales"] += scales
+                for part, size in asked.nbytes(*matrix_shape(module)).items():
+                    found["codes" if part == "codes" else "scales"] += size
                 continue
             if id(tensor) in seen:
                 continue

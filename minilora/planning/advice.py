@@ -19,6 +19,7 @@ from minilora.planning.devices import DEVICES, Device
 from minilora.planning.memory import Memory, Settings, count_memory
 from minilora.planning.shapes import Shape
 from minilora.planning.speed import Speed, duration, foretell, run_of
+from minilora.quantization import FORMATS
 
 HERE = "here"
 LONGEST = 12.0  # hours: a run that is done overnight
@@ -220,7 +221,7 @@ def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str
     words += ["--max-length", str(settings.length), "--epochs", f"{data.epochs:g}"]
     if settings.format is not None:
         words += ["--quantize", settings.format]
-    if settings.format in ("nf4", "int4") and settings.block_size != 64:
+    if settings.format and FORMATS[settings.format].block_sizes and settings.block_size != 64:
         words += ["--block-size", str(settings.block_size)]
     if device.name != HERE or settings.dtype != hardware().dtype:
         words += ["--dtype", str(settings.dtype).removeprefix("torch.")]

@@ -18,6 +18,7 @@ from minilora.lora import Sizes, sizes
 from minilora.planning import constants
 from minilora.planning.activations import Pass, block_saved, linears_by_block, saved
 from minilora.planning.shapes import Linear, Shape, adapted
+from minilora.quantization import FORMATS, Quantization
 
 _CHUNK = 3 * 2**22  # logits the loss holds at a time, as minilora.kernels.cross_entropy
 _F32 = 4
@@ -298,7 +299,7 @@ def _backward(shape: Shape, settings: Settings, integer: str | None) -> int:
     config, p = shape.config, settings.one_pass
     h, i = config.hidden_size, config.intermediate_size
     total = p.tokens * (3 * i + 3 * h) * p.w
-    if integer == "int8" and settings.format in ("int8", "int4"):
+    if integer == "int8" and settings.format and FORMATS[settings.format].integer:
         total += p.tokens * i * (3 * _F32 + 1) + p.tokens * h * 2 * _F32
     return total
 
@@ -321,10 +322,10 @@ def _workspace(
     logits = 0 if gpu else _logits(shape, settings.one_pass) * w
     if settings.format is None:
         return logits + (largest * w if settings.autocast else 0)
-    if settings.format == "nf4":  # and its scales in f32, twice
-        return max(logits, largest * w) + 3 * _F32 * largest // settings.block_size
-    codes = largest if settings.format == "int4" else 0
+    spec = Quantization(settings.format, settings.block_size, settings.double_quant)
+    beside = spec.storage.workspace_bytes(spec, largest)
+    integer = integer if spec.storage.integer else None
     if integer == "blocks":  # codes in another order, and those of X; a sixteenth for their sums
         longest = max((max(one.N, one.K) for one in used), default=0)
-        return codes + logits + (largest + settings.one_pass.tokens * longest) * 17 // 16
-    return codes + max(logits, 0 if integer else largest * w)
+        return beside + logits + (largest + settings.one_pass.tokens * longest) * 17 // 16
+    return beside + max(logits, 0 if integer else largest * w)

@@ -10,6 +10,7 @@ from minilora.planning.memory import Memory, Settings
 from minilora.planning.shapes import Shape
 from minilora.planning.timing import Timing, timed_step
 from minilora.planning.work import Work, count_work
+from minilora.quantization import FORMATS
 
 # Where nothing was timed: shares of the measured rates that real steps reach on a CPU, and the
 # nanoseconds in which a weight is decoded.
@@ -59,7 +60,7 @@ def from_rates(work: Work, settings: Settings, here: Calibration) -> float:
     """Return seconds of a step by this machine's rates, without running one."""
     name = str(settings.dtype).removeprefix("torch.")
     rate = here.rates[name] * _PRODUCTS
-    integer = settings.format in ("int8", "int4") and here.integer
+    integer = settings.format and FORMATS[settings.format].integer and here.integer
     seconds = work.base / (here.rates["int8"] * _PRODUCTS if integer else rate)
     seconds += (work.flops - work.base) / rate
     seconds += work.bytes / (here.bandwidth * _MOVING)

@@ -19,7 +19,7 @@ from minilora.models import GPT2Config, LlamaConfig
 from minilora.planning.calibration import forget_peak, isolated, peak_bytes, resident
 from minilora.planning.memory import Settings, count_memory
 from minilora.planning.shapes import Config, Shape
-from minilora.quantization import QuantizedLinear, Spec, check_spec, layout
+from minilora.quantization import Quantization, QuantizedLinear
 from minilora.running import token_loss
 
 AGREE = 1.25  # factor within which the middle half of the repeats must lie
@@ -39,7 +39,7 @@ def random_model(shape: Shape, settings: Settings) -> Any:
     dtype = torch.float32 if settings.autocast else settings.dtype
     model = shape.empty(dtype)
     if settings.format is not None:
-        spec = check_spec(settings.format, settings.block_size, settings.double_quant)
+        spec = Quantization(settings.format, settings.block_size, settings.double_quant)
         modules = dict(model.named_modules())
         for name in select_targets(model):
             small = _random_codes(modules[name], spec, dtype)
@@ -64,10 +64,10 @@ def random_model(shape: Shape, settings: Settings) -> Any:
     )
 
 
-def _random_codes(module: Any, spec: Spec, dtype: torch.dtype) -> QuantizedLinear:
+def _random_codes(module: Any, spec: Quantization, dtype: torch.dtype) -> QuantizedLinear:
     N, K = matrix_shape(module)
     parts = {}
-    for name, (size, kind) in layout(spec, N, K).items():
+    for name, (size, kind) in spec.layout(N, K).items():
         if kind == torch.int32:
             parts[name] = torch.full(size, 1e-3).view(torch.int32)
         elif kind == torch.int8:

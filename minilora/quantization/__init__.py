@@ -1,21 +1,7 @@
 """Storage of frozen weights in 8 and 4 bits: formats, exact bytes, and the layer over them."""
 
-from minilora.quantization.formats import (
-    FORMATS,
-    Spec,
-    check_spec,
-    layout,
-    problem,
-    quantize_weight,
-    stored_bytes,
-)
-from minilora.quantization.linear import (
-    QuantizedLinear,
-    bad_scales,
-    check_compute,
-    check_outliers,
-    is_finite,
-)
+from minilora.quantization.linear import QuantizedLinear
+from minilora.quantization.options import FORMATS, Quantization, is_finite
 from minilora.quantization.packed import (
     packed_format,
     packed_linear,
@@ -26,19 +12,11 @@ from minilora.quantization.packed import (
 
 __all__ = [
     "FORMATS",
+    "Quantization",
     "QuantizedLinear",
-    "Spec",
-    "bad_scales",
-    "check_compute",
-    "check_outliers",
-    "check_spec",
     "is_finite",
-    "layout",
     "packed_format",
     "packed_linear",
-    "problem",
-    "quantize_weight",
-    "stored_bytes",
     "unpacked_dtype",
     "unreadable",
     "weight_values",

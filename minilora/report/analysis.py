@@ -48,7 +48,7 @@ def explain(
     pad_id: int = 0,
     progress: bool = False,
 ) -> Explanation:
-    """Tell what an adapter changed, where, and whether it matters.
+    """Report what an adapter changed, where, and whether it matters.
 
     From the factors and weights alone: norms, singular values of ΔW = scaling · B A (from QR of the
     factors and a small SVD; B A is never formed), the energy each smaller rank keeps, a suggested

@@ -84,7 +84,7 @@ class AttentionMass(TorchFunctionMode):
 
 
 def occurrences(ids: Sequence[int], patterns: Sequence[Sequence[int]]) -> list[bool]:
-    """Tell, token by token, which belong to an occurrence of one of the patterns."""
+    """Return, token by token, which belong to an occurrence of one of the patterns."""
     found = [False] * len(ids)
     for pattern in patterns:
         wanted, size = list(pattern), len(pattern)

@@ -220,7 +220,7 @@ def truncate(
 
 
 def is_product(model: nn.Module, adapter: str) -> bool:
-    """Tell whether all that an adapter does is to add products B A: no DoRA, biases or copies."""
+    """Return whether all that an adapter does is to add products B A: no DoRA, biases or copies."""
     biases = [f.lora_bias for f in factors_of(model, adapter).values() if f.lora_bias is not None]
     return not (
         copies_of(model, adapter)

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,24 +98,26 @@ class Explanation:
             kept += whole
         return math.sqrt(lost / kept) if kept else 0.0
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The sum of the ranks, and of the suggested ones."""
+        return sum(v.r for v in self.layers), sum(v.suggested_r for v in self.layers)
+
+    @property
+    def intruders(self) -> tuple[int, str] | None:
+        """How many intruder dimensions were found and in how many layers, None for not compared."""
+        known = [v.intruders for v in self.layers if v.intruders is not None]
+        return (sum(known), f"in {sum(map(bool, known))} of {len(known)} layers") if known else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors as plain values, infinities as null."""
-        found = {
-            "adapter": self.adapter,
-            "keep": self.keep,
-            "layers": [_layer(layer) for layer in self.layers],
-            "copies": [asdict(copy) for copy in self.copies],
+        found = _plain(self)
+        del found["truncation"]
+        return found | {
             "suggestion": dict(zip(("r", "rank_pattern"), self.suggestion, strict=True)),
-            "predicted_error": self.predicted_error,
-            "truncation_error": None if self.truncation is None else self.truncation.error,
-            "comparison": None if self.comparison is None else asdict(self.comparison),
-            "behaviour": None if self.behaviour is None else _behaviour(self.behaviour),
-            "gap": None
-            if self.gap is None
-            else asdict(self.gap) | {"share": self.gap.share, "overfitted": self.gap.overfitted},
-            "forgetting": None if self.forgetting is None else asdict(self.forgetting),
+            "predicted_error": _plain(self.predicted_error),
+            "truncation_error": None if self.truncation is None else _plain(self.truncation.error),
         }
-        return _plain(found)
 
     def to_json(self, file: str | Path) -> Path:
         """Write `to_dict` to a file."""
@@ -132,25 +134,18 @@ class Explanation:
         return "\n".join(_text(self))
 
 
-def _layer(layer: LayerReport) -> dict[str, Any]:
-    derived = ("relative", "spectral_norm", "effective_rank", "energy", "intruders")
-    return asdict(layer) | {key: getattr(layer, key) for key in derived}
-
-
-def _behaviour(found: Behaviour) -> dict[str, Any]:
-    keys = [k for k in found.__dataclass_fields__ if k != "token_losses"]
-    values = {key: getattr(found, key) for key in keys}
-    return {k: _values(v) for k, v in values.items()}
-
-
-def _values(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_values(item) for item in value]
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+_DERIVED = {  # what else is written of an object
+    LayerReport: ("relative", "spectral_norm", "effective_rank", "energy", "intruders"),
+    Gap: ("share", "overfitted"),
+}
 
 
 def _plain(value: Any) -> Any:
-    """Make JSON's types of tuples, mappings and floats that are not finite."""
+    """Make JSON's types of objects, tuples, mappings and floats that are not finite."""
+    if is_dataclass(value):
+        names = [one.name for one in fields(value) if one.repr]
+        return {name: _plain(getattr(value, name))
+                for name in (*names, *_DERIVED.get(type(value), ()))}  # fmt: skip
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -160,13 +155,12 @@ def _plain(value: Any) -> Any:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay out cells in columns, the first left, the others right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        first, *rest = (c.ljust(w) if i == 0 else c.rjust(w)
-                        for i, (c, w) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
-        lines.append("  ".join([first, *rest]).rstrip())
-    return lines
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    aligns = "<" + ">" * (len(header) - 1)
+    return [
+        "  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, aligns, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
 
 
 def percent(share: float | None) -> str:
@@ -204,12 +198,12 @@ def measured_line(what: str, found: Measured) -> str:
     """Write a loss before and after with its uncertainty."""
     return (
         f"{what}: loss {found.before:.4f} → {found.after:.4f} "
-        f"({found.change:+.4f} ± {found.error:.4f}) over {found.tokens} tokens"
+        f"({signed(found.change, found.error)}) over {found.tokens} tokens"
     )
 
 
 def verdicts(found: Explanation) -> list[str]:
-    """Say in words what the figures mean, as far as they are there."""
+    """Put into words what the figures mean, as far as they are there."""
     lines = []
     top = max(found.layers, key=lambda layer: layer.relative)
     middle = statistics.median(layer.relative for layer in found.layers)
@@ -217,15 +211,10 @@ def verdicts(found: Explanation) -> list[str]:
         f"{len(found.layers)} layers changed by {percent(middle)} of their norm (median), most "
         f"{top.name} ({percent(top.relative)})"
     )
-    known = [v.intruders for v in found.layers if v.intruders is not None]
-    if known:
-        lines.append(
-            f"intruder dimensions: {sum(known)}, in {sum(n > 0 for n in known)} of {len(known)} "
-            f"layers"
-        )
-    total, kept = (sum(getattr(v, k) for v in found.layers) for k in ("r", "suggested_r"))
-    cut = f"ranks {total} → {kept} in all keep {percent(found.keep)} of every layer's energy"
-    lines.append(f"{cut}; error {percent(found.predicted_error)}")
+    if found.intruders is not None:
+        lines.append("intruder dimensions: {}, {}".format(*found.intruders))
+    cut = "ranks {} → {} in all keep {} of every layer's energy; error {}"
+    lines.append(cut.format(*found.ranks, percent(found.keep), percent(found.predicted_error)))
     shares = ", ".join(percent(share) for share in median_energy(found.layers))
     lines.append(f"energy that the median layer keeps at rank 1, 2, …: {shares}")
     if found.copies:
@@ -239,8 +228,9 @@ def verdicts(found: Explanation) -> list[str]:
     if found.gap is not None:
         word = "over-fitted" if found.gap.overfitted else "not over-fitted"
         lines.append(
-            f"{word}: the gap to the training loss changed by {found.gap.growth:+.4f} ± "
-            f"{found.gap.error:.4f}; training data gained {-found.gap.train.change:.4f}"
+            f"{word}: the gap to the training loss changed by "
+            f"{signed(found.gap.growth, found.gap.error)}; training data gained "
+            f"{-found.gap.train.change:.4f}"
         )
     if found.forgetting is not None:
         lost = found.forgetting
@@ -256,7 +246,8 @@ def verdicts(found: Explanation) -> list[str]:
     return lines
 
 
-def _signed(value: float, error: float) -> str:
+def signed(value: float, error: float) -> str:
+    """Write a change with its standard error."""
     return f"{value:+.4f} ± {error:.4f}"
 
 
@@ -268,7 +259,7 @@ def _text(found: Explanation) -> list[str]:
     behaviour = found.behaviour
     if behaviour is not None and behaviour.ablations:
         rows = [
-            [a.part, str(a.layers), _signed(a.rise, a.rise_error), _signed(a.gain, a.gain_error)]
+            [a.part, str(a.layers), signed(a.rise, a.rise_error), signed(a.gain, a.gain_error)]
             for by in ("all", "kind", "block")
             for a in sorted(
                 (a for a in behaviour.ablations if a.by == by), key=lambda a: -a.gain

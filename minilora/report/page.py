@@ -1,7 +1,8 @@
 """An explanation as one HTML page: plots, tables and text, nothing loaded from anywhere."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from minilora.report.ablation import Ablation
 from minilora.report.attention import Attention
@@ -13,12 +14,13 @@ from minilora.report.explanation import (
     layer_row,
     median_energy,
     percent,
+    signed,
     verdicts,
 )
 from minilora.report.plots import arrows, bars, heat_map, spectra, two_lines
 from minilora.report.spectra import DIRECTIONS, SIMILAR, LayerReport
 from minilora.report.style import STYLE
-from minilora.report.tokens import Measured, ShownExample, TokenEffect
+from minilora.report.tokens import ShownExample, TokenEffect
 
 STRONG = 3.0  # nats at which a token has its full colour
 
@@ -28,7 +30,7 @@ def page(found: Explanation) -> str:
     parts = [
         f"<h1>What adapter {_e(found.adapter)} changed</h1>", _subtitle(found.layers),
         _cards(found), *_losses(found),
-        *_size(found), *_spectra(found.layers), *_ranks(found), *_intruders(found.layers),
+        *_size(found.layers), *_spectra(found.layers), *_ranks(found), *_intruders(found.layers),
     ]  # fmt: skip
     if found.behaviour is not None:
         parts += _ablations(found.behaviour)
@@ -72,110 +74,101 @@ def _figure(drawing: str) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int | None = None) -> str:
     """Make a table of text; column `words` is set as text, the first one always."""
-    head = "".join(
-        f'<th scope="col"{" class=words" if i == words else ""}>{_e(cell)}</th>'
-        for i, cell in enumerate(header)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=words' if i == words else ''}>{_e(cell)}</td>"
-            for i, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    rows_ = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{rows_}</table></div>'
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        look = [" class=words" if i == words else "" for i in range(len(cells))]
+        inside = (f"<{tag}{c}>{_e(cell)}</{tag[:2]}>" for c, cell in zip(look, cells, strict=True))
+        return f"<tr>{''.join(inside)}</tr>"
+
+    body = "".join(row("td", cells) for cells in rows)
+    head = row('th scope="col"', header)
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
-def _card(figure: str, words: str, flag: bool = False) -> str:
-    return f"<li{' class=flag' if flag else ''}><b>{_e(figure)}</b><span>{_e(words)}</span></li>"
+def _details(summary: str, inside: str) -> str:
+    return f"<details><summary>{summary}</summary>{inside}</details>"
 
 
 def _cards(found: Explanation) -> str:
-    layers, behaviour, cards = found.layers, found.behaviour, []
+    cards: list[tuple[str, str, bool]] = []
+    behaviour, gap, lost = found.behaviour, found.gap, found.forgetting
     if behaviour is not None:
         loss = behaviour.loss
+        words = (
+            f"held-out loss, nats per token (change {loss.change:+.3f} ± {loss.error:.3f}); "
+            f"{percent(behaviour.better)} of {loss.tokens} tokens got likelier"
+        )
+        cards.append((f"{loss.before:.3f} → {loss.after:.3f}", words, loss.change > 0))
+    if gap is not None:
+        words = (
+            f"the gap to the training loss changed by {gap.growth:+.3f} ± {gap.error:.3f}; "
+            f"training data gained {-gap.train.change:.3f}"
+        )
         cards.append(
-            _card(f"{loss.before:.3f} → {loss.after:.3f}",
-                  f"held-out loss, nats per token (change {loss.change:+.3f} ± {loss.error:.3f}); "
-                  f"{percent(behaviour.better)} of {loss.tokens} tokens got likelier",
-                  loss.change > 0)
-        )  # fmt: skip
-    if found.gap is not None:
-        flag = found.gap.overfitted
-        cards.append(
-            _card("over-fitted" if flag else "not over-fitted",
-                  f"the gap to the training loss changed by {found.gap.growth:+.3f} ± "
-                  f"{found.gap.error:.3f}; training data gained {-found.gap.train.change:.3f}",
-                  flag)
-        )  # fmt: skip
-    if found.forgetting is not None:
-        lost = found.forgetting
-        cards.append(
-            _card(f"{lost.before:.3f} → {lost.after:.3f}",
-                  f"loss on text outside the task ({lost.change:+.3f} ± {lost.error:.3f})",
-                  lost.clear and lost.change > 0)
-        )  # fmt: skip
-    ordered = sorted(layers, key=lambda v: v.relative)
-    cards.append(
-        _card(percent(ordered[len(ordered) // 2].relative),
-              f"of its weight's norm: what the median of {len(layers)} layers changed by; at most "
-              f"{percent(ordered[-1].relative)}")
-    )  # fmt: skip
-    total, kept = (sum(getattr(v, k) for v in layers) for k in ("r", "suggested_r"))
-    said = f"ranks in all that keep {percent(found.keep)} of every layer's energy"
+            ("over-fitted" if gap.overfitted else "not over-fitted", words, gap.overfitted)
+        )
+    if lost is not None:
+        words = f"loss on text outside the task ({lost.change:+.3f} ± {lost.error:.3f})"
+        forgot = lost.clear and lost.change > 0
+        cards.append((f"{lost.before:.3f} → {lost.after:.3f}", words, forgot))
+    shares = sorted(layer.relative for layer in found.layers)
+    words = (
+        f"of its weight's norm: what the median of {len(shares)} layers changed by; at most "
+        f"{percent(shares[-1])}"
+    )
+    cards.append((percent(shares[len(shares) // 2]), words, False))
+    words = f"ranks in all that keep {percent(found.keep)} of every layer's energy"
     if behaviour is not None and behaviour.truncated is not None:
-        said += f"; held-out loss so truncated {behaviour.truncated:.3f}"
-    cards.append(_card(f"{total} → {kept}", said))
-    known = [v.intruders for v in layers if v.intruders is not None]
-    if known:
-        cards.append(
-            _card(str(sum(known)), f"intruder dimensions, in {sum(n > 0 for n in known)} of "
-                  f"{len(known)} layers", sum(known) > 0)
-        )  # fmt: skip
-    return f'<ul class="cards">{"".join(cards)}</ul>'
+        words += f"; held-out loss so truncated {behaviour.truncated:.3f}"
+    cards.append(("{} → {}".format(*found.ranks), words, False))
+    if found.intruders is not None:
+        count, where = found.intruders
+        cards.append((str(count), f"intruder dimensions, {where}", count > 0))
+    items = "".join(
+        f"<li{' class=flag' if flag else ''}><b>{_e(figure)}</b><span>{_e(words)}</span></li>"
+        for figure, words, flag in cards
+    )
+    return f'<ul class="cards">{items}</ul>'
 
 
 def _losses(found: Explanation) -> list[str]:
-    rows: list[tuple[str, Measured]] = []
-    if found.behaviour is not None:
-        rows.append(("held out", found.behaviour.loss))
-    if found.gap is not None:
-        rows.append(("training", found.gap.train))
-    if found.forgetting is not None:
-        rows.append(("outside the task", found.forgetting))
-    if not rows:
+    rows = {
+        "held out": found.behaviour and found.behaviour.loss,
+        "training": found.gap and found.gap.train,
+        "outside the task": found.forgetting,
+    }
+    cells = [
+        (name, m.before, m.after, f"{m.before:.3f} → {m.after:.3f} ± {m.error:.3f}")
+        for name, m in rows.items()
+        if m
+    ]
+    if not cells:
         return []
-    drawn = arrows(
-        "Loss without and with the adapter",
-        [(name, m.before, m.after, f"{m.before:.3f} → {m.after:.3f} ± {m.error:.3f}")
-         for name, m in rows],
-    )  # fmt: skip
+    title = "Loss without and with the adapter"
     about = "Nats per token, from the base (circle) to the adapter (arrow head). Lower is better."
-    return [_section("Loss without and with the adapter", about), _figure(drawn)]
+    return [_section(title, about), _figure(arrows(title, cells))]
 
 
-def _grid(layers: Sequence[LayerReport]) -> tuple[list[str], list[str]]:
-    """Return the columns (blocks) and rows (kinds) of the heat maps."""
-    blocks = sorted({v.block for v in layers if v.block is not None})
-    columns = [str(b) for b in blocks] + (["–"] if any(v.block is None for v in layers) else [])
-    return columns, list(dict.fromkeys(v.kind for v in layers))
+def _map(
+    title: str, layers: Sequence[LayerReport], values: Sequence[float],
+    tell: Callable[[float], str], **options: Any,
+) -> str:  # fmt: skip
+    """Draw a value per layer, by kind of module (rows) and block (columns)."""
+    blocks = [str(b) for b in sorted({v.block for v in layers if v.block is not None})]
+    columns = blocks + ["–"] * any(v.block is None for v in layers)
+    cells = [(v.kind, "–" if v.block is None else str(v.block)) for v in layers]
+    rows = list(dict.fromkeys(v.kind for v in layers))
+    cell_values = dict(zip(cells, values, strict=True))
+    return _figure(heat_map(title, columns, rows, cell_values, tell, **options))
 
 
-def _place(layer: LayerReport) -> tuple[str, str]:
-    return layer.kind, "–" if layer.block is None else str(layer.block)
-
-
-def _size(found: Explanation) -> list[str]:
-    columns, rows = _grid(found.layers)
-    values = {_place(v): v.relative for v in found.layers}
+def _size(layers: Sequence[LayerReport]) -> list[str]:
     about = (
         "Norm of ΔW as a share of its weight's norm, by kind of module (rows) and block (columns)."
     )
-    drawn = heat_map("Size of the change", columns, rows, values, percent)
-    return [_section("Where it changed the model", about), _figure(drawn)]
+    shares = [v.relative for v in layers]
+    drawn = _map("Size of the change", layers, shares, percent)
+    return [_section("Where it changed the model", about), drawn]
 
 
 def _spectra(layers: Sequence[LayerReport]) -> list[str]:
@@ -196,8 +189,6 @@ def _spectra(layers: Sequence[LayerReport]) -> list[str]:
 
 
 def _ranks(found: Explanation) -> list[str]:
-    columns, rows = _grid(found.layers)
-    values = {_place(v): v.suggested_r for v in found.layers}
     r, pattern = found.suggestion
     lines = "".join(f"    {key!r}: {value},\n" for key, value in pattern.items())
     call = f"minilora.inject(model, r={r}, rank_pattern={{\n{lines}}})"
@@ -208,29 +199,28 @@ def _ranks(found: Explanation) -> list[str]:
         f"median layer keeps {', '.join(percent(share) for share in median_energy(found.layers))} "
         f"at rank 1, 2, …"
     )
-    drawn = heat_map("Suggested rank", columns, rows, values, lambda v: f"{v:.0f}", numbers=True)
+    suggested = [v.suggested_r for v in found.layers]
+    drawn = _map("Suggested rank", found.layers, suggested, lambda v: f"{v:.0f}", numbers=True)
     return [
-        _section("Ranks it needs", about), _figure(drawn),
-        f"<details><summary>To paste</summary><pre>{_e(call)}</pre></details>",
-    ]  # fmt: skip
+        _section("Ranks it needs", about),
+        drawn,
+        _details("To paste", f"<pre>{_e(call)}</pre>"),
+    ]
 
 
 def _intruders(layers: Sequence[LayerReport]) -> list[str]:
     known = [v for v in layers if v.similarities is not None]
     if not known:
         return []
-    columns, rows = _grid(known)
-    values = {_place(v): 1 - min(v.similarities or (1.0,)) for v in known}
+    values = [1 - min(v.similarities or (1.0,)) for v in known]
     new = sum(v.intruders or 0 for v in known)
     about = (
         f"For the first {DIRECTIONS} singular vectors of W + ΔW: 1 − the cosine to the most "
         f"similar one of W's own, the largest of each layer. Above {1 - SIMILAR:g} it counts as an "
         f"intruder dimension; here are {new}."
     )
-    drawn = heat_map(
-        "Novelty of directions", columns, rows, values, lambda v: f"{v:.2f}", top=1 - SIMILAR
-    )
-    return [_section("Directions the base did not have", about), _figure(drawn)]
+    drawn = _map("Novelty of directions", known, values, lambda v: f"{v:.2f}", top=1 - SIMILAR)
+    return [_section("Directions the base did not have", about), drawn]
 
 
 def _ablations(behaviour: Behaviour) -> list[str]:
@@ -312,7 +302,6 @@ def _comparison(found: Comparison, layers: Sequence[LayerReport]) -> list[str]:
     first, second = found.adapters
     known = {v.name: v for v in layers}
     here = [c for c in found.layers if c.name in known]
-    columns, rows = _grid([known[c.name] for c in here])
     about = (
         f"How much of the same subspaces {first} and {second} use: the mean of cos² over the "
         f"principal angles of their outputs and inputs, 1 for the same, 0 for orthogonal ones."
@@ -322,44 +311,36 @@ def _comparison(found: Comparison, layers: Sequence[LayerReport]) -> list[str]:
             about += f" Layers that only {name} changes: {len(alone)}."
     parts = [_section(f"{first} and {second}", about)]
     if here:
-        values = {_place(known[c.name]): c.shared for c in here}
-        parts.append(
-            _figure(heat_map("Shared subspaces", columns, rows, values, lambda v: f"{v:.2f}"))
-        )
+        shared, layers = [c.shared for c in here], [known[c.name] for c in here]
+        parts.append(_map("Shared subspaces", layers, shared, lambda v: f"{v:.2f}"))
         cells = [
-            [c.name, f"{c.cosine:+.3f}", f"{c.shared:.3f}", _degrees(c.angles_out),
-             _degrees(c.angles_in)]
+            [c.name, f"{c.cosine:+.3f}", f"{c.shared:.3f}",
+             *(" ".join(f"{a:.0f}°" for a in angles) for angles in (c.angles_out, c.angles_in))]
             for c in here
         ]  # fmt: skip
         header = ("module", "cosine", "shared", "angles of outputs", "angles of inputs")
-        parts.append(f"<details><summary>Angles</summary>{_table(header, cells)}</details>")
+        parts.append(_details("Angles", _table(header, cells)))
     return parts
-
-
-def _degrees(angles: Sequence[float]) -> str:
-    return " ".join(f"{a:.0f}°" for a in angles)
 
 
 def _tables(found: Explanation) -> list[str]:
     said = "".join(f"<li>{_e(line)}</li>" for line in verdicts(found))
     parts = [
         f"<h2>In words and figures</h2><ul>{said}</ul>",
-        f"<details><summary>All {len(found.layers)} layers</summary>"
-        f"{_table(LAYER_HEADER, map(layer_row, found.layers))}</details>",
-    ]
+        _details(f"All {len(found.layers)} layers",
+                 _table(LAYER_HEADER, map(layer_row, found.layers))),
+    ]  # fmt: skip
     if found.copies:
         cells = [[c.name, f"{c.norm:.3g}", f"{c.weight_norm:.3g}"] for c in found.copies]
-        parts.append(
-            "<details><summary>Trained copies of base parameters</summary>"
-            f"{_table(('parameter', 'norm of the change', 'norm'), cells)}</details>"
-        )
+        header = ("parameter", "norm of the change", "norm")
+        parts.append(_details("Trained copies of base parameters", _table(header, cells)))
     behaviour = found.behaviour
     if behaviour is not None and behaviour.ablations:
         cells = [
-            [a.part, str(a.layers), f"{a.without:.4f}", f"{a.rise:+.4f} ± {a.rise_error:.4f}",
-             f"{a.alone:.4f}", f"{a.gain:+.4f} ± {a.gain_error:.4f}"]
+            [a.part, str(a.layers), f"{a.without:.4f}", signed(a.rise, a.rise_error),
+             f"{a.alone:.4f}", signed(a.gain, a.gain_error)]
             for a in behaviour.ablations
         ]  # fmt: skip
-        header = ("part", "layers", "loss without it", "rise", "loss of it alone", "gain")
-        parts.append(f"<details><summary>All ablations</summary>{_table(header, cells)}</details>")
+        heads = ("part", "layers", "loss without it", "rise", "loss of it alone", "gain")
+        parts.append(_details("All ablations", _table(heads, cells)))
     return parts

@@ -6,7 +6,7 @@ Every plot has a title and a description for readers who don't see it.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 EARLY, LATE = (31, 119, 200), (222, 120, 32)  # of lines, from the first block to the last
@@ -24,9 +24,9 @@ def svg(width: float, height: float, title: str, about: str, body: Sequence[str]
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
-    """Write at a place; `anchor` is start, middle or end."""
-    place = f'x="{x:.1f}" y="{y:.1f}"'
-    return f'<text {place} text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+    """Write words; `anchor` is start, middle or end."""
+    where = f'x="{x:.1f}" y="{y:.1f}"'
+    return f'<text {where} text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
@@ -37,6 +37,23 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
 def short(value: float) -> str:
     """Write an axis label."""
     return f"{value:.3g}"
+
+
+def scale(
+    marks: Iterable[float], y: Callable, left: float, right: float, tell: Callable = short
+) -> list[str]:
+    """Draw a horizontal line for each mark, its value at the left."""
+    parts: list[str] = []
+    for mark in marks:
+        parts += [line(left, y(mark), right, y(mark), "axis" if mark == 0 else "grid"),
+                  text(left - 6, y(mark) + 4, tell(mark), "end", "small")]  # fmt: skip
+    return parts
+
+
+def labels(names: Sequence[str], x: Callable[[int], float], y: float) -> list[str]:
+    """Write names at positions 0, 1, …; every second one where there are many."""
+    step = 1 if len(names) <= 16 else 2
+    return [text(x(i), y, names[i], "middle", "small") for i in range(0, len(names), step)]
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -71,12 +88,8 @@ def heat_map(
     """
     left, cell = 12 + 7.2 * max(map(len, rows)), max(17.0, min(40.0, 760 / len(columns)))
     tall = 24.0
-    finite = [v for v in values.values() if math.isfinite(v)]
-    top = max(top, *finite, 0.0) or 1.0
-    body = []
-    for j, column in enumerate(columns):
-        if len(columns) <= 16 or j % 2 == 0:
-            body.append(text(left + (j + 0.5) * cell, 13, column, "middle", "small"))
+    top = max(top, *(v for v in values.values() if math.isfinite(v)), 0.0) or 1.0
+    body = labels(columns, lambda j: left + (j + 0.5) * cell, 13)
     for i, row in enumerate(rows):
         y = 20 + i * tall
         body.append(text(left - 8, y + tall / 2 + 4, row, "end"))
@@ -84,8 +97,7 @@ def heat_map(
             value = values.get((row, column))
             if value is None:
                 continue
-            share = min(1.0, value / top)
-            shade = 0.06 + (0.5 if numbers else 0.94) * share
+            shade = 0.06 + (0.5 if numbers else 0.94) * min(1.0, value / top)
             body.append(
                 f'<rect x="{left + j * cell + 1:.1f}" y="{y + 1:.1f}" width="{cell - 2:.1f}" '
                 f'height="{tall - 2:.1f}" rx="3" class="cell" fill-opacity="{shade:.3f}"><title>'
@@ -119,21 +131,21 @@ def blend(share: float) -> str:
     return "rgb({},{},{})".format(*mixed)
 
 
-def spectra(title: str, lines_: Sequence[tuple[str, float, Sequence[float]]]) -> str:
+def spectra(title: str, series: Sequence[tuple[str, float, Sequence[float]]]) -> str:
     """Draw singular values on a logarithmic axis, one line per layer.
 
     Args:
         title: of the plot.
-        lines_: a name, a place from 0 (first block) to 1 (last), and the values; zeros end a line.
+        series: a name, a depth from 0 (first block) to 1 (last), and the values; zeros end a line.
     """
     width, height, left, low = 228.0, 180.0, 42.0, 26.0
-    found = [v for _, _, values in lines_ for v in values if v > 0]
+    found = [v for _, _, values in series for v in values if v > 0]
     if not found:
         return svg(width, 40, title, "all are 0", [text(8, 24, f"{title}: ΔW = 0")])
     bottom, top = math.log10(min(found)), math.log10(max(found))
     bottom = max(bottom, top - 4)  # four decades
     top, bottom = top + 0.05, bottom - 0.05
-    most = max(len(values) for _, _, values in lines_)
+    most = max(len(values) for _, _, values in series)
 
     def x(i: int) -> float:
         return left + (width - left - 12) * (i / max(1, most - 1))
@@ -145,25 +157,23 @@ def spectra(title: str, lines_: Sequence[tuple[str, float, Sequence[float]]]) ->
     body = [text(left, 14, title, kind="strong")]
     marks = [m * 10.0**e for e in range(-12, 9) for m in (1, 2, 5)]
     marks = [m for m in marks if bottom <= math.log10(m) <= top]
-    for mark in marks if len(marks) <= 6 else [m for m in marks if f"{m:e}"[0] == "1"]:
-        body += [line(left, y(mark), width - 12, y(mark)),
-                 text(left - 6, y(mark) + 4, short(mark), "end", "small")]  # fmt: skip
-    for i in range(most):
-        if most <= 10 or i % math.ceil(most / 8) == 0:
-            body.append(text(x(i), height - 10, str(i + 1), "middle", "small"))
-    for name, place, values in lines_:
+    marks = marks if len(marks) <= 6 else [m for m in marks if f"{m:e}"[0] == "1"]
+    body += scale(marks, y, left, width - 12)
+    for i in range(0, most, 1 if most <= 10 else math.ceil(most / 8)):
+        body.append(text(x(i), height - 10, str(i + 1), "middle", "small"))
+    for name, depth, values in series:
         points = [(x(i), y(v)) for i, v in enumerate(values) if v > 0]
         joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         tip = f"<title>{escape(name)}</title>"
         body.append(
-            f'<polyline points="{joined}" class="curve" stroke="{blend(place)}">{tip}</polyline>'
+            f'<polyline points="{joined}" class="curve" stroke="{blend(depth)}">{tip}</polyline>'
         )
         if len(points) == 1:
             body.append(f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3" '
-                        f'fill="{blend(place)}">{tip}</circle>')  # fmt: skip
+                        f'fill="{blend(depth)}">{tip}</circle>')  # fmt: skip
     about = (
-        f"singular values of {len(lines_)} layers, the largest from "
-        f"{short(min(v[0] for *_, v in lines_))} to {short(max(v[0] for *_, v in lines_))}"
+        f"singular values of {len(series)} layers, the largest from "
+        f"{short(min(v[0] for *_, v in series))} to {short(max(v[0] for *_, v in series))}"
     )
     return svg(width, height, title, about, body)
 
@@ -189,12 +199,12 @@ def bars(
     def y(value: float) -> float:
         return low + (height - low - foot) * (top - value) / (top - bottom)
 
-    body = [text(left, 14, title, kind="strong")]
-    for mark in ticks(bottom, top):
-        body += [line(left, y(mark), wide - 8, y(mark), "axis" if mark == 0 else "grid"),
-                 text(left - 6, y(mark) + 4, short(mark), "end", "small")]  # fmt: skip
+    def x_of(i: int) -> float:
+        return left + (i + 0.5) * step
+
+    body = [text(left, 14, title, kind="strong"), *scale(ticks(bottom, top), y, left, wide - 8)]
     for i, (name, value, error) in enumerate(zip(names, values, errors, strict=True)):
-        x, width = left + (i + 0.5) * step, max(2.0, min(36.0, 0.66 * step))
+        x, width = x_of(i), max(2.0, min(36.0, 0.66 * step))
         upper, lower = y(max(0.0, value)), y(min(0.0, value))
         said = escape(f"{name}: {value:+.4f} ± {error:.4f}")
         body.append(
@@ -208,8 +218,7 @@ def bars(
                 f'<text transform="translate({at}) rotate(-40)" text-anchor="end" class="small">'
                 f"{escape(name)}</text>"
             )
-        elif len(names) <= 16 or i % 2 == 0:
-            body.append(text(x, height - foot + 16, name, "middle", "small"))
+    body += [] if turned else labels(names, x_of, height - foot + 16)
     most = max(range(len(values)), key=lambda i: values[i])
     about = f"{len(names)} bars; the largest is {names[most]} with {values[most]:+.4f}"
     return svg(wide, height, title, about, body)
@@ -220,28 +229,21 @@ def arrows(title: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
     left, wide, step = 12 + 7.2 * max(len(row[0]) for row in rows), 900.0, 34.0
     ends = [value for _, a, b, _ in rows for value in (a, b)]
     low, high = min(ends), max(ends)
-    low, high = (
-        (low - 0.06 * (high - low), high + 0.06 * (high - low))
-        if high > low
-        else (low - 1, high + 1)
-    )
+    margin = 0.06 * (high - low) if high > low else 1
+    low, high = low - margin, high + margin
     right = wide - 12 - 6.6 * max(len(row[3]) for row in rows)
 
     def x(value: float) -> float:
         return left + (right - left) * (value - low) / (high - low)
 
-    floor = 14 + step * len(rows)
-    body = [
-        part
-        for mark in ticks(low, high, 6)
-        for part in (line(x(mark), 8, x(mark), floor),
-                     text(x(mark), floor + 16, short(mark), "middle", "small"))
-    ]  # fmt: skip
+    floor, body = 14 + step * len(rows), []
+    for mark in ticks(low, high, 6):
+        body += [line(x(mark), 8, x(mark), floor),
+                 text(x(mark), floor + 16, short(mark), "middle", "small")]  # fmt: skip
     for i, (name, before, after, words) in enumerate(rows):
         y = 8 + step * (i + 0.5)
-        kind = "better" if after <= before else "worse"
         tip = x(after)
-        back = tip + (9 if after <= before else -9)
+        kind, back = ("better", tip + 9) if after <= before else ("worse", tip - 9)
         body += [
             text(left - 8, y + 4, name, "end"),
             f'<circle cx="{x(before):.1f}" cy="{y:.1f}" r="4" class="{kind} hollow"/>',
@@ -260,18 +262,15 @@ def two_lines(
     """Draw a share per layer without (hollow) and with the adapter (filled), and an even share."""
     wide, height, left, low = 900.0, 200.0, 54.0, 14.0
     top = 1.08 * max(*before, *after, even)
-    count_ = len(before)
+    count = len(before)
 
     def x(i: int) -> float:
-        return left + (wide - left - 90) * (i / max(1, count_ - 1))
+        return left + (wide - left - 90) * (i / max(1, count - 1))
 
     def y(value: float) -> float:
         return low + (height - low - 30) * (1 - value / top)
 
-    body = []
-    for mark in ticks(0, top):
-        body += [line(left, y(mark), wide - 90, y(mark), "axis" if mark == 0 else "grid"),
-                 text(left - 6, y(mark) + 4, tell(mark), "end", "small")]  # fmt: skip
+    body = scale(ticks(0, top), y, left, wide - 90, tell)
     body += [line(left, y(even), wide - 90, y(even), "dashed"),
              text(wide - 84, y(even) + 4, "even", kind="small")]  # fmt: skip
     for values, kind in ((before, "muted"), (after, "accent")):
@@ -281,9 +280,7 @@ def two_lines(
             said = f"layer {i}: {tell(before[i])} → {tell(after[i])}"
             body.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" class="{kind}"><title>'
                         f"{escape(said)}</title></circle>")  # fmt: skip
-    for i in range(count_):
-        if count_ <= 16 or i % 2 == 0:
-            body.append(text(x(i), height - 12, str(i), "middle", "small"))
-    means = [sum(side) / count_ for side in (before, after)]
-    about = f"mean over {count_} layers {tell(means[0])} without, {tell(means[1])} with the adapter"
+    body += labels([str(i) for i in range(count)], x, height - 12)
+    means = [sum(side) / count for side in (before, after)]
+    about = f"mean over {count} layers {tell(means[0])} without, {tell(means[1])} with the adapter"
     return svg(wide, height, title, about, body)

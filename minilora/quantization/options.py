@@ -1,0 +1,172 @@
+"""The options of a quantized weight, and the registry of formats: one line each."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.files import short
+from minilora.kernels import COMPUTE, int8_is_exact, integer_way, scales_from_bits
+from minilora.quantization.format import Format, Layout
+from minilora.quantization.int4 import INT4
+from minilora.quantization.int8 import INT8
+from minilora.quantization.nf4 import NF4
+
+FORMATS: dict[str, Format] = {
+    "int8": INT8(),
+    "nf4": NF4(),
+    "int4": INT4(),
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a linear layer's weight is stored and multiplied; checked when it is made.
+
+    Args:
+        format: `"int8"` (a scale per output), `"nf4"` (QLoRA's, codes as bitsandbytes writes
+            them) or `"int4"` (groups with small integer steps, multiplied through INT8).
+        block_size: weights that share a scale: 32 to 4096 in powers of two for nf4; 32, 64 or 128
+            for int4, dividing the layer's inputs. int8 has none.
+        double_quant: store nf4's scales in 8 bits.
+        compute: how int8 and int4 multiply in the forward: `"int8"` (rows of x are quantized at
+            run time: whole rows to 8 bits on a CPU with instructions for it, VNNI or AMX, and on
+            CUDA; blocks of 64 to 7 bits on one with AVX2 and a C compiler), `"dequantize"`, or
+            `"auto"`: int8 on such CPUs, else dequantize; in evaluation mode without gradients and
+            without VNNI or AMX up to 16 rows are multiplied from the codes in f32, unrounded, so
+            that a row's last digits depend on whether there are more.
+        grad_compute: the same for the gradient of the input.
+        outliers: how many input channels, those with the largest values of the batch, int8 and
+            int4 multiply in floating point in the forward (at most a 16th of them).
+
+    Raises:
+        ValueError: an unknown format, a block size that it does not have, or another option that
+            can't be.
+        TypeError: `double_quant` is no bool.
+        RuntimeError: `compute="int8"` where integers can't be multiplied.
+    """
+
+    format: str = _option("nf4", "how the base's linears are stored")
+    block_size: int = _option(64, "weights that share a scale")
+    double_quant: bool = _option(True, "store nf4's scales in 8 bits")
+    compute: str = _option("auto", "how int8 and int4 multiply in the forward")
+    grad_compute: str = _option("auto", "how int8 and int4 multiply for the input's gradient")
+    outliers: int = _option(0, "input channels that int8 and int4 multiply in floating point")
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            found = short(self.format)
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, found {found}")
+        sizes = self.storage.block_sizes or (self.block_size,)
+        if type(self.block_size) is not int or self.block_size not in sizes:
+            raise ValueError(
+                f"block_size of {self.format} must be one of {', '.join(map(str, sizes))}, found "
+                f"{short(self.block_size)}"
+            )
+        if not isinstance(self.double_quant, bool):
+            found = short(self.double_quant)
+            raise TypeError(f"double_quant must be True or False, found {found}")
+        for choice in (self.compute, self.grad_compute):
+            _check_compute(choice)
+        if type(self.outliers) is not int or self.outliers < 0:
+            found = short(self.outliers)
+            raise ValueError(f"outliers must be a whole number of at least 0, found {found}")
+
+    @property
+    def storage(self) -> Format:
+        """The format's class."""
+        return FORMATS[self.format]
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The options that say what the bytes mean, as a folder of a quantized model has them."""
+        return {name: getattr(self, name) for name in ("format", "block_size", "double_quant")}
+
+    def problem(self, N: int, K: int) -> str | None:
+        """Return why a weight `[N, K]` can't be stored so, or None."""
+        if N == 0 or K == 0:
+            return f"has no weights: its shape is [{N}, {K}]"
+        return self.storage.problem(self, N, K)
+
+    def layout(self, N: int, K: int) -> Layout:
+        """Return shape and dtype of what stores a weight `[N, K]`, by name."""
+        return self.storage.layout(self, N, K)
+
+    def nbytes(self, N: int, K: int) -> dict[str, int]:
+        """Return the bytes of each part that stores a weight `[N, K]`."""
+        return {
+            name: torch.Size(shape).numel() * dtype.itemsize
+            for name, (shape, dtype) in self.layout(N, K).items()
+        }
+
+    def empty(self, N: int, K: int) -> dict[str, Tensor]:
+        """Return the parts of a weight `[N, K]` on the meta device."""
+        return {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, (shape, dtype) in self.layout(N, K).items()
+        }
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Quantize `[N, K]` of any floating dtype and strides to the tensors of `layout`."""
+        if weight.is_meta:
+            return self.empty(*weight.shape)
+        parts = self.storage.encode(weight.detach(), self)
+        shapes = self.layout(*weight.shape)
+        return {name: tensor.reshape(shapes[name][0]) for name, tensor in parts.items()}
+
+    def damage(self, parts: dict[str, Tensor], N: int, K: int) -> str | None:
+        """Return what is wrong with stored parts of a weight `[N, K]`, as far as given, or None."""
+        for name, (shape, dtype) in self.layout(N, K).items():
+            part = parts.get(name)
+            if part is None:
+                continue
+            if part.dtype != dtype or tuple(part.shape) != shape:
+                return (
+                    f"must have {name} of {dtype} {list(shape)} as {self.format}, found "
+                    f"{part.dtype} {list(part.shape)}"
+                )
+            reason = None if part.is_meta else bad_scales(name, part)
+            reason = reason or (None if part.is_meta else self.storage.damage(name, part))
+            if reason is not None:
+                return reason
+        return None
+
+
+def bad_scales(name: str, bits: Tensor) -> str | None:
+    """Return what is wrong with a part whose name says that it holds scales, or None."""
+    if not name.endswith("_bits"):
+        return None
+    scales = scales_from_bits(bits.detach().contiguous())
+    if not bool(scales.isfinite().all()):
+        return f"must have finite scales, found NaN or Inf in {name}"
+    if name == "scale_bits" and not bool((scales > 0).all()):
+        return f"must have scales above 0, found {float(scales.min()):g} in {name}"
+    if name != "offset_bits" and bool((scales < 0).any()):
+        return f"must have scales of at least 0, found {float(scales.min()):g} in {name}"
+    return None
+
+
+def _check_compute(choice: object) -> None:
+    """Raise unless this names a way to multiply that can run here."""
+    if choice not in COMPUTE:
+        raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, found {choice!r}")
+    if choice != "int8" or integer_way() or int8_is_exact() or torch.cuda.is_available():
+        return
+    raise RuntimeError(
+        "compute='int8' cannot run: torch's int8 product is not exact on this processor (without "
+        "VNNI or AMX it may saturate), and minilora's own needs AVX2 and a C compiler; install a "
+        "compiler (or set CC) if there is AVX2, or use compute='auto' or 'dequantize'"
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether every value is finite in f32, without a temporary of the tensor's size."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    ends = torch.stack(tuple(tensor.detach().aminmax()))
+    return bool(ends.to(torch.float32).isfinite().all())
