@@ -1,23 +1,22 @@
 """Chat templates: Jinja programs that come with a model, compiled once, rendered per conversation.
 
-What holds while one runs is in `template_sandbox`.
+The bounds that hold while one runs are in `template_sandbox`.
 """
 
 import contextlib
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Copy messages, made of JSON types only.
+    """Return a deep copy of messages, made of JSON types only.
 
     Args:
         messages: a list of dicts, each with a string `role`.
-
-    Returns:
-        A deep copy.
 
     Raises:
         TypeError: messages or something inside them of another type.
@@ -68,17 +67,26 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         try:
+            from jinja2 import __version__, meta
+
             from minilora.text.template_sandbox import Sandbox
         except ImportError as error:
             raise RuntimeError(
                 'chat templates need jinja2: pip install "minilora[text]"'
             ) from error
+        if tuple(int(part) for part in re.findall(r"\d+", __version__)[:3]) < (3, 1, 6):
+            raise RuntimeError(
+                f"chat templates need jinja2 3.1.6 or newer, whose sandbox holds, found "
+                f'{__version__}: pip install -U "jinja2>=3.1.6"'
+            )
         self.source = source
         self._lock = threading.Lock()  # the sandbox counts for one rendering at a time
-        self._sandbox = Sandbox()
+        functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self._sandbox = Sandbox({"tojson": _tojson}, functions)
         with _one_error("is not valid"):
             self._template = self._sandbox.compiled(source)
-            self.variables: frozenset[str] = self._sandbox.variables(source) - {"messages"}
+            free = meta.find_undeclared_variables(self._sandbox.parse(source))
+        self.variables = frozenset(free) - {"messages", *self._sandbox.globals}
 
     def render(self, messages: list[dict[str, Any]], **values: Any) -> str:
         """Return the text of a conversation.
@@ -87,14 +95,11 @@ class ChatTemplate:
             messages: plain data, as `plain_messages` returns it.
             values: further variables the template may read.
 
-        Returns:
-            The text.
-
         Raises:
             ValueError: the template refuses the messages, fails, or exceeds its bounds.
         """
         with self._lock, _one_error("cannot render these messages"):
-            self._sandbox.start(messages, values)
+            self._sandbox.start(len(json.dumps([messages, values])))
             return self._template.render(messages=messages, **values)
 
 
@@ -104,5 +109,22 @@ def _one_error(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = re.sub(r" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__
-        raise ValueError(f"the chat template {what}: {reason}") from error
+        raise ValueError(
+            f"the chat template {what}: {str(error) or type(error).__name__}"
+        ) from error
+
+
+# --- what transformers gives to templates ---------------------------------------------------------
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
+    indent = min(indent, 16) if indent else None
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise ValueError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form[:100])  # C makes of it at most 256 times as much
