@@ -333,24 +333,6 @@ COPIED = [
     ),
     ({"modules_to_save": ["act"]}, ValueError, "needs a module of parameters, found none in act"),
 ]
-SLICES = [
-    ({"fused": "qvx"}, "must give separate .* rows within fused's 12 outputs, .* found 'qvx'"),
-    ({"fused": "qq"}, "found 'qq'"),  # letters are not looked at for being separate
-    ({"fused": ""}, "found ''"),
-    ({"plain": "qv"}, "within plain's 10 outputs"),  # no thirds
-    ({"fused": []}, r"found \[\]"),
-    ({"fused": (0, 5)}, r"found \(0, 5\)"),  # a range alone is no list of ranges
-    ({"fused": [(0, 5), (4, 8)]}, "must give separate"),
-    ({"fused": [(5, 5)]}, "must give separate"),
-    ({"fused": [(-1, 5)]}, "must give separate"),
-    ({"fused": [(0, 13)]}, r"found \[\(0, 13\)\]"),
-    ({"fused": [(0, 5, 1)]}, "must give separate"),
-    ({"fused": [(0.0, 5.0)]}, "must give separate"),
-    ({"fused": [(False, True)]}, "must give separate"),
-    ({"fused": {(0, 5)}}, "must give separate"),
-    ({"fused": 3}, "found 3"),
-    ({"nothing": "q"}, "every key of slices must match a target, 'nothing' matches none"),
-]
 INITS = [
     ({"init": "zeros"}, "init must be one of kaiming, .* olora, found 'zeros'"),
     ({"init": "pissa_niter_0"}, "init must be one of .* found 'pissa_niter_0'"),
@@ -379,17 +361,12 @@ COMBINED = [
     ({"lora_bias": True, "dora": True}, "lora_bias=True has no meaning with dora=True"),
     ({"lora_bias": True, "init": "pissa"}, "lora_bias=True has no meaning with init='pissa'"),
     ({"lora_bias": True, "targets": ["fused", "embed"]}, "is not for embeddings, and embed is one"),
-    ({"slices": {"fused": "q"}, "dora": True}, "slices can't be combined with dora=True, which wo"),
-    ({"slices": {"fused": "q"}, "init": "olora"}, "slices can't be combined with init='olora'"),
 ]
 FLAGS = [
     ({flag: value}, TypeError, f"{flag} must be True or False, found {value!r}")
     for flag in ("rslora", "dora", "lora_bias") for value in (1, "yes", None)
 ]  # fmt: skip
 OTHERS = [(o, ValueError, text) for o, text in INITS + COMBINED]
-OTHERS += [
-    ({"slices": s, "targets": ["fused", "plain"]}, ValueError, text) for s, text in SLICES
-] + [({"slices": ["fused"]}, TypeError, "slices must be a mapping of regex")]
 
 
 @pytest.mark.parametrize(("options", "error", "text"), COPIED + OTHERS + FLAGS)
@@ -413,22 +390,6 @@ def test_inject_refuses_and_leaves_the_model_as_it_was(options, error, text):
 def test_bias_all_needs_a_bias_somewhere():
     with pytest.raises(ValueError, match="bias='all' must find a bias to train, found none"):
         minilora.inject(nn.Sequential(nn.Linear(3, 3, bias=False)), r=2, bias="all")
-
-
-# a list and a tuple among the ranges can't be sorted
-@pytest.mark.parametrize(
-    ("value", "ranges"),
-    [("q", [(0, 4)]), ("vq", [(8, 12), (0, 4)]), ("qkv", [(0, 4), (4, 8), (8, 12)]),
-     ([(0, 12)], [(0, 12)]), ([[11, 12], (0, 1)], [(11, 12), (0, 1)])],
-)  # fmt: skip
-def test_slices_give_each_range_a_pair(value, ranges):
-    model = minilora.inject(Odd(), 2, 5, targets=["fused"], slices={"fused": value})
-    f = model.fused.adapters["default"]
-    mask = torch.zeros(12, 2 * len(ranges), dtype=torch.bool)
-    for i, (start, stop) in enumerate(ranges):
-        mask[start:stop, 2 * i : 2 * i + 2] = True
-    assert torch.equal(f.row_mask, mask)
-    assert f.r == 2 * len(ranges) and f.scaling == 2.5
 
 
 # ── where copies and adapters meet (each found by trying to break it) ──────────────────────────
@@ -610,10 +571,9 @@ def test_eject_after_merge_brings_the_flags_back():
     assert all(p.requires_grad for p in tied.parameters())
 
 
-# buffers of another adapter (an offset, a mask) count as the module's own
-@pytest.mark.parametrize("options", [{"init": "pissa"}, {"slices": {"mlp.0": [(0, 2)]}}])
-def test_buffers_of_an_adapter_are_not_the_modules(options):
-    model = minilora.inject(net(), 2, 3, targets=["mlp.0"], adapter="a", **options)
+# buffers of another adapter (an offset) count as the module's own
+def test_buffers_of_an_adapter_are_not_the_modules():
+    model = minilora.inject(net(), 2, 3, targets=["mlp.0"], adapter="a", init="pissa")
     minilora.inject(model, 2, 3, targets=["q_proj"], modules_to_save=["mlp"], adapter="b")
     assert "mlp.0.weight" in copies_of(model, "b")
 

@@ -254,7 +254,7 @@ def test_row_lengths_are_those_of_the_dense_sum(n, k, r, zero, scale, offset, se
     r=st.integers(1, 5),
     alpha=st.sampled_from([0.3, 7.0, -2.0]),
     rslora=st.booleans(),
-    extra=st.sampled_from(["none", "offset", "mask"]),
+    extra=st.sampled_from(["none", "offset"]),
     kernel=st.sampled_from([(), (3, 2)]),
     seed=st.integers(0, 2**16),
 )
@@ -267,10 +267,6 @@ def test_product_plain_and_delta_weight_agree(r, alpha, rslora, extra, kernel, s
     if extra == "offset":
         f.offset_A, f.offset_B = torch.randn(3, K), torch.randn(5, 3)
         expected = expected - f.offset_B.double() @ f.offset_A.double()
-    if extra == "mask":
-        f.row_mask = torch.zeros(5, r, dtype=torch.bool)
-        f.row_mask[1:3] = True
-        expected = expected * f.row_mask[:, :1]
     A, B = f.product()
     assert A.shape == (A.shape[0], K) and B.shape == (5, A.shape[0])
     assert not A.requires_grad and not B.requires_grad
@@ -283,46 +279,6 @@ def test_product_plain_and_delta_weight_agree(r, alpha, rslora, extra, kernel, s
     s = number / (math.sqrt(rank) if rooted else rank)
     found = s * B.double().flatten(1) @ A.double().flatten(1)
     torch.testing.assert_close(found, expected, **tolerance)
-
-
-# on a convolution the mask has four dimensions and B, flattened, two
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rslora", [False, True])
-def test_masked_rows_never_move(kind, rslora, tmp_path):
-    options = {"slices": {"it": [(4, 5), (0, 2)]}, "rslora": rslora}
-    model, f, plain, W = injected(kind, **options)
-    mask = torch.zeros(6, 4, dtype=torch.bool)
-    mask[4:5, :2], mask[0:2, 2:] = True, True
-    assert torch.equal(f.row_mask, mask)
-    optimizer = torch.optim.AdamW(f.parameters(), lr=0.1, weight_decay=0.3)
-    x = input_of(kind)
-    start = model["it"](x).detach()
-    torch.testing.assert_close(start, plain(x), rtol=1e-5, atol=1e-5)
-    for _ in range(4):
-        optimizer.zero_grad()
-        model["it"](input_of(kind)).square().sum().backward()
-        optimizer.step()
-    frozen = [2, 3, 5]
-    rows = (..., frozen) if kind != "conv2d" else (slice(None), frozen)
-    assert not f.delta_weight()[frozen].any() and f.delta_weight()[[0, 1, 4]].any()
-    assert torch.equal(model["it"](x)[rows], start[rows])
-    assert not torch.allclose(model["it"](x), plain(x))
-    # Each range is a pair of its own: rank r at alpha / r, or alpha / √r.
-    s = 5 / (math.sqrt(2) if rslora else 2)
-    A, B = f.lora_A.detach().double().flatten(1), f.lora_B.detach().double().flatten(1)
-    W = W.clone()
-    W[4:5] += s * B[4:5, :2] @ A[:2]
-    W[0:2] += s * B[0:2, 2:] @ A[2:]
-    bias = None if kind == "embedding" else plain.bias.double()
-    x64 = x if kind == "embedding" else x.double()
-    y = apply(kind, W, x64, bias)
-    torch.testing.assert_close(model["it"](x).double(), y, rtol=1e-4, atol=1e-4)
-    minilora.save(model, tmp_path)
-    again = minilora.load(nn.ModuleDict({"it": copy.deepcopy(plain)}), tmp_path)
-    torch.testing.assert_close(again["it"](x).double(), y, rtol=1e-4, atol=1e-4)
-    assert torch.equal(again["it"].adapters["default"].row_mask, mask)
-    minilora.merge(model)
-    torch.testing.assert_close(model["it"].eval()(x).double(), y, rtol=1e-4, atol=1e-4)
 
 
 # ── DoRA ───────────────────────────────────────────────────────────────────────────────────────

@@ -76,10 +76,6 @@ def tied_merged():
     return model
 
 
-def sliced():
-    return add(kinds(), "a", r=2, targets=["linear", "out"], slices={"linear": "qv"})
-
-
 def quantized(format, keep=None, **options):
     """Adapters over a quantized base; merged where `keep` says so."""
     torch.manual_seed(0)
@@ -98,7 +94,6 @@ STATES = {
     "pissa": lambda: two(targets=LINEARS, init="pissa"),
     "olora": lambda: two(targets=LINEARS, init="olora"),
     "rslora and dropout": lambda: two(rslora=True, dropout=0.5),
-    "slices": sliced,
     "trained copies": lambda: two(bias="all", modules_to_save=["out"], targets=LINEARS[:2]),
     "prepared for switching": slotted,
     "merged, kept in memory": lambda: merged("memory"),

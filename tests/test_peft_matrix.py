@@ -230,29 +230,6 @@ def test_several_adapters_sum_like_pefts(tmp_path, kind):
         torch.testing.assert_close(run(theirs, kind), run(ours, kind), **F32)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_peft_reads_slices_of_gpt2s_fused_attention(tmp_path, rslora):
-    """LoRA on q and v alone, inside c_attn: one adapter of twice the rank, B zero where k is."""
-    base = made("conv1d")
-    ours = minilora.inject(copy.deepcopy(base), r=4, alpha=6, targets=["c_attn"], rslora=rslora,
-                           slices={"c_attn": "qv"})  # fmt: skip
-    shake(p for p in ours.parameters() if p.requires_grad)
-    expected = run(ours, "conv1d")
-    for folder, write in (("saved", minilora.save), ("exported", minilora.export)):
-        write(ours, tmp_path / folder)
-        context = strict()
-        try:
-            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder).eval()
-        finally:
-            context.__exit__(None, None, None)
-        torch.testing.assert_close(run(theirs, "conv1d"), expected, **F32)
-        delta = theirs.base_model.model.transformer.h[0].attn.c_attn.get_delta_weight("default")
-        width = delta.shape[0]
-        assert not delta[:, width : 2 * width].any()
-        assert all(delta[:, i * width : (i + 1) * width].abs().max() > 1e-3 for i in (0, 2))
-    assert not torch.allclose(expected, run(base, "conv1d"), atol=1e-3)
-
-
 @pytest.mark.parametrize("options", [{}, {"dora": True}])
 def test_peft_agrees_on_an_embedding_that_scales_its_output(tmp_path, options):
     """Gemma multiplies what it looks up by √width: the adapter's part too."""

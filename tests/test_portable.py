@@ -23,7 +23,6 @@ OPTIONS = {
     "rslora": {"rslora": True, "alpha": 7},
     "patterns": {"rank_pattern": {"linear": 2, "conv": 1}, "alpha_pattern": {"out": -9}},
     "pissa": {"targets": LINEARS, "init": "pissa"},
-    "slices": {"targets": ["linear", "out"], "slices": {"linear": "qv"}, "r": 2},
     "zero bias": {"targets": LINEARS, "lora_bias": True},
 }
 

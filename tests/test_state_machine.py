@@ -123,18 +123,14 @@ class Factors:
     magnitude: torch.Tensor | None = None
     lora_bias: torch.Tensor | None = None
     offset: tuple[torch.Tensor, torch.Tensor] | None = None  # A and scaled B at the start
-    mask: torch.Tensor | None = None
 
     @property
     def scaling(self):
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def masked(self):
-        return self.B if self.mask is None else self.B * self.mask
-
     def added(self, W):
         """What is added to W; the length of a DoRA row is a constant to the gradient."""
-        delta = self.scaling * self.masked() @ self.A
+        delta = self.scaling * self.B @ self.A
         if self.offset is not None:
             delta = delta - self.offset[1] @ self.offset[0]
         if self.magnitude is None:
@@ -150,17 +146,13 @@ class Factors:
     def as_saved(self):
         """What a file holds: a frozen offset becomes part of a plain adapter of twice the rank."""
         if self.offset is None:
-            return replace(self, B=self.masked())
+            return replace(self)
         A = torch.cat([self.A, self.offset[0]])
         B = torch.cat([self.scaling * self.B, -self.offset[1]], 1)
         return Factors(A, B, len(A), len(A), False, self.magnitude)
 
     def shape(self):
-        return (
-            {name: value.shape for name, value in self.parts().items()},
-            self.offset is None,
-            self.mask is None,
-        )
+        return {name: value.shape for name, value in self.parts().items()}, self.offset is None
 
 
 @dataclass
@@ -236,10 +228,6 @@ def injections(draw, tied):
     options["dropout"] = draw(st.sampled_from([0.0, 0.25]))
     if simple and not options["dora"]:
         options["lora_bias"] = "embed" not in names and draw(st.booleans())
-        if draw(st.integers(0, 2)) == 0:
-            found = [("c_fc", [(5, 7), (0, 3)]), ("conv", [(1, 3)]), ("embed", "qv")]
-            found = [(end, v) for end, v in found if any(n.endswith(end) for n in names)]
-            options["slices"] = dict(found[:1])
     if any(n.endswith("down") for n in names) and draw(st.integers(0, 3)) == 0:
         options["rank_pattern"], options["alpha_pattern"] = {"down": 2}, {"down": 6.5}
     modes = ["none"] * 2 + ["all"] + ["lora_only"] * any(n in WITH_BIAS for n in names)
@@ -259,19 +247,10 @@ BAD_OPTIONS = [
     ({"targets": ["embed"], "lora_bias": True}, "not for embeddings, and embed is one"),
     ({"targets": ["conv"], "init": "pissa"}, "is for linear layers, but conv is a Conv2d"),
     ({"targets": ["c_fc"], "dora": True, "lora_bias": True}, "has no meaning with dora"),
-    ({"targets": ["c_fc"], "dora": True, "slices": {"c_fc": [(0, 2)]}}, "can't be combined"),
-    ({"targets": ["c_fc"], "slices": {"c_fc": "qv"}}, "slices must give separate"),
     ({"targets": ["down"], "r": 3, "init": "orthogonal"}, "needs an even r, found 3"),
     ({"targets": ["down"], "layers": [2]}, r"found \[2\]; there are: 0, 1"),
     ({"targets": ["down"], "adapter": "keys"}, "taken by torch.nn.ModuleDict"),
 ]
-
-
-def row_ranges(options, fqn):
-    for ending, value in options.get("slices", {}).items():
-        if fqn.endswith(ending):
-            return [(0, 2), (4, 6)] if value == "qv" else value  # thirds of 6
-    return None
 
 
 def picture(model):
@@ -433,14 +412,11 @@ class Verbs(RuleBasedStateMachine):
     def read(self, fqn, name, options):
         """A fresh adapter's factors; all but what is drawn at random is the oracle's own."""
         held = self.model.get_submodule(fqn).adapters[name]
-        rows = row_ranges(options, fqn)
         patterned = "rank_pattern" in options and fqn.endswith("down")
         r, alpha = (2, 6.5) if patterned else (options["r"], options["alpha"])
-        parts = len(rows or [0])
-        alpha = alpha * (math.sqrt(parts) if options["rslora"] else parts)
         A, B = (f.detach().double().flatten(1) for f in (held.lora_A, held.lora_B))
-        found = Factors(A, B, r * parts, alpha, options["rslora"])
-        assert A.shape[0] == B.shape[1] == r * parts
+        found = Factors(A, B, r, alpha, options["rslora"])
+        assert A.shape[0] == B.shape[1] == r
         W = matrix(fqn, self.base[f"{fqn}.weight"])
         start = options["init"]
         if start in ("pissa", "olora"):
@@ -453,10 +429,6 @@ class Verbs(RuleBasedStateMachine):
             assert (B @ A).abs().max() < 1e-5
         else:
             assert not (A if LAYERS[fqn] == "embedding" else B).any()
-        if rows:
-            found.mask = torch.zeros(B.shape, dtype=torch.bool)
-            for i, (first, last) in enumerate(rows):
-                found.mask[first:last, i * r : i * r + r] = True
         if options["dora"]:
             found.magnitude = W.square().sum(1).sqrt()
         if options.get("lora_bias"):

@@ -50,14 +50,12 @@ class LoRAAdapter(nn.Module):
         magnitude: DoRA's `[N]` row lengths, or None; set by the layer, which knows the weight.
         offset_A, offset_B: `[R0, K]`, `[N, R0]`, scaling included: what PiSSA and OLoRA take off
             the base, or None. The base itself stays as it is.
-        row_mask: bool `[N, r]` where B may be other than 0, or None; see `inject(slices=...)`.
     """
 
     magnitude: nn.Parameter | None
     lora_bias: nn.Parameter | None
     offset_A: Tensor | None
     offset_B: Tensor | None
-    row_mask: Tensor | None
 
     def __init__(
         self,
@@ -84,7 +82,7 @@ class LoRAAdapter(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, *ones, **where))
         self.lora_bias = nn.Parameter(torch.zeros(out_features, **where)) if lora_bias else None
         self.register_parameter("magnitude", None)
-        for name in ("offset_A", "offset_B", "row_mask"):
+        for name in ("offset_A", "offset_B"):
             self.register_buffer(name, None)
         self._draw()
 
@@ -115,9 +113,8 @@ class LoRAAdapter(nn.Module):
         return "lora_B" if self.init in ("kaiming", "gaussian") else None
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return A `[r, K]` and B `[N, r]`, kernels flattened, rows outside a slice at 0."""
-        B = self.lora_B.flatten(1)
-        return self.lora_A.flatten(1), B if self.row_mask is None else B * self.row_mask
+        """Return A `[r, K]` and B `[N, r]`, kernels flattened."""
+        return self.lora_A.flatten(1), self.lora_B.flatten(1)
 
     def product(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return detached A `[R, K]` and B `[N, R]` whose product is `delta_weight`."""
@@ -135,10 +132,7 @@ class LoRAAdapter(nn.Module):
         A frozen offset becomes part of an adapter of the summed rank, its scaling 1.
         """
         if self.offset_A is None:
-            B = self.lora_B.detach()
-            if self.row_mask is not None:
-                B = B * self.row_mask.reshape(B.shape)
-            return self.lora_A.detach(), B, self.r, self.alpha, self.rslora
+            return self.lora_A.detach(), self.lora_B.detach(), self.r, self.alpha, self.rslora
         A, B = self.product()
         return A.to(self.lora_A.dtype), B.to(self.lora_B.dtype), len(A), len(A), False
 

@@ -1,12 +1,10 @@
 """Put an adapter on the selected layers: everything is checked first, then swapped in."""
 
-import itertools
-import math
 import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +28,6 @@ from minilora.lora.samples import drawn_modules
 from minilora.lora.selection import (
     check_patterns,
     check_rank,
-    compile_ending,
     matrix_shape,
     parameter_places,
     pattern_value,
@@ -226,41 +223,6 @@ def _warn_moving(model: nn.Module) -> None:
         )
 
 
-def _slice_rows(value: object, N: int, name: str) -> list[tuple[int, int]]:
-    """Return the row ranges that one value of `slices` means for an output of N rows."""
-    ranges: list[Any]
-    if isinstance(value, str) and value and set(value) <= set("qkv") and N % 3 == 0:
-        third = N // 3
-        ranges = [("qkv".index(c) * third, ("qkv".index(c) + 1) * third) for c in value]
-    else:
-        ranges = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
-    good = bool(ranges) and all(
-        isinstance(r, (tuple, list)) and len(r) == 2 and all(type(i) is int for i in r)
-        and 0 <= r[0] < r[1] <= N for r in ranges
-    )  # fmt: skip
-    ordered = sorted(tuple(r) for r in ranges) if good else []
-    if not good or any(a[1] > b[0] for a, b in itertools.pairwise(ordered)):
-        raise ValueError(
-            f"slices must give separate (start, stop) rows within {name}'s {N} outputs, or "
-            f"letters of 'qkv' for thirds of them, found {value!r}"
-        )
-    return [(int(a), int(b)) for a, b in ranges]
-
-
-def _slices_of(
-    model: nn.Module, names: list[str], slices: Mapping[str, object] | None
-) -> dict[str, list[tuple[int, int]]]:
-    """Resolve `slices` to row ranges by dotted name."""
-    check_patterns(slices, names, "slices")  # type: ignore[arg-type]
-    modules = plain_modules(model)
-    found: dict[str, list[tuple[int, int]]] = {}
-    for pattern, value in (slices or {}).items():
-        for name in names:
-            if compile_ending(pattern, "slices").ends(name) and name not in found:
-                found[name] = _slice_rows(value, matrix_shape(modules[name])[0], name)
-    return found
-
-
 def inject(
     model: nn.Module,
     r: int = 8,
@@ -275,7 +237,6 @@ def inject(
     bias: str = "none",
     lora_bias: bool = False,
     modules_to_save: Iterable[str] | str = (),
-    slices: Mapping[str, object] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     init: str = "kaiming",
@@ -309,8 +270,6 @@ def inject(
         modules_to_save: modules of which the adapter trains and keeps a whole copy, such as a new
             head, or embedding and head of a vocabulary that has grown; names as in `targets`, from
             which "all-linear" leaves them out.
-        slices: adapt only some outputs of a fused layer, each range with its own rank-r pair:
-            `{"c_attn": "qv"}` (thirds) or `{"qkv_proj": [(0, 768)]}`, keys as in `rank_pattern`.
         rank_pattern: r by regex over the end of a dotted name, first match wins.
         alpha_pattern: alpha likewise.
         init: `"kaiming"`, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"pissa_niter_<n>"` or
@@ -370,8 +329,7 @@ def inject(
     }
     modules = plain_modules(model)
     _check_init(init, modules, ranks)
-    _check_combination(modules, names, init, dora, lora_bias, slices)
-    rows = _slices_of(model, names, slices)
+    _check_combination(modules, names, init, dora, lora_bias)
     copied = _copied_parameters(model, names, bias, whole)
     _refuse_drawn(model, copied)
     _warn_wide_ranks(model, names, ranks)
@@ -381,9 +339,10 @@ def inject(
         warnings.warn(f"minilora: {note}; they stay as they are", UserWarning, stacklevel=2)
     with originals_in_place(model):  # DoRA, PiSSA and OLoRA read the base's own weight
         new = {
-            name: _fresh(modules[name], ranks[name], alphas[name], rows.get(name), {
-                "dropout": dropout, "rslora": rslora, "dora": dora, "init": init,
-                "lora_bias": lora_bias, "device": weight_device(modules[name]), "dtype": dtype,
+            name: _fresh(modules[name], {
+                "r": ranks[name], "alpha": alphas[name], "dropout": dropout, "rslora": rslora,
+                "dora": dora, "init": init, "lora_bias": lora_bias,
+                "device": weight_device(modules[name]), "dtype": dtype,
             })
             for name in names
         }  # fmt: skip
@@ -394,34 +353,21 @@ def inject(
     return model
 
 
-def _check_combination(modules, names, init, dora, lora_bias, slices) -> None:
+def _check_combination(modules, names, init, dora, lora_bias) -> None:
     """Refuse options that have no meaning together, as PEFT does, or that are not built."""
     if lora_bias and (dora or init not in ("kaiming", "gaussian")):
         other = "dora=True" if dora else f"init={init!r}"
         raise ValueError(f"lora_bias=True has no meaning with {other}; leave one of them out")
-    if slices and (dora or init not in ("kaiming", "gaussian")):
-        other = "dora=True" if dora else f"init={init!r}"
-        raise ValueError(f"slices can't be combined with {other}, which would change other rows")
     if lora_bias:
         embedding = next((n for n in names if isinstance(modules[n], nn.Embedding)), None)
         if embedding is not None:
             raise ValueError(f"lora_bias=True is not for embeddings, and {embedding} is one")
 
 
-def _fresh(base, r: int, alpha: float, rows: list[tuple[int, int]] | None, options) -> LoRAAdapter:
-    """Make the factors of one layer; with row ranges, one rank-r pair for each of them."""
+def _fresh(base: nn.Module, options: dict[str, Any]) -> LoRAAdapter:
     kind = layer_class(base)
     assert kind is not None  # select_targets let only such modules through
-    parts = len(rows) if rows else 1
-    # As many times the rank, at the scaling of one pair.
-    alpha = alpha * (math.sqrt(parts) if options["rslora"] else parts)
-    factors = kind(base).new_adapter(r=r * parts, alpha=alpha, **options)
-    if rows:
-        mask = torch.zeros(factors.lora_B.shape[:2], dtype=torch.bool, device=factors.lora_B.device)
-        for i, (start, stop) in enumerate(rows):
-            mask[start:stop, i * r : (i + 1) * r] = True
-        factors.row_mask = mask
-    return factors
+    return kind(base).new_adapter(**options)
 
 
 _writers: list[Callable[..., None]] = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.files import parse_json, read_tensors
+from minilora.files import read_tensors
 from minilora.kernels import check_backend
 from minilora.lora import (
     LoRAAdapter,
@@ -181,9 +181,6 @@ def save_adapter(model: nn.Module, out: Path, adapter: str, base_name: str | Non
     if problem is not None:
         metadata["minilora_not_for_peft"] = problem
         warnings.warn(f"minilora: {problem}", UserWarning, stacklevel=3)
-    slices = {fqn: _slices(layer.adapters[adapter]) for fqn, layer in layers.items()}
-    if any(slices.values()):
-        metadata["minilora_slices"] = json.dumps({n: rows for n, rows in slices.items() if rows})
     write_pair(out, tensors, metadata, text)
     return out
 
@@ -208,14 +205,6 @@ def _warn_unmoved(layers: dict[str, LoRALayer], adapter: str) -> None:
 def _require_finite(value: Tensor, what: str) -> None:
     if not torch.isfinite(value).all():
         raise ValueError(f"{what} must be finite, found NaN or Inf; nothing was written")
-
-
-def _slices(factors: Any) -> list[list[int]]:
-    """Return the row range of each column of B, or [] where B is whole."""
-    if factors.row_mask is None:
-        return []
-    columns = factors.row_mask.T.int()
-    return [[int(c.argmax()), int(c.argmax() + c.sum())] for c in columns]
 
 
 def _only_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
@@ -383,30 +372,6 @@ def _build(
     return factors
 
 
-def _restore_slices(built: dict[str, LoRAAdapter], metadata: dict[str, str], file: Path) -> None:
-    """Give fused layers that were adapted in slices their masks back."""
-    try:
-        for fqn, columns in parse_json(metadata.get("minilora_slices", "{}"), "it").items():
-            B = built[fqn].lora_B.flatten(1)
-            rows = len(B)
-            if len(columns) != B.shape[1] or not all(
-                type(start) is type(stop) is int and 0 <= start <= stop <= rows
-                for start, stop in columns
-            ):
-                raise ValueError(f"{fqn} needs {B.shape[1]} pairs of rows, from 0 to {rows}")
-            mask = torch.zeros(B.shape, dtype=torch.bool, device=B.device)
-            for column, (start, stop) in enumerate(columns):
-                mask[start:stop, column] = True
-            if B.detach()[~mask].any():
-                raise ValueError(f"the rows of {fqn} are not those of its lora_B")
-            built[fqn].row_mask = mask
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{file}: minilora_slices in the metadata must fit the factors ({error!s:.200}); save "
-            f"the adapter again"
-        ) from None
-
-
 def _check_frozen(reader: _Reader, frozen: dict[str, str], modules: dict[str, Any]) -> None:
     """Compare embeddings' own weights, which PEFT writes along, with the model's."""
     for fqn, key in frozen.items():
@@ -522,7 +487,6 @@ def _read(
     _match_keys(folder / WEIGHTS_FILE, tensors, keys | set(copied.values()) | set(frozen.values()))
     reader = _Reader(folder / WEIGHTS_FILE, tensors, _vocabulary(model))
     built = {n: _build(reader, config, n, modules[n], dtype, n in by_weight) for n in names}
-    _restore_slices(built, metadata, folder / WEIGHTS_FILE)
     places = parameter_places(model)
     values = {}
     for name, key in copied.items():
@@ -567,7 +531,7 @@ def _swap(
     same = set(layers) == set(built) and set(copies) == set(copies_of(model, adapter))
     for name, factors in built.items() if same else ():
         old: Any = layers[name].adapters[adapter]
-        for part in ("lora_A", "lora_B", "lora_bias", "magnitude", "offset_A", "row_mask"):
+        for part in ("lora_A", "lora_B", "lora_bias", "magnitude", "offset_A"):
             pairs.append((getattr(old, part), getattr(factors, part)))
     pairs += [(copies_of(model, adapter).get(name), value) for name, value in copies.items()]
     for old_value, value in pairs:

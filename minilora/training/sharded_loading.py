@@ -60,11 +60,7 @@ def sharded(
 def _check(fqn: str, layer: LoRALayer) -> None:
     for factors in layer.adapters.values():
         found: Any = factors
-        if (
-            FROM_WEIGHT.fullmatch(found.init)
-            or found.magnitude is not None
-            or found.row_mask is not None
-        ):
+        if FROM_WEIGHT.fullmatch(found.init) or found.magnitude is not None:
             raise ValueError(
                 f"parallel='fsdp' reads the base in parts, so an adapter can't start from its "
                 f"weights, found init={found.init!r}{' and dora' * (found.magnitude is not None)} "
