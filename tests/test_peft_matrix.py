@@ -149,8 +149,10 @@ def test_peft_loads_what_save_wrote(tmp_path, kind, option):
     expected = run(ours, kind)
     assert not torch.allclose(expected, run(base, kind), atol=1e-3)
     torch.testing.assert_close(run(theirs, kind), expected, **F32)
-    again = minilora.load(copy.deepcopy(base), tmp_path)
-    torch.testing.assert_close(run(again, kind), expected, **F32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path, tmp_path / "theirs"):
+        again = minilora.load(copy.deepcopy(base), folder)
+        torch.testing.assert_close(run(again, kind), expected, **F32)
     if option == "lora-bias" and any(m.bias is None for m in lora_layers(ours).values()):
         with pytest.raises(ValueError, match="merging lora_bias adds to the bias of .*found none"):
             minilora.merge(ours)
@@ -228,6 +230,23 @@ def test_several_adapters_sum_like_pefts(tmp_path, kind):
         theirs.base_model.set_adapter(names)
         minilora.activate(ours, names)
         torch.testing.assert_close(run(theirs, kind), run(ours, kind), **F32)
+
+
+def test_several_adapters_of_peft_load_side_by_side(tmp_path):
+    base = made("linear")
+    first = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    second = peft.LoraConfig(r=2, lora_alpha=5, use_rslora=True, target_modules=r".*\.[qv]_proj",
+                             init_lora_weights=False)  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(base), first).eval()
+    theirs.add_adapter("b", second)
+    shake(p for n, p in theirs.named_parameters() if "lora_" in n)
+    theirs.save_pretrained(tmp_path)
+    ours = minilora.load(base, tmp_path)
+    minilora.load(ours, tmp_path / "b", adapter="b")
+    for name in ("default", "b"):
+        theirs.set_adapter(name)
+        minilora.activate(ours, name)
+        torch.testing.assert_close(run(theirs, "linear"), run(ours, "linear"), **F32)
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}])

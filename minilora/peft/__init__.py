@@ -2,10 +2,12 @@
 
 import minilora.peft.pretrained  # noqa: F401 - transformers models write by it
 from minilora.peft.checking import check
-from minilora.peft.checkpoint import load, save, save_adapter
 from minilora.peft.config import config_of, read_config
-from minilora.peft.files import CONFIG_FILE, WEIGHTS_FILE, find_pair, fingerprint, settle_pair
+from minilora.peft.files import CONFIG_FILE, WEIGHTS_FILE, find_pair, settle_pair
+from minilora.peft.fingerprints import fingerprint
+from minilora.peft.loading import load
 from minilora.peft.portable import export, to_lora
+from minilora.peft.saving import save, save_adapter
 
 __all__ = [
     "CONFIG_FILE",

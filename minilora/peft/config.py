@@ -1,10 +1,13 @@
-"""adapter_config.json as PEFT writes it: made from a model's adapters, read like user input.
+"""PEFT's names: adapter_config.json as our options and back, and the keys of the tensors.
 
-Fields and their meaning: huggingface/peft, `src/peft/tuners/lora/config.py`.
+Both are tables: an option or a parameter of another LoRA variant is one more row. The fields:
+huggingface/peft, `src/peft/tuners/lora/config.py`; the keys: `src/peft/utils/save_and_load.py`.
 """
 
 import re
 from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +15,260 @@ from torch import nn
 
 from minilora.files import one_line, read_json_object, short
 from minilora.lora import (
-    LoRALayer,
+    LoRAAdapter,
     asked_copies,
     check_alpha,
     check_dropout,
     check_rank,
     compile_ending,
+    compiled_pattern,
+    factors_of,
     find_head,
     is_conv1d,
-    parameter_places,
+    lora_layers,
+    pattern_value,
     plain_modules,
     taken_for_experts,
     unwrapped,
 )
 from minilora.quantization import QuantizedLinear
 
-# Config keys that name or describe; every other key must be one handled below or at a value that
-# asks for nothing, so that a file from a newer PEFT can't mean something we don't compute.
-_DESCRIPTIVE = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-    "ensure_weight_tying", "megatron_core", "eva_config",
-}  # fmt: skip
-_HANDLED = {
-    "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r",
-    "rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora",
-}  # fmt: skip
-_MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+# --- tensors
+
+PREFIX = "base_model.model."
+KEYS = {  # a parameter of `LoRAAdapter`: what ends its key, and its key in an embedding
+    "lora_A": ("lora_A.weight", "lora_embedding_A"),
+    "lora_B": ("lora_B.weight", "lora_embedding_B"),
+    "lora_bias": ("lora_B.bias", "lora_B.bias"),
+    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector"),
+}
+
+
+def keys_of(fqn: str, factors: LoRAAdapter) -> dict[str, str]:
+    """Return the key of each parameter of a layer's adapter."""
+    parts = dict(factors.named_parameters(recurse=False))
+    return {part: f"{PREFIX}{fqn}.{KEYS[part][factors.embedding]}" for part in parts}
+
+
+def stored_shape(part: str, factors: LoRAAdapter) -> list[int]:
+    """Return the shape a parameter has in the file: a convolution's magnitude is 4-D there."""
+    shape = list(getattr(factors, part).shape)
+    return [1, *shape, 1, 1] if part == "magnitude" and factors.lora_A.dim() == 4 else shape
+
+
+def copy_key(name: str, targets: Collection[str]) -> str:
+    """Return the key of a trained copy: PEFT wraps targets, so theirs lie in `base_layer`."""
+    module, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{leaf}" if module in targets else f"{PREFIX}{name}"
+
+
+# --- fields of the config
+
 MOST_PATTERNS = 4096  # of ranks or alphas: one for each layer of the largest models
-_ASKS_NOTHING: tuple[object, ...] = (None, False, "none", [], {}, "")
 # Initialisations that leave the base as it was; PiSSA, OLoRA, LoftQ and CorDA change its weights,
 # so their factors mean something only beside the changed base.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_TARGETS = "a non-empty list of module names or a regex"
+_Check = Callable[[Any, str], object]
 
 
-def _minimal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The shortest list of endings that selects exactly `names`, or a regex where none does.
+def _must(be: str, holds: Callable[[Any], object]) -> _Check:
+    def check(value: Any, key: str) -> None:
+        if not holds(value):
+            raise ValueError(f"{key} must be {be}, found {short(value)}")
 
-    A name that is itself the ending of another module's name can't be told apart by endings.
+    return check
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
+
+
+def _patterns(check: _Check) -> _Check:
+    def check_all(patterns: Any, key: str) -> None:
+        if patterns and not isinstance(patterns, dict):
+            raise ValueError(f"{key} must be an object of regex: number, found {short(patterns)}")
+        if len(patterns or ()) > MOST_PATTERNS:
+            raise ValueError(
+                f"{key} must have at most {MOST_PATTERNS:,} keys, found {len(patterns):,}"
+            )
+        for pattern, value in (patterns or {}).items():
+            compile_ending(pattern, f"the key of {key}")
+            check(value, f"{key}[{short(pattern)}]")
+
+    return check_all
+
+
+_flag = _must("true or false", lambda v: v in (True, False, None))
+_names = _must("a list of names, a string or null",
+               lambda v: v is None or isinstance(v, str) or _are_names(v))  # fmt: skip
+_targets = _must(
+    _TARGETS,
+    lambda v: (
+        compiled_pattern(v, "target_modules") if isinstance(v, str) else not v or _are_names(v)
+    ),
+)
+_parameters = _must("a list of parameter names or null", lambda v: not v or _are_names(v))
+_blocks = _must("a block number, a list of them or null", lambda v: v is None or all(
+    type(number) is int for number in (v if isinstance(v, list) else [v])
+))  # fmt: skip
+_bias = _must("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only"))
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A key of PEFT's config, the option that it stands for, and what it is where it is missing.
+
+    `check` raises for what is refused; `read` and `write` convert to our option and back.
     """
-    every = list(plain_modules(model))
-    wanted = set(names)
-    entries: set[str] = set()
-    for name in names:
-        parts = name.split(".")
-        for start in range(len(parts) - 1, -1, -1):
-            entry = ".".join(parts[start:])
-            hits = {n for n in every if n == entry or n.endswith("." + entry)}
-            if hits <= wanted:
-                entries.add(entry)
-                break
-        else:
-            return "|".join(re.escape(name) for name in names)
-    return sorted(entries)
+
+    key: str
+    option: str | None
+    check: _Check
+    default: Any = None
+    read: Callable[[Any], Any] = lambda value: value
+    write: Callable[[Any], Any] = lambda value: value
 
 
-def _patterns(values: dict[str, Any], by_weight: list[str]) -> tuple[Any, dict[str, Any]]:
-    """Split per-layer values into the commonest one and exact-name patterns for the others."""
+_FIELDS = (
+    _Field("r", "r", check_rank, 8),
+    _Field("lora_alpha", "alpha", check_alpha, 8),
+    _Field("rank_pattern", "rank_pattern", _patterns(check_rank), {}),
+    _Field("alpha_pattern", "alpha_pattern", _patterns(check_alpha), {}),
+    _Field("lora_dropout", "dropout", lambda value, _: check_dropout(value), 0.0),
+    _Field("use_rslora", "rslora", _flag, False),
+    _Field("use_dora", "dora", _flag, False),
+    _Field("lora_bias", "lora_bias", _flag, False),
+    _Field("init_lora_weights", "init", lambda *_: None, True,
+           read=lambda value: "gaussian" if value == "gaussian" else "kaiming",
+           write=lambda init: "gaussian" if init == "gaussian" else True),
+    _Field("bias", "bias", _bias, "none"),
+    _Field("modules_to_save", "modules_to_save", _names,
+           read=lambda value: [value] if isinstance(value, str) else list(value or ()),
+           write=lambda names: names or None),
+    _Field("target_modules", "targets", _targets, read=lambda v: v or ()),
+    _Field("target_parameters", "parameters", _parameters, read=lambda v: v or ()),
+    _Field("exclude_modules", "exclude", _names, read=lambda v: v or ()),
+    _Field("layers_to_transform", "layers", _blocks),
+    _Field("layers_pattern", "layers_pattern", _names,
+           read=lambda value: value or r"[^.]*"),  # PEFT's reading of "no pattern"
+    _Field("fan_in_fan_out", None, _flag, False),  # the base says how it stores its weight
+)  # fmt: skip
+# Keys that name or describe; any other key must ask for nothing, so that a file from a newer PEFT
+# can't mean something that is not computed here.
+_KNOWN = {field.key for field in _FIELDS} | {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type", "ensure_weight_tying",
+    "megatron_core", "eva_config",
+}  # fmt: skip
+_ASKS_NOTHING: tuple[object, ...] = (None, False, "none", [], {}, "")
+
+
+def read_config(file: Path, loadable: bool = True) -> dict[str, Any]:
+    """Read adapter_config.json with the mistrust that user input deserves.
+
+    Args:
+        file: its path.
+        loadable: also refuse what PEFT can load and `load` can't.
+
+    Returns:
+        PEFT's fields, its defaults where they are missing.
+
+    Raises:
+        ValueError: no JSON object, another method than LoRA, or a value of the wrong kind.
+    """
+    config = read_json_object(file)
+    try:
+        if config.get("peft_type") != "LORA":
+            found = short(config.get("peft_type"))
+            raise ValueError(
+                f"peft_type must be 'LORA' (no other method can be loaded), found {found}"
+            )
+        if loadable:
+            _require_loadable(config)
+        for field in _FIELDS:
+            field.check(config.setdefault(field.key, field.default), field.key)
+        if not (config["target_modules"] or config["target_parameters"]):
+            raise ValueError(
+                f"target_modules must be {_TARGETS}, found {short(config['target_modules'])}"
+            )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return config
+
+
+def _require_loadable(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if key not in _KNOWN and value not in _ASKS_NOTHING:
+            raise ValueError(
+                f"{one_line(key, 80)}={short(value)} may change what is computed, and this "
+                f"version of minilora does not support it"
+            )
+    if (init := config.get("init_lora_weights")) not in PLAIN_INITS:
+        raise ValueError(
+            f"init_lora_weights={short(init)} changed the base's weights, so the adapter fits "
+            f"only that base; convert it in PEFT "
+            f"(save_pretrained(path_initial_model_for_weight_conversion=...)) and load the result"
+        )
+
+
+def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `read_config` read as options of `inject`, and `parameters`."""
+    values = ((f, config[f.key]) for f in _FIELDS if f.option)
+    return {f.option: f.read(f.default if v is None else v) for f, v in values if f.option}
+
+
+def factor_options(options: Mapping[str, Any], fqn: str) -> dict[str, Any]:
+    """Return the options that a layer's `new_adapter` takes."""
+    return {
+        "r": pattern_value(fqn, options["rank_pattern"], options["r"]),
+        "alpha": pattern_value(fqn, options["alpha_pattern"], options["alpha"]),
+        **{key: options[key] for key in ("dropout", "rslora", "dora", "lora_bias", "init")},
+    }
+
+
+def config_of(
+    model: nn.Module,
+    adapter: str,
+    base_name: str | None = None,
+    factors: Mapping[str, LoRAAdapter] | None = None,
+) -> dict[str, Any]:
+    """Describe an adapter, or these factors by layer, in PEFT's fields.
+
+    `target_modules` is as short as is exact.
+    """
+    factors = factors_of(model, adapter) if factors is None else factors
+    first, by_weight = next(iter(factors.values())), by_parameter(model, factors)[0]
+    plain = {fqn: one.plain()[2:] for fqn, one in factors.items()}
+    r, rank_pattern = _split({fqn: r for fqn, (r, _, _) in plain.items()}, by_weight)
+    alpha, alpha_pattern = _split({fqn: alpha for fqn, (_, alpha, _) in plain.items()}, by_weight)
+    bias, modules_to_save = asked_copies(model, adapter)
+    options = {
+        "r": r, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
+        "dropout": first.dropout, "rslora": next(iter(plain.values()))[2], "init": first.init,
+        "dora": first.magnitude is not None, "lora_bias": first.lora_bias is not None,
+        "bias": bias, "modules_to_save": modules_to_save,
+        "targets": _minimal_targets(model, [fqn for fqn in factors if fqn not in by_weight]),
+        "parameters": sorted(f"{fqn}.weight" for fqn in by_weight),
+    }  # fmt: skip
+    config = {f.key: f.write(options[f.option]) if f.option in options else None for f in _FIELDS}
+    if not by_weight:
+        del config["target_parameters"]  # which older versions of PEFT don't know
+    head, layers = find_head(model), lora_layers(model)
+    return config | {
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name or _base_name(model),
+        "fan_in_fan_out": any(_stores_transposed(layers[fqn].base) for fqn in factors),
+        "inference_mode": True,
+        "peft_type": "LORA",
+        "peft_version": "0.21.2",  # the release whose layout this follows
+        "revision": None,
+        "task_type": "CAUSAL_LM" if head is not None and "lm_head" in head else None,
+    }
+
+
+def _split(values: dict[str, Any], by_weight: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Split per-layer values into the most common one and exact-name patterns for the others."""
     common = Counter(values.values()).most_common(1)[0][0]
     # "^" keeps a name from also matching as the ending of a longer one under PEFT's rule; where
     # PEFT is given a parameter's name (`target_parameters`), it looks that up.
@@ -81,21 +280,53 @@ def _patterns(values: dict[str, Any], by_weight: list[str]) -> tuple[Any, dict[s
     return common, rest
 
 
+def _minimal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Return the shortest list of endings that selects exactly `names`, or a regex if none does.
+
+    A name that is itself the ending of another module's name can't be told apart by endings.
+    """
+    every = list(plain_modules(model))
+    wanted = set(names)
+    entries: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            entry = ".".join(parts[start:])
+            if {n for n in every if n == entry or n.endswith("." + entry)} <= wanted:
+                entries.add(entry)
+                break
+        else:
+            return "|".join(re.escape(name) for name in names)
+    return sorted(entries)
+
+
 def _stores_transposed(base: nn.Module) -> bool:
     quantized = isinstance(base, QuantizedLinear) and not issubclass(base.plain, nn.Linear)
     return quantized or is_conv1d(base)
 
 
+def _base_name(model: nn.Module) -> str | None:
+    """Return where the base came from; of a copy in Hugging Face's cache, the model's name."""
+    name = getattr(unwrapped(model), "name_or_path", None) or None
+    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", str(name))
+    return f"{cached[1]}/{cached[2]}" if cached else name
+
+
+# --- what PEFT reads otherwise
+
+_MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
 def by_parameter(
-    model: nn.Module, layers: dict[str, LoRALayer], adapter: str
+    model: nn.Module, factors: Mapping[str, LoRAAdapter]
 ) -> tuple[list[str], str | None]:
     """Return the layers to be named by their weight, and why those can't be that should be.
 
     PEFT would look for them among stacked experts (`taken_for_experts`); named by their weight, in
     `target_parameters`, it finds them. It takes neither dropout nor DoRA nor a lora_bias there.
     """
-    names = taken_for_experts(unwrapped(model), {"": model, **plain_modules(model)}, list(layers))
-    first: Any = next(iter(layers.values())).adapters[adapter]
+    names = taken_for_experts(unwrapped(model), {"": model, **plain_modules(model)}, list(factors))
+    first = next(iter(factors.values()))
     what = "dropout" if first.dropout else "DoRA" if first.magnitude is not None else None
     what = "a lora_bias" if first.lora_bias is not None else what
     if not names or what is None:
@@ -106,149 +337,10 @@ def by_parameter(
     )
 
 
-def not_for_peft(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> str | None:
+def not_for_peft(model: nn.Module, factors: Mapping[str, LoRAAdapter]) -> str | None:
     """Say why PEFT refuses this adapter on its own base, or reads it otherwise; else None."""
-    kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
-    wrong = [n for n in layers if n.rpartition(".")[2] in ("out_proj", "conv1d")]
-    if kind in _MAMBAS and wrong:
-        return f"PEFT refuses {wrong[0]} ({len(wrong)} such layers) in a model of type {kind}"
-    return by_parameter(model, layers, adapter)[1]
-
-
-def weights_named(model: nn.Module, config: dict, file: Path) -> list[str]:
-    """Return the linears whose weight `target_parameters` names; refuse what is no such weight."""
-    places, found = parameter_places(model), []
-    entries = config.get("target_parameters") or []
-    for name in places:
-        if not any(f".{name}".endswith(f".{entry}") for entry in entries):
-            continue
-        module, _, leaf = name.rpartition(".")
-        if leaf != "weight" or not isinstance(places[name][0], nn.Linear):
-            raise ValueError(
-                f"{file}: target_parameters must name weights of linear layers, found {name} "
-                f"{list(getattr(*places[name]).shape)}, which is none; adapters on such parameters "
-                f"(stacked experts) can't be loaded here, only in PEFT"
-            )
-        found.append(module)
-    return found
-
-
-def _base_name(model: nn.Module) -> str | None:
-    """Return where the base came from; of a copy in Hugging Face's cache, the model's name."""
-    name = getattr(unwrapped(model), "name_or_path", None) or None
-    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", str(name))
-    return f"{cached[1]}/{cached[2]}" if cached else name
-
-
-def config_of(
-    model: nn.Module, layers: dict[str, LoRALayer], adapter: str, base_name: str | None = None
-) -> dict:
-    """Describe an adapter by PEFT's fields, target_modules as short as is exact."""
-    factors: dict[str, Any] = {fqn: layer.adapters[adapter] for fqn, layer in layers.items()}
-    plain = {fqn: f.plain()[2:] for fqn, f in factors.items()}
-    by_weight, _ = by_parameter(model, layers, adapter)
-    r, rank_pattern = _patterns({fqn: values[0] for fqn, values in plain.items()}, by_weight)
-    alpha, alpha_pattern = _patterns({fqn: values[1] for fqn, values in plain.items()}, by_weight)
-    bias, modules_to_save = asked_copies(model, adapter)
-    first = next(iter(factors.values()))
-    head = find_head(model)
-    names = [fqn for fqn in factors if fqn not in by_weight]
-    config = {
-        "alpha_pattern": alpha_pattern,
-        "auto_mapping": None,
-        "base_model_name_or_path": base_name or _base_name(model),
-        "bias": bias,
-        "exclude_modules": None,
-        "fan_in_fan_out": any(_stores_transposed(layer.base) for layer in layers.values()),
-        "inference_mode": True,
-        "init_lora_weights": "gaussian" if first.init == "gaussian" else True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": alpha,
-        "lora_bias": first.lora_bias is not None,
-        "lora_dropout": first.dropout,
-        "modules_to_save": modules_to_save or None,
-        "peft_type": "LORA",
-        "peft_version": "0.21.2",  # the release whose layout this follows
-        "r": r,
-        "rank_pattern": rank_pattern,
-        "revision": None,
-        "target_modules": _minimal_targets(model, names),
-        "task_type": "CAUSAL_LM" if head is not None and "lm_head" in head else None,
-        "use_dora": first.magnitude is not None,
-        "use_rslora": next(iter(plain.values()))[2],
-    }
-    if by_weight:
-        config["target_parameters"] = sorted(f"{fqn}.weight" for fqn in by_weight)
-    return config
-
-
-def check_pattern_count(patterns: object, key: str) -> None:
-    """Raise unless this is an object of regex: number that can be matched in bounded time."""
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{key} must be an object of regex: number, found {short(patterns)}")
-    if len(patterns) > MOST_PATTERNS:
-        raise ValueError(f"{key} must have at most {MOST_PATTERNS:,} keys, found {len(patterns):,}")
-
-
-def read_config(file: Path) -> dict:
-    """Read adapter_config.json with the mistrust that user input deserves."""
-    config = read_json_object(file)
-
-    def problem(key: str, must: str) -> ValueError:
-        return ValueError(f"{file}: {key} must be {must}, found {short(config.get(key))}")
-
-    if config.get("peft_type") != "LORA":
-        raise problem("peft_type", "'LORA' (no other method can be loaded)")
-    for key, value in config.items():
-        if key not in _DESCRIPTIVE | _HANDLED and value not in _ASKS_NOTHING:
-            raise ValueError(
-                f"{file}: {one_line(key, 80)}={short(value)} may change what is computed, and this "
-                f"version of minilora does not support it"
-            )
-    if config.get("init_lora_weights") not in _PLAIN_INITS:
-        raise ValueError(
-            f"{file}: init_lora_weights={short(config['init_lora_weights'])} changed the base's "
-            f"weights, so the adapter fits only that base; convert it in PEFT "
-            f"(save_pretrained(path_initial_model_for_weight_conversion=...)) and load the result"
-        )
-    entries = config.get("target_modules")
-    is_list = isinstance(entries, list) and all(isinstance(e, str) and e for e in entries)
-    parameters = config.get("target_parameters") or []
-    if not isinstance(parameters, list) or not all(isinstance(e, str) and e for e in parameters):
-        raise problem("target_parameters", "a list of parameter names or null")
-    if not (is_list or isinstance(entries, str)) or not (entries or parameters):
-        raise problem("target_modules", "a non-empty list of module names or a regex")
-    for key in ("exclude_modules", "layers_pattern", "modules_to_save"):
-        value = config.get(key)
-        if not isinstance(value, (str, type(None))) and not (
-            isinstance(value, list) and all(isinstance(e, str) and e for e in value)
-        ):
-            raise problem(key, "a list of names, a string or null")
-    blocks = config.get("layers_to_transform")
-    if blocks is not None and not all(
-        type(i) is int for i in (blocks if isinstance(blocks, list) else [blocks])
-    ):
-        raise problem("layers_to_transform", "a block number, a list of them or null")
-    if config.setdefault("bias", "none") not in ("none", "all", "lora_only"):
-        raise problem("bias", "'none', 'all' or 'lora_only'")
-    try:
-        check_rank(config.setdefault("r", 8), "r")
-        check_alpha(config.setdefault("lora_alpha", 8), "lora_alpha")
-        check_dropout(config.setdefault("lora_dropout", 0.0))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    for key, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
-        patterns = config.get(key) or {}
-        try:
-            check_pattern_count(patterns, key)
-            for pattern, value in patterns.items():
-                compile_ending(pattern, f"the key of {key}")
-                check(value, f"{key}[{short(pattern)}]")  # type: ignore[operator]
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        config[key] = patterns
-    for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
-        if config.get(key) not in (True, False, None):
-            raise problem(key, "true or false")
-    return config
+    family = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
+    wrong = [n for n in factors if n.rpartition(".")[2] in ("out_proj", "conv1d")]
+    if family in _MAMBAS and wrong:
+        return f"PEFT refuses {wrong[0]} ({len(wrong)} such layers) in a model of type {family}"
+    return by_parameter(model, factors)[1]

@@ -1,20 +1,14 @@
-"""How an adapter's two files get to the disk and back: as a pair, whole, and for one base.
+"""How an adapter's two files get to the disk and back: as a pair, and whole.
 
-What is minilora's own (a hash that pairs the files, a fingerprint of the base) lies in the
+What is minilora's own (a hash that pairs the files, fingerprints of the base) lies in the
 safetensors metadata, which PEFT does not read.
 """
 
-import base64
 import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from minilora.files import (
@@ -22,40 +16,14 @@ from minilora.files import (
     beside,
     leftovers,
     name_beside,
-    parse_json,
     sweep,
     tensor_content,
     tensor_file,
 )
-from minilora.lora import LoRALayer, difference, storage_format, weight_sample
-from minilora.quantization import packed_format, weight_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PAIRED = "minilora_config_sha256"  # in the weights' metadata
-# A base of the same storage format must agree exactly; another format only this closely, and one
-# that another library packs (bitsandbytes rounds its scales anew for some CPUs).
-_MIN_COSINE = 0.98
-
-
-def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None = None) -> str:
-    """Describe the unmerged base of each layer as JSON: shape, format and sampled weights.
-
-    `own` are the base's own parameters that a trained copy may stand for, by dotted name.
-    """
-    rows = {}
-    for fqn, layer in layers.items():
-        sample = layer.base_sample
-        if sample is None:  # else the weight may be merged, or sharded and not at hand
-            key = f"{fqn}.weight"
-            weight = own[key] if own and key in own else weight_values(layer.base)
-            sample = weight_sample(fqn, weight)
-        rows[fqn] = {
-            "shape": [layer.out_features, layer.in_features],
-            "format": layer.base_format or storage_format(layer.base),
-            "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
-        }
-    return json.dumps(rows)
 
 
 def write_pair(
@@ -114,8 +82,21 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
     return final
 
 
+def require_pair(folder: Path) -> tuple[Path, Path]:
+    """Return the paths of an adapter's config and weights, or raise for a missing one."""
+    pair = find_pair(folder)
+    for file, name in zip(pair, (CONFIG_FILE, WEIGHTS_FILE), strict=True):
+        if not file.is_file():
+            below = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}"))
+            raise ValueError(
+                f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}; {name} is missing"
+                + (f"; did you mean {below[0]}?" if below else "")
+            )
+    return pair
+
+
 def _paired(weights: Path) -> str | None:
-    """Return the hash of the config that weights belong to, if they are whole and have one."""
+    """Return the hash of the config that weights belong to, if they are readable and have one."""
     with contextlib.suppress(ValueError, RuntimeError), tensor_file(weights) as opened:
         return (opened.metadata() or {}).get(_PAIRED)
     return None
@@ -141,61 +122,4 @@ def check_pair(folder: Path, config: bytes, metadata: dict[str, str]) -> None:
             f"weights belong to a config with SHA-256 {expected[:12]}… and this one has "
             f"{found[:12]}…; a save was interrupted or one file was edited. Save the adapter "
             f"again, or pass verify=False if the edit was meant"
-        )
-
-
-def check_base(
-    folder: Path,
-    metadata: dict[str, str],
-    modules: dict[str, Any],
-    samples: dict[str, Tensor],
-) -> bool:
-    """Compare the base with the one the adapter was trained on; False unless all is known."""
-    if "minilora_base" not in metadata:
-        return False
-    try:
-        rows = {
-            fqn: (row["format"], np.frombuffer(base64.b64decode(row["sample"]), dtype="<f4"))
-            for fqn, row in parse_json(metadata["minilora_base"], "it").items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE}: minilora_base in the metadata must be readable, found "
-            f"{type(error).__name__} ({error!s:.200}); save the adapter again, or pass verify=False"
-        ) from None
-    for fqn, (saved_format, raw) in rows.items():
-        if fqn not in samples:
-            continue  # the keys are checked elsewhere
-        saved = torch.from_numpy(raw.astype(np.float64))
-        here = samples[fqn].to(torch.float64)
-        if saved.shape != here.shape:
-            same, how = False, f"{len(here)} numbers"
-        elif saved_format == storage_format(modules[fqn]) and not packed_format(modules[fqn]):
-            same, how = torch.equal(saved, here), "equal"
-        else:
-            norm = float(saved.norm() * here.norm())
-            cosine = float(saved @ here) / norm if norm else float(torch.equal(saved, here))
-            same, how = cosine >= _MIN_COSINE, f"alike (cosine {cosine:.3f}, {_MIN_COSINE} needed)"
-        if not same:
-            raise ValueError(
-                f"{folder} was trained on another base: sampled weights of {fqn} must be {how} "
-                f"and are not; load the base it was trained on, or pass verify=False to load it "
-                f"all the same"
-            )
-    return rows.keys() >= samples.keys()
-
-
-def check_rest(folder: Path, metadata: dict[str, str], values: Mapping[str, Tensor]) -> None:
-    """Compare what the adapter depends on and does not hold; older files say nothing of it."""
-    try:
-        found = difference(values, metadata.get("minilora_rest", "{}"))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE}: minilora_rest in the metadata must be readable, found "
-            f"{type(error).__name__} ({error}); save the adapter again, or pass verify=False"
-        ) from None
-    if found is not None:
-        raise ValueError(
-            f"{folder} was trained on another base: {found}; load the base it was trained on, or "
-            f"pass verify=False to load it all the same"
         )

@@ -9,22 +9,19 @@ from torch.nn import functional as F
 from minilora.lora import (
     Fit,
     LayerFit,
-    active_adapters,
     add_frozen,
-    all_adapter_names,
     check_new_name,
     check_rank,
     check_source,
     factors_of,
     fitted,
-    lora_layers,
     originals_in_place,
     plain_adapter,
     require_layers,
     require_unmerged,
     stored_dtype,
 )
-from minilora.peft.checkpoint import save_adapter
+from minilora.peft.saving import only_adapter, save_adapter
 
 
 def _converted(
@@ -34,8 +31,7 @@ def _converted(
     if r is not None:
         check_rank(r)
     check_source(model, adapter, verb)
-    made = {}
-    layers = lora_layers(model)
+    layers, made = require_layers(model, verb), {}
     for fqn, factors in factors_of(model, adapter).items():
         if factors.magnitude is not None and r is None:
             raise ValueError(
@@ -87,9 +83,8 @@ def to_lora(
     require_unmerged(layers, "to_lora")
     check_new_name(model, name)
     made = _converted(model, adapter, r, dtype, "to_lora")
-    add_frozen(
-        model, name, {fqn: plain_adapter(layers[fqn], A, B) for fqn, (A, B, _) in made.items()}
-    )
+    new = {fqn: plain_adapter(layers[fqn], A, B) for fqn, (A, B, _) in made.items()}
+    add_frozen(model, name, new)
     return Fit(name, "to_lora", tuple(fit for *_, fit in made.values()))
 
 
@@ -127,31 +122,14 @@ def export(
     """
     layers = require_layers(model, "export")
     require_unmerged(layers, "export")
-    adapter = _only_adapter(model) if adapter is None else adapter
+    adapter = only_adapter(model) if adapter is None else adapter
     made = _converted(model, adapter, r, dtype, "export")
     rank = max(len(A) for A, _, _ in made.values())
-    fits = []
-    new = {}
+    fits, new = [], {}
     for fqn, (A, B, fit) in made.items():
         spare = rank - len(A)
         padded = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
         new[fqn] = plain_adapter(layers[fqn], *padded)
         fits.append(LayerFit(fqn, rank, fit.norm, fit.lost))
-    passing = "export"  # the writer reads a model: the adapter is on it for as long as that takes
-    while passing in all_adapter_names(model):
-        passing += "_"
-    try:
-        for fqn, factors in new.items():
-            layers[fqn].adapters[passing] = factors
-        save_adapter(model, Path(folder), passing)
-    finally:
-        for fqn in factors_of(model, passing):
-            del layers[fqn].adapters[passing]
+    save_adapter(model, Path(folder), adapter, factors=new)
     return Fit(adapter, "export", tuple(fits))
-
-
-def _only_adapter(model: nn.Module) -> str:
-    names, active = all_adapter_names(model), active_adapters(model)
-    if len(names) == 1 or len(active) == 1:
-        return names[0] if len(names) == 1 else active[0]
-    raise ValueError(f"several adapters are there ({', '.join(names)}); say which with adapter=...")

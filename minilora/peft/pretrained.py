@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.lora import active_adapters, lora_layers, write_pretrained_by
-from minilora.peft.checkpoint import save_adapter
+from minilora.peft.saving import save_adapter
 from minilora.quantization import QuantizedLinear
 
 

@@ -315,7 +315,7 @@ class Run:
         """Return what makes it this run: a resumed one must have the same."""
         mine = {n: layer for n, layer in self.layers.items() if self.adapter in layer.adapters}
         with whole_factors(self.model, self.adapter):  # PiSSA's are put together with its offset
-            adapter = config_of(self.model, mine, self.adapter)
+            adapter = config_of(self.model, self.adapter)
         return {
             "config": self.config.to_dict() | {"compile": self.compile},  # what "auto" came to
             "compute": [str(self.dtype), *sorted({str(v.compute_dtype) for v in mine.values()})],

@@ -291,7 +291,7 @@ def test_adapters_of_peft_load_without_a_note_on_the_base(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
-@pytest.mark.parametrize("order", itertools.permutations(["frozen", "trained", "also"]))
+@pytest.mark.parametrize("order", list(itertools.permutations(["frozen", "trained", "also"])))
 def test_load_makes_trainable_exactly_what_was_asked(tmp_path, order):
     """By name, whatever was loaded before, and whatever the base was."""
     for seed, name in enumerate(order):

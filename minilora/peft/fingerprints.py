@@ -1,0 +1,115 @@
+"""A base by samples of its values, so that no adapter is loaded onto another one unnoticed."""
+
+import base64
+import contextlib
+import json
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilora.files import parse_json
+from minilora.lora import (
+    LoRALayer,
+    difference,
+    frozen_values,
+    plain_modules,
+    storage_format,
+    weight_sample,
+)
+from minilora.peft.files import WEIGHTS_FILE
+from minilora.quantization import packed_format, weight_values
+
+# A base of the same storage format must agree exactly; another format only this closely, and one
+# that another library packs (bitsandbytes rounds its scales anew for some CPUs).
+_MIN_COSINE = 0.98
+
+
+def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None = None) -> str:
+    """Describe the unmerged base of each layer as JSON: shape, format and sampled weights.
+
+    `own` are the base's own parameters that a trained copy may stand for, by dotted name.
+    """
+    rows = {}
+    for fqn, layer in layers.items():
+        sample = layer.base_sample
+        if sample is None:  # else the weight may be merged, or sharded and not at hand
+            key = f"{fqn}.weight"
+            weight = own[key] if own and key in own else weight_values(layer.base)
+            sample = weight_sample(fqn, weight)
+        rows[fqn] = {
+            "shape": [layer.out_features, layer.in_features],
+            "format": layer.base_format or storage_format(layer.base),
+            "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
+        }
+    return json.dumps(rows)
+
+
+def check_base(
+    model: nn.Module,
+    folder: Path,
+    metadata: dict[str, str],
+    names: Collection[str],
+    copied: Collection[str],
+) -> None:
+    """Refuse another base than the one an adapter was trained on, as far as its files tell.
+
+    Args:
+        model: with the base's own parameters in place.
+        folder: named in messages.
+        metadata: of the adapter's weights.
+        names: the layers it adapts.
+        copied: the parameters it brings trained copies of.
+    """
+    with _readable(folder, "minilora_base"):
+        rows = {
+            fqn: (row["format"], np.frombuffer(base64.b64decode(row["sample"]), dtype="<f4"))
+            for fqn, row in parse_json(metadata.get("minilora_base", "{}"), "it").items()
+        }
+    modules = plain_modules(model)
+    unlike = (_unlike(fqn, modules[fqn], *rows[fqn]) for fqn in names if fqn in rows)
+    found = next(filter(None, unlike), None)
+    with _readable(folder, "minilora_rest"):
+        rest = frozen_values(model, names, copied)
+        found = found or difference(rest, metadata.get("minilora_rest", "{}"))
+    if found is not None:
+        raise ValueError(
+            f"{folder} was trained on another base: {found}; load the base it was trained on, or "
+            f"pass verify=False to load it all the same"
+        )
+    if "minilora_base" in metadata and not rows.keys() >= set(names):  # PEFT writes none
+        warnings.warn(
+            f"minilora: {folder} says nothing of the base it was trained on, so a wrong base goes "
+            f"unnoticed; compare outputs",
+            stacklevel=4,
+        )
+
+
+def _unlike(fqn: str, module: Any, saved_format: str, sample: Any) -> str | None:
+    """Say how a layer's weights differ from the saved sample, None if they do not."""
+    saved = torch.from_numpy(sample.astype(np.float64))
+    here = weight_sample(fqn, weight_values(module)).to(torch.float64)
+    if saved.shape != here.shape:
+        same, how = False, f"{len(here)} numbers"
+    elif saved_format == storage_format(module) and not packed_format(module):
+        same, how = torch.equal(saved, here), "equal"
+    else:
+        norm = float(saved.norm() * here.norm())
+        cosine = float(saved @ here) / norm if norm else float(torch.equal(saved, here))
+        same, how = cosine >= _MIN_COSINE, f"alike (cosine {cosine:.3f}, {_MIN_COSINE} needed)"
+    return None if same else f"sampled weights of {fqn} must be {how} and are not"
+
+
+@contextlib.contextmanager
+def _readable(folder: Path, key: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: {key} in the metadata must be readable, found "
+            f"{type(error).__name__} ({error!s:.200}); save the adapter again, or pass verify=False"
+        ) from None

@@ -1,0 +1,185 @@
+"""Write an adapter as PEFT does."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.lora import (
+    LoRAAdapter,
+    all_adapter_names,
+    check_whole,
+    copies_of,
+    describe,
+    drawn_modules,
+    factors_of,
+    frozen_values,
+    lora_layers,
+    original_parameters,
+    parameter_places,
+    require_layers,
+    require_values,
+)
+from minilora.peft.config import config_of, copy_key, keys_of, not_for_peft, stored_shape
+from minilora.peft.files import write_pair
+from minilora.peft.fingerprints import fingerprint
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: str | None = None,
+    *,
+    base_name: str | None = None,
+) -> Path:
+    """Write an adapter as PEFT's two files, so that PEFT, vLLM and `load` read it.
+
+    The adapter named `default` goes to `folder`, any other to `folder/<name>`. Both files are
+    written aside first; killed at any moment, `load` finds the old or the new one. A merged
+    model's adapter is written unmerged; one started by PiSSA or OLoRA as an ordinary adapter of
+    twice the rank for the untouched base.
+
+    Args:
+        model: a model with adapters; not changed.
+        folder: made if missing; the two files in it are replaced.
+        adapter: which one; None when there is only one, or only one is active.
+        base_name: what the config names as the base; None is where the model came from, of a
+            model from the hub its name there.
+
+    Returns:
+        The folder that holds the two files.
+
+    Raises:
+        ValueError: no adapter, an unknown one, several without a name, factors with NaN or Inf,
+            a parameter outside the adapter that is being trained.
+        RuntimeError: the folder can't be written; what was there before stays.
+    """
+    require_layers(model, "save")
+    adapter = only_adapter(model) if adapter is None else adapter
+    return save_adapter(
+        model, Path(folder) if adapter == "default" else Path(folder) / adapter, adapter, base_name
+    )
+
+
+def save_adapter(
+    model: nn.Module,
+    out: Path,
+    adapter: str,
+    base_name: str | None = None,
+    factors: Mapping[str, LoRAAdapter] | None = None,
+) -> Path:
+    """Write the two files into exactly this folder, whatever the adapter's name; see `save`.
+
+    `factors` by layer are written in place of an adapter of the model.
+    """
+    layers = require_layers(model, "save")
+    check_whole(model, "save")
+    require_values(model, "save")
+    factors = factors_of(model, adapter) if factors is None else factors
+    if not factors:
+        raise ValueError(
+            f"there is no adapter {adapter!r}; this model has: "
+            f"{', '.join(all_adapter_names(model))}"
+        )
+    layers = {fqn: layers[fqn] for fqn in factors}
+    copies = copies_of(model, adapter)
+    tensors = _tensors(model, adapter, factors, copies)
+    frozen = frozen_values(model, factors, copies)
+    _refuse_trained(frozen)
+    problem = not_for_peft(model, factors)
+    for text in (*_unsaved(model, adapter, factors, copies), *filter(None, [problem])):
+        warnings.warn(f"minilora: {text}", UserWarning, stacklevel=3)
+    metadata = {
+        "format": "pt",
+        "minilora_base": fingerprint(layers, original_parameters(model)),
+        "minilora_rest": describe(frozen),
+    } | ({} if problem is None else {"minilora_not_for_peft": problem})
+    config = config_of(model, adapter, base_name, factors)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_pair(out, tensors, metadata, text.encode())
+    return out
+
+
+def only_adapter(model: nn.Module) -> str:
+    """Return the adapter meant by None: the only one, or the only one in use."""
+    names = all_adapter_names(model)
+    used = {name for layer in lora_layers(model).values() for name in layer.merged or layer.active}
+    for choice in (names, list(used)):
+        if len(choice) == 1:
+            return choice[0]
+    raise ValueError(f"several adapters are there ({', '.join(names)}); say which with adapter=...")
+
+
+def _tensors(
+    model: nn.Module,
+    adapter: str,
+    factors: Mapping[str, LoRAAdapter],
+    copies: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return what is written, by PEFT's keys."""
+    tensors: dict[str, Tensor] = {}
+
+    def put(key: str, value: Tensor, what: str) -> None:
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"{what} of adapter {adapter!r} must be finite, found NaN or Inf; nothing was "
+                f"written"
+            )
+        tensors[key] = value.detach().cpu().clone().contiguous()
+
+    for fqn, one in factors.items():
+        values: dict[str, Tensor] = dict(one.named_parameters(recurse=False))
+        values["lora_A"], values["lora_B"] = one.plain()[:2]
+        if "magnitude" in values:
+            values["magnitude"] = values["magnitude"].reshape(stored_shape("magnitude", one))
+        for part, key in keys_of(fqn, one).items():
+            put(key, values[part], f"{fqn}: {part}")
+    places = parameter_places(model)
+    for name, value in copies.items():
+        if name not in places:
+            raise ValueError(
+                f"the adapter has a trained copy of {name}, and this model has no such parameter; "
+                f"call save with the module that inject was called with"
+            )
+        put(copy_key(name, factors), value, name)
+    return tensors
+
+
+def _refuse_trained(frozen: Mapping[str, Tensor]) -> None:
+    """Raise where something is trained that the files do not hold."""
+    for name, value in frozen.items():
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} requires gradients, and the adapter's files do not hold it: what is "
+                f"trained there would be lost; inject with "
+                f"modules_to_save=[{name.rpartition('.')[0]!r}], or set requires_grad_(False) on "
+                f"it to save the adapter without it"
+            )
+
+
+def _unsaved(
+    model: nn.Module, adapter: str, factors: Mapping[str, Any], copies: Mapping[str, Tensor]
+) -> list[str]:
+    """Warn of values that no file holds, and of layers that training has left at 0."""
+    texts = []
+    if drawn := drawn_modules(model, copies):
+        texts.append(
+            f"{', '.join(drawn[:4])} of the base holds values drawn at random since it was loaded "
+            f"(new rows of a vocabulary, a new head), which the adapter's files do not hold: save "
+            f"the base too, with adapters ejected, or the adapter will not load"
+        )
+    still = [
+        fqn for fqn, one in factors.items()
+        if one.zero_factor and not getattr(one, one.zero_factor).detach().any()
+    ]  # fmt: skip
+    if 0 < len(still) < len(factors):
+        texts.append(
+            f"adapter {adapter!r} adds nothing in {len(still)} of {len(factors)} layers (first: "
+            f"{still[0]}): no gradient has reached them; does the model call these modules, or "
+            f"others that it kept before inject?"
+        )
+    return texts
