@@ -26,7 +26,7 @@ from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
 from minilora.planning.calibration import forget_peak, peak_bytes
 from minilora.training.ranks import Ranks
-from minilora.training.sharded_loading import sharded
+from minilora.training.sharding import sharded
 
 SHAPE = LlamaConfig(8192, 1024, 4096, 8, 16, 16, 64, 512)
 

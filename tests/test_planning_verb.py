@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from planning_machine import MACHINE
 from torch.distributed.run import get_args_parser as torchrun
 
 import minilora
-from minilora.cli.arguments import build_parser
+from minilora.cli.command import build_parser
 from minilora.data.batches import Example
 from minilora.models import LlamaConfig
 from minilora.planning import advice
@@ -140,6 +141,13 @@ def test_other_settings_are_scaled_from_the_timed_ones(monkeypatch):
     assert other.how == "timed here", "each format is timed once"
 
 
+def parsed(words):
+    """The options of a command line by their plain names."""
+    read = vars(build_parser().parse_args(words)).items()
+    known = {"r": 8, "parallel": None} | {key.rpartition(".")[2]: value for key, value in read}
+    return types.SimpleNamespace(**known)
+
+
 def test_the_command_is_one_that_train_takes():
     shape = Shape("smollm2-135m", SMALL, "here", stored=True)
     settings = Settings(
@@ -149,7 +157,7 @@ def test_the_command_is_one_that_train_takes():
     words = shlex.split(text)
     started = torchrun().parse_args(words[1:])
     assert (started.nproc_per_node, started.training_script) == ("2", "minilora")
-    options = build_parser().parse_args(started.training_script_args)
+    options = parsed(started.training_script_args)
     assert (options.model, options.quantize, options.block_size) == ("smollm2-135m", "nf4", 32)
     assert (options.r, options.batch_size, options.accumulate) == (4, 2, 4)
     assert (options.max_length, options.epochs, options.dtype) == (32, 2.5, "float32")
@@ -171,7 +179,7 @@ def test_every_command_is_parsed_by_who_gets_it(model, device):
         words = shlex.split(command(found.shape, option.settings, found.data, option.device))
         if words[0] == "torchrun":
             words = ["minilora", *torchrun().parse_args(words[1:]).training_script_args]
-        read = build_parser().parse_args(words[1:])
+        read = parsed(words[1:])
         assert read.device == ("cuda" if option.device.gpu else "cpu")
         assert (read.r, read.parallel) == (option.settings.r, option.settings.parallel)
 

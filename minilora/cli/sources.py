@@ -42,31 +42,27 @@ def check_new_folder(out: Path, what: str) -> None:
         )
 
 
-def load(options: argparse.Namespace, prepare: Any = None) -> tuple[Any, Any]:
+def load(
+    options: argparse.Namespace, parallel: str | None = None, prepare: Any = None
+) -> tuple[Any, Any]:
     """Return the model that the options name, with its adapter, and the tokenizer."""
     adapter = getattr(options, "adapter", None)
     if adapter is not None:
         check_adapter(adapter, "--adapter")  # before the slow part
-    place = device(options)
+    target = device(options)
     dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
     dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
-    if place.type == "cuda" and dtype == "auto":
+    if dtype == "auto" and target.type == "cuda":
         dtype = minilora.hardware("cuda").dtype
-    elif getattr(options, "parallel", None) is not None and dtype == "auto":
-        dtype = common_dtype(options.parallel)
+    elif dtype == "auto" and parallel is not None:
+        dtype = common_dtype(parallel)
+    more: dict[str, Any] = {"dtype": dtype, "device": target, "prepare": prepare}
     format = getattr(options, "quantize", None)
     if format is not None or is_quantized_folder(options.model):
         block_size = getattr(options, "block_size", 64)
-        model, tokenizer = load_quantized(
-            options.model,
-            format,
-            block_size=block_size,
-            dtype=dtype,
-            device=place,
-            prepare=prepare,
-        )
+        model, tokenizer = load_quantized(options.model, format, block_size=block_size, **more)
     else:
-        model, tokenizer = load_model(options.model, dtype=dtype, device=place, prepare=prepare)
+        model, tokenizer = load_model(options.model, **more)
     if adapter is not None:
         minilora.load(model, adapter, trainable=options.command == "train")
     return model, tokenizer

@@ -3,9 +3,10 @@
 from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.lock import check_free
-from minilora.training.loop import FitResult, fit
+from minilora.training.loop import fit
 from minilora.training.ranks import Ranks, common_dtype, leave, torchrun_number
-from minilora.training.sharded_loading import sharded
+from minilora.training.result import FitResult
+from minilora.training.sharding import sharded
 from minilora.training.state import check_out
 
 __all__ = [

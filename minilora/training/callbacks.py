@@ -10,7 +10,7 @@ class Callbacks:
     """Call the methods that a user's objects have.
 
     - `on_step(row)` after every optimizer step, with what `metrics.jsonl` gets.
-    - `on_eval(row)` after every evaluation, likewise.
+    - `on_eval(row)` after every evaluation, the same.
     - `on_save(folder)` after the state was saved.
     - `on_log(line)` with every line the run says, quiet or not.
 
@@ -39,9 +39,9 @@ class Callbacks:
                     f"{type(each).__name__} without any"
                 )
 
-    def __call__(self, name: str, told: Any) -> None:
-        """Tell all of them."""
+    def __call__(self, name: str, value: Any) -> None:
+        """Call the method of each object that has it."""
         for each in self.objects:
             method = getattr(each, name, None)
             if callable(method):
-                method(told)
+                method(value)

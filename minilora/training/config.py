@@ -1,141 +1,185 @@
-"""What a run is told: one checked dataclass, and the learning rate it implies."""
+"""The options of a run as one checked dataclass, and the learning rate that they imply."""
 
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from minilora.files import short
+from minilora.files import (
+    MOST,
+    check_options,
+    described,
+    is_number,
+    must_be,
+    number,
+    option,
+    whole,
+)
 
-SCHEDULES = ("cosine", "linear", "constant")
-PARALLEL = ("ddp", "fsdp")
-MOST = 2**31 - 1  # of what is counted: rows, steps, epochs
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+_POSITIVE = number("a finite number above 0", lambda x: x > 0)
+_POSITIVE_OR_NONE = number("a finite number above 0", lambda x: x > 0, none=True)
+_COUNT_OR_NONE = whole(none=True)
 
 
+def _two(value: Any) -> bool:
+    listed = isinstance(value, (tuple, list)) and len(value) == 2
+    return listed and all(is_number(beta) and 0 <= beta < 1 for beta in value)
+
+
+@described
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of `minilora.fit`.
+    """Settings of `minilora.fit`."""
 
-    Attributes:
-        lr: peak learning rate of AdamW. May differ when a run is resumed.
-        lora_plus_ratio: `lora_B` learns at lr · lora_plus_ratio (LoRA+, Hayou et al. 2024,
-            arXiv:2402.12354, which finds about 16 good, with a lower lr); 1 is plain LoRA.
-        schedule: `"cosine"` or `"linear"` fall from lr to `final_lr_ratio · lr`; `"constant"`.
-        warmup: share of the run, in [0, 1), over which the rate rises linearly to lr.
-        final_lr_ratio: where a falling schedule ends, as a share of lr.
-        weight_decay: AdamW's (decoupled: Loshchilov & Hutter 2019, arXiv:1711.05101), on every
-            trained parameter.
-        betas: AdamW's.
-        eps: AdamW's.
-        clip: largest global gradient norm; None never clips.
-        batch_size: rows in a micro-batch, over all ranks. What does not fit in memory is computed
-            in smaller passes with the same gradient.
-        accumulate: micro-batches in an optimizer step. The gradient is that of the mean over all
-            tokens of the step, however they are spread over the micro-batches.
-        epochs: passes over the data; may be a fraction. None: 1, unless another limit is set.
-        max_steps: optimizer steps at most.
-        max_minutes: time in training steps after which no further step begins; evaluations and
-            saving are not counted. The schedule then follows whichever limit is nearer, so rates
-            depend on the machine's speed; for a run that repeats exactly, set max_steps or epochs.
-        eval_every: steps between evaluations; there is one before the first step and one after
-            the last in any case. None: only these.
-        eval_batch_size: rows per evaluation batch; None is batch_size.
-        save_every: steps between saves of the run's state; None saves every ten minutes. It is
-            also saved at the end, on Ctrl-C or SIGTERM, and when an error ends the run.
-        dtype: what to compute in. `"auto"`: a base that is not f32 is used as it is; an f32 base
-            runs under autocast in what `minilora.hardware()` found fastest. `"bfloat16"` and
-            `"float16"` put an f32 base under autocast; `"float32"` computes in f32 and needs an
-            f32 base. With a float16 base or autocast the loss is scaled, see `LossScale` in
-            `minilora.training.scaling`; the adapter must be float32.
-        checkpointing: recompute activations in the backward pass instead of keeping them.
-        max_memory: 10⁹ bytes that this process may take on a CPU, everything in it counted; None
-            sets no limit. A micro-batch whose planned peak (see `minilora.plan`) is higher is
-            computed in smaller passes with the same gradient. For Llama and GPT2 of
-            minilora.models with their own loss; not with `"fsdp"`.
-        compile: True runs each block of the model through `torch.compile`, which takes a C++
-            compiler and about half a minute once (its result is cached on disk); `"auto"` does
-            where that works and says so where not. Rounding differs from uncompiled steps, and
-            dropout draws other masks. Of several ranks all compile, or none.
-        shuffle: a new order each epoch.
-        group_by_length: batches of similar lengths (less padding).
-        seed: decides order and dropout, nothing else; the global random state is left alone.
-        patience: evaluations in a row without a better one after which the run ends; None never
-            ends it early. Needs `eval_every` and `valid`.
-        parallel: `"ddp"` (each rank holds the model) or `"fsdp"` (each holds a part of every
-            weight) under torchrun; None is one process. A step has the same rows on any number
-            of ranks: each takes a part of every micro-batch.
-        max_bad_steps: a run stops after that many steps in a row with a non-finite loss or
-            gradient, which are skipped.
-        log_every: steps between plain log lines.
-    """
-
-    lr: float = 5e-4
-    lora_plus_ratio: float = 1.0
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    final_lr_ratio: float = 0.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float | None = 1.0
-    batch_size: int = 8
-    accumulate: int = 1
-    epochs: float | None = None
-    max_steps: int | None = None
-    max_minutes: float | None = None
-    eval_every: int | None = None
-    eval_batch_size: int | None = None
-    save_every: int | None = None
-    dtype: str = "auto"
-    checkpointing: bool = False
-    max_memory: float | None = None
-    compile: bool | str = False
-    shuffle: bool = True
-    group_by_length: bool = True
-    seed: int = 0
-    patience: int | None = None
-    parallel: str | None = None
-    max_bad_steps: int = 5
-    log_every: int = 10
+    lr: float = option(5e-4, "Peak learning rate of AdamW.", _POSITIVE, may_differ=True)
+    lora_plus_ratio: float = option(
+        1.0,
+        "`lora_B` learns at this multiple of lr (LoRA+). 1 is plain LoRA; Hayou et al. 2024, "
+        "arXiv:2402.12354, find about 16 good, with a lower lr.",
+        _POSITIVE,
+    )
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine",
+        "How the rate falls after the warmup. `cosine` and `linear` fall from lr to "
+        "final_lr_ratio · lr; `constant` stays at lr.",
+    )
+    warmup: float = option(
+        0.05,
+        "Share of the run over which the rate rises linearly to lr.",
+        number("a number in [0, 1)", lambda x: 0 <= x < 1),
+    )
+    final_lr_ratio: float = option(
+        0.0,
+        "Where a falling schedule ends, as a share of lr.",
+        number("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    )
+    weight_decay: float = option(
+        0.0,
+        "AdamW's decoupled weight decay, on every trained parameter. Loshchilov & Hutter 2019, "
+        "arXiv:1711.05101.",
+        number("a finite number of at least 0", lambda x: x >= 0),
+    )
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "AdamW's betas.", must_be("two numbers in [0, 1)", _two), metavar="BETA"
+    )
+    eps: float = option(1e-8, "AdamW's eps.", _POSITIVE)
+    clip: float | None = option(
+        1.0, "Largest global gradient norm. None never clips.", _POSITIVE_OR_NONE
+    )
+    batch_size: int = option(
+        8,
+        "Rows in a micro-batch, over all ranks. What does not fit in memory is computed in smaller "
+        "passes with the same gradient.",
+        whole(),
+    )
+    accumulate: int = option(
+        1,
+        "Micro-batches in an optimizer step. The gradient is that of the mean over all tokens of "
+        "the step, however they are spread over the micro-batches.",
+        whole(),
+    )
+    epochs: float | None = option(
+        None,
+        "Passes over the data; may be a fraction. None: 1, unless another limit is set.",
+        number(f"a finite number above 0, at most {MOST:,}", lambda x: 0 < x <= MOST, none=True),
+        may_differ=True,
+    )
+    max_steps: int | None = option(
+        None, "Optimizer steps at most.", _COUNT_OR_NONE, may_differ=True
+    )
+    max_minutes: float | None = option(
+        None,
+        "Minutes of training after which no further step begins. Evaluations and saving are not "
+        "counted. The schedule follows whichever limit is nearer, so rates depend on the machine's "
+        "speed; for a run that repeats exactly, set max_steps or epochs.",
+        _POSITIVE_OR_NONE,
+        flags=("--minutes", "--max-minutes"),
+        may_differ=True,
+    )
+    eval_every: int | None = option(
+        None,
+        "Steps between evaluations. There is one before the first step and one after the last in "
+        "any case. None: only these.",
+        _COUNT_OR_NONE,
+        metavar="STEPS",
+        may_differ=True,
+    )
+    eval_batch_size: int | None = option(
+        None, "Rows in an evaluation batch. None is batch_size.", _COUNT_OR_NONE, may_differ=True
+    )
+    save_every: int | None = option(
+        None,
+        "Steps between saves of the run's state. None saves every ten minutes. It is also saved at "
+        "the end, on Ctrl-C or SIGTERM, and when an error ends the run.",
+        _COUNT_OR_NONE,
+        metavar="STEPS",
+        may_differ=True,
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "What to compute in over a float32 base. `auto` autocasts to what `minilora.hardware()` "
+        "found fastest, `bfloat16` and `float16` to that dtype; `float32` computes in float32 and "
+        "needs a float32 base. A base of another dtype is used as it is. With a float16 base or "
+        "autocast the loss is scaled; the adapter must be float32.",
+        flags=("--autocast",),
+    )
+    checkpointing: bool = option(
+        False,
+        "Recompute activations in the backward pass instead of keeping them: less memory, more "
+        "time.",
+        may_differ=True,
+    )
+    max_memory: float | None = option(
+        None,
+        "10⁹ bytes that this process may take on a CPU, everything in it counted. A micro-batch "
+        "whose planned peak (see `minilora.plan`) is higher is computed in smaller passes with the "
+        "same gradient. None sets no limit. For Llama and GPT2 of minilora.models with their own "
+        "loss; not with `fsdp`.",
+        _POSITIVE_OR_NONE,
+        metavar="GB",
+        may_differ=True,
+    )
+    compile: bool | Literal["auto"] = option(
+        False,
+        "Run each block of the model through `torch.compile`: faster steps after half a minute. It "
+        "needs a C++ compiler, and its result is cached on disk; `auto` compiles where that works "
+        "and says so where not. Rounding differs from uncompiled steps, and dropout draws other "
+        "masks. Either all ranks compile or none.",
+    )
+    shuffle: bool = option(True, "Draw a new order each epoch.")
+    group_by_length: bool = option(
+        True, "Make batches of rows of similar length, which saves padding."
+    )
+    seed: int = option(
+        0, "Decides order and dropout. The global random state is left alone.", whole(0, 2**63 - 1)
+    )
+    patience: int | None = option(
+        None,
+        "Evaluations in a row without a better one after which the run ends. None never ends it "
+        "early. Needs eval_every and held-out data.",
+        _COUNT_OR_NONE,
+        may_differ=True,
+    )
+    parallel: Literal["ddp", "fsdp"] | None = option(
+        None,
+        "How the processes that torchrun started share the run: each holds the model (`ddp`), or a "
+        "part of every weight (`fsdp`). None is one process. A step has the same rows on any "
+        "number of ranks: each takes a part of every micro-batch.",
+        may_differ=True,
+    )
+    max_bad_steps: int = option(
+        5,
+        "Steps in a row with a non-finite loss or gradient after which the run ends. Such steps "
+        "are skipped.",
+        whole(),
+        may_differ=True,
+    )
+    log_every: int = option(
+        10, "Steps between plain log lines.", whole(), metavar="STEPS", may_differ=True
+    )
 
     def __post_init__(self) -> None:
-        most = f"at most {MOST:,}"
-        for key in ("batch_size", "accumulate", "max_bad_steps", "log_every"):
-            self._require(
-                key, _whole(getattr(self, key)), f"a whole number of at least 1, at most {MOST:,}"
-            )
-        for key in ("max_steps", "eval_every", "eval_batch_size", "save_every", "patience"):
-            value = getattr(self, key)
-            self._require(
-                key,
-                value is None or _whole(value),
-                f"a whole number ≥ 1, at most {MOST:,}, or None",
-            )
-        for key in ("epochs", "max_minutes", "clip", "max_memory"):
-            value = getattr(self, key)
-            good = value is None or (_number(value) and value > 0)
-            self._require(key, good, "a finite number above 0, or None")
-        self._require("epochs", self.epochs is None or self.epochs <= MOST, most)
-        for key in ("lr", "lora_plus_ratio", "eps"):
-            value = getattr(self, key)
-            self._require(key, _number(value) and value > 0, "a finite number above 0")
-        good = _number(self.weight_decay) and self.weight_decay >= 0
-        self._require("weight_decay", good, "a finite number of at least 0")
-        good = _number(self.warmup) and 0 <= self.warmup < 1
-        self._require("warmup", good, "a share in [0, 1)")
-        good = _number(self.final_lr_ratio) and 0 <= self.final_lr_ratio <= 1
-        self._require("final_lr_ratio", good, "a share in [0, 1]")
-        good = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
-        good = good and all(_number(b) and 0 <= b < 1 for b in self.betas)
-        self._require("betas", good, "two numbers in [0, 1)")
-        for key in ("checkpointing", "shuffle", "group_by_length"):
-            self._require(key, isinstance(getattr(self, key), bool), "True or False")
-        self._require("compile", self.compile in (True, False, "auto"), "True, False or 'auto'")
-        self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        good = self.parallel in (None, *PARALLEL)
-        self._require("parallel", good, f"None, or one of {', '.join(PARALLEL)}")
+        check_options(self)
         if self.patience is not None and self.eval_every is None:
             raise ValueError(
                 f"patience counts evaluations, so it needs eval_every, found patience="
@@ -147,26 +191,10 @@ class TrainConfig:
                 f"compute in step, found max_memory={self.max_memory}; use 'ddp', or a smaller "
                 f"batch_size"
             )
-        good = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        good = good and 0 <= self.seed < 2**63
-        self._require("seed", good, "a whole number of at least 0, below 2⁶³")
-
-    def _require(self, key: str, good: bool, must: str) -> None:
-        if not good:
-            raise ValueError(f"{key} must be {must}, found {short(getattr(self, key))}")
 
     def to_dict(self) -> dict:
         """Return the settings as JSON-able values."""
         return dataclasses.asdict(self)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
-
-
-def _number(value: object) -> bool:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return ok and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def learning_rate(config: TrainConfig, progress: float, step_share: float = 0.0) -> float:

@@ -50,8 +50,8 @@ class Feed:
                     raise item
                 if item is None:
                     return
-                batch, place = item
-                yield batch.to(self.device), place
+                batch, position = item
+                yield batch.to(self.device), position
         finally:
             over.set()
             worker.join(_LEAVE)

@@ -10,10 +10,17 @@ from torch import Tensor, nn
 
 from minilora.data import Batch
 from minilora.kernels import row_masks
-from minilora.training.prepare import mix_seed
 from minilora.training.run import Run
 
 _CPU_OUT = "DefaultCPUAllocator"  # "can't allocate memory", or "not enough memory" on Windows
+
+
+def mix_seed(seed: int, step: int, index: int) -> int:
+    """Spread (seed, step, micro-batch or row) over 63 bits, so that neighbours share no stream."""
+    value = seed
+    for part in (step, index):
+        value = (value * 6364136223846793005 + part + 1442695040888963407) % 2**63
+    return value
 
 
 class Gradient:
@@ -24,8 +31,8 @@ class Gradient:
     depend on (seed, step, row).
 
     Args:
-        run: what is trained; its `rows` is the split (0: none so far), its `limit` tells before a
-            pass whether it will fit (None: only the pass itself tells).
+        run: what is trained; its `rows` is the split (0: none so far), its `limit` says before a
+            pass whether it will fit (None: only the pass itself shows).
         autocast: makes the context to compute in.
         say: takes a line for the user.
     """
@@ -47,16 +54,14 @@ class Gradient:
             part, count = self._micro(batch, index)
             value += part
             tokens += count
-        run.ranks.reduce()
-        value, tokens, *rows = run.ranks.sums(  # type: ignore[assignment]
-            value, tokens, *run.ranks.apart(run.rows)
-        )
-        tokens, run.rows_of_all = int(tokens), [int(n) for n in rows]
+        run.ranks.reduce_gradients()
+        value, tokens = run.ranks.all_reduce(value, tokens)  # type: ignore[assignment]
+        tokens, run.rows_of_all = int(tokens), run.ranks.all_gather(run.rows)
         if tokens == 0:
             return math.nan, math.nan, 0
         gradients = [p.grad for p in run.names if p.grad is not None]
         for gradient in gradients:  # once at the end: only now is the step's number of tokens known
-            gradient.div_(tokens * run.scale.value / run.ranks.world)  # reduce() gives their mean
+            gradient.div_(tokens * run.scale.value / run.ranks.world_size)  # ranks' mean
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         return value / tokens, float(run.ranks.full(norm)), tokens
 
@@ -70,12 +75,12 @@ class Gradient:
             if size == 1:
                 limit.check_row(batch.input_ids.shape[1], batch.documents is not None)
         if size == 0:  # this rank has no row of it, but must take part in the collectives
-            return (0.0, 0) if run.ranks.kind != "fsdp" else self._idle(index)
+            return (0.0, 0) if run.ranks.parallel != "fsdp" else self._idle(index)
         while True:
             kept = [None if p.grad is None else p.grad.clone() for p in run.names]
-            found = self._parts(batch, size, index)
-            if found is not None:
-                return found
+            sums = self._parts(batch, size, index)
+            if sums is not None:
+                return sums
             # Here the error and, with it, the graph of the failed pass are gone.
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -100,33 +105,27 @@ class Gradient:
         return size
 
     def _parts(self, batch: Batch, size: int, index: int) -> tuple[float, int] | None:
+        """Run forward and backward in parts; return None if the memory did not suffice."""
         value, tokens = 0.0, 0
-        for start in range(0, len(batch), size):
-            part = batch.rows(start, start + size)
-            found = self._attempt(part, index, start)
-            if found is None:
-                return None
-            value += found[0]
-            tokens += found[1]
-        return value, tokens
-
-    def _attempt(self, batch: Batch, index: int, start: int) -> tuple[float, int] | None:
-        """Run forward and backward; None when the memory did not suffice."""
-        if batch.tokens == 0 and not self.run.own_loss:
-            return 0.0, 0  # a half in which nothing is learned; the mean of nothing has no meaning
         try:
-            return self._pass(batch, index, start)
+            for start in range(0, len(batch), size):
+                part = batch.rows(start, start + size)
+                if part.tokens or self.run.own_loss:  # the mean over no token has no meaning
+                    total, count = self._pass(part, index, start)
+                    value += total
+                    tokens += count
         except RuntimeError as error:
-            if not _out_of_memory(error) or self.run.ranks.kind == "fsdp":
+            if not _out_of_memory(error) or self.run.ranks.parallel == "fsdp":
                 raise
-        return None
+            return None
+        return value, tokens
 
     def _pass(self, batch: Batch, index: int, start: int) -> tuple[float, int]:
         run, seed = self.run, self.run.config.seed
         # Dropout depends on where in the run we are, not on what ran before: so a resumed run draws
         # the same masks. On every rank and in every part a row has the number it has in the step.
-        first = index * run.config.batch_size
-        rows = [first + run.ranks.rank + run.ranks.world * (start + i) for i in range(len(batch))]
+        first, ranks = index * run.config.batch_size, run.ranks
+        rows = [first + ranks.rank + ranks.world_size * (start + i) for i in range(len(batch))]
         torch.manual_seed(mix_seed(seed, run.step, index))
         with row_masks([mix_seed(seed + 1, run.step, row) for row in rows]):
             with self.autocast():
@@ -146,8 +145,8 @@ class Gradient:
 
 def _drops(model: nn.Module) -> bool:
     """Return whether the model drops anything itself; such masks follow the batch, not the row."""
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-    return any(isinstance(module, kinds) and module.p > 0 for module in model.modules())
+    dropouts = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+    return any(isinstance(module, dropouts) and module.p > 0 for module in model.modules())
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -100,7 +100,7 @@ class Health:
 
 
 def _any(tensor: Tensor) -> bool:
-    """Tell whether anything is not 0, over all shards of a sharded tensor."""
+    """Return whether anything is not 0, over all shards of a sharded tensor."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return bool(whole.any())
 

@@ -31,7 +31,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.file = folder / LOCK_FILE
-        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.made = missing
@@ -94,8 +94,8 @@ class FolderLock:
             os.close(self.opened)
             return
         self.release()
-        for place in self.made:
-            place.rmdir()
+        for made in self.made:
+            made.rmdir()
 
 
 def check_free(folder: Path) -> None:

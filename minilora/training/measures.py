@@ -6,24 +6,24 @@ import torch
 
 from minilora.data import Batches, pad
 from minilora.lora import inference
-from minilora.running import Evaluation, summarize
+from minilora.running import Evaluation, Loss, summarize
 from minilora.training.run import Run
 
 
-def evaluate_on_ranks(run: Run, valid: Batches) -> Evaluation:
+def evaluate(run: Run, valid: Batches, loss: Loss) -> Evaluation:
     """Evaluate with each rank taking a part of each batch; sums are over all ranks' tokens."""
     ranks = run.ranks
     examples = sorted(valid.examples, key=lambda example: len(example.input_ids))
     total, tokens = 0.0, 0
     with inference(run.model):
         for start in range(0, len(examples), valid.batch_size):
-            rows = examples[start : start + valid.batch_size][ranks.rank :: ranks.world]
-            if rows or ranks.kind == "fsdp":  # sharded: all must compute, if only along
+            rows = examples[start : start + valid.batch_size][ranks.rank :: ranks.world_size]
+            if rows or ranks.parallel == "fsdp":  # sharded: all must compute, even without a row
                 batch = pad(rows or examples[:1], valid.pad_id).to(run.device)
-                part, count = run.loss(run.model, batch)
+                part, count = loss(run.model, batch)
                 total += float(part) if rows else 0.0
                 tokens += int(count) if rows else 0
-    total, counted = ranks.sums(total, tokens)
+    total, counted = ranks.all_reduce(total, tokens)
     return summarize(total, int(counted))
 
 

@@ -85,7 +85,7 @@ class MemoryLimit:
         return dataclasses.replace(found, activations=found.activations + masks)
 
     def fits(self, batch: Batch) -> bool:
-        """Tell whether a pass stays within the limit."""
+        """Return whether a pass stays within the limit."""
         planned = self.planned(*batch.input_ids.shape, batch.documents is not None)
         return planned.peak <= self.gigabytes * 1e9
 

@@ -6,10 +6,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minilora.files import UnwritableError, open_plain, write
+from minilora.running import Evaluation
 from minilora.training.callbacks import Callbacks
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,32 +48,41 @@ class Monitor:
         if not quiet and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+            # Without tqdm's own estimate of the time left, which counts evaluations as steps.
+            done = "{l_bar}{bar}| {n_fmt}/{total_fmt}" if total else "{n_fmt} steps"
+            self.bar = tqdm(
+                total=total,
+                initial=start,
+                dynamic_ncols=True,
+                bar_format=f"{done} [{{elapsed}}{{postfix}}]",
+            )
 
     def step(self, row: dict, left: float | None) -> None:
         """Record one optimizer step; `left` is the time left in seconds, if known."""
         self._append(row)
         self.callbacks("on_step", row)
+        time_left = "" if left is None else f"{left / 60:.1f} min left"
         if self.bar is not None:
-            self.bar.update()
             self.bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['tokens_per_s']:,.0f} tok/s"
+                f"loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['tokens_per_s']:,.0f} tok/s, "
+                f"{time_left}",
+                refresh=False,
             )
+            self.bar.update()
         elif row["step"] % self.every == 0 or row["step"] == self.total or row["step"] == 1:
             of = f"/{self.total}" if self.total else ""
-            time_left = "" if left is None else f"  {left / 60:4.1f} min left"
             self.say(
                 f"step {row['step']:>4}{of}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad "
-                f"{row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} learned tokens/s{time_left}"
+                f"{row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} learned tokens/s  {time_left}"
             )
 
-    def evaluation(self, row: dict) -> None:
+    def evaluation(self, step: int, found: Evaluation) -> None:
         """Record one evaluation."""
+        row = {"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity}
         self._append(row)
         self.callbacks("on_eval", row)
         self.say(
-            f"step {row['step']:>4}  held-out loss {row['eval_loss']:.4f}, "
-            f"perplexity {row['eval_perplexity']:.3f}"
+            f"step {step:>4}  held-out loss {found.loss:.4f}, perplexity {found.perplexity:.3f}"
         )
 
     def sample(self, step: int, text: str) -> None:
@@ -148,6 +159,18 @@ def _keep_until(file: Path, step: int) -> None:
         ) from error
 
 
+def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """Return the exponential moving averages of values, without bias towards the first.
+
+    As Adam's moments: m ← decay · m + (1 − decay) · value, divided by 1 − decay^count.
+    """
+    mean, result = 0.0, []
+    for count, value in enumerate(values, 1):
+        mean = decay * mean + (1 - decay) * value
+        result.append(mean / (1 - decay**count))
+    return result
+
+
 def draw_curve(out: Path) -> Path | None:
     """Draw the losses in metrics.jsonl; return None without matplotlib or any number."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -165,11 +188,8 @@ def draw_curve(out: Path) -> Path | None:
     axes = figure.add_subplot()
     if steps:
         axes.plot(*zip(*steps, strict=True), color="#9ab", lw=0.8, label="training, each step")
-        smooth, mean = [], steps[0][1]
-        for step, loss in steps:
-            mean += 0.1 * (loss - mean)
-            smooth.append((step, mean))
-        axes.plot(*zip(*smooth, strict=True), color="#246", label="training, smoothed")
+        numbers, losses = zip(*steps, strict=True)
+        axes.plot(numbers, smoothed(losses), color="#246", label="training, smoothed")
     if evals:
         axes.plot(*zip(*evals, strict=True), "o-", color="#c50", label="held out")
     axes.set_xlabel("optimizer step")

@@ -1,12 +1,7 @@
 """What a run settles before its first step: what is trained, in which dtype, for how long."""
 
 import math
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -192,6 +187,20 @@ def make_batches(
     return batches
 
 
+def held_out_in_training(valid: Batches, batches: Batches | StreamBatches) -> list[str]:
+    """Return a remark if held-out examples are not held out."""
+    if not isinstance(batches, Batches):
+        return []
+    learned = {tuple(example.input_ids) for example in batches.examples}
+    seen = [i for i, e in enumerate(valid.examples) if tuple(e.input_ids) in learned]
+    if not seen:
+        return []
+    return [
+        f"{len(seen)} of {len(valid.examples)} held-out examples are trained on too (first: "
+        f"example {seen[0]} of valid); their loss says nothing of other data"
+    ]
+
+
 def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Example, str], None]:
     """Return what holds an example against the model's context and vocabulary.
 
@@ -294,78 +303,3 @@ def planned_steps(config: TrainConfig, batches: int | None) -> int | None:
         per_epoch = math.ceil(batches / config.accumulate)
         limits.append(max(1, round(per_epoch * epochs)))
     return min(limits) if limits else None
-
-
-# Where modules keep whether, and transformers' how, they recompute.
-_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
-
-
-@contextmanager
-def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Switch activation checkpointing on for the block; afterwards all is as it was before."""
-    if not wanted:
-        yield
-        return
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-    if not callable(enable) and not isinstance(getattr(model, _CHECKPOINTING[0], None), bool):
-        raise ValueError(
-            f"checkpointing=True needs a model with a gradient_checkpointing flag or Hugging "
-            f"Face's gradient_checkpointing_enable(), {type(model).__name__} has neither; wrap "
-            f"its blocks in torch.utils.checkpoint yourself and set checkpointing=False"
-        )
-    before = [
-        (module, key, module.__dict__.get(key), key in module.__dict__)
-        for module in model.modules()
-        for key in _CHECKPOINTING
-    ]
-    try:
-        # First the method: some of transformers' models have a flag too, which alone does nothing.
-        if callable(enable):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming it
-                # The reentrant kind drops gradients of a frozen base's adapters silently.
-                enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            model.gradient_checkpointing = True  # type: ignore[assignment]
-        yield
-    finally:
-        for module, key, value, present in before:
-            if present:
-                module.__dict__[key] = value
-            else:
-                module.__dict__.pop(key, None)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a flag to be read between steps; a second Ctrl-C raises.
-
-    SIGTERM never does: torchrun sends it to its processes after the terminal's Ctrl-C.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    asked: list[int] = []
-
-    def on_signal(number, frame):
-        again = number == signal.SIGINT and number in asked
-        asked.append(number)
-        if again:
-            raise KeyboardInterrupt
-        if len(asked) == 1:
-            print("\nfinishing the step in hand; Ctrl-C again to drop it", file=sys.stderr)
-
-    before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, signal.SIG_DFL if handler is None else handler)
-
-
-def mix_seed(seed: int, step: int, index: int) -> int:
-    """Spread (seed, step, micro-batch) over 63 bits, so that neighbours share no stream."""
-    value = seed
-    for part in (step, index):
-        value = (value * 6364136223846793005 + part + 1442695040888963407) % 2**63
-    return value

@@ -21,6 +21,7 @@ from minilora.training.prepare import (
     check_model,
     compute_dtype,
     example_check,
+    held_out_in_training,
     make_batches,
     make_optimizer,
     planned_steps,
@@ -29,9 +30,10 @@ from minilora.training.prepare import (
     trained,
     trained_adapter,
 )
-from minilora.training.ranks import Ranks, is_sharded, shard, whole_factors
+from minilora.training.ranks import Ranks
 from minilora.training.same_run import check_same_run, check_tensors
 from minilora.training.scaling import LossScale, loss_scale
+from minilora.training.sharding import is_sharded, shard, whole_factors
 from minilora.training.state import (
     LAST,
     STATE_FILE,
@@ -46,10 +48,11 @@ from minilora.training.state import (
     sweep,
 )
 
-_COUNTERS = (
-    *("step", "tokens", "skipped", "bad", "elapsed", "evaluated", "best_step", "lr"),
-    "stale",
-)
+# Counters as they are before the first step; the state holds them.
+_COUNTERS = {
+    "step": 0, "tokens": 0, "skipped": 0, "bad": 0, "elapsed": 0.0, "evaluated": -1, "best_step": 0,
+    "lr": 0.0, "stale": 0,
+}  # fmt: skip
 _ANY_BASE = ("base_model_name_or_path", "peft_version", "task_type")  # a path may differ
 
 
@@ -67,15 +70,25 @@ class Run:
         evaluated: the step after which the last evaluation was made, -1 before the first.
         stale: evaluations since the best one.
         rows: rows in a pass, once a micro-batch did not fit; 0 until then.
-        rows_of_all: every rank's, after the last step; `process_of_all` likewise what each limit
-            counts of its process.
+        rows_of_all: every rank's `rows` after the last step.
+        process_of_all: the bytes that each rank's limit counts for its process.
         limit: what passes are held to before they run, None without `max_memory`.
         lr: the rate of the last step.
         ranks: the processes of the run.
-        place: where in the data the last complete step ended.
+        position: in the data, after the last complete step.
         remarks: what the run should say before it begins.
         fallen_back: whether it goes on from the state before the newest one.
     """
+
+    step: int
+    tokens: int
+    skipped: int
+    bad: int
+    elapsed: float
+    evaluated: int
+    best_step: int
+    lr: float
+    stale: int
 
     def __init__(
         self,
@@ -87,25 +100,47 @@ class Run:
         resume: bool,
         loss: Loss | None,
         pad_id: int,
-        ranks: Ranks | None = None,
+        ranks: Ranks,
     ):
-        self.model, self.config, self.out = model, config, out
-        self.ranks = ranks or Ranks()
+        self.model, self.config, self.out, self.ranks = model, config, out, ranks
         self.loss: Loss = loss or token_loss
         self.own_loss = loss is not None
+        vars(self).update(_COUNTERS)
+        self.fallen_back = False
+        self.before: Evaluation | None = None
+        self.best: Evaluation | None = None
+        self.best_values: dict[str, Tensor] = {}
+        self._take_model()
+        self._take_data(train, valid, pad_id)
+        self._spread()
+        self.optimizer = make_optimizer(self.names, config)
+        known = len(self.batches) if isinstance(self.batches, Batches) else None
+        self.total = planned_steps(config, known)
+        if resume:
+            self._find_state()
+        self.position = self.batches.state_dict()
+
+    def _take_model(self) -> None:
+        """Settle what is trained and in which dtype."""
+        model, config = self.model, self.config
         self.layers = require_layers(model, "fit")
         check_model(model, self.layers)
-        if loss is None:
+        if not self.own_loss:
             require_next_token_loss(model)
         self.adapter = trained_adapter(model, self.layers)
         self.names = trained(model, self.layers, self.adapter)
+        self.device = device_of(model)
         self.compile, reason = settle_compile(config.compile)
         self.compile = not self.ranks.any(not self.compile)  # all, or none
-        self.device = device_of(model)
-        chosen = compute_dtype(self.layers, config.dtype, self.device)
-        self.dtype = self.ranks.agree(chosen)
+        self.dtype = self.ranks.broadcast(compute_dtype(self.layers, config.dtype, self.device))
         self.scale = loss_scale(self.layers, self.dtype)
-        check = example_check(model, pad_id, self.own_loss)
+        remarks = (reason, slow_dtype(self.layers, self.dtype, self.device))
+        self.remarks = [remark for remark in remarks if remark is not None]
+
+    def _take_data(self, train: Iterable[Any], valid: Iterable[Any] | None, pad_id: int) -> None:
+        """Make the batches."""
+        config, ranks = self.config, self.ranks
+        check = example_check(self.model, pad_id, self.own_loss)
         self.batches: Any = make_batches(
             train,
             "train",
@@ -115,82 +150,41 @@ class Run:
             group_by_length=config.group_by_length,
             seed=config.seed,
             pad_id=pad_id,
-            part=(self.ranks.rank, self.ranks.world),
+            part=(ranks.rank, ranks.world_size),
         )
-        self.valid: Batches | None = None
+        self.valid: Any = None
         if valid is not None:
             size = config.eval_batch_size or config.batch_size
             if isinstance(valid, Stream):
                 raise TypeError("valid must be a list of examples, found a Stream; read it first")
-            held_out: Any = make_batches(valid, "valid", check, batch_size=size, pad_id=pad_id)
-            self.valid = held_out
-        if config.patience is not None and valid is None:
+            self.valid = make_batches(valid, "valid", check, batch_size=size, pad_id=pad_id)
+            self.remarks += held_out_in_training(self.valid, self.batches)
+        elif config.patience is not None:
             raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
-        if config.eval_every is not None and valid is None:
+        elif config.eval_every is not None:
             raise ValueError(
                 "eval_every (--eval-every) evaluates on valid (--valid), found none; pass it, or "
                 "leave eval_every out"
             )
-        # Ranks may have drawn other factors; those that are frozen, and all that FSDP2 takes parts
-        # of, nobody else makes equal.
-        self.ranks.take_first([*self.names, *self._buffers().values()])
-        if self.ranks.kind == "fsdp" and not is_sharded(model):
-            shard(model)
-            self.names = trained(model, self.layers, self.adapter)
-        self.limit = self._limit()
-        self.rows_of_all = self.process_of_all = [0] * self.ranks.world
-        if self.limit is not None:
-            sums = self.ranks.sums(*self.ranks.apart(self.limit.process))
-            self.process_of_all = [int(n) for n in sums]
-        self.ranks.look_after(self.names)
-        self.optimizer = make_optimizer(self.names, config)
-        self.total = planned_steps(
-            config, len(self.batches) if isinstance(self.batches, Batches) else None
-        )
-        self.step = self.tokens = self.skipped = self.bad = self.best_step = 0
-        self.stale = self.rows = 0
-        self.elapsed = self.lr = 0.0
-        self.evaluated = -1
-        self.fallen_back = False
-        self.before: Evaluation | None = None
-        self.best: Evaluation | None = None
-        self.best_values: dict[str, Tensor] = {}
-        slow = slow_dtype(self.layers, self.dtype, self.device)
-        found_twice = self._seen_in_training()
-        self.remarks: list[str] = [said for said in (reason, slow, found_twice) if said is not None]
-        if resume and out is None:
-            raise ValueError("resume=True needs out, the folder of the run to continue")
-        if resume and out is not None:
-            found = has_state(out)
-            if self.ranks.any(found != self.ranks.of_first(found)):  # they would wait for ever
-                raise RuntimeError(
-                    f"all processes must resume from one folder, but the state in {out} is seen by "
-                    f"some of them alone; give an out that all machines share"
-                )
-            if found:
-                self._resume(out)
-            else:
-                self.remarks.append(
-                    "the run was killed before its first save, so it begins from the start"
-                )
-        self.place = self.batches.state_dict()
 
-    def _seen_in_training(self) -> str | None:
-        """Say how many held-out examples are not held out."""
-        if self.valid is None or not isinstance(self.batches, Batches):
-            return None
-        learned = {tuple(example.input_ids) for example in self.batches.examples}
-        held_out = self.valid.examples
-        seen = [i for i, example in enumerate(held_out) if tuple(example.input_ids) in learned]
-        if not seen:
-            return None
-        return (
-            f"{len(seen)} of {len(held_out)} held-out examples are trained on too (first: example "
-            f"{seen[0]} of valid); their loss says nothing of other data"
-        )
+    def _spread(self) -> None:
+        """Give all ranks the same parameters, in shards under FSDP2, and settle their limits."""
+        ranks = self.ranks
+        # Ranks may have drawn other factors; those that are frozen, and all that FSDP2 shards,
+        # nothing else makes equal.
+        ranks.broadcast_tensors([*self.names, *self._buffers().values()])
+        if ranks.parallel == "fsdp" and not is_sharded(self.model):
+            shard(self.model)
+            self.names = trained(self.model, self.layers, self.adapter)
+        self.limit = self._limit()
+        self.rows, self.rows_of_all = 0, [0] * ranks.world_size
+        self.process_of_all = [0] * ranks.world_size
+        if self.limit is not None:
+            self.process_of_all = ranks.all_gather(self.limit.process)
+        ranks.wrap(self.names)
 
     def _limit(self) -> MemoryLimit | None:
-        """Return the limit on passes, if there is one that the longest row keeps."""
+        """Return the limit on passes, if there is one, once the longest row is known to keep it."""
         config = self.config
         if config.max_memory is None:
             return None
@@ -200,7 +194,7 @@ class Run:
                 "one of them out"
             )
         limit = MemoryLimit(
-            self.model, config.max_memory, self.dtype, config.checkpointing, self.ranks.world
+            self.model, config.max_memory, self.dtype, config.checkpointing, self.ranks.world_size
         )
         if isinstance(self.batches, Batches):
             examples = self.batches.examples
@@ -224,26 +218,31 @@ class Run:
         return learning_rate(self.config, min(1.0, self.progress()), share)
 
     def out_of_time(self) -> bool:
-        """Tell whether no further step may begin."""
+        """Return whether no further step may begin."""
         minutes = self.config.max_minutes
         return minutes is not None and self.elapsed >= 60 * minutes
 
+    def out_of_patience(self) -> bool:
+        """Return whether too many evaluations in a row were not better."""
+        return self.config.patience is not None and self.stale >= self.config.patience
+
     def time_left(self) -> float | None:
-        """Return the seconds left, None before the first step."""
+        """Return the seconds of training left, None before the first step."""
         progress = self.progress()
         return self.elapsed * max(0.0, 1 - progress) / progress if progress else None
 
     # --- the best adapter
 
-    def keep(self, found: Evaluation) -> bool:
-        """Note an evaluation after the current step; tell whether it is the best so far."""
+    def keep(self, evaluation: Evaluation) -> bool:
+        """Note an evaluation after the current step; return whether it is the best so far."""
         self.evaluated = self.step
         if self.step == 0:
-            self.before = found
-        if not math.isfinite(found.loss) or (self.best and found.loss >= self.best.loss):
+            self.before = evaluation
+        loss = evaluation.loss
+        if not math.isfinite(loss) or (self.best and loss >= self.best.loss):
             self.stale += 1
             return False
-        self.best, self.best_step, self.stale = found, self.step, 0
+        self.best, self.best_step, self.stale = evaluation, self.step, 0
         self.best_values = {name: p.detach().clone() for p, name in self.names.items()}
         return True
 
@@ -260,18 +259,17 @@ class Run:
         """Write what `resume` needs, and the current adapter into `last/`."""
         if self.out is None:
             return
-        full = self.ranks.full
         tensors = {f"parameter.{name}": p for p, name in self.names.items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
         tensors |= optimizer_tensors(self.optimizer, self.names)  # type: ignore[arg-type]
-        facts = {key: getattr(self, key) for key in _COUNTERS}
-        facts |= {"data": self.place, "identity": self._identity(), "total": self.total}
-        facts["scale"] = vars(self.scale)
-        facts["rows"], facts["process"] = self.rows_of_all, self.process_of_all
+        tensors = {key: self.ranks.full(tensor) for key, tensor in tensors.items()}
+        facts: dict[str, Any] = {key: getattr(self, key) for key in _COUNTERS}
+        facts |= {"data": self.position, "identity": self._identity(), "total": self.total}
+        facts |= {"scale": vars(self.scale), "rows": self.rows_of_all}
+        facts |= {"process": self.process_of_all}
         for key, found in (("before", self.before), ("best", self.best)):
             facts[key] = None if found is None else vars(found)
-        tensors = {key: full(tensor) for key, tensor in tensors.items()}
         if self.ranks.rank == 0:
             save_state(self.out, tensors, facts)
         self._save_adapter(self.out / LAST)
@@ -290,8 +288,8 @@ class Run:
             raise resumable(error) from error
 
     def sweep(self) -> None:
-        """Make good what a killed run left."""
-        self.ranks.sums(0)  # waits until all have read the state
+        """Remove what a killed run left."""
+        self.ranks.all_reduce(0)  # waits until all have read the state
         if self.out is not None and self.ranks.rank == 0:
             if self.fallen_back:
                 settle_state(self.out)
@@ -300,47 +298,64 @@ class Run:
     def _buffers(self) -> dict[str, Tensor]:
         """Return what is frozen of the adapter by dotted name.
 
-        PiSSA's offset, a slice's mask, and factors that require no gradient: those too are drawn
-        anew in the next process.
+        These are PiSSA's offset, and factors that require no gradient: those too are drawn anew
+        in the next process.
         """
-        found: dict[str, Tensor] = {}
+        frozen: dict[str, Tensor] = {}
         for fqn, layer in self.layers.items():
             if self.adapter in layer.adapters:
                 factors = layer.adapters[self.adapter]
                 held = [*factors.named_buffers(), *factors.named_parameters()]
-                found |= {f"{fqn}.{name}": one for name, one in held if one not in self.names}
-        return found
+                frozen |= {f"{fqn}.{name}": one for name, one in held if one not in self.names}
+        return frozen
 
     def _identity(self) -> dict[str, Any]:
         """Return what makes it this run: a resumed one must have the same."""
         mine = {n: layer for n, layer in self.layers.items() if self.adapter in layer.adapters}
         with whole_factors(self.model, self.adapter):  # PiSSA's are put together with its offset
             adapter = config_of(self.model, self.adapter)
+        rest = frozen_values(self.model, mine, copies_of(self.model, self.adapter))
+        quantized = (m for m in self.model.modules() if isinstance(m, QuantizedLinear))
+        loss = getattr(self.loss, "func", self.loss)  # what a partial calls
         return {
             "config": self.config.to_dict() | {"compile": self.compile},  # what "auto" came to
             "compute": [str(self.dtype), *sorted({str(v.compute_dtype) for v in mine.values()})],
             "adapter": {k: v for k, v in adapter.items() if k not in _ANY_BASE}
             | {"active adapters": list(active_adapters(self.model))},
             "base": json.loads(fingerprint(self.layers)),
-            "rest": json.loads(describe(
-                frozen_values(self.model, mine, copies_of(self.model, self.adapter))
-            )),
+            "rest": json.loads(describe(rest)),
             "valid": None if self.valid is None else self.valid.digest,
-            "loss": _name_of(self.loss),
-            "products": sorted({" and ".join(m.ways) for m in self.model.modules()
-                                if isinstance(m, QuantizedLinear)}),
-        }  # fmt: skip
+            "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
+            "products": sorted({" and ".join(m.ways) for m in quantized}),
+        }
+
+    def _find_state(self) -> None:
+        """Resume from the state in `out`, if a run got as far as to save one."""
+        if self.out is None:
+            raise ValueError("resume=True needs out, the folder of the run to continue")
+        saved = has_state(self.out)
+        if self.ranks.any(saved != self.ranks.broadcast(saved)):  # they would wait for ever
+            raise RuntimeError(
+                f"all processes must resume from one folder, but the state in {self.out} is seen "
+                f"by some of them alone; give an out that all machines share"
+            )
+        if saved:
+            self._resume(self.out)
+        else:
+            self.remarks.append(
+                "the run was killed before its first save, so it begins from the start"
+            )
 
     def _resume(self, out: Path) -> None:
-        """Take up the run whose state lies in `out`; nothing changes before all is checked."""
-        file = out / STATE_FILE
-        tensors, facts = self.ranks.one_after_the_first(lambda: load_state(out))
-        trained, buffers = {name: p for p, name in self.names.items()}, self._buffers()
+        """Take up the run whose state is in `out`; nothing changes before all is checked."""
+        file, ranks = out / STATE_FILE, self.ranks
+        tensors, facts = ranks.rank0_first(lambda: load_state(out))
+        parameters, buffers = {name: p for p, name in self.names.items()}, self._buffers()
         try:
             self.fallen_back = facts["fallback"] is not None
             fallback = [facts["fallback"]] if self.fallen_back else []
             self.remarks += fallback + check_same_run(out, facts["identity"], self._identity())
-            check_tensors(file, tensors, trained, buffers)  # type: ignore[arg-type]
+            check_tensors(file, tensors, parameters, buffers)  # type: ignore[arg-type]
             self.batches.load_state_dict(facts["data"])
             for key in _COUNTERS:
                 if not isinstance(facts[key], (int, float)):
@@ -353,16 +368,14 @@ class Run:
             self.best = None if facts["best"] is None else Evaluation(**facts["best"])
         except (KeyError, TypeError, AttributeError) as error:
             raise damaged(file, error) from None
-        for name, parameter in trained.items():
-            self.ranks.put(parameter, tensors[f"parameter.{name}"])
+        for name, parameter in parameters.items():
+            ranks.put(parameter, tensors[f"parameter.{name}"])
+            if f"best.{name}" in tensors:
+                best = ranks.shard_like(parameter, tensors[f"best.{name}"])
+                self.best_values[name] = best
         for name, buffer in buffers.items():
-            self.ranks.put(buffer, tensors[f"buffer.{name}"])
-        restore_optimizer(self.optimizer, self.names, tensors, self.ranks.like)
-        self.best_values = {
-            name: self.ranks.like(p, tensors[f"best.{name}"])
-            for name, p in trained.items()
-            if f"best.{name}" in tensors
-        }
+            ranks.put(buffer, tensors[f"buffer.{name}"])
+        restore_optimizer(self.optimizer, self.names, tensors, ranks.shard_like)
         old_minutes = facts["identity"]["config"].get("max_minutes")
         moved = (old_total, old_minutes) != (self.total, self.config.max_minutes)
         if moved and self.config.schedule != "constant" and self.step and self.progress() < 1:
@@ -373,17 +386,11 @@ class Run:
 
     def _resume_passes(self, rows: list[int], process: list[int]) -> None:
         """Split as each rank did; with another number of ranks, as the one that split most did."""
-        world, rank = self.ranks.world, self.ranks.rank
-        if len(rows) != world:
-            rows = [min((n for n in rows if n), default=0)] * world
+        world_size, rank = self.ranks.world_size, self.ranks.rank
+        if len(rows) != world_size:
+            rows = [min((n for n in rows if n), default=0)] * world_size
         self.rows, self.rows_of_all = rows[rank], rows
-        if self.limit is not None and len(process) == world and process[rank]:
+        if self.limit is not None and len(process) == world_size and process[rank]:
             self.limit.process = process[rank]  # or it might decide otherwise
             self.limit.planned.cache_clear()
             self.process_of_all = process
-
-
-def _name_of(function: Any) -> str:
-    """Return a function's name, that of what a partial calls, or an object's class."""
-    function = getattr(function, "func", function)
-    return getattr(function, "__qualname__", type(function).__qualname__)

@@ -1,5 +1,6 @@
-"""Hold a saved run against the one that is to go on: same settings, adapter, base and data."""
+"""Compare a saved run with the one that is to continue it: settings, adapter, base and data."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,6 @@ from torch import Tensor
 from minilora.training.config import TrainConfig
 from minilora.training.state import ADAM
 
-# Settings that may differ when a run goes on: limits, the rate, memory, and what only reports.
-_FREE = {
-    "epochs", "max_steps", "max_minutes", "lr", "eval_every", "eval_batch_size", "save_every",
-    "log_every", "max_bad_steps", "patience", "parallel", "max_memory", "checkpointing",
-}  # fmt: skip
-
-_DEFAULTS = TrainConfig().to_dict()
-
 
 def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Compare what defines two runs (`Run.identity`); return remarks on what may differ.
@@ -27,16 +20,16 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
     """
     here = json.loads(json.dumps(here))  # tuples become lists, as in the file
     remarks = []
-    for key, value in here["config"].items():
-        old = saved["config"].get(key, _DEFAULTS[key])  # a setting newer than the state
-        if old == value:
-            continue
-        if key not in _FREE:
+    for field in dataclasses.fields(TrainConfig):
+        key = field.name
+        default = json.loads(json.dumps(field.default))
+        old, value = saved["config"].get(key, default), here["config"][key]
+        if old != value and not field.metadata["may_differ"]:
             raise ValueError(
                 f"a resumed run must keep its settings, but {key} was {old!r} and is {value!r}; "
                 f"set it back, or start anew in another folder"
             )
-        if key == "lr":
+        if old != value and key == "lr":
             remarks.append(f"lr was {old!r} and is {value!r} from here on")
     if saved["compute"] != here["compute"]:
         raise ValueError(
@@ -51,22 +44,21 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
                 f"{folder} holds the state of another adapter: {key} was {old!r} and is {new!r}; "
                 f"inject as for the first run"
             )
-    rest = saved.get("rest", {})  # not in states of before
-    for fqn, row in (here["base"] | {n: r for n, r in here["rest"].items() if rest}).items():
-        if (saved["base"] | rest).get(fqn) != row:
+    rest = here["rest"] if saved["rest"] else {}  # which a state of FSDP2 has not
+    for fqn, row in (here["base"] | rest).items():
+        if (saved["base"] | saved["rest"]).get(fqn) != row:
             raise ValueError(
                 f"{folder} holds the state of a run on another base: the weights of {fqn} are not "
                 f"what they were (or not in that dtype); load the same base"
             )
-    old = saved.get("loss", here["loss"])  # not in states of before
-    if old != here["loss"]:  # a name: it may be the same function all the same
-        remarks.append(f"the loss was {old} and is {here['loss']} from here on")
-    old = saved.get("products", here["products"])  # likewise
-    if old != here["products"]:
+    if saved["loss"] != here["loss"]:  # a name: it may be the same function all the same
+        remarks.append(f"the loss was {saved['loss']} and is {here['loss']} from here on")
+    if saved["products"] != here["products"]:
         remarks.append(
-            f"quantized layers were multiplied (forward and backward) by {', '.join(old)} and are "
-            f"by {', '.join(here['products'])} from here on (another processor, "
-            f"a C compiler gone or come, or another compute=): losses differ from an unbroken run's"
+            f"quantized layers were multiplied (forward and backward) by "
+            f"{', '.join(saved['products'])} and are by {', '.join(here['products'])} from here on "
+            f"(another processor, a C compiler gone or come, or another compute=): losses differ "
+            f"from an unbroken run's"
         )
     if saved["valid"] != here["valid"]:
         raise ValueError(
@@ -98,8 +90,8 @@ def check_tensors(
             wanted[f"optimizer.step.{name}"] = torch.zeros(())
     for key in sorted(tensors.keys() | wanted.keys()):
         found, must = (
-            f"{list(kept[key].shape)} in {kept[key].dtype}" if key in kept else "nothing"
-            for kept in (tensors, wanted)
+            f"{list(held[key].shape)} in {held[key].dtype}" if key in held else "nothing"
+            for held in (tensors, wanted)
         )
         if found != must:
             raise ValueError(

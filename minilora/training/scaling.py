@@ -41,7 +41,7 @@ class LossScale:
             self.value, self.age = min(_LARGEST, self.value * 2), 0
 
     def may_shrink(self) -> bool:
-        """Tell whether a gradient that is not finite may be the scale's fault."""
+        """Return whether a gradient that is not finite may be the scale's fault."""
         return bool(self.growth) and self.value > 1
 
 

@@ -25,7 +25,7 @@ _VERSION = 5
 
 
 def has_state(out: Path) -> bool:
-    """Tell whether there is a state to go on from."""
+    """Return whether there is a state to go on from."""
     return (out / STATE_FILE).is_file() or (out / PREVIOUS_FILE).is_file()
 
 
@@ -38,7 +38,7 @@ def check_out(out: Path, resume: bool, begun: bool | None = None) -> None:
         begun: whether a run was killed in it; None: if its lock's file is there.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, found a file at {out}; name another place")
+        raise ValueError(f"out must be a folder, found a file at {out}; name another folder")
     if (out / LAST).is_symlink():
         raise ValueError(
             f"{out / LAST} must be a folder of its own, found a link; remove it: nothing is "

@@ -1,0 +1,125 @@
+"""`minilora export`, `check` and `explain`: verbs on a trained adapter."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import minilora
+from minilora.cli.arguments import DATA_HELP, DTYPES, ENCODING, arg, integer, positive, verb
+from minilora.cli.sources import (
+    base_of,
+    check_adapter,
+    check_new_folder,
+    data_files,
+    encode_files,
+    load,
+)
+from minilora.loading import load_model
+from minilora.peft import save_adapter
+from minilora.report import check_keep, truncate
+
+_FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
+
+
+@verb(
+    "export",
+    "out",
+    arg("new", type=Path, metavar="NEW", help="a new or empty folder"),
+    "--model",
+    arg("--r", type=positive, help="rank; needed for DoRA, else it stays"),
+    arg(
+        "--dtype",
+        default="float32",
+        choices=DTYPES[1:],
+        help="of the factors (default: float32)",
+    ),
+)
+def export(options: argparse.Namespace) -> int:
+    """Write an adapter as plain LoRA that PEFT, vLLM and llama.cpp read alike."""
+    check_new_folder(options.new, "NEW")
+    check_adapter(options.out, "OUT")
+    model, _ = load_model(base_of(options.out, options.model), dtype=None)
+    minilora.load(model, options.out)
+    print(minilora.export(model, options.new, r=options.r, dtype=options.dtype))
+    print(minilora.check(options.new))
+    return 0
+
+
+@verb("check", "out")
+def check(options: argparse.Namespace) -> int:
+    """Say which programs read an adapter folder, and why."""
+    readers = minilora.check(options.out)
+    print(readers)
+    return 0 if all(reader.takes for reader in readers) else 1
+
+
+def _check_explain(options: argparse.Namespace) -> None:
+    """Refuse what would fail after the slow part."""
+    check_keep(options.keep)
+    for file in (options.json, options.html):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file} must lie in a folder that is there, found no {file.parent}")
+    if options.truncate is not None:
+        check_new_folder(options.truncate, "--truncate")
+    check_adapter(options.out, "OUT")
+    if options.against is not None:
+        check_adapter(options.against, "--against")
+
+
+@verb(
+    "explain",
+    "out",
+    "--model",
+    arg("--dtype", default="auto", choices=DTYPES[:3], help="of the base"),
+    arg("--data", help=f"held-out data: {DATA_HELP}", **_FILES),
+    arg("--train", help="data it was trained on", **_FILES),
+    arg("--outside", help="text outside the task", **_FILES),
+    arg("--examples", type=positive, default=200, help="of each, evenly picked (default: 200)"),
+    arg("--ablate", type=integer, default=32, help="examples to ablate on, or 0 (default: 32)"),
+    arg("--words", nargs="+", default=(), metavar="WORD", help="whose attention to measure"),
+    arg("--against", type=Path, metavar="OUT", help="another adapter's folder"),
+    arg("--keep", type=float, default=0.95, help="energy to keep (default: 0.95)"),
+    "--batch-size",
+    arg("--json", type=Path, metavar="FILE", help="write everything as JSON"),
+    arg("--html", type=Path, metavar="FILE", help="write one page with plots"),
+    arg("--truncate", type=Path, metavar="FOLDER", help="write the adapter at suggested ranks"),
+    *ENCODING,
+)
+def explain(options: argparse.Namespace) -> int:
+    """Say what an adapter changed, and whether it matters."""
+    _check_explain(options)
+    options.model = base_of(options.out, options.model)
+    files = {key: getattr(options, key) for key in ("data", "train", "outside")}
+    data = {key: data_files(names, options) for key, names in files.items() if names}
+    model, tokenizer = load(options)
+    minilora.load(model, options.out)
+    if options.against is not None:
+        minilora.load(model, options.against, "other")
+    examples: dict[str, Any] = {}
+    for key, some in data.items():
+        rows = encode_files(some, tokenizer, options)
+        count = min(len(rows), options.examples)
+        examples[key] = [rows[i * len(rows) // count] for i in range(count)]
+    explanation = minilora.explain(
+        model,
+        "default",
+        **examples,
+        against=None if options.against is None else "other",
+        words=options.words,
+        tokenizer=tokenizer,
+        keep=options.keep,
+        ablate_examples=options.ablate,
+        batch_size=options.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    print(explanation)
+    if options.json is not None:
+        print(f"JSON in {explanation.to_json(options.json)}")
+    if options.html is not None:
+        print(f"page in {explanation.to_html(options.html)}")
+    if options.truncate is not None:
+        fit = truncate(model, "default", "truncated", keep=options.keep)
+        save_adapter(model, options.truncate, "truncated")
+        print(f"adapter at the suggested ranks in {options.truncate}, error {fit.error:.3g}")
+    return 0

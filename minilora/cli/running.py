@@ -1,0 +1,49 @@
+"""`minilora eval` and `minilora generate`."""
+
+import argparse
+import json
+
+import minilora
+from minilora.cli.arguments import ENCODING, MODEL, arg, integer, positive, verb
+from minilora.cli.sources import data_files, encode_files, load
+
+
+@verb(
+    "eval",
+    *MODEL,
+    "--adapter",
+    "--data",
+    "--batch-size",
+    arg("--json", action="store_true", help="print one JSON object"),
+    *ENCODING,
+)
+def evaluate(options: argparse.Namespace) -> int:
+    """Print loss and perplexity on files."""
+    data = data_files(options.data, options)
+    model, tokenizer = load(options)
+    examples = encode_files(data, tokenizer, options)
+    result = minilora.evaluate(model, examples, batch_size=options.batch_size)
+    print(json.dumps(vars(result)) if options.json else result)
+    return 0
+
+
+@verb(
+    "generate",
+    *MODEL,
+    "--adapter",
+    arg("prompts", nargs="+", metavar="PROMPT"),
+    arg("--max-new-tokens", type=positive, default=64, help="(default: 64)"),
+    arg("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
+    arg("--top-k", type=positive),
+    arg("--top-p", type=float),
+    arg("--seed", type=integer),
+    arg("--chat", action="store_true", help="ask through the chat template"),
+    arg("--compile", action="store_true", help="faster tokens after some ten seconds; needs g++"),
+)
+def generate(options: argparse.Namespace) -> int:
+    """Continue a prompt."""
+    model, tokenizer = load(options)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "compile")
+    settings = {name: getattr(options, name) for name in names}
+    print(*minilora.generate(model, options.prompts, tokenizer=tokenizer, **settings), sep="\n")
+    return 0

@@ -1,0 +1,187 @@
+"""`minilora train`."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import minilora
+from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
+from minilora.cli.sources import data_files, device, encode_files, load
+from minilora.data import check_streamed, pack, streamed
+from minilora.files import add_flags, given, number, option, read_options, whole
+from minilora.training import (
+    Ranks,
+    TrainConfig,
+    check_free,
+    check_out,
+    leave,
+    sharded,
+    torchrun_number,
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `inject` takes."""
+
+    r: int = option(8, "Rank.", whole(1, 2**16), flags=("--r", "--rank"))
+    alpha: float | None = option(
+        None,
+        "The scaling is alpha / r. None is r.",
+        number("a finite number other than 0", lambda x: x != 0, none=True),
+    )
+    dropout: float = option(0.0, "Dropout.", number("a number in [0, 1)", lambda x: 0 <= x < 1))
+    rslora: bool = option(False, "The scaling is alpha / √r.")
+    targets: tuple[str, ...] | None = option(None, "Default: all linears but the head.")
+    exclude: tuple[str, ...] = option((), "Names of modules to leave out.")
+    dora: bool = option(False, "Train row lengths apart.")
+    init: str = option("kaiming", "kaiming, pissa, olora, …")
+    bias: Literal["none", "all", "lora_only"] = option("none", "Biases to train.")
+    modules_to_save: tuple[str, ...] = option((), "Train whole copies of these.")
+
+
+def _groups(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that stand in groups of their own."""
+    add_arguments(
+        parser.add_argument_group("data"),
+        *ENCODING,
+        arg("--pack", action="store_true", help="several documents in a row, kept apart"),
+        arg("--stream", action="store_true", help="read .jsonl as needed; needs a limit on steps"),
+        arg("--token-cache", type=Path, metavar="FOLDER", help="keep encoded data there"),
+    )
+    add_flags(parser.add_argument_group("adapter"), AdapterConfig)
+    add_flags(parser.add_argument_group("run"), TrainConfig)
+
+
+@verb(
+    "train",
+    *MODEL,
+    arg("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)"),
+    "--data",
+    arg("--valid", nargs="+", metavar="FILE", help="held-out data, as --data"),
+    arg("--out", required=True, type=Path, help="folder for adapter and metrics"),
+    arg(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML with tables [train] and [adapter]; the flags below go before it",
+    ),
+    arg("--resume", action="store_true", help="continue the run in --out"),
+    arg("--adapter", type=Path, help="folder with an adapter to go on with, on any data"),
+    arg("--plan", action="store_true", help="say memory and time before, and what they were after"),
+    arg("--sample", nargs="+", metavar="PROMPT", help="continue these at each evaluation"),
+    _groups,
+)
+def train(options: argparse.Namespace) -> int:
+    """Train an adapter."""
+    adapter, config = _settings(options)
+    _check(options, adapter, config)
+    if torchrun_number("RANK", 0) == 0:  # before the slow part
+        check_free(options.out)
+        check_out(options.out, options.resume)
+    encode = _read_data(options)
+
+    def inject(model: Any) -> None:
+        torch.manual_seed(config.seed)
+        minilora.inject(model, **adapter)
+
+    whole = config.parallel != "fsdp"  # else each process reads its part alone
+    prepare = None if whole else sharded(Ranks("fsdp", device(options)), inject)
+    model, tokenizer = load(options, config.parallel, prepare)
+    rows, held_out = encode(tokenizer)
+    if whole and options.adapter is None:
+        inject(model)
+    result = minilora.fit(  # torchrun ends the others when one fails
+        model,
+        rows,
+        held_out,
+        config=config,
+        out=options.out,
+        resume=options.resume,
+        sample=_sampler(options.sample, tokenizer) if options.sample else None,
+        plan=options.plan,
+    )
+    leave()
+    if result.stopped == "interrupted":
+        return 130
+    if torchrun_number("RANK", 0) > 0:
+        return 0
+    if result.before is not None and result.best is not None:
+        print(f"held out before: {result.before}")
+        print(f"held out after:  {result.best} (step {result.best_step})")
+    print(f"{result.steps} steps in {result.minutes:.1f} minutes; adapter in {options.out}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], TrainConfig]:
+    """Return the adapter's and the run's settings: a flag goes before the file."""
+    tables = {"adapter": AdapterConfig, "train": TrainConfig}
+    file = read_options(options.config, tables) if options.config else {}
+    adapter, run = (file.get(name, {}) | given(options, kind) for name, kind in tables.items())
+    if options.dtype == "float32":  # which would else be multiplied in what is fastest here
+        run.setdefault("dtype", "float32")
+    return adapter, TrainConfig(**run)
+
+
+def _check(options: argparse.Namespace, adapter: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse options that contradict each other."""
+    if options.adapter is not None:
+        if config.parallel == "fsdp":
+            raise ValueError("--adapter is read whole, and --parallel fsdp reads in parts; use ddp")
+        if adapter:
+            raise ValueError(
+                f"--adapter goes on with an adapter as it is, found "
+                f"--{next(iter(adapter)).replace('_', '-')} too; leave out one of them"
+            )
+    if options.sample and not options.valid:
+        raise ValueError("--sample writes at each evaluation, which needs --valid, found none")
+    if options.plan and options.stream:
+        raise ValueError("--plan counts the examples, which --stream does not know; leave one out")
+    if options.stream and options.token_cache is not None:
+        raise ValueError(
+            "--token-cache keeps what is encoded before a run, and --stream encodes during it; "
+            "leave one out"
+        )
+
+
+def _read_data(options: argparse.Namespace) -> Callable[[Any], tuple[Any, Any]]:
+    """Read the files, before the model; return what encodes them with its tokenizer."""
+    if options.stream:
+        check_streamed(options.data)
+    rows = None if options.stream else data_files(options.data, options)
+    held_out = data_files(options.valid, options) if options.valid else None
+
+    def encode(tokenizer: Any) -> tuple[Any, Any]:
+        examples: Any
+        if rows is None:
+            examples = streamed(
+                options.data,
+                tokenizer,
+                options.max_length,
+                options.all_tokens,
+                options.pack,
+                options.skip_bad,
+                options.parse_special,
+            )
+        else:
+            examples = encode_files(rows, tokenizer, options)
+            examples = pack(examples, options.max_length) if options.pack else examples
+        return examples, held_out and encode_files(held_out, tokenizer, options)
+
+    return encode
+
+
+def _sampler(prompts: list[str], tokenizer: Any) -> Callable[[Any], str]:
+    """Return what continues the prompts, greedily."""
+    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+
+    def sample(model: Any) -> str:
+        room = max(1, min(32, model.config.max_position_embeddings - longest))
+        texts = minilora.generate(model, prompts, tokenizer=tokenizer, max_new_tokens=room)
+        return " | ".join(f"{a}{b}" for a, b in zip(prompts, texts, strict=True))
+
+    return sample

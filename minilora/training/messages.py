@@ -1,0 +1,81 @@
+"""What a run says when it begins and when it ends, well or not."""
+
+from minilora.lora import weight_dtype
+from minilora.training.run import Run
+from minilora.training.state import LAST, has_state
+
+RESUME = "resume=True (--resume)"
+
+
+def announcement(run: Run) -> str:
+    """Return the line that says what is about to be trained."""
+    parameters = sum(p.numel() for p in run.names)
+    base = weight_dtype(next(iter(run.layers.values())).base)
+    how = f"autocast {run.dtype}" if run.dtype is not None else "no autocast"
+    if run.scale.growth:
+        how += f", losses scaled by {run.scale.value:g}"
+    limits = [f"{run.total} steps"] if run.total else []
+    if run.config.max_minutes is not None:
+        limits.append(f"{run.config.max_minutes:g} minutes")
+    first = ", whichever ends first" if len(limits) > 1 else ""
+    ranks = run.ranks
+    processes = f"; {ranks.world_size} processes ({ranks.parallel})" if ranks.parallel else ""
+    return (
+        f"training {parameters:,} parameters of adapter '{run.adapter}' for {' or '.join(limits)}"
+        f"{first}; base {base}, {how}; {run.batches.about()}{processes}"
+    ).replace("torch.", "")
+
+
+def conclusion(run: Run, stopped: str) -> str | None:
+    """Return the line that says how a run ended, where there is something to say."""
+    if stopped == "interrupted" and run.step == 0:
+        return "stopped before the first step: nothing was trained or saved"
+    if stopped == "interrupted":
+        saved = f" and saved in {run.out}; continue with {RESUME}" if run.out else ""
+        return f"stopped after step {run.step}{saved}"
+    if run.best is not None and run.best_step == 0:
+        last = f"; the last step's is in {run.out / LAST}" if run.out else ""
+        return (
+            f"no evaluation was better than the one before the first step (held-out loss "
+            f"{run.best.loss:.4f}), so the adapter is the one the run began with{last}"
+        )
+    if stopped == "early":
+        return (
+            f"stopped after step {run.step}: {run.stale} evaluations in a row were not better "
+            f"than the one after step {run.best_step}, whose adapter is kept"
+        )
+    if run.valid is not None and run.best is None:
+        return "no evaluation was finite: the adapter is that of the last step"
+    return None
+
+
+def too_many_bad_steps(run: Run, bad: int) -> RuntimeError:
+    """Return the error for steps in a row that were skipped."""
+    saved = f" and saved in {run.out / LAST}" if run.out else ""
+    again = f" and {RESUME}" if run.out else ""
+    return RuntimeError(
+        f"{bad} steps in a row had a non-finite loss or gradient; the adapter is as it was "
+        f"before them{saved}; go on with a lower lr{again}, or start anew in float32"
+    )
+
+
+def nothing_trained(run: Run) -> RuntimeError:
+    """Return the error for a run of which every step was skipped."""
+    scaled = f", the loss scaled by {run.scale.value:g} in the end" if run.scale.growth else ""
+    return RuntimeError(
+        f"a run must do at least one step, found all {run.step} skipped for a non-finite "
+        f"loss or gradient{scaled}; nothing was trained: check the base and the adapter for NaN, "
+        f"lower lr, or compute in float32"
+    )
+
+
+def lost_process(run: Run, error: BaseException) -> RuntimeError:
+    """Return the error for another process that is gone."""
+    go_on = "nothing was saved: start all again"
+    if run.out is not None and has_state(run.out):
+        go_on = f"the state in {run.out} is whole: start all again with {RESUME}, on any number of "
+        go_on += "processes"
+    return RuntimeError(
+        f"all {run.ranks.world_size} processes must go on together, but process {run.ranks.rank} "
+        f"lost another one after step {run.step} ({str(error).splitlines()[0]:.120}); {go_on}"
+    )

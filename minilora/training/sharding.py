@@ -1,0 +1,161 @@
+"""FSDP2: shard a model with adapters, and read it so that no process ever holds all of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minilora.lora import (
+    FROM_WEIGHT,
+    LoRAAdapter,
+    LoRALayer,
+    lora_layers,
+    weight_device,
+    weight_sample,
+)
+from minilora.quantization import QuantizedLinear, weight_values
+from minilora.training.ranks import Ranks
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model went through `shard`."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def shard(model: nn.Module) -> None:
+    """Shard a model with adapters over all ranks by FSDP2, block by block.
+
+    Frozen parameters of any dtype (codes in uint8 or int8, scales) are sharded beside the trained
+    ones, which must be of one dtype in each block. Blocks are the entries of the largest
+    `nn.ModuleList`.
+
+    Raises:
+        ValueError: an adapter with trained copies or of several dtypes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    layers = lora_layers(model)
+    for fqn, layer in layers.items():
+        if len(layer.held):
+            raise ValueError(
+                f"parallel='fsdp' shards factors only, but {fqn} has trained copies of base "
+                f"parameters (bias or modules_to_save); use parallel='ddp'"
+            )
+    dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"parallel='fsdp' needs trained parameters of one dtype, found "
+            f"{', '.join(sorted(dtypes))}; inject with one dtype"
+        )
+    for fqn, layer in layers.items():  # the whole weight is not at hand later
+        if layer.base_sample is None and weight_device(layer.base).type != "meta":
+            layer.base_sample = weight_sample(fqn, weight_values(layer.base))
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh("cpu" if device == "meta" else device, (dist.get_world_size(),))
+    for module in (*blocks(model), model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    if callable(getattr(model, "loss", None)):
+        register_fsdp_forward_method(model, "loss")
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the entries of the module list with the most parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    sizes = [sum(p.numel() for p in entries.parameters()) for entries in lists]
+    return list(lists[sizes.index(max(sizes))]) if lists else []
+
+
+@contextmanager
+def whole_factors(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Within the block the adapter's factors are whole tensors; all ranks must enter."""
+    swapped = []
+    for layer in lora_layers(model).values():
+        if adapter in layer.adapters:
+            held = layer.adapters[adapter]._parameters
+            for key, parameter in held.items():
+                if parameter is not None and hasattr(parameter, "full_tensor"):
+                    swapped.append((held, key, parameter))
+                    held[key] = nn.Parameter(parameter.full_tensor().detach())
+    try:
+        yield
+    finally:
+        for held, key, parameter in swapped:
+            held[key] = parameter
+
+
+def sharded(
+    ranks: Ranks, inject: Callable[[nn.Module], Any]
+) -> Callable[[nn.Module], Callable[[str, Any], None]]:
+    """Return the `prepare` of `load_model` and `load_quantized` that loads for FSDP2.
+
+    The model of shapes alone gets its adapters and is sharded; then every rank keeps its shard of
+    each tensor as it is read, of a quantized layer its shards of codes and scales. The factors
+    start as in one process with the same random state.
+
+    Args:
+        ranks: with `parallel="fsdp"`.
+        inject: puts the adapters on a model.
+
+    Raises:
+        ValueError: (from what is returned) adapters whose start depends on the base's weights.
+    """
+
+    def prepare(model: nn.Module) -> Callable[[str, Any], None]:
+        inject(model)
+        layers = lora_layers(model)
+        for fqn, layer in layers.items():
+            _check(fqn, layer)
+        shard(model)
+        model.to_empty(device=ranks.device)
+        model.tie_weights()  # type: ignore[operator]
+        for layer in layers.values():
+            for factors in layer.adapters.values():
+                _draw(layer, factors, ranks)
+        targets = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
+
+        def put(fqn: str, value: Tensor | nn.Module) -> None:
+            name = fqn.removesuffix(".weight")
+            if isinstance(value, QuantizedLinear):
+                for part, tensor in value.named_parameters():
+                    ranks.put(targets[f"{name}.{part}"], tensor)
+                value = weight_values(value)
+            else:
+                ranks.put(targets[fqn], value)  # type: ignore[arg-type]
+            if name in layers:  # the whole weight is not at hand later
+                layers[name].base_sample = weight_sample(name, value)  # type: ignore[arg-type]
+
+        return put
+
+    return prepare
+
+
+def _check(fqn: str, layer: LoRALayer) -> None:
+    adapters: Any = layer.adapters.values()
+    for one in adapters:
+        if FROM_WEIGHT.fullmatch(one.init) or one.magnitude is not None:
+            raise ValueError(
+                f"parallel='fsdp' reads the base in parts, so an adapter can't start from its "
+                f"weights, found init={one.init!r}{' and dora' * (one.magnitude is not None)} "
+                f"on {fqn}; use --init kaiming without --dora, or --parallel ddp"
+            )
+
+
+def _draw(layer: LoRALayer, factors: Any, ranks: Ranks) -> None:
+    """Start an adapter's sharded factors as a process alone would."""
+    fresh = LoRAAdapter(
+        layer.in_features,
+        layer.out_features,
+        r=factors.r,
+        alpha=factors.alpha,
+        init=factors.init,
+        lora_bias=factors.lora_bias is not None,
+        dtype=factors.lora_A.dtype,
+        **layer._shape(),
+    )
+    with torch.no_grad():
+        for name, value in fresh.named_parameters():
+            ranks.put(factors.get_parameter(name), value)
