@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from minilora.planning.constants import MARGIN
-from minilora.planning.memory import Settings, count_memory
-from minilora.planning.shapes import read_shape
+from minilora.planning.memory import MARGIN, count_memory
+from minilora.planning.shapes import Settings, read_shape
 
 RANKS, GPUS = (1, 2, 4, 8, 16), (24, 48, 80)
 PARTS = (

@@ -18,7 +18,7 @@ can be had, `--processor` counts the processor's seconds over the number of thre
 steps and of the run's (set OMP_WAIT_POLICY=PASSIVE, so that waiting is not counted): it judges the
 model of time, not the clock on the wall, and such rows say so.
 `--constants` runs other rows than the ones judged and prints the values for
-`minilora/planning/constants.py`.
+`minilora/planning/memory.py`.
 """
 
 import argparse
@@ -38,17 +38,17 @@ from minilora.data.batches import Example
 from minilora.loading.fetching import _SOURCES, cache_folder
 from minilora.loading.model import load_model
 from minilora.loading.quantized_models import load_quantized
-from minilora.planning import constants
-from minilora.planning.calibration import (
+from minilora.planning import machines
+from minilora.planning import memory as constants
+from minilora.planning.machines import (
     _others,
     _processor_seconds,
     calibrate,
     peak_bytes,
     process_bytes,
 )
-from minilora.planning.constants import MIB
-from minilora.planning.memory import Settings, count_memory, layers_that_grow
-from minilora.planning.shapes import read_shape
+from minilora.planning.memory import MIB, count_memory, count_planned, grows
+from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import random_model, timed_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -240,7 +240,8 @@ def fit_constants(rows: list[dict]) -> None:
         settings, shape = settings_of(setting(row)), read_shape(row["model"])
         found = count_memory(shape, settings, integer=calibrate().integer, process=process_bytes())
         weight = 1e9 / (float(row["measured_mb"]) * 1e6)
-        each = found.recomputed * layers_that_grow(shape, settings)
+        counted = count_planned(shape, settings)
+        each = found.recomputed * counted.blocks * grows(counted, settings)
         terms = (MIB, found.activations, found.recomputed, each)
         sides.append([term * weight / 1e9 for term in terms])
         rest = float(row["measured_mb"]) * 1e6 - (found.peak - found.heap)
@@ -248,7 +249,7 @@ def fit_constants(rows: list[dict]) -> None:
     solved = torch.linalg.lstsq(
         torch.tensor(sides, dtype=torch.float64), torch.tensor(wants, dtype=torch.float64)
     ).solution.flatten()
-    print(f"PROCESS = {process_bytes() / MIB:.0f} * MIB")
+    print(f"PROCESS = {process_bytes() / MIB:.0f} * MIB    # now {machines.PROCESS / MIB:.0f} MIB")
     names = ("HEAP_FIXED", "HEAP_SHARE", "HEAP_RECOMPUTED", "HEAP_EACH_F32")
     for name, value, unit in zip(names, solved.tolist(), (" * MIB", "", "", ""), strict=True):
         print(f"{name} = {value:.2f}{unit}    # now {getattr(constants, name):.10g}")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from minilora.planning.memory import Settings, count_memory
-from minilora.planning.shapes import read_shape
+from minilora.planning.memory import count_memory
+from minilora.planning.shapes import Settings, read_shape
 
 FILE = Path(__file__).parent / "results" / "plan_published.csv"
 GIB = 2**30

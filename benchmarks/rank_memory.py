@@ -24,7 +24,7 @@ from minilora.loading.model import load_model
 from minilora.loading.quantized_models import load_quantized
 from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
-from minilora.planning.calibration import forget_peak, peak_bytes
+from minilora.planning.machines import forget_peak, peak_bytes
 from minilora.training.ranks import Ranks
 from minilora.training.sharding import sharded
 

@@ -43,7 +43,7 @@ from train_step import commit, processor, save
 import minilora
 from minilora.loading.fetching import fetch
 from minilora.loading.model import load_model
-from minilora.planning.calibration import forget_peak, peak_bytes
+from minilora.planning.machines import forget_peak, peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, R, ALPHA = "smollm2-135m", 8, 16

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,8 +36,9 @@ from train_providers import DTYPES, LR, MODELS, Provider, build, providers, text
 
 import minilora
 from minilora.kernels import is_slow
-from minilora.planning.calibration import forget_peak, peak_bytes
-from minilora.planning.shapes import adapted, read_shape
+from minilora.lora.selection import matrix_shape, select_targets
+from minilora.planning.machines import forget_peak, peak_bytes
+from minilora.planning.shapes import read_shape
 
 RESULTS = Path(__file__).parent / "results"
 CHECKED_TOKENS, CHECKED_STEPS, TOLERANCE = 128, 10, 0.02
@@ -137,12 +139,10 @@ def limit(model: str, rows: int, tokens: int, compute: str, r: int) -> dict[str,
     dtype, M = DTYPES[compute], rows * tokens
     config = read_shape(model).config
     empty = read_shape(model).empty()
-    head = max(adapted(empty, r).values(), key=lambda linear: linear.N)
-    shapes: dict[tuple[int, int], int] = {}
+    modules = dict(empty.named_modules())
+    shapes = Counter(matrix_shape(modules[name]) for name in select_targets(empty))
+    vocabulary, width = matrix_shape(empty.lm_head)
     found = {"base": 0.0, "low rank": 0.0, "head": 0.0, "attention": 0.0}
-    for linear in adapted(read_shape(model).empty(), r).values():
-        if linear.r:
-            shapes[linear.N, linear.K] = shapes.get((linear.N, linear.K), 0) + 1
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape).to(dtype)
@@ -153,8 +153,8 @@ def limit(model: str, rows: int, tokens: int, compute: str, r: int) -> dict[str,
         skinny = ((x, a.t()), (s, b.t()), (g, b), (s, a), (s.t(), x), (g.t(), s))
         found["base"] += count * (product(x, w.t()) + product(g, w))
         found["low rank"] += count * sum(product(*pair) for pair in skinny)
-    h, w = drawn(min(M, 256), head.K), drawn(head.N, head.K)
-    z = drawn(min(M, 256), head.N)
+    h, w = drawn(min(M, 256), width), drawn(vocabulary, width)
+    z = drawn(min(M, 256), vocabulary)
     found["head"] = (product(h, w.t()) + product(z, w)) * M / len(h)
     heads, D = config.num_attention_heads, config.head_dim
     kv = getattr(config, "num_key_value_heads", heads)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cpu import can_decode, int4_blocks, int4_rows, int4_weights
 from .int8 import Codes
-from .workspace import workspace
+from .workspace import is_traced, workspace
 
 _PANEL = 2**19  # weights widened at a time: what lies between the steps stays in cache
 
@@ -26,7 +26,7 @@ def int4_codes(packed: Tensor, steps: Tensor) -> Tensor:
     N, half = packed.shape
     K = 2 * half
     out = workspace(torch.Size((N, K)), torch.int8, packed.device)
-    rows = N if torch.compiler.is_compiling() else max(1, _PANEL // max(1, K))
+    rows = N if is_traced(packed) else max(1, _PANEL // max(1, K))
     for start in range(0, N, rows):
         panel = packed[start : start + rows]
         q = out[start : start + rows]
@@ -65,7 +65,7 @@ def _widen(like: Tensor, packed: Tensor, steps: Tensor, floats: bool) -> Tensor:
     """Return `q · s` as int8, or in f32 for a product of floats on a CPU."""
     if not (floats and like.dtype == torch.float32 and like.device.type == "cpu"):
         return int4_codes(packed, steps)
-    if torch.compiler.is_compiling():
+    if is_traced(like):
         return _weight_op(packed, steps, like)
     shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
     return _decoded(packed, steps, workspace(shape, like.dtype, packed.device))

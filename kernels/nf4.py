@@ -16,7 +16,7 @@ from torch import Tensor
 from .cpu import can_decode, nf4_weights
 from .int8 import scales_from_bits
 from .low_rank import Products, decoded_products
-from .workspace import workspace
+from .workspace import is_traced, workspace
 
 _PANEL = 2**17  # weights decoded at a time
 # QLoRA's codebook (appendix E): quantiles of N(0, 1), made symmetric around an exact 0.
@@ -120,7 +120,7 @@ def nf4_products(N: int, K: int, block: int) -> Products:
     """Return the products of a frozen linear `[N, K]` in NF4; they take `nf4_decode`'s parts."""
 
     def decode(like: Tensor, *parts: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_traced(like):
             return _weight_op(list(parts), N, K, block, like)
         out = workspace(torch.Size((N, K)), like.dtype, like.device)
         return nf4_decode(parts, block, out)

@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 _local = threading.local()
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+def is_traced(x: Tensor) -> bool:
+    """Return whether x has no values to read: torch.compile runs, or x is fake (planning)."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -27,6 +34,8 @@ def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
 
 def lent(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised `[count]` on a CPU, lent as `workspace`'s are and from the same."""
+    if torch._C._get_dispatch_mode(_FAKE) is not None:  # nothing fake may stay behind
+        return torch.empty(count, dtype=dtype, device=device)
     held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})
     if dtype not in held or held[dtype].numel() < count:
         with torch.inference_mode(False):  # else it could not be written to in training

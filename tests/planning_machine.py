@@ -1,6 +1,6 @@
 """A machine with round figures, so that plans in tests don't depend on the one at hand."""
 
-from minilora.planning.calibration import Calibration
+from minilora.planning.machines import Calibration
 
 MACHINE = Calibration(
     memory=16_000_000_000,

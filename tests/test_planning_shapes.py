@@ -8,8 +8,7 @@ import pytest
 from torch import nn
 
 from minilora.models import GPT2, GPT2Config, LlamaConfig
-from minilora.planning.presets import PRESETS
-from minilora.planning.shapes import read_shape
+from minilora.planning.shapes import PRESETS, read_shape
 
 SMALL = LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64)
 

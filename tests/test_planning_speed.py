@@ -5,11 +5,17 @@ import torch
 from planning_machine import MACHINE
 
 from minilora.models import LlamaConfig
-from minilora.planning.devices import DEVICES, device
-from minilora.planning.memory import Settings, count_memory
-from minilora.planning.shapes import Shape, read_shape
-from minilora.planning.speed import count_steps, duration, foretell, from_rates, on_device
-from minilora.planning.work import count_work
+from minilora.planning.machines import DEVICES, device
+from minilora.planning.memory import count_memory
+from minilora.planning.shapes import Settings, Shape, read_shape
+from minilora.planning.speed import (
+    count_steps,
+    count_work,
+    duration,
+    from_rates,
+    on_device,
+    run_speed,
+)
 from minilora.training.config import TrainConfig
 from minilora.training.prepare import planned_steps
 
@@ -83,17 +89,11 @@ def test_steps_are_those_that_fit_makes(examples, epochs, accumulate):
 
 
 def test_hours_follow_the_rows():
-    shape, settings = SMALL, Settings(batch_size=2, length=16, r=4)
-    memory = count_memory(shape, settings)
-    options = {"device": device("rtx-4090"), "epochs": 2.0}
-    found = foretell(shape, settings, memory, examples=100, **options)
-    assert found.how == "datasheet"
-    assert found.steps == 100
-    assert found.hours == pytest.approx(found.step_seconds * 100 / 3600)
-    assert found.tokens_per_second == pytest.approx(32 / found.step_seconds)
-    rough = foretell(shape, settings, memory, examples=3, epochs=1, here=MACHINE, timed=False)
-    assert rough.how == "rates measured here"
-    assert rough.hours == pytest.approx(rough.step_seconds * 1.5 / 3600)
+    settings = Settings(batch_size=2, length=16, r=4)
+    found = run_speed(0.5, "datasheet", settings, 100, 2.0)
+    assert (found.how, found.steps, found.tokens_per_second) == ("datasheet", 100, 64.0)
+    assert found.hours == pytest.approx(0.5 * 100 / 3600)
+    assert run_speed(0.5, "", settings, 3, 1).hours == pytest.approx(0.5 * 1.5 / 3600)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from minilora.data.batches import Example
 from minilora.models import LlamaConfig
 from minilora.planning import advice
 from minilora.planning import plans as verb
-from minilora.planning.advice import Planner, best_dtype, command, this_machine, variants
-from minilora.planning.devices import DEVICES
-from minilora.planning.memory import Settings
-from minilora.planning.shapes import Shape
+from minilora.planning.advice import Planner, best_dtype, command, variants
+from minilora.planning.machines import DEVICES, this_machine
+from minilora.planning.memory import count_memory
+from minilora.planning.plans import rules_of_thumb
+from minilora.planning.shapes import Settings, Shape, read_shape
 from minilora.planning.timing import Timing
 
 SMALL = LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64)
@@ -128,7 +129,7 @@ def test_the_best_that_fits_leaves_a_margin(machine):
 def test_other_settings_are_scaled_from_the_timed_ones(monkeypatch):
     shape, data = Shape("small", SMALL, "here"), advice.Data(10, 32, 32)
     timing = Timing(3.0, 2.9, 3.1, 5)
-    monkeypatch.setattr("minilora.planning.speed.timed_step", lambda *_: timing)
+    monkeypatch.setattr("minilora.planning.advice.timed_step", lambda *_: timing)
     planner = Planner(shape, data, MACHINE, {})
     settings, local = Settings(batch_size=4, length=32), this_machine(MACHINE)
     first = planner.option(settings, local).speed
@@ -286,7 +287,7 @@ def test_what_is_learned_decides_the_heads_time():
 def test_timings_that_disagree_are_told(monkeypatch):
     for high, told in ((3.2, False), (4.5, True)):
         monkeypatch.setattr(
-            "minilora.planning.speed.timed_step", lambda *_, high=high: Timing(3.0, 2.9, high, 15)
+            "minilora.planning.advice.timed_step", lambda *_, high=high: Timing(3.0, 2.9, high, 15)
         )
         text = str(plan(timed=True))
         assert f"Time: 3 s a step (2.9 to {high} in the middle half of 15 repeats), " in text
@@ -352,3 +353,26 @@ def test_memory_can_be_given():
     found = plan(memory_gb=0.1, device="rtx-4090")
     memory = [one.device.memory for one in found.options if one.device.name == "rtx-4090"]
     assert memory == [10**8] * len(memory)
+
+
+def rules(name, **options):
+    shape, settings = read_shape(name), Settings(**options)
+    return rules_of_thumb(shape, settings, count_memory(shape, settings, gpu=True))
+
+
+def test_what_the_rules_say_and_what_is():
+    memory, lora, nf4 = rules("llama-2-70b", r=16, batch_size=1)
+    assert lora.says == pytest.approx(14e9, rel=0.02)
+    assert lora.computed > 138e9
+    assert "frozen weights: these stay" in str(lora)
+    assert memory.says == pytest.approx(1.2 * 69e9, rel=0.01)
+    assert memory.computed > memory.says
+    seven = rules("llama-2-7b")[2]
+    assert seven.says == pytest.approx(3.4e9, rel=0.02)
+    assert 3.8e9 < seven.computed < 4.1e9
+    assert nf4.computed > nf4.says
+
+
+def test_a_small_model_is_mostly_not_weights():
+    first = rules("smollm2-135m", length=256)[0]
+    assert first.computed > 5 * first.says

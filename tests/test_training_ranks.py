@@ -21,7 +21,7 @@ from minilora.cli.command import main
 from minilora.loading.model import load_model
 from minilora.loading.quantized_models import load_quantized, save_quantized
 from minilora.models import Llama, LlamaConfig
-from minilora.planning.calibration import forget_peak, peak_bytes
+from minilora.planning.machines import forget_peak, peak_bytes
 from minilora.running.evaluation import token_loss
 from minilora.training.ranks import Ranks, start
 from minilora.training.sharding import blocks, is_sharded, shard, sharded

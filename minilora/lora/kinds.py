@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
@@ -96,7 +97,7 @@ def frozen_linear(base: nn.Module) -> FrozenLinear | None:
         return None
     for tensor in base._parameters.values() if quantized else (base.weight, base.bias):
         if tensor is not None and (
-            type(tensor) not in (nn.Parameter, Tensor) or tensor.requires_grad
+            type(tensor) not in (nn.Parameter, Tensor, FakeTensor) or tensor.requires_grad
         ):
             return None
     if isinstance(base, QuantizedLinear):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels import linear_cross_entropy
@@ -195,7 +196,8 @@ class CausalLM(nn.Module):
                 f"input_ids must be [batch, tokens] of int64 or int32 with at least one token, "
                 f"found {ids.dtype} of shape {list(ids.shape)}"
             )
-        if torch.compiler.is_compiling():  # reading values would split the graph
+        # Reading values would split the graph, and fake ones have none.
+        if torch.compiler.is_compiling() or isinstance(ids, FakeTensor):
             return
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:

@@ -1,18 +1,17 @@
 """What a run will need, before it begins: memory, time, cost, and which settings fit."""
 
 from minilora.planning.arguments import add_arguments, from_arguments
-from minilora.planning.calibration import resident
-from minilora.planning.devices import DEVICES
-from minilora.planning.forecast import Foretold
-from minilora.planning.memory import Memory, Settings, count_memory
+from minilora.planning.forecast import Forecast, settings_of
+from minilora.planning.machines import DEVICES, resident
+from minilora.planning.memory import Counted, Memory, count_memory
 from minilora.planning.plans import Plan, plan
-from minilora.planning.presets import PRESETS
-from minilora.planning.shapes import read_shape
+from minilora.planning.shapes import PRESETS, Settings, read_shape
 
 __all__ = [
     "DEVICES",
     "PRESETS",
-    "Foretold",
+    "Counted",
+    "Forecast",
     "Memory",
     "Plan",
     "Settings",
@@ -22,4 +21,5 @@ __all__ = [
     "plan",
     "read_shape",
     "resident",
+    "settings_of",
 ]

@@ -13,26 +13,16 @@ from dataclasses import dataclass
 import torch
 
 from minilora.kernels import hardware
-from minilora.planning import constants
-from minilora.planning.calibration import Calibration
-from minilora.planning.devices import DEVICES, Device
-from minilora.planning.memory import Memory, Settings, count_memory
-from minilora.planning.shapes import Shape
-from minilora.planning.speed import Speed, duration, foretell, run_of
+from minilora.planning.machines import DEVICES, HERE, Calibration, Device, this_machine
+from minilora.planning.memory import MARGIN, Memory, count_memory
+from minilora.planning.shapes import Settings, Shape
+from minilora.planning.speed import Speed, count_work, duration, from_rates, on_device, run_speed
+from minilora.planning.timing import Timing, timed_step
 from minilora.quantization import FORMATS
 
-HERE = "here"
 LONGEST = 12.0  # hours: a run that is done overnight
 _FEW = 10_000  # examples up to which a CPU is worth a thought
 _SMALL = 0.5e9  # parameters, likewise
-
-
-def this_machine(here: Calibration) -> Device:
-    """Describe the machine at hand as a device."""
-    tflops = {name: rate / 1e12 for name, rate in here.rates.items()}
-    name = hardware().name
-    bandwidth = here.bandwidth / 1e9
-    return Device(HERE, name, False, 1, here.memory, tflops, bandwidth, 1.0, 1.0, "measured")
 
 
 def best_dtype(device: Device) -> torch.dtype:
@@ -104,7 +94,8 @@ class Planner:
     ):
         self.shape, self.data, self.here, self.prices = shape, data, here, prices
         self.timed, self.auto = timed, auto
-        self.anchors: dict[str | None, tuple[Settings, Speed, float]] = {}  # by format
+        # By format: what was timed, and how much longer it took than by the measured rates.
+        self.anchors: dict[str | None, tuple[Settings, Timing, float]] = {}
 
     def memory(self, settings: Settings, device: Device) -> Memory:
         """Plan the bytes of one process there."""
@@ -118,9 +109,9 @@ class Planner:
         )
 
     def fits(self, memory: Memory, settings: Settings, device: Device) -> bool:
-        """Tell whether the peak leaves the margin free; ranks on a CPU share its memory."""
+        """Return whether the peak leaves the margin free; ranks on a CPU share its memory."""
         together = memory.peak if device.gpu else memory.peak * settings.ranks
-        return together <= device.memory * (1 - constants.MARGIN)
+        return together <= device.memory * (1 - MARGIN)
 
     def option(self, settings: Settings, device: Device) -> Option:
         """Plan memory, and where it fits time and cost."""
@@ -135,31 +126,20 @@ class Planner:
     def _speed(self, settings: Settings, memory: Memory, device: Device) -> Speed:
         """Rows are as long as the mean: batches of similar lengths hold little padding."""
         usual = dataclasses.replace(settings, length=self.data.mean, learned=self.data.learned)
-        rows, epochs = self.data.examples, self.data.epochs
+        work = count_work(self.shape, usual, memory)
+        size = self.data.examples, self.data.epochs
         if device.name != HERE:
-            return foretell(
-                self.shape, usual, memory, examples=rows, epochs=epochs, device=device
-            )  # fmt: skip
-        by_rates = self._by_rates(usual, memory)
+            return run_speed(on_device(work, memory, usual, device), "datasheet", usual, *size)
+        seconds = from_rates(work, usual, self.here)
         if not self.timed:
-            return by_rates
-        if settings.format not in self.anchors:  # others of this format are scaled from it
-            found = foretell(self.shape, usual, memory, examples=rows, epochs=epochs)
-            ratio = found.step_seconds / by_rates.step_seconds
-            self.anchors[settings.format] = (usual, found, ratio)
-            return found
-        timed, found, ratio = self.anchors[settings.format]
+            return run_speed(seconds, "rates measured here", usual, *size)
+        if usual.format not in self.anchors:  # others of this format are scaled from it
+            timing = timed_step(self.shape, usual)
+            self.anchors[usual.format] = usual, timing, timing.seconds / seconds
+        timed, timing, ratio = self.anchors[usual.format]
         if usual == timed:
-            return found
-        seconds = by_rates.step_seconds * ratio
-        tokens = usual.batch_size * usual.accumulate * usual.length
-        return run_of(seconds, "scaled from the timed", tokens, usual, rows, epochs)
-
-    def _by_rates(self, settings: Settings, memory: Memory) -> Speed:
-        return foretell(
-            self.shape, settings, memory, examples=self.data.examples, epochs=self.data.epochs,
-            here=self.here, timed=False,
-        )  # fmt: skip
+            return run_speed(timing.seconds, "timed here", usual, *size, timing)
+        return run_speed(seconds * ratio, "scaled from the timed", usual, *size)
 
     def best(self, settings: Settings, device: Device) -> Option:
         """Return the first variant of the settings that fits there, else the one of least need."""
@@ -180,59 +160,58 @@ def variants(settings: Settings, device: Device) -> Iterator[Settings]:
     if device.count > 1 and settings.ranks == 1:
         spread = [(device.count, "ddp"), (device.count, "fsdp")]
     again = [settings.checkpointing] if settings.checkpointing else [False, True]
+    batch = settings.batch_size
     for format in formats:
         for ranks, parallel in spread:
             if parallel == "fsdp" and format is not None:
                 continue  # `minilora train` shards plain weights only
+            # Each rank keeps a row.
+            splits = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= ranks]
             for checkpointing in again:
-                for split in _splits(settings.batch_size, ranks):
+                for split in splits or [1]:
                     yield dataclasses.replace(
                         settings,
                         format=format,
                         ranks=ranks,
                         parallel=parallel,
                         checkpointing=checkpointing,
-                        batch_size=settings.batch_size // split,
+                        batch_size=batch // split,
                         accumulate=settings.accumulate * split,
                     )
-
-
-def _splits(batch: int, ranks: int) -> list[int]:
-    """Return into how many micro-batches a batch can be split, each rank keeping a row."""
-    found = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= ranks]
-    return found or [1]
 
 
 def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str:
     """Return the `minilora train` command of an option, "" where it does not read the model."""
     if shape.foreign:
         return ""
+    several, format = settings.ranks > 1, settings.format
+    blocks = format is not None and FORMATS[format].block_sizes
     name = shape.name if shape.stored else f"path/to/{shape.name.rpartition('/')[2]}"
-    words = ["minilora", "train", name, "--data", "train.jsonl", "--out", "out/v1"]
-    if settings.ranks > 1:
-        words[:1] = ["torchrun", "--nproc-per-node", str(settings.ranks), "-m", "minilora"]
-        words += ["--parallel", str(settings.parallel)]
-    if device.gpu:
-        words += ["--device", "cuda"]
-    rank = "--r" if settings.ranks == 1 else "--rank"  # torchrun has options that begin with --r
-    words += [rank, str(settings.r), "--batch-size", str(settings.batch_size)]
-    if settings.accumulate > 1:
-        words += ["--accumulate", str(settings.accumulate)]
-    words += ["--max-length", str(settings.length), "--epochs", f"{data.epochs:g}"]
-    if settings.format is not None:
-        words += ["--quantize", settings.format]
-    if settings.format and FORMATS[settings.format].block_sizes and settings.block_size != 64:
-        words += ["--block-size", str(settings.block_size)]
-    if device.name != HERE or settings.dtype != hardware().dtype:
-        words += ["--dtype", str(settings.dtype).removeprefix("torch.")]
+    words: list[object] = ["minilora", "train", name, "--data", "train.jsonl", "--out", "out/v1"]
+    if several:
+        words[:1] = ["torchrun", "--nproc-per-node", settings.ranks, "-m", "minilora"]
+    narrow = device.name != HERE or settings.dtype != hardware().dtype
+    flags: list[tuple[str, object]] = [
+        ("--parallel", settings.parallel),
+        ("--device", "cuda" if device.gpu else None),
+        ("--rank" if several else "--r", settings.r),  # torchrun has options that begin with --r
+        ("--batch-size", settings.batch_size),
+        ("--accumulate", settings.accumulate if settings.accumulate > 1 else None),
+        ("--max-length", settings.length),
+        ("--epochs", f"{data.epochs:g}"),
+        ("--quantize", format),
+        ("--block-size", settings.block_size if blocks and settings.block_size != 64 else None),
+        ("--dtype", str(settings.dtype).removeprefix("torch.") if narrow else None),
+        ("--targets", None if settings.targets == "all-linear" else settings.targets),
+        ("--exclude", settings.exclude or None),
+        ("--dropout", f"{settings.dropout:g}" if settings.dropout else None),
+    ]
+    for flag, value in flags:
+        if value is not None:
+            words += [flag, *(value if isinstance(value, (list, tuple)) else [value])]
     if settings.checkpointing:
         words.append("--checkpointing")
-    for flag, value in (("--targets", settings.targets), ("--exclude", settings.exclude)):
-        if value != "all-linear" and value:
-            words += [flag, *([value] if isinstance(value, str) else map(str, value))]  # type: ignore[call-overload]
-    if settings.dropout:
-        words += ["--dropout", f"{settings.dropout:g}"]
-    return shlex.join(words)
+    return shlex.join(map(str, words))
 
 
 @dataclass(frozen=True)
@@ -255,63 +234,55 @@ class Advice:
 def advise(planner: Planner, options: list[Option]) -> Advice:
     """Choose this machine if it is done overnight, else the smallest other one that fits."""
     shape, data = planner.shape, planner.data
-    here = next((one for one in options if one.device.name == HERE and one.fits), None)
-    others = [one for one in options if one.device.name != HERE and one.fits and _trains(one)]
-    overnight = here is not None and here.speed is not None and here.speed.hours <= LONGEST
+    # `minilora train` shards plain weights only.
+    runs = [one for one in options if one.speed is not None
+            and (one.settings.parallel != "fsdp" or one.settings.format is None)]  # fmt: skip
+    here = next((one for one in runs if one.device.name == HERE), None)
+    hours = here.speed.hours if here is not None and here.speed is not None else None
     size = f"{shape.parameters / 1e9:.2g}B parameters"
-    if here is not None and here.speed is not None and overnight:
-        traits = [f"{size} ({'small' if shape.parameters <= _SMALL else 'not small'})"]
-        few = "under" if data.examples < _FEW else "above"
-        traits.append(f"{data.examples:,} examples ({few} {_FEW:,})")
-        traits.append(f"a base in {here.settings.format or _plain(here.settings)}")
+    if here is not None and hours is not None and hours <= LONGEST:
+        plain = str(here.settings.dtype).removeprefix("torch.")
         why = (
-            f"The CPU here is the right choice: {_gb(here.memory.peak)} of "
-            f"{_gb(here.device.memory)} GB, done in {duration(here.speed.hours)} "
-            f"({', '.join(traits)})"
-            f". A larger machine would only be done sooner."
+            f"The CPU here is the right choice: {here.memory.peak / 1e9:.1f} of "
+            f"{here.device.memory / 1e9:.1f} GB, done in {duration(hours)} ({size} "
+            f"({'small' if shape.parameters <= _SMALL else 'not small'}), {data.examples:,} "
+            f"examples ({'under' if data.examples < _FEW else 'above'} {_FEW:,}), a base in "
+            f"{here.settings.format or plain}). A larger machine would only be done sooner."
         )
-        text = command(shape, here.settings, data, here.device)
-        return Advice(here, text, True, why)
-    gpus = sorted(
-        (one for one in others if one.device.gpu),
-        key=lambda one: one.device.memory * one.device.count,
-    )
-    chosen = (gpus or others or [None])[0]  # type: ignore[list-item]
-    if here is None or here.speed is None:
-        reason = f"{size} do not fit into {_gb(planner.here.memory)} GB here, not even in nf4"
+        return Advice(here, command(shape, here.settings, data, here.device), True, why)
+    if hours is None:
+        reason = f"{size} do not fit into {planner.here.memory / 1e9:.1f} GB here, not even in nf4"
     else:
-        reason = f"it fits here, but {size} over {data.examples:,} examples take "
-        reason += f"{duration(here.speed.hours)} (a CPU is right up to {LONGEST:g} h)"
+        reason = (
+            f"it fits here, but {size} over {data.examples:,} examples take {duration(hours)} (a "
+            f"CPU is right up to {LONGEST:g} h)"
+        )
     why = f"The CPU here is the wrong choice: {reason}. "
-    if chosen is None:
+    others = [one for one in runs if one.device.name != HERE]
+    smallest = sorted(
+        others, key=lambda one: (not one.device.gpu, one.device.memory * one.device.count)
+    )
+    if not smallest:
         why += "No machine in the table fits either: shorten rows, or take a smaller model."
         return Advice(here, "", False, why)
-    if chosen.speed is not None:
-        why += f"The smallest machine in the table that fits is {chosen.device.name}: about "
-        why += f"{duration(chosen.speed.hours)}."
+    chosen = smallest[0]
+    assert chosen.speed is not None
+    why += f"The smallest machine in the table that fits is {chosen.device.name}: about "
+    why += f"{duration(chosen.speed.hours)}."
     return Advice(chosen, command(shape, chosen.settings, data, chosen.device), False, why)
-
-
-def _trains(option: Option) -> bool:
-    """Tell whether `minilora train` can do it: it shards plain weights only."""
-    return option.settings.parallel != "fsdp" or option.settings.format is None
 
 
 def u_shape(options: list[Option]) -> str:
     """Say where cost is least among the machines that fit, slowest to fastest."""
-    priced = [
-        (one.cost, one.speed.hours, one.device.name)
-        for one in options
-        if one.cost is not None and one.speed is not None
-    ]
+    priced = [(one.speed.hours, one.cost, one.device.name) for one in options
+              if one.cost is not None and one.speed is not None]  # fmt: skip
     if len(priced) < 3:
         return ""
-    priced.sort(key=lambda each: -each[1])
-    at = min(range(len(priced)), key=lambda i: priced[i][0])
-    least = priced[at][2]
-    if at in (0, len(priced) - 1):
-        which = "slowest" if at == 0 else "fastest"
-        return f"Over machines cost is least at the {which} that is compared, {least}."
+    priced.sort(key=lambda each: -each[0])
+    _, _, least = min(priced, key=lambda each: each[1])
+    for end, which in ((priced[0], "slowest"), (priced[-1], "fastest")):
+        if least == end[2]:
+            return f"Over machines cost is least at the {which} that is compared, {least}."
     return (
         f"Over machines cost is U-shaped: slower ones work longer than they are cheaper, faster "
         f"ones cost more than they save; the least is at {least}."
@@ -320,38 +291,16 @@ def u_shape(options: list[Option]) -> str:
 
 def all_options(planner: Planner, settings: Settings, chosen: Device) -> list[Option]:
     """Return the asked settings on the asked machine, then the best that fits on each machine."""
-    options = [planner.option(settings, chosen)]
+    asked = [settings]
     if chosen.name == HERE:
-        for format in (None, "int8", "nf4"):
-            one = dataclasses.replace(settings, format=format)
-            if one != settings:
-                options.append(planner.option(one, chosen))
+        asked += [dataclasses.replace(settings, format=one) for one in (None, "int8", "nf4")]
+    options = [planner.option(one, chosen) for one in {repr(one): one for one in asked}.values()]
     # The asked machine's memory may be the user's.
     machines = {HERE: this_machine(planner.here), **DEVICES, chosen.name: chosen}
+    alone = dataclasses.replace(settings, ranks=1, parallel=None)
     for device in machines.values():
-        best = planner.best(_single(settings), device)
-        if not best.fits and any(one.device.name == device.name for one in options):
-            continue
-        if not any(
-            (best.device.name, best.settings) == (one.device.name, one.settings) for one in options
-        ):
+        best = planner.best(alone, device)
+        there = [one.settings for one in options if one.device.name == device.name]
+        if best.settings not in there and (best.fits or not there):
             options.append(best)
     return options
-
-
-def _single(settings: Settings) -> Settings:
-    return dataclasses.replace(settings, ranks=1, parallel=None)
-
-
-def _plain(settings: Settings) -> str:
-    return str(settings.dtype).removeprefix("torch.")
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f}"
-
-
-__all__ = [
-    "HERE", "LONGEST", "Advice", "Data", "Option", "Planner", "advise", "all_options",
-    "best_dtype", "command", "this_machine", "u_shape", "variants",
-]  # fmt: skip

@@ -10,10 +10,9 @@ from typing import Any
 from minilora.data import DataFiles
 from minilora.files import short
 from minilora.loading import fetch
-from minilora.planning.advice import HERE
-from minilora.planning.devices import DEVICES, device
+from minilora.planning.machines import DEVICES, HERE, device
 from minilora.planning.plans import Plan, plan
-from minilora.planning.presets import PRESETS
+from minilora.planning.shapes import PRESETS
 from minilora.quantization import FORMATS
 from minilora.text import Tokenizer
 

@@ -12,28 +12,56 @@ from torch import nn
 
 from minilora.data import Batches
 from minilora.kernels import hand_back_freed_memory, hardware
-from minilora.lora import lora_layers, matrix_shape, named_modules, rank_of, sizes, weight_dtype
-from minilora.planning.calibration import calibrate, forget_peak, peak_bytes, resident
-from minilora.planning.memory import Memory, Settings, count_memory
-from minilora.planning.met import Met, Step, epoch_met, largest_batch, mean_batch, steps_met
-from minilora.planning.plans import memory_table
-from minilora.planning.shapes import Linear, read_shape
+from minilora.lora import lora_layers, rank_of, storage_format, weight_dtype
+from minilora.planning.batches import (
+    BatchShape,
+    Step,
+    coming_steps,
+    epoch_steps,
+    largest_batch,
+    mean_batch,
+)
+from minilora.planning.machines import calibrate, forget_peak, peak_bytes, resident
+from minilora.planning.memory import Counted, Memory, count_memory, memory_table
+from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import Timing, timed_step_apart
-from minilora.quantization import QuantizedLinear
+from minilora.quantization import FORMATS
 
 _EARLY = 6  # steps after which a plan is held against the run
 _FAR = 1.5  # factor of time above which the run says so
 
 
-class Foretold:
+def settings_of(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any]:
+    """Return what an injected model settles of a run's `Settings`."""
+    layers = lora_layers(model)
+    bases = [layer.base for layer in layers.values()]
+    active: list[Any] = [
+        (layer, layer.adapters[name]) for layer in layers.values() for name in layer.active
+    ]
+    quantized = [base for base in bases if storage_format(base) in FORMATS]
+    plain = weight_dtype(bases[0])
+    settings = {
+        "dtype": autocast or plain,
+        "autocast": autocast is not None and plain == torch.float32,
+        "r": max([1, *(rank_of(factors) for _, factors in active)]),
+        "dropout": max([0.0, *(factors.dropout for _, factors in active)]),
+        "targets": list(layers),
+    }
+    if quantized:
+        spec = quantized[0].spec
+        settings |= {"format": spec.format, "block_size": spec.block_size}
+    return settings
+
+
+class Forecast:
     """Say what a run will take, soon whether it does, and what it took.
 
-    Planned is what the run will meet: the batches of its steps, in their order. Where a whole epoch
-    takes more, that is said too.
+    Planned are the batches of the run's own steps, in their order. Where a whole epoch takes more,
+    that is said too.
 
     Args:
-        model: a Llama or GPT2 of minilora.models, with adapters.
-        batches: of the run, at its place in the data.
+        model: a model of minilora.models, with adapters.
+        batches: of the run, at its position in the data.
         autocast: the dtype of autocast, None without.
         accumulate: micro-batches of a step.
         checkpointing: whether blocks are recomputed.
@@ -59,53 +87,52 @@ class Foretold:
         minutes: float | None = None,
         elapsed: float = 0.0,
     ):
-        self.say = say
+        self.say, self.elapsed = say, elapsed
         self.shape = read_shape(model)
-        self.linears, self.settings = self.read_model(model, autocast)
-        self.settings |= {
+        self.settings = settings_of(model, autocast) | {
             "accumulate": accumulate,
             "checkpointing": checkpointing,
             "ranks": ranks,
             "parallel": parallel if ranks > 1 else None,
         }
+        # Shards are counted on the shape: a model of them can't be copied.
+        sharded = self.settings["parallel"] == "fsdp"
+        self.counted = None if sharded else Counted(model, autocast)
         self.cuda = next(model.parameters()).device.type == "cuda"
-        self.base = sizes(model)
         hand_back_freed_memory()  # what loading left is no part of what the process needs
-        self.process = 0 if self.cuda else max(0, resident() - self.base.total)
-        epoch = epoch_met(batches, accumulate)
-        ahead = steps_met(batches, accumulate)  # of a longer run only the first are looked at
-        met = list(itertools.islice(ahead, min(steps or len(epoch), len(epoch))))
-        self.usual = mean_batch(met)
+        weights = sum(p.nbytes for p in model.parameters())
+        self.process = 0 if self.cuda else max(0, resident() - weights)
+        epoch = epoch_steps(batches, accumulate)
+        self.coming = coming_steps(batches, accumulate)
+        coming = coming_steps(batches, accumulate)  # of a longer run only the first are looked at
+        run = list(itertools.islice(coming, min(steps or len(epoch), len(epoch))))
+        self.usual = mean_batch(run)
         self.timing = self._time()
         if minutes is not None and self.timing is not None:
-            met, reached = self._within(60 * minutes, met)
+            run, reached = self._within(60 * minutes, run)
             steps = min(steps or reached, reached)
-        self._say_memory(met, epoch, steps)
-        self._say_time(met, epoch, steps)
-        self.elapsed = elapsed
-        self.ahead = steps_met(batches, accumulate)
+        self._say_memory(run, epoch, steps)
+        self._say_time(run, epoch, steps)
         self.pairs: list[tuple[float, float]] = []  # seconds of each step: measured, planned
-        self.fresh = forget_peak() if not self.cuda else True
+        self.fresh = self.cuda or forget_peak()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
 
-    def _settings(self, batch: Met) -> Settings:
+    def _settings(self, batch: BatchShape) -> Settings:
         return Settings(
             **self.settings, batch_size=batch.rows, length=batch.length, learned=batch.share
         )
 
-    def _memory(self, batch: Met) -> Memory:
+    def _memory(self, batch: BatchShape) -> Memory:
         found = count_memory(
             self.shape,
             self._settings(batch),
             gpu=self.cuda,
             integer=None if self.cuda else calibrate().integer,
             process=self.process,
-            linears=self.linears,
-            base=self.base,
+            counted=self.counted,
         )
-        beyond = 0 if self.timing is None else self.timing.beyond
-        return dataclasses.replace(found, heap=max(0, found.heap + beyond))
+        return found if self.timing is None else found.plus(self.timing.beyond)
 
     def _time(self) -> Timing | None:
         """Time the run's usual batch; None on a GPU, and with several processes."""
@@ -115,19 +142,19 @@ class Foretold:
         return timed_step_apart(self.shape, one)
 
     def _seconds(self, step: Step) -> float:
-        """Foretell a step's seconds by its tokens."""
+        """Forecast a step's seconds by its tokens."""
         assert self.timing is not None
         return self.timing.seconds * sum(batch.tokens for batch in step) / self.usual.tokens
 
-    def _within(self, seconds: float, met: list[Step]) -> tuple[list[Step], int]:
+    def _within(self, seconds: float, steps: list[Step]) -> tuple[list[Step], int]:
         """Return those of the steps that begin within a time, and how many do if more follow."""
-        ends = list(itertools.accumulate(map(self._seconds, met)))
+        ends = list(itertools.accumulate(map(self._seconds, steps)))
         reached = 1 + sum(end < seconds for end in ends)
-        more = max(0.0, seconds - ends[-1]) * len(met) / ends[-1]
-        return met[:reached], min(reached, len(met)) + math.ceil(more)
+        more = max(0.0, seconds - ends[-1]) * len(steps) / ends[-1]
+        return steps[:reached], min(reached, len(steps)) + math.ceil(more)
 
-    def _say_memory(self, met: list[Step], epoch: list[Step], steps: int | None) -> None:
-        most, longest = largest_batch(met), largest_batch(epoch)
+    def _say_memory(self, run: list[Step], epoch: list[Step], steps: int | None) -> None:
+        most, longest = largest_batch(run), largest_batch(epoch)
         self.memory = self._memory(most)
         for line in memory_table(self.memory).splitlines():
             self.say(f"plan: {line}")
@@ -139,21 +166,21 @@ class Foretold:
                 f"{longest.length} tokens: peak {self._memory(longest).peak / 1e6:,.1f} MB"
             )
 
-    def _say_time(self, met: list[Step], epoch: list[Step], steps: int | None) -> None:
+    def _say_time(self, run: list[Step], epoch: list[Step], steps: int | None) -> None:
         if self.timing is None:
             if not self.cuda and self.settings["ranks"] == 1:
                 self.say("plan: no time, as real blocks could not be run in a process of their own")
             return
         of_step = self.timing.times(self.settings["accumulate"])
         self.minutes = sum(map(self._seconds, epoch)) / 60
-        run = ""
+        this_run = ""
         if steps is not None:
-            minutes = sum(map(self._seconds, met)) / len(met) * steps / 60
-            run = f"{minutes:.1f} minutes for this run's {steps:,} steps, "
+            minutes = sum(map(self._seconds, run)) / len(run) * steps / 60
+            this_run = f"{minutes:.1f} minutes for this run's {steps:,} steps, "
         self.say(
             f"plan: {of_step}, {self.usual.tokens / self.timing.seconds:,.0f} tokens/s at "
-            f"{self.usual.rows} × {self.usual.length}; {run}{self.minutes:.1f} minutes an epoch of "
-            f"{len(epoch):,} steps"
+            f"{self.usual.rows} × {self.usual.length}; {this_run}{self.minutes:.1f} minutes an "
+            f"epoch of {len(epoch):,} steps"
         )
         if not self.timing.steady:
             self.say(f"plan: {self.timing.doubt()}")
@@ -162,7 +189,7 @@ class Foretold:
         """Note a step, and say once, early in the run, if the time planned is far off."""
         if self.timing is None:
             return
-        took, planned = row["elapsed_s"] - self.elapsed, self._seconds(next(self.ahead))
+        took, planned = row["elapsed_s"] - self.elapsed, self._seconds(next(self.coming))
         self.elapsed = row["elapsed_s"]
         self.pairs.append((took, planned))
         if len(self.pairs) != _EARLY:
@@ -173,35 +200,6 @@ class Foretold:
                 f"note: steps 2 to {_EARLY} took {far:.2g} times what was planned; at this pace an "
                 f"epoch takes {self.minutes * far:.1f} minutes"
             )
-
-    @staticmethod
-    def read_model(
-        model: nn.Module, autocast: torch.dtype | None
-    ) -> tuple[dict[str, Linear], dict]:
-        """Read an injected model's linears with the ranks of the active adapters, and settings."""
-        linears, format, dropout, block = {}, None, 0.0, 64
-        layers = lora_layers(model)
-        for name, layer in layers.items():
-            factors: list[Any] = [layer.adapters[one] for one in layer.active]
-            N, K = matrix_shape(layer.base)
-            linears[name] = Linear(name, N, K, sum(rank_of(one) for one in factors))
-            dropout = max([dropout, *(one.dropout for one in factors)])
-            if isinstance(layer.base, QuantizedLinear):
-                format, block = layer.base.spec.format, layer.base.spec.block_size
-        for name, module in named_modules(model):
-            plain = name.removesuffix(".base")
-            if isinstance(module, (nn.Linear, QuantizedLinear)) and plain not in linears:
-                linears[name] = Linear(name, *matrix_shape(module), 0)
-        largest = max((one.r for one in linears.values()), default=1)
-        base = weight_dtype(next(iter(layers.values())).base)
-        return linears, {
-            "format": format,
-            "dtype": autocast or base,
-            "autocast": autocast is not None and base == torch.float32,
-            "r": max(1, largest),
-            "dropout": dropout,
-            "block_size": block,
-        }
 
     def after(self) -> dict[str, float]:
         """Say what was measured beside what was planned for these steps; return the figures."""

@@ -1,107 +1,54 @@
-"""Bytes at the peak of training, by component, on shapes alone.
+"""Bytes at the peak of training, by component.
 
     peak = process + base + adapters + gradients + optimizer + workspace + activations + gathered
            + max(loss workspace, recomputed block + backward workspace) + heap
 
-The base is counted by `minilora.lora.storage`, activations by `activations.py`; what can't be
-derived (the process, the heap) stands in `constants.py`.
+Weights and what lies between forward and backward (`saved.py`) are counted on a model's modules.
+What was measured instead, of the process and of the heap, are the constants here:
+`python benchmarks/plan_accuracy.py --constants` measures them again, on rows other than those that
+the plan is judged on, and prints their values.
 """
 
-import math
-from dataclasses import dataclass, field, fields
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import nn
 
-from minilora.files import short
-from minilora.lora import Sizes, sizes
-from minilora.planning import constants
-from minilora.planning.activations import Pass, block_saved, linears_by_block, saved
-from minilora.planning.shapes import Linear, Shape, adapted
+from minilora.lora import (
+    Sizes,
+    is_linear,
+    lora_layers,
+    matrix_shape,
+    plain_modules,
+    sizes,
+    storage_format,
+)
+from minilora.planning.machines import PROCESS
+from minilora.planning.saved import SavedBytes, block_list
+from minilora.planning.shapes import Settings, Shape, planned_model
 from minilora.quantization import FORMATS, Quantization
+
+MIB = 2**20
+# A CUDA context and the libraries' own workspaces, which no allocator statistic shows.
+CUDA_CONTEXT = 520 * MIB
+# The C library's heap keeps what was freed between tensors that live. Of tensors below 32 MiB
+# (larger ones go back to the system), measured with glibc: a fixed part, a share of what lies
+# between forward and backward, and, where blocks are recomputed, a multiple of one block's tensors.
+HEAP_FIXED = 83 * MIB
+HEAP_SHARE = 0.21
+HEAP_RECOMPUTED = 3.16
+# In blocks of more than four linears (Llama's seven, not GPT-2's four) that compute in f32 the heap
+# grows by this share of a block with every block run again. Not in bf16; and with
+# MALLOC_MMAP_THRESHOLD_ set nothing of it is seen.
+HEAP_EACH_F32 = 0.35
+# Share of a machine's memory that a plan leaves free.
+MARGIN = 0.10
 
 _CHUNK = 3 * 2**22  # logits the loss holds at a time, as minilora.kernels.cross_entropy
 _F32 = 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides memory and time beside the model; checked.
-
-    Attributes:
-        format: of the base's linears: None, `"int8"`, `"nf4"` or `"int4"`.
-        dtype: of everything else, and of what is computed.
-        r: rank.
-        targets: as for `inject`.
-        exclude: likewise.
-        batch_size: rows of a micro-batch, over all ranks.
-        accumulate: micro-batches of a step.
-        length: tokens of a row.
-        checkpointing: recompute blocks in the backward pass.
-        dropout: of the adapters.
-        ranks: processes.
-        parallel: None, `"ddp"` or `"fsdp"`.
-        block_size: of nf4 and int4.
-        double_quant: of nf4.
-        autocast: whether an f32 base computes in `dtype` under autocast.
-        adapter_dtype: of the factors and their gradients.
-        moment_bytes: of one of AdamW's two moments, an element; None: as the factors (an 8-bit
-            optimizer has 1).
-        learned: share of the predicted tokens that enters the loss, in (0, 1].
-    """
-
-    format: str | None = None
-    dtype: torch.dtype = torch.bfloat16
-    r: int = 8
-    targets: object = "all-linear"
-    exclude: object = ()
-    batch_size: int = 8
-    accumulate: int = 1
-    length: int = 512
-    checkpointing: bool = False
-    dropout: float = 0.0
-    ranks: int = 1
-    parallel: str | None = None
-    block_size: int = 64
-    double_quant: bool = True
-    autocast: bool = False
-    adapter_dtype: torch.dtype = torch.float32
-    moment_bytes: int | None = None
-    learned: float = 1.0
-
-    def __post_init__(self) -> None:
-        for key in ("batch_size", "accumulate", "length", "ranks"):
-            whole(key, getattr(self, key))
-        if self.parallel not in (None, "ddp", "fsdp"):
-            raise ValueError(f"parallel must be None, 'ddp' or 'fsdp', found {self.parallel!r}")
-        if (self.parallel is None) != (self.ranks == 1):
-            raise ValueError(
-                f"several ranks need parallel='ddp' or 'fsdp', and one rank needs none, found "
-                f"ranks={self.ranks} and parallel={self.parallel!r}"
-            )
-        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"dtype must be float32, bfloat16 or float16, found {self.dtype!r}; leave it out "
-                f"for what is fastest"
-            )
-
-    @property
-    def one_pass(self) -> Pass:
-        """The pass of one rank."""
-        rows = math.ceil(self.batch_size / self.ranks)
-        w = self.dtype.itemsize
-        learned = math.ceil(rows * (self.length - 1) * self.learned)
-        return Pass(rows, self.length, w, self.autocast, self.dropout > 0, learned)
-
-
-def whole(key: str, value: object) -> int:
-    """Return a whole number from 1 to a limit that no run comes near, or raise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a whole number of at least 1, found {short(value)}")
-    most = 10**12 if key == "data" else 10**6
-    if value > most:
-        raise ValueError(f"{key} must be at most {most:,}, found {short(value)}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -140,7 +87,6 @@ class Memory:
     workspace: int = 0
     gathered: int = 0
     heap: int = 0
-    sizes: Sizes = field(default_factory=Sizes, repr=False, compare=False)
 
     @property
     def weights(self) -> int:
@@ -149,22 +95,131 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """What is held at once at most: the loss and the backward pass follow one another."""
-        apart = ("recomputed", "loss", "backward", "sizes")
-        held = sum(getattr(self, f.name) for f in fields(self) if f.name not in apart)
-        return held + max(self.loss, self.recomputed + self.backward)
+        """What is held at once at most: loss and backward pass follow one another."""
+        return sum(self.components().values())
+
+    def plus(self, heap: int) -> "Memory":
+        """Return it with so many bytes more in the heap, or less."""
+        return dataclasses.replace(self, heap=max(0, self.heap + heap))
 
     def components(self) -> dict[str, int]:
         """Return what makes up the peak, by name; it sums to `peak`."""
         in_loss = self.loss >= self.recomputed + self.backward
         left_out = ("recomputed", "backward") if in_loss else ("loss",)
-        names = [f.name for f in fields(self) if f.name not in (*left_out, "sizes")]
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
+        return {name: n for name, n in vars(self).items() if n and name not in left_out}
 
 
-def linears_of(shape: Shape, settings: Settings) -> dict[str, Linear]:
-    """List a model's linears with the ranks that settings give them."""
-    return _counted(shape, settings, settings.dtype)[1]
+_WORDS = {
+    "process": "process (Python, torch, libraries)",
+    "base": "base, not quantized",
+    "codes": "base, codes",
+    "scales": "base, scales",
+    "adapters": "adapters",
+    "gradients": "their gradients",
+    "optimizer": "optimizer (AdamW's moments)",
+    "activations": "activations",
+    "recomputed": "a block run again",
+    "loss": "head and loss",
+    "backward": "backward workspace",
+    "workspace": "workspace (logits, decoded)",
+    "gathered": "gathered blocks (FSDP2)",
+    "heap": "heap (freed, but kept)",
+}
+
+
+def memory_table(memory: Memory, room: int | None = None) -> str:
+    """Return the components at the peak, one a line, and their sum."""
+    lines = ["Memory of each process at the peak, MB"]
+    for name, size in memory.components().items():
+        lines.append(f"  {_WORDS[name]:36s} {size / 1e6:12,.1f}")
+    text = f"  {'peak':36s} {memory.peak / 1e6:12,.1f}"
+    if room is not None:
+        text += f"   of {room / 1e6:,.0f}"
+    return "\n".join([*lines, text])
+
+
+class Counted:
+    """What a model takes whatever the batches are, counted on its modules.
+
+    Args:
+        model: with adapters and `get_output_embeddings()`, on any device.
+        autocast: the dtype of autocast, None without.
+        number: how many blocks each of the model's stands for, see `SavedBytes`.
+        saved: what counts `saved`, where that is known.
+
+    Attributes:
+        sizes: bytes of all weights.
+        blocks: their number; `block_bytes` of one's base, and `linears` in it.
+        trained: elements that are trained, and `trained_bytes`.
+        weights: elements of the matrices in all blocks.
+        matrices: `[N, K]` of the linears that have an adapter or are stored as codes.
+        head: `[V, h]`: vocabulary, and width of the residual stream.
+        widest: inputs or outputs of a block's linear.
+        saved: what lies between forward and backward, by rows and tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: torch.dtype | None = None,
+        number: Sequence[int] | None = None,
+        saved: SavedBytes | None = None,
+    ) -> None:
+        blocks: list[nn.Module] = list(block_list(model))
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        times = [1] * len(blocks) if number is None else list(number)
+        more = [(model, 1), *((b, n - 1) for b, n in zip(blocks, times, strict=True) if n > 1)]
+        bytes_of = [(sizes(part), n) for part, n in more]
+        names = [f.name for f in fields(Sizes)]
+        self.sizes = Sizes(*(sum(n * getattr(one, name) for one, n in bytes_of) for name in names))
+        self.blocks, self.block_bytes = sum(times), sizes(blocks[-1]).base
+        trained = [(p, n) for part, n in more for p in part.parameters() if p.requires_grad]
+        self.trained = sum(n * p.numel() for p, n in trained)
+        self.trained_bytes = sum(n * p.nbytes for p, n in trained)
+        inside = [_linears(block) for block in blocks]
+        self.linears = len(inside[-1])
+        self.weights = sum(n * N * K for n, found in zip(times, inside, strict=True)
+                           for N, K in found.values())  # fmt: skip
+        self.widest = max(max(shape) for found in inside for shape in found.values())
+        adapted, modules = lora_layers(model), plain_modules(model)
+        self.matrices = [
+            shape for name, shape in _linears(model).items()
+            if name in adapted or storage_format(modules[name]) in FORMATS
+        ]  # fmt: skip
+        self.head = matrix_shape(getattr(head, "base", head))
+        self.saved = saved or SavedBytes(model, autocast, number=number)
+
+
+def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return `[N, K]` of the linears inside, by name."""
+    return {n: matrix_shape(m) for n, m in plain_modules(module).items() if is_linear(m)}
+
+
+_known: dict[str, Counted] = {}  # a plan asks for the same many times
+
+
+def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> Counted:
+    """Count what the settings make of a shape; `most`: of a model of that many blocks a sort."""
+    batch: dict[str, Any] = {
+        "batch_size": 1,
+        "accumulate": 1,
+        "length": 1,
+        "learned": 1.0,
+        "moment_bytes": None,
+    }
+    batch |= {"ranks": 1, "parallel": None, "checkpointing": False}
+    key = repr((shape.config, dataclasses.replace(settings, **batch), most))
+    if key not in _known:
+        if len(_known) >= 64:
+            _known.clear()
+        model, number = planned_model(shape, settings, most or 2)
+        autocast, saved = settings.dtype if settings.autocast else None, None
+        if (
+            settings.format and not autocast
+        ):  # a frozen base keeps nothing, whatever it is stored in
+            saved = count_planned(shape, dataclasses.replace(settings, format=None), most).saved
+        _known[key] = Counted(model, autocast, None if most else number, saved)
+    return _known[key]
 
 
 def count_memory(
@@ -174,8 +229,7 @@ def count_memory(
     gpu: bool = False,
     integer: str | None = "int8",
     process: int | None = None,
-    linears: dict[str, Linear] | None = None,
-    base: Sizes | None = None,
+    counted: Counted | None = None,
 ) -> Memory:
     """Plan the peak of one process.
 
@@ -185,147 +239,98 @@ def count_memory(
         gpu: whether it trains on a GPU, whose memory is meant then.
         integer: how INT8 and INT4 are multiplied as integers there, `"int8"` or `"blocks"` (see
             `kernels/int8.py`); None: as floats.
-        process: bytes of a process that trained nothing, None for `constants`.
-        linears: of a model that is there, with their ranks; default: as `settings` say.
-        base: bytes of a model that is there; likewise.
+        process: bytes of a process that trained nothing; None: `PROCESS` or `CUDA_CONTEXT`.
+        counted: a model that is there; default: what the settings make of the shape.
 
     Raises:
         ValueError: what `quantize` or `inject` would refuse by shape; rows longer than the model's
             context.
     """
-    config, p = shape.config, settings.one_pass
-    if settings.length > config.max_position_embeddings:
-        raise ValueError(
-            f"length must fit the context of {shape.name}, {config.max_position_embeddings} "
-            f"tokens, found {settings.length}"
-        )
-    dtype = torch.float32 if settings.autocast else settings.dtype
-    if base is None or linears is None:
-        base, linears = _counted(shape, settings, dtype)
-    found = base
-    count = sum(one.r * (one.N + one.K) for one in linears.values())
-    trained = count * settings.adapter_dtype.itemsize
-    moment = settings.adapter_dtype.itemsize
-    if settings.moment_bytes is not None:
-        moment = settings.moment_bytes
-    kept = saved(config, linears, p, settings.checkpointing)
-    block = block_saved(config, linears_by_block(linears)[config.num_hidden_layers - 1], p)
-    again = block if settings.checkpointing else 0
+    shape.check_length(settings.length)
+    found = count_planned(shape, settings) if counted is None else counted
+    integer = None if gpu else integer
+    kept = found.saved(settings.rows, settings.length)
+    held, again = (kept.inputs, kept.block) if settings.checkpointing else (kept.total, 0)
     share = settings.ranks if settings.parallel == "fsdp" else 1
-    heap = 0.0
-    if not gpu:
-        heap = constants.HEAP_FIXED + constants.HEAP_SHARE * kept
-        heap += constants.HEAP_RECOMPUTED * again
-        heap += constants.HEAP_EACH_F32 * again * layers_that_grow(shape, settings)
-    default = constants.CUDA_CONTEXT if gpu else constants.PROCESS
-    whole_block = found.base - found.embeddings - _head(linears) * dtype.itemsize
-    whole_block = max(0, whole_block) // config.num_hidden_layers
+    moments = 2 * found.trained_bytes
+    if settings.moment_bytes is not None:
+        moments = 2 * found.trained * settings.moment_bytes
+    # The loss keeps its gradient for the head's input.
+    held += settings.learned_tokens * found.head[1] * settings.dtype.itemsize
+    base = found.sizes
+    gathered = 2 * found.block_bytes + base.base - found.block_bytes * found.blocks
+    if process is None:
+        process = CUDA_CONTEXT if gpu else PROCESS
     return Memory(
-        process=default if process is None else process,
-        base=(found.linears + found.embeddings + found.other) // share,
-        codes=found.codes // share,
-        scales=found.scales // share,
-        adapters=trained // share,
-        gradients=trained * (2 if settings.parallel == "ddp" else 1) // share,
-        optimizer=2 * count * moment // share,
-        activations=kept,
+        process=process,
+        base=(base.linears + base.embeddings + base.other) // share,
+        codes=base.codes // share,
+        scales=base.scales // share,
+        adapters=base.adapters // share,
+        gradients=found.trained_bytes * (2 if settings.parallel == "ddp" else 1) // share,
+        optimizer=moments // share,
+        activations=held,
         recomputed=again,
-        loss=_loss(shape, p, gpu),
-        backward=_backward(shape, settings, None if gpu else integer),
-        workspace=_workspace(shape, linears, settings, gpu, None if gpu else integer),
-        gathered=0 if share == 1 else 2 * whole_block + found.base - whole_block
-        * config.num_hidden_layers,
-        heap=int(heap),
-        sizes=found,
-    )  # fmt: skip
+        loss=_loss(found, settings, gpu),
+        backward=_backward(found, settings, integer),
+        workspace=_workspace(found, settings, gpu, integer),
+        gathered=gathered if share > 1 else 0,
+        heap=0 if gpu else _heap(found, settings, held, again),
+    )
 
 
-# A plan asks for the same many times.
-_known: dict[str, Sizes] = {}
-_known_linears: dict[str, dict[str, Linear]] = {}
+def grows(found: Counted, settings: Settings) -> bool:
+    """Return whether the heap grows with every block run again, see `HEAP_EACH_F32`."""
+    return found.linears > 4 and settings.dtype == torch.float32
 
 
-def _counted(
-    shape: Shape, settings: Settings, dtype: torch.dtype
-) -> tuple[Sizes, dict[str, Linear]]:
-    """Count the base's bytes and list the linears of a model on the meta device."""
-    quantizing = {} if settings.format is None else _quantizing(settings)
-    key = repr((shape.config, settings.format, quantizing, dtype))
-    which = repr((shape.config, settings.r, settings.targets, settings.exclude))
-    if key not in _known or which not in _known_linears:
-        model = shape.empty(dtype)
-        for held in (_known, _known_linears):
-            if len(held) >= 64:
-                held.clear()
-        _known[key] = sizes(model, settings.format, **quantizing)
-        _known_linears[which] = adapted(model, settings.r, settings.targets, settings.exclude)
-    return _known[key], _known_linears[which]
+def _heap(found: Counted, settings: Settings, held: int, again: int) -> int:
+    each = HEAP_EACH_F32 * found.blocks if grows(found, settings) else 0.0
+    return int(HEAP_FIXED + HEAP_SHARE * held + (HEAP_RECOMPUTED + each) * again)
 
 
-def layers_that_grow(shape: Shape, settings: Settings) -> int:
-    """Count the blocks of a Llama that computes in f32, see `constants.HEAP_EACH_F32`."""
-    grows = shape.kind == "llama" and settings.dtype == torch.float32
-    return shape.config.num_hidden_layers if grows else 0
-
-
-def _quantizing(settings: Settings) -> dict[str, Any]:
-    return {"block_size": settings.block_size, "double_quant": settings.double_quant}
-
-
-def _head(linears: dict[str, Linear]) -> int:
-    return sum(one.N * one.K for name, one in linears.items() if name == "lm_head")
-
-
-def _logits(shape: Shape, p: Pass) -> int:
+def _logits(found: Counted, settings: Settings) -> int:
     """Count the logits that the loss holds at a time."""
-    V = shape.config.vocab_size
-    return min(p.learned, max(32, _CHUNK // V)) * V
+    V = found.head[0]
+    return min(settings.learned_tokens, max(32, _CHUNK // V)) * V
 
 
-def _loss(shape: Shape, p: Pass, gpu: bool) -> int:
+def _loss(found: Counted, settings: Settings, gpu: bool) -> int:
     """Head and loss: the rows that learn, the head under autocast; on a GPU a chunk of logits.
 
     They turn into their own gradient in place, after a copy in f32 where they are narrower. On a
     CPU both lie in buffers that stay (`_workspace`).
     """
-    h = shape.config.hidden_size
-    cast = shape.config.vocab_size * h * p.w if p.autocast else 0
-    chunk = _logits(shape, p) * (p.w + (_F32 if p.w < _F32 else 0)) if gpu else 0
-    return chunk + (p.tokens - p.B) * h * p.w + cast
+    (V, h), w = found.head, settings.dtype.itemsize
+    cast = V * h * w if settings.autocast else 0
+    chunk = _logits(found, settings) * (w + (_F32 if w < _F32 else 0)) if gpu else 0
+    return chunk + settings.rows * (settings.length - 1) * h * w + cast
 
 
-def _backward(shape: Shape, settings: Settings, integer: str | None) -> int:
+def _backward(found: Counted, settings: Settings, integer: str | None) -> int:
     """Gradients within a block, and the copies that `_int_mm` takes and gives, f32 and integer."""
-    config, p = shape.config, settings.one_pass
-    h, i = config.hidden_size, config.intermediate_size
-    total = p.tokens * (3 * i + 3 * h) * p.w
+    tokens, h, i = settings.rows * settings.length, found.head[1], found.widest
+    total = tokens * (3 * i + 3 * h) * settings.dtype.itemsize
     if integer == "int8" and settings.format and FORMATS[settings.format].integer:
-        total += p.tokens * i * (3 * _F32 + 1) + p.tokens * h * 2 * _F32
+        total += tokens * i * (3 * _F32 + 1) + tokens * h * 2 * _F32
     return total
 
 
-def _workspace(
-    shape: Shape,
-    linears: dict[str, Linear],
-    settings: Settings,
-    gpu: bool,
-    integer: str | None,
-) -> int:
+def _workspace(found: Counted, settings: Settings, gpu: bool, integer: str | None) -> int:
     """Return the bytes of what is decoded or cast before it is multiplied, and of logits.
 
     A CPU has one buffer a dtype, as large as the largest of them (`kernels/workspace.py`).
     """
-    stored = settings.format is not None
-    used = [one for name, one in linears.items() if one.r or (stored and name != "lm_head")]
-    largest = max((one.N * one.K for one in used), default=0)
+    largest = max((N * K for N, K in found.matrices), default=0)
     w = settings.dtype.itemsize
-    logits = 0 if gpu else _logits(shape, settings.one_pass) * w
+    logits = 0 if gpu else _logits(found, settings) * w
     if settings.format is None:
         return logits + (largest * w if settings.autocast else 0)
     spec = Quantization(settings.format, settings.block_size, settings.double_quant)
     beside = spec.storage.workspace_bytes(spec, largest)
     integer = integer if spec.storage.integer else None
     if integer == "blocks":  # codes in another order, and those of X; a sixteenth for their sums
-        longest = max((max(one.N, one.K) for one in used), default=0)
-        return beside + logits + (largest + settings.one_pass.tokens * longest) * 17 // 16
+        longest = max(max(shape) for shape in found.matrices)
+        tokens = settings.rows * settings.length
+        return beside + logits + (largest + tokens * longest) * 17 // 16
     return beside + max(logits, 0 if integer else largest * w)

@@ -10,9 +10,8 @@ import torch
 
 from minilora.data import Batches, Example, as_examples, learned_labels
 from minilora.files import short
-from minilora.lora import as_dtype, check_dropout
+from minilora.lora import as_dtype, check_dropout, sizes
 from minilora.planning.advice import (
-    HERE,
     Advice,
     Data,
     Option,
@@ -20,34 +19,80 @@ from minilora.planning.advice import (
     advise,
     all_options,
     best_dtype,
-    this_machine,
     u_shape,
 )
-from minilora.planning.calibration import calibrate
-from minilora.planning.devices import Device, device
-from minilora.planning.memory import Memory, Settings, whole
-from minilora.planning.met import epoch_met, mean_batch
-from minilora.planning.rules import Rule, rules_of_thumb
-from minilora.planning.shapes import Shape, read_shape
+from minilora.planning.batches import epoch_steps, mean_batch
+from minilora.planning.machines import HERE, Calibration, Device, calibrate, device, this_machine
+from minilora.planning.memory import Memory, count_memory, memory_table
+from minilora.planning.shapes import Settings, Shape, read_shape, whole
 from minilora.planning.speed import Speed, duration
 
 BUSY = 0.2  # share of the processor above which times are worth a warning
-_WORDS = {
-    "process": "process (Python, torch, libraries)",
-    "base": "base, not quantized",
-    "codes": "base, codes",
-    "scales": "base, scales",
-    "adapters": "adapters",
-    "gradients": "their gradients",
-    "optimizer": "optimizer (AdamW's moments)",
-    "activations": "activations",
-    "recomputed": "a block run again",
-    "loss": "head and loss",
-    "backward": "backward workspace",
-    "workspace": "workspace (logits, decoded)",
-    "gathered": "gathered blocks (FSDP2)",
-    "heap": "heap (freed, but kept)",
-}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of thumb that people quote, beside what is computed.
+
+    Attributes:
+        rule: in words.
+        says: bytes.
+        computed: bytes of what the rule is quoted for.
+        of: what that is.
+        misleads: where.
+    """
+
+    rule: str
+    says: int
+    computed: int
+    of: str
+    misleads: str
+
+    def __str__(self) -> str:
+        says, computed = _size(self.says), _size(self.computed)
+        return f"{self.rule}: {says}; computed {computed} ({self.of}). {self.misleads}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def rules_of_thumb(shape: Shape, settings: Settings, memory: Memory) -> list[Rule]:
+    """Apply the three rules to a model, beside this plan."""
+    parameters = shape.parameters
+    small = sizes(shape.empty(torch.bfloat16), "nf4")
+    narrow = Settings(
+        r=settings.r, targets=settings.targets, exclude=settings.exclude,
+        batch_size=settings.batch_size, length=settings.length,
+    )  # fmt: skip
+    full = count_memory(shape, narrow, gpu=True)
+    trained = full.adapters + full.gradients + full.optimizer
+    return [
+        Rule(
+            "1 GB per 1B parameters, and 20 %",
+            int(1.2 * parameters),
+            memory.peak,
+            "this run's peak",
+            "It is a rule for serving in 8 bits: it knows neither the format (2 GB per 1B in "
+            "bf16) nor batch and length, and for small models the process alone is larger.",
+        ),
+        Rule(
+            "LoRA needs a tenth (70B in 14 GB)",
+            int(0.2 * parameters),
+            full.weights + trained,
+            f"bf16 base {_size(full.weights)} + trained state {_size(trained)}",
+            "LoRA shrinks gradients and optimizer, not the frozen weights: these stay, whole, "
+            "unless they are quantized or shared out.",
+        ),
+        Rule(
+            "4 bits are half a GB per 1B (7B in 3.5 GB)",
+            int(0.5 * parameters),
+            small.total,
+            "nf4 base alone",
+            "Scales come on top, head and embeddings stay in 16 bits, and training adds "
+            "activations, adapters and the loss.",
+        ),
+    ]
 
 
 @dataclass(frozen=True)
@@ -83,7 +128,7 @@ class Plan:
     busy: float = 0.0
 
     def __str__(self) -> str:
-        parts = [self._head(), memory_table(self.memory, self.device), self._time()]
+        parts = [self._head(), memory_table(self.memory, self.device.memory), self._time()]
         parts.append("Rules of thumb\n" + "\n".join(f"- {rule}" for rule in self.rules))
         parts.append("Options\n" + option_table(self.options))
         told = [self.advice.why, u_shape(self.options), f"    {self.advice.command}"]
@@ -97,10 +142,11 @@ class Plan:
 
     def _head(self) -> str:
         s = self.settings
-        again = "on" if s.checkpointing else "off"
+        dtype, again = _plain(s.dtype), "on" if s.checkpointing else "off"
+        base = dtype if s.format is None else f"{s.format} (rest {dtype})"
         return (
             f"{self.shape.name}: {self.shape.parameters / 1e9:.3f}B parameters "
-            f"({self.shape.source}); r={s.r}, base {_base(s)}, {s.batch_size} × {s.accumulate} rows"
+            f"({self.shape.source}); r={s.r}, base {base}, {s.batch_size} × {s.accumulate} rows"
             f" of up to {s.length} tokens a step, checkpointing {again}"
             f"{f', {s.ranks} ranks ({s.parallel})' if s.parallel else ''}; {self.data.examples:,} "
             f"examples of {self.data.mean} tokens, {self.data.epochs:g} "
@@ -137,61 +183,38 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-able values; bytes, seconds, hours."""
-        return {
-            "model": self.shape.name,
-            "parameters": self.shape.parameters,
-            "device": self.device.name,
-            "settings": _settings(self.settings),
-            "data": dataclasses.asdict(self.data),
-            "memory": self.memory.components() | {"peak": self.memory.peak},
-            "fits": self.fits,
-            "speed": None if self.speed is None else dataclasses.asdict(self.speed),
-            "cost": self.cost,
-            "busy": self.busy,
-            "rules": [dataclasses.asdict(rule) for rule in self.rules],
-            "options": [
-                {
-                    "device": one.device.name,
-                    "settings": _settings(one.settings),
-                    "peak": one.memory.peak,
-                    "fits": one.fits,
-                    "speed": None if one.speed is None else dataclasses.asdict(one.speed),
-                    "cost": one.cost,
-                }
-                for one in self.options
-            ],
-            "advice": {"cpu": self.advice.cpu, "why": self.advice.why}
-            | {"command": self.advice.command},
-        }
+        options = [
+            {
+                "device": one.device.name,
+                "settings": one.settings,
+                "peak": one.memory.peak,
+                "fits": one.fits,
+                "speed": one.speed,
+                "cost": one.cost,
+            }
+            for one in self.options
+        ]
+        advice = {name: getattr(self.advice, name) for name in ("cpu", "why", "command")}
+        found = {"model": self.shape.name, "parameters": self.shape.parameters}
+        found |= {"device": self.device.name, "settings": self.settings, "data": self.data}
+        found |= {"memory": self.memory.components() | {"peak": self.memory.peak}}
+        found |= {name: getattr(self, name) for name in ("fits", "speed", "cost", "busy", "rules")}
+        return _plain(found | {"options": options, "advice": advice})
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with dataclasses as dicts and dtypes by name."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(one) for one in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _money(amount: float) -> str:
     return "under 0.01" if 0 < amount < 0.01 else f"{amount:,.2f}"
-
-
-def _settings(settings: Settings) -> dict[str, Any]:
-    found = dataclasses.asdict(settings)
-    for name in ("dtype", "adapter_dtype"):
-        found[name] = str(found[name]).removeprefix("torch.")
-    for name in ("targets", "exclude"):
-        found[name] = found[name] if isinstance(found[name], str) else list(found[name])
-    return found
-
-
-def _base(settings: Settings) -> str:
-    dtype = str(settings.dtype).removeprefix("torch.")
-    return dtype if settings.format is None else f"{settings.format} (rest {dtype})"
-
-
-def memory_table(memory: Memory, place: Device | None = None) -> str:
-    """Return the components at the peak, one a line, and their sum."""
-    lines = ["Memory of each process at the peak, MB"]
-    for name, size in memory.components().items():
-        lines.append(f"  {_WORDS[name]:36s} {size / 1e6:12,.1f}")
-    text = f"  {'peak':36s} {memory.peak / 1e6:12,.1f}"
-    if place is not None:
-        text += f"   of {place.memory / 1e6:,.0f}"
-    return "\n".join([*lines, text])
 
 
 def option_table(options: list[Option]) -> str:
@@ -202,7 +225,7 @@ def option_table(options: list[Option]) -> str:
     for one in options:
         s, speed = one.settings, one.speed
         rows.append((
-            one.device.name, s.format or str(s.dtype).removeprefix("torch."),
+            one.device.name, s.format or _plain(s.dtype),
             f"{s.batch_size}×{s.accumulate}", "yes" if s.checkpointing else "no",
             f"{s.ranks} {s.parallel}" if s.parallel else "1",
             f"{one.memory.peak / 1e9:.1f}", f"{one.device.memory / 1e9:.0f}",
@@ -241,7 +264,7 @@ def data_size(
             f"no example has anything to learn within length={length} tokens (--max-length); "
             f"raise it"
         )
-    steps = epoch_met(Batches(examples, batch_size=whole("batch_size", batch_size)), 1)
+    steps = epoch_steps(Batches(examples, batch_size=whole("batch_size", batch_size)), 1)
     usual, longest = mean_batch(steps), max(len(one.input_ids) for one in examples)
     return Data(len(examples), usual.length, longest, epochs, usual.share)
 
@@ -351,7 +374,7 @@ def _prices(prices: float | Mapping[str, float] | None, name: str) -> dict[str, 
     return found
 
 
-def _device(name: str, here: Any, memory_gb: float | None) -> Device:
+def _device(name: str, here: Calibration, memory_gb: float | None) -> Device:
     found = this_machine(here) if name == HERE else device(name)
     if memory_gb is None:
         return found

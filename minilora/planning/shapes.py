@@ -1,21 +1,127 @@
 """What is planned for: a model's shape from a preset, a folder, a file, the hub or a module."""
 
+import difflib
 import functools
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from minilora.files import read_json, short
 from minilora.loading import KINDS, model_config, read_gguf
-from minilora.lora import check_rank, is_linear, matrix_shape, plain_modules, select_targets
+from minilora.lora import (
+    check_rank,
+    inject,
+    matrix_shape,
+    plain_modules,
+    quantize,
+    select_targets,
+)
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
-from minilora.planning.presets import PRESETS, nearest
+from minilora.planning.saved import block_list, samples
 
 Config = GPT2Config | LlamaConfig
+
+
+class Preset(NamedTuple):
+    """A model's shape and where its numbers stand."""
+
+    config: GPT2Config | LlamaConfig
+    source: str
+    foreign: str = ""  # why `minilora train` does not read it, "" where it does
+
+
+def _gpt2(name: str, width: int, layers: int, heads: int) -> Preset:
+    config = GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
+    return Preset(config, f"huggingface.co/openai-community/{name}, config.json")
+
+
+def _llama(
+    source: str, *numbers: int, tied: bool = False, biases: bool = False, foreign: str = ""
+) -> Preset:
+    """Take vocabulary, width, inner width, layers, heads, key-value heads, context."""
+    vocabulary, width, inner, layers, heads, kv_heads, context = numbers
+    config = LlamaConfig(
+        vocabulary, width, inner, layers, heads, kv_heads, width // heads, context,
+        tie_word_embeddings=tied, attention_bias=biases,
+    )  # fmt: skip
+    return Preset(config, f"huggingface.co/{source}, config.json", foreign)
+
+
+_SCALED = "its rotary embeddings are scaled"
+_BIASES = "q, k and v have biases (planned with one more on o)"
+_FUSED = "q, k, v and gate, up are one matrix each (planned as five)"
+
+
+PRESETS: dict[str, Preset] = {
+    "gpt2": _gpt2("gpt2", 768, 12, 12),
+    "gpt2-medium": _gpt2("gpt2-medium", 1024, 24, 16),
+    "gpt2-large": _gpt2("gpt2-large", 1280, 36, 20),
+    "gpt2-xl": _gpt2("gpt2-xl", 1600, 48, 25),
+    "smollm2-135m": _llama(
+        "HuggingFaceTB/SmolLM2-135M", 49152, 576, 1536, 30, 9, 3, 8192, tied=True
+    ),
+    "smollm2-360m": _llama(
+        "HuggingFaceTB/SmolLM2-360M", 49152, 960, 2560, 32, 15, 5, 8192, tied=True
+    ),
+    "smollm2-1.7b": _llama(
+        "HuggingFaceTB/SmolLM2-1.7B", 49152, 2048, 8192, 24, 32, 32, 8192, tied=True
+    ),
+    "tinyllama-1.1b": _llama(
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 32000, 2048, 5632, 22, 32, 4, 2048
+    ),
+    "llama-2-7b": _llama("meta-llama/Llama-2-7b-hf", 32000, 4096, 11008, 32, 32, 32, 4096),
+    "llama-2-13b": _llama("meta-llama/Llama-2-13b-hf", 32000, 5120, 13824, 40, 40, 40, 4096),
+    "llama-2-70b": _llama("meta-llama/Llama-2-70b-hf", 32000, 8192, 28672, 80, 64, 8, 4096),
+    "llama-3-8b": _llama("meta-llama/Meta-Llama-3-8B", 128256, 4096, 14336, 32, 32, 8, 8192),
+    "llama-3-70b": _llama("meta-llama/Meta-Llama-3-70B", 128256, 8192, 28672, 80, 64, 8, 8192),
+    "llama-3.1-8b": _llama(
+        "meta-llama/Llama-3.1-8B", 128256, 4096, 14336, 32, 32, 8, 131072, foreign=_SCALED
+    ),
+    "llama-3.2-1b": _llama(
+        "meta-llama/Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 131072, tied=True, foreign=_SCALED
+    ),
+    "llama-3.2-3b": _llama(
+        "meta-llama/Llama-3.2-3B", 128256, 3072, 8192, 28, 24, 8, 131072, tied=True, foreign=_SCALED
+    ),
+    "mistral-7b-v0.3": _llama(
+        "mistralai/Mistral-7B-v0.3", 32768, 4096, 14336, 32, 32, 8, 32768,
+        foreign="its config.json names another family",
+    ),
+    "qwen2.5-0.5b": _llama(
+        "Qwen/Qwen2.5-0.5B", 151936, 896, 4864, 24, 14, 2, 32768,
+        tied=True, biases=True, foreign=_BIASES,
+    ),
+    "qwen2.5-1.5b": _llama(
+        "Qwen/Qwen2.5-1.5B", 151936, 1536, 8960, 28, 12, 2, 32768,
+        tied=True, biases=True, foreign=_BIASES,
+    ),
+    "qwen2.5-7b": _llama(
+        "Qwen/Qwen2.5-7B", 152064, 3584, 18944, 28, 28, 4, 131072, biases=True, foreign=_BIASES
+    ),
+    "phi-3-mini": _llama(
+        "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, 32, 4096, foreign=_FUSED
+    ),
+    "phi-4": _llama("microsoft/phi-4", 100352, 5120, 17920, 40, 40, 10, 16384, foreign=_FUSED),
+}  # fmt: skip
+# Families whose blocks keep something that a Llama's does not.
+_OTHERS = {
+    "qwen3": "its blocks norm queries and keys",
+    "gemma": "its blocks have two or four norms more and another activation",
+}
+
+
+def nearest(name: str, known: Any) -> str:
+    """Name the known ones that look most like a name, or all; say why a family is not there."""
+    for family, why in _OTHERS.items():
+        if known is PRESETS and family in name.lower():
+            return f"{family} is not planned, as {why}"
+    found = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
+    return f"nearest: {', '.join(found)}" if found else f"there are: {', '.join(known)}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +152,14 @@ class Shape:
         if isinstance(self.config, GPT2Config):
             return GPT2(self.config, dtype=dtype, device="meta")
         return Llama(self.config, dtype=dtype, device="meta")
+
+    def check_length(self, length: int) -> None:
+        """Raise unless rows of this length fit the context."""
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"length must fit the context of {self.name}, "
+                f"{self.config.max_position_embeddings} tokens, found {length}"
+            )
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -135,39 +249,138 @@ def _hub(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One linear layer of a block or the head: out N, in K, rank r (0: no adapter)."""
+class Settings:
+    """What decides memory and time beside the model; checked.
 
-    name: str
-    N: int
-    K: int
-    r: int
+    Attributes:
+        format: of the base's linears: None, `"int8"`, `"nf4"` or `"int4"`.
+        dtype: of everything else, and of what is computed.
+        r: rank.
+        targets: as for `inject`.
+        exclude: likewise.
+        batch_size: rows of a micro-batch, over all ranks.
+        accumulate: micro-batches of a step.
+        length: tokens of a row.
+        checkpointing: recompute blocks in the backward pass.
+        dropout: of the adapters.
+        ranks: processes.
+        parallel: None, `"ddp"` or `"fsdp"`.
+        block_size: of nf4 and int4.
+        double_quant: of nf4.
+        autocast: whether an f32 base computes in `dtype` under autocast.
+        adapter_dtype: of the factors and their gradients.
+        moment_bytes: of one of AdamW's two moments, an element; None: as the factors (an 8-bit
+            optimizer has 1).
+        learned: share of the predicted tokens that enters the loss, in (0, 1].
+    """
+
+    format: str | None = None
+    dtype: torch.dtype = torch.bfloat16
+    r: int = 8
+    targets: object = "all-linear"
+    exclude: object = ()
+    batch_size: int = 8
+    accumulate: int = 1
+    length: int = 512
+    checkpointing: bool = False
+    dropout: float = 0.0
+    ranks: int = 1
+    parallel: str | None = None
+    block_size: int = 64
+    double_quant: bool = True
+    autocast: bool = False
+    adapter_dtype: torch.dtype = torch.float32
+    moment_bytes: int | None = None
+    learned: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "accumulate", "length", "ranks"):
+            whole(key, getattr(self, key))
+        if self.parallel not in (None, "ddp", "fsdp"):
+            raise ValueError(f"parallel must be None, 'ddp' or 'fsdp', found {self.parallel!r}")
+        if (self.parallel is None) != (self.ranks == 1):
+            raise ValueError(
+                f"several ranks need parallel='ddp' or 'fsdp', and one rank needs none, found "
+                f"ranks={self.ranks} and parallel={self.parallel!r}"
+            )
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"dtype must be float32, bfloat16 or float16, found {self.dtype!r}; leave it out "
+                f"for what is fastest"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, on the rank that has most."""
+        return math.ceil(self.batch_size / self.ranks)
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens of those rows that enter the loss."""
+        return math.ceil(self.rows * (self.length - 1) * self.learned)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """What the base has where it is not quantized."""
+        return torch.float32 if self.autocast else self.dtype
 
 
-def adapted(
-    model: Any, r: int, targets: object = "all-linear", exclude: object = ()
-) -> dict[str, Linear]:
-    """List a model's linears with the rank that `inject` would give each, 0 for no adapter.
+def whole(key: str, value: object) -> int:
+    """Return a whole number from 1 to a limit that no run comes near, or raise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be a whole number of at least 1, found {short(value)}")
+    most = 10**12 if key == "data" else 10**6
+    if value > most:
+        raise ValueError(f"{key} must be at most {most:,}, found {short(value)}")
+    return value
+
+
+def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tuple[Any, list[int]]:
+    """Make what the settings make of a shape, on the meta device: quantized, and with adapters.
+
+    Args:
+        shape: of the model.
+        settings: of the run.
+        most: how many blocks of every sort it has at most; None: all.
+
+    Returns:
+        The model, and how many blocks each of its blocks stands for.
 
     Raises:
-        ValueError: what `inject` refuses, other targets than linears, or a rank above what a
-            layer's shape can use.
+        ValueError: what `quantize` or `inject` refuses, or a rank above what a layer can use.
     """
-    check_rank(r)
-    modules = plain_modules(model)
-    shapes = {n: matrix_shape(m) for n, m in modules.items() if is_linear(m)}
-    chosen = dict.fromkeys(select_targets(model, targets, exclude))
+    model = shape.empty(settings.base_dtype)
+    chosen, modules = (
+        select_targets(model, settings.targets, settings.exclude),
+        plain_modules(model),
+    )
+    check_rank(settings.r)
     for name in chosen:
-        if name not in shapes:
+        size = list(matrix_shape(modules[name]))
+        if settings.r > min(size):
             raise ValueError(
-                f"plan() plans for adapters on linear layers, found {name} among the targets; "
-                f"leave it out with exclude=[{name!r}]"
+                f"r={settings.r} is above what {name} can use: its shape is {size}, so no change "
+                f"of it has a rank above {min(size)}; lower r, or exclude the layer"
             )
-        if r > min(shapes[name]):
-            raise ValueError(
-                f"r={r} is above what {name} can use: its shape is {list(shapes[name])}, so no "
-                f"change of it has a rank above {min(shapes[name])}; lower r, or exclude the layer"
-            )
-    return {
-        name: Linear(name, *shape, r if name in chosen else 0) for name, shape in shapes.items()
-    }
+    blocks = block_list(model)
+    [at] = [name for name, module in modules.items() if module is blocks]
+    sorts: dict[str, list[str]] = {f"{at}.{name}.": [] for name in blocks._modules}
+    for name in chosen:
+        for block, inside in sorts.items():
+            if name.startswith(block):
+                inside.append(name.removeprefix(block))
+    few = samples([tuple(inside) for inside in sorts.values()], most or len(sorts))
+    for i, (name, block) in enumerate(zip(list(blocks._modules), sorts, strict=True)):
+        if i not in few:
+            del blocks._modules[name]
+            chosen = [one for one in chosen if not one.startswith(block)]
+    if settings.format is not None:
+        quantize(
+            model,
+            settings.format,
+            block_size=settings.block_size,
+            double_quant=settings.double_quant,
+        )
+    inject(model, settings.r, targets=chosen, dropout=settings.dropout,
+           dtype=settings.adapter_dtype)  # fmt: skip
+    return model, list(few.values())

@@ -1,20 +1,77 @@
-"""Seconds and hours: from steps timed here, from rates measured here, or from a datasheet."""
+"""Seconds and hours of a run: from steps timed here, rates measured here, or a datasheet.
 
-import dataclasses
+FLOPs per token, N·K summed over the linears of the blocks, r the rank, T tokens of a row, q = heads
+· head_dim, h width, V vocabulary; ×3/2 of the first two terms under checkpointing (blocks run
+again):
+
+    base       4 · Σ N·K              forward and input gradient; a frozen weight has no gradient
+    adapters   6 · Σ r·(N + K)        forward, and both gradients of both factors' products
+    attention  7 · T · q · layers     causal: half of 2 · 2·T·q, and 2.5 times that backward
+    head       4 · h · V              of those that enter the loss
+"""
+
 import math
 from dataclasses import dataclass
 
-from minilora.planning.calibration import Calibration, calibrate
-from minilora.planning.devices import Device
-from minilora.planning.memory import Memory, Settings
-from minilora.planning.shapes import Shape
-from minilora.planning.timing import Timing, timed_step
-from minilora.planning.work import Work, count_work
+from minilora.planning.machines import Calibration, Device
+from minilora.planning.memory import Memory, count_planned
+from minilora.planning.shapes import Settings, Shape
+from minilora.planning.timing import Timing
 from minilora.quantization import FORMATS
 
+_MOVES = 4  # times that what autograd keeps is written or read, its gradients included
 # Where nothing was timed: shares of the measured rates that real steps reach on a CPU, and the
 # nanoseconds in which a weight is decoded.
 _PRODUCTS, _MOVING, _DECODE = 0.35, 0.5, 0.6e-9
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one optimizer step takes, over all ranks.
+
+    Attributes:
+        tokens: processed.
+        base: FLOPs with the frozen weights of the blocks.
+        adapters: FLOPs with the factors.
+        attention: FLOPs of scores and values.
+        head: FLOPs of head and loss.
+        bytes: moved: weights in each pass, and activations.
+        decoded: weights decoded or cast, each time one is multiplied.
+    """
+
+    tokens: int
+    base: int
+    adapters: int
+    attention: int
+    head: int
+    bytes: int
+    decoded: int
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs."""
+        return self.base + self.adapters + self.attention + self.head
+
+
+def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
+    """Count a step's work; `memory` is the plan for the same settings."""
+    counted, config, a = count_planned(shape, settings), shape.config, settings.accumulate
+    (V, h), layers = counted.head, counted.blocks
+    tokens = settings.batch_size * a * settings.length
+    runs = 3 if settings.checkpointing else 2  # passes of 2 FLOPs a weight
+    passes = runs * a * settings.ranks
+    q = config.num_attention_heads * config.head_dim
+    kept = memory.activations + memory.recomputed * layers
+    copies = settings.ranks if settings.parallel == "fsdp" else 1
+    return Work(
+        tokens=tokens,
+        base=tokens * 2 * runs * counted.weights,
+        adapters=tokens * (4 + 2 * (runs - 1)) * counted.trained,
+        attention=int(tokens * 2 * settings.length * q * layers * (runs - 1 + 2.5)),
+        head=int(tokens * settings.learned) * 4 * h * V,
+        bytes=passes * memory.weights * copies + _MOVES * kept * a * settings.ranks,
+        decoded=passes * counted.weights if settings.format else 0,
+    )
 
 
 @dataclass(frozen=True)
@@ -26,7 +83,7 @@ class Speed:
         tokens_per_second: over all ranks, padding counted.
         steps: of the whole run.
         hours: of the whole run, without evaluations.
-        how: `"timed here"`, `"rates measured here"` or `"datasheet"`.
+        how: `"timed here"`, `"scaled from the timed"`, `"rates measured here"` or `"datasheet"`.
         timing: the repeats behind it, where it was timed here.
     """
 
@@ -67,41 +124,6 @@ def from_rates(work: Work, settings: Settings, here: Calibration) -> float:
     return seconds + (0 if integer else work.decoded * _DECODE)
 
 
-def foretell(
-    shape: Shape,
-    settings: Settings,
-    memory: Memory,
-    *,
-    examples: int,
-    epochs: float,
-    device: Device | None = None,
-    here: Calibration | None = None,
-    timed: bool = True,
-) -> Speed:
-    """Say how fast a run will go.
-
-    Args:
-        shape: of the model.
-        settings: of the run.
-        memory: the plan for them.
-        examples: rows of the data.
-        epochs: passes over them.
-        device: a named machine; None is this one.
-        here: this machine's figures, where `device` is None.
-        timed: whether to time real blocks here (a few seconds).
-    """
-    work, timing = count_work(shape, settings, memory), None
-    if device is not None:
-        seconds, how = on_device(work, memory, settings, device), "datasheet"
-    elif timed:
-        timing = timed_step(shape, settings)
-        seconds, how = timing.seconds, "timed here"
-    else:
-        seconds, how = from_rates(work, settings, here or calibrate()), "rates measured here"
-    found = run_of(seconds, how, work.tokens, settings, examples, epochs)
-    return dataclasses.replace(found, timing=timing)
-
-
 def duration(hours: float) -> str:
     """Write a time in the unit that suits it."""
     if hours < 1 / 60:
@@ -111,11 +133,16 @@ def duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
 
 
-def run_of(
-    seconds: float, how: str, tokens: int, settings: Settings, examples: int, epochs: float
+def run_speed(
+    seconds: float,
+    how: str,
+    settings: Settings,
+    examples: int,
+    epochs: float,
+    timing: Timing | None = None,
 ) -> Speed:
-    """Extend a step's seconds to a run."""
-    steps = count_steps(examples, epochs, settings)
+    """Extend a step's seconds to a run over so many examples."""
     rows = settings.batch_size * settings.accumulate
     hours = seconds * max(1.0, examples * epochs / rows) / 3600  # a tail's step is shorter
-    return Speed(seconds, tokens / seconds, steps, hours, how)
+    steps = count_steps(examples, epochs, settings)
+    return Speed(seconds, rows * settings.length / seconds, steps, hours, how, timing)

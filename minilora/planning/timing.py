@@ -1,7 +1,8 @@
-"""A few real steps of few blocks, timed here, and what they foretell of a whole model's."""
+"""A few real steps of few blocks, timed here, and what a whole model's take by them."""
 
 import dataclasses
 import json
+import pickle
 import statistics
 import subprocess
 import time
@@ -10,16 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from minilora.data import IGNORE, Batch, Example, pad
 from minilora.kernels import hand_back_freed_memory, hardware, integer_way, keep_freed_memory
-from minilora.lora import inject, is_conv1d, matrix_shape, places_of, select_targets
-from minilora.models import GPT2Config, LlamaConfig
-from minilora.planning.calibration import forget_peak, isolated, peak_bytes, resident
-from minilora.planning.memory import Settings, count_memory
-from minilora.planning.shapes import Config, Shape
-from minilora.quantization import Quantization, QuantizedLinear
+from minilora.planning.machines import forget_peak, isolated, peak_bytes, resident
+from minilora.planning.memory import count_memory, count_planned
+from minilora.planning.saved import block_list, copied
+from minilora.planning.shapes import Settings, Shape, planned_model
 from minilora.running import token_loss
 
 AGREE = 1.25  # factor within which the middle half of the repeats must lie
@@ -30,73 +28,38 @@ _DEPTH = 3  # blocks of a timed model
 Clock = Callable[[], float]
 
 
-def random_model(shape: Shape, settings: Settings) -> Any:
-    """Return the model with random weights or codes, and adapters: no file is read.
+def random_model(shape: Shape, settings: Settings, blocks: int | None = None) -> Any:
+    """Return the model with adapters and random weights or codes: no file is read.
 
     Codes are drawn, not quantized: it takes a hundredth of the time, and neither memory nor speed
-    depend on their values.
+    depend on their values. `blocks` is how many of every sort it has at most; None: all.
     """
-    dtype = torch.float32 if settings.autocast else settings.dtype
-    model = shape.empty(dtype)
-    if settings.format is not None:
-        spec = Quantization(settings.format, settings.block_size, settings.double_quant)
-        modules = dict(model.named_modules())
-        for name in select_targets(model):
-            small = _random_codes(modules[name], spec, dtype)
-            for parent, child in places_of(model, modules[name]):
-                parent._modules[child] = small
-    drawn: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in drawn:
-                    value = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    value = value.fill_(1.0) if value.dim() == 1 else value.uniform_(-0.02, 0.02)
-                    drawn[id(parameter)] = nn.Parameter(value, requires_grad=False)
-                module._parameters[name] = drawn[id(parameter)]
-    return inject(
-        model,
-        settings.r,
-        targets=settings.targets,
-        exclude=settings.exclude,
-        dropout=settings.dropout,
-        dtype=settings.adapter_dtype,
-    )
+    return copied(planned_model(shape, settings, blocks)[0], _drawn)
 
 
-def _random_codes(module: Any, spec: Quantization, dtype: torch.dtype) -> QuantizedLinear:
-    N, K = matrix_shape(module)
-    parts = {}
-    for name, (size, kind) in spec.layout(N, K).items():
-        if kind == torch.int32:
-            parts[name] = torch.full(size, 1e-3).view(torch.int32)
-        elif kind == torch.int8:
-            parts[name] = torch.randint(-127, 128, size, dtype=kind)
-        else:
-            top = 18 if name == "steps" else 256
-            parts[name] = torch.randint(1, top, size, dtype=kind)
-    bias = None if module.bias is None else torch.zeros(N, dtype=dtype)
-    plain = type(module) if is_conv1d(module) else nn.Linear
-    return QuantizedLinear(parts, K, N, spec, bias=bias, dtype=dtype, plain=plain)
+def _drawn(name: str, like: torch.Tensor) -> torch.Tensor:
+    if like.dtype == torch.int32:  # bits of scales
+        return torch.full(like.shape, 1e-3).view(torch.int32)
+    if like.dtype == torch.int8:
+        return torch.randint(-127, 128, like.shape, dtype=torch.int8)
+    if like.dtype == torch.uint8:
+        return torch.randint(1, 18 if name == "steps" else 256, like.shape, dtype=torch.uint8)
+    value = torch.empty(like.shape, dtype=like.dtype)
+    return value.fill_(1.0) if value.dim() == 1 else value.uniform_(-0.02, 0.02)
 
 
-def _shallow(shape: Shape) -> Shape:
-    """The same widths with few blocks and, if it is large, a smaller vocabulary."""
-    config, layers = shape.config, min(_DEPTH, shape.config.num_hidden_layers)
+def _narrow(shape: Shape) -> Shape:
+    """Return the shape with a smaller vocabulary, where it is large."""
+    config = shape.config
     vocabulary = min(config.vocab_size, max(1024, _VOCABULARY // config.hidden_size))
-    changed: Config
-    if isinstance(config, GPT2Config):
-        changed = dataclasses.replace(config, n_layer=layers, vocab_size=vocabulary)
-    else:
-        changed = dataclasses.replace(config, num_hidden_layers=layers, vocab_size=vocabulary)
-    return dataclasses.replace(shape, config=changed)
+    return dataclasses.replace(shape, config=dataclasses.replace(config, vocab_size=vocabulary))
 
 
 class _Inner:
     """Measure the blocks after the first within a step, forward and backward, through hooks."""
 
     def __init__(self, model: Any, clock: Clock):
-        blocks = list(model._blocks())
+        blocks = list(block_list(model))
         self.clock, self.count = clock, len(blocks) - 1
         self.at: dict[str, float] = {}
         if self.count:
@@ -139,11 +102,10 @@ def _steps(
     shape: Shape, settings: Settings, rows: int, clock: Clock
 ) -> Iterator[tuple[float, float]]:
     """Time steps of a shallow model without end, after one that warms up: the rest, and a block."""
-    shallow = _shallow(shape)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = random_model(shallow, settings).train()
-        ids = torch.randint(0, shallow.config.vocab_size, (rows, settings.length)).tolist()
+        model = random_model(shape, settings, _DEPTH).train()
+        ids = torch.randint(0, shape.config.vocab_size, (rows, settings.length)).tolist()
     model.gradient_checkpointing = settings.checkpointing
     silent = settings.length - max(1, round(settings.learned * (settings.length - 1)))
     batch = pad([Example(row, [IGNORE] * silent + row[silent:]) for row in ids], 0)
@@ -159,7 +121,7 @@ def _steps(
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of an optimizer step, foretold several times over.
+    """Seconds of an optimizer step, forecast several times over.
 
     Attributes:
         seconds: the median.
@@ -212,34 +174,35 @@ _known: dict[str, Timing] = {}
 
 
 def _timed(shape: Shape, settings: Settings, clock: Clock) -> Timing:
-    """Foretell a step from each of a few, and from more where these disagree."""
+    """Forecast a step from each of a few, and from more where these disagree."""
     keep_freed_memory()  # as `fit` does: steps are slower where freed pages are cleared again
     hand_back_freed_memory()
     held = resident() if forget_peak() else 0
-    config, shallow, rows = shape.config, _shallow(shape), settings.one_pass.B
-    flops = sum(one.numel() for one in shallow.empty().parameters())
+    narrow, rows, depth = _narrow(shape), settings.rows, shape.config.num_hidden_layers
+    few = count_planned(narrow, settings, _DEPTH)
+    flops = few.weights + few.head[0] * few.head[1]
     rate = hardware().float32 if settings.dtype == torch.float32 else hardware().bfloat16
     timed = max(1, min(rows, int(_SECONDS * rate * 1e9 / (6 * flops * settings.length))))
-    larger = config.vocab_size / shallow.config.vocab_size
+    larger = shape.config.vocab_size / narrow.config.vocab_size
     found: list[float] = []
-    for rest, block in _steps(shape, settings, timed, clock):
-        found.append((rest * larger + block * config.num_hidden_layers) * rows / timed)
+    for rest, block in _steps(narrow, settings, timed, clock):
+        found.append((rest * larger + block * depth) * rows / timed)
         if len(found) >= _MOST or (len(found) >= _REPEATS and _summed_up(found).steady):
             break
     beyond = 0
     if held:
         run = dataclasses.replace(settings, batch_size=timed, ranks=1, parallel=None)
-        planned = count_memory(shallow, run, integer=integer_way(), process=held)
+        planned = count_memory(narrow, run, integer=integer_way(), process=held, counted=few)
         beyond = peak_bytes() - planned.peak
     hand_back_freed_memory()
     return _summed_up(found, beyond)
 
 
 def timed_step(shape: Shape, settings: Settings, clock: Clock = time.perf_counter) -> Timing:
-    """Foretell the seconds of an optimizer step here from real steps of a model of few blocks.
+    """Forecast the seconds of an optimizer step here from real steps of a model of few blocks.
 
-    Every repeat foretells alone: what its inner blocks took is scaled to the model's depth, the
-    rest (embedding, head, loss) stands as it is; rows and vocabulary are scaled where they were
+    Every repeat makes a forecast alone: what its inner blocks took is scaled to the model's depth,
+    the rest (embedding, head, loss) stands as it is; rows and vocabulary are scaled where they were
     cut. `clock` is for measurements on a busy machine, which may count the processor's seconds.
     """
     one = dataclasses.replace(settings, accumulate=1)
@@ -252,34 +215,16 @@ def timed_step(shape: Shape, settings: Settings, clock: Clock = time.perf_counte
 def timed_step_apart(shape: Shape, settings: Settings) -> Timing | None:
     """As `timed_step`, in a process of its own, so that this one's memory stays as it is."""
     code = (
-        "import json, sys; from minilora.planning.timing import _timed_from; "
-        "print(json.dumps(_timed_from(json.load(sys.stdin))))"
+        "import dataclasses, json, pickle, sys; import torch; "
+        "from minilora.planning.timing import timed_step; "
+        "threads, *asked = pickle.load(sys.stdin.buffer); torch.set_num_threads(threads); "
+        "print(json.dumps(dataclasses.asdict(timed_step(*asked))))"
     )
-    asked = {
-        "kind": shape.kind,
-        "config": dataclasses.asdict(shape.config),
-        "settings": dataclasses.asdict(settings),
-        "threads": torch.get_num_threads(),
-    }
+    asked = pickle.dumps((torch.get_num_threads(), shape, settings))
     try:
         done = subprocess.run(
-            isolated(code), input=json.dumps(asked, default=str),
-            capture_output=True, check=True, timeout=300, text=True,
-        )  # fmt: skip
+            isolated(code), input=asked, capture_output=True, check=True, timeout=300
+        )
         return Timing(**json.loads(done.stdout.splitlines()[-1]))
     except (OSError, ValueError, TypeError, IndexError, subprocess.SubprocessError):
         return None
-
-
-def _timed_from(asked: dict[str, Any]) -> dict[str, float]:
-    """Time what `timed_step_apart` wrote down."""
-    torch.set_num_threads(asked["threads"])
-    kinds: dict[str, Any] = {"gpt2": GPT2Config, "llama": LlamaConfig}
-    settings = asked["settings"]
-    for key in ("dtype", "adapter_dtype"):
-        settings[key] = getattr(torch, settings[key].removeprefix("torch."))
-    shape = Shape("", kinds[asked["kind"]](**asked["config"]), "")
-    return dataclasses.asdict(timed_step(shape, Settings(**settings)))
-
-
-__all__ = ["AGREE", "Timing", "random_model", "timed_step", "timed_step_apart"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minilora.data import Batch, Batches
 from minilora.files import one_line
 from minilora.lora import inference
-from minilora.planning import Foretold
+from minilora.planning import Forecast
 from minilora.running import Loss, device_of
 from minilora.training import messages
 from minilora.training.callbacks import Callbacks
@@ -134,13 +134,13 @@ def fit(
             lock.release()
 
 
-def _forecast(run: Run, monitor: Monitor) -> Foretold:
+def _forecast(run: Run, monitor: Monitor) -> Forecast:
     """Plan a run that is about to begin, and follow its steps."""
     if not isinstance(run.batches, Batches):
         raise ValueError("plan=True needs a list of examples, found a stream; plan its size apart")
     config, ranks = run.config, run.ranks
     minutes = config.max_minutes
-    forecast = Foretold(
+    forecast = Forecast(
         run.model, run.batches, run.dtype, config.accumulate, config.checkpointing,
         ranks.world_size, ranks.parallel, monitor.say,
         steps=None if run.total is None else run.total - run.step,

@@ -14,8 +14,15 @@ import torch
 from torch import nn
 
 from minilora.data import Batch
-from minilora.lora import sizes
-from minilora.planning import Foretold, Memory, Settings, count_memory, read_shape, resident
+from minilora.planning import (
+    Counted,
+    Memory,
+    Settings,
+    count_memory,
+    read_shape,
+    resident,
+    settings_of,
+)
 from minilora.quantization import QuantizedLinear
 
 
@@ -55,13 +62,13 @@ class MemoryLimit:
                 f"minilora.models, found {type(model).__name__}; leave max_memory out"
             ) from None
         self.gigabytes, self.ranks = gigabytes, ranks
-        self.linears, settings = Foretold.read_model(model, autocast)
+        settings = settings_of(model, autocast)
         parallel = "ddp" if ranks > 1 else None
         self.settings: dict[str, Any] = {
             **settings, "checkpointing": checkpointing, "ranks": ranks, "parallel": parallel,
         }  # fmt: skip
-        self.base = sizes(model)
-        self.process = max(0, resident() - self.base.total)
+        self.counted = Counted(model, autocast)
+        self.process = max(0, resident() - self.counted.sizes.total)
         small = [m.ways for m in model.modules() if isinstance(m, QuantizedLinear)]
         self.ways = {None if way == "dequantize" else way for ways in small for way in ways}
         self.planned = functools.cache(self._planned)
@@ -70,9 +77,8 @@ class MemoryLimit:
         """Plan passes of so many rows; `changed` settings are of another run."""
         settings = Settings(**self.settings | {"batch_size": rows * self.ranks, "length": tokens}
                             | changed)  # fmt: skip
-        here = settings.format == self.settings["format"]
-        known: dict[str, Any] = {"linears": self.linears, "base": self.base} if here else {}
-        known["process"] = self.process
+        here = settings.format == self.settings.get("format")
+        known: dict[str, Any] = {"counted": self.counted if here else None, "process": self.process}
         plans = [
             count_memory(self.shape, settings, integer=way, **known) for way in self.ways or {None}
         ]
@@ -120,7 +126,7 @@ class MemoryLimit:
                 middle = (low + high) // 2
                 low, high = (middle, high) if planned(middle) <= limit else (low, middle)
             found.append(f"rows of at most {low} tokens (--max-length {low})")
-        if self.settings["format"] is None:
+        if self.settings.get("format") is None:
             with contextlib.suppress(ValueError):  # shapes that NF4 does not take
                 small = planned(checkpointing=True, format="nf4")
                 if small <= limit:

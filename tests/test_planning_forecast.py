@@ -12,10 +12,16 @@ import minilora
 from minilora.data.batches import IGNORE, Batches, Example
 from minilora.data.streaming import Stream
 from minilora.models import Llama, LlamaConfig
-from minilora.planning import forecast as foretold
-from minilora.planning.memory import Settings, count_memory
-from minilora.planning.met import Met, epoch_met, largest_batch, mean_batch, steps_met
-from minilora.planning.shapes import read_shape
+from minilora.planning import forecast
+from minilora.planning.batches import (
+    BatchShape,
+    coming_steps,
+    epoch_steps,
+    largest_batch,
+    mean_batch,
+)
+from minilora.planning.memory import Counted, count_memory
+from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import Timing
 
 CONFIG = LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64)
@@ -48,7 +54,7 @@ def trained(plan, format=None, rows=ROWS, callbacks=(), config=None, **options):
 
 @pytest.mark.parametrize("format", [None, "nf4"])
 def test_planned_first_and_measured_after(monkeypatch, format):
-    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: HALF_A_SECOND)
+    monkeypatch.setattr(forecast, "timed_step_apart", lambda *_: HALF_A_SECOND)
     plain, _ = trained(False, format)
     model, said = trained(True, format)
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
@@ -76,15 +82,15 @@ def test_steps_are_the_batches_that_the_loader_gives(lengths, batch_size, accumu
     done = min(done, len(given))
     for each in (planned, given):
         each.load_state_dict(each.state_dict() | {"index": done})
-    ahead = steps_met(planned, accumulate)
+    ahead = coming_steps(planned, accumulate)
     for _ in range(3):  # the rest of an epoch, and two more
         met = [
-            Met(*batch.input_ids.shape, batch.tokens)
+            BatchShape(*batch.input_ids.shape, batch.tokens)
             for batch in given
         ]  # fmt: skip
         for start in range(0, len(met), accumulate):
             assert next(ahead) == met[start : start + accumulate]
-    whole = epoch_met(planned, accumulate)
+    whole = epoch_steps(planned, accumulate)
     assert sum(batch.rows for step in whole for batch in step) == len(rows)
     usual, most = mean_batch(whole), largest_batch(whole)
     assert most.tokens == max(batch.tokens for step in whole for batch in step) >= usual.rows
@@ -95,7 +101,7 @@ LONG = [Example([1] * n, [1] * n) for n in [8] * 30 + [64] * 2]
 
 
 def short_run(monkeypatch, timing=HALF_A_SECOND, **config):
-    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: timing)
+    monkeypatch.setattr(forecast, "timed_step_apart", lambda *_: timing)
     return "\n".join(trained(True, rows=LONG, config=config)[1])
 
 
@@ -141,21 +147,21 @@ def test_a_time_that_cannot_be_measured_is_told(monkeypatch):
 
 def test_planned_seconds_are_those_of_the_very_steps(monkeypatch):
     """The loader reads ahead, so the place counts at which the run began."""
-    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: HALF_A_SECOND)
+    monkeypatch.setattr(forecast, "timed_step_apart", lambda *_: HALF_A_SECOND)
     planned = []
-    after = foretold.Foretold.after
+    after = forecast.Forecast.after
     monkeypatch.setattr(
-        foretold.Foretold, "after", lambda self: planned.extend(self.pairs) or after(self)
+        forecast.Forecast, "after", lambda self: planned.extend(self.pairs) or after(self)
     )
     trained(True, rows=LONG, config={"max_steps": 9})
     met = [batch.tokens for [batch] in itertools.islice(
-        steps_met(Batches(LONG, batch_size=2), 1), 9)]  # fmt: skip
+        coming_steps(Batches(LONG, batch_size=2), 1), 9)]  # fmt: skip
     seconds = [one / met[0] * planned[0][1] for one in met]
     assert [one for _, one in planned] == pytest.approx(seconds)
 
 
 def test_a_plan_that_is_far_off_is_noticed_early(monkeypatch):
-    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: Timing(1e4, 1e4, 1e4, 5))
+    monkeypatch.setattr(forecast, "timed_step_apart", lambda *_: Timing(1e4, 1e4, 1e4, 5))
     rows = [Example([1] * 8, [1] * 8)] * 20
     _, said = trained(True, rows=rows, config={"max_steps": 6})
     notes = [line for line in said if line.startswith("note: steps 2 to 6 took")]
@@ -170,11 +176,11 @@ def test_timings_that_disagree_are_told(monkeypatch):
 
 
 def test_the_plan_of_a_model_at_hand_is_that_of_its_settings(monkeypatch):
-    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: None)
+    monkeypatch.setattr(forecast, "timed_step_apart", lambda *_: None)
     model = minilora.inject(minilora.quantize(Llama(CONFIG, dtype=torch.bfloat16), "nf4"), r=4)
     said = []
     batches = Batches([Example([1] * n, [1] * n) for n in (8, 32)], batch_size=2)
-    found = foretold.Foretold(model, batches, None, 1, False, 1, None, said.append)
+    found = forecast.Forecast(model, batches, None, 1, False, 1, None, said.append)
     settings = Settings("nf4", torch.bfloat16, 4, batch_size=2, length=32, learned=38 / 62)
     wanted = count_memory(read_shape(CONFIG), settings, process=found.memory.process)
     assert found.memory == wanted
@@ -189,12 +195,15 @@ def test_streams_and_other_models_cannot_be_planned():
         minilora.fit(model, stream, config=config, quiet=True, plan=True)
 
 
-def test_ranks_autocast_and_dropout_are_read_from_the_model(monkeypatch):
-    monkeypatch.setattr(foretold, "timed_step_apart", lambda *_: None)
+def test_ranks_autocast_and_dropout_are_read_from_the_model():
     model = minilora.inject(Llama(CONFIG), r=4, dropout=0.1, rank_pattern={"q_proj": 2})
-    linears, settings = foretold.Foretold.read_model(model, torch.bfloat16)
-    assert {one.r for name, one in linears.items() if name.endswith("q_proj")} == {2}
-    assert {one.r for name, one in linears.items() if name.endswith("v_proj")} == {4}
-    assert linears["lm_head"].r == 0
-    assert settings["autocast"]
-    assert settings["dropout"] == 0.1
+    settings = forecast.settings_of(model, torch.bfloat16)
+    assert (settings["r"], settings["dropout"], settings["autocast"]) == (4, 0.1, True)
+    assert "format" not in settings
+    counted = Counted(model, torch.bfloat16)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    assert (counted.trained, counted.trained_bytes) == (sum(trained), 4 * sum(trained))
+    nf4 = minilora.inject(minilora.quantize(Llama(CONFIG), "nf4", block_size=128), r=4)
+    settings = forecast.settings_of(nf4, None)
+    assert (settings["format"], settings["block_size"]) == ("nf4", 128)
+    assert not settings["autocast"]

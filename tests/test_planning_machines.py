@@ -13,10 +13,9 @@ from minilora.kernels import hand_back_freed_memory
 from minilora.lora.layer import LoRALayer, lora_layers
 from minilora.lora.storage import sizes
 from minilora.models import GPT2Config, LlamaConfig
-from minilora.planning import calibration, constants, timing
-from minilora.planning.calibration import calibrate, forget_peak, free_memory, peak_bytes
-from minilora.planning.memory import Settings
-from minilora.planning.shapes import Shape
+from minilora.planning import machines, timing
+from minilora.planning.machines import calibrate, forget_peak, free_memory, peak_bytes
+from minilora.planning.shapes import Settings, Shape
 from minilora.planning.timing import random_model, timed_step, timed_step_apart
 from minilora.quantization.linear import QuantizedLinear
 from minilora.running.evaluation import token_loss
@@ -50,29 +49,29 @@ def test_the_machine_is_measured_once():
     assert found.memory > 10**8
     assert found.bandwidth > 10**8
     assert all(rate > 0 for name, rate in found.rates.items() if name != "int8")
-    assert 100 * constants.MIB < found.process < 2 * constants.PROCESS
+    assert 100 * 2**20 < found.process < 2 * machines.PROCESS
 
 
 def test_the_share_of_other_work_is_what_is_not_ours():
-    assert calibration._others((0.0, 0.0, 0.0), (10.0, 8.0, 2.0)) == pytest.approx(0.6)
-    assert calibration._others((5.0, 1.0, 1.0), (5.0, 1.0, 1.0)) == 0.0
-    assert calibration._others((0.0, 0.0, 0.0), (10.0, 2.0, 3.0)) == 0.0
-    first = calibration._processor_seconds()
+    assert machines._others((0.0, 0.0, 0.0), (10.0, 8.0, 2.0)) == pytest.approx(0.6)
+    assert machines._others((5.0, 1.0, 1.0), (5.0, 1.0, 1.0)) == 0.0
+    assert machines._others((0.0, 0.0, 0.0), (10.0, 2.0, 3.0)) == 0.0
+    first = machines._processor_seconds()
     assert all(after >= before for before, after in
-               zip(first, calibration._processor_seconds(), strict=True))  # fmt: skip
+               zip(first, machines._processor_seconds(), strict=True))  # fmt: skip
 
 
 def test_a_process_that_cannot_be_measured_is_taken_as_usual(monkeypatch):
     def fail(*_, **__):
         raise subprocess.SubprocessError
 
-    monkeypatch.setattr(calibration.subprocess, "run", fail)
-    assert calibration.process_bytes.__wrapped__() == constants.PROCESS
+    monkeypatch.setattr(machines.subprocess, "run", fail)
+    assert machines.process_bytes.__wrapped__() == machines.PROCESS
     assert timed_step_apart(LLAMA, Settings()) is None
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_is_foretold_from_few_blocks(checkpointing):
+def test_a_step_is_forecast_from_few_blocks(checkpointing):
     before = torch.random.get_rng_state()
     settings = Settings(batch_size=2, length=16, r=4, checkpointing=checkpointing)
     found = timed_step(LLAMA, settings)
@@ -88,7 +87,7 @@ def test_depth_rows_and_vocabulary_are_scaled(monkeypatch):
     asked = []
 
     def steps(shape, settings, rows, clock):
-        asked.append((rows, timing._shallow(shape).config.vocab_size))
+        asked.append((rows, shape.config.vocab_size))
         return itertools.repeat((rows * 1.0, rows * 0.5))
 
     monkeypatch.setattr(timing, "_steps", steps)

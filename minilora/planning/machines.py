@@ -1,4 +1,4 @@
-"""What this machine is and does, measured in a few seconds: memory, rates, and a process."""
+"""Machines to plan for: this one, measured in a few seconds, and others by their datasheets."""
 
 import functools
 import os
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
-from minilora.kernels import (
-    hardware,
-    integer_way,
-    is_slow,
-)
-from minilora.planning import constants
+from minilora.kernels import hardware, integer_way, is_slow
+from minilora.planning.shapes import nearest
+
+HERE = "here"
+GIB = 2**30
+# What a process holds once it has trained a model of no size: Python, torch, its libraries and
+# threads (Linux, torch 2.13 for CPUs). Used where the machine itself is not measured.
+PROCESS = 410 * 2**20
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Calibration:
 
 @functools.cache
 def calibrate() -> Calibration:
-    """Measure this machine once per process, in about five seconds."""
+    """Measure this machine, once per process, in about five seconds."""
     before = _processor_seconds()
     found = hardware()
     rates = {n: getattr(found, n) * 1e9 for n in ("float32", "bfloat16", "int8")}
@@ -98,13 +100,12 @@ def _bandwidth() -> float:
 
 
 _TINY = """
-import minilora, torch
-from minilora.models import Llama, LlamaConfig
-from minilora.planning.calibration import peak_bytes
-model = Llama(LlamaConfig(64, 64, 64, 2, 2, 1, 32, 64), device="meta", dtype=torch.bfloat16)
-model = minilora.inject(model.to_empty(device="cpu"), r=4)
-for parameter in model.parameters():
-    torch.nn.init.normal_(parameter, std=0.02)
+import minilora
+from minilora.models import LlamaConfig
+from minilora.planning.machines import peak_bytes
+from minilora.planning.shapes import Settings, Shape
+from minilora.planning.timing import random_model
+model = random_model(Shape("", LlamaConfig(64, 64, 64, 2, 2, 1, 32, 64), ""), Settings(r=4))
 rows = [{"input_ids": [1] * 32, "labels": [1] * 32}] * 4
 minilora.fit(model, rows, config=minilora.TrainConfig(max_steps=2, batch_size=2), quiet=True)
 print(peak_bytes())
@@ -131,31 +132,26 @@ def process_bytes() -> int:
         done = subprocess.run(
             isolated(_TINY), capture_output=True, text=True, check=True, timeout=120
         )
-        return int(done.stdout.split()[-1]) or constants.PROCESS
+        return int(done.stdout.split()[-1]) or PROCESS
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return constants.PROCESS
+        return PROCESS
+
+
+def _status(entry: str) -> int:
+    """Return an entry of /proc/self/status in bytes, 0 where there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(entry)), 0)
 
 
 def resident() -> int:
     """Return the bytes this process holds now, 0 where that is not known."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    for line in status.read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return _status("VmRSS:")
 
 
 def peak_bytes() -> int:
     """Return the most memory this process has held, in bytes; 0 where that is not known."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    for line in status.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return _status("VmHWM:")
 
 
 def forget_peak() -> bool:
@@ -167,7 +163,92 @@ def forget_peak() -> bool:
     return True
 
 
-__all__ = [
-    "Calibration", "calibrate", "forget_peak", "free_memory", "isolated", "peak_bytes",
-    "process_bytes", "resident",
-]  # fmt: skip
+@dataclass(frozen=True)
+class Device:
+    """A machine to plan for.
+
+    Attributes:
+        name: as the user calls it.
+        what: in full.
+        gpu: whether the memory is a GPU's.
+        count: of GPUs, or 1.
+        memory: usable bytes of each.
+        tflops: dense peak by dtype name, of each, without sparsity.
+        bandwidth: GB/s of each.
+        efficiency: share of peak FLOPs that LoRA training is taken to reach (an assumption).
+        moving: share of the bandwidth.
+        link: GB/s at which one can fetch from the others, 0 where there are none.
+        source: of the figures.
+    """
+
+    name: str
+    what: str
+    gpu: bool
+    count: int
+    memory: int
+    tflops: dict[str, float]
+    bandwidth: float
+    efficiency: float
+    moving: float
+    source: str
+    link: float = 0.0
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """FLOP/s of one, at the stated efficiency."""
+        return self.tflops[str(dtype).removeprefix("torch.")] * 1e12 * self.efficiency
+
+
+def _gpu(name, what, count, gib, half, full, bandwidth, source, link=0.0) -> Device:
+    rates = {"bfloat16": half, "float16": half, "float32": full}
+    memory = int(gib * GIB)
+    return Device(name, what, True, count, memory, rates, bandwidth, 0.4, 0.7, source, link)
+
+
+_A100 = (79.1, 312.0, 19.5, 2039.0)
+DEVICES = {
+    one.name: one
+    for one in (
+        _gpu(
+            "rtx-4090", "NVIDIA GeForce RTX 4090, 24 GB", 1, 23.5, 165.2, 82.6, 1008.0,
+            "NVIDIA Ada GPU architecture whitepaper, appendix A (bf16 with f32 accumulation)",
+        ),
+        _gpu(
+            "a100-80gb", "NVIDIA A100 80 GB SXM", 1, *_A100,
+            "NVIDIA A100 Tensor Core GPU datasheet",
+        ),
+        _gpu(
+            "h100-80gb", "NVIDIA H100 80 GB SXM", 1, 79.1, 989.4, 66.9, 3350.0,
+            "NVIDIA H100 Tensor Core GPU datasheet (dense: half of the figures with sparsity)",
+        ),
+        _gpu(
+            "8xa100-80gb", "a node of 8 NVIDIA A100 80 GB SXM", 8, *_A100,
+            "NVIDIA A100 Tensor Core GPU datasheet (NVLink: 300 GB/s each way)", 300.0,
+        ),
+        Device(
+            "epyc-7763", "AMD EPYC 7763, 64 cores, 256 GB", False, 1, 240 * GIB,
+            # 64 cores · 2.45 GHz · 32 f32 FLOPs a cycle (AVX2); bf16 is multiplied in f32.
+            {"float32": 5.0, "bfloat16": 5.0, "float16": 1.25}, 204.8, 0.5, 0.6,
+            "AMD EPYC 7003 series datasheet (base clock, 8 channels of DDR4-3200); bf16, which it "
+            "has no instructions for, multiplied in f32",
+        ),
+    )
+}  # fmt: skip
+
+
+def this_machine(here: Calibration) -> Device:
+    """Describe the machine at hand as a device."""
+    tflops = {name: rate / 1e12 for name, rate in here.rates.items()}
+    bandwidth = here.bandwidth / 1e9
+    return Device(
+        HERE, hardware().name, False, 1, here.memory, tflops, bandwidth, 1.0, 1.0, "measured"
+    )
+
+
+def device(name: str) -> Device:
+    """Return a named device, or raise with the nearest names."""
+    if not isinstance(name, str) or name.lower() not in DEVICES:
+        raise ValueError(
+            f"device must be 'here' or one of {', '.join(DEVICES)}, found {name!r}; "
+            f"{nearest(str(name), DEVICES)}"
+        )
+    return DEVICES[name.lower()]

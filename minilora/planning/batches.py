@@ -1,0 +1,79 @@
+"""Which batches a run will see, step by step: data, seed and position decide it beforehand."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from minilora.data import Batches, learned_labels
+
+
+class BatchShape(NamedTuple):
+    """The shape of a batch.
+
+    Attributes:
+        rows: over all ranks.
+        length: tokens that each row is padded to.
+        learned: labels that enter the loss.
+    """
+
+    rows: int
+    length: int
+    learned: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.rows * self.length
+
+    @property
+    def share(self) -> float:
+        """Share of the predicted tokens that is learned, in (0, 1]."""
+        return min(1.0, self.learned / max(1, self.tokens - self.rows))
+
+
+Step = list[BatchShape]
+
+
+def coming_steps(
+    batches: Batches, accumulate: int, position: tuple[int, int] | None = None
+) -> Iterator[Step]:
+    """Return each optimizer step's batches as `fit` makes them, epoch after epoch, without end.
+
+    Args:
+        batches: of the run.
+        accumulate: micro-batches of a step; an epoch's last step may have fewer.
+        position: epoch and batches of it that are done; None: where `batches` is now.
+    """
+    state = batches.state_dict()  # now, as the loader reads ahead
+    return _steps(batches, accumulate, *(position or (state["epoch"], state["index"])))
+
+
+def _steps(batches: Batches, accumulate: int, epoch: int, done: int) -> Iterator[Step]:
+    sizes = [(len(one.input_ids), learned_labels(one.labels)) for one in batches.examples]
+    for number in itertools.count(epoch):
+        shapes = []
+        for rows in batches.order(number)[done if number == epoch else 0 :]:
+            lengths, learned = zip(*(sizes[i] for i in rows), strict=True)
+            shapes.append(BatchShape(len(rows), max(lengths), sum(learned)))
+        yield from (shapes[i : i + accumulate] for i in range(0, len(shapes), accumulate))
+
+
+def epoch_steps(batches: Batches, accumulate: int) -> list[Step]:
+    """Return the steps of a whole epoch, the one that `batches` is in."""
+    steps = math.ceil(len(batches) / accumulate)
+    return list(itertools.islice(coming_steps(batches, accumulate, (batches.epoch, 0)), steps))
+
+
+def largest_batch(steps: Iterable[Step]) -> BatchShape:
+    """Return the batch of the most tokens, which decides the peak."""
+    return max((batch for step in steps for batch in step), key=lambda batch: batch.tokens)
+
+
+def mean_batch(steps: Iterable[Step]) -> BatchShape:
+    """Return a batch of the usual number of rows and of the mean length, whose time is the mean."""
+    shapes = [batch for step in steps for batch in step]
+    rows, all_rows = max(one.rows for one in shapes), sum(one.rows for one in shapes)
+    length = max(2, math.ceil(sum(one.tokens for one in shapes) / all_rows))
+    learned = math.ceil(rows * sum(one.learned for one in shapes) / all_rows)
+    return BatchShape(rows, length, learned)

@@ -1,0 +1,213 @@
+"""What autograd keeps between forward and backward, counted by running blocks on fake tensors.
+
+A fake tensor has shape, dtype and device, and no memory. The model is copied with fake parameters
+and the first two blocks of every sort, and run; each storage that autograd saves counts once,
+parameters, buffers and ids do not. This holds for any model that keeps its blocks in an
+`nn.ModuleList`, whatever its linears are stored in and its adapters are.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from minilora.kernels import hardware, integer_way
+
+_ROWS = 2  # of the smallest pass that is run
+
+
+class Saved(NamedTuple):
+    """Bytes that lie between forward and backward, without the head and the loss.
+
+    Attributes:
+        total: of all blocks and what stands around them.
+        inputs: what is left where blocks are run again (checkpointing): their inputs.
+        block: of the block that keeps most, while it is run again.
+    """
+
+    total: int
+    inputs: int
+    block: int
+
+
+def block_list(model: nn.Module) -> nn.ModuleList:
+    """Return the list of a model's blocks: of its ModuleLists the one with most parameters."""
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one)]
+    if not lists:
+        raise ValueError(
+            f"a model to plan for must hold its blocks in an nn.ModuleList, found none in "
+            f"{type(model).__name__}"
+        )
+    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
+
+
+def sort_of(block: nn.Module) -> Hashable:
+    """Return what blocks that keep the same have in common: their class and parameters."""
+    parameters = ((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
+    return type(block), *parameters
+
+
+def samples(sorts: Sequence[Hashable], most: int = 2) -> dict[int, int]:
+    """Return the positions of the first blocks of every sort, and how many each stands for.
+
+    All but the last stand for themselves: a first block's input may need no gradient.
+    """
+    found: dict[int, int] = {}
+    for sort in dict.fromkeys(sorts):
+        at = [i for i, one in enumerate(sorts) if one == sort]
+        found |= dict.fromkeys(at[:most], 1)
+        found[at[:most][-1]] += len(at[most:])
+    return dict(sorted(found.items()))
+
+
+def copied(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> Any:
+    """Copy a model; `make` gives each parameter and buffer anew, from its name and itself."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and id(tensor) not in made:
+                new = make(name, tensor)
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                made[id(tensor)] = new
+    return copy.deepcopy(model, made)
+
+
+class _HeadReachedError(Exception):
+    pass
+
+
+class SavedBytes:
+    """Count what a model keeps for its backward pass, at any number of rows and tokens.
+
+    Bytes are a + b·T + c·B·T + d·B·T² for B rows of T tokens: four small runs give the factors.
+
+    Args:
+        model: any with `get_output_embeddings()` and blocks in an `nn.ModuleList`, adapters
+            injected; on any device, the meta device too. Not changed.
+        autocast: the dtype of autocast, None without.
+        number: how many blocks each of the model's stands for, where those that keep the same are
+            there twice; default: all blocks are there.
+        device: to count for; `"cuda"` needs a torch built for CUDA, not a GPU.
+
+    Raises:
+        ValueError: a model without a list of blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: torch.dtype | None = None,
+        *,
+        number: Sequence[int] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        hardware(), integer_way()  # cached: measured on fake tensors they would be wrong
+        few = blocks = block_list(model)
+        if number is None:
+            chosen = samples([sort_of(block) for block in blocks])
+            few, number = nn.ModuleList(), list(chosen.values())
+            few._modules.update(
+                item for i, item in enumerate(blocks._modules.items()) if i in chosen
+            )
+        self.number, self.autocast, self.device = number, autocast, device
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.mode, _replaced(model, blocks, few):
+            self.model = copied(
+                model, lambda _, t: torch.empty(t.shape, dtype=t.dtype, device=device)
+            ).train()
+        for module in self.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        config: Any = getattr(self.model, "config", None)
+        if hasattr(config, "use_cache"):  # transformers keep keys and values otherwise
+            config.use_cache = False
+        context = getattr(config, "max_position_embeddings", 64)
+        B, T = _ROWS, max(1, min(32, context // 2))
+        sizes = ((B, T), (B + 1, T), (B, 2 * T), (B + 1, 2 * T))
+        self.tokens, self.runs = T, [self._run(*size) for size in sizes]
+        del self.model
+
+    def __call__(self, rows: int, tokens: int) -> Saved:
+        """Return the bytes of a pass over `[rows, tokens]` ids."""
+        t, found = self.tokens, []
+        for short, wide, long, large in zip(*self.runs, strict=True):
+            row, row_of_two = wide - short, large - long  # of t tokens, and of 2 t
+            square = (row_of_two - 2 * row) // (2 * t * t)
+            token = row // t - square * t
+            each = (long - short - _ROWS * (row_of_two - row)) // t
+            fixed = short - _ROWS * row - each * t
+            found.append(fixed + tokens * (each + rows * (token + square * tokens)))
+        return Saved(*found)
+
+    def _run(self, rows: int, tokens: int) -> Saved:
+        inputs, needed, kept = [], [], []
+        shared: list[Tensor] = []  # what several blocks are given, such as rotations
+        with self.mode, _saved() as saved, contextlib.ExitStack() as hooks:
+            own = [*self.model.parameters(), *self.model.buffers()]
+            own.append(torch.zeros(rows, tokens, dtype=torch.int64, device=self.device))
+
+            def held(*others: Tensor) -> int:
+                left_out = {one.untyped_storage()._cdata for one in (*own, *others)}
+                return sum(s.nbytes() for at, s in saved.items() if at not in left_out)
+
+            def enter(_: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+                given = [v for v in tree_leaves((args, named)) if isinstance(v, Tensor)]
+                inputs.append(given[0].nbytes)
+                needed.append(given[0].requires_grad)
+                shared.extend(given[1:])
+                kept.append(held(*shared))
+
+            def leave(*_: Any) -> None:
+                kept[-1] = held(*shared) - kept[-1]
+
+            def stop(*_: Any) -> None:
+                raise _HeadReachedError
+
+            for block in block_list(self.model):
+                hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(block.register_forward_hook(leave).remove)
+            head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+            hooks.callback(head.register_forward_pre_hook(stop).remove)
+            on = self.autocast is not None
+            low = torch.autocast(self.device, self.autocast, enabled=on)
+            with torch.enable_grad(), low, contextlib.suppress(_HeadReachedError):
+                self.model(own[-1])
+            again = [size for size, x in zip(kept, needed, strict=True) if x] or kept
+        total, between = held() - sum(kept), held(*shared) - sum(kept)
+        for times, x, size in zip(self.number, inputs, kept, strict=True):
+            total += times * size
+            between += times * x
+        return Saved(total, between, max(again))
+
+
+@contextlib.contextmanager
+def _saved() -> Iterator[dict[int, Any]]:
+    """Collect the storages that autograd saves, by address; held, so that none comes twice."""
+    found: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+@contextlib.contextmanager
+def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterator[None]:
+    """Let another module stand in a model for a while."""
+    at = [(m, name) for m in model.modules() for name, child in m._modules.items() if child is old]
+    for parent, name in at:
+        parent._modules[name] = new
+    try:
+        yield
+    finally:
+        for parent, name in at:
+            parent._modules[name] = old
