@@ -365,9 +365,13 @@ def _row(index, name):
     return row(case, compile_launch(case.launch, case.arch))
 
 
-def rows(name, jobs=2, only=None):
-    """Compile the cases of `all_cases` or `chosen_cases` in parallel; yield their rows."""
-    wanted = [i for i, case in enumerate(listed(name)) if not only or only in case.key]
+def rows(name, jobs=2, only=None, keys=None):
+    """Compile the cases of `all_cases` or `chosen_cases` in parallel; yield their rows.
+
+    `only` is a part of their keys, `keys` are whole ones; by default all are compiled.
+    """
+    cases = [(i, case.key) for i, case in enumerate(listed(name))]
+    wanted = [i for i, key in cases if (not only or only in key) and (keys is None or key in keys)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         yield from pool.map(_row, wanted, [name] * len(wanted), chunksize=4)

@@ -96,7 +96,7 @@ def contenders(K, N):
 
 def drawn_mask(M, K):
     """Return the dropout mask `[M, K]` in float64, 1 / (1 − p) where kept, of the next draw."""
-    from minilora.kernels import hashed_mask
+    from minilora.kernels.dropout import hashed_mask
 
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=DEVICE)
     return hashed_mask(seed, M, K, DROPOUT).double() / (1 - DROPOUT)

@@ -1,4 +1,4 @@
-"""Tell what the demo's adapter changed in the model, and whether it matters, as one page.
+"""Report what the demo's adapter changed in the model, and whether it matters, as one page.
 
     python examples/explain.py [--adapter out/demo] [--against out/demo-2] [--out out/explain]
 
@@ -93,7 +93,7 @@ def main() -> None:
         "demo",
         data=data["test"],
         train=data["train"],
-        outside=windows(prose, tokenizer, 128),
+        outside=some(windows(prose, tokenizer, 128), options.examples),
         against=None if options.against is None else "other",
         words=WORDS,
         tokenizer=tokenizer,

@@ -83,6 +83,7 @@ def test_demo_adds_rows_under_one_header(tmp_path):
 
 @pytest.mark.real_model
 def test_explain_example_tells_of_an_adapter(tmp_path):
+    """Over 5 s: the real model, loaded by the test and by the script."""
     model, _ = load_model("smollm2-135m")
     minilora.inject(model, r=2, alpha=3, targets=["layers.3.self_attn.v_proj"])
     torch.nn.init.normal_(model.model.layers[3].self_attn.v_proj.adapters["default"].lora_B)
@@ -92,7 +93,7 @@ def test_explain_example_tells_of_an_adapter(tmp_path):
     text = run([ROOT / "examples/explain.py", *arguments, "--ablate", 1], tmp_path)
     assert "model.layers.3.self_attn.v_proj" in text and "attention on return, self, raise" in text
     found = json.loads((tmp_path / "told/report.json").read_text())
-    assert found["behaviour"]["loss"]["examples"] == 3 and found["forgetting"]["tokens"] > 500
+    assert found["behaviour"]["loss"]["examples"] == 3 and found["forgetting"]["tokens"] > 300
     rows = {row["what"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
     assert list(rows)[:3] == ["held out", "training", "outside the task"] and len(rows) == 10
     assert float(rows["held out"]["change"]) == pytest.approx(

@@ -85,7 +85,7 @@ def test_a_new_format_is_planned():
     shape = read_shape("smollm2-135m")
     memory = {format: count_memory(shape, Settings(format=format)) for format in ("fp8", "int8")}
     assert memory["fp8"].codes == memory["int8"].codes > 0
-    assert memory["fp8"].workspace > memory["int8"].workspace  # decoded before it is multiplied
+    assert memory["fp8"].backward < memory["int8"].backward  # no integers are multiplied
 
 
 def test_a_new_format_has_no_kernels_on_triton():
