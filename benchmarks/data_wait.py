@@ -14,9 +14,7 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.data.packing import pack
-from minilora.data.records import encode_records
-from minilora.data.streaming import Stream
+from minilora.data import Stream, pack
 from minilora.loading.fetching import fetch
 from minilora.loading.model import load_model
 
@@ -41,7 +39,7 @@ def main() -> None:
     minilora.inject(model, r=8, alpha=16)
 
     def encode(record):
-        found, _ = encode_records([record], tokenizer, max_length=task.MAX_TOKENS)
+        found, _ = minilora.read_data([record], tokenizer, max_length=task.MAX_TOKENS)
         return found[0] if found else None
 
     ways = {

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.data.records import encode_records
 from minilora.loading.fetching import fetch
 from minilora.loading.model import load_model
 from minilora.models import Llama
@@ -83,7 +82,7 @@ def rows(records, tokenizer, limit=None):
         room = MAX_TOKENS - len(tokenizer.encode(record["completion"])) - 1
         if len(tokenizer.encode(record["prompt"])) <= room:
             short.append(record)
-    return encode_records(short[:limit], tokenizer, max_length=MAX_TOKENS), short
+    return minilora.read_data(short[:limit], tokenizer, max_length=MAX_TOKENS), short
 
 
 def say(line: str = "") -> None:

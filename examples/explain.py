@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.data.records import encode_records
 from minilora.loading.model import load_model
 
 HERE = Path(__file__).resolve().parent
@@ -86,7 +85,7 @@ def main() -> None:
     data = {}
     for name in ("train", "test"):
         records = demo["rows"](some(parts[name], options.examples), tokenizer)[1]
-        data[name] = encode_records(records, tokenizer, max_length=demo["MAX_TOKENS"])[0]
+        data[name] = minilora.read_data(records, tokenizer, max_length=demo["MAX_TOKENS"])[0]
     prose = (HERE.parent / "README.md").read_text(encoding="utf-8")
     found = minilora.explain(
         model,

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.data.records import encode_records, read_records
 from minilora.loading.model import load_model
 
 FACTS = [
@@ -33,10 +32,8 @@ while out.exists() and any(out.iterdir()):  # an earlier run is kept, this one g
     out = options.out.with_name(f"{options.out.name}-{number}")
 
 model, tokenizer = load_model(options.model)
-records = [{"prompt": q, "completion": a} for q, a in FACTS]
-if options.data:
-    records = read_records(options.data)
-examples, report = encode_records(records, tokenizer, max_length=512, chat_prompts=True)
+records = options.data or [{"prompt": q, "completion": a} for q, a in FACTS]
+examples, report = minilora.read_data(records, tokenizer, max_length=512, chat_prompts=True)
 print(report)
 
 torch.manual_seed(0)

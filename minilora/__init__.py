@@ -3,6 +3,7 @@
 import minilora.cli.interrupt  # noqa: F401 - first: importing the rest takes seconds
 
 # isort: split
+from minilora.data import read_data
 from minilora.kernels import hardware
 from minilora.loading import load_model
 from minilora.lora import (
@@ -47,6 +48,7 @@ __all__ = [
     "merge",
     "plan",
     "quantize",
+    "read_data",
     "rename",
     "save",
     "summary",

@@ -3,7 +3,7 @@
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from minilora.data.records import encode_records
+from minilora.data import read_data
 from minilora.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -66,7 +66,7 @@ def turn(role, content, learned):
 
 def encode_one(record, tokenizer, **options):
     """The ids and labels of the only record, and the report."""
-    ((example,), report) = encode_records([record], tokenizer, **{"max_length": 10**6, **options})
+    ((example,), report) = read_data([record], tokenizer, **{"max_length": 10**6, **options})
     return (list(example.input_ids), list(example.labels)), report
 
 

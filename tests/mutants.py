@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import minilora
 from minilora.cli.command import main
-from minilora.data.records import encode_records, read_records
+from minilora.data import read_data
 from minilora.loading.model import load_model
 from minilora.loading.quantized_models import load_quantized, save_quantized
 from minilora.loading.saving import save_pretrained
@@ -270,7 +270,7 @@ class Mutants:
         lines += [damaged_text(r.choice(some), r) for _ in range(r.choice([1, 2, 30]))]
         file = folder / "rows.jsonl"
         file.write_bytes(b"\n".join(lines))
-        encode_records(read_records(file), self.words, max_length=32)
+        read_data(file, self.words, max_length=32)
 
     def metrics(self, r, folder):
         row = {"step": 3, "loss": 1.5, "eval_loss": 2.5}

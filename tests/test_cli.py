@@ -139,7 +139,7 @@ def test_cli_leaves_out_bad_rows_where_asked(folder, letters, tmp_path, capsys, 
     assert run(*train, "--out", tmp_path / "again", "--skip-bad", 1) == 0
     said = capsys.readouterr().err + " ".join(str(each.message) for each in recwarn)
     assert "left out: " in said and "letters.jsonl:9: text must not be empty" in said
-    assert "ignored fields, with how many times they stand there: id (1)" in said
+    assert "ignored fields, with how often they occur: id (1)" in said
 
 
 def test_cli_reads_control_tokens_in_texts_where_asked(folder, tmp_path, capsys):
@@ -364,7 +364,7 @@ def test_cli_train_packs_streams_and_keeps_tokens(folder, tmp_path, capsys):
     assert "3 of 3 documents kept: 13 tokens" in said
     assert "3 documents packed in 1 rows, 13 tokens, 0.0 % padding" in said
     assert run(*train, "--out", tmp_path / "b", "--token-cache", tmp_path / "c") == 0
-    assert "0 dropped with nothing left to learn (from the cache)" in capsys.readouterr().err
+    assert "0 dropped with nothing left to learn; note: from the cache" in capsys.readouterr().err
     assert run(*train, "--out", tmp_path / "d", "--stream") == 0
     assert "a stream of examples, in windows of 400" in capsys.readouterr().err
     assert run(*train[:-2], "--out", tmp_path / "e", "--stream") == 2

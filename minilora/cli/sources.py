@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import minilora
-from minilora.data import DataFiles, Example
+from minilora.data import DataFiles, Encoding, Example
 from minilora.files import is_new
 from minilora.loading import is_quantized_folder, load_model, load_quantized
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, find_pair, read_config
@@ -80,17 +80,31 @@ def device(options: argparse.Namespace) -> torch.device:
     return torch.device("cuda", torchrun_number("LOCAL_RANK", 0))
 
 
+def encoding(options: argparse.Namespace) -> Encoding:
+    """Return how records become examples, as the options say."""
+    return Encoding(
+        options.max_length,
+        completion_only=not options.all_tokens,
+        parse_special=options.parse_special,
+        skip_bad=options.skip_bad,
+    )
+
+
 def data_files(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
     """Read data files as the options say."""
-    return DataFiles(
-        files, options.max_length, options.all_tokens, options.skip_bad, options.parse_special
-    )
+    return DataFiles(files, encoding(options))
 
 
 def encode_files(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[Example]:
     """Encode and say what became of the files; of several processes one does."""
-    found, report = data.examples(tokenizer, getattr(options, "token_cache", None))
+    examples, report = data.encode(tokenizer, getattr(options, "token_cache", None))
+    files = ", ".join(data.files)
+    if not examples:
+        raise ValueError(
+            f"{files} must hold something to learn, found none within the first "
+            f"{options.max_length} tokens of any record; raise --max-length, or pass --all-tokens "
+            f"to learn prompts too"
+        )
     if torchrun_number("RANK", 0) == 0:  # torchrun's
-        for line in report:
-            print(line, file=sys.stderr)
-    return found
+        print(f"{files}: {report}", file=sys.stderr)
+    return examples

@@ -10,7 +10,7 @@ import torch
 
 import minilora
 from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
-from minilora.cli.sources import data_files, device, encode_files, load
+from minilora.cli.sources import data_files, device, encode_files, encoding, load
 from minilora.data import check_streamed, pack, streamed
 from minilora.files import add_flags, given, number, option, read_options, whole
 from minilora.training import (
@@ -158,15 +158,7 @@ def _read_data(options: argparse.Namespace) -> Callable[[Any], tuple[Any, Any]]:
     def encode(tokenizer: Any) -> tuple[Any, Any]:
         examples: Any
         if rows is None:
-            examples = streamed(
-                options.data,
-                tokenizer,
-                options.max_length,
-                options.all_tokens,
-                options.pack,
-                options.skip_bad,
-                options.parse_special,
-            )
+            examples = streamed(options.data, tokenizer, encoding(options), options.pack)
         else:
             examples = encode_files(rows, tokenizer, options)
             examples = pack(examples, options.max_length) if options.pack else examples

@@ -1,9 +1,11 @@
 """Records in every usual shape, made into examples and batches."""
 
-from minilora.data.batches import IGNORE, Batch, Batches, Example, as_examples, learned_labels, pad
-from minilora.data.data_files import DataFiles, check_streamed, streamed
+from minilora.data.batches import Batch, Batches, pad
+from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
+from minilora.data.examples import IGNORE, Example, as_examples, learned_labels
 from minilora.data.packing import pack
-from minilora.data.records import encode_prompt, encode_records, read_records, warn_of_control
+from minilora.data.reading import DataFiles, read_data, streamed
+from minilora.data.record_files import check_streamed
 from minilora.data.streaming import Stream, StreamBatches
 
 __all__ = [
@@ -11,17 +13,17 @@ __all__ = [
     "Batch",
     "Batches",
     "DataFiles",
+    "Encoding",
     "Example",
     "Stream",
     "StreamBatches",
     "as_examples",
     "check_streamed",
     "encode_prompt",
-    "encode_records",
     "learned_labels",
     "pack",
     "pad",
-    "read_records",
+    "read_data",
     "streamed",
     "warn_of_control",
 ]

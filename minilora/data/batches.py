@@ -1,15 +1,9 @@
-"""Turn examples into batches: check, pad, order, resume.
-
-Labels stand at the position of their own token and are shifted by the loss: the label at index t
-is predicted from the tokens before t, so the label at index 0 never counts. -100 is not learned.
-"""
+"""Turn examples into batches: pad, order, resume."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
-import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,25 +11,9 @@ from typing import Any
 
 import torch
 
-from minilora.data.token_rows import IGNORE, document_lengths, integers, masked, shifted
+from minilora.data.examples import IGNORE, Example, as_examples
 
 POOL = 50  # length grouping sorts pools of this many batches
-
-
-@dataclass(frozen=True)
-class Example:
-    """Hold one token sequence and its labels.
-
-    Attributes:
-        input_ids: T ≥ 1 token ids.
-        labels: T ids, -100 where nothing is to be learned.
-        lengths: of the documents packed into it one after another (`minilora.data.pack`), () for a
-            single one.
-    """
-
-    input_ids: Sequence[int]
-    labels: Sequence[int]
-    lengths: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -77,14 +55,11 @@ class Batch:
         return self._each(lambda tensor: tensor[start:stop])
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        mask, documents = (
-            None if tensor is None else change(tensor)
-            for tensor in (self.attention_mask, self.documents)
-        )
-        return Batch(change(self.input_ids), change(self.labels), mask, documents)
+        changed: Any = {k: None if v is None else change(v) for k, v in vars(self).items()}
+        return Batch(**changed)
 
     def positions(self) -> torch.Tensor:
-        """Return [B, T] positions that start anew with each document; of packed rows only."""
+        """Return [B, T] positions that restart with each document; of packed rows only."""
         documents = self._documents()
         counted = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
         begins = torch.ones_like(documents, dtype=torch.bool)
@@ -101,69 +76,6 @@ class Batch:
         if self.documents is None:
             raise ValueError("the batch must hold packed rows, found single documents")
         return self.documents
-
-
-def learned_labels(labels: Sequence[int]) -> int:
-    """Count the labels that enter the loss: the first has no token before it."""
-    return sum(label != IGNORE for label in labels[1:])
-
-
-def as_examples(data: Iterable[Any]) -> list[Example]:
-    """Check token data of any common shape and return it as examples.
-
-    Args:
-        data: `Example`s, or mappings or objects with `input_ids` and, optionally, `labels` (else
-            the labels are the ids), each a list or a 1-D integer tensor, unpadded. What is 0 in a
-            `loss_mask`, `completion_mask` or `assistant_masks` beside is not learned. A packed row
-            has `lengths`, `seq_lengths`, `position_ids` that start anew or an `attention_mask`
-            that numbers its documents; what begins one of them is not learned.
-
-    Raises:
-        TypeError: by index, ids or labels that are missing or not integers in one dimension.
-        ValueError: by index, empty or negative ids, lengths that differ, nothing to learn.
-    """
-    if isinstance(data, (str, bytes, Mapping)):
-        raise TypeError(f"data must be a sequence of examples, found {type(data).__name__}")
-    examples = [_as_example(item, f"example {i}") for i, item in enumerate(data)]
-    if not examples:
-        raise ValueError("data must hold at least one example, found none")
-    if all(shifted(example.input_ids, example.labels) for example in examples[:20]):
-        warnings.warn(
-            "each label is the token after its own, so that the one after next would be learned; "
-            "labels stand at their own token here: leave the shift out",
-            stacklevel=2,
-        )
-    return examples
-
-
-def _as_example(item: Any, name: str) -> Example:
-    get: Callable[[str], Any]
-    get = item.get if isinstance(item, Mapping) else lambda key: getattr(item, key, None)
-    if get("input_ids") is None:
-        raise TypeError(f"{name} must have input_ids, found {type(item).__name__} without them")
-    ids = integers(get("input_ids"), f"{name}: input_ids")
-    labels = ids if get("labels") is None else integers(get("labels"), f"{name}: labels")
-    if not ids:
-        raise ValueError(f"{name}: input_ids must not be empty")
-    if len(labels) != len(ids):
-        raise ValueError(
-            f"{name}: {len(ids)} input_ids must have as many labels, not {len(labels)}"
-        )
-    if min(ids) < 0:
-        raise ValueError(f"{name}: input_ids must not be negative, found {min(ids)}")
-    if bad := [label for label in labels if label < 0 and label != IGNORE]:
-        raise ValueError(f"{name}: labels must be token ids or {IGNORE}, found {bad[0]}")
-    labels = masked(labels, get, name)
-    mask = get("attention_mask")
-    if mask is not None and not all(integers(mask, f"{name}: attention_mask")):
-        raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
-    lengths = document_lengths(get, name, len(ids))
-    if len(lengths) > 1:  # a document's first token does not follow from the document before
-        starts = set(itertools.accumulate(lengths))
-        labels = tuple(IGNORE if i in starts else label for i, label in enumerate(labels))
-    if not learned_labels(labels):
-        raise ValueError(f"{name}: nothing to learn, every label after the first is {IGNORE}")
-    return Example(ids, labels, lengths)
 
 
 def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
@@ -199,7 +111,7 @@ class Batches:
 
     Each epoch holds every example once; iterating to the end moves on to the next, breaking off
     and iterating again starts over. `state_dict` inside the loop counts the batch in hand as
-    done: who loads it gets exactly the rest.
+    done: loading it gives exactly the rest.
 
     Args:
         examples: whatever `as_examples` takes.
@@ -225,7 +137,7 @@ class Batches:
         batch_size: int,
         shuffle: bool = True,
         group_by_length: bool = True,
-        seed: int = 0,
+        seed: int | str = 0,
         pad_id: int = 0,
         drop_last: bool = False,
         part: tuple[int, int] = (0, 1),
@@ -238,10 +150,10 @@ class Batches:
             raise ValueError(f"drop_last needs examples to fill one batch, {found}")
         self.batch_size, self.shuffle, self.group_by_length = batch_size, shuffle, group_by_length
         self.seed, self.pad_id, self.drop_last = seed, pad_id, drop_last
-        self.rank, self.world = part
+        self._rank, self._world = part
         self.epoch = 0
         self._start = self._index = 0  # batches of this epoch done before iterating, done by now
-        self.digest = digest(self.examples)
+        self.digest = _digest(self.examples)
 
     def __len__(self) -> int:
         extra = 0 if self.drop_last else self.batch_size - 1
@@ -251,7 +163,7 @@ class Batches:
         order, epoch = self.order(self.epoch), self.epoch
         for done, batch in enumerate(order[self._start :], self._start + 1):
             self._index = done
-            yield pad([self.examples[i] for i in batch[self.rank :: self.world]], self.pad_id)
+            yield pad([self.examples[i] for i in batch[self._rank :: self._world]], self.pad_id)
         self.set_epoch(epoch + 1)
 
     def order(self, epoch: int) -> list[list[int]]:
@@ -262,20 +174,24 @@ class Batches:
             rng.shuffle(indices)
         if self.drop_last:
             del indices[len(self) * self.batch_size :]
-        return _batched(
-            self.examples, indices, self.batch_size, self.group_by_length, self.shuffle, rng
-        )
+        if self.group_by_length:
+            pools = _cut(indices, self.batch_size * POOL)
+            indices = [i for pool in pools for i in sorted(pool, key=self._length)]
+        batches = _cut(indices, self.batch_size)
+        if self.shuffle and self.group_by_length:
+            rng.shuffle(batches)
+        return batches
 
     def _length(self, index: int) -> int:
         return len(self.examples[index].input_ids)
 
     def any_batch(self) -> Batch:
-        """Return one row, for who must compute something."""
+        """Return one row, to try something out."""
         return pad(self.examples[:1], self.pad_id)
 
     def about(self) -> str:
         """Say how much there is to learn from."""
-        tokens = sum(map(len, (example.input_ids for example in self.examples)))
+        tokens = sum(len(example.input_ids) for example in self.examples)
         packed = sum(len(example.lengths) for example in self.examples)
         rows = f"{packed} documents packed in {len(self.examples)} rows" if packed else (
             f"{len(self.examples)} examples"
@@ -288,12 +204,12 @@ class Batches:
         return 1 - sum(map(sum, batches)) / sum(max(batch) * len(batch) for batch in batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; keep the place if it is the current one."""
+        """Go to the start of an epoch; keep the position if it is the current one."""
         if epoch != self.epoch:
             self.epoch, self._start, self._index = epoch, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the data as JSON-able values: batches done and what defines them."""
+        """Return the position as JSON-able values: batches done and what defines them."""
         return {"epoch": self.epoch, "index": self._index, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -305,13 +221,7 @@ class Batches:
         Raises:
             ValueError: data or options differ, or a value is missing; nothing is changed.
         """
-        for key, here in self._identity().items():
-            if state.get(key) != here:
-                raise ValueError(
-                    "the state must come from the same data and options, found "
-                    f"{key} = {state.get(key)!r} where this loader has {here!r}; to train an "
-                    "adapter on, begin a new run with load(..., trainable=True) or --adapter"
-                )
+        check_same(state, self._identity(), "loader")
         epoch, index = state.get("epoch"), state.get("index")
         if not (isinstance(epoch, int) and isinstance(index, int) and 0 <= index <= len(self)):
             raise ValueError(
@@ -325,44 +235,22 @@ class Batches:
         return {"examples": len(self.examples)} | {key: getattr(self, key) for key in keys}
 
 
-def grouped(
-    examples: Sequence[Example],
-    batch_size: int,
-    shuffle: bool,
-    group_by_length: bool,
-    rng: random.Random,
-) -> list[list[int]]:
-    """Cut examples into batches of indices, in an order that `rng` decides; see `Batches`."""
-    indices = list(range(len(examples)))
-    if shuffle:
-        rng.shuffle(indices)
-    return _batched(examples, indices, batch_size, group_by_length, shuffle, rng)
-
-
-def _batched(
-    examples: Sequence[Example],
-    indices: list[int],
-    batch_size: int,
-    group_by_length: bool,
-    shuffle: bool,
-    rng: random.Random,
-) -> list[list[int]]:
-    if group_by_length:
-        pools = _cut(indices, batch_size * POOL)
-        indices = [
-            i for pool in pools for i in sorted(pool, key=lambda i: len(examples[i].input_ids))
-        ]
-    batches = _cut(indices, batch_size)
-    if shuffle and group_by_length:
-        rng.shuffle(batches)
-    return batches
-
-
 def _cut(values: list[int], size: int) -> list[list[int]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-def digest(examples: Sequence[Example]) -> str:
+def check_same(state: Mapping[str, Any], identity: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError unless a state comes from the data and options of a loader or stream."""
+    for key, here in identity.items():
+        if state.get(key) != here:
+            raise ValueError(
+                f"the state must come from the same data and options, found {key} = "
+                f"{state.get(key)!r} where this {what} has {here!r}; to train an adapter on, begin "
+                "a new run with load(..., trainable=True) or --adapter"
+            )
+
+
+def _digest(examples: Sequence[Example]) -> str:
     """Fingerprint ids, labels and lengths."""
     found = hashlib.sha256()
     for example in examples:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from minilora.data.batches import IGNORE, Example, as_examples
+from minilora.data.examples import IGNORE, Example, as_examples
 
 
 def pack(examples: Iterable[Any], length: int) -> list[Example]:

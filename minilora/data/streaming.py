@@ -1,12 +1,12 @@
-"""Batches from any iterable, of no known length, in an order and at a place that can be resumed."""
+"""Batches from any iterable, of no known length, in an order and position that can be resumed."""
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from minilora.data.batches import POOL, Batch, Example, as_examples, digest, grouped, pad
+from minilora.data.batches import POOL, Batch, Batches, check_same, pad
+from minilora.data.examples import Example, as_examples
 from minilora.data.packing import pack
 
 
@@ -15,7 +15,7 @@ class Stream:
     """Examples that are read as they are needed; give one to `minilora.fit` as `train`.
 
     Attributes:
-        source: any iterable whose iteration begins anew each time (an epoch each), in the same
+        source: any iterable that starts over whenever it is iterated (an epoch each), in the same
             order: a data set, or an object whose `__iter__` reads files.
         encode: makes an example of an item, a list of them, or None to leave it out; called in the
             background. None: the items are examples.
@@ -41,9 +41,9 @@ class Stream:
             )
         if isinstance(self.source, Iterator):
             raise TypeError(
-                f"source must begin anew whenever it is iterated, found "
-                f"{type(self.source).__name__}, which is used up after once; pass an object whose "
-                f"__iter__ returns a new iterator"
+                f"source must start over whenever it is iterated, found "
+                f"{type(self.source).__name__}, which is used up after one pass; pass an object "
+                f"whose __iter__ returns a new iterator"
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, found {self.window}")
@@ -54,7 +54,7 @@ class Stream:
 class StreamBatches:
     """Iterate over padded batches of a stream; the same interface as `Batches`.
 
-    A window of examples is read, shuffled with (seed, epoch, its place), grouped by length and cut
+    A window of examples is read, shuffled with (seed, epoch, position), grouped by length and cut
     into batches, as `Batches` does with all. The position is the number of items read before the
     window and the batches done in it: resuming passes over those items without encoding them.
 
@@ -76,12 +76,12 @@ class StreamBatches:
         part: tuple[int, int] = (0, 1),
         check: Callable[[Example, str], None] = lambda example, name: None,
     ):
-        self.stream, self.batch_size, self.pad_id = stream, batch_size, pad_id
-        self.shuffle, self.group_by_length, self.seed = shuffle, group_by_length, seed
-        self.rank, self.world = part
-        self.check = check
+        self.stream, self.check = stream, check
         self.window = stream.window or batch_size * POOL
-        self.epoch = self._read = self._index = 0
+        self._order = {"batch_size": batch_size, "shuffle": shuffle}
+        self._order["group_by_length"] = group_by_length
+        self._seed, self._pad_id, self._part = seed, pad_id, part
+        self.epoch = self._read = self._index = 0  # items before the window, batches done in it
         self._digest: str | None = None  # of the window in hand
 
     def __iter__(self) -> Iterator[Batch]:
@@ -89,27 +89,31 @@ class StreamBatches:
         passed = sum(1 for _ in islice(items, self._read))
         if passed < self._read:
             raise _changed(f"it ended after {passed} items, where {self._read} were read")
-        found = False
+        nothing_yet = self._read == 0
         while True:
             examples, read = self._next(items)
             if not examples:
                 break
-            found = True
-            here = digest(examples)
-            if self._index and self._digest not in (None, here):
+            nothing_yet = False
+            window = self._batches(examples)
+            if self._index and self._digest not in (None, window.digest):
                 raise _changed(f"the items from {self._read} on are others")
-            self._digest = here
-            start = self._index
-            for done, batch in enumerate(self._order(examples)[start:], start + 1):
-                self._index = done
-                yield pad(batch[self.rank :: self.world], self.pad_id)
-            self._read, self._index, self._digest = self._read + read, 0, None
-        if not found and self._read == 0:
-            raise ValueError(
-                "the stream must yield at least one example, found none to learn from; is its "
-                "source empty, or was everything left out?"
+            self._digest = window.digest
+            window.load_state_dict(
+                window.state_dict() | {"epoch": self._read, "index": self._index}
             )
+            for done, batch in enumerate(window, self._index + 1):
+                self._index = done
+                yield batch
+            self._read, self._index, self._digest = self._read + read, 0, None
+        if nothing_yet:
+            raise _empty("; is its source empty, or was everything left out?")
         self.epoch, self._read, self._index = self.epoch + 1, 0, 0
+
+    def _batches(self, examples: list[Example]) -> Batches:
+        """Return the loader of a window, whose epoch is the window's position."""
+        rest: Any = {**self._order, "pad_id": self._pad_id, "part": self._part}
+        return Batches(examples, seed=f"{self._seed}/{self.epoch}", **rest)
 
     def _next(self, items: Iterator[Any]) -> tuple[list[Example], int]:
         """Read a window; return its examples, packed or not, and how many items they took."""
@@ -122,24 +126,21 @@ class StreamBatches:
                 break
             name = f"item {self._read + read} of the stream"
             read += 1
-            encoded = self._encoded(item)
-            try:
-                made = as_examples(encoded) if encoded else []
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from None
-            for example in made:
-                self.check(example, name)
-            examples += made
+            examples += self._checked(name, as_examples, self._encoded(item))
         if self.stream.pack is None or not examples:
             return examples, read
-        where = f"items {self._read} to {self._read + read - 1} of the stream"
+        name = f"items {self._read} to {self._read + read - 1} of the stream"
+        return self._checked(f"a packed row of {name}", pack, examples, self.stream.pack), read
+
+    def _checked(self, name: str, make: Callable[..., list[Example]], *what: Any) -> list[Example]:
+        """Return what is made of items, by whose name an error begins."""
         try:
-            rows = pack(examples, self.stream.pack)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        for row in rows:
-            self.check(row, f"a packed row of {where}")
-        return rows, read
+            examples = make(*what) if what[0] else []
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+        for example in examples:
+            self.check(example, name)
+        return examples
 
     def _encoded(self, item: Any) -> list[Any]:
         """Return what becomes of an item, in a list."""
@@ -148,17 +149,12 @@ class StreamBatches:
             return encoded
         return [] if encoded is None else [encoded]
 
-    def _order(self, examples: list[Example]) -> list[list[Example]]:
-        rng = random.Random(f"{self.seed}/{self.epoch}/{self._read}")
-        order = grouped(examples, self.batch_size, self.shuffle, self.group_by_length, rng)
-        return [[examples[i] for i in batch] for batch in order]
-
     def any_batch(self) -> Batch:
-        """Return one row, for who must compute something."""
+        """Return one row, to try something out."""
         for item in self.stream.source:
             if encoded := self._encoded(item):
-                return pad(as_examples(encoded)[:1], self.pad_id)
-        raise ValueError("the stream must yield at least one example, found none to learn from")
+                return pad(as_examples(encoded)[:1], self._pad_id)
+        raise _empty()
 
     def about(self) -> str:
         """Say how much there is to learn from."""
@@ -166,9 +162,9 @@ class StreamBatches:
         return f"a stream of examples, in windows of {self.window}{packed}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the stream as JSON-able values."""
-        place = {"epoch": self.epoch, "read": self._read, "index": self._index}
-        return {**place, "window_digest": self._digest, **self._identity()}
+        """Return the position in the stream as JSON-able values."""
+        position = {"epoch": self.epoch, "read": self._read, "index": self._index}
+        return {**position, "window_digest": self._digest, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; that the items are the same is seen when read.
@@ -176,28 +172,26 @@ class StreamBatches:
         Raises:
             ValueError: other options, or a value is missing; nothing is changed.
         """
-        for key, here in self._identity().items():
-            if state.get(key) != here:
-                raise ValueError(
-                    "the state must come from the same data and options, found "
-                    f"{key} = {state.get(key)!r} where this stream has {here!r}"
-                )
-        place = [state.get(key) for key in ("epoch", "read", "index")]
-        if not all(isinstance(value, int) and value >= 0 for value in place):
+        check_same(state, self._identity(), "stream")
+        position = [state.get(key) for key in ("epoch", "read", "index")]
+        if not all(isinstance(value, int) and value >= 0 for value in position):
             raise ValueError(
-                f"the state must hold an epoch, the items read and an index, found {place}"
+                f"the state must hold an epoch, the items read and an index, found {position}"
             )
-        self.epoch, self._read, self._index = place  # type: ignore[assignment]
+        self.epoch, self._read, self._index = position  # type: ignore[assignment]
         self._digest = state.get("window_digest")
 
     def _identity(self) -> dict[str, Any]:
-        keys = ("batch_size", "shuffle", "group_by_length", "seed", "window")
-        mine = {key: getattr(self, key) for key in keys}
-        return {"stream": True, "pack": self.stream.pack} | mine
+        rest = {"seed": self._seed, "window": self.window}
+        return {"stream": True, "pack": self.stream.pack, **self._order, **rest}
 
 
 def _changed(how: str) -> ValueError:
     return ValueError(
         f"a resumed run must read the same stream, but {how}; give it the same source, or start "
-        f"anew in another folder"
+        f"again in another folder"
     )
+
+
+def _empty(hint: str = "") -> ValueError:
+    return ValueError(f"the stream must yield at least one example, found none to learn from{hint}")

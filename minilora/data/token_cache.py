@@ -1,6 +1,7 @@
 """Keep encoded examples beside the next run: same files, tokenizer and options, same tokens."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import tempfile
@@ -10,19 +11,21 @@ from typing import Any
 
 import torch
 
-from minilora.data.batches import Example
+from minilora.data.encoder import Encoding
+from minilora.data.examples import Example
+from minilora.data.records import EncodeReport
 from minilora.files import CHECKSUMS, UnwritableError, read_tensors, tensor_content, write
 
-_VERSION = 2
+_VERSION = 3
 
 
 def cached(
     folder: str | Path,
     files: Sequence[str | Path],
     tokenizer: Any,
-    options: dict[str, Any],
-    make: Callable[[], tuple[list[Example], list[str]]],
-) -> tuple[list[Example], list[str], bool]:
+    options: Encoding,
+    make: Callable[[], tuple[list[Example], EncodeReport]],
+) -> tuple[list[Example], EncodeReport]:
     """Return what `make` returns, from the cache where it has been made before.
 
     Args:
@@ -30,36 +33,32 @@ def cached(
         files: what the examples are made from. Their contents, the tokenizer's files and the
             options are the key, names and times are not.
         tokenizer: has a method `save(folder)`.
-        options: JSON-able values that decide what becomes of the files.
-        make: encodes the files: unpacked examples, and lines of a report.
+        options: of the encoding.
+        make: encodes the files to unpacked examples.
 
     Returns:
-        The examples, the report, and whether they came from the cache. A damaged entry is made
-        anew; a cache that can't be written is done without.
+        The examples and the report, which says so where they came from the cache. A damaged entry
+        is made again; a cache that can't be written is done without.
     """
     key = {
         "version": _VERSION,
         "files": [_file_hash(Path(file)) for file in files],
         "suffixes": [Path(file).suffix for file in files],
         "tokenizer": _tokenizer_hash(tokenizer),
-        "options": options,
+        "options": dataclasses.asdict(options),
     }
     text = json.dumps(key, sort_keys=True)
     entry = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
-    found = _read(entry)
-    if found is not None:
-        return *found, True
+    if (found := _read(entry)) is not None:
+        examples, report = found
+        return examples, dataclasses.replace(report, notes=(*report.notes, "from the cache"))
     examples, report = make()
     _write(entry, examples, report)
-    return examples, report, False
+    return examples, report
 
 
 def _file_hash(file: Path) -> str:
-    found = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while part := opened.read(2**20):
-            found.update(part)
-    return found.hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
@@ -71,7 +70,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     return found.hexdigest()
 
 
-def _write(entry: Path, examples: list[Example], report: list[str]) -> None:
+def _write(entry: Path, examples: list[Example], report: EncodeReport) -> None:
     tensors = {
         "ids": torch.tensor([i for example in examples for i in example.input_ids]),
         "labels": torch.tensor([i for example in examples for i in example.labels]),
@@ -80,19 +79,20 @@ def _write(entry: Path, examples: list[Example], report: list[str]) -> None:
     # A full disk must not keep anyone from training.
     with contextlib.suppress(OSError, UnwritableError):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        write(entry, tensor_content(tensors, {"report": json.dumps(report)}))
+        write(entry, tensor_content(tensors, {"report": json.dumps(dataclasses.asdict(report))}))
 
 
-def _read(entry: Path) -> tuple[list[Example], list[str]] | None:
+def _read(entry: Path) -> tuple[list[Example], EncodeReport] | None:
     """Return an entry, or None where there is none that is whole."""
     try:
         tensors, metadata = read_tensors(entry)
         if CHECKSUMS not in metadata:
             return None
-        report = json.loads(metadata["report"])
+        stored = json.loads(metadata["report"])
+        report = EncodeReport(**{**stored, "notes": tuple(stored["notes"])})
         sizes = tensors["lengths"].tolist()
         ids, labels = (tensors[key].split(sizes) for key in ("ids", "labels"))
-    except (KeyError, ValueError, RuntimeError):
+    except (KeyError, TypeError, ValueError, RuntimeError):
         return None
     examples = [
         Example(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(ids, labels, strict=True)

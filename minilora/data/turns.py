@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilora.data.record_files import MARKS
 from minilora.text import Conversation
+
+MARKS = ("weight", "train", "trainable", "training", "loss", "loss_mask")  # 0 or false: not learned
 
 Text = tuple[str, list[int]]  # and where what is learned begins, ends, begins again, …
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minilora.data import DataFiles
+from minilora.data import read_data
 from minilora.files import short
 from minilora.loading import fetch
 from minilora.planning.machines import DEVICES, HERE, device
@@ -65,10 +65,9 @@ def from_arguments(options: argparse.Namespace) -> Plan:
     if options.data:
         if options.examples is not None:
             raise ValueError("--examples stands for data that is not at hand, found --data too")
-        files = DataFiles(options.data, options.max_length, False)
-        data, report = files.examples(_tokenizer(options.model), None)
-        for line in report:
-            print(line, file=sys.stderr)
+        tokenizer = _tokenizer(options.model)
+        data, report = read_data(options.data, tokenizer, max_length=options.max_length)
+        print(f"{', '.join(options.data)}: {report}", file=sys.stderr)
     found = plan(
         options.model,
         data,

@@ -142,19 +142,19 @@ def compiled(
         yield
         return
     # A block whose input needs no gradient, evaluation and training are variants of one function.
-    places = [
+    targets = [
         (block, block.__dict__.get("forward")) for block in blocks or blocks_of(model) or [model]
     ]
     flag = getattr(model, "compiled_loss", None)
     try:
-        for block, _ in places:
+        for block, _ in targets:
             block.forward = torch.compile(block.forward, dynamic=True)
         if flag is not None:
             model.compiled_loss = True  # type: ignore[assignment]
         with private_cache(), _casts_run_again():  # compilation happens at the first call
             yield
     finally:
-        for block, before in places:
+        for block, before in targets:
             if before is None:
                 block.__dict__.pop("forward", None)
             else:

@@ -81,7 +81,7 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
 
 
 def takes_packed(model: nn.Module) -> bool:
-    """Tell whether the model's loss keeps documents in one row apart."""
+    """Return whether the model's loss keeps documents in one row apart."""
     needed = {"input_ids", "labels", "positions", "mask"}
     return argument_names(getattr(type(model), "loss", None)) >= needed
 
@@ -142,7 +142,7 @@ def evaluate(
         model: left as it was, flags, buffers and torch's random state included.
         data: examples as `minilora.data.as_examples` takes them, sorted by length here; or
             `Batch`es, taken in their order. Of a `Batches` the examples and the batch size are
-            taken, and its place in the data is not moved.
+            taken, and its position in the data does not move.
         batch_size: examples per batch; more is faster and takes more memory.
         loss: what to sum, (model, batch) → (sum, tokens); `token_loss` if None.
         pad_id: token id in the padding, of no influence.

@@ -24,7 +24,7 @@ class Conversation:
     """Messages and template variables, rendered and encoded as often as it takes.
 
     Texts are as they are encoded: where a message holds the name of a control token, the
-    template's own control tokens stand under other names. Compare and join them, then encode.
+    template's own control tokens have other names. Compare and join them, then encode.
 
     Attributes:
         names_control: whether a message holds the name of a control token.

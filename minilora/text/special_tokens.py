@@ -11,7 +11,7 @@ Encoded = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of 
 
 
 def text_of(token: Any) -> str | None:
-    """Return a special token's text: in config files it stands bare or as an object."""
+    """Return a special token's text: in config files a string or an object."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -97,10 +97,10 @@ def encode_as_text(backend: Any, text: str, control: dict[str, int]) -> Encoded:
 
 
 def name_pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that finds names, the longest that stands at a place."""
+    """Return a pattern that finds names, at each position the longest."""
     return re.compile("|".join(map(re.escape, longest_first(names))) or r"(?!)")
 
 
 def longest_first(names: Iterable[str]) -> list[str]:
-    """Return names so that none stands behind its own beginning."""
+    """Return names, the longest first, so that none is hidden by its own beginning."""
     return sorted(names, key=len, reverse=True)

@@ -397,7 +397,7 @@ class Tokenizer:
 
         Args:
             folder: made when missing; `tokenizer.json`, `tokenizer_config.json` and
-                `chat_template.jinja` in it are replaced.
+                `chat_template.jinja` in it are replaced or, without a template, removed.
         """
         entries: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named}
         entries["clean_up_tokenization_spaces"] = False
@@ -406,3 +406,5 @@ class Tokenizer:
             write_json(made / "tokenizer_config.json", entries)
             if self.chat_template is not None:
                 write(made / "chat_template.jinja", self.chat_template)
+            else:
+                (Path(folder) / "chat_template.jinja").unlink(missing_ok=True)

@@ -225,7 +225,7 @@ def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Ex
             raise ValueError(
                 f"examples must fit the model's context of {context} tokens, but {name} has "
                 f"{len(example.input_ids)}; cut them (--max-length {context}, or "
-                f"encode_records(..., max_length={context}))"
+                f"read_data(..., max_length={context}))"
             )
         largest = max(*example.input_ids, *(() if own_loss else example.labels), 0)
         if largest >= vocabulary:

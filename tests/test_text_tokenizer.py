@@ -177,6 +177,13 @@ def test_save_writes_what_transformers_reads(tmp_path, begin):
     assert twice.stop_ids == ours.stop_ids
 
 
+def test_save_leaves_no_template_of_an_earlier_tokenizer(tmp_path):
+    Tokenizer(_backend(), chat_template=CHATML).save(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).chat_template == CHATML
+    Tokenizer(_backend()).save(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).chat_template is None
+
+
 def test_from_pretrained_refuses_damaged_files(tmp_path):
     with pytest.raises(ValueError, match=r"must hold tokenizer\.json, found none"):
         Tokenizer.from_pretrained(tmp_path)

@@ -9,6 +9,19 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from running_models import (
+    CONTEXT,
+    VOCAB,
+    Bare,
+    Masked,
+    Plain,
+    bare_llama,
+    gpt2,
+    llama,
+    model_logits,
+    plain,
+    plain_logits,
+)
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from torch import nn
@@ -16,7 +29,6 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import minilora
-from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
 from minilora.running import compiling
 from minilora.running.compiling import compile_problem
 from minilora.running.generation import generate, pick_token, token_probabilities
@@ -24,9 +36,7 @@ from minilora.text.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrst"
 NAMES = ["<|endoftext|>", "<|begin|>", "<|im_start|>", "<|im_end|>"]
-VOCAB = len(LETTERS) + len(NAMES)
 END, BEGIN = 20, 21
-CONTEXT = 32
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] + m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
@@ -46,72 +56,11 @@ def letter_tokenizer(begin=False):
     return Tokenizer(backend, bos="<|begin|>", eos="<|endoftext|>", chat_template=CHAT)
 
 
-class Plain(nn.Module):
-    """Causal, and small enough to write down: logits = W (tanh(Σ E[ids]) ⊙ dropout) + b."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, 6)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(6, VOCAB)
-
-    def forward(self, input_ids):
-        return self.head(self.drop(torch.tanh(self.embed(input_ids).cumsum(1))))
-
-
-def plain(dtype=torch.float64):
-    torch.manual_seed(0)
-    model = Plain().eval()
-    nn.init.normal_(model.head.weight)
-    return model.to(dtype)
-
-
-def llama(dtype=torch.float64):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=CONTEXT,
-    )
-    model = Llama(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.5)
-    return model.to(dtype)
-
-
-def gpt2(dtype=torch.float64):
-    """Learned positions: unlike rotary ones they show a row that is shifted."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=16, n_layer=2, n_head=4)
-    model = GPT2(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.5)
-    return model.to(dtype)
-
-
-class Bare(nn.Module):
-    """A model whose forward takes ids alone, so that no cache can be used."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids):
-        return self.model(input_ids)
-
-
 MODELS = {
     "plain": plain,
     "llama": llama,
     "gpt2": gpt2,
-    "bare llama": lambda dtype=torch.float64: Bare(llama(dtype)),
+    "bare llama": bare_llama,
 }
 KINDS = pytest.mark.parametrize("kind", sorted(MODELS))
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5], [8, 9, 7, 9]]
@@ -121,25 +70,12 @@ prompt_lists = st.lists(
 )
 
 
-def plain_logits(model, ids):
-    """The oracle's forward of `Plain`, in numpy: the logits after the last token."""
-    weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
-    hidden = np.tanh(weights["embed.weight"][ids].sum(0))
-    return weights["head.weight"] @ hidden + weights["head.bias"]
-
-
-def last_logits(model, ids):
-    """A model's own logits after one unpadded row, all of it computed anew."""
-    with torch.no_grad():
-        return model(torch.tensor([ids]))[0, -1].double().numpy()
-
-
 def greedy(model, ids, count):
     """The oracle: one row, one argmax after another."""
-    forward = plain_logits if isinstance(model, Plain) else last_logits
+    forward = plain_logits if isinstance(model, Plain) else model_logits
     ids = list(ids)
     for _ in range(count):
-        ids.append(int(forward(model, ids).astype(np.float32).argmax()))  # picked from f32
+        ids.append(int(forward(model, ids)[-1].astype(np.float32).argmax()))  # picked from f32
     return ids[-count:]
 
 
@@ -228,20 +164,6 @@ def test_generate_of_a_transformers_model_equals_its_own_text():
             torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0
         )
         assert row == whole[0, len(prompt) :].tolist()
-
-
-class Masked(nn.Module):
-    """Averages over all it may see: only a mask tells it what is padding."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("table", torch.randn(VOCAB, VOCAB, dtype=torch.float64))
-
-    def forward(self, input_ids, attention_mask=None):
-        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        weight = seen / seen.sum(1, keepdim=True)
-        mean = (self.table[input_ids] * weight[..., None]).sum(1, keepdim=True)
-        return mean + self.table[input_ids] / 2
 
 
 def test_generate_passes_the_mask_to_a_forward_that_names_it():
@@ -642,7 +564,7 @@ def test_generate_samples_from_the_stated_distribution(options):
     model, prompt, rows = plain(), [3, 1, 4], 6000
     found = generate(model, [prompt] * rows, max_new_tokens=1, seed=0, **options)
     counts = np.bincount([row[0] for row in found], minlength=VOCAB)
-    wanted = probabilities(plain_logits(model, prompt), **options)
+    wanted = probabilities(plain_logits(model, prompt)[-1], **options)
     assert (wanted > 0).sum() > 3
     assert surprise(counts, wanted) < 4
     hotter = np.sqrt(wanted) / np.sqrt(wanted).sum()

@@ -20,7 +20,7 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minilora.data.records import encode_prompt, encode_records
+from minilora.data import encode_prompt, read_data
 from minilora.text import long_text
 from minilora.text.foreign_tokenizer import as_tokenizer
 from minilora.text.tokenizer import Tokenizer
@@ -157,7 +157,7 @@ def test_joins_is_what_encoding_apart_shows(name):
 @given(prompt=texts, completion=texts.filter(bool))
 def test_a_prompt_and_its_completion_are_encoded_as_one_text(name, prompt, completion):
     ours, theirs = pair(name)
-    ((example,), _) = encode_records(
+    ((example,), _) = read_data(
         [{"prompt": prompt, "completion": completion}], ours, max_length=10**6
     )
     ids, labels = list(example.input_ids), list(example.labels)
@@ -299,9 +299,7 @@ def test_tokenizers_of_transformers_are_taken(name):
     theirs.backend_tokenizer.enable_padding(length=9)
     messages = [{"role": "user", "content": "a </s> b"}, {"role": "assistant", "content": "c"}]
     records = [{"text": "d e f"}, {"prompt": "a:", "completion": " b"}, {"messages": messages}]
-    assert encode_records(records, theirs, max_length=99) == encode_records(
-        records, ours, max_length=99
-    )
+    assert read_data(records, theirs, max_length=99) == read_data(records, ours, max_length=99)
     assert encode_prompt(theirs, "a b") == encode_prompt(ours, "a b")
     assert as_tokenizer(ours) is ours
     assert theirs.encode("a</s>") == pair(name)[1].encode("a</s>")  # as before
@@ -319,4 +317,4 @@ def test_other_tokenizers_are_refused_with_the_line_that_converts_them():
         ),
     ):
         with pytest.raises(TypeError, match=message):
-            encode_records([{"text": "ab"}], tokenizer, max_length=9)
+            read_data([{"text": "ab"}], tokenizer, max_length=9)

@@ -5,10 +5,12 @@ import os
 import pytest
 from test_cli import tiny_folder
 
-from minilora.data.batches import Example
+from minilora.data import Encoding, Example
+from minilora.data.records import EncodeReport
 from minilora.data.token_cache import cached
 from minilora.loading.model import load_model
 
+REPORT = EncodeReport(2, 8, 7, 0, 0, 5, ("a note",))
 MADE = [Example((1, 2, 3), (-100, 2, 3)), Example((4,) * 5, (4,) * 5)]
 
 
@@ -25,15 +27,16 @@ def ask(tmp_path, tokenizer):
 
     def make():
         calls.append(1)
-        return MADE, ["2 documents"]
+        return MADE, REPORT
 
     def asked(tokenizer=tokenizer, options=None, files=(file,)):
         before = len(calls)
-        examples, report, known = cached(
-            tmp_path / "cache", files, tokenizer, options or {"max_length": 9}, make
+        examples, report = cached(
+            tmp_path / "cache", files, tokenizer, options or Encoding(9), make
         )
-        assert known == (len(calls) == before)
-        assert examples == MADE and report == ["2 documents"]
+        known = len(calls) == before
+        assert report.notes == ("a note", "from the cache")[: 1 + known]
+        assert examples == MADE and str(report).startswith(str(REPORT))
         return known
 
     return asked
@@ -43,7 +46,7 @@ def test_cache_is_keyed_by_content_tokenizer_and_options(ask, tmp_path, tokenize
     assert [ask(), ask()] == [False, True]
     os.utime(tmp_path / "a.jsonl", (1, 1))
     assert ask()
-    assert not ask(options={"max_length": 8})
+    assert not ask(options=Encoding(8))
     (tmp_path / "b.jsonl").write_text("content")
     assert ask(files=[tmp_path / "b.jsonl"])  # the name does not matter
     (tmp_path / "a.jsonl").write_text("Content")

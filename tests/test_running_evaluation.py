@@ -5,9 +5,11 @@ import threading
 
 import numpy as np
 import pytest
+import running_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running_models import VOCAB, Bare, Masked, Plain, model_logits, plain_logits
 from torch import nn
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
@@ -15,7 +17,6 @@ from transformers import LlamaForCausalLM
 import minilora
 from minilora.data.batches import Batch, Batches, Example, pad
 from minilora.lora.modes import inference
-from minilora.models import Llama, LlamaConfig
 from minilora.running.evaluation import (
     Evaluation,
     argument_names,
@@ -25,7 +26,6 @@ from minilora.running.evaluation import (
     token_loss,
 )
 
-VOCAB = 23
 ROUNDING = 64  # in units of the dtype's eps; plain torch is off by up to 15 on these logits
 
 
@@ -35,74 +35,19 @@ def near(value, dtype=torch.float64):
     return pytest.approx(value, rel=tiny, abs=tiny)
 
 
-class Plain(nn.Module):
-    """Causal, and small enough to write down: logits = W (tanh(Σ E[ids]) ⊙ dropout) + b."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, 5)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(5, VOCAB)
-
-    def forward(self, input_ids):
-        return self.head(self.drop(torch.tanh(self.embed(input_ids).cumsum(1))))
-
-
 def plain(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = Plain().eval()
-    nn.init.normal_(model.head.weight)
-    return model.to(dtype)
+    return running_models.plain(dtype)
 
 
 def llama(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=32,
-    )
-    model = Llama(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.4)
-    return model.to(dtype)
+    return running_models.llama(dtype)
 
 
-class Bare(nn.Module):
-    """A model without its `loss`: only forward(input_ids) → logits."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids):
-        return self.model(input_ids)
+def bare_llama(dtype=torch.float32):
+    return running_models.bare_llama(dtype)
 
 
-MODELS = {
-    "plain": plain,
-    "llama": llama,
-    "bare llama": lambda dtype=torch.float32: Bare(llama(dtype)),
-}
-
-
-def plain_logits(model, ids):
-    """The oracle's forward of `Plain`, in numpy."""
-    weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
-    hidden = np.tanh(np.cumsum(weights["embed.weight"][ids], axis=0))
-    return hidden @ weights["head.weight"].T + weights["head.bias"]
-
-
-def model_logits(model, ids):
-    """A model's own logits of one unpadded row."""
-    with torch.no_grad():
-        return model(torch.tensor([ids]))[0].double().numpy()
+MODELS = {"plain": plain, "llama": llama, "bare llama": bare_llama}
 
 
 def summed(logits, labels):
@@ -475,24 +420,8 @@ def test_token_loss_widens_narrow_logits(dtype):
     assert tokens == batch.tokens
 
 
-class Masked(nn.Module):
-    """Averages over all it may see: only a mask tells it what is padding."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.register_buffer("table", table)
-
-    def forward(self, input_ids, attention_mask=None):
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        assert attention_mask.dtype == torch.int64
-        weight = attention_mask / attention_mask.sum(1, keepdim=True)
-        mean = (self.table[input_ids] * weight[..., None]).sum(1, keepdim=True)
-        return mean + self.table[input_ids]
-
-
 def test_evaluate_passes_the_mask_to_a_forward_that_names_it():
-    model = Masked(torch.randn(VOCAB, VOCAB, dtype=torch.float64))
+    model = Masked()
     rows = some_rows()
     loss, tokens = oracle(model_logits, model, rows)
     for size in (1, 3, len(rows)):
@@ -534,7 +463,7 @@ def test_token_loss_prefers_logits_to_a_loss_that_is_no_method():
 
 def test_device_of_looks_at_parameters_then_buffers():
     assert device_of(nn.Linear(1, 1, device="meta")).type == "meta"
-    assert device_of(Masked(torch.ones(1, device="meta"))).type == "meta"
+    assert device_of(Masked("meta")).type == "meta"
     assert device_of(nn.Identity()) == torch.device("cpu")
 
 

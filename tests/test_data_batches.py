@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from minilora.data.batches import IGNORE, Batch, Batches, Example, as_examples, learned_labels, pad
+from minilora.data import IGNORE, Batch, Batches, Example, as_examples, learned_labels, pad
 
 BATCHES_PER_POOL = 50  # as the docstring of Batches states
 
@@ -590,8 +590,8 @@ def test_as_examples_takes_positions_and_mask_of_a_single_document(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"position_ids": [0, 0, 1, 3, 4]}, "position_ids must count from 0, anew in each"),
-        ({"position_ids": [2, 3, 4, 5, 6]}, "position_ids must count from 0, anew in each"),
+        ({"position_ids": [0, 0, 1, 3, 4]}, "position_ids must count from 0, again in each"),
+        ({"position_ids": [2, 3, 4, 5, 6]}, "position_ids must count from 0, again in each"),
         ({"position_ids": [0, 1]}, "position_ids must hold a number for each of the input_ids"),
         ({"seq_lengths": [3, 3]}, "seq_lengths must be those of its documents, 5 in all"),
         (

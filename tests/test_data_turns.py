@@ -16,7 +16,7 @@ from byte_tokenizer import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.data.records import encode_records
+from minilora.data import read_data
 
 HYBRID = (  # reasoning stands in the last answer alone
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
@@ -54,7 +54,7 @@ def parted(examples):
 def test_rewritten_answers_get_examples_of_their_own(template):
     """Each answer is learned behind the history and the prompt that generation will see."""
     tokenizer = byte_tokenizer({"HYBRID": HYBRID, "PRIMED": PRIMED}[template])
-    found, report = encode_records([{"messages": THINKING}], tokenizer, max_length=999)
+    found, report = read_data([{"messages": THINKING}], tokenizer, max_length=999)
     begun = [(START, False), ("assistant\n", False), ("<think>\n", template == "HYBRID")]
     end = [(STOP, True), ("\n", True)]
     first = [*turn("user", "2+2?", False), *begun, ("add\n</think>\n\n4<|im_end|>", True), *end]
@@ -79,7 +79,7 @@ def test_rewritten_answers_get_examples_of_their_own(template):
 
 def test_a_moving_system_prompt_splits_a_conversation():
     messages = [{"role": "system", "content": "S"}, *[{**m, "content": "x"} for m in THINKING]]
-    found, _ = encode_records([{"messages": messages}], byte_tokenizer(MOVING), max_length=99)
+    found, _ = read_data([{"messages": messages}], byte_tokenizer(MOVING), max_length=99)
     end = [("x", True), (STOP, True)]
     assert parted(found) == [
         pieces(("u:Sx\na:", False), *end),
@@ -95,8 +95,8 @@ def test_an_answer_must_go_on_from_the_prompt():
         r"writes, which ends with '<think>\\n', found '1'; begin the content with that, or use"
     )
     with pytest.raises(ValueError, match=message):
-        encode_records([{"text": "a"}, record], tokenizer, max_length=99)
-    found, report = encode_records([{"text": "a"}, record], tokenizer, max_length=99, skip_bad=1)
+        read_data([{"text": "a"}, record], tokenizer, max_length=99)
+    found, report = read_data([{"text": "a"}, record], tokenizer, max_length=99, skip_bad=1)
     assert len(found) == 1 and "left out: record 1: messages[1]" in str(report)
     whole, _ = encode_one(record, tokenizer, completion_only=False)
     plain = tokenizer.encode_chat(record["messages"], add_generation_prompt=False)
@@ -145,12 +145,12 @@ def test_marked_turns_are_not_learned(mark, off, kept):
         messages += [{"role": "assistant", "content": f"a{i}", mark: 1 if keep else off}]
         parts.append((turn("user", f"q{i}", False), turn("assistant", f"a{i}", keep)))
     records = [{"messages": messages}]
-    found, report = encode_records(records, tokenizer, max_length=9999)
+    found, report = read_data(records, tokenizer, max_length=9999)
     last = max((i for i, keep in enumerate(kept) if keep), default=-1)
     wanted = [part for pair in parts[: last + 1] for each in pair for part in each]
     assert parted(found) == ([pieces(*wanted)] if any(kept) else [])
     assert report.fully_masked == (not any(kept)) and report.notes == ()
-    found, _ = encode_records(records, tokenizer, max_length=9999, completion_only=False)
+    found, _ = read_data(records, tokenizer, max_length=9999, completion_only=False)
     wanted = []
     for keep, (asked, answer) in zip(kept, parts, strict=True):
         wanted += [(what, True) for what, _ in asked]
@@ -184,9 +184,7 @@ def test_fields_go_to_the_template_that_reads_them_and_others_are_named():
         asked = [("<|im_end|>T", False), *turn("user", "0", False)]
         assert found == pieces(*asked, *turn("assistant", "bN", True))
         fields = "messages.weight of user turns (1), messages.extra (1)"
-        assert f"with how many times they stand there: id (1), weight (1), x (1), {fields}" in str(
-            report
-        )
+        assert f"with how often they occur: id (1), weight (1), x (1), {fields}" in str(report)
     for key, value, message in (
         ("tools", "[", r"record 0: tools must be JSON, found '\['"),
         ("chat_template_kwargs", [1], r"chat_template_kwargs must be an object, found \[1\]"),
@@ -194,7 +192,7 @@ def test_fields_go_to_the_template_that_reads_them_and_others_are_named():
         with pytest.raises(ValueError, match=message):
             encode_one({**row, key: value}, tokenizer)
     _, report = encode_one({"text": "ab", "loss_mask": [1, 0], "source": "x"}, tokenizer)
-    assert "ignored fields, with how many times they stand there: loss_mask (1), sou" in str(report)
+    assert "ignored fields, with how often they occur: loss_mask (1), sou" in str(report)
 
 
 # --- text that was put through a chat template before -------------------------------------------

@@ -107,7 +107,7 @@ def test_pack_refuses_what_cannot_be_packed():
         pack([{"input_ids": [1, 2]}], 1)
     with pytest.raises(ValueError, match="lengths must be those of its documents, 3 in all"):
         as_examples([{"input_ids": [1, 2, 3], "lengths": [1, 1]}])
-    with pytest.raises(ValueError, match=r"each at least 1, found \[0, 3\]; pack the row anew"):
+    with pytest.raises(ValueError, match=r"each at least 1, found \[0, 3\]; pack the row again"):
         as_examples([{"input_ids": [1, 2, 3], "lengths": [0, 3]}])
 
 

@@ -187,7 +187,7 @@ def test_stream_names_a_bad_item_and_another_stream():
 
 
 def test_stream_refuses_what_is_used_up_or_empty():
-    with pytest.raises(TypeError, match="found generator, which is used up after once"):
+    with pytest.raises(TypeError, match="found generator, which is used up after one pass"):
         Stream(item for item in DATA)
     with pytest.raises(TypeError, match="source must be something to iterate, found function"):
         Stream(lambda: iter(DATA))

@@ -19,14 +19,10 @@ from byte_tokenizer import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data.batches import Example
-from minilora.data.records import (
-    EncodeReport,
-    encode_prompt,
-    encode_records,
-    iter_records,
-    read_records,
-)
+import minilora
+from minilora.data import Example, as_examples, encode_prompt, read_data, shapes
+from minilora.data.record_files import READERS, StreamedFiles, read_rows
+from minilora.data.records import EncodeReport
 from minilora.loading.fetching import fetch
 from minilora.text.tokenizer import Tokenizer
 
@@ -46,7 +42,12 @@ def lines(*records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-KINDS = [
+def read(*files, skip_bad=0):
+    """The records of files, as `read_data` sees them."""
+    return [record for _, record in read_rows(files, skip_bad)[0]]
+
+
+RECORDS = [
     {"text": "héllo 🙂\n\twörld"},
     {"prompt": "", "completion": "b", "id": 7},
     {"prompt": "a", "completion": "b"},
@@ -59,42 +60,42 @@ KINDS = [
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_read_records_reads_each_kind(tmp_path, ending, mark):
-    content = mark + lines(*KINDS).replace("\n", ending)
-    assert read_records(write(tmp_path, content)) == KINDS
-    assert read_records(str(write(tmp_path, content.rstrip()))) == KINDS
+def test_files_reads_each_kind(tmp_path, ending, mark):
+    content = mark + lines(*RECORDS).replace("\n", ending)
+    assert read(write(tmp_path, content)) == RECORDS
+    assert read(str(write(tmp_path, content.rstrip()))) == RECORDS
 
 
-def test_read_records_keeps_the_order_of_files_and_lines(tmp_path):
-    a = write(tmp_path, lines(*KINDS[:2]), "a.jsonl")
+def test_files_keeps_the_order_of_files_and_lines(tmp_path):
+    a = write(tmp_path, lines(*RECORDS[:2]), "a.jsonl")
     b = write(tmp_path, "plain", "b.txt")
-    c = write(tmp_path, lines(KINDS[2]), "c.jsonl")
-    assert read_records([c, str(b), a]) == [KINDS[2], {"text": "plain"}, *KINDS[:2]]
+    c = write(tmp_path, lines(RECORDS[2]), "c.jsonl")
+    assert read(c, str(b), a) == [RECORDS[2], {"document": "plain"}, *RECORDS[:2]]
 
 
-def test_read_records_ends_lines_at_newlines_only(tmp_path):
+def test_files_ends_lines_at_newlines_only(tmp_path):
     """U+2028, U+2029, U+0085, vertical tabs and form feeds are text inside JSON."""
     text = "a\u2028b\u2029c\u0085d"
     content = '{"text": "' + text + '"}\n{"text": "x\\u000by\\fz\\r"}\n'
     assert len(content.splitlines()) > 2
-    assert read_records(write(tmp_path, content)) == [{"text": text}, {"text": "x\vy\fz\r"}]
+    assert read(write(tmp_path, content)) == [{"text": text}, {"text": "x\vy\fz\r"}]
 
 
-def test_read_records_skips_blank_lines_and_counts_them(tmp_path):
-    content = "\n \t\r\n" + lines(KINDS[0]) + "\r\n\n"
-    assert read_records(write(tmp_path, content)) == [KINDS[0]]
+def test_files_skips_blank_lines_and_counts_them(tmp_path):
+    content = "\n \t\r\n" + lines(RECORDS[0]) + "\r\n\n"
+    assert read(write(tmp_path, content)) == [RECORDS[0]]
     with pytest.raises(ValueError, match=r"a\.jsonl:6: must be JSON"):
-        read_records(write(tmp_path, content + "{"))
+        read(write(tmp_path, content + "{"))
 
 
 @settings(max_examples=50)
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=5))
-def test_read_records_returns_any_text_that_was_written(tmp_path_factory, texts):
+def test_files_returns_any_text_that_was_written(tmp_path_factory, texts):
     records = [{"text": text} for text in texts]
     for ascii_only in (True, False):
         content = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
         file = write(tmp_path_factory.mktemp("any"), content)
-        assert read_records(file) == records
+        assert read(file) == records
 
 
 @pytest.mark.parametrize(
@@ -106,17 +107,17 @@ def test_read_records_returns_any_text_that_was_written(tmp_path_factory, texts)
         (b'{"text": 1}', '{"text": 1}'),
     ],
 )
-def test_read_records_takes_a_text_file_as_one_document(tmp_path, raw, text):
-    assert read_records(write(tmp_path, raw, "a.txt")) == [{"text": text}]
+def test_files_takes_a_text_file_as_one_document(tmp_path, raw, text):
+    assert read(write(tmp_path, raw, "a.txt")) == [{"document": text}]
 
 
-def test_read_records_says_each_reason_once_behind_its_places(tmp_path):
-    good = json.dumps(KINDS[0])
+def test_files_says_each_reason_once_behind_its_places(tmp_path):
+    good = json.dumps(RECORDS[0])
     a = write(tmp_path, "\n".join([good, "{", good, "[]", '{"text": ""}', "[1"]), "a.jsonl")
     b = write(tmp_path, good, "b.jsonl")
     c = write(tmp_path, good.encode() + b"\n\xff\n[]", "c.jsonl")
     with pytest.raises(ValueError) as caught:
-        read_records([a, b, c])
+        read(a, b, c)
     assert str(caught.value) == (
         f"cannot read the data: {a}:2: must be JSON: Expecting property name enclosed in double "
         f"quotes (column 2); {a}:4, {c}:3: a record must be an object, found list; {a}:5: text "
@@ -127,49 +128,50 @@ def test_read_records_says_each_reason_once_behind_its_places(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "more"), [(10, ""), (11, " and 1 more"), (25, " and 15 more")])
-def test_read_records_names_ten_lines_of_a_kind(tmp_path, count, more):
+def test_files_names_ten_lines_of_a_kind(tmp_path, count, more):
     file = write(tmp_path, '{"text": ""}\n' * count)
     places = f"{file}:1, 2, 3, 4, 5, 6, 7, 8, 9, 10{more}: text must not be empty; mend"
     with pytest.raises(ValueError, match=re.escape(f"cannot read the data: {places}")):
-        read_records(file)
+        read(file)
 
 
-def test_read_records_counts_more_than_five_kinds(tmp_path):
+def test_files_counts_more_than_five_kinds(tmp_path):
     kinds = ["[]", "{", '{"text": ""}', '{"text": 1}', '{"prompt": ""}', '{"messages": 1}', "a"]
     with pytest.raises(ValueError, match="; and 2 other kinds of fault; mend"):
-        read_records(write(tmp_path, "\n".join(kinds)))
+        read(write(tmp_path, "\n".join(kinds)))
 
 
-def test_read_records_leaves_out_as_many_bad_rows_as_are_allowed(tmp_path):
-    good = json.dumps(KINDS[0])
+def test_files_leaves_out_as_many_bad_rows_as_are_allowed(tmp_path):
+    good = json.dumps(RECORDS[0])
     file = write(tmp_path, "\n".join([good, '{"text": ""}', good, "{", good]))
-    with pytest.warns(UserWarning, match=r"were left out: .*:2: text must not be empty; .*:4: mus"):
-        assert read_records(file, skip_bad=2) == [KINDS[0]] * 3
+    found, report = read_data(file, byte_tokenizer(), skip_bad=2)
+    assert len(found) == report.documents == 3
+    assert re.match(r"left out: .*:2: text must not be empty; .*:4: must", report.notes[0])
     with pytest.raises(ValueError, match=r"skip_bad=2 \(--skip-bad\)"):
-        read_records(file, skip_bad=1)
+        read_data(file, byte_tokenizer(), skip_bad=1)
     with pytest.warns(UserWarning, match="a bad row was left out"):
-        assert list(iter_records([file], skip_bad=2)) == [KINDS[0]] * 3
+        assert list(StreamedFiles([file], skip_bad=2)) == [RECORDS[0]] * 3
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=":2: .*; .*:4: must be JSON"):
-        list(iter_records([file], skip_bad=1))
+        list(StreamedFiles([file], skip_bad=1))
     for bad in (-1, 1.0, True):
         with pytest.raises(ValueError, match="skip_bad must be a whole number of at least 0"):
-            read_records(file, skip_bad=bad)
+            read_data(file, byte_tokenizer(), skip_bad=bad)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty\.jsonl: must hold text"):  # a file is no row
-        read_records([file, tmp_path / "empty.jsonl"], skip_bad=9)
+        read(file, tmp_path / "empty.jsonl", skip_bad=9)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_read_records_names_other_encodings_of_unicode(tmp_path, encoding, name):
-    file = write(tmp_path, lines(KINDS[0]).encode(encoding), name)
+def test_files_names_other_encodings_of_unicode(tmp_path, encoding, name):
+    file = write(tmp_path, lines(RECORDS[0]).encode(encoding), name)
     named = encoding[:6].upper()
     message = f"cannot read the data: .*: must be UTF-8, found {named}; save it as UTF-8"
     with pytest.raises(ValueError, match=message):
-        read_records(file)
+        read(file)
     if name == "a.jsonl":
         with pytest.raises(ValueError, match=message):
-            list(iter_records([file]))
+            list(StreamedFiles([file]))
 
 
 CONTENT = [{"role": "user", "content": "a"}]
@@ -178,11 +180,12 @@ BAD_RECORDS = [
     ("text", "a record must be an object, found str"),
     (
         {},
-        'a record must have "text", or "prompt" and "completion", or "messages", found nothing',
+        'must have "text", or "document", or "prompt" and "completion", or "messages", or '
+        '"input_ids", found nothing',
     ),
-    ({"content": "a", "id": 1}, 'or "messages", found content, id'),
-    ({"prompt": "a"}, 'or "messages", found prompt'),
-    ({"completion": "a"}, 'or "messages", found completion'),
+    ({"content": "a", "id": 1}, 'or "input_ids", found content, id'),
+    ({"prompt": "a"}, 'or "input_ids", found prompt'),
+    ({"completion": "a"}, 'or "input_ids", found completion'),
     ({"text": "a", "completion": "b"}, "found text, completion"),
     ({"text": "a", "messages": talk("user", "assistant")}, "found text, messages"),
     ({"text": 3}, "text must be a string, found int"),
@@ -225,10 +228,10 @@ BAD_RECORDS = [
 
 
 @pytest.mark.parametrize(("record", "message"), BAD_RECORDS)
-def test_read_records_refuses_other_records_by_line(tmp_path, record, message):
-    content = lines(KINDS[0]) + json.dumps(record)  # surrogates escaped, as JSON may have them
+def test_files_refuses_other_records_by_line(tmp_path, record, message):
+    content = lines(RECORDS[0]) + json.dumps(record)  # surrogates escaped, as JSON may have them
     with pytest.raises(ValueError, match=rf"a\.jsonl:2: .*{message}"):
-        read_records(write(tmp_path, content))
+        read(write(tmp_path, content))
 
 
 @pytest.mark.parametrize(
@@ -244,46 +247,41 @@ def test_read_records_refuses_other_records_by_line(tmp_path, record, message):
         (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
     ],
 )
-def test_read_records_refuses_what_is_no_json_by_line(tmp_path, raw, message):
+def test_files_refuses_what_is_no_json_by_line(tmp_path, raw, message):
     with pytest.raises(ValueError, match=rf"a\.jsonl:2: .*({message})"):
-        read_records(write(tmp_path, b'{"text": "a"}\n' + raw + b"\n"))
+        read(write(tmp_path, b'{"text": "a"}\n' + raw + b"\n"))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.JSONL", "jsonl", "a.txt.gz"])
-def test_read_records_refuses_other_files(tmp_path, name):
+def test_files_refuses_other_files(tmp_path, name):
     file = write(tmp_path, '{"text": "a"}', name)
     message = f"{re.escape(str(file))}: must be a file whose name ends in .jsonl or .txt"
     with pytest.raises(ValueError, match=message):
-        read_records(file)
+        read(file)
 
 
-def test_read_records_refuses_a_folder(tmp_path):
+def test_files_refuses_a_folder(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(ValueError, match=r"a\.txt: must be a file whose name ends in"):
-        read_records(tmp_path / "a.txt")
+        read(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf", b" \r\n\n\t"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_read_records_refuses_an_empty_file(tmp_path, raw, name):
+def test_files_refuses_an_empty_file(tmp_path, raw, name):
     with pytest.raises(ValueError, match=rf"{name}: must hold text, found none"):
-        read_records(write(tmp_path, raw, name))
+        read(write(tmp_path, raw, name))
 
 
-def test_read_records_names_the_line_of_bad_text(tmp_path):
+def test_files_names_the_line_of_bad_text(tmp_path):
     file = write(tmp_path, b"\ntwo\nthr\xe9e\nfour", "a.txt")
     with pytest.raises(ValueError, match=r"a\.txt:3: must be UTF-8: invalid continuation byte"):
-        read_records(file)
+        read(file)
 
 
-def test_read_records_refuses_no_files():
-    with pytest.raises(ValueError, match="paths must name at least one file, found none"):
-        read_records([])
-
-
-def test_read_records_of_a_missing_file_says_so(tmp_path):
+def test_files_of_a_missing_file_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
-        read_records(tmp_path / "missing.txt")
+        read(tmp_path / "missing.txt")
 
 
 # --- encoding texts, prompts and completions ----------------------------------------------------
@@ -294,7 +292,7 @@ texts = st.text(st.sampled_from("ab <|>\n\té🙂"), min_size=1, max_size=12) | 
 
 
 @given(texts, texts | st.just(""), st.booleans(), st.booleans(), st.booleans())
-def test_encode_records_learns_texts_and_completions(text, prompt, begin, close, completion_only):
+def test_read_data_learns_texts_and_completions(text, prompt, begin, close, completion_only):
     """Framed once, whatever the tokenizer puts around; names of control tokens stay text."""
     tokenizer = byte_tokenizer(begin=begin, close=close)
     first = [(BEGIN, True)] if begin else []
@@ -318,14 +316,12 @@ def test_encode_prompt_is_the_beginning_of_the_record(text, begin, close):
     assert labels == [-100] * len(prompt) + [ord("x"), END]
 
 
-def test_encode_records_refuses_a_tokenizer_without_an_end():
+def test_read_data_refuses_a_tokenizer_without_an_end():
     tokenizer = byte_tokenizer(CHATML, eos=None)
     for record in ({"text": "a"}, {"prompt": "a", "completion": "b"}):
         message = "record 1: the tokenizer must have an eos_id to end it with, found None"
         with pytest.raises(ValueError, match=message):
-            encode_records(
-                [{"messages": talk("user", "assistant")}, record], tokenizer, max_length=99
-            )
+            read_data([{"messages": talk("user", "assistant")}, record], tokenizer, max_length=99)
 
 
 # --- encoding conversations ---------------------------------------------------------------------
@@ -336,7 +332,7 @@ messages = st.lists(
 
 
 @given(st.sampled_from(["user", "system"]), texts, messages, texts, messages, st.booleans())
-def test_encode_records_learns_assistant_turns(role, text, before, answer, after, completion_only):
+def test_read_data_learns_assistant_turns(role, text, before, answer, after, completion_only):
     turns = [(role, text), *before, ("assistant", answer), *after]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}
     tokenizer = byte_tokenizer(CHATML, begin=True, eos=None)
@@ -349,7 +345,7 @@ def test_encode_records_learns_assistant_turns(role, text, before, answer, after
     assert found == (ids, labels if completion_only else ids)
 
 
-def test_encode_records_learns_a_token_that_straddles_the_start():
+def test_read_data_learns_a_token_that_straddles_the_start():
     """A token of the prompt's last character and the answer's first is the answer's."""
     tokenizer = byte_tokenizer(PLAIN, merges=[(":", "x")])
     merged = tokenizer.encode(":x")
@@ -364,7 +360,7 @@ def test_encode_records_learns_a_token_that_straddles_the_start():
 
 
 @given(texts, texts, st.booleans())
-def test_encode_records_puts_prompts_through_the_chat_template(prompt, completion, only):
+def test_read_data_puts_prompts_through_the_chat_template(prompt, completion, only):
     tokenizer = byte_tokenizer(CHATML)
     record = {"prompt": prompt, "completion": completion}
     found, _ = encode_one(record, tokenizer, chat_prompts=True, completion_only=only)
@@ -374,9 +370,75 @@ def test_encode_records_puts_prompts_through_the_chat_template(prompt, completio
     assert ids[: len(asked)] == asked  # as generate(chat=True) asks
 
 
-def test_encode_records_with_chat_prompts_leaves_texts_alone():
+def test_read_data_with_chat_prompts_leaves_texts_alone():
     found, _ = encode_one({"text": "ab"}, byte_tokenizer(CHATML), chat_prompts=True)
     assert found == pieces(("ab", True), (END, True))
+
+
+# --- token ids ----------------------------------------------------------------------------------
+
+
+def test_read_data_takes_token_ids_as_they_are(tmp_path):
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 8], "source": "x"},
+        {"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]},
+        {"input_ids": [5, 6, 7]},
+        {"input_ids": [5, 6], "labels": [5, -100]},
+    ]
+    found, report = read_data(write(tmp_path, lines(*rows)), byte_tokenizer(), max_length=3)
+    assert found == as_examples(rows[:3]) and report.fully_masked == 1
+    found, report = read_data(rows[:1], byte_tokenizer(), max_length=2)
+    assert found == [Example((5, 6), (-100, 6))] and report.truncated == 1
+    kept, _ = read_data([{"text": "ab", "input_ids": [1, 2]}], byte_tokenizer())
+    assert kept == read_data([{"text": "ab"}], byte_tokenizer())[0]  # data sets keep both
+    for bad, message in (
+        ({"input_ids": [1, "a"]}, r"a\.jsonl:1: a row: input_ids must hold integers in one dimen"),
+        ({"input_ids": [1, -1]}, "a row: input_ids must not be negative, found -1"),
+        (
+            {"input_ids": [1, 2, 3, 4], "seq_lengths": [2, 2]},
+            "input_ids must be of one document, found 2; pack them with pack",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_data(write(tmp_path, lines(bad)), byte_tokenizer())
+
+
+# --- documents ----------------------------------------------------------------------------------
+
+
+def test_read_data_cuts_a_text_into_windows_that_share_a_token(tmp_path):
+    a, b = write(tmp_path, "abcdefgh", "a.txt"), write(tmp_path, lines(RECORDS[2]))
+    found, report = read_data([b, a], byte_tokenizer(), max_length=4)
+    ids = [*b"abcdefgh", END]
+    assert [list(e.input_ids) for e in found[1:]] == [ids[:4], ids[3:7], ids[6:]]
+    assert all(example.labels == example.input_ids for example in found[1:])
+    assert (report.documents, report.tokens, report.longest) == (2, 3 + 11, 4)
+    assert report.learned_tokens == 2 + 8 and report.truncated == 0
+    assert report.notes == (f"9 tokens in 3 windows of up to 4 ({a})",)
+    assert read_data([{"document": "abcdefgh"}], byte_tokenizer(), max_length=4)[0] == found[1:]
+
+
+def test_a_new_shape_and_a_new_kind_of_file_are_an_entry_each(monkeypatch, tmp_path):
+    completion = next(shape for shape in shapes.SHAPES if "prompt" in shape.keys)
+
+    def renamed(record):
+        return {"prompt": record["question"], "completion": record["answer"]}
+
+    question = shapes.Shape(
+        ("question", "answer"),
+        lambda record: completion.check(renamed(record)),
+        lambda encoder, record, name: completion.encode(encoder, renamed(record), name),
+    )
+    monkeypatch.setattr(shapes, "SHAPES", (*shapes.SHAPES, question))
+    monkeypatch.setitem(READERS, ".json", lambda file: (("", row) for row in json.load(file)))
+    file = write(tmp_path, json.dumps([{"question": "a", "answer": "b"}]), "a.json")
+    assert read_data(file, byte_tokenizer()) == read_data([RECORDS[2]], byte_tokenizer())
+    with pytest.raises(ValueError, match='or "question" and "answer", found answer'):
+        read_data([{"answer": "b"}], byte_tokenizer())
+
+
+def test_read_data_is_in_the_public_interface():
+    assert minilora.read_data is read_data
 
 
 # --- cutting and counting -----------------------------------------------------------------------
@@ -405,8 +467,8 @@ def whole(record):
 
 
 @given(st.lists(kinds, max_size=6), st.integers(2, 40))
-def test_encode_records_cuts_drops_and_counts(records, max_length):
-    found, report = encode_records(iter(records), byte_tokenizer(CHATML), max_length=max_length)
+def test_read_data_cuts_drops_and_counts(records, max_length):
+    found, report = read_data(iter(records), byte_tokenizer(CHATML), max_length=max_length)
     full = [whole(record) for record in records]
     cut = [(ids[:max_length], labels[:max_length]) for ids, labels in full]
     kept = [(ids, labels) for ids, labels in cut if any(label >= 0 for label in labels[1:])]
@@ -430,7 +492,7 @@ def test_encode_report_says_what_became_of_the_records():
         {"prompt": "ab", "completion": "xyz"},  # cut within the completion
         {"prompt": "a", "completion": "x"},
     ]
-    found, report = encode_records(records, byte_tokenizer(), max_length=4)
+    found, report = read_data(records, byte_tokenizer(), max_length=4)
     assert [list(example.labels) for example in found] == [
         [-100, -100, *b"xy"],
         [-100, *b"x", END],
@@ -442,23 +504,23 @@ def test_encode_report_says_what_became_of_the_records():
 
 
 @pytest.mark.parametrize("length", [1, 0, -5])
-def test_encode_records_refuses_a_length_that_leaves_nothing(length):
+def test_read_data_refuses_a_length_that_leaves_nothing(length):
     with pytest.raises(ValueError, match=f"max_length must be at least 2, found {length}"):
-        encode_records([{"text": "ab"}], byte_tokenizer(), max_length=length)
+        read_data([{"text": "ab"}], byte_tokenizer(), max_length=length)
 
 
 @pytest.mark.parametrize(("record", "message"), BAD_RECORDS)
-def test_encode_records_refuses_other_records_by_index(record, message):
+def test_read_data_refuses_other_records_by_index(record, message):
     with pytest.raises(ValueError, match=f"cannot encode the records: record 1: .*{message}"):
-        encode_records([{"text": "a"}, record], byte_tokenizer(CHATML), max_length=9)
+        read_data([{"text": "a"}, record], byte_tokenizer(CHATML), max_length=9)
 
 
-def test_encode_records_names_all_bad_records_at_once():
+def test_read_data_names_all_bad_records_at_once():
     records = [{"text": ""}, {"text": "a"}] * 12
     places = ", ".join(f"record {i}" for i in range(0, 20, 2))
     with pytest.raises(ValueError, match=f": {places} and 2 more: text must not be empty; mend"):
-        encode_records(records, byte_tokenizer(), max_length=9)
-    found, report = encode_records(records, byte_tokenizer(), max_length=9, skip_bad=12)
+        read_data(records, byte_tokenizer(), max_length=9)
+    found, report = read_data(records, byte_tokenizer(), max_length=9, skip_bad=12)
     assert len(found) == report.documents == 12
     assert report.notes == (f"left out: {places} and 2 more: text must not be empty",)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_models_tokenizer import _backend
+from test_text_tokenizer import _backend
 
 from minilora.text.tokenizer import Tokenizer
 

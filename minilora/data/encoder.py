@@ -1,0 +1,225 @@
+"""Encode texts and conversations to ids and labels, and remember what there is to say of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from minilora.data.examples import IGNORE, learned_labels
+from minilora.data.problems import check_skip_bad, joined
+from minilora.data.turns import MARKS, learned_texts
+from minilora.text import Conversation, Tokenizer, as_tokenizer, name_pattern
+
+_ENDLESS = (
+    "no stop token is learned, so generation will not end by itself: the chat template writes none "
+    "after an answer"
+)
+_PARSED = (
+    "names of control tokens are read as tokens, as the text begins like the chat template's "
+    "(parse_special=False keeps them text)"
+)
+_NAMED = (
+    "names of control tokens are read as text (parse_special=True reads them as tokens, in text, "
+    "prompt and completion)"
+)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How records become examples; each option is explained in `read_data`."""
+
+    max_length: int
+    completion_only: bool = True
+    chat_prompts: bool = False
+    parse_special: bool | None = None
+    skip_bad: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, found {self.max_length}")
+        check_skip_bad(self.skip_bad)
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Encode the beginning of a document: after the token the model wants there, if any."""
+    tokenizer = as_tokenizer(tokenizer)
+    return _begin(tokenizer) + tokenizer.encode(text, special=False)
+
+
+def warn_of_control(tokenizer: Tokenizer, text: str, name: str) -> None:
+    """Warn where a text that is encoded as plain text begins as the chat template's texts do."""
+    first = name_pattern(tokenizer.control).match(text.lstrip())
+    if first and first[0] in _openers(tokenizer):
+        warnings.warn(
+            f"{name} begins with the name of the control token {first[0]!r}, which is read as "
+            "text; to read it as the token pass tokenizer.encode(text, special=False, "
+            "parse_special=True), or a message and chat=True",
+            stacklevel=4,
+        )
+
+
+def _openers(tokenizer: Tokenizer) -> set[str]:
+    """Return the control tokens that the chat template writes."""
+    if tokenizer.chat_template is None:
+        return set()
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    try:
+        text = tokenizer.render(turns, add_generation_prompt=False)
+    except ValueError:  # a template that wants more than these
+        text = tokenizer.chat_template
+    return set(name_pattern(tokenizer.control).findall(text))
+
+
+def _begin(tokenizer: Tokenizer) -> list[int]:
+    begin = tokenizer.encode("")[:1]
+    return begin if begin == [tokenizer.bos_id] else []
+
+
+class Row:
+    """Ids and labels of one example, kept up to a limit and counted beyond."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+
+    def add(self, ids: Sequence[int], labels: Sequence[int] | None = None) -> None:
+        """Add ids and their labels; None: they are not learned."""
+        self.count += len(ids)
+        room = max(0, self.limit - len(self.ids))
+        self.labels += [IGNORE] * min(room, len(ids)) if labels is None else labels[:room]
+        self.ids += ids[:room]
+
+    def learns(self) -> bool:
+        """Whether anything is learned."""
+        return learned_labels(self.labels) > 0
+
+
+class Encoder:
+    """Encode one record after another."""
+
+    def __init__(self, tokenizer: Any, options: Encoding) -> None:
+        self.tokenizer, self.options = as_tokenizer(tokenizer), options
+        self._notes: dict[str, list[str]] = {}  # names of records by what is to say of them
+        self._ignored: dict[str, int] = {}
+        self._control = name_pattern(self.tokenizer.control)
+        self._begin = _begin(self.tokenizer)
+
+    @functools.cached_property
+    def _openers(self) -> set[str]:
+        return _openers(self.tokenizer)
+
+    def said(self) -> list[str]:
+        """Return what there is to say of all the records."""
+        found = [f"{note} ({joined(names, 3)})" for note, names in self._notes.items()]
+        if self._ignored:
+            fields = ", ".join(f"{key} ({n})" for key, n in list(self._ignored.items())[:10])
+            more = ", …" if len(self._ignored) > 10 else ""
+            found.append(f"ignored fields, with how often they occur: {fields}{more}")
+        return found
+
+    def ignore(self, fields: Mapping[str, Any], used: Iterable[str] = ()) -> None:
+        """Remember fields that nothing reads."""
+        for key, value in fields.items():
+            if value is not None and key not in used:
+                self._ignored[key] = self._ignored.get(key, 0) + 1
+
+    def note(self, what: str, name: str) -> None:
+        """Remember what there is to say of a record."""
+        self._notes.setdefault(what, []).append(name)
+
+    def text(self, texts: Sequence[str], name: str, limit: int) -> Row:
+        """Encode a text, or a prompt and its completion, and keep up to `limit` tokens."""
+        tokenizer, whole = self.tokenizer, "".join(texts)
+        if tokenizer.eos_id is None:
+            raise ValueError("the tokenizer must have an eos_id to end it with, found None")
+        parse = self._parses(whole, name)
+        only = self.options.completion_only and len(texts) > 1
+        row = Row(limit)
+        first = self._control.match(whole) if parse else None
+        if first is None or [tokenizer.control[first[0]]] != self._begin:
+            row.add(self._begin, None if only else self._begin)
+        if len(texts) > 1 and tokenizer.joins:
+            for text, learned in zip(texts, (not only, True), strict=True):
+                for ids, _ in tokenizer.pieces(text, parse_special=parse):
+                    row.add(ids, ids if learned else None)
+        else:  # as one text: vocabularies that begin each with a space, or mark what goes on
+            start = len(texts[0]) if only and texts[0] else -1
+            for ids, ends in tokenizer.pieces(whole, parse_special=parse):
+                row.add(ids, [i if e > start else IGNORE for i, e in zip(ids, ends, strict=True)])
+        stops = [text for text, i in tokenizer.control.items() if i in tokenizer.stop_ids]
+        if not (parse and whole.rstrip().endswith(tuple(stops))):
+            row.add([tokenizer.eos_id], [tokenizer.eos_id])
+        return row
+
+    def _parses(self, text: str, name: str) -> bool:
+        """Whether names of control tokens in a text are to be read as those tokens."""
+        parse = self.options.parse_special
+        names = [] if parse else self._control.findall(text)
+        if parse is None:
+            first = self._control.match(text.lstrip())
+            parse = first is not None and first[0] in self._openers and len(names) > 1
+            if parse:
+                self.note(_PARSED, name)
+        if names and not parse:
+            self.note(_NAMED, name)
+        return parse
+
+    def chat(
+        self, messages: list[dict[str, Any]], record: Mapping[str, Any], name: str
+    ) -> list[Row]:
+        """Encode a conversation, whose template may read other fields of the record."""
+        variables = self._variables(record)
+        for message in messages:
+            self._ignore_of(message)
+        talk = Conversation(self.tokenizer, messages, variables)
+        texts, notes = learned_texts(talk, messages, self.options.completion_only)
+        for note in [_NAMED] * talk.names_control + notes:
+            self.note(note, name)
+        rows, ended = [], False
+        for text, ranges in texts:
+            rows.append(row := Row(self.options.max_length))
+            for ids, ends in talk.pieces(text):
+                learned = [bisect_left(ranges, end) % 2 == 1 for end in ends]
+                labels = [i if known else IGNORE for i, known in zip(ids, learned, strict=True)]
+                ended |= not self.tokenizer.stop_ids.isdisjoint(labels)
+                row.add(ids, labels)
+        if rows and not ended:
+            self.note(_ENDLESS, name)
+        return rows
+
+    def _variables(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of a record that the chat template reads."""
+        given = {k: v for k, v in record.items() if v is not None}
+        more = given.pop("chat_template_kwargs", {})
+        if not isinstance(more, Mapping):
+            raise ValueError(f"chat_template_kwargs must be an object, found {more!r:.60}")
+        known = self.tokenizer.template_variables
+        found = {k: v for k, v in chain(given.items(), more.items()) if k in known}
+        for key in ("tools", "documents"):  # data sets keep these as text
+            if isinstance(found.get(key), str):
+                try:
+                    found[key] = json.loads(found[key])
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{key} must be JSON, found {found[key]!r:.60}: {error}"
+                    ) from None
+        for fields in (given, dict.fromkeys(more, True)):
+            self.ignore(fields, {*found, "messages", "prompt", "completion"})
+        return found
+
+    def _ignore_of(self, message: Mapping[str, Any]) -> None:
+        """Remember the fields of a message that neither decide what is learned nor are read."""
+        source, role = self.tokenizer.chat_template or "", message["role"]
+        for key, value in message.items():
+            marks = key in MARKS and (role == "assistant" or not value)
+            read = key in ("role", "content") or re.search(rf"\b{re.escape(key)}\b", source)
+            if not marks and not read:
+                self.ignore({f"messages.{key}{f' of {role} turns' * (key in MARKS)}": value})

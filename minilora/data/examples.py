@@ -1,0 +1,184 @@
+"""Examples: token ids, and labels at the position of their own token.
+
+The loss shifts labels: the one at index t is predicted from the tokens before t, so the label at
+index 0 never counts. -100 is not learned.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minilora.files import short
+
+IGNORE = -100
+_MASKS = ("loss_mask", "completion_mask", "assistant_masks")  # 1: learned
+_WEIGHTS = ("weight", "weights", "loss_weight", "loss_weights", "sample_weight")
+
+Get = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Hold one token sequence and its labels.
+
+    Attributes:
+        input_ids: T ≥ 1 token ids.
+        labels: T ids, -100 where nothing is to be learned.
+        lengths: of the documents packed into it one after another (`minilora.data.pack`), () for a
+            single one.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    lengths: Sequence[int] = ()
+
+
+def learned_labels(labels: Sequence[int]) -> int:
+    """Count the labels that enter the loss: the first has no token before it."""
+    return sum(label != IGNORE for label in labels[1:])
+
+
+def as_examples(data: Iterable[Any]) -> list[Example]:
+    """Check token data of any common shape and return it as examples.
+
+    Args:
+        data: `Example`s, or mappings or objects with `input_ids` and, optionally, `labels` (else
+            the labels are the ids), each a list or a 1-D integer tensor, unpadded. What is 0 in a
+            `loss_mask`, `completion_mask` or `assistant_masks` beside is not learned. A packed row
+            has `lengths`, `seq_lengths`, `position_ids` that restart or an `attention_mask`
+            that numbers its documents; what begins one of them is not learned.
+
+    Raises:
+        TypeError: by index, ids or labels that are missing or not integers in one dimension.
+        ValueError: by index, empty or negative ids, lengths that differ, nothing to learn.
+    """
+    if isinstance(data, (str, bytes, Mapping)):
+        raise TypeError(f"data must be a sequence of examples, found {type(data).__name__}")
+    examples = []
+    for i, item in enumerate(data):
+        examples.append(as_example(item, f"example {i}"))
+        if not learned_labels(examples[-1].labels):
+            raise ValueError(
+                f"example {i}: nothing to learn, every label after the first is {IGNORE}"
+            )
+    if not examples:
+        raise ValueError("data must hold at least one example, found none")
+    if all(_shifted(example.input_ids, example.labels) for example in examples[:20]):
+        warnings.warn(
+            "each label is the token after its own, so that the one after next would be learned; "
+            "labels belong at their own token here: leave the shift out",
+            stacklevel=2,
+        )
+    return examples
+
+
+def as_example(item: Any, name: str) -> Example:
+    """Check one row, which may have nothing to learn; see `as_examples`."""
+    get: Get = item.get if isinstance(item, Mapping) else lambda key: getattr(item, key, None)
+    if get("input_ids") is None:
+        raise TypeError(f"{name} must have input_ids, found {type(item).__name__} without them")
+    ids = _integers(get("input_ids"), f"{name}: input_ids")
+    labels = ids if get("labels") is None else _integers(get("labels"), f"{name}: labels")
+    if not ids:
+        raise ValueError(f"{name}: input_ids must not be empty")
+    if len(labels) != len(ids):
+        raise ValueError(
+            f"{name}: {len(ids)} input_ids must have as many labels, not {len(labels)}"
+        )
+    if min(ids) < 0:
+        raise ValueError(f"{name}: input_ids must not be negative, found {min(ids)}")
+    if bad := [label for label in labels if label < 0 and label != IGNORE]:
+        raise ValueError(f"{name}: labels must be token ids or {IGNORE}, found {bad[0]}")
+    labels = _masked(labels, get, name)
+    lengths = _document_lengths(get, name, len(ids))
+    if len(lengths) > 1:  # a document's first token does not follow from the document before
+        starts = set(itertools.accumulate(lengths))
+        labels = tuple(IGNORE if i in starts else label for i, label in enumerate(labels))
+    return Example(ids, labels, lengths)
+
+
+def _masked(labels: tuple[int, ...], get: Get, name: str) -> tuple[int, ...]:
+    """Return labels without those that a mask leaves out; warn of weights, which are not used."""
+    for key in _MASKS:
+        if (given := get(key)) is not None:
+            given = given.tolist() if hasattr(given, "tolist") else given
+            if isinstance(given, (list, tuple)):
+                given = [int(v) if type(v) is bool else v for v in given]
+            mask = _integers(given, f"{name}: {key}")
+            if len(mask) != len(labels) or not {0, 1}.issuperset(mask):
+                raise ValueError(f"{name}: {key} must hold a 0 or a 1 for each of the input_ids")
+            labels = tuple(
+                label if learned else IGNORE for label, learned in zip(labels, mask, strict=True)
+            )
+    if weights := [key for key in _WEIGHTS if get(key) is not None]:
+        warnings.warn(f"examples have {weights[0]}, which is ignored", stacklevel=4)
+    return labels
+
+
+def _document_lengths(get: Get, name: str, count: int) -> tuple[int, ...]:
+    """Return the lengths of the documents packed into a row of `count` tokens, () of a single one.
+
+    They are read from `lengths`, `seq_lengths`, `position_ids` that restart, or an
+    `attention_mask` that numbers them from 1; where several are there, they must agree.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for key in ("lengths", "seq_lengths", "position_ids", "attention_mask"):
+        if get(key) is None:
+            continue
+        lengths = values = _integers(get(key), f"{name}: {key}")
+        if not key.endswith("lengths"):
+            if len(values) != count:
+                raise ValueError(f"{name}: {key} must hold a number for each of the input_ids")
+            lengths = _runs(values, name) if key == "attention_mask" else _restarts(values, name)
+        elif lengths and (sum(lengths) != count or min(lengths) < 1):
+            raise ValueError(
+                f"{name}: {key} must be those of its documents, {count} in all and each at "
+                f"least 1, found {list(lengths)!s:.60}; pack the row again"
+            )
+        if len(lengths) > (0 if key.endswith("lengths") else 1):
+            found[key] = lengths
+    if len(set(found.values())) > 1:
+        raise ValueError(f"{name}: {' and '.join(found)} must tell of the same documents")
+    return next(iter(found.values()), ())
+
+
+def _runs(mask: Sequence[int], name: str) -> tuple[int, ...]:
+    if not all(mask):
+        raise ValueError(f"{name} must be unpadded, found zeros in its attention_mask")
+    return tuple(len(list(run)) for _, run in itertools.groupby(mask))
+
+
+def _restarts(positions: Sequence[int], name: str) -> tuple[int, ...]:
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    lengths = tuple(b - a for a, b in itertools.pairwise([*starts, len(positions)]))
+    if tuple(itertools.chain(*map(range, lengths))) != tuple(positions):
+        raise ValueError(
+            f"{name}: position_ids must count from 0, again in each document, found "
+            f"{list(positions)!s:.60}; leave them out"
+        )
+    return lengths
+
+
+def _shifted(ids: Sequence[int], labels: Sequence[int]) -> bool:
+    """Return whether the labels are the next token's each, as after a shift."""
+    if ids == labels:
+        return False
+    known = [(a, b, c) for a, b, c in zip(ids, ids[1:], labels, strict=False) if c != IGNORE]
+    return all(b == c for _, b, c in known) and any(a != c for a, _, c in known)
+
+
+def _integers(values: Any, name: str) -> tuple[int, ...]:
+    """Return a list or a 1-D tensor of integers as a tuple, or raise TypeError or ValueError."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a list or a 1-D tensor, found {type(values).__name__}")
+    for value in values:
+        if type(value) is not int:
+            raise TypeError(f"{name} must hold integers in one dimension, found {value!r:.40}")
+    if values and max(values, key=abs) not in range(-(2**31), 2**31):  # no vocabulary is larger
+        raise ValueError(f"{name} must be below 2³¹, found {short(max(values, key=abs))}")
+    return tuple(values)

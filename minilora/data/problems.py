@@ -1,0 +1,51 @@
+"""Say which rows are bad: each reason once, with the rows it applies to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from minilora.files import one_line
+
+_ROWS, _REASONS = 10, 5  # how many are named in one message
+
+Problem = tuple[str, str]  # where, and what is wrong there
+
+
+def check_skip_bad(skip_bad: int) -> None:
+    """Refuse a number of rows that is none."""
+    if type(skip_bad) is not int or skip_bad < 0:
+        raise ValueError(f"skip_bad must be a whole number of at least 0, found {skip_bad!r}")
+
+
+def refuse(problems: Sequence[Problem], what: str, skip_bad: int | None = None) -> None:
+    """Raise ValueError if there are more problems than may be skipped; None: than none."""
+    if len(problems) > (skip_bad or 0):
+        way_out = "" if skip_bad is None else (
+            f"; mend these rows, or leave them out by skip_bad={len(problems)} (--skip-bad)"
+        )  # fmt: skip
+        raise ValueError(f"{what}: {listed(problems)}{way_out}")
+
+
+def listed(problems: Sequence[Problem]) -> str:
+    """Say each reason once, after the rows it applies to."""
+    rows: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    for where, reason in problems:
+        alike = re.sub(r"\d+|'[^']*'", "", reason)
+        reasons.setdefault(alike, one_line(reason, 200))
+        rows.setdefault(alike, []).append(where)
+    shown = [f"{joined(rows[each])}: {reasons[each]}" for each in list(rows)[:_REASONS]]
+    more = len(rows) - _REASONS
+    return "; ".join([*shown, *([f"and {more} other kinds of fault"] if more > 0 else [])])
+
+
+def joined(rows: Sequence[str], most: int = _ROWS) -> str:
+    """Join the first names of rows; of several lines of one file only the first says the file."""
+    shown, last = [], None
+    for row in rows[:most]:
+        file, colon, line = row.rpartition(":")
+        shown.append(line if colon and file == last else row)
+        last = file if colon else None
+    more = len(rows) - most
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
