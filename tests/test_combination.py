@@ -12,7 +12,7 @@ from small_models import net, shake
 from torch import nn
 
 import minilora
-from minilora.lora.combination import METHODS, PRUNING, Fit, LayerFit, combine
+from minilora.lora.combination import METHODS, PRUNING, ApproximatedLayer, Approximation, combine
 from minilora.lora.layer import lora_layers
 from minilora.lora.serving import mixed, prepare_switching
 
@@ -303,18 +303,20 @@ def test_what_cancels_counts_as_nothing():
         assert report.error == 0
         assert all(np.abs(d).max() < 1e-12 for d in dense(model, method).values())
     assert combine(model, {"a": 0}, "none").error == 0
-    assert LayerFit("x", 1, 0.0, 2.0).error == math.inf
+    assert ApproximatedLayer("x", 1, 0.0, 2.0).error == math.inf
 
 
 def test_report_prints_the_layers_with_an_error():
-    fit = Fit("new", "svd", (LayerFit("a.q", 4, 2.0, 1.0), LayerFit("b", 8, 2.0, 0.0)))
+    fit = Approximation(
+        "new", "svd", (ApproximatedLayer("a.q", 4, 2.0, 1.0), ApproximatedLayer("b", 8, 2.0, 0.0))
+    )
     assert fit.error == pytest.approx(math.sqrt(1 / 8))
     assert str(fit).splitlines() == [
         "module     r  relative error",
         "a.q        4  0.5",
         "new (svd): 2 layers, error 0.354",
     ]
-    assert str(Fit("new", "export", fit.layers[1:])) == "new (export): 1 layers, error 0"
+    assert str(Approximation("new", "export", fit.layers[1:])) == "new (export): 1 layers, error 0"
 
 
 def test_slot_of_a_model_prepared_for_switching(snapshot, same):

@@ -10,8 +10,8 @@ from small_models import bits, net, unchanged
 from torch import nn
 
 import minilora
-from minilora.lora.copies import copies_of
 from minilora.lora.layer import lora_layers
+from minilora.lora.survey import Survey
 
 
 class Tied(nn.Module):
@@ -51,7 +51,7 @@ def place(model, name):
 
 def moved(model, adapter="default", by=0.5):
     """Shift an adapter's copies, so that they differ from the base."""
-    for parameter in copies_of(model, adapter).values():
+    for parameter in Survey(model).copies_of(adapter).values():
         parameter.data.add_(by)
     return model
 
@@ -65,7 +65,7 @@ def test_copies_train_and_the_base_keeps_its_bits(options, names):
     before, flags = bits(model), [p.requires_grad for p in model.parameters()]
     held = {name: place(model, name) for name in names}
     minilora.inject(model, r=2, alpha=3, **options)
-    assert set(copies_of(model, "default")) == set(names)
+    assert set(Survey(model).copies_of("default")) == set(names)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert not {id(p) for p in trained} & {id(p) for p in held.values()}
     optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1)
@@ -74,7 +74,7 @@ def test_copies_train_and_the_base_keeps_its_bits(options, names):
         model(torch.randn(8, 12)).square().sum().backward()
         assert all(p.grad is not None for p in trained)
         optimizer.step()
-    for name, value in copies_of(model, "default").items():
+    for name, value in Survey(model).copies_of("default").items():
         assert value is place(model, name) and not torch.equal(value, before[name])
         assert torch.equal(held[name], before[name]) and held[name].grad is None
     minilora.eject(model)
@@ -86,8 +86,8 @@ def test_copies_of_a_second_adapter_start_from_the_base():
     model = moved(minilora.inject(net(), r=2, bias="all"))
     minilora.inject(model, r=2, bias="all", adapter="b")
     for name in NET_BIASES:
-        assert torch.equal(copies_of(model, "b")[name], net().state_dict()[name])
-        assert not torch.equal(copies_of(model, "default")[name], net().state_dict()[name])
+        assert torch.equal(Survey(model).copies_of("b")[name], net().state_dict()[name])
+        assert not torch.equal(Survey(model).copies_of("default")[name], net().state_dict()[name])
 
 
 # ── every verb puts the right objects in their places ──────────────────────────────────────────
@@ -108,7 +108,7 @@ def two_owners():
 def assert_places(model, originals, active):
     expected = dict(originals)
     for adapter in active:
-        expected |= copies_of(model, adapter)
+        expected |= Survey(model).copies_of(adapter)
     for name, parameter in expected.items():
         assert place(model, name) is parameter, name
 
@@ -133,10 +133,10 @@ def test_verbs_put_the_right_parameters_back():
     minilora.unmerge(model)
     assert_places(model, originals, ())
     minilora.activate(model, ["a", "b"])
-    mine = copies_of(model, "a")
+    mine = Survey(model).copies_of("a")
     minilora.rename(model, "a", "z")
-    assert list(copies_of(model, "z").values()) == list(mine.values())
-    assert copies_of(model, "a") == {}
+    assert list(Survey(model).copies_of("z").values()) == list(mine.values())
+    assert Survey(model).copies_of("a") == {}
     assert_places(model, originals, ["z", "b"])
     minilora.delete(model, "z")
     assert_places(model, originals, ["b"])
@@ -207,9 +207,9 @@ def test_a_copied_model_has_its_own_copies(by):
     twin = by(model)
     assert torch.equal(twin(x), y)
     for adapter in ("a", "b"):
-        for name, parameter in copies_of(twin, adapter).items():
+        for name, parameter in Survey(twin).copies_of(adapter).items():
             assert place(twin, name) is parameter
-            assert parameter is not copies_of(model, adapter)[name]
+            assert parameter is not Survey(model).copies_of(adapter)[name]
     moved(twin, "a")
     assert not torch.equal(twin(x), y)
     minilora.eject(twin)
@@ -229,7 +229,7 @@ def test_converting_the_model_converts_copies_and_originals(active):
     for names in (None, "b", "a"):
         minilora.activate(model, names)
         assert model(x.double()).dtype == torch.float64
-    for name, parameter in copies_of(model, "a").items():
+    for name, parameter in Survey(model).copies_of("a").items():
         assert place(model, name) is parameter
     minilora.eject(model)
     assert all(p.dtype == torch.float64 for p in model.parameters())
@@ -257,7 +257,9 @@ def test_a_copy_of_one_end_leaves_the_other_end_alone(module):
     moved(model)
     other = {"embed": "out", "out": "embed"}[module]
     assert place(model, f"{other}.weight") is shared
-    assert place(model, f"{module}.weight") is copies_of(model, "default")[f"{module}.weight"]
+    assert (
+        place(model, f"{module}.weight") is Survey(model).copies_of("default")[f"{module}.weight"]
+    )
     assert torch.equal(shared, before)
     minilora.merge(model)
     minilora.eject(model)
@@ -278,7 +280,7 @@ def test_a_shared_module_has_one_copy_under_its_first_name():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"x": shared, "y": shared, "z": nn.Linear(4, 4)})
     minilora.inject(model, r=2, targets=["z"], modules_to_save=["x"])
-    assert set(copies_of(model, "default")) == {"x.weight", "x.bias"}
+    assert set(Survey(model).copies_of("default")) == {"x.weight", "x.bias"}
     moved(model)
     assert model["x"] is model["y"]
     minilora.activate(model, None)
@@ -416,7 +418,7 @@ def overlapping(**options):
 
 
 def parts_of(model, adapter):
-    return {n: p.detach().clone() for n, p in copies_of(model, adapter).items()}
+    return {n: p.detach().clone() for n, p in Survey(model).copies_of(adapter).items()}
 
 
 # merging writes into the trained copy, and unmerging puts the base's values into it
@@ -575,7 +577,7 @@ def test_eject_after_merge_brings_the_flags_back():
 def test_buffers_of_an_adapter_are_not_the_modules():
     model = minilora.inject(net(), 2, 3, targets=["mlp.0"], adapter="a", init="pissa")
     minilora.inject(model, 2, 3, targets=["q_proj"], modules_to_save=["mlp"], adapter="b")
-    assert "mlp.0.weight" in copies_of(model, "b")
+    assert "mlp.0.weight" in Survey(model).copies_of("b")
 
 
 # a verb on the whole does not see the copies of an adapter injected into a part

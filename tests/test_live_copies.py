@@ -10,10 +10,10 @@ from test_combination import F64, IDS, add, kinds
 from torch import nn
 
 import minilora
-from minilora.lora.copies import copies_of
 from minilora.lora.kinds import is_conv1d
 from minilora.lora.layer import lora_layers
 from minilora.lora.serving import end_switching, mixed, prepare_switching
+from minilora.lora.survey import Survey
 
 LINEARS = ["linear", "turned", "out"]
 
@@ -189,7 +189,7 @@ def test_training_a_copy_leaves_the_model_alone(way, snapshot, same):
     trained = [p for p in twin.parameters() if p.requires_grad]
     twin(IDS).square().sum().backward()
     assert len(trained) == len([p for p in model.parameters() if p.requires_grad])
-    assert all(p.grad is not None for p in [*trained, *copies_of(twin, "b").values()])
+    assert all(p.grad is not None for p in [*trained, *Survey(twin).copies_of("b").values()])
     torch.optim.SGD(trained, lr=0.1).step()
     same(before, snapshot(model))
     assert all(p.grad is None for p in model.parameters())

@@ -8,7 +8,7 @@ from report_models import Causal, causal, filled, sentences
 
 import minilora
 from minilora.lora.layer import lora_layers
-from minilora.report.ablation import ablate, kinds_of, only, parts_of, place_of
+from minilora.report.ablation import ablate, kinds_of, only, parts_of
 from minilora.report.tokens import measured, token_losses
 
 PARTS = {
@@ -58,8 +58,8 @@ def test_ablate_measures_each_part_without_and_alone():
 def test_ablate_of_all_layers_is_the_base_to_the_last_bit(options):
     torch.manual_seed(0)
     model = causal(dtype=torch.float32, **options)
-    for copies in minilora.lora.copies.all_copies(model).values():
-        for value in copies.values():
+    for copies in minilora.lora.Survey(model).copies.values():
+        for value in copies.by_name.values():
             value.data.add_(0.1)
     found = ablate(model, "default", sentences(), batch_size=2, pad_id=0)
     with minilora.disabled(model):
@@ -80,7 +80,7 @@ def test_ablate_of_all_layers_is_the_base_to_the_last_bit(options):
 
 def test_ablate_counts_trained_copies_as_a_part():
     model = causal(modules_to_save=["lm_head"])
-    minilora.lora.copies.copies_of(model, "default")["lm_head.weight"].data += 0.5
+    minilora.lora.Survey(model).copies_of("default")["lm_head.weight"].data += 0.5
     *others, last = ablate(model, "default", sentences(), batch_size=2, pad_id=0)
     assert (last.part, last.by, last.layers) == ("trained copies", "kind", 0)
     assert [a.part for a in others] == list(PARTS)
@@ -114,12 +114,7 @@ def test_parts_of_puts_layers_outside_blocks_apart():
     ]
 
 
-def test_place_and_kind_of_a_name():
-    assert place_of("h.3.attn.c_proj") == ("h", 3, "attn.c_proj")
-    assert place_of("a.h.3.mlp.0") == ("a.h", 3, "mlp.0")
-    assert place_of("0.q") == ("", 0, "q")
-    assert place_of("wte") == ("", None, "wte")
-    assert place_of("mlp.0") == ("", None, "mlp.0")
+def test_kinds_of_names():
     names = ["h.3.attn.c_proj", "h.3.mlp.c_proj", "h.1.mlp.c_fc", "h.1.mlp.0", "wte"]
     assert list(kinds_of(names).values()) == ["attn.c_proj", "mlp.c_proj", "c_fc", "mlp.0", "wte"]
 

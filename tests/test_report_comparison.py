@@ -13,7 +13,7 @@ from torch import nn
 
 import minilora
 from minilora.lora.layer import lora_layers
-from minilora.lora.selection import pattern_value
+from minilora.lora.patterns import pattern_value
 from minilora.report.comparison import compare, principal_angles, rank_pattern, truncate
 
 

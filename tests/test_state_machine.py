@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import minilora
-from minilora.lora.copies import copies_of
 from minilora.lora.layer import lora_layers
+from minilora.lora.survey import Survey
 
 IDS = torch.tensor([[0, 1, 2, 3], [6, 5, 4, 0]])
 # Of the largest output; the worst seen in ten thousand steps was 8.5e-7.
@@ -322,7 +322,7 @@ class Verbs(RuleBasedStateMachine):
     def flags_are_as_asked(self):
         of_copies = {
             id(p): self.adapters[a].trainable for a in self.adapters
-            for p in copies_of(self.model, a).values()
+            for p in Survey(self.model).copies_of(a).values()
         }  # fmt: skip
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             parts = name.split(".")
@@ -352,7 +352,7 @@ class Verbs(RuleBasedStateMachine):
             assert {n for n, a in found.items() if a.active} == set(self.active)
         held = dict(self.model.named_parameters(remove_duplicate=False))
         for name, adapter in self.adapters.items():
-            copies = copies_of(self.model, name)
+            copies = Survey(self.model).copies_of(name)
             assert set(copies) == set(adapter.copies)
             for key, parameter in copies.items() if self.merged is None else ():
                 module, _, leaf = key.rpartition(".")
@@ -462,7 +462,7 @@ class Verbs(RuleBasedStateMachine):
                     f.magnitude = values["magnitude"].double()
                 if f.lora_bias is not None:
                     f.lora_bias = values["lora_bias"].double()
-            for key, parameter in copies_of(self.model, name).items():
+            for key, parameter in Survey(self.model).copies_of(name).items():
                 value = (self.base[key] + noise(self.base[key], 0.2)).float()
                 parameter.copy_(value)
                 adapter.copies[key] = value.double()
@@ -477,7 +477,7 @@ class Verbs(RuleBasedStateMachine):
             for fqn, f in adapter.factors.items():
                 held = self.model.get_submodule(fqn).adapters[name]
                 leaves += [(getattr(held, part), leaf) for part, leaf in f.parts().items()]
-            copies = copies_of(self.model, name)
+            copies = Survey(self.model).copies_of(name)
             leaves += [(copies[key], leaf) for key, leaf in adapter.copies.items()]
         leaves = [(parameter, leaf.requires_grad_()) for parameter, leaf in leaves]
         wanted = {id(parameter) for parameter, _ in leaves if parameter.requires_grad}

@@ -1,41 +1,46 @@
 """Adapters on a model: the layers that carry them, and the verbs inject, activate, merge, serve."""
 
 from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
-from minilora.lora.bare_parameters import taken_for_experts
-from minilora.lora.combination import (
+from minilora.lora.by_model import (
     Fit,
     LayerFit,
+    active_adapters,
     add_frozen,
-    check_new_name,
-    check_source,
-    combine,
-    factors_of,
-    fitted,
-    plain_adapter,
-    product_norm,
-    stored_dtype,
-)
-from minilora.lora.copies import (
-    TrainedCopies,
     all_adapter_names,
     all_copies,
     asked_copies,
+    check_new_name,
+    check_source,
     copies_of,
+    factors_of,
+    find_head,
+    fitted,
     install,
     original_of,
     original_parameters,
     originals_in_place,
+    parameter_places,
+    places_of,
+    plain_modules,
+    require_finite,
+    require_layers,
+    require_unmerged,
+    require_values,
+    set_trainable,
+    taken_for_experts,
 )
-from minilora.lora.injection import (
+from minilora.lora.combination import combine, plain_adapter, product_norm, stored_dtype
+from minilora.lora.config import (
+    AdapterConfig,
     as_dtype,
-    attach,
     check_adapter_name,
     check_alpha,
     check_dropout,
-    inject,
-    places_of,
-    write_pretrained_by,
+    check_rank,
 )
+from minilora.lora.copies import TrainedCopies, is_copy
+from minilora.lora.figures import summary
+from minilora.lora.injection import attach, inject, write_pretrained_by
 from minilora.lora.kinds import (
     LoRAConv2d,
     LoRAEmbedding,
@@ -55,35 +60,13 @@ from minilora.lora.layer import (
 )
 from minilora.lora.merging import merge, unmerge
 from minilora.lora.modes import as_found, inference
-from minilora.lora.patterns import compiled_pattern
+from minilora.lora.patterns import compile_ending, compiled_pattern, pattern_value
 from minilora.lora.quantizing import check_quantizable, quantize, quantized
 from minilora.lora.samples import describe, difference, drawn_modules, frozen_values
-from minilora.lora.selection import (
-    check_rank,
-    compile_ending,
-    find_head,
-    matrix_shape,
-    parameter_places,
-    pattern_value,
-    plain_modules,
-    select_targets,
-    targets,
-)
+from minilora.lora.selection import matrix_shape, select_targets, targets
 from minilora.lora.storage import Sizes, sizes
-from minilora.lora.switching import (
-    activate,
-    active_adapters,
-    delete,
-    disabled,
-    eject,
-    rename,
-    require_finite,
-    require_layers,
-    require_unmerged,
-    require_values,
-    set_trainable,
-    summary,
-)
+from minilora.lora.survey import Survey, split_block
+from minilora.lora.switching import activate, delete, disabled, eject, rename
 from minilora.lora.threads import claimed
 from minilora.lora.widening import widened
 from minilora.lora.wrappers import (
@@ -99,6 +82,7 @@ from minilora.lora.wrappers import (
 __all__ = [
     "FROM_WEIGHT",
     "MARKS",
+    "AdapterConfig",
     "Fit",
     "LayerFit",
     "LoRAAdapter",
@@ -107,6 +91,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "Sizes",
+    "Survey",
     "TrainedCopies",
     "activate",
     "active_adapters",
@@ -145,6 +130,7 @@ __all__ = [
     "inject",
     "install",
     "is_conv1d",
+    "is_copy",
     "is_linear",
     "layer_class",
     "lora_layers",
@@ -172,6 +158,7 @@ __all__ = [
     "select_targets",
     "set_trainable",
     "sizes",
+    "split_block",
     "storage_format",
     "stored_dtype",
     "summary",

@@ -1,12 +1,13 @@
 """Parameters that are no layer's weight, such as stacked experts: no adapter goes on those."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from minilora.lora.kinds import layer_class, unsupported
+from minilora.lora.survey import Survey
 from minilora.quantization import QuantizedLinear, packed_format
 
 _WORTH_A_LINE, WORTH_A_WARNING = 0.01, 0.1  # shares of a model's parameters
@@ -14,20 +15,19 @@ _WORTH_A_LINE, WORTH_A_WARNING = 0.01, 0.1  # shares of a model's parameters
 _LIKE_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj")
 
 
-def bare_parameters(modules: Mapping[str, Any]) -> dict[str, nn.Parameter]:
-    """Return the parameters of 2 or more dimensions that no adapter can reach, by dotted name.
-
-    `modules` are all modules of the plain model, by dotted name.
-    """
-    found, reached = {}, set()
-    for name, module in modules.items():
-        takes = layer_class(module) is not None and unsupported(module) is None
-        for key, parameter in module._parameters.items():
-            if takes:
-                reached.add(id(parameter))
-            elif not (parameter is None or is_lazy(parameter)) and parameter.ndim > 1:
-                found[f"{name}.{key}" if name else key] = parameter
-    return {name: p for name, p in found.items() if id(p) not in reached}
+def bare_parameters(survey: Survey) -> dict[str, nn.Parameter]:
+    """Return the parameters of 2 or more dimensions that no adapter can reach, by dotted name."""
+    found: dict[str, Any] = {}
+    reached = set()
+    takes = {m: layer_class(m) is not None and unsupported(m) is None
+             for m in survey.everything.values()}  # fmt: skip
+    for name, (module, key) in survey.parameters.items():
+        parameter: Any = module._parameters[key]
+        if takes[module]:
+            reached.add(parameter)
+        elif not is_lazy(parameter) and parameter.ndim > 1:
+            found[name] = parameter
+    return {name: p for name, p in found.items() if p not in reached}
 
 
 def weight_count(module: Any) -> int:
@@ -40,12 +40,12 @@ def weight_count(module: Any) -> int:
     return module.in_features * module.out_features + bias
 
 
-def unreached(modules: Mapping[str, Any]) -> tuple[float, str]:
+def unreached(survey: Survey) -> tuple[float, str]:
     """Return which share of the weights no adapter can reach, and a sentence ("" below 1 %)."""
-    bare = bare_parameters(modules)
-    count = sum({id(p): p.numel() for p in bare.values()}.values())
-    holders = {id(p): m for m in modules.values() for p in m._parameters.values() if p is not None}
-    total = sum(weight_count(m) for m in {id(m): m for m in holders.values()}.values())
+    bare = bare_parameters(survey)
+    count = sum(p.numel() for p in set(bare.values()))
+    owners = {owner._parameters[key]: owner for owner, key in survey.parameters.values()}
+    total = sum(map(weight_count, set(owners.values())))
     share = count / max(1, total)
     if share < _WORTH_A_LINE:
         return share, ""
@@ -56,27 +56,28 @@ def unreached(modules: Mapping[str, Any]) -> tuple[float, str]:
     )
 
 
-def bare_match(matches: Callable[[str], object], modules: Mapping[str, Any]) -> str | None:
+def bare_match(matches: Callable[[str], object], survey: Survey) -> str | None:
     """Say so where a pattern means such parameters, or a module that holds them; else None.
 
     A layer of torch's that takes no adapter (Conv1d and the like) is no such module.
     """
-    bare = bare_parameters(modules)
-    holders = {n: n.rpartition(".")[0] for n in bare}
-    of_torch = {n for n, m in modules.items() if type(m).__module__.startswith("torch.nn.")}
-    hits = [n for n, m in holders.items() if matches(n) or (matches(m) and m not in of_torch)]
+    bare, hits = bare_parameters(survey), []
+    for name in bare:
+        owner = survey.parameters[name].owner
+        of_torch = type(owner).__module__.startswith("torch.nn.")
+        if matches(name) or (matches(name.rpartition(".")[0]) and not of_torch):
+            hits.append((name, type(owner).__name__))
     if not hits:
         return None
-    name = hits[0]
-    holder = type(modules[holders[name]]).__name__
+    name, owner_type = hits[0]
     return (
         f"means {len(hits)} parameters that are no layer's weight (first: {name}, "
-        f"{list(bare[name].shape)}, of a {holder}), and adapters go on layers only; leave it out, "
-        f"or train a whole copy of the module with modules_to_save"
+        f"{list(bare[name].shape)}, of a {owner_type}), and adapters go on layers only; leave it "
+        f"out, or train a whole copy of the module with modules_to_save"
     )
 
 
-def taken_for_experts(model: nn.Module, modules: Mapping[str, Any], names: list[str]) -> list[str]:
+def taken_for_experts(survey: Survey, names: list[str]) -> list[str]:
     """Return which of these layers PEFT 0.21 would look for among the model's stacked experts.
 
     When it loads an adapter for a model of transformers whose experts became one parameter,
@@ -84,7 +85,7 @@ def taken_for_experts(model: nn.Module, modules: Mapping[str, Any], names: list[
     `utils/transformers_weight_conversion.py`), and what lies elsewhere under such a name (shared
     experts, dense blocks) is dropped.
     """
-    stacked = any(n.endswith(".experts.gate_up_proj") for n in bare_parameters(modules))
-    if not stacked or not hasattr(getattr(model, "config", None), "model_type"):
+    stacked = any(n.endswith(".experts.gate_up_proj") for n in bare_parameters(survey))
+    if not stacked or not hasattr(getattr(survey.root, "config", None), "model_type"):
         return []
     return [name for name in names if name.rpartition(".")[2] in _LIKE_EXPERTS]

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.lora.adapter import LoRAAdapter
-from minilora.lora.copies import all_adapter_names, copies_of
-from minilora.lora.injection import as_dtype, check_adapter_name
-from minilora.lora.layer import LoRALayer, lora_layers
-from minilora.lora.selection import check_rank
-from minilora.lora.switching import require_layers, require_unmerged
+from minilora.lora.config import as_dtype, check_rank
+from minilora.lora.injection import check_room
+from minilora.lora.layer import LoRALayer
+from minilora.lora.survey import Survey
 
 # PEFT's names, with PEFT's meaning (`add_weighted_adapter` in peft/tuners/lora/model.py).
 PRUNING = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
@@ -21,7 +19,7 @@ METHODS = ("cat", "svd", *PRUNING)
 
 
 @dataclass(frozen=True)
-class LayerFit:
+class ApproximatedLayer:
     """How well one layer's stored factors keep what was wanted there.
 
     `norm` is ‖ΔW‖ of what was wanted, `lost` is ‖ΔW − B A‖ with the factors as stored (Frobenius).
@@ -39,7 +37,7 @@ class LayerFit:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Approximation:
     """What `combine`, `to_lora` and `export` made; prints as a table of the layers with an error.
 
     `adapter` is the new adapter (the source's name for `export`), `method` says how it was made.
@@ -47,19 +45,19 @@ class Fit:
 
     adapter: str
     method: str
-    layers: tuple[LayerFit, ...]
+    layers: tuple[ApproximatedLayer, ...]
 
     @property
     def error(self) -> float:
         """The relative error over all layers: √Σ lost² / √Σ norm²."""
-        lost, norm = (math.hypot(*(getattr(f, k) for f in self.layers)) for k in ("lost", "norm"))
-        return _ratio(lost, norm)
+        lost = math.hypot(*(layer.lost for layer in self.layers))
+        return _ratio(lost, math.hypot(*(layer.norm for layer in self.layers)))
 
     def __str__(self) -> str:
-        changed = [f for f in self.layers if f.error]
-        width = max([len(f.name) for f in changed] + [6])
+        changed = [layer for layer in self.layers if layer.error]
+        width = max([len(layer.name) for layer in changed] + [6])
         lines = [f"{'module':<{width}}  {'r':>4}  relative error"] if changed else []
-        lines += [f"{f.name:<{width}}  {f.r:>4}  {f.error:.3g}" for f in changed]
+        lines += [f"{v.name:<{width}}  {v.r:>4}  {v.error:.3g}" for v in changed]
         lines.append(
             f"{self.adapter} ({self.method}): {len(self.layers)} layers, error {self.error:.3g}"
         )
@@ -112,9 +110,9 @@ def product_norm(A: Tensor, B: Tensor) -> float:
     return norm if norm > floor else 0.0
 
 
-def fitted(
+def approximated(
     name: str, wanted: Tensor | tuple[Tensor, Tensor], r: int | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, LayerFit]:
+) -> tuple[Tensor, Tensor, ApproximatedLayer]:
     """Return factors of rank r at most, rounded to `dtype`, and how well they keep `wanted`.
 
     Args:
@@ -142,7 +140,7 @@ def fitted(
     else:
         norm = product_norm(*wanted)
         lost = product_norm(torch.cat([wanted[0], a]), torch.cat([wanted[1], -b], 1))
-    return A, B, LayerFit(name, len(A), norm, lost)
+    return A, B, ApproximatedLayer(name, len(A), norm, lost)
 
 
 def plain_adapter(layer: LoRALayer, A: Tensor, B: Tensor) -> LoRAAdapter:
@@ -155,58 +153,40 @@ def plain_adapter(layer: LoRALayer, A: Tensor, B: Tensor) -> LoRAAdapter:
     return factors
 
 
-def add_frozen(model: nn.Module, adapter: str, new: Mapping[str, LoRAAdapter]) -> None:
+def add_frozen(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> None:
     """Put ready adapters on layers that have others; nothing is activated or unfrozen.
 
     Raises:
         ValueError: one that does not fit the slot of a model prepared for switching.
     """
-    layers = lora_layers(model)
+    check_room(survey, adapter, new)
     for fqn, factors in new.items():
-        reason = layers[fqn].misfit(factors, layers[fqn].slot_room())
-        if reason is not None:
-            raise ValueError(f"adapter {adapter!r} on {fqn} {reason}")
-    for fqn, factors in new.items():
-        layers[fqn].adapters[adapter] = factors.train(layers[fqn].training)
+        layer = survey.layers[fqn]
+        layer.adapters[adapter] = factors.train(layer.training)
 
 
-def factors_of(model: nn.Module, adapter: str) -> dict[str, Any]:
-    """Return an adapter's factors by the dotted name of the layer."""
-    layers = lora_layers(model).items()
-    return {fqn: layer.adapters[adapter] for fqn, layer in layers if adapter in layer.adapters}
-
-
-def check_new_name(model: nn.Module, name: object) -> str:
-    """Return a name that can be given to another adapter of this model, else raise."""
-    name = check_adapter_name(name)
-    if name in all_adapter_names(model):
-        raise ValueError(f"the model already has an adapter {name!r}; choose another name")
-    return name
-
-
-def check_source(model: nn.Module, adapter: object, verb: str) -> None:
-    """Raise unless an adapter is there and all that it does lies in delta weights."""
-    present = all_adapter_names(model)
-    if adapter not in present:
-        raise ValueError(f"there is no adapter {adapter!r}; this model has: {', '.join(present)}")
-    copies = copies_of(model, str(adapter))
+def check_source(survey: Survey, adapter: str, verb: str) -> dict[str, LoRAAdapter]:
+    """Return an adapter's factors, or raise unless all that it does lies in delta weights."""
+    factors = survey.factors(survey.known(adapter, verb)[0])
+    copies = survey.copies_of(adapter)
     if copies:
         raise ValueError(
             f"{verb}() makes a product B A, but adapter {adapter!r} also brings trained copies of "
             f"base parameters (first: {next(iter(copies))}); use an adapter without bias= and "
             f"modules_to_save=, or merge it into the model"
         )
-    for fqn, factors in factors_of(model, str(adapter)).items():
-        if factors.lora_bias is not None and factors.lora_bias.detach().any():
+    for fqn, one in factors.items():
+        if one.lora_bias is not None and one.lora_bias.detach().any():
             raise ValueError(
                 f"{verb}() makes a product B A, but adapter {adapter!r} also has a lora_bias on "
                 f"{fqn} that is not 0; use an adapter without lora_bias=True, or merge it"
             )
-        if not all(p.detach().isfinite().all() for p in factors.parameters()):
+        if not all(p.detach().isfinite().all() for p in one.parameters()):
             raise ValueError(
                 f"adapter {adapter!r} must be finite, found NaN or Inf on {fqn}; load or train it "
                 f"again"
             )
+    return factors
 
 
 def stored_dtype(dtype: torch.dtype | str | None, sources: Sequence[LoRAAdapter]) -> torch.dtype:
@@ -234,14 +214,17 @@ def _check_options(method: object, r: object, density: object, seed: object) -> 
             )
     if method not in PRUNING and density is not None:
         raise ValueError(f"density is for {', '.join(PRUNING)}; leave it out with {method!r}")
-    number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    if method in PRUNING and not (number and 0 < density <= 1):  # type: ignore[operator]
+    if method in PRUNING and not (_is_number(density) and 0 < density <= 1):  # type: ignore[operator]
         raise ValueError(
             f"method={method!r} needs a density in (0, 1], the share of each delta weight that is "
             f"kept, found {density!r}"
         )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number, found {seed!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_weights(weights: object) -> dict[str, float]:
@@ -252,8 +235,7 @@ def _check_weights(weights: object) -> dict[str, float]:
     if not weights:
         raise ValueError("combine() needs at least one adapter, found an empty mapping")
     for name, weight in weights.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
+        if not _is_number(weight) or not math.isfinite(weight):
             raise ValueError(
                 f"the weight of adapter {name!r} must be a finite number, found {weight!r}"
             )
@@ -271,7 +253,7 @@ def combine(
     density: float | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
-) -> Fit:
+) -> Approximation:
     """Add an adapter made of others: `ΔW = Σ wᵢ ΔWᵢ`, or what a pruning method makes of them.
 
     The new adapter has scaling 1 (alpha = r), is frozen and not active; the others, what is active
@@ -314,16 +296,15 @@ def combine(
         TypeError: weights or seed of another type.
         RuntimeError: adapters are merged.
     """
-    layers = require_layers(model, "combine")
-    require_unmerged(layers, "combine")
+    survey = Survey(model)
+    layers = survey.require_layers("combine")
+    survey.require_unmerged("combine")
     _check_options(method, r, density, seed)
     weights = _check_weights(weights)
-    check_new_name(model, name)
-    for source in weights:
-        check_source(model, source, "combine")
+    survey.require_new_name(name)
     used: dict[str, list[tuple[LoRAAdapter, float]]] = {fqn: [] for fqn in layers}
     for source, weight in weights.items():
-        for fqn, factors in factors_of(model, source).items():
+        for fqn, factors in check_source(survey, source, "combine").items():
             used[fqn].append((factors, weight))
             if factors.magnitude is not None:
                 raise ValueError(
@@ -331,7 +312,7 @@ def combine(
                     f"{fqn}), which changes all of W; convert it with minilora.peft.to_lora"
                 )
     generator = torch.Generator().manual_seed(seed)
-    new, fits = {}, []
+    new, reports = {}, []
     for fqn, parts in used.items():
         if not parts:
             continue
@@ -339,11 +320,11 @@ def combine(
         largest = max(len(factors.product()[0]) for factors in sources)
         rank = None if method == "cat" else r or largest
         wanted = _wanted(method, parts, density, generator)
-        A, B, fit = fitted(fqn, wanted, rank, stored_dtype(dtype, sources))
+        A, B, report = approximated(fqn, wanted, rank, stored_dtype(dtype, sources))
         new[fqn] = plain_adapter(layers[fqn], A, B)
-        fits.append(fit)
-    add_frozen(model, name, new)
-    return Fit(name, method, tuple(fits))
+        reports.append(report)
+    add_frozen(survey, name, new)
+    return Approximation(name, method, tuple(reports))
 
 
 def _wanted(

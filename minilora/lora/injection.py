@@ -1,101 +1,28 @@
 """Put an adapter on the selected layers: everything is checked first, then swapped in."""
 
-import re
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from minilora.files import short
 from minilora.kernels import check_backend
-from minilora.lora.adapter import FROM_WEIGHT, INITS, LoRAAdapter
+from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
 from minilora.lora.bare_parameters import WORTH_A_WARNING, unreached
-from minilora.lora.copies import (
-    TrainedCopies,
-    add_copies,
-    all_adapter_names,
-    install,
-    original_of,
-    originals_in_place,
-)
+from minilora.lora.config import AdapterConfig, as_dtype, check_adapter_name
+from minilora.lora.copies import TrainedCopies, move
 from minilora.lora.kinds import LoRALinear, layer_class
-from minilora.lora.layer import lora_layers, weight_device
+from minilora.lora.layer import weight_device
 from minilora.lora.samples import drawn_modules
-from minilora.lora.selection import (
-    check_patterns,
-    check_rank,
-    matrix_shape,
-    parameter_places,
-    pattern_value,
-    plain_modules,
-    select_targets,
-)
-from minilora.lora.wrappers import check_open, named_modules, named_parameters, unwrapped
+from minilora.lora.selection import matrix_shape, select_targets
+from minilora.lora.survey import Survey, parents
+from minilora.lora.wrappers import check_open, named_parameters
 
 
-def check_alpha(alpha: object, what: str = "alpha") -> float:
-    """Return alpha if it is a finite number other than 0, else raise."""
-    ok = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    # Compared, not converted: an int beyond any float is refused too, and NaN compares false.
-    if not ok or not 0 < abs(alpha) <= sys.float_info.max:  # type: ignore[arg-type]
-        raise ValueError(f"{what} must be a finite number other than 0, found {short(alpha)}")
-    return alpha  # type: ignore[return-value]
-
-
-def check_dropout(p: object) -> float:
-    """Return p if it lies in [0, 1), else raise."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise ValueError(f"dropout must lie in [0, 1), found {short(p)}")
-    return float(p)
-
-
-def check_adapter_name(name: object) -> str:
-    """Return the name if it can name a folder, a module and a key part, else raise."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
-        raise ValueError(
-            f"an adapter's name must consist of letters, digits, '_' and '-', found {name!r}"
-        )
-    if hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"the adapter name {name!r} is taken by torch.nn.ModuleDict itself; choose another, "
-            f"such as '{name}_1'"
-        )
-    return name
-
-
-def as_dtype(dtype: object, what: str = "dtype") -> torch.dtype:
-    """Return a floating torch dtype from itself or its name ("bfloat16"), else raise."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"{what} must be a floating-point torch dtype of 16 bits or more, or its name, found "
-            f"{dtype!r}"
-        )
-    return found
-
-
-def places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return every place that holds `module`: a module shared by two parents is wrapped in both.
-
-    Where a wrapper holds it, the place is the wrapper's own: one around a single layer is replaced
-    with the layer, since torch.compile's keeps calling the module that it was given.
-    """
-    return [
-        (parent, name)
-        for _, parent in named_modules(model)
-        for name, child in parent._modules.items()
-        if child is not None and module in (child, unwrapped(child))
-    ]
-
-
-def _warn_wide_ranks(model: nn.Module, names: list[str], ranks: dict[str, int]) -> None:
-    modules = plain_modules(model)
-    shapes = {name: matrix_shape(modules[name]) for name in names}
-    wide = [n for n in names if ranks[n] > min(shapes[n])]
+def _warn_wide_ranks(ranks: dict[str, int], shapes: dict[str, tuple[int, int]]) -> None:
+    wide = [name for name in ranks if ranks[name] > min(shapes[name])]
     if wide:
         name = wide[0]
         warnings.warn(
@@ -103,101 +30,93 @@ def _warn_wide_ranks(model: nn.Module, names: list[str], ranks: dict[str, int]) 
             f"{name}, {list(shapes[name])}); B·A can't have a higher rank than the layer, so the "
             f"surplus only costs memory and time",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _check_flag(value: object, what: str) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{what} must be True or False, found {value!r}")
-
-
-def _check_init(init: object, modules: dict[str, nn.Module], ranks: dict[str, int]) -> None:
-    """Check the name of an init, and that it exists for these layers and ranks."""
-    simple = init in INITS[:3]
-    if not isinstance(init, str) or not (simple or FROM_WEIGHT.fullmatch(init)):
-        raise ValueError(f"init must be one of {', '.join(INITS)}, found {init!r}")
-    if init in ("kaiming", "gaussian"):
-        return
+def _check_start(
+    config: AdapterConfig,
+    modules: dict[str, Any],
+    ranks: dict[str, int],
+    shapes: dict[str, tuple[int, int]],
+) -> None:
+    """Raise where layers of this type or rank can't start as the config says, or have no bias."""
     for name, r in ranks.items():
-        kind = layer_class(modules[name])
-        if kind is not LoRALinear:
+        found, init = modules[name], config.init
+        if config.lora_bias and isinstance(found, nn.Embedding):
+            raise ValueError(f"lora_bias=True is not for embeddings, and {name} is one")
+        if init in ("kaiming", "gaussian"):
+            continue
+        if layer_class(found) is not LoRALinear:
             raise ValueError(
-                f"init={init!r} is for linear layers, but {name} is a "
-                f"{type(modules[name]).__name__}; inject that layer apart with init='kaiming'"
+                f"init={init!r} is for linear layers, but {name} is a {type(found).__name__}; "
+                f"inject that layer apart with init='kaiming'"
             )
         if init == "orthogonal" and r % 2:
             raise ValueError(f"init='orthogonal' needs an even r, found {r} for {name}")
-        if FROM_WEIGHT.fullmatch(init) and r > min(matrix_shape(modules[name])):
+        if FROM_WEIGHT.fullmatch(init) and r > min(shapes[name]):
             raise ValueError(
                 f"init={init!r} takes r directions of the weight, but {name} of shape "
-                f"{list(matrix_shape(modules[name]))} has fewer than r={r}; lower r there with "
-                f"rank_pattern"
+                f"{list(shapes[name])} has fewer than r={r}; lower r there with rank_pattern"
             )
 
 
-def _copied_parameters(
-    model: nn.Module, names: list[str], bias: object, saved: list[str]
-) -> list[str]:
-    """Resolve `bias` and the modules to save to dotted names of parameters."""
-    if bias not in ("none", "all", "lora_only"):
-        raise ValueError(f"bias must be 'none', 'all' or 'lora_only', found {bias!r}")
-    places = parameter_places(model)
-    chosen: list[str] = []
-    if bias == "lora_only":
-        chosen = [f"{name}.bias" for name in names if f"{name}.bias" in places]
-    elif bias == "all":
-        chosen = [name for name in places if "bias" in name.rpartition(".")[2]]
-    if bias != "none" and not chosen:
-        raise ValueError(f"bias={bias!r} must find a bias to train, found none")
-    modules = plain_modules(model)
-    for hit in saved:
-        inside = [n for n in places if n.startswith(f"{hit}.")]
-        target = next((n for n in names if _within(n, hit)), None)
-        if target is not None:
-            raise ValueError(
-                f"modules_to_save trains a whole copy of {hit}, but {target} is a target of "
-                f"LoRA too; name it in one of the two"
-            )
-        stored = {
-            f"{n}.{key}" for n, m in modules.items() if _within(n, hit)
-            for key, buffer in m._buffers.items()
-            if buffer is not None and key not in m._non_persistent_buffers_set
-        }  # fmt: skip
-        if not inside or stored:
-            found = f"the buffer {min(stored)}, which is not copied" if stored else "none"
-            raise ValueError(
-                f"modules_to_save needs a module of parameters, found {found} in {hit}; name the "
-                f"modules within it that have none"
-            )
-        chosen += inside
-    return list(dict.fromkeys(chosen))
-
-
-def _within(name: str, module: str) -> bool:
-    return f"{name}.".startswith(f"{module}.")
-
-
-def _modules_to_save(model: nn.Module, entries: object) -> list[str]:
+def _modules_to_save(survey: Survey, entries: list[Any]) -> list[str]:
     """Resolve `modules_to_save` to dotted names; every entry has to match."""
-    entries = [entries] if isinstance(entries, str) else entries
-    if not isinstance(entries, Iterable) or isinstance(entries, Mapping):
-        raise TypeError(f"modules_to_save must be a list of module names, found {entries!r}")
-    found: list[str] = []
-    modules = plain_modules(model)
+    found: dict[str, None] = {}
     for entry in entries:
-        hits = [n for n in modules if isinstance(entry, str) and f".{n}".endswith(f".{entry}")]
+        hits = [n for n in survey.modules
+                if isinstance(entry, str) and f".{n}".endswith(f".{entry}")]  # fmt: skip
         if not hits:
             raise ValueError(
                 f"every entry of modules_to_save must match a module, {entry!r} matches none"
             )
-        found += hits
-    return list(dict.fromkeys(found))
+        found.update(dict.fromkeys(hits))
+    return list(found)
 
 
-def _refuse_drawn(model: nn.Module, copied: Container[str]) -> None:
+def _inside(name: str, modules: Iterable[str]) -> str | None:
+    """Return which of these modules a name is, or lies in."""
+    return next((outer for outer in (name, *parents(name)) if outer in modules), None)
+
+
+def _copied_parameters(survey: Survey, names: list[str], bias: str, whole: list[str]) -> list[str]:
+    """Resolve `bias` and the modules to save to dotted names of parameters."""
+    chosen: list[str] = []
+    if bias == "lora_only":
+        chosen = [f"{name}.bias" for name in names if f"{name}.bias" in survey.parameters]
+    elif bias == "all":
+        chosen = [name for name in survey.parameters if "bias" in name.rpartition(".")[2]]
+    if bias != "none" and not chosen:
+        raise ValueError(f"bias={bias!r} must find a bias to train, found none")
+    saved = dict.fromkeys(whole)
+    for name in names:
+        if (hit := _inside(name, saved)) is not None:
+            raise ValueError(
+                f"modules_to_save trains a whole copy of {hit}, but {name} is a target of "
+                f"LoRA too; name it in one of the two"
+            )
+    stored: dict[str, str] = {}  # buffers that would be in a file, by each module around them
+    for name, module in survey.modules.items() if saved else ():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                for outer in (name, *parents(name)):
+                    stored[outer] = min(stored.get(outer, f"{name}.{key}"), f"{name}.{key}")
+    filled = {outer for name in survey.parameters for outer in parents(name)} if saved else set()
+    for hit in saved:
+        if hit not in filled or hit in stored:
+            found = f"the buffer {stored[hit]}, which is not copied" if hit in stored else "none"
+            raise ValueError(
+                f"modules_to_save needs a module of parameters, found {found} in {hit}; name the "
+                f"modules within it that have none"
+            )
+    chosen += [name for name in survey.parameters if saved and _inside(name, saved)]
+    return list(dict.fromkeys(chosen))
+
+
+def _refuse_drawn(survey: Survey, copied: list[str]) -> None:
     """Refuse values that are random in this process alone and would be lost with it."""
-    drawn = drawn_modules(model, copied)
+    drawn = drawn_modules(survey, copied)
     if drawn:
         raise ValueError(
             f"{', '.join(drawn[:4])} {'hold' if len(drawn) > 1 else 'holds'} values drawn at "
@@ -208,18 +127,15 @@ def _refuse_drawn(model: nn.Module, copied: Container[str]) -> None:
         )
 
 
-def _warn_moving(model: nn.Module) -> None:
-    moving = [
-        name for name, module in plain_modules(model).items()
-        if getattr(module, "running_mean", None) is not None
-    ]  # fmt: skip
+def _warn_moving(survey: Survey) -> None:
+    moving = [n for n, m in survey.modules.items() if getattr(m, "running_mean", None) is not None]
     if moving:
         warnings.warn(
             f"minilora: {moving[0]} ({len(moving)} in all) moves its running statistics in "
             f"training mode, and the adapter's files don't hold them; call .eval() on such "
             f"layers after model.train(), as fit does",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -271,7 +187,7 @@ def inject(
             head, or embedding and head of a vocabulary that has grown; names as in `targets`, from
             which "all-linear" leaves them out.
         rank_pattern: r by regex over the end of a dotted name, first match wins.
-        alpha_pattern: alpha likewise.
+        alpha_pattern: alpha in the same form.
         init: `"kaiming"`, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"pissa_niter_<n>"` or
             `"olora"`, see `minilora.lora.LoRAAdapter`.
         adapter: its name: letters, digits, `_`, `-`.
@@ -294,80 +210,63 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inject() needs an nn.Module, found {type(model).__name__}")
-    check_rank(r)
-    alpha = check_alpha(r if alpha is None else alpha)
-    dropout = check_dropout(dropout)
+    config = AdapterConfig(
+        r, alpha, targets, exclude, layers, dropout, rslora, dora, bias, lora_bias,
+        modules_to_save, rank_pattern, alpha_pattern, init,
+    )  # fmt: skip
     check_adapter_name(adapter)
     dtype = as_dtype(dtype)
     compute = None if compute_dtype is None else as_dtype(compute_dtype, "compute_dtype")
-    for flag, what in ((rslora, "rslora"), (dora, "dora"), (lora_bias, "lora_bias")):
-        _check_flag(flag, what)
     check_backend(backend)
     check_open(model, "inject")
-    present = lora_layers(model)
-    if any(layer.merged for layer in present.values()):
+    survey = Survey(model)
+    if survey.merged:
         raise RuntimeError("inject() needs unmerged weights; call minilora.unmerge(model) first")
-    with originals_in_place(model):  # a copy would hide a tied head
-        names = select_targets(model, targets, exclude, layers)
-    whole = _modules_to_save(model, modules_to_save)
-    if targets == "all-linear":
-        names = [n for n in names if not any(_within(n, module) for module in whole)]
+    new, copies = _made(survey, config, adapter, dtype)
+    attach(survey, new, adapter, copies, compute_dtype=compute, backend=backend)
+    return model
+
+
+def _made(
+    survey: Survey, config: AdapterConfig, adapter: str, dtype: torch.dtype
+) -> tuple[dict[str, LoRAAdapter], TrainedCopies]:
+    """Check all that depends on the model, then make the factors and copies of a new adapter."""
+    names = select_targets(survey, config.targets, config.exclude, config.layers)
+    whole = _modules_to_save(survey, config.modules_to_save)
+    if config.targets == "all-linear":
+        saved = set(whole)
+        names = [name for name in names if not _inside(name, saved)]
         if not names:
             raise ValueError(f"modules_to_save={whole} leaves no layer of targets='all-linear'")
-    taken = [name for name in names if name in present and adapter in present[name].adapters]
-    if taken or adapter in all_adapter_names(model):
+    if adapter in survey.adapters:
+        taken = [name for name in names if name in survey.with_adapter(adapter)]
         where = f"{taken[0]} already has" if taken else "the model already has"
         raise ValueError(
             f"{where} an adapter named {adapter!r} ({len(taken)} layers in all); choose another "
             f"name with adapter=..., or minilora.eject(model) first"
         )
-    check_patterns(rank_pattern, names, "rank_pattern")
-    check_patterns(alpha_pattern, names, "alpha_pattern")
-    ranks = {n: check_rank(pattern_value(n, rank_pattern, r), "rank_pattern") for n in names}
-    alphas = {
-        n: check_alpha(pattern_value(n, alpha_pattern, alpha), "alpha_pattern") for n in names
-    }
-    modules = plain_modules(model)
-    _check_init(init, modules, ranks)
-    _check_combination(modules, names, init, dora, lora_bias)
-    copied = _copied_parameters(model, names, bias, whole)
-    _refuse_drawn(model, copied)
-    _warn_wide_ranks(model, names, ranks)
-    _warn_moving(model)
-    share, note = unreached({"": model, **modules})
-    if share >= WORTH_A_WARNING and not present:
-        warnings.warn(f"minilora: {note}; they stay as they are", UserWarning, stacklevel=2)
-    with originals_in_place(model):  # DoRA, PiSSA and OLoRA read the base's own weight
-        new = {
-            name: _fresh(modules[name], {
-                "r": ranks[name], "alpha": alphas[name], "dropout": dropout, "rslora": rslora,
-                "dora": dora, "init": init, "lora_bias": lora_bias,
-                "device": weight_device(modules[name]), "dtype": dtype,
-            })
-            for name in names
-        }  # fmt: skip
-    places = parameter_places(model)
-    values = {n: nn.Parameter(original_of(model, n, places).detach().clone()) for n in copied}
-    copies = TrainedCopies(values, bias, whole) if values else None
-    attach(model, new, adapter, copies, compute_dtype=compute, backend=backend)
-    return model
-
-
-def _check_combination(modules, names, init, dora, lora_bias) -> None:
-    """Refuse options that have no meaning together, as PEFT does, or that are not built."""
-    if lora_bias and (dora or init not in ("kaiming", "gaussian")):
-        other = "dora=True" if dora else f"init={init!r}"
-        raise ValueError(f"lora_bias=True has no meaning with {other}; leave one of them out")
-    if lora_bias:
-        embedding = next((n for n in names if isinstance(modules[n], nn.Embedding)), None)
-        if embedding is not None:
-            raise ValueError(f"lora_bias=True is not for embeddings, and {embedding} is one")
-
-
-def _fresh(base: nn.Module, options: dict[str, Any]) -> LoRAAdapter:
-    kind = layer_class(base)
-    assert kind is not None  # select_targets let only such modules through
-    return kind(base).new_adapter(**options)
+    scale, modules = config.scale(names), survey.modules
+    shapes = {name: matrix_shape(modules[name]) for name in names}
+    ranks = {name: scale[name]["r"] for name in names}
+    _check_start(config, modules, ranks, shapes)
+    copied = _copied_parameters(survey, names, config.bias, whole)
+    _refuse_drawn(survey, copied)
+    _warn_wide_ranks(ranks, shapes)
+    _warn_moving(survey)
+    share, note = unreached(survey)
+    if share >= WORTH_A_WARNING and not survey.layers:
+        warnings.warn(f"minilora: {note}; they stay as they are", UserWarning, stacklevel=3)
+    new = {}
+    with survey.originals_in_place():  # DoRA, PiSSA and OLoRA read the base's own weight
+        for name in names:
+            base: Any = modules[name]
+            kind: Any = layer_class(base)
+            new[name] = kind(base).new_adapter(
+                **scale[name], **config.factor_options(), device=weight_device(base), dtype=dtype
+            )
+    own = {name: survey.original(name).detach().clone() for name in copied}
+    copies = {name: nn.Parameter(value) for name, value in own.items()}
+    return new, TrainedCopies(copies, config.bias, whole)
 
 
 _writers: list[Callable[..., None]] = []
@@ -391,19 +290,12 @@ class _SavePretrained:
         return type(self), (self.model(),)
 
 
-def _save_as_plain(model: nn.Module) -> None:
-    """Let a transformers model write what reads back as itself."""
-    kinds = {kind.__name__ for kind in type(model).__mro__}
-    if _writers and "PreTrainedModel" in kinds:
-        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
-
-
 def _stay_called(*_: object) -> None:
     """Do nothing: nn.TransformerEncoderLayer reads `.weight` itself unless a child has a hook."""
 
 
 def attach(
-    model: nn.Module,
+    model: nn.Module | Survey,
     new: Mapping[str, LoRAAdapter],
     adapter: str,
     copies: TrainedCopies | None = None,
@@ -415,44 +307,50 @@ def attach(
 
     Checks were done before, but for the slots of a model prepared for switching.
     """
-    present = lora_layers(model)
-    root = unwrapped(model)
+    survey = Survey.of(model)
+    root, layers = survey.root, survey.layers
+    check_room(survey, adapter, new)
+    if not hasattr(root, "_minilora_trainable"):
+        _freeze(survey)
     for name, factors in new.items():
-        layer = present.get(name)
+        if name not in layers:
+            base: Any = survey.modules[name]
+            kind: Any = layer_class(base)
+            layer = layers[name] = kind(base, compute_dtype=compute_dtype, backend=backend)
+            for parent, _ in survey.positions(base):
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    layer.register_forward_hook(_stay_called)
+            survey.replace(base, layer)
+            move(base, layer)
+        layers[name].adapters[adapter] = factors.train(layers[name].training)
+    if copies is not None:
+        survey.keep(adapter, copies)
+    if _writers and any(kind.__name__ == "PreTrainedModel" for kind in type(root).__mro__):
+        root.save_pretrained = _SavePretrained(root)  # what it writes reads back as itself
+    for name, layer in layers.items():
+        layer.activate((adapter,) if name in new else ())
+    survey.install((adapter,))
+
+
+def check_room(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> None:
+    """Raise where an adapter does not fit the slot of a model prepared for switching."""
+    for name, factors in new.items():
+        layer = survey.layers.get(name)
         reason = None if layer is None else layer.misfit(factors, layer.slot_room())
         if reason is not None:
             raise ValueError(f"adapter {adapter!r} on {name} {reason}")
-    places = parameter_places(model)
-    if not hasattr(root, "_minilora_trainable"):
-        factors_there = {id(p) for m in present.values() for p in m.adapters.parameters()}
-        every = named_parameters(model)  # a tied one under all its names
-        others = {n: p for n, p in every if id(p) not in factors_there}
-        lazy = next((n for n, p in others.items() if nn.parameter.is_lazy(p)), None)
-        if lazy is not None:
-            raise ValueError(
-                f"{lazy} has no weight yet (it is lazy); run the model once before injecting"
-            )
-        trainable = tuple(name for name, p in others.items() if p.requires_grad)
-        root._minilora_trainable = trainable
-        for parameter in others.values():
-            parameter.requires_grad_(False)
-    modules = plain_modules(model)
-    for name, factors in new.items():
-        layer = present.get(name)
-        if layer is None:
-            base = modules[name]
-            holders = places_of(model, base)
-            kind = layer_class(base)
-            assert kind is not None
-            layer = kind(base, compute_dtype=compute_dtype, backend=backend)
-            for parent, child in holders:
-                parent._modules[child] = layer
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    layer.register_forward_hook(_stay_called)
-        factors.train(layer.training)
-        layer.adapters[adapter] = factors
-    add_copies(model, adapter, copies, places)
-    _save_as_plain(root)
-    for name, layer in lora_layers(model).items():
-        layer.activate((adapter,) if name in new else ())
-    install(model, (adapter,))
+
+
+def _freeze(survey: Survey) -> None:
+    """Let nothing but factors require gradients; `eject` brings the flags back."""
+    factors = {p for layer in survey.layers.values() for p in layer.adapters.parameters()}
+    every = named_parameters(survey.model)  # a tied one under all its names
+    others = {name: p for name, p in every if p not in factors}
+    lazy = next((name for name, p in others.items() if nn.parameter.is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"{lazy} has no weight yet (it is lazy); run the model once before injecting"
+        )
+    survey.root._minilora_trainable = tuple(n for n, p in others.items() if p.requires_grad)
+    for parameter in others.values():
+        parameter.requires_grad_(False)

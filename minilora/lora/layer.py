@@ -44,7 +44,6 @@ class LoRALayer(nn.Module):
         super().__init__()
         self.base: Any = base
         self.adapters = nn.ModuleDict()
-        self.held = nn.ModuleDict()  # an adapter's trained copies of base parameters
         self.active: tuple[str, ...] = ()
         self.compute_dtype = compute_dtype
         self.backend = backend

@@ -16,14 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from minilora.files import read_tensors, tensor_content, write
-from minilora.lora.copies import (
+from minilora.lora.by_model import (
+    active_adapters,
     all_adapter_names,
     all_copies,
-    conflict,
     in_place,
     install,
+    known_adapters,
     original_parameters,
+    require_compatible,
+    require_layers,
+    require_unmerged,
 )
+from minilora.lora.copies import is_copy
 from minilora.lora.kinds import LoRAConv2d, LoRAEmbedding, LoRALinear, acts_as_linear, is_conv1d
 from minilora.lora.layer import (
     LoRALayer,
@@ -33,12 +38,6 @@ from minilora.lora.layer import (
     weight_sample,
 )
 from minilora.lora.modes import inference
-from minilora.lora.switching import (
-    active_adapters,
-    known_adapters,
-    require_layers,
-    require_unmerged,
-)
 from minilora.lora.wrappers import named_modules
 from minilora.quantization import QuantizedLinear, packed_format, weight_values
 
@@ -202,11 +201,11 @@ def _sharers(
     model: nn.Module, layers: dict[str, LoRALayer], plan: dict[str, tuple[str, ...]]
 ) -> dict[tuple[str, str], str]:
     """Return, for weights and biases that share memory with another tensor, that one's name."""
-    inside = tuple(f"{name}.{part}." for name in layers for part in ("adapters", "held"))
+    inside = tuple(f"{name}.adapters." for name in layers)
     spans = [
         (tensor.device, *_span(tensor), f"{name}.{key}")
         for name, module in named_modules(model)
-        if not f"{name}.".startswith(inside)
+        if not is_copy(name) and not f"{name}.".startswith(inside)
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]
         if tensor is not None
     ]
@@ -274,9 +273,7 @@ def merge(
     names = active_adapters(model) if adapters is None else known_adapters(model, adapters, "merge")
     if not names:
         raise ValueError("merge() needs an adapter: none is active and none was named")
-    problem = conflict(model, names)
-    if problem:
-        raise ValueError(problem)
+    require_compatible(model, names)
     plan = {n: tuple(a for a in names if a in layer.adapters) for n, layer in layers.items()}
     if adapters is None:
         plan = {n: layer.active for n, layer in layers.items()}

@@ -6,9 +6,10 @@ matched here along all ways at once (Thompson 1968): an int stands for a set of 
 name, bit i for the one before character i.
 """
 
+import difflib
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 try:
@@ -113,6 +114,31 @@ def after_dots(name: str) -> list[int]:
 
 
 compiled_pattern = functools.lru_cache(maxsize=10_000)(Pattern)
+
+
+def compile_ending(pattern: str, what: str) -> Pattern:
+    """Compile a pattern whose `ends` is PEFT's rule for the keys of rank_pattern."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{what} must have regex strings as keys, found {short(pattern)}")
+    return compiled_pattern(pattern, what)
+
+
+def pattern_value(name: str, patterns: Mapping[str, float] | None, default: float) -> float:
+    """Return the value of the first pattern that ends `name`; see `compile_ending`."""
+    for pattern, value in (patterns or {}).items():
+        if compile_ending(pattern, "a pattern").ends(name):
+            return value
+    return default
+
+
+def nearest(entry: str, names: Iterable[str]) -> str:
+    """Say which names may have been meant: whole ones and their endings, by spelling."""
+    names = list(names)
+    pool = {name[start:] for name in names for start in (0, *after_dots(name))}
+    if close := difflib.get_close_matches(entry, sorted(pool), n=3, cutoff=0.5):
+        return f"did you mean {', '.join(close)}?"
+    last = sorted({name.rpartition(".")[2] for name in names})[:12]
+    return f"the linears end in: {', '.join(last)}"
 
 
 def _inner(op: Any, value: Any) -> Iterable[Any]:

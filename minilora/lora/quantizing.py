@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from minilora.lora.injection import places_of
 from minilora.lora.kinds import acts_as_linear, is_conv1d
-from minilora.lora.layer import lora_layers
-from minilora.lora.selection import plain_modules, select_targets
+from minilora.lora.selection import select_targets
+from minilora.lora.survey import Survey
 from minilora.quantization import (
     Quantization,
     QuantizedLinear,
@@ -44,15 +43,14 @@ def quantize(
             them) or `"int4"` (groups with small integer steps, multiplied through INT8).
         targets: as for `inject`: every Linear and Conv1D but the head, unless named. A head named
             here is unshared from its embedding, which stays as it is.
-        exclude: as for `inject`.
-        layers: as for `inject`.
+        exclude, layers: as for `inject`.
         block_size: weights that share a scale: 32 to 4096 in powers of two for nf4; 32, 64 or 128
             for int4, dividing the layer's inputs. int8 has none.
         double_quant: store nf4's scales in 8 bits.
         compute: how int8 and int4 multiply in the forward: `"int8"` (rows of the input are
             quantized too), `"dequantize"` or `"auto"`: int8 on a CPU with VNNI or AMX, or with
             AVX2 and a C compiler (see `QuantizedLinear`).
-        grad_compute: likewise for the gradient of the input.
+        grad_compute: the same for the gradient of the input.
         outliers: how many input channels, those with the largest values of the batch, int8 and
             int4 multiply in floating point in the forward (at most a 16th of them). It brings the
             loss closer to the plain model's, and makes a row depend on the others of its batch.
@@ -69,31 +67,32 @@ def quantize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize() needs an nn.Module, found {type(model).__name__}")
     spec = Quantization(format, block_size, double_quant, compute, grad_compute, outliers)
-    if any(layer.merged for layer in lora_layers(model).values()):
+    survey = Survey(model)
+    if survey.merged:
         raise RuntimeError("quantize() needs unmerged weights; call minilora.unmerge(model) first")
-    modules = plain_modules(model)
-    chosen = {name: modules[name] for name in select_targets(model, targets, exclude, layers)}
-    for name, module in chosen.items():
-        check_quantizable(name, module, spec)
-    for module in chosen.values():
-        with torch.no_grad():
-            small = quantized(module, spec)
-        for parent, child in places_of(model, module):
-            parent._modules[child] = small
+    chosen = select_targets(survey, targets, exclude, layers)
+    for name in chosen:
+        check_quantizable(name, survey.modules[name], spec)
+        if f"{name}.weight" in survey.originals:
+            raise ValueError(
+                f"quantize() replaces weights, but an adapter trains a copy of {name}.weight "
+                f"(modules_to_save); leave it out with exclude=[{name!r}]"
+            )
+    with survey.originals_in_place():
+        for name in chosen:
+            with torch.no_grad():
+                small = quantized(survey.modules[name], spec)
+            survey.exchange(name, small)
     return model
 
 
 def check_quantizable(name: str, module: Any, spec: Quantization, values: bool = True) -> None:
     """Raise unless this module can be stored in the format; `values` looks for NaN too."""
-    if isinstance(module, QuantizedLinear):
+    stored = module.spec.format if isinstance(module, QuantizedLinear) else packed_format(module)
+    if stored:
         raise ValueError(
-            f"{name} is quantized already ({module.spec.format}); quantize a model loaded in full "
-            f"precision, or leave that layer out with exclude=[{name!r}]"
-        )
-    if packed_format(module):
-        raise ValueError(
-            f"{name} is quantized already ({packed_format(module)}); quantize a model loaded in "
-            f"full precision, or leave that layer out with exclude=[{name!r}]"
+            f"{name} is quantized already ({stored}); quantize a model loaded in full precision, "
+            f"or leave that layer out with exclude=[{name!r}]"
         )
     if not (type(module) is nn.Linear or is_conv1d(module) or acts_as_linear(module)):
         raise ValueError(

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.lora.copies import original_parameters
-from minilora.lora.layer import lora_layers, weight_sample
-from minilora.lora.selection import parameter_places, plain_modules
-from minilora.lora.wrappers import unwrapped
+from minilora.lora.layer import weight_sample
+from minilora.lora.survey import Survey
 from minilora.quantization import QuantizedLinear
 
 # transformers puts this on every parameter that it has read from a checkpoint.
@@ -25,7 +23,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def frozen_values(
-    model: nn.Module, adapted: Container[str], copied: Container[str]
+    model: nn.Module | Survey, adapted: Container[str], copied: Container[str]
 ) -> dict[str, Tensor]:
     """Return the base's own values that an adapter does not bring along, by dotted name.
 
@@ -37,20 +35,20 @@ def frozen_values(
         adapted: layers whose weight has its own fingerprint.
         copied: parameters of which the adapter has a trained copy.
     """
-    own = original_parameters(model)
-    merged = {fqn: layer for fqn, layer in lora_layers(model).items() if layer.merged}
+    survey = Survey.of(model)
+    merged = {fqn: layer for fqn, layer in survey.layers.items() if layer.merged}
     changed = {f"{fqn}.weight" for fqn in merged} | {
         f"{fqn}.bias" for fqn, layer in merged.items()
         if any(name not in layer.adapters or layer.adapters[name].lora_bias is not None
                for name in layer.merged)
     }  # fmt: skip
     found: dict[str, Any] = {}
-    for name, (module, key) in parameter_places(model).items():
+    for name, (module, key) in survey.parameters.items():
         layer = name.rpartition(".")[0]
         held = name in copied or name in changed or (key == "weight" and layer in adapted)
         if not held and (key == "bias" or not isinstance(module, QuantizedLinear)):
-            found[name] = own.get(name, module._parameters[key])
-    for name, module in {"": unwrapped(model), **plain_modules(model)}.items():
+            found[name] = survey.original(name)
+    for name, module in survey.everything.items():
         if name not in merged and not isinstance(module, QuantizedLinear):
             for key, buffer in module._buffers.items():
                 if key not in module._non_persistent_buffers_set:
@@ -127,15 +125,14 @@ def difference(values: Mapping[str, Tensor], description: str) -> str | None:
     return None
 
 
-def drawn_modules(model: nn.Module, copied: Container[str] = ()) -> list[str]:
+def drawn_modules(model: nn.Module | Survey, copied: Container[str] = ()) -> list[str]:
     """Return the modules with values drawn at random, not `copied`, beside those of a checkpoint.
 
     Known for models of transformers' `from_pretrained` alone: what it did not read is a new head,
     a layer put in afterwards, or a vocabulary that has grown. Constant values count as known.
     """
-    own = original_parameters(model)
-    places = parameter_places(model)
-    values: dict[str, Any] = {n: own.get(n, m._parameters[k]) for n, (m, k) in places.items()}
+    survey = Survey.of(model)
+    values = {name: survey.original(name) for name in survey.parameters}
     codes = {n.rpartition(".")[0] for n, value in values.items() if not value.is_floating_point()}
     values = {
         n: value for n, value in values.items()
@@ -144,15 +141,14 @@ def drawn_modules(model: nn.Module, copied: Container[str] = ()) -> list[str]:
     unread = {n: value for n, value in values.items() if not getattr(value, _READ, False)}
     if 2 * len(unread) > len(values):  # made from a config, or the marks are lost
         return []
-    drawn = {id(v) for v in unread.values() if bool(v.detach().min() != v.detach().max())}
-    drawn |= _grown(model)
-    found = [n for n, value in values.items() if id(value) in drawn and n not in copied]
+    drawn = {v for v in unread.values() if bool(v.detach().min() != v.detach().max())}
+    drawn |= _grown(survey.root)
+    found = [n for n, value in values.items() if value in drawn and n not in copied]
     return list(dict.fromkeys(name.rpartition(".")[0] for name in found))
 
 
-def _grown(model: nn.Module) -> set[int]:
-    """Return the ids of embedding and head, if the stored config has another vocabulary."""
-    root = unwrapped(model)
+def _grown(root: Any) -> set[nn.Parameter]:
+    """Return the weights of embedding and head, if the stored config has another vocabulary."""
     config, name = getattr(root, "config", None), getattr(root, "name_or_path", None)
     read = getattr(type(config), "from_pretrained", None)
     if read is None or not name:
@@ -163,4 +159,4 @@ def _grown(model: nn.Module) -> set[int]:
     except (OSError, ValueError, AttributeError):
         return set()
     ends = (root.get_input_embeddings(), root.get_output_embeddings())
-    return {id(end.weight) for end in ends if end is not None and stored != here}
+    return {end.weight for end in ends if end is not None and stored != here}

@@ -1,6 +1,5 @@
 """Which layers take an adapter: strict selection by name, and its dry run."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +9,12 @@ from torch import nn
 
 from minilora.files import one_line, short
 from minilora.lora.bare_parameters import bare_match, unreached
+from minilora.lora.config import AdapterConfig
 from minilora.lora.kinds import is_linear, layer_class, unsupported
-from minilora.lora.layer import LoRALayer, lora_layers
-from minilora.lora.patterns import Pattern, after_dots, compiled_pattern
-from minilora.lora.wrappers import named_modules, unwrapped
+from minilora.lora.layer import LoRALayer
+from minilora.lora.patterns import after_dots, compiled_pattern, nearest
+from minilora.lora.survey import Survey, parents, split_block
 from minilora.quantization import QuantizedLinear, packed_linear
-
-MOST_RANK = 2**16
-_HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
 
 
 @dataclass(frozen=True)
@@ -76,48 +73,6 @@ class TargetList(list[Target]):
         return "\n".join(lines)
 
 
-def plain_modules(model: nn.Module) -> dict[str, Any]:
-    """Return every module by dotted name as if nothing were injected (what LoRA wraps is shown)."""
-    inside = tuple(f"{name}." for name in lora_layers(model))
-    return {
-        name: module.base if isinstance(module, LoRALayer) else module
-        for name, module in named_modules(model)
-        if name and not (inside and name.startswith(inside))
-    }
-
-
-def parameter_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return which module holds each of the plain model's parameters, and as what, by name."""
-    return {
-        f"{name}.{key}" if name else key: (module, key)
-        for name, module in {"": unwrapped(model), **plain_modules(model)}.items()
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    }
-
-
-def find_head(model: nn.Module) -> str | None:
-    """Return the dotted name of the output head, which "all-linear" leaves out.
-
-    It is what `get_output_embeddings()` returns, else a Linear that shares its weight with an
-    Embedding, else a root-level Linear named lm_head, embed_out, score or classifier.
-    """
-    modules = plain_modules(model)
-    model = unwrapped(model)
-    getter = getattr(model, "get_output_embeddings", None)
-    if callable(getter):
-        head = getter()
-        head = head.base if isinstance(head, LoRALayer) else head
-        for name, module in modules.items():
-            if head is not None and module is head:
-                return name
-    tied = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    for name, module in modules.items():
-        if is_linear(module) and id(module._parameters.get("weight")) in tied:
-            return name
-    return next((n for n in _HEAD_NAMES if is_linear(modules.get(n, model))), None)
-
-
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """Return [N, K] of the matrix an adapter adds to; a kernel counts as `[out, in·kh·kw]`."""
     kind = layer_class(module)
@@ -129,24 +84,12 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     return N, K
 
 
-def _entry_matches(entry: str, name: str) -> bool:
-    return name == entry or name.endswith("." + entry)
+def _ends(name: str, entry: str) -> bool:
+    return f".{name}".endswith(f".{entry}")
 
 
-def _nearest(entry: str, names: Iterable[str]) -> str:
-    """Name what the user may have meant: whole names and their endings, by spelling."""
-    pool: set[str] = set()
-    for name in names:
-        parts = name.split(".")
-        pool.update(".".join(parts[i:]) for i in range(len(parts)))
-    found = difflib.get_close_matches(entry, sorted(pool), n=3, cutoff=0.5)
-    last = sorted({name.rpartition(".")[2] for name in names})[:12]
-    return (
-        f"did you mean {', '.join(found)}?" if found else f"the linears end in: {', '.join(last)}"
-    )
-
-
-def _string_list(value: object, what: str) -> list[str]:
+def string_list(value: object, what: str) -> list[str]:
+    """Return the names in a list of them, else raise."""
     if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
         entries = list(value)
         if all(isinstance(entry, str) and entry for entry in entries):
@@ -156,116 +99,116 @@ def _string_list(value: object, what: str) -> list[str]:
     )
 
 
-def _select(modules: dict[str, Any], spec: object, what: str, model: nn.Module) -> dict[str, Any]:
-    """Resolve "all-linear", a regex or a list of entries; every entry has to match a layer."""
-    # Another library's packed linears are selected too, to be refused by name unless excluded.
-    packed = {name for name, m in modules.items() if packed_linear(m)}
-    linears = {name: m for name, m in modules.items() if is_linear(m) or name in packed}
-    if spec == "all-linear":
-        head = find_head(model)
-        found = {name: m for name, m in linears.items() if name != head}
-        if not found:
-            raise ValueError(
-                f"targets='all-linear' must find a linear layer besides the head, found none in "
-                f"{type(model).__name__}"
-            )
-        return found
-    layers = {n: m for n, m in modules.items() if layer_class(m) is not None or n in packed}
-    if isinstance(spec, str):
-        pattern = compiled_pattern(spec, what)
-        found = {name: m for name, m in layers.items() if pattern.fullmatch(name)}
-        if not found:
-            meant = bare_match(pattern.fullmatch, modules)
+class _Selection:
+    """What `targets` or `exclude` (`what`) may choose from, and what it does choose."""
+
+    def __init__(self, survey: Survey, what: str):
+        self.survey, self.what = survey, what
+        # Another library's packed linears are selected too, to be refused by name unless excluded.
+        self.linears = [n for n, m in survey.modules.items() if is_linear(m) or packed_linear(m)]
+        self.layers = {n for n, m in survey.modules.items() if layer_class(m) is not None}
+        self.layers.update(self.linears)
+
+    def of(self, spec: object) -> list[str]:
+        """Resolve "all-linear", a regex or a list of entries; every entry has to match a layer."""
+        if spec == "all-linear":
+            found = [name for name in self.linears if name != self.survey.head]
+            if not found:
+                raise ValueError(
+                    f"targets='all-linear' must find a linear layer besides the head, found none "
+                    f"in {type(self.survey.root).__name__}"
+                )
+            return found
+        if isinstance(spec, str):
+            return self.by_regex(spec)
+        entries = string_list(spec, self.what)
+        if not entries and self.what == "targets":
+            raise ValueError("targets must name at least one layer, found an empty list")
+        chosen = {name for entry in entries for name in self.by_entry(entry)}
+        return [name for name in self.survey.modules if name in chosen]
+
+    def by_regex(self, spec: str) -> list[str]:
+        pattern = compiled_pattern(spec, self.what)
+        found = [n for n in self.survey.modules if n in self.layers and pattern.fullmatch(n)]
+        if found:
+            return found
+        meant = bare_match(pattern.fullmatch, self.survey)
+        if meant is not None:
+            raise ValueError(f"{self.what}={short(spec)} must match layers, but {meant}")
+        hint = nearest(spec, self.linears)
+        if spec.isidentifier():
+            hint = f"for module names pass a list: {self.what}=[{short(spec)}]"
+        raise ValueError(
+            f"{self.what}={short(spec)} is a regex over whole dotted names and must match a "
+            f"linear, embedding or convolution, found no match; {hint}"
+        )
+
+    def by_entry(self, entry: str) -> list[str]:
+        found = [name for name in self.survey.modules if _ends(name, entry)]
+        if self.what == "targets" and self.layers.isdisjoint(found):
+            meant = bare_match(partial(_ends, entry=entry), self.survey)
             if meant is not None:
-                raise ValueError(f"{what}={short(spec)} must match layers, but {meant}")
-            hint = _nearest(spec, linears)
-            if spec.isidentifier():
-                hint = f"for module names pass a list: {what}=[{short(spec)}]"
+                raise ValueError(f"targets must name layers, but {entry!r} {meant}")
+        if not found:
             raise ValueError(
-                f"{what}={short(spec)} is a regex over whole dotted names and must match a linear, "
-                f"embedding or convolution, found no match; {hint}"
+                f"every entry of {self.what} must match a module, {short(entry)} matches none; "
+                f"{nearest(entry, self.linears)}"
             )
-        return found
-    entries = _string_list(spec, what)
-    if not entries and what == "targets":
-        raise ValueError("targets must name at least one layer, found an empty list")
-    found = {}
-    for entry in entries:
-        hits = {name: m for name, m in modules.items() if _entry_matches(entry, name)}
-        hit_layers = any(name in layers for name in hits)
-        meant = None if hit_layers else bare_match(partial(_entry_matches, entry), modules)
-        if meant is not None and what == "targets":
-            raise ValueError(f"targets must name layers, but {entry!r} {meant}")
-        if not hits:
-            raise ValueError(
-                f"every entry of {what} must match a module, {short(entry)} matches none; "
-                f"{_nearest(entry, linears)}"
-            )
-        wrong = next((name for name in hits if name not in layers), None)
-        if wrong is not None and what == "targets":
-            kind = type(hits[wrong]).__name__
+        wrong = next((name for name in found if name not in self.layers), None)
+        if wrong is not None and self.what == "targets":
             raise ValueError(
                 f"targets must name linear layers, embeddings or 2-D convolutions, {short(entry)} "
-                f"matches {wrong}, a {kind}; {_nearest(entry, linears)}"
+                f"matches {wrong}, a {type(self.survey.modules[wrong]).__name__}; "
+                f"{nearest(entry, self.linears)}"
             )
-        found.update(hits)
-    return {name: m for name, m in modules.items() if name in found}
-
-
-def _refuse_attention_children(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    parents = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    read = {id(child) for parent in parents for child in parent.children()}
-    for name, module in chosen.items():
-        if id(module) in read:
-            raise ValueError(
-                f"{name} can't take LoRA: nn.MultiheadAttention reads {name}.weight itself and "
-                f"never calls the module, so an adapter there would do nothing; leave it out with "
-                f"exclude=[{name!r}]"
-            )
+        return found
 
 
 def select_targets(
-    model: nn.Module,
+    model: nn.Module | Survey,
     targets: object = "all-linear",
     exclude: object = (),
     layers: Iterable[int] | None = None,
     layers_pattern: Iterable[str] | str | None = None,
 ) -> list[str]:
     """Resolve `targets` minus `exclude`, in blocks `layers`, to dotted names in module order."""
-    modules = plain_modules(model)
-    model = unwrapped(model)
-    if layer_class(model) is not None or isinstance(model, LoRALayer):
+    survey = Survey.of(model)
+    if layer_class(survey.root) is not None or isinstance(survey.root, LoRALayer):
         raise ValueError(
             "the model itself is a single layer and has no parent to hold the wrapped one; put it "
             "into an nn.Sequential"
         )
-    chosen = _select(modules, targets, "targets", model)
+    chosen = _Selection(survey, "targets").of(targets)
     if layers is not None:
         chosen = _in_layers(chosen, layers, layers_pattern, targets)
     if not isinstance(exclude, str) and exclude not in (None, ()):
-        exclude = _string_list(exclude, "exclude")
+        exclude = string_list(exclude, "exclude")
     if exclude:
-        dropped = _select(modules, exclude, "exclude", model)
-        chosen = {
-            name: m
-            for name, m in chosen.items()
-            if not any(name == d or name.startswith(d + ".") for d in dropped)
-        }
+        dropped = set(_Selection(survey, "exclude").of(exclude))
+        chosen = [name for name in chosen if dropped.isdisjoint((name, *parents(name)))]
         if not chosen:
             raise ValueError(
                 f"exclude={short(exclude)} leaves no layer of targets={short(targets)}"
             )
-    _refuse_attention_children(model, chosen)
-    for name, module in chosen.items():
-        reason = unsupported(module)
+    modules = survey.modules
+    attention = [m for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
+    read = {child for parent in attention for child in parent.children()}
+    for name in chosen:
+        if modules[name] in read:
+            raise ValueError(
+                f"{name} can't take LoRA: nn.MultiheadAttention reads {name}.weight itself and "
+                f"never calls the module, so an adapter there would do nothing; leave it out with "
+                f"exclude=[{name!r}]"
+            )
+        reason = unsupported(modules[name])
         if reason is not None:
             raise ValueError(f"{name} {reason}")
-    return list(chosen)
+    return chosen
 
 
 def _in_layers(
-    chosen: dict[str, Any], layers: object, pattern: Iterable[str] | str | None, targets: object
-) -> dict[str, Any]:
+    chosen: list[str], layers: object, pattern: Iterable[str] | str | None, targets: object
+) -> list[str]:
     """Keep what lies in the blocks with these numbers: a name's first, or where `pattern` says."""
     given = [layers] if isinstance(layers, int) else layers
     wanted: list[Any] = list(given) if isinstance(given, Iterable) else [None]
@@ -274,73 +217,29 @@ def _in_layers(
             f"layers must be block numbers, a list of whole numbers, found {short(layers)}"
         )
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())
-    kept, there = {}, set()
-    for name, module in chosen.items():
-        number = _block_number(name, patterns)
-        if number is not None:
-            there.add(number)
-            if number in wanted:
-                kept[name] = module
+    numbers = {name: _block_number(name, patterns) for name in chosen}
+    there = {number for number in numbers.values() if number is not None}
     missing = sorted(set(wanted) - there)
     if missing or not wanted:
-        numbers = one_line(", ".join(map(str, sorted(there))), 200) or "no numbered blocks"
+        known = one_line(", ".join(map(str, sorted(there))), 200) or "no numbered blocks"
         raise ValueError(
             f"layers must name blocks that hold targets={short(targets)}, found "
-            f"{short(missing) if missing else 'none'}; there are: {numbers}"
+            f"{short(missing) if missing else 'none'}; there are: {known}"
         )
-    return kept
+    return [name for name in chosen if numbers[name] in wanted]
 
 
 def _block_number(name: str, patterns: list[str]) -> int | None:
     """Return the number of a name's block: the first in it, or the last that `patterns` precede."""
-    parts = name.split(".")
-    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
     if not patterns:
-        return int(parts[numbered[0]]) if numbered else None
+        return split_block(name)[1]
     for pattern in patterns:
         rule = compiled_pattern(pattern, "layers_pattern")
-        for i in reversed(numbered):
-            before = ".".join(parts[:i])
-            if rule.fullmatch(before, after_dots(before)):
-                return int(parts[i])
+        for outer in parents(name):
+            before, _, number = outer.rpartition(".")
+            if number.isdecimal() and rule.fullmatch(before, after_dots(before)):
+                return int(number)
     return None
-
-
-def compile_ending(pattern: str, what: str) -> Pattern:
-    """Compile a pattern whose `ends` is PEFT's rule for the keys of rank_pattern."""
-    if not isinstance(pattern, str):
-        raise TypeError(f"{what} must have regex strings as keys, found {short(pattern)}")
-    return compiled_pattern(pattern, what)
-
-
-def pattern_value(name: str, patterns: Mapping[str, float] | None, default: float) -> float:
-    """Return the value of the first pattern that ends `name`; see `compile_ending`."""
-    for pattern, value in (patterns or {}).items():
-        if compile_ending(pattern, "a pattern").ends(name):
-            return value
-    return default
-
-
-def check_patterns(patterns: Mapping[str, float] | None, names: list[str], what: str) -> None:
-    """Raise unless every pattern is a regex that matches one of the names."""
-    if not isinstance(patterns, (Mapping, type(None))):
-        raise TypeError(f"{what} must be a mapping of regex: number, found {short(patterns)}")
-    for pattern in patterns or {}:
-        compiled = compile_ending(pattern, what)
-        if not any(compiled.ends(name) for name in names):
-            raise ValueError(
-                f"every key of {what} must match a target, {short(pattern)} matches none; "
-                f"{_nearest(pattern, names)}"
-            )
-
-
-def check_rank(r: object, what: str = "r") -> int:
-    """Return r if it is a whole number from 1 to `MOST_RANK`, else raise."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, found {short(r)}")
-    if r > MOST_RANK:
-        raise ValueError(f"{what} must be at most {MOST_RANK:,}, found {short(r)}")
-    return r
 
 
 def targets(
@@ -356,11 +255,8 @@ def targets(
 
     Args:
         model: any module; not changed.
-        targets: as for `inject`.
-        exclude: as for `inject`.
-        layers: as for `inject`.
-        r: as for `inject`.
-        rank_pattern: as for `inject`.
+        targets: as for `inject`, like the options that follow.
+        exclude, layers, r, rank_pattern: see there.
 
     Returns:
         A list of `Target` (name, shape, r, parameters, head marked) that prints as a table.
@@ -369,24 +265,21 @@ def targets(
         ValueError: what `inject` would refuse.
     """
     if not isinstance(targets, str):
-        targets = _string_list(targets, "targets")
-    chosen = set(select_targets(model, targets, exclude, layers))
-    check_rank(r)
-    check_patterns(rank_pattern, list(chosen), "rank_pattern")
-    head = find_head(model)
+        targets = string_list(targets, "targets")
+    survey = Survey(model)
+    chosen = select_targets(survey, targets, exclude, layers)
+    scale = AdapterConfig(r=r, rank_pattern=rank_pattern).scale(chosen)
     rows = (
         Target(
             name,
             *matrix_shape(module)[::-1],
-            check_rank(pattern_value(name, rank_pattern, r), "rank_pattern"),
-            name == head,
-            name in chosen,
+            scale[name]["r"] if name in scale else r,
+            name == survey.head,
+            name in scale,
         )
-        for name, module in plain_modules(model).items()
-        if is_linear(module) or name in chosen
+        for name, module in survey.modules.items()
+        if name in scale or is_linear(module)
     )
-    counts = {
-        entry: sum(_entry_matches(entry, name) for name in chosen)
-        for entry in (() if isinstance(targets, str) else targets)
-    }
-    return TargetList(rows, counts, unreached({"": model, **plain_modules(model)}))
+    entries = () if isinstance(targets, str) else targets
+    counts = {entry: sum(_ends(name, entry) for name in chosen) for entry in entries}
+    return TargetList(rows, counts, unreached(survey))

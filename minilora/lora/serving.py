@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from minilora.lora.copies import all_adapter_names, copies_of
+from minilora.lora.by_model import all_adapter_names, copies_of, require_layers, require_unmerged
 from minilora.lora.layer import LoRALayer
-from minilora.lora.switching import require_layers, require_unmerged
 from minilora.lora.threads import claimed
 
 BASE = "base"

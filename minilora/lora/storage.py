@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.lora.layer import lora_layers
-from minilora.lora.selection import matrix_shape, plain_modules, select_targets
-from minilora.lora.wrappers import named_modules
+from minilora.lora.kinds import is_linear
+from minilora.lora.selection import matrix_shape, select_targets
+from minilora.lora.survey import Survey
 from minilora.quantization import Quantization, QuantizedLinear, packed_format
 
 
@@ -64,55 +64,54 @@ def sizes(
     Args:
         model: any module, on the meta device too; not changed.
         format: as for `minilora.quantize`, or None to count what is there.
-        targets: likewise.
-        exclude: likewise.
-        layers: likewise.
-        block_size: likewise.
-        double_quant: likewise.
+        targets, exclude, layers, block_size, double_quant: as for `minilora.quantize`.
         dtype: count floating-point parameters of the base as this; None as they are.
 
     Raises:
         ValueError: what `minilora.quantize` would refuse by shape.
     """
     found = dict.fromkeys(vars(Sizes()), 0)
-    modules = plain_modules(model)
-    chosen: dict[str, Quantization] = {}
+    survey = Survey(model)
+    chosen: dict[str, dict[str, int]] = {}  # the bytes of a layer's codes and scales
     if format is not None:
         spec = Quantization(format, block_size, double_quant)
-        chosen = dict.fromkeys(select_targets(model, targets, exclude, layers), spec)
-        for name in chosen:
-            reason = spec.problem(*matrix_shape(modules[name]))
+        for name in select_targets(survey, targets, exclude, layers):
+            shape = matrix_shape(survey.modules[name])
+            reason = spec.problem(*shape)
             if reason is not None:
                 raise ValueError(f"{name} {reason}")
-    owners: dict[int, Any] = {id(m): name for name, m in modules.items()}
-    inside = tuple(f"{n}.{part}." for n in lora_layers(model) for part in ("adapters", "held"))
-    embedded = {id(m._parameters.get("weight")) for m in modules.values()
-                if isinstance(m, nn.Embedding)}  # fmt: skip
-    seen: set[int] = set()
-    for fqn, module in named_modules(model):
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            chosen[name] = spec.nbytes(*shape)
+    embedded = {survey.original(f"{n}.weight") for n, m in survey.modules.items()
+                if isinstance(m, nn.Embedding) and f"{n}.weight" in survey.parameters}  # fmt: skip
+    seen: set[Any] = set()
+    replaced: set[Any] = set()
+    for fqn, module in survey.everything.items():
+        for key, held in [*module._parameters.items(), *module._buffers.items()]:
+            name = f"{fqn}.{key}" if fqn else key
+            tensor: Any = survey.original(name) if name in survey.parameters else held
             if tensor is None:
                 continue
-            asked = chosen.get(owners.get(id(module), ""))
-            if name == "weight" and asked is not None:  # a head quantized apart is counted so
-                for part, size in asked.nbytes(*matrix_shape(module)).items():
+            if key == "weight" and fqn in chosen:  # a head quantized apart is counted so
+                for part, size in chosen[fqn].items():
                     found["codes" if part == "codes" else "scales"] += size
+                replaced.add(tensor)
                 continue
-            if id(tensor) in seen:
+            if tensor in seen:
                 continue
-            seen.add(id(tensor))
-            cast = dtype is not None and tensor.is_floating_point()
-            size = tensor.numel() * (dtype.itemsize if cast and dtype else tensor.element_size())
-            if f"{fqn}.".startswith(inside):
-                found["adapters"] += tensor.numel() * tensor.element_size()
-            elif isinstance(module, QuantizedLinear) and name != "bias":
-                found["codes" if name == "codes" else "scales"] += size
-            elif name == "weight" and packed_format(module):
-                found["codes"] += size  # its scales are no tensors of the module
-            elif id(tensor) in embedded:
-                found["embeddings"] += size
-            else:
-                linear = isinstance(module, (nn.Linear, QuantizedLinear))
-                linear = linear or type(module).__name__ == "Conv1D"
-                found["linears" if linear else "other"] += size
+            seen.add(tensor)
+            cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            found[_component(module, key, tensor in embedded)] += tensor.numel() * cast.itemsize
+    for tensor in {*model.parameters(), *model.buffers()} - seen - replaced:
+        found["adapters"] += tensor.numel() * tensor.element_size()
     return Sizes(**found)
+
+
+def _component(module: Any, key: str, embedded: bool) -> str:
+    """Return which of `Sizes` one of a module's tensors counts to."""
+    if isinstance(module, QuantizedLinear) and key != "bias":
+        return "codes" if key == "codes" else "scales"
+    if key == "weight" and packed_format(module):
+        return "codes"  # its scales are no tensors of the module
+    if embedded:
+        return "embeddings"
+    return "linears" if is_linear(module) or type(module).__name__ == "Conv1D" else "other"

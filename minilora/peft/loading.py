@@ -102,7 +102,7 @@ def load(
     with originals_in_place(model):
         factors, copies = _Files(model, folder, verify).read(dtype, verify)
     if present:
-        _swap(model, adapter, factors, {} if copies is None else copies.items())
+        _swap(model, adapter, factors, {} if copies is None else copies.by_name)
         return model
     attach(model, factors, adapter, copies, compute_dtype=compute, backend=backend)
     set_trainable(model, adapter, trainable)
@@ -147,7 +147,7 @@ class _Files:
             check_base(self.model, self.folder, self.metadata, factors, copied)
             self._check_frozen(frozen)
         modules = [*self.options["modules_to_save"], *(n.rpartition(".")[0] for n in replaced)]
-        copies = TrainedCopies(values, self.options["bias"], dict.fromkeys(modules))
+        copies = TrainedCopies(values, self.options["bias"], list(dict.fromkeys(modules)))
         return factors, copies if values else None
 
     def _targets(self) -> dict[str, bool]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from minilora.lora import (
     Fit,
     LayerFit,
+    Survey,
     add_frozen,
     check_new_name,
     check_rank,
@@ -21,7 +22,7 @@ from minilora.lora import (
     require_unmerged,
     stored_dtype,
 )
-from minilora.peft.saving import only_adapter, save_adapter
+from minilora.peft.saving import save_adapter
 
 
 def _converted(
@@ -122,7 +123,7 @@ def export(
     """
     layers = require_layers(model, "export")
     require_unmerged(layers, "export")
-    adapter = only_adapter(model) if adapter is None else adapter
+    adapter = Survey(model).adapter(adapter, "export")
     made = _converted(model, adapter, r, dtype, "export")
     rank = max(len(A) for A, _, _ in made.values())
     fits, new = [], {}

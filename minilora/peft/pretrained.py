@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.lora import active_adapters, lora_layers, write_pretrained_by
+from minilora.lora import active_adapters, is_copy, lora_layers, write_pretrained_by
 from minilora.peft.saving import save_adapter
 from minilora.quantization import QuantizedLinear
 
@@ -30,7 +30,7 @@ def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
         part = "" if fqn is None else name[len(fqn) + 1 :]
         if part.startswith("base."):
             found[f"{fqn}.{part.removeprefix('base.')}"] = value
-        elif not part.startswith("held.") and not (merged and part.startswith("adapters.")):
+        elif not is_copy(name) and not (merged and part.startswith("adapters.")):
             found[name] = value
     return found
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minilora.lora import (
     LoRAAdapter,
+    Survey,
     all_adapter_names,
     check_whole,
     copies_of,
@@ -18,7 +19,6 @@ from minilora.lora import (
     drawn_modules,
     factors_of,
     frozen_values,
-    lora_layers,
     original_parameters,
     parameter_places,
     require_layers,
@@ -58,8 +58,9 @@ def save(
             a parameter outside the adapter that is being trained.
         RuntimeError: the folder can't be written; what was there before stays.
     """
-    require_layers(model, "save")
-    adapter = only_adapter(model) if adapter is None else adapter
+    survey = Survey(model)
+    survey.require_layers("save")
+    adapter = survey.adapter(adapter, "save")
     return save_adapter(
         model, Path(folder) if adapter == "default" else Path(folder) / adapter, adapter, base_name
     )
@@ -102,16 +103,6 @@ def save_adapter(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_pair(out, tensors, metadata, text.encode())
     return out
-
-
-def only_adapter(model: nn.Module) -> str:
-    """Return the adapter meant by None: the only one, or the only one in use."""
-    names = all_adapter_names(model)
-    used = {name for layer in lora_layers(model).values() for name in layer.merged or layer.active}
-    for choice in (names, list(used)):
-        if len(choice) == 1:
-            return choice[0]
-    raise ValueError(f"several adapters are there ({', '.join(names)}); say which with adapter=...")
 
 
 def _tensors(

@@ -1,6 +1,5 @@
 """Switch an adapter off in parts of a model, or on in one part alone, and measure the loss."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from minilora.data import Example
-from minilora.lora import active_adapters, claimed, copies_of, install, lora_layers
+from minilora.lora import active_adapters, claimed, copies_of, install, lora_layers, split_block
 from minilora.report.tokens import measured, token_losses
 
 COPIES = "trained copies"
@@ -40,17 +39,9 @@ class Ablation:
     gain_error: float
 
 
-def place_of(name: str) -> tuple[str, int | None, str]:
-    """Split a dotted name at its first number: the stack of blocks, the block, what is in it."""
-    found = re.search(r"(.*?)(?:^|\.)(\d+)\.(.+)", name)
-    if found is None:
-        return "", None, name
-    return found.group(1), int(found.group(2)), found.group(3)
-
-
 def stacks_of(names: Sequence[str]) -> list[str]:
     """Return the stacks of blocks; an encoder and a decoder are two."""
-    places = map(place_of, names)
+    places = map(split_block, names)
     return list(dict.fromkeys(stack for stack, block, _ in places if block is not None))
 
 
@@ -59,7 +50,7 @@ def kinds_of(names: Sequence[str]) -> dict[str, str]:
 
     Where there are several stacks of blocks, the stack is part of it.
     """
-    whole = {name: place_of(name)[2] for name in names}
+    whole = {name: split_block(name)[2] for name in names}
     short: dict[str, set[str]] = {}
     for kind in whole.values():
         short.setdefault(kind.rpartition(".")[2], set()).add(kind)
@@ -68,7 +59,7 @@ def kinds_of(names: Sequence[str]) -> dict[str, str]:
     for name, kind in whole.items():
         last = kind.rpartition(".")[2]
         said = last if len(short[last]) == 1 and not last.isdigit() else kind
-        stack = place_of(name)[0]
+        stack = split_block(name)[0]
         kinds[name] = f"{stack}.{said}" if several and stack else said
     return kinds
 
@@ -107,7 +98,7 @@ def parts_of(model: nn.Module, adapter: str) -> list[tuple[str, str, list[str]]]
     blocks: dict[tuple[str, int | None], list[str]] = {}
     modules: dict[str, list[str]] = {}
     for name in names:
-        blocks.setdefault(place_of(name)[:2], []).append(name)
+        blocks.setdefault(split_block(name)[:2], []).append(name)
         modules.setdefault(kinds[name], []).append(name)
     parts = [("whole adapter", "all", names)]
     stacks = stacks_of(names)

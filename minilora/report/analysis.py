@@ -10,14 +10,16 @@ from torch import nn
 from minilora.data import Batches, Example, as_examples, learned_labels
 from minilora.lora import (
     Fit,
+    Survey,
     all_adapter_names,
     copies_of,
     lora_layers,
     original_parameters,
     require_layers,
     require_unmerged,
+    split_block,
 )
-from minilora.report.ablation import ablate, kinds_of, only, parts_of, place_of
+from minilora.report.ablation import ablate, kinds_of, only, parts_of
 from minilora.report.attention import Attention, attention_masses, word_ids
 from minilora.report.comparison import check_adapter, check_keep, compare, is_product, truncate
 from minilora.report.explanation import Behaviour, CopyReport, Explanation
@@ -86,7 +88,7 @@ def explain(
     """
     layers = require_layers(model, "explain")
     require_unmerged(layers, "explain")
-    adapter = _only(model) if adapter is None else adapter
+    adapter = Survey(model).adapter(adapter, "explain")
     check_keep(keep)
     for value, what, least in (
         (ablate_examples, "ablate_examples", 0), (top, "top", 0), (largest, "largest", 0),
@@ -114,7 +116,7 @@ def explain(
     reports = []
     for name, layer in mine.items():
         say(f"reading {name}")
-        block = place_of(name)[1]
+        block = split_block(name)[1]
         reports.append(layer_report(name, block, kinds[name], layer, adapter, keep, largest))
     run = _Run(model, adapter, tokenizer, batch_size, pad_id, say)
     ranks = {report.name: report.suggested_r for report in reports}
@@ -129,13 +131,6 @@ def explain(
     )  # fmt: skip
     say("")
     return found
-
-
-def _only(model: nn.Module) -> str:
-    names = all_adapter_names(model)
-    if len(names) == 1:
-        return names[0]
-    raise ValueError(f"several adapters are there ({', '.join(names)}); say which with adapter=...")
 
 
 def _copies(model: nn.Module, adapter: str) -> tuple[CopyReport, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minilora.kernels import cache_folder, private_folder
-from minilora.lora import lora_layers, named_modules
+from minilora.lora import Survey, lora_layers
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # torch sets these itself, too
 _lock, _held = threading.Lock(), ExitStack()  # what is put back when nobody compiles any more
@@ -103,14 +103,8 @@ def settle_compile(choice: bool | str) -> tuple[bool, str | None]:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks that hold adapters: entries of the outermost such ModuleLists."""
-    found: dict[str, nn.Module] = {}
-    for name, module in named_modules(model):
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and lora_layers(module):
-            found[name] = module
-    blocks = [block for blocks in found.values() for block in blocks.children()]
-    return [block for block in blocks if lora_layers(block)]
+    """Return the repeated blocks that hold adapters."""
+    return [block for block in Survey(model).blocks.values() if lora_layers(block)]
 
 
 def _casts_run_again() -> AbstractContextManager[None]:

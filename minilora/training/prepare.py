@@ -15,6 +15,7 @@ from minilora.lora import (
     check_whole,
     copies_of,
     inference,
+    is_copy,
     named_parameters,
     require_finite,
     unwrapped,
@@ -132,7 +133,7 @@ def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dic
             )
     # A trained copy goes by the name of the parameter it stands for, not by where it is kept.
     names = named_parameters(model)
-    found: dict[Tensor, str] = {p: n for n, p in names if p in mine and ".held." not in n}
+    found: dict[Tensor, str] = {p: n for n, p in names if p in mine and not is_copy(n)}
     for one, name in found.items():
         if one.dtype == torch.float16:
             raise ValueError(

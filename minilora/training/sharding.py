@@ -12,6 +12,7 @@ from minilora.lora import (
     FROM_WEIGHT,
     LoRAAdapter,
     LoRALayer,
+    Survey,
     lora_layers,
     weight_device,
     weight_sample,
@@ -29,8 +30,7 @@ def shard(model: nn.Module) -> None:
     """Shard a model with adapters over all ranks by FSDP2, block by block.
 
     Frozen parameters of any dtype (codes in uint8 or int8, scales) are sharded beside the trained
-    ones, which must be of one dtype in each block. Blocks are the entries of the largest
-    `nn.ModuleList`.
+    ones, which must be of one dtype in each block.
 
     Raises:
         ValueError: an adapter with trained copies or of several dtypes.
@@ -38,35 +38,27 @@ def shard(model: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    layers = lora_layers(model)
-    for fqn, layer in layers.items():
-        if len(layer.held):
-            raise ValueError(
-                f"parallel='fsdp' shards factors only, but {fqn} has trained copies of base "
-                f"parameters (bias or modules_to_save); use parallel='ddp'"
-            )
+    survey = Survey(model)
+    for adapter in survey.copies:
+        raise ValueError(
+            f"parallel='fsdp' shards factors only, but {adapter!r} has trained copies of base "
+            f"parameters (bias or modules_to_save); use parallel='ddp'"
+        )
     dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         raise ValueError(
             f"parallel='fsdp' needs trained parameters of one dtype, found "
             f"{', '.join(sorted(dtypes))}; inject with one dtype"
         )
-    for fqn, layer in layers.items():  # the whole weight is not at hand later
+    for fqn, layer in survey.layers.items():  # the whole weight is not at hand later
         if layer.base_sample is None and weight_device(layer.base).type != "meta":
             layer.base_sample = weight_sample(fqn, weight_values(layer.base))
     device = next(model.parameters()).device.type
     mesh = init_device_mesh("cpu" if device == "meta" else device, (dist.get_world_size(),))
-    for module in (*blocks(model), model):
+    for module in (*survey.blocks.values(), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if callable(getattr(model, "loss", None)):
         register_fsdp_forward_method(model, "loss")
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the entries of the module list with the most parameters."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in entries.parameters()) for entries in lists]
-    return list(lists[sizes.index(max(sizes))]) if lists else []
 
 
 @contextmanager

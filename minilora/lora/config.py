@@ -1,0 +1,185 @@
+"""What an adapter is asked to be: one frozen dataclass, checked in one place."""
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.files import short
+from minilora.lora.adapter import FROM_WEIGHT, INITS
+from minilora.lora.patterns import compile_ending, nearest, pattern_value
+
+MOST_RANK = 2**16
+BIASES = ("none", "all", "lora_only")
+
+
+def check_rank(r: object, what: str = "r") -> int:
+    """Return r if it is a whole number from 1 to `MOST_RANK`, else raise."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, found {short(r)}")
+    if r > MOST_RANK:
+        raise ValueError(f"{what} must be at most {MOST_RANK:,}, found {short(r)}")
+    return r
+
+
+def check_alpha(alpha: object, what: str = "alpha") -> float:
+    """Return alpha if it is a finite number other than 0, else raise."""
+    ok = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    # Compared, not converted: an int beyond any float is refused too, and NaN compares false.
+    if not ok or not 0 < abs(alpha) <= sys.float_info.max:  # type: ignore[arg-type]
+        raise ValueError(f"{what} must be a finite number other than 0, found {short(alpha)}")
+    return alpha  # type: ignore[return-value]
+
+
+def check_dropout(p: object, what: str = "dropout") -> float:
+    """Return p if it lies in [0, 1), else raise."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise ValueError(f"{what} must lie in [0, 1), found {short(p)}")
+    return float(p)
+
+
+def check_adapter_name(name: object) -> str:
+    """Return the name if it can name a folder, a module and a key part, else raise."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
+        raise ValueError(
+            f"an adapter's name must consist of letters, digits, '_' and '-', found {name!r}"
+        )
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"the adapter name {name!r} is taken by torch.nn.ModuleDict itself; choose another, "
+            f"such as '{name}_1'"
+        )
+    return name
+
+
+def as_dtype(dtype: object, what: str = "dtype") -> torch.dtype:
+    """Return a floating torch dtype from itself or its name ("bfloat16"), else raise."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"{what} must be a floating-point torch dtype of 16 bits or more, or its name, found "
+            f"{dtype!r}"
+        )
+    return found
+
+
+def _alpha(value: object, what: str) -> float | None:
+    return None if value is None else check_alpha(value, what)
+
+
+def _flag(value: object, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, found {value!r}")
+    return value
+
+
+def _init(value: object, what: str) -> str:
+    known = isinstance(value, str) and (value in INITS[:3] or FROM_WEIGHT.fullmatch(value))
+    if not known:
+        raise ValueError(f"{what} must be one of {', '.join(INITS)}, found {value!r}")
+    return str(value)
+
+
+def _bias(value: object, what: str) -> str:
+    if value not in BIASES:
+        raise ValueError(f"{what} must be 'none', 'all' or 'lora_only', found {value!r}")
+    return str(value)
+
+
+def _modules(value: object, what: str) -> list[Any]:
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a list of module names, found {value!r}")
+    return list(value)
+
+
+def _pattern(check: Callable[[object, str], float]) -> Callable[[object, str], dict[str, Any]]:
+    def checked(value: object, what: str) -> dict[str, Any]:
+        if not isinstance(value, (Mapping, type(None))):
+            raise TypeError(f"{what} must be a mapping of regex: number, found {short(value)}")
+        for pattern, number in (value or {}).items():
+            compile_ending(pattern, what)
+            check(number, what)
+        return dict(value or {})
+
+    return checked
+
+
+def _told(text: str, check: Callable[[Any, str], Any] | None = None) -> dict[str, Any]:
+    return {"help": text, "check": check}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `inject` is asked for; each value is checked, and brought to one form, when it is made.
+
+    A field's metadata has its help text.
+
+    Raises:
+        ValueError, TypeError: a value that its option does not take.
+    """
+
+    r: int = field(default=8, metadata=_told("rank, at least 1", check_rank))
+    alpha: float | None = field(
+        default=None, metadata=_told("scaling is alpha / r (default: r)", _alpha)
+    )
+    targets: Any = field(
+        default="all-linear", metadata=_told('"all-linear", names of modules, or one regex')
+    )
+    exclude: Any = field(default=(), metadata=_told("names or a regex, taken away from targets"))
+    layers: Any = field(default=None, metadata=_told("numbers of the blocks to adapt"))
+    dropout: float = field(
+        default=0.0, metadata=_told("of the branch's input while training", check_dropout)
+    )
+    rslora: bool = field(default=False, metadata=_told("scaling is alpha / sqrt(r)", _flag))
+    dora: bool = field(default=False, metadata=_told("train row lengths apart", _flag))
+    bias: str = field(
+        default="none", metadata=_told("biases to train a copy of: none, lora_only, all", _bias)
+    )
+    lora_bias: bool = field(default=False, metadata=_told("a bias on B", _flag))
+    modules_to_save: Any = field(
+        default=(), metadata=_told("modules to train a whole copy of", _modules)
+    )
+    rank_pattern: Any = field(
+        default=None, metadata=_told("r by regex over the end of a name", _pattern(check_rank))
+    )
+    alpha_pattern: Any = field(
+        default=None, metadata=_told("alpha by regex over the end of a name", _pattern(check_alpha))
+    )
+    init: str = field(default="kaiming", metadata=_told("what the factors start from", _init))
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            if check := option.metadata["check"]:
+                value = check(getattr(self, option.name), option.name)
+                object.__setattr__(self, option.name, value)
+        if self.lora_bias and (self.dora or self.init not in ("kaiming", "gaussian")):
+            other = "dora=True" if self.dora else f"init={self.init!r}"
+            raise ValueError(f"lora_bias=True has no meaning with {other}; leave one of them out")
+
+    def scale(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        """Return r and alpha of each layer; every pattern has to match one of the names."""
+        for what, patterns in (("rank_pattern", self.rank_pattern),
+                               ("alpha_pattern", self.alpha_pattern)):  # fmt: skip
+            for pattern in patterns:
+                if not any(map(compile_ending(pattern, what).ends, names)):
+                    raise ValueError(
+                        f"every key of {what} must match a target, {short(pattern)} matches none; "
+                        f"{nearest(pattern, names)}"
+                    )
+        alpha = self.r if self.alpha is None else self.alpha
+        return {
+            name: {
+                "r": pattern_value(name, self.rank_pattern, self.r),
+                "alpha": pattern_value(name, self.alpha_pattern, alpha),
+            }
+            for name in names
+        }
+
+    def factor_options(self) -> dict[str, Any]:
+        """Return the options that every layer's factors share."""
+        return {k: getattr(self, k) for k in ("dropout", "rslora", "dora", "init", "lora_bias")}
