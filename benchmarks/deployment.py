@@ -80,7 +80,7 @@ def our_runs(
     ids = torch.tensor([prompt])
 
     def prefill() -> object:
-        cache = KVCache.for_model(model, 1, len(prompt))
+        cache = KVCache(model, 1, len(prompt))
         return model(ids, cache=cache, last=1)
 
     return {
@@ -119,7 +119,7 @@ def llama_cpp_runs(prompt: list[int], new: int) -> dict[str, Callable[[], object
 
 def perplexity(model: Any, ids: list[int]) -> float:
     """Return the perplexity of a text of at least two tokens, `FED` tokens at a time."""
-    cache = KVCache.for_model(model, 1, len(ids))
+    cache = KVCache(model, 1, len(ids))
     text, parts = torch.tensor([ids]), []
     for start in range(0, len(ids) - 1, FED):
         fed = text[:, start : min(start + FED, len(ids) - 1)]

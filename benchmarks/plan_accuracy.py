@@ -37,7 +37,6 @@ import minilora
 from minilora.data.batches import Example
 from minilora.loading.fetching import _SOURCES, cache_folder
 from minilora.loading.model import load_model
-from minilora.loading.quantized_models import load_quantized
 from minilora.planning import machines
 from minilora.planning import memory as constants
 from minilora.planning.machines import (
@@ -138,7 +137,7 @@ def child(row, steps: int) -> None:
     settings, shape = settings_of(row), read_shape(row[0])
     if row[0] == SMOL and cached_file():
         if settings.format:
-            model, _ = load_quantized(SMOL, settings.format, dtype=settings.dtype)
+            model, _ = load_model(SMOL, settings.format, dtype=settings.dtype)
         else:
             model, _ = load_model(SMOL, dtype=settings.dtype)
         minilora.inject(model, settings.r)

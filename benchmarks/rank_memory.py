@@ -21,7 +21,6 @@ import torch
 
 import minilora
 from minilora.loading.model import load_model
-from minilora.loading.quantized_models import load_quantized
 from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
 from minilora.planning.machines import forget_peak, peak_bytes
@@ -57,7 +56,7 @@ def worker(place: str, format: str, out: str) -> None:
     if format == "float32":
         model = load_model(place, dtype=torch.float32, prepare=watched)[0]
     else:
-        model = load_quantized(place, format, dtype=torch.float32, prepare=watched)[0]
+        model = load_model(place, format, dtype=torch.float32, prepare=watched)[0]
     forget_peak()
     rows = [{"input_ids": list(range(2, 34))}] * 4
     config = minilora.TrainConfig(

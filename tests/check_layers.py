@@ -30,9 +30,6 @@ name = a room imports only rooms to its left
 type = layers
 layers =
     {layers}
-ignore_imports =
-    minilora.models.* -> minilora.loading
-    minilora.text.tokenizer -> minilora.loading
 """
     for room in ROOMS:
         text += f"""

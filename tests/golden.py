@@ -21,7 +21,6 @@ from byte_tokenizer import byte_tokenizer
 
 import minilora
 from minilora.loading.model import load_model
-from minilora.loading.quantized_models import load_quantized, save_quantized
 from minilora.loading.saving import save_pretrained
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
 
@@ -141,11 +140,11 @@ def after(family: str, where: Path) -> Iterator[tuple[str, str]]:
     read, _ = load_model(where / f"{family}-merged")
     yield f"{family} read back", tensors(dict(read.state_dict()))
     for format in ("int8", "nf4", "int4"):
-        small, _ = load_quantized(where / f"{family}-merged", format)
+        small, _ = load_model(where / f"{family}-merged", format)
         yield f"{family} load_quantized {format}", tensors(dict(small.state_dict()))
         with torch.no_grad():
             yield f"{family} {format} logits", tensors({"l": small(torch.tensor([prompts[0]]))})
-        save_quantized(small, where / f"{family}-stored-{format}")
+        save_pretrained(small, where / f"{family}-stored-{format}")
         for file, digest in files(where / f"{family}-stored-{format}"):
             yield f"{family} save_quantized {format}: {file}", digest
 

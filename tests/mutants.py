@@ -26,7 +26,6 @@ import minilora
 from minilora.cli.command import main
 from minilora.data import read_data
 from minilora.loading.model import load_model
-from minilora.loading.quantized_models import load_quantized, save_quantized
 from minilora.loading.saving import save_pretrained
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
 from minilora.text.tokenizer import Tokenizer
@@ -193,10 +192,10 @@ class Mutants:
         model, words = load_model(home / "llama", dtype=torch.float32)
         minilora.inject(model, r=2, rank_pattern={r"layers\.0\..*q_proj": 3})
         minilora.save(model, home / "adapter")
-        small, _ = load_quantized(home / "llama", "int8", dtype=torch.float32)
-        save_quantized(small, home / "int8", words)
-        small, _ = load_quantized(home / "llama", "nf4", dtype=torch.float32)
-        save_quantized(small, home / "nf4", words)
+        small, _ = load_model(home / "llama", "int8", dtype=torch.float32)
+        save_pretrained(small, home / "int8", words)
+        small, _ = load_model(home / "llama", "nf4", dtype=torch.float32)
+        save_pretrained(small, home / "nf4", words)
         self.model = minilora.eject(model)
         self.words = words
         write_gguf(home / "model.gguf")
@@ -240,7 +239,7 @@ class Mutants:
         else:
             file = place / r.choice(["quantization.json", "config.json"])
             file.write_bytes(damaged_text(json.loads(file.read_text()), r))
-        load_quantized(place, dtype=torch.float32)
+        load_model(place, dtype=torch.float32)
 
     def tokenizer(self, r, folder):
         place = self.copy("llama", folder)

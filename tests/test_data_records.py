@@ -24,7 +24,7 @@ from minilora.data import Example, as_examples, encode_prompt, read_data, shapes
 from minilora.data.record_files import READERS, StreamedFiles, read_rows
 from minilora.data.records import EncodeReport
 from minilora.loading.fetching import fetch
-from minilora.text.tokenizer import Tokenizer
+from minilora.loading.model import read_tokenizer
 
 PLAIN = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
@@ -530,7 +530,7 @@ def test_read_data_names_all_bad_records_at_once():
 
 @pytest.fixture(scope="module")
 def smollm():
-    return Tokenizer.from_gguf(fetch("smollm2-135m"))
+    return read_tokenizer(fetch("smollm2-135m"))
 
 
 @pytest.mark.real_model

@@ -18,10 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
-from minilora.loading.folder import read_folder
-from minilora.loading.model import load_model
+from minilora.loading.model import load_model, read_model
 from minilora.loading.saving import save_pretrained
-from minilora.models import Llama
 from minilora.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers
@@ -94,7 +92,7 @@ SHAPES = [
 def test_from_pretrained_reads_what_transformers_writes(tmp_path, shape):
     theirs = _theirs(**shape)
     theirs.save_pretrained(tmp_path)
-    ours = Llama.from_pretrained(tmp_path)
+    ours = read_model(tmp_path)
     assert not ours.training
     assert ours.name_or_path == str(tmp_path)
     with torch.no_grad():
@@ -108,7 +106,7 @@ def test_from_pretrained_reads_shards(monkeypatch, tmp_path, mapped):
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     with torch.no_grad():
-        _close(Llama.from_pretrained(tmp_path)(_ids()), theirs(_ids()).logits)
+        _close(read_model(tmp_path)(_ids()), theirs(_ids()).logits)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -116,7 +114,7 @@ def test_from_pretrained_reads_shards(monkeypatch, tmp_path, mapped):
 def test_save_pretrained_writes_what_transformers_reads(tmp_path, folder, shape, dtype):
     theirs = _theirs(dtype, **shape, eos_token_id=[2, 3])
     theirs.save_pretrained(folder)
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     save_pretrained(ours, tmp_path / "ours")
     again, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", output_loading_info=True
@@ -134,17 +132,17 @@ def test_save_pretrained_writes_what_transformers_reads(tmp_path, folder, shape,
 
 
 def test_save_pretrained_then_from_pretrained_gives_the_same_bits_and_files(tmp_path, folder):
-    save_pretrained(Llama.from_pretrained(folder), tmp_path / "a")
+    save_pretrained(read_model(folder), tmp_path / "a")
     first = _everything(tmp_path / "a")
-    save_pretrained(Llama.from_pretrained(tmp_path / "a"), tmp_path / "b")
+    save_pretrained(read_model(tmp_path / "a"), tmp_path / "b")
     assert _everything(tmp_path / "b") == first
-    save_pretrained(Llama.from_pretrained(tmp_path / "b"), tmp_path / "b")  # over itself
+    save_pretrained(read_model(tmp_path / "b"), tmp_path / "b")  # over itself
     assert _everything(tmp_path / "b") == first
 
 
 def test_save_pretrained_keeps_a_head_that_was_untied(tmp_path, folder):
     _theirs(tie_word_embeddings=True).save_pretrained(folder)
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     ours.lm_head.weight = nn.Parameter(ours.lm_head.weight.detach() * 2)
     save_pretrained(ours, tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -153,7 +151,7 @@ def test_save_pretrained_keeps_a_head_that_was_untied(tmp_path, folder):
 
 
 def test_save_pretrained_stores_shared_memory_twice_where_the_config_unties(tmp_path, folder):
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     ours.lm_head.weight = ours.model.embed_tokens.weight
     save_pretrained(ours, tmp_path / "ours")
     with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as file:
@@ -168,8 +166,8 @@ def test_save_pretrained_stores_shared_memory_twice_where_the_config_unties(tmp_
 def test_from_pretrained_keeps_or_changes_the_dtype(tmp_path):
     _theirs(torch.bfloat16).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    kept = Llama.from_pretrained(tmp_path).state_dict()
-    wide = Llama.from_pretrained(tmp_path, dtype=torch.float64).state_dict()
+    kept = read_model(tmp_path).state_dict()
+    wide = read_model(tmp_path, dtype=torch.float64).state_dict()
     for name, tensor in stored.items():
         assert torch.equal(kept[name], tensor)
         assert kept[name].dtype == torch.bfloat16
@@ -180,65 +178,44 @@ def test_from_pretrained_auto_takes_the_fastest_dtype(monkeypatch, folder):
     class Machine:
         dtype = torch.float16
 
-    monkeypatch.setattr("minilora.loading.folder.hardware", Machine)
-    assert Llama.from_pretrained(folder, dtype="auto").lm_head.weight.dtype == torch.float16
+    monkeypatch.setattr("minilora.loading.source.hardware", Machine)
+    assert read_model(folder, dtype="auto").lm_head.weight.dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 3])
 def test_from_pretrained_refuses_another_dtype(folder, dtype):
     with pytest.raises(ValueError, match="dtype must be None, 'auto' or one of"):
-        Llama.from_pretrained(folder, dtype=dtype)
+        read_model(folder, dtype=dtype)
 
 
 def test_from_pretrained_refuses_mixed_dtypes_unless_one_is_named(folder):
     _rewrite(folder, lambda t: t.update({QUERY: t[QUERY].half()}))
     with pytest.raises(ValueError, match="stored in one dtype, found F16, F32"):
-        Llama.from_pretrained(folder)
-    assert Llama.from_pretrained(folder, dtype=torch.float32)(_ids()).dtype == torch.float32
+        read_model(folder)
+    assert read_model(folder, dtype=torch.float32)(_ids()).dtype == torch.float32
 
 
-def test_transform_sees_every_tensor_once_in_the_wanted_dtype(tmp_path):
+def test_prepare_gets_every_tensor_once_in_the_wanted_dtype(tmp_path):
     theirs = _theirs(tie_word_embeddings=True)
     theirs.save_pretrained(tmp_path)
     seen = {}
 
-    def double(fqn, tensor):
-        assert fqn not in seen
-        seen[fqn] = tensor.dtype
-        return tensor * 2 if fqn == EMBEDDING else tensor
+    def prepare(model):
+        assert all(p.is_meta and p.dtype == torch.float64 for p in model.parameters())
+        return lambda fqn, tensor: seen.update({fqn: (fqn in seen, tensor)})
 
-    ours = Llama.from_pretrained(tmp_path, dtype=torch.float64, transform=double)
-    assert set(seen.values()) == {torch.float64}
+    read_model(tmp_path, dtype=torch.float64, prepare=prepare)
     assert seen.keys() == dict(theirs.named_parameters()).keys()
-    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight.double() * 2)
-    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    for fqn, (again, tensor) in seen.items():
+        assert not again
+        assert torch.equal(tensor, theirs.get_parameter(fqn).double())
 
 
-def test_transform_may_store_integers_which_never_train(folder):
-    ours = Llama.from_pretrained(
-        folder, transform=lambda fqn, tensor: tensor.to(torch.int8) if fqn == QUERY else tensor
-    )
-    stored = ours.get_parameter(QUERY)
-    assert stored.dtype == torch.int8
-    assert not stored.requires_grad
-
-
-@pytest.mark.parametrize("result", [None, torch.ones(2, 3)])
-def test_transform_must_keep_the_shape(folder, result):
-    with pytest.raises(ValueError, match=r"transform must return a tensor of shape .* for "):
-        Llama.from_pretrained(folder, transform=lambda fqn, tensor: result)
-
-
-def test_from_pretrained_holds_one_tensor_beside_the_model(monkeypatch, tmp_path):
+@pytest.mark.parametrize("prepared", [False, True])
+def test_reading_holds_one_tensor_beside_the_model(monkeypatch, tmp_path, prepared):
     """Every tensor is copied out of the mapped file, and none is read before it is needed."""
     _theirs().save_pretrained(tmp_path)
-    alive = []
-
-    def count(fqn, tensor):
-        alive.append(fqn)
-        return tensor
-
-    reads = []
+    alive, reads = {}, []
     original = safe_open(tmp_path / "model.safetensors", "pt").__class__
 
     class Watched:
@@ -256,18 +233,20 @@ def test_from_pretrained_holds_one_tensor_beside_the_model(monkeypatch, tmp_path
             return getattr(self.file, name)
 
         def get_tensor(self, name):
-            assert len(reads) == len(alive)
+            assert len(reads) == len(alive) or not prepared
             reads.append(name)
             return self.file.get_tensor(name)
 
     monkeypatch.setattr("minilora.files.tensors.safe_open", Watched)
-    model = Llama.from_pretrained(tmp_path, transform=count)
-    assert reads == alive
-    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prepare = (lambda model: alive.__setitem__) if prepared else None
+    found = read_model(tmp_path, prepare=prepare).state_dict()
+    found = alive if prepared else found
+    assert reads == list(alive) or not prepared
+    wanted = {name: tensor.clone() for name, tensor in found.items()}
     (tmp_path / "model.safetensors").write_bytes(  # in place: a view would change with it
         bytes(os.path.getsize(tmp_path / "model.safetensors"))
     )
-    for name, tensor in model.state_dict().items():
+    for name, tensor in found.items():
         assert torch.equal(tensor, wanted[name])
 
 
@@ -286,45 +265,43 @@ def test_from_pretrained_holds_one_tensor_beside_the_model(monkeypatch, tmp_path
         ),
         (
             lambda t: t.update({QUERY: t[QUERY].to(torch.int8)}),
-            "q_proj.weight in .* found torch.int8",
+            "q_proj.weight in .* found I8",
         ),
     ],
 )
 def test_from_pretrained_refuses_other_tensors_by_name(folder, change, message):
     _rewrite(folder, change)
     with pytest.raises(ValueError, match=message):
-        Llama.from_pretrained(folder, dtype=torch.float32)
+        read_model(folder, dtype=torch.float32)
 
 
 def test_from_pretrained_passes_over_stored_frequencies(folder):
     _rewrite(
         folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": t[QUERY] * 1})
     )
-    Llama.from_pretrained(folder)
+    read_model(folder)
 
 
 def test_from_pretrained_reads_a_tied_head_only_when_it_is_the_embedding(folder):
     _theirs(tie_word_embeddings=True).save_pretrained(folder)
     _rewrite(folder, lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()}))
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     _rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
     with pytest.raises(ValueError, match=r"tie_word_embeddings is true in .* differs from"):
-        Llama.from_pretrained(folder)
+        read_model(folder)
 
 
 # --- damaged and hostile folders ----------------------------------------------------------------
 
 
 def test_from_pretrained_refuses_what_is_no_model_folder(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"must hold config\.json, found none in .*nowhere"):
-        Llama.from_pretrained(tmp_path / "nowhere")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"found \['pytorch_model.bin'\] in .* only safetensors"):
-        Llama.from_pretrained(folder)
+        read_model(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match="found neither in"):
-        Llama.from_pretrained(folder)
+        read_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +319,7 @@ def test_from_pretrained_refuses_what_is_no_model_folder(tmp_path, folder):
 def test_from_pretrained_refuses_a_damaged_config(folder, text, message):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        Llama.from_pretrained(folder)
+        read_model(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -350,7 +327,7 @@ def test_from_pretrained_names_a_truncated_file(folder, keep):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"model\.safetensors' must be a whole safetensors file"):
-        Llama.from_pretrained(folder)
+        read_model(folder)
 
 
 def test_from_pretrained_names_a_file_with_a_damaged_header(folder):
@@ -358,7 +335,7 @@ def test_from_pretrained_names_a_file_with_a_damaged_header(folder):
     raw = file.read_bytes()
     file.write_bytes(struct.pack("<Q", 2**60) + raw[8:])
     with pytest.raises(ValueError, match=r"model\.safetensors' must be a whole safetensors file"):
-        Llama.from_pretrained(folder)
+        read_model(folder)
 
 
 @pytest.fixture
@@ -386,7 +363,7 @@ def test_from_pretrained_refuses_an_index_that_leads_out(sharded, name):
     weight_map = json.loads(index.read_text())["weight_map"]
     _edit(index, weight_map={**weight_map, QUERY: name})
     with pytest.raises(ValueError, match=r"must name files inside its folder, found .*outside"):
-        Llama.from_pretrained(sharded)
+        read_model(sharded)
 
 
 def test_from_pretrained_refuses_a_link_that_leads_out(sharded):
@@ -395,7 +372,7 @@ def test_from_pretrained_refuses_a_link_that_leads_out(sharded):
     shard.rename(outside)
     shard.symlink_to(outside)
     with pytest.raises(ValueError, match="which leads out of it"):
-        Llama.from_pretrained(sharded)
+        read_model(sharded)
 
 
 def test_from_pretrained_reads_the_links_of_a_hub_cache(sharded):
@@ -407,7 +384,7 @@ def test_from_pretrained_reads_the_links_of_a_hub_cache(sharded):
         file.rename(home / "blobs" / file.name)
         (snapshot / file.name).symlink_to(home / "blobs" / file.name)
     with torch.no_grad():
-        _close(Llama.from_pretrained(snapshot)(_ids()), _theirs()(_ids()).logits)
+        _close(read_model(snapshot)(_ids()), _theirs()(_ids()).logits)
 
 
 def test_from_pretrained_refuses_an_index_that_disagrees(sharded):
@@ -416,13 +393,13 @@ def test_from_pretrained_refuses_an_index_that_disagrees(sharded):
     other = next(name for name in weight_map.values() if name != weight_map[QUERY])
     _edit(index, weight_map={**weight_map, QUERY: other})
     with pytest.raises(ValueError, match=f"found it wrong about {QUERY}"):
-        Llama.from_pretrained(sharded)
+        read_model(sharded)
     _edit(index, weight_map={**weight_map, "more": "absent.safetensors"})
     with pytest.raises(ValueError, match=r"names 'absent\.safetensors', found no such file"):
-        Llama.from_pretrained(sharded)
+        read_model(sharded)
     _edit(index, weight_map=[1])
     with pytest.raises(ValueError, match="must map tensor names to files"):
-        Llama.from_pretrained(sharded)
+        read_model(sharded)
 
 
 def test_from_pretrained_refuses_a_tensor_in_two_shards(sharded):
@@ -431,18 +408,18 @@ def test_from_pretrained_refuses_a_tensor_in_two_shards(sharded):
     twice = next(iter(first))
     save_file({**second, twice: first[twice]}, names[1])
     with pytest.raises(ValueError, match=f"{twice} must be stored once"):
-        Llama.from_pretrained(sharded)
+        read_model(sharded)
 
 
 # --- writing ------------------------------------------------------------------------------------
 
 
 def test_save_pretrained_refuses_models_that_are_not_plain(tmp_path, folder):
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     ours.model.layers[0].self_attn.q_proj = nn.Sequential(ours.model.layers[0].self_attn.q_proj)
     with pytest.raises(ValueError, match=r"differs in model\.layers\.0\.self_attn\.q_proj\.0"):
         save_pretrained(ours, tmp_path / "ours")
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     weight = ours.model.norm.weight
     ours.model.norm.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"differs in model\.norm\.weight; eject"):
@@ -455,7 +432,7 @@ def test_save_pretrained_refuses_models_that_are_not_plain(tmp_path, folder):
     ["model-00001-of-00002.safetensors", "pytorch_model.bin", "a.gguf", "adapter_config.json"],
 )
 def test_save_pretrained_refuses_a_folder_with_other_model_files(tmp_path, folder, name):
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     target = tmp_path / "target"
     target.mkdir()
     (target / name).write_text("something of value")
@@ -465,7 +442,7 @@ def test_save_pretrained_refuses_a_folder_with_other_model_files(tmp_path, folde
 
 
 def test_save_pretrained_refuses_weights_that_another_program_wrote(folder):
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     before = _everything(folder)
     with pytest.raises(ValueError, match=r"found config\.json, model\.safetensors; choose"):
         save_pretrained(ours, folder)
@@ -473,7 +450,7 @@ def test_save_pretrained_refuses_weights_that_another_program_wrote(folder):
 
 
 def test_save_pretrained_that_fails_leaves_the_files(tmp_path, folder):
-    ours = Llama.from_pretrained(folder)
+    ours = read_model(folder)
     save_pretrained(ours, tmp_path / "ours")
     before = _everything(tmp_path / "ours")
 
@@ -492,7 +469,7 @@ def test_save_pretrained_that_fails_leaves_the_files(tmp_path, folder):
 @needs_fork
 def test_a_killed_save_pretrained_leaves_no_folder_that_loads_as_something_else(tmp_path, folder):
     """Killed before each call: without end token or template a folder would load as another."""
-    ours, out = Llama.from_pretrained(folder), tmp_path / "ours"
+    ours, out = read_model(folder), tmp_path / "ours"
 
     def check():
         if (out / "config.json").exists():
@@ -515,17 +492,17 @@ def test_a_killed_save_pretrained_leaves_no_folder_that_loads_as_something_else(
 
 
 def test_save_pretrained_notices_a_flipped_bit_when_it_is_read(tmp_path, folder):
-    save_pretrained(Llama.from_pretrained(folder), tmp_path / "ours")
+    save_pretrained(read_model(folder), tmp_path / "ours")
     file = tmp_path / "ours" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-50] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match="found it damaged or cut short .*SHA-256"):
-        Llama.from_pretrained(tmp_path / "ours")
+        read_model(tmp_path / "ours")
 
 
 def test_a_linked_chat_template_is_not_published(tmp_path, folder):
-    save_pretrained(Llama.from_pretrained(folder), tmp_path / "ours", _tokenizer())
+    save_pretrained(read_model(folder), tmp_path / "ours", _tokenizer())
     template = tmp_path / "ours" / "chat_template.jinja"
     (tmp_path / "secret").write_text("key")
     template.unlink()
@@ -542,14 +519,14 @@ def _tokenizer():
 
 
 def test_load_model_reads_what_save_pretrained_writes(tmp_path, folder):
-    save_pretrained(Llama.from_pretrained(folder), tmp_path / "ours", _tokenizer())
+    save_pretrained(read_model(folder), tmp_path / "ours", _tokenizer())
     model, tokenizer = load_model(str(tmp_path / "ours"), dtype=None)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert tokenizer.encode("hello you") == theirs.encode("hello you") == [1, 0]
     assert tokenizer.encode_chat([{"role": "user", "content": "hello <end>"}])[-1] == 2
     assert tokenizer.stop_ids == {2}
     with torch.no_grad():
-        _close(model(_ids()), Llama.from_pretrained(folder)(_ids()))
+        _close(model(_ids()), read_model(folder)(_ids()))
 
 
 # --- load_model ---------------------------------------------------------------------------------
@@ -568,7 +545,7 @@ def test_load_model_refuses_what_is_neither(tmp_path):
 def test_more_blocks_than_tensors_are_refused_before_they_are_built(folder):
     _edit(folder / "config.json", num_hidden_layers=900)
     with pytest.raises(ValueError, match=r"found 900 blocks in the configuration and 21 tensors"):
-        Llama.from_pretrained(folder)
+        read_model(folder)
 
 
 def _spoiled(folder, name, value):
@@ -581,22 +558,19 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, name, value):
     _spoiled(folder, name, value)
     for dtype in (None, torch.bfloat16):
         with pytest.raises(ValueError, match=f"{name} must be finite, found NaN or Inf"):
-            Llama.from_pretrained(folder, dtype=dtype)
+            read_model(folder, dtype=dtype)
 
 
 def test_weights_that_a_dtype_cannot_hold_are_refused(folder):
     _spoiled(folder, QUERY, -1e6)
     message = r"q_proj.weight must be finite in torch.float16, found values up to 1e\+06"
     with pytest.raises(ValueError, match=message):
-        Llama.from_pretrained(folder, dtype=torch.float16)
+        read_model(folder, dtype=torch.float16)
     given = {}
     with pytest.raises(ValueError, match=message):
-        read_folder(
-            folder, dtype=torch.float16, device="cpu", transform=None,
-            prepare=lambda model: given.__setitem__,
-        )  # fmt: skip
+        read_model(folder, dtype=torch.float16, prepare=lambda model: given.__setitem__)
     assert given
-    held = Llama.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    held = read_model(folder, dtype=torch.bfloat16).state_dict()
     assert held[QUERY].min() == torch.tensor(-1e6).bfloat16()
 
 

@@ -14,8 +14,7 @@ from transformers import LlamaConfig as TheirConfig
 
 from minilora.loading.fetching import fetch
 from minilora.loading.gguf_file import read_gguf, read_tensor
-from minilora.loading.model import load_model
-from minilora.models import Llama
+from minilora.loading.model import load_model, read_model
 from minilora.models.blocks import KVCache
 from minilora.text.tokenizer import Tokenizer
 
@@ -161,7 +160,7 @@ def test_from_gguf_equals_the_model_that_was_converted(tmp_path, shape):
     if "head_dim" in shape:
         metadata |= {"attention.key_length": 32, "attention.value_length": 32}
     file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
-    ours = Llama.from_gguf(file)
+    ours = read_model(file)
     assert not ours.training
     assert ours.name_or_path == str(file)
     for name, tensor in theirs.state_dict().items():
@@ -207,21 +206,13 @@ def test_blocks_of_any_bytes_decode_as_in_the_gguf_package(tmp_path_factory, raw
     assert np.array_equal(found, wanted, equal_nan=True)
 
 
-def test_from_gguf_takes_dtype_and_transform(file):
-    seen = set()
-
-    def note(fqn, tensor):
-        seen.add((fqn, tensor.dtype))
-        return tensor
-
-    ours = Llama.from_gguf(file, dtype=torch.bfloat16, transform=note)
-    assert seen == {(name, torch.bfloat16) for name, _ in ours.named_parameters()}
-    assert len(seen) == 21
-    assert Llama.from_gguf(file).lm_head.weight.dtype == torch.float32
+def test_from_gguf_takes_a_dtype(file):
+    assert read_model(file, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+    assert read_model(file).lm_head.weight.dtype == torch.float32
 
 
 def test_from_gguf_weights_are_apart_from_the_file(file):
-    ours = Llama.from_gguf(file)
+    ours = read_model(file)
     wanted = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     size = file.stat().st_size
     with file.open("r+b") as opened:
@@ -267,7 +258,7 @@ def test_from_gguf_refuses_options_by_name(tmp_path, key, value):
     metadata = {**_metadata(theirs.config), key: value}
     file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
     with pytest.raises(ValueError, match=f"llama.{key} = .* is not built"):
-        Llama.from_gguf(file)
+        read_model(file)
 
 
 def test_from_gguf_reads_options_that_say_nothing(tmp_path):
@@ -275,7 +266,7 @@ def test_from_gguf_reads_options_that_say_nothing(tmp_path):
     nothing = {"rope.scaling.type": "none", "expert_count": 0, "rope.scale_linear": 1.0}
     file = _write(tmp_path / "a.gguf", _tensors(theirs), _metadata(theirs.config) | nothing)
     with torch.no_grad():
-        _close(Llama.from_gguf(file)(_ids()), theirs(_ids()).logits)
+        _close(read_model(file)(_ids()), theirs(_ids()).logits)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +288,7 @@ def test_from_gguf_refuses_metadata_that_does_not_fit(tmp_path, changes, message
     metadata = {**_metadata(theirs.config), **changes}
     file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
     with pytest.raises(ValueError, match=message):
-        Llama.from_gguf(file)
+        read_model(file)
 
 
 def test_from_gguf_refuses_missing_metadata(tmp_path):
@@ -306,7 +297,7 @@ def test_from_gguf_refuses_missing_metadata(tmp_path):
     del metadata["embedding_length"]
     file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
     with pytest.raises(ValueError, match=r"must state llama\.embedding_length"):
-        Llama.from_gguf(file)
+        read_model(file)
 
 
 def test_from_gguf_refuses_a_file_without_embedding(tmp_path):
@@ -315,7 +306,7 @@ def test_from_gguf_refuses_a_file_without_embedding(tmp_path):
     del tensors["token_embd.weight"]
     file = _write(tmp_path / "a.gguf", tensors, _metadata(theirs.config))
     with pytest.raises(ValueError, match=r"must hold token_embd\.weight"):
-        Llama.from_gguf(file)
+        read_model(file)
 
 
 def test_from_gguf_refuses_scaled_rotations(tmp_path):
@@ -323,7 +314,7 @@ def test_from_gguf_refuses_scaled_rotations(tmp_path):
     tensors = {**_tensors(theirs), "rope_freqs.weight": np.ones(4, np.float32)}
     file = _write(tmp_path / "a.gguf", tensors, _metadata(theirs.config))
     with pytest.raises(ValueError, match=r"scales its rotary frequencies \(rope_freqs\.weight\)"):
-        Llama.from_gguf(file)
+        read_model(file)
 
 
 def test_from_gguf_refuses_tensors_it_does_not_know(tmp_path):
@@ -331,13 +322,13 @@ def test_from_gguf_refuses_tensors_it_does_not_know(tmp_path):
     tensors = {**_tensors(theirs), "blk.0.ffn_magic.weight": np.ones(4, np.float32)}
     file = _write(tmp_path / "a.gguf", tensors, _metadata(theirs.config))
     with pytest.raises(ValueError, match=r"unexpected: blk\.0\.ffn_magic\.weight"):
-        Llama.from_gguf(file)
+        read_model(file)
 
 
 def test_from_gguf_refuses_another_architecture_by_name(tmp_path):
-    file = _write(tmp_path / "a.gguf", {"a": np.ones(4, np.float32)}, {}, architecture="qwen2")
-    with pytest.raises(ValueError, match="must hold the llama architecture, found 'qwen2'"):
-        Llama.from_gguf(file)
+    file = _write(tmp_path / "a.gguf", {"a": np.ones(4, np.float32)}, {}, architecture="gemma3")
+    with pytest.raises(ValueError, match=r"architecture that is built \(.*\), found 'gemma3'"):
+        read_model(file)
 
 
 @pytest.mark.parametrize("kind", [KINDS.Q4_K, KINDS.Q6_K, KINDS.Q5_0, KINDS.IQ4_NL])
@@ -351,7 +342,7 @@ def test_from_gguf_refuses_other_types_by_name(tmp_path, kind):
     writer.close()
     message = rf"tensor blk\.0\.attn_q\.weight has type {kind.name}, which is not built"
     with pytest.raises(ValueError, match=message):
-        Llama.from_gguf(tmp_path / "a.gguf")
+        read_model(tmp_path / "a.gguf")
 
 
 # --- damaged files ------------------------------------------------------------------------------
@@ -361,12 +352,7 @@ def test_from_gguf_refuses_other_types_by_name(tmp_path, kind):
 def test_from_gguf_refuses_what_is_no_gguf(tmp_path, content):
     (tmp_path / "a.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.gguf' must be a GGUF file, found one that does not"):
-        Llama.from_gguf(tmp_path / "a.gguf")
-
-
-def test_from_gguf_refuses_no_file(tmp_path):
-    with pytest.raises(ValueError, match=r"must lie at '.*absent\.gguf', found none"):
-        Llama.from_gguf(tmp_path / "absent.gguf")
+        read_model(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("at", ["header", "data", "last"])
@@ -376,7 +362,7 @@ def test_from_gguf_names_a_truncated_file(file, at):
     file.write_bytes(raw[:keep])
     where = "its header" if at == "header" else "tensor"
     with pytest.raises(ValueError, match=rf"small\.gguf' must be a whole .* the middle of {where}"):
-        Llama.from_gguf(file)
+        read_model(file)
 
 
 def test_from_gguf_of_every_truncated_header_is_one_kind_of_error(file):
@@ -384,7 +370,7 @@ def test_from_gguf_of_every_truncated_header_is_one_kind_of_error(file):
     for keep in range(4, 1500, 7):
         file.write_bytes(raw[:keep])
         with pytest.raises(ValueError, match=r"small\.gguf' must be a whole GGUF file"):
-            Llama.from_gguf(file)
+            read_model(file)
 
 
 def _header(*values, version=3):
@@ -416,7 +402,7 @@ def _key(text, kind):
 def test_from_gguf_refuses_hostile_headers(tmp_path, raw, message):
     (tmp_path / "a.gguf").write_bytes(raw)
     with pytest.raises(ValueError, match=message):
-        Llama.from_gguf(tmp_path / "a.gguf")
+        read_model(tmp_path / "a.gguf")
 
 
 def _with_tensor(shape, kind=0, offset=0, times=1):
@@ -440,7 +426,7 @@ def _with_tensor(shape, kind=0, offset=0, times=1):
 def test_from_gguf_refuses_hostile_tensors(tmp_path, raw, message):
     (tmp_path / "a.gguf").write_bytes(raw)
     with pytest.raises(ValueError, match=message):
-        Llama.from_gguf(tmp_path / "a.gguf")
+        read_model(tmp_path / "a.gguf")
 
 
 # --- the real SmolLM2 ---------------------------------------------------------------------------
@@ -479,7 +465,7 @@ def test_smollm_weights_and_logits_equal_transformers(smollm, theirs):
 def test_smollm_greedy_text_is_what_transformers_would_write(smollm, theirs):
     _, ours, tokenizer = smollm
     prompt = torch.tensor([tokenizer.encode("def fibonacci(n):\n")])
-    cache = KVCache.for_model(ours, 1, prompt.shape[1] + 24)
+    cache = KVCache(ours, 1, prompt.shape[1] + 24)
     found, step = prompt, prompt
     with torch.no_grad():
         for _ in range(24):
@@ -494,7 +480,7 @@ def test_smollm_knows_the_capital_of_france(smollm):
     _, ours, tokenizer = smollm
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     step = torch.tensor([tokenizer.encode_chat(messages)])
-    cache, answer = KVCache.for_model(ours, 1, step.shape[1] + 20), []
+    cache, answer = KVCache(ours, 1, step.shape[1] + 20), []
     with torch.no_grad():
         for _ in range(20):
             step = ours(step, cache=cache, last=1).argmax(-1)
@@ -529,4 +515,4 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype, message
     tensors["blk.0.ffn_up.weight"][3, 1] = value
     _write(tmp_path / "m.gguf", tensors, _metadata(theirs.config))
     with pytest.raises(ValueError, match=message):
-        Llama.from_gguf(tmp_path / "m.gguf", dtype=dtype)
+        read_model(tmp_path / "m.gguf", dtype=dtype)

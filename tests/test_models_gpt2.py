@@ -18,10 +18,11 @@ from transformers import GPT2Config as TheirConfig
 from transformers.pytorch_utils import Conv1D as TheirConv1D
 
 import minilora
-from minilora.loading.model import load_model
+from minilora.loading.model import load_model, read_model
 from minilora.loading.saving import save_pretrained
-from minilora.models import ACTIVATIONS, GPT2, Conv1D, GPT2Config, Llama, LlamaConfig
+from minilora.models import GPT2, Conv1D, GPT2Config
 from minilora.models.blocks import KVCache
+from minilora.models.gpt2 import ACTIVATIONS
 
 pytestmark = pytest.mark.peers
 
@@ -246,7 +247,7 @@ def test_greedy_text_equals_transformers_token_for_token(tied):
 def test_cache_in_any_chunks_equals_one_pass(chunks, batch):
     model = _tiny()
     ids = _ids(model, batch, sum(chunks))
-    cache = KVCache.for_model(model, batch, sum(chunks))
+    cache = KVCache(model, batch, sum(chunks))
     with torch.no_grad():
         parts = [model(part, cache=cache) for part in ids.split(chunks, dim=1)]
         _close(torch.cat(parts, dim=1), model(ids))
@@ -254,7 +255,7 @@ def test_cache_in_any_chunks_equals_one_pass(chunks, batch):
 
 
 def test_cache_has_the_dtype_and_shape_of_the_model():
-    cache = KVCache.for_model(_tiny().bfloat16(), 2, 5)
+    cache = KVCache(_tiny().bfloat16(), 2, 5)
     assert cache.keys[0].dtype == torch.bfloat16
     assert len(cache.keys) == 2
     assert list(cache.values[1].shape) == [2, 4, 5, 4]
@@ -272,7 +273,7 @@ def test_mask_for_left_padding_equals_the_unpadded_sequences():
         assert found.isfinite().all()  # rows of padding may attend to nothing
         _close(found[0, 3:], model(ids[:1, 3:])[0])
         _close(found[1], model(ids[1:])[0])
-        cache = KVCache.for_model(model, 2, 8)
+        cache = KVCache(model, 2, 8)
         model(ids[:, :6], mask=mask[:, :, :6, :6], positions=positions[:, :6], cache=cache)
         rest = model(ids[:, 6:], mask=mask[:, :, 6:], positions=positions[:, 6:], cache=cache)
     _close(rest, found[:, 6:])
@@ -340,7 +341,7 @@ def test_forward_compiles_in_one_graph(cached):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         if cached:
-            caches = [KVCache.for_model(model, 2, 8) for _ in range(2)]
+            caches = [KVCache(model, 2, 8) for _ in range(2)]
             _close(compiled(ids, cache=caches[0]), model(ids, cache=caches[1]))
             assert caches[0].length == 6
         else:
@@ -381,7 +382,7 @@ def test_tied_head_is_one_parameter_and_stays_so_in_a_copy():
             r"mask must be bool .* broadcast to .* \[1, 4, 3, 3\]",
         ),
         (
-            lambda m: m(_ids(m, 2, 3), cache=KVCache.for_model(m, 1, 4)),
+            lambda m: m(_ids(m, 2, 3), cache=KVCache(m, 1, 4)),
             "made for 1 sequences, found a batch of 2",
         ),
         (
@@ -397,7 +398,7 @@ def test_model_refuses_what_does_not_fit(call, message):
 
 def test_forward_counts_cached_tokens_against_the_context():
     model = _tiny()
-    cache = KVCache.for_model(model, 1, 40)
+    cache = KVCache(model, 1, 40)
     model(_ids(model, 1, 30), cache=cache)
     with pytest.raises(ValueError, match=r"at most 32 tokens .*, found 33"):
         model(_ids(model, 1, 3), cache=cache)
@@ -549,7 +550,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_from_pretrained_reads_every_layout_of_the_hub(folder, layout):
     _rewrite(folder, LAYOUTS[layout])
-    ours, theirs = GPT2.from_pretrained(folder), GPT2LMHeadModel.from_pretrained(folder)
+    ours, theirs = read_model(folder), GPT2LMHeadModel.from_pretrained(folder)
     assert not ours.training
     assert ours.name_or_path == str(folder)
     assert ours.lm_head.weight is ours.transformer.wte.weight
@@ -575,26 +576,9 @@ def test_from_pretrained_reads_shards(folder, bare):
         entries = _bare(json.loads(index.read_text())["weight_map"])
         masks = {"h.0.attn.bias": shards[0].name}  # named by the index, and nowhere else
         index.write_text(json.dumps({"weight_map": {**entries, **masks}}))
-    ours = GPT2.from_pretrained(folder)
+    ours = read_model(folder)
     with torch.no_grad():
         _close(ours(_ids(ours, 2, 9)), theirs(_ids(ours, 2, 9)).logits)
-
-
-def test_transform_sees_every_tensor_once_under_the_models_name(folder):
-    _rewrite(folder, lambda t: _with_masks(_bare(_with_head(t))))
-    seen = {}
-
-    def double(fqn, tensor):
-        assert fqn not in seen
-        seen[fqn] = tensor.dtype
-        return tensor * 2 if fqn in (QKV, EMBEDDING) else tensor
-
-    ours = GPT2.from_pretrained(folder, dtype=torch.float64, transform=double)
-    theirs = _theirs()
-    assert set(seen.values()) == {torch.float64}
-    assert seen.keys() == dict(theirs.named_parameters()).keys()
-    assert torch.equal(ours.get_parameter(QKV), theirs.get_parameter(QKV).double() * 2)
-    assert ours.lm_head.weight is ours.transformer.wte.weight
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -602,7 +586,7 @@ def test_transform_sees_every_tensor_once_under_the_models_name(folder):
 def test_save_pretrained_and_transformers_read_each_other(tmp_path, folder, dtype, tied):
     theirs = _theirs(dtype, tie_word_embeddings=tied, resid_pdrop=0.3, eos_token_id=[2, 3])
     theirs.save_pretrained(folder)
-    ours = GPT2.from_pretrained(folder)
+    ours = read_model(folder)
     save_pretrained(ours, tmp_path / "ours")
     again, report = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -616,7 +600,7 @@ def test_save_pretrained_and_transformers_read_each_other(tmp_path, folder, dtyp
         assert torch.equal(tensor, wanted[name]), name
     assert torch.equal(again(_ids(ours, 2, 9)).logits, theirs(_ids(ours, 2, 9)).logits)
     again.save_pretrained(tmp_path / "back")
-    back = GPT2.from_pretrained(tmp_path / "back")
+    back = read_model(tmp_path / "back")
     assert (back.lm_head.weight is back.transformer.wte.weight) == tied
     assert back.config == ours.config
     for name, tensor in back.state_dict().items():
@@ -624,14 +608,14 @@ def test_save_pretrained_and_transformers_read_each_other(tmp_path, folder, dtyp
 
 
 def test_save_pretrained_gives_the_same_files_again(tmp_path, folder):
-    save_pretrained(GPT2.from_pretrained(folder), tmp_path / "a")
+    save_pretrained(read_model(folder), tmp_path / "a")
     first = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
-    save_pretrained(GPT2.from_pretrained(tmp_path / "a"), tmp_path / "a")  # over itself
+    save_pretrained(read_model(tmp_path / "a"), tmp_path / "a")  # over itself
     assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == first
 
 
 def test_save_pretrained_keeps_a_head_that_was_untied(tmp_path, folder):
-    ours = GPT2.from_pretrained(folder)
+    ours = read_model(folder)
     ours.lm_head.weight = nn.Parameter(ours.lm_head.weight.detach() * 2)
     save_pretrained(ours, tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -640,11 +624,11 @@ def test_save_pretrained_keeps_a_head_that_was_untied(tmp_path, folder):
 
 
 def test_save_pretrained_refuses_other_models(tmp_path, folder):
-    ours = GPT2.from_pretrained(folder)
+    ours = read_model(folder)
     ours.transformer.h[0].mlp.c_fc = nn.Sequential(ours.transformer.h[0].mlp.c_fc)
-    with pytest.raises(ValueError, match=r"plain floating-point GPT2, .*\.h\.0\.mlp\.c_fc\.0"):
+    with pytest.raises(ValueError, match=r"a plain GPT2, .*\.h\.0\.mlp\.c_fc\.0"):
         save_pretrained(ours, tmp_path / "ours")
-    with pytest.raises(TypeError, match="writes a Llama or GPT2 .*, found Linear; write other"):
+    with pytest.raises(TypeError, match=r"models of .* \(GPT2, Llama.*\), found Linear; write"):
         save_pretrained(nn.Linear(2, 2), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
@@ -681,7 +665,7 @@ def _without(name):
         ),
         (
             lambda t: {**t, QKV: t[QKV].to(torch.int8)},
-            f"{QKV} in .* must be stored in a floating-point type .* found torch.int8",
+            f"{QKV} in .* must be stored in a floating-point type .* found I8",
         ),
         (
             lambda t: {**t, "lm_head.weight": t[EMBEDDING] + 1},
@@ -692,15 +676,7 @@ def _without(name):
 def test_from_pretrained_refuses_other_tensors_by_name(folder, change, message):
     _rewrite(folder, change)
     with pytest.raises(ValueError, match=message):
-        GPT2.from_pretrained(folder, dtype=torch.float32)
-
-
-def test_from_pretrained_refuses_the_other_architecture(tmp_path, folder):
-    save_pretrained(Llama(LlamaConfig(7, 8, 8, 1, 2, 2, 4)), tmp_path / "llama")
-    with pytest.raises(ValueError, match="model_type='llama' is not built: minilora's GPT2 has"):
-        GPT2.from_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="model_type='gpt2' is not built: minilora's Llama has"):
-        Llama.from_pretrained(folder)
+        read_model(folder, dtype=torch.float32)
 
 
 # --- load_model ---------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_forward_accepts_int32_ids():
 def test_cache_in_any_chunks_equals_one_pass(chunks, batch):
     model = _tiny()
     ids = _ids(model, batch, sum(chunks))
-    cache = KVCache.for_model(model, batch, sum(chunks))
+    cache = KVCache(model, batch, sum(chunks))
     with torch.no_grad():
         parts = [model(part, cache=cache) for part in ids.split(chunks, dim=1)]
         _close(torch.cat(parts, dim=1), model(ids))
@@ -181,7 +181,7 @@ def test_greedy_text_with_cache_equals_transformers_token_for_token():
         prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     cached, plain, step = prompt, prompt, prompt
-    cache = KVCache.for_model(ours, 2, 24)
+    cache = KVCache(ours, 2, 24)
     with torch.no_grad():
         for _ in range(20):
             step = ours(step, cache=cache, last=1).argmax(-1)
@@ -195,7 +195,7 @@ def test_greedy_text_with_cache_equals_transformers_token_for_token():
 def test_cache_forgets_when_length_is_lowered():
     model = _tiny()
     ids = _ids(model, 1, 6)
-    cache = KVCache.for_model(model, 1, 8)
+    cache = KVCache(model, 1, 8)
     with torch.no_grad():
         model(ids, cache=cache)
         cache.length = 2
@@ -204,14 +204,14 @@ def test_cache_forgets_when_length_is_lowered():
 
 def test_cache_has_the_dtype_of_the_model():
     model = _tiny().bfloat16()
-    cache = KVCache.for_model(model, 2, 5)
+    cache = KVCache(model, 2, 5)
     assert cache.keys[0].dtype == torch.bfloat16
     assert list(cache.values[1].shape) == [2, 2, 5, 4]
 
 
 def test_cache_that_is_full_refuses_and_stays():
     model = _tiny()
-    cache = KVCache.for_model(model, 1, 4)
+    cache = KVCache(model, 1, 4)
     model(_ids(model, 1, 3), cache=cache)
     before = cache.keys[0].clone()
     with pytest.raises(ValueError, match="at most 4 tokens: 3 are in it and 2 more do not fit"):
@@ -223,9 +223,9 @@ def test_cache_that_is_full_refuses_and_stays():
 def test_cache_refuses_another_batch_and_no_room():
     model = _tiny()
     with pytest.raises(ValueError, match="made for 1 sequences, found a batch of 2"):
-        model(_ids(model, 2, 3), cache=KVCache.for_model(model, 1, 4))
+        model(_ids(model, 2, 3), cache=KVCache(model, 1, 4))
     with pytest.raises(ValueError, match="batch and max_length of 1 or more, found 1 and 0"):
-        KVCache.for_model(model, 1, 0)
+        KVCache(model, 1, 0)
 
 
 # --- masks --------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_mask_for_left_padding_equals_the_unpadded_sequences():
         assert found.isfinite().all()  # rows of padding may attend to nothing
         _close(found[0, 3:], model(ids[:1, 3:])[0])
         _close(found[1], model(ids[1:])[0])
-        cache = KVCache.for_model(model, 2, 8)
+        cache = KVCache(model, 2, 8)
         model(ids[:, :6], mask=mask[:, :, :6, :6], positions=positions[:, :6], cache=cache)
         rest = model(ids[:, 6:], mask=mask[:, :, 6:], positions=positions[:, 6:], cache=cache)
     _close(rest, found[:, 6:])
@@ -375,7 +375,7 @@ def test_forward_compiles_in_one_graph(cached):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         if cached:
-            caches = [KVCache.for_model(model, 2, 8) for _ in range(2)]
+            caches = [KVCache(model, 2, 8) for _ in range(2)]
             _close(compiled(ids, cache=caches[0]), model(ids, cache=caches[1]))
             assert caches[0].length == 6
         else:
@@ -428,7 +428,7 @@ def test_forward_refuses_a_sequence_that_is_too_long():
     assert model(_ids(model, 1, 32)).shape == (1, 32, 29)
     with pytest.raises(ValueError, match=r"at most 32 tokens .*, found 33"):
         model(_ids(model, 1, 33))
-    cache = KVCache.for_model(model, 1, 40)
+    cache = KVCache(model, 1, 40)
     model(_ids(model, 1, 30), cache=cache)
     with pytest.raises(ValueError, match=r"at most 32 tokens .*, found 33"):
         model(_ids(model, 1, 3), cache=cache)

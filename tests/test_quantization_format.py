@@ -8,7 +8,7 @@ from torch import nn
 import minilora
 from minilora.kernels import scales_from_bits
 from minilora.kernels.triton import uncovered
-from minilora.loading.quantized_models import load_quantized, save_quantized
+from minilora.loading.model import load_model
 from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
 from minilora.planning.memory import Settings, count_memory
@@ -69,13 +69,12 @@ def test_a_new_format_is_multiplied_trained_and_merged():
 
 
 def test_a_new_format_is_written_and_read(tmp_path):
-
     small = minilora.quantize(model(), "fp8")
-    save_quantized(small, tmp_path / "small", byte_tokenizer())
-    read, _ = load_quantized(tmp_path / "small", dtype=torch.float32)
+    save_pretrained(small, tmp_path / "small", byte_tokenizer())
+    read, _ = load_model(tmp_path / "small", dtype=torch.float32)
     assert torch.equal(read(IDS), small(IDS))
     save_pretrained(model(), tmp_path / "plain", byte_tokenizer())
-    read, _ = load_quantized(tmp_path / "plain", "fp8", dtype=torch.float32)
+    read, _ = load_model(tmp_path / "plain", "fp8", dtype=torch.float32)
     assert torch.equal(read(IDS), small(IDS))
 
 

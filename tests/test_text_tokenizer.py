@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minilora.loading.fetching import fetch
+from minilora.loading.model import read_tokenizer
 from minilora.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -462,7 +463,7 @@ def _cut(pre):
 
 @pytest.mark.parametrize("pre", STATED)
 def test_from_gguf_cuts_text_as_llama_cpp_states(tmp_path, pre):
-    ours = Tokenizer.from_gguf(_write(tmp_path / "a.gguf", pre))
+    ours = read_tokenizer(_write(tmp_path / "a.gguf", pre))
     judge = Backend.from_str(_backend_once().to_str())
     judge.pre_tokenizer = _cut(pre)
     if pre == "llama-bpe":
@@ -491,21 +492,21 @@ def test_from_gguf_pre_tokenizers_differ():
 def test_from_gguf_reads_special_ids_and_frames(tmp_path):
     file = tmp_path / "a.gguf"
     ids = {"bos_token_id": 1, "eos_token_id": 5, "eot_token_id": 6, "padding_token_id": 7}
-    ours = Tokenizer.from_gguf(_write(file, **ids))
+    ours = read_tokenizer(_write(file, **ids))
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 5, 7)
     assert ours.stop_ids == {0, 2, 5, 6}
     plain = ours.encode("a b")
-    framed = Tokenizer.from_gguf(_write(file, **ids, add_bos_token=True, add_eos_token=True))
+    framed = read_tokenizer(_write(file, **ids, add_bos_token=True, add_eos_token=True))
     assert framed.encode("a b") == [1, *plain, 5]
     assert framed.encode("a b", special=False) == plain
-    assert Tokenizer.from_gguf(_write(file, "llama-bpe", **ids)).encode("a b")[0] == 1
-    without = Tokenizer.from_gguf(_write(file, "llama-bpe", **ids, add_bos_token=False))
+    assert read_tokenizer(_write(file, "llama-bpe", **ids)).encode("a b")[0] == 1
+    without = read_tokenizer(_write(file, "llama-bpe", **ids, add_bos_token=False))
     assert without.encode("a b") == plain
 
 
 @pytest.mark.peers
 def test_save_of_a_gguf_vocabulary_is_read_by_transformers(tmp_path):
-    ours = Tokenizer.from_gguf(_write(tmp_path / "a.gguf", bos_token_id=1, eos_token_id=2))
+    ours = read_tokenizer(_write(tmp_path / "a.gguf", bos_token_id=1, eos_token_id=2))
     ours.save(tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in TEXTS:
@@ -521,7 +522,7 @@ def test_from_gguf_merges_as_each_pre_tokenizer_wants(tmp_path):
     found = {}
     for pre in STATED:
         file = _write(tmp_path / "a.gguf", pre, merges=["1 2"], tokens=names)
-        ours = Tokenizer.from_gguf(file)
+        ours = read_tokenizer(file)
         assert "Ġargument" in names
         found[pre] = (len(ours.encode(" argument")), len(ours.encode("12")))
     assert found == {"gpt-2": (9, 1), "smollm": (9, 2), "llama-bpe": (1, 1)}
@@ -541,7 +542,7 @@ def test_from_gguf_merges_as_each_pre_tokenizer_wants(tmp_path):
 def test_from_gguf_refuses_other_vocabularies(tmp_path, changes, message):
     file = _write(tmp_path / "a.gguf", **changes)
     with pytest.raises(ValueError, match=message):
-        Tokenizer.from_gguf(file)
+        read_tokenizer(file)
 
 
 def test_from_gguf_refuses_a_file_without_vocabulary(tmp_path):
@@ -550,7 +551,7 @@ def test_from_gguf_refuses_a_file_without_vocabulary(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(ValueError, match=r"must state tokenizer\.ggml\.tokens"):
-        Tokenizer.from_gguf(tmp_path / "a.gguf")
+        read_tokenizer(tmp_path / "a.gguf")
 
 
 # --- the real SmolLM2 ---------------------------------------------------------------------------
@@ -560,9 +561,7 @@ def test_from_gguf_refuses_a_file_without_vocabulary(tmp_path):
 def smollm():
     """Our tokenizer of the file, and transformers'."""
     file = fetch("smollm2-135m")
-    return Tokenizer.from_gguf(file), AutoTokenizer.from_pretrained(
-        file.parent, gguf_file=file.name
-    )
+    return read_tokenizer(file), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 @pytest.mark.real_model

@@ -19,7 +19,7 @@ from torch import nn
 import minilora
 from minilora.cli.command import main
 from minilora.loading.model import load_model
-from minilora.loading.quantized_models import load_quantized, save_quantized
+from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
 from minilora.planning.machines import forget_peak, peak_bytes
 from minilora.running.evaluation import token_loss
@@ -474,8 +474,8 @@ def test_fsdp_refuses_a_start_from_weights_it_never_holds(forks, command, tmp_pa
 
 
 def quantized_folder(place, source):
-    model, tokenizer = load_quantized(source, "int8", dtype=torch.float32)
-    save_quantized(model, place, tokenizer)
+    model, tokenizer = load_model(source, "int8", dtype=torch.float32)
+    save_pretrained(model, place, tokenizer)
     return place
 
 
@@ -533,7 +533,7 @@ def peak(place, kind, out, format=None):
     if format is None:
         model = load_model(place, dtype=torch.float32, prepare=watched)[0]
     else:
-        model = load_quantized(place, format, dtype=torch.float32, prepare=watched)[0]
+        model = load_model(place, format, dtype=torch.float32, prepare=watched)[0]
     loaded = max(seen) - before
     ready = forget_peak()
     rows = [{"input_ids": list(range(2, 22))}] * 4

@@ -7,7 +7,7 @@ import minilora
 from minilora.cli.arguments import DTYPE_HELP, DTYPES, arg, positive, verb
 from minilora.cli.sources import check_new_folder, load
 from minilora.loading import fetch as fetch_model
-from minilora.loading import save_pretrained, save_quantized
+from minilora.loading import save_pretrained
 from minilora.lora import sizes
 from minilora.quantization import FORMATS, QuantizedLinear
 
@@ -49,7 +49,7 @@ def quantize(options: argparse.Namespace) -> int:
     """Write a model stored in 8 or 4 bits."""
     check_new_folder(options.out, "--out")
     model, tokenizer = load(options)
-    save_quantized(model, options.out, tokenizer)
+    save_pretrained(model, options.out, tokenizer)
     print(f"{options.quantize} model in {options.out}: {sizes(model)}")
     return 0
 

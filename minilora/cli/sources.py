@@ -11,7 +11,7 @@ import torch
 import minilora
 from minilora.data import DataFiles, Encoding, Example
 from minilora.files import is_new
-from minilora.loading import is_quantized_folder, load_model, load_quantized
+from minilora.loading import load_model
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, find_pair, read_config
 from minilora.training import common_dtype, torchrun_number
 
@@ -52,17 +52,13 @@ def load(
     target = device(options)
     dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
     dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
-    if dtype == "auto" and target.type == "cuda":
-        dtype = minilora.hardware("cuda").dtype
-    elif dtype == "auto" and parallel is not None:
+    if dtype == "auto" and target.type == "cpu" and parallel is not None:
         dtype = common_dtype(parallel)
-    more: dict[str, Any] = {"dtype": dtype, "device": target, "prepare": prepare}
     format = getattr(options, "quantize", None)
-    if format is not None or is_quantized_folder(options.model):
-        block_size = getattr(options, "block_size", 64)
-        model, tokenizer = load_quantized(options.model, format, block_size=block_size, **more)
-    else:
-        model, tokenizer = load_model(options.model, **more)
+    more: dict[str, Any] = {"prepare": prepare}
+    if format is not None:
+        more["block_size"] = getattr(options, "block_size", 64)
+    model, tokenizer = load_model(options.model, format, dtype, target, **more)
     if adapter is not None:
         minilora.load(model, adapter, trainable=options.command == "train")
     return model, tokenizer

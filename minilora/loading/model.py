@@ -1,79 +1,175 @@
 """One call from a path, or a known name, to a model and its tokenizer."""
 
 import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minilora.files import read_json, short
-from minilora.loading.fetching import fetch, hub_name, known_name
-from minilora.loading.folder import KINDS, Model, read_folder
-from minilora.loading.gguf_file import read_gguf, read_model
-from minilora.models import Prepare, Transform
+from minilora.files import read_json, reading
+from minilora.loading.fetching import fetch, known_name
+from minilora.loading.folder import CONFIG, open_folder
+from minilora.loading.gguf_file import open_gguf, read_gguf
+from minilora.loading.quantized import is_quantized, open_quantized
+from minilora.loading.source import (
+    Prepare,
+    Source,
+    family_of,
+    make_model,
+    resolve_device,
+    resolve_dtype,
+)
+from minilora.models import CausalLM
+from minilora.quantization import Quantization
 from minilora.text import Tokenizer
 
 _NAMES = ("smollm2-135m",)
-_GPT2_END = "<|endoftext|>"
 
 
 def load_model(
-    path: str | Path,
-    *,
+    source: str | Path,
+    quantize: str | Quantization | None = None,
     dtype: torch.dtype | str | None = "auto",
-    device: torch.device | str = "cpu",
-    transform: Transform | None = None,
+    device: torch.device | str = "auto",
+    *,
+    targets: object = "all-linear",
+    exclude: object = (),
+    layers: Iterable[int] | None = None,
     prepare: Prepare | None = None,
-) -> tuple[Model, Tokenizer]:
+    **options: Any,
+) -> tuple[CausalLM, Tokenizer]:
     """Read a model and its tokenizer from the same place.
 
+    With `quantize`, each weight is quantized as it is read: beside what is loaded so far, one
+    tensor is in memory in full precision, and the result is that of `minilora.quantize` after
+    loading.
+
+    >>> model, tokenizer = minilora.load_model("smollm2-135m", quantize="nf4")
+
     Args:
-        path: a Hugging Face folder (its `config.json` says whether it holds a Llama or a GPT-2), a
-            GGUF file of the llama architecture, or `"smollm2-135m"`, which is fetched when it is
-            not in the cache (a file or folder of that name goes first); its name on the hub,
-            which adapters trained on it carry, means the same.
-        dtype: `"auto"` the fastest here, None as stored, or a floating-point torch dtype.
-        device: where the weights go.
-        transform: called per tensor; see `Llama.from_pretrained`.
+        source: a Hugging Face folder (its `config.json` names a family of `minilora.models`), a
+            folder of a quantized model (that `save_pretrained` wrote, or transformers with
+            bitsandbytes' NF4), a GGUF file, or `"smollm2-135m"`, which is fetched when it is not
+            in the cache (a file or folder of that name goes first); its name on the hub, which
+            adapters trained on it carry, means the same.
+        quantize: `"int8"`, `"nf4"` or `"int4"`, or a `Quantization`, stores linear layers so; None
+            as they are.
+        dtype: of everything that is not quantized, and of what is computed: `"auto"` the fastest
+            on the device, None as stored, or a floating-point torch dtype.
+        device: where the weights go; `"auto"` is CUDA where it is there, else the CPU.
+        targets, exclude, layers: which layers to quantize, as for `minilora.quantize`.
         prepare: called with the model on the meta device, in its dtype; returns a function that is
-            called with name and value of each tensor, one at a time, and puts it where it belongs.
-            None keeps each tensor whole.
+            called with name and value of each weight, one at a time, and puts it where it belongs.
+            A quantized layer comes as a `QuantizedLinear` under the name of its weight. None keeps
+            each weight whole.
+        options: its other options: `block_size`, `double_quant`, `compute`, `grad_compute` and
+            `outliers`. The last three go for a model that is stored quantized, too.
 
     Returns:
-        The model, a `Llama` or `GPT2` in evaluation mode, and the tokenizer.
+        The model in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: a path that is neither, or whose content cannot be read.
+        ValueError: a source that is none of these, whose content cannot be read, or what
+            `minilora.quantize` refuses.
         RuntimeError: a package is missing, or fetching fails.
     """
-    place = Path(path)
-    known = known_name(str(path))
-    if known and not place.exists():
-        place = fetch(known)
-    if place.is_dir():
-        kind = _model_type(place)
-        model = read_folder(
-            place, dtype=dtype, device=device, transform=transform, kind=kind, prepare=prepare
+    spec = None if quantize is None else _quantization(quantize, options)
+    path, device = _path(source), resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    opened = _opened(path, dtype)
+    if opened.layers and spec is not None:
+        raise ValueError(
+            f"'{path}' is quantized already; load it without quantize, or quantize the model it "
+            f"was made from"
         )
-        tokenizer = Tokenizer.from_pretrained(place)
-        tokenizer = _with_gpt2_tokens(tokenizer) if kind == "gpt2" else tokenizer
-        check_tokenizer(model, tokenizer, place)
-        return model, tokenizer
-    if place.is_file():
-        source = read_gguf(place)
-        tokenizer = Tokenizer._from_gguf(source)
-        model = read_model(source, dtype=dtype, device=device, transform=transform, prepare=prepare)
-        check_tokenizer(model, tokenizer, place)
-        model.name_or_path = hub_name(place) or model.name_or_path
-        return model, tokenizer
-    raise ValueError(
-        f"a model is a folder with config.json, a .gguf file or one of {', '.join(_NAMES)}, found "
-        f"nothing at {str(path)!r}"
-    )
+    if not opened.layers and spec is None and options:
+        raise ValueError(
+            f"{', '.join(options)} say how a model is quantized, found '{path}' without quantize; "
+            f"pass 'int8', 'nf4' or 'int4'"
+        )
+    stored = {name: (replace(how, **options), bias) for name, (how, bias) in opened.layers.items()}
+    opened = replace(opened, layers=stored)
+    if opened.metadata is None:
+        tokenizer = Tokenizer.from_pretrained(path, end=opened.family.end_of_text)
+    else:
+        tokenizer = _gguf_tokenizer(path, opened.metadata)
+    _check_tokenizer(opened, tokenizer)
+    chosen = targets, exclude, layers
+    return make_model(opened, dtype, device, spec, chosen, prepare), tokenizer
 
 
-def check_tokenizer(model: Model, tokenizer: Tokenizer, place: Path) -> None:
+def _quantization(quantize: str | Quantization, options: dict[str, Any]) -> Quantization:
+    if isinstance(quantize, Quantization):
+        return replace(quantize, **options)
+    return Quantization(quantize, **options)
+
+
+def read_model(
+    source: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    prepare: Prepare | None = None,
+) -> CausalLM:
+    """Read a model without its tokenizer, by default as it is stored."""
+    dtype = resolve_dtype(dtype, device)
+    return make_model(_opened(_path(source), dtype), dtype, device, prepare=prepare)
+
+
+def read_config(source: str | Path) -> Any:
+    """Read the `ModelConfig` in a folder, a `config.json` or a GGUF file.
+
+    Raises:
+        ValueError: nothing of the kind, or an option that is not built, by name.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix != ".json":
+        return open_gguf(read_gguf(path)).config
+    file = path / CONFIG if path.is_dir() else path
+    entries = read_json(file)
+    return family_of(entries, file).config_class.from_dict(entries)
+
+
+def read_tokenizer(source: str | Path) -> Tokenizer:
+    """Read the tokenizer that `load_model` would return."""
+    path = _path(source)
+    if path.is_file():
+        return _gguf_tokenizer(path, read_gguf(path).metadata)
+    family = family_of(read_json(path / CONFIG), path / CONFIG)
+    return Tokenizer.from_pretrained(path, end=family.end_of_text)
+
+
+def _path(source: str | Path) -> Path:
+    """Return a folder or file that is there; a known name is fetched."""
+    path, known = Path(source), known_name(str(source))
+    if known and not path.exists():
+        return fetch(known)
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(
+            f"a model is a folder with config.json, a .gguf file or one of {', '.join(_NAMES)}, "
+            f"found nothing at {str(source)!r}"
+        )
+    return path
+
+
+def _opened(path: Path, dtype: torch.dtype | None) -> Source:
+    if path.is_file():
+        return open_gguf(read_gguf(path))
+    return open_quantized(path) if is_quantized(path) else open_folder(path, dtype)
+
+
+def _gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
+    with reading(f"the tokenizer in '{path}'"):
+        try:
+            return Tokenizer.from_metadata(metadata)
+        except ValueError as error:
+            raise ValueError(f"'{path}': {error}") from error
+
+
+def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
     """Warn where a tokenizer's ids are not those of the model's embedding."""
-    rows, ids = model.config.vocab_size, tokenizer.vocab_size
+    rows, ids = source.config.vocab_size, tokenizer.vocab_size
     problems = []
     if ids > rows:
         problems.append(f"its tokenizer has {ids} ids, and the model can't compute {rows} and more")
@@ -81,33 +177,4 @@ def check_tokenizer(model: Model, tokenizer: Tokenizer, place: Path) -> None:
         stop = min(tokenizer.stop_ids)
         problems.append(f"eos_token_id {stop} is not among the model's {rows} ids: no text ends")
     for problem in problems:
-        warnings.warn(f"minilora: '{place}': {problem}", stacklevel=4)
-
-
-def _model_type(folder: Path) -> str:
-    """What kind of model a folder holds, by its `config.json`: a key of `KINDS`."""
-    file = folder / "config.json"
-    found = read_json(file).get("model_type")
-    if not isinstance(found, str) or found not in KINDS:
-        raise ValueError(
-            f"'{file}' must name a model_type that is built ({', '.join(KINDS)}), found "
-            f"{short(found)}; for another model pass transformers' own to minilora.inject"
-        )
-    return found
-
-
-def _with_gpt2_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Name the special tokens where no file does, as transformers' `GPT2Tokenizer` does.
-
-    OpenAI's own folder names none. Without one, training has nothing to end a text with.
-    """
-    if tokenizer.eos_id is not None or _GPT2_END not in tokenizer.control:
-        return tokenizer
-    named = {"bos_token": _GPT2_END, "unk_token": _GPT2_END, **tokenizer._named}
-    return Tokenizer(
-        tokenizer._backend,
-        eos=_GPT2_END,
-        stop_ids=tokenizer.stop_ids,
-        chat_template=tokenizer.chat_template,
-        **{name.removesuffix("_token"): text for name, text in named.items()},
-    )
+        warnings.warn(f"minilora: '{source.path}': {problem}", stacklevel=3)

@@ -1,12 +1,16 @@
-"""Write model folders that transformers loads; `folder` reads them."""
+"""Write model folders: those that transformers loads, and those of quantized models."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minilora.files import read_json, tensor_content, whole_folder, write, write_json
-from minilora.loading.folder import CONFIG, FLOATS, KINDS, WEIGHTS, Kind, Model, some
+from minilora.files import is_new, read_json, tensor_content, whole_folder, write, write_json
+from minilora.loading.folder import CONFIG, WEIGHTS
+from minilora.loading.quantized import LAYERS, QUANTIZED
+from minilora.loading.source import FLOATS, HEAD, some
+from minilora.models import FAMILIES, CausalLM
+from minilora.quantization import QuantizedLinear
 from minilora.text import as_tokenizer
 
 _FOREIGN = (
@@ -21,40 +25,58 @@ _FOREIGN = (
 _MARK = {"written_by": "minilora"}  # in config.json: what save_pretrained may replace
 
 
-def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write a folder that transformers' `AutoModelForCausalLM` and `AutoTokenizer` load.
+def save_pretrained(model: CausalLM, folder: str | Path, tokenizer: Any = None) -> None:
+    """Write a model's folder, with a checksum of every tensor; `minilora.load_model` reads it.
 
-    A new or empty folder appears whole, by one rename. Files of an earlier one are replaced after
-    all have been written, `config.json` at the end: without it nobody reads the folder.
+    One in floating point is also read by transformers' `AutoModelForCausalLM`. A new or empty
+    folder appears whole, by one rename. Files of an earlier one are replaced after all have been
+    written, `config.json` at the end: without it nobody reads the folder.
 
     Args:
-        model: a plain floating-point `Llama` or `GPT2`: no adapters, not quantized. A head that
-            no longer shares the embedding's memory is stored as its own tensor.
-        folder: made when missing. Files of an earlier `save_pretrained` are replaced.
+        model: of a family of `minilora.models`, without adapters; its layers may be quantized. A
+            head that no longer shares the embedding's memory is stored as its own tensor.
+        folder: made when missing. Files of an earlier `save_pretrained` are replaced, but a
+            quantized model needs a new or empty folder.
         tokenizer: a `Tokenizer`, or one of transformers', to write beside it, or None.
 
     Raises:
-        ValueError: a model that holds anything but the plain parameters, or a folder that holds
+        ValueError: a model that holds anything but its own parameters, or a folder that holds
             model files written by something else.
         TypeError: another kind of model or tokenizer.
         RuntimeError: the folder can't be written.
     """
     folder = Path(folder)
-    known = next((kind for kind in KINDS.values() if isinstance(model, kind.model)), None)
-    if known is None:
+    if type(model) not in FAMILIES.values():
         raise TypeError(
-            f"save_pretrained writes a Llama or GPT2 of minilora.models, found "
-            f"{type(model).__name__}; write other models by their own means"
+            f"save_pretrained writes models of minilora.models ("
+            f"{', '.join(f.__name__ for f in FAMILIES.values())}), found {type(model).__name__}; "
+            f"write other models by their own means"
         )
     tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
-    tensors = _plain_tensors(model, known)
-    _refuse_foreign(folder)
-    config = model.config.to_dict(tensors[known.embedding].dtype)
-    config |= {"tie_word_embeddings": "lm_head.weight" not in tensors, **_MARK}
+    small = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    tensors = _tensors(model, small)
+    floats = tensors[f"{model.embedding_name}.weight"].dtype
+    config = model.config.to_dict(floats)
+    config["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in tensors)
+    if small:
+        if not is_new(folder):
+            raise ValueError(
+                f"a quantized model needs a new or empty folder, found files in '{folder}'; choose "
+                f"another one"
+            )
+    else:
+        _refuse_foreign(folder)
+        config |= _MARK
     with whole_folder(folder, last=CONFIG) as made:
-        write(made / WEIGHTS, tensor_content(tensors, {"format": "pt"}))
-        if model.config.eos_token_id is not None:
-            ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write(made / (QUANTIZED if small else WEIGHTS), tensor_content(tensors, {"format": "pt"}))
+        if small:
+            rows = {
+                name: {**layer.spec.stored, "bias": layer.bias is not None}
+                for name, layer in small.items()
+            }
+            write_json(made / LAYERS, {"version": 1, "layers": rows})
+        elif model.config.eos_token_id is not None:
+            ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
             generation = {key: value for key, value in ids.items() if value is not None}
             write_json(made / "generation_config.json", generation)
         write_json(made / CONFIG, config)
@@ -62,27 +84,31 @@ def save_pretrained(model: Model, folder: str | Path, tokenizer: Any = None) -> 
             tokenizer.save(made)
 
 
-def _plain_tensors(model: Model, kind: Kind) -> dict[str, torch.Tensor]:
-    wanted = kind.model(model.config, device="meta").state_dict().keys()  # type: ignore[arg-type]
+def _tensors(model: CausalLM, small: dict[str, QuantizedLinear]) -> dict[str, torch.Tensor]:
+    """Return what a model stores, or raise where it is no plain model with quantized layers."""
     state = model.state_dict()
-    other = sorted(state.keys() ^ wanted)
-    other += [fqn for fqn, tensor in state.items() if tensor.dtype not in FLOATS]
+    parts = {f"{name}.{part}" for name, layer in small.items() for part in layer.state_dict()}
+    replaced = {f"{name}.{part}" for name in small for part in ("weight", "bias")}
+    plain = type(model)(model.config, device="meta").state_dict().keys()
+    other = sorted(state.keys() ^ ((plain - replaced) | parts))
+    other += [fqn for fqn in state.keys() - parts if state[fqn].dtype not in FLOATS]
     if other:
         raise ValueError(
-            f"save_pretrained writes a plain floating-point {kind.model.__name__}, found the model "
-            f"differs in {some(other)}; eject adapters (minilora.eject) and dequantize first"
+            f"save_pretrained writes a plain {type(model).__name__}, in floating point or "
+            f"quantized, found the model differs in {some(other)}; eject adapters "
+            f"(minilora.eject) first"
         )
-    head = state["lm_head.weight"]
-    if head.data_ptr() == state[kind.embedding].data_ptr():
+    embedding = state[f"{model.embedding_name}.weight"]
+    if HEAD in state and state[HEAD].data_ptr() == embedding.data_ptr():
         if model.config.tie_word_embeddings:
-            del state["lm_head.weight"]
+            del state[HEAD]
         else:
-            state["lm_head.weight"] = head.clone()
+            state[HEAD] = state[HEAD].clone()
     return {fqn: tensor.detach().contiguous() for fqn, tensor in state.items()}
 
 
 def _refuse_foreign(folder: Path) -> None:
-    found = {file.name for kind in _FOREIGN for file in folder.glob(kind)}
+    found = {file.name for form in _FOREIGN for file in folder.glob(form)}
     if (folder / CONFIG).is_file():
         ours = _MARK.items() <= read_json(folder / CONFIG).items()
         found = found - {WEIGHTS} if ours else found | {CONFIG}

@@ -1,21 +1,28 @@
-"""Language models in plain PyTorch, one file a family. Knows no LoRA."""
+"""Language models in plain PyTorch, one file a family. Knows no LoRA.
+
+A new family is a file here and its entry in `FAMILIES`.
+"""
 
 from minilora.models.blocks import KVCache
-from minilora.models.causal import Prepare, Transform
-from minilora.models.gpt2 import GPT2, Conv1D, stored_fqn
-from minilora.models.gpt2_config import ACTIVATIONS, GPT2Config
-from minilora.models.llama import Llama
-from minilora.models.llama_config import LlamaConfig
+from minilora.models.causal import CausalLM
+from minilora.models.config import ModelConfig
+from minilora.models.gguf_names import GGUFNames
+from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
+from minilora.models.llama import Llama, LlamaConfig
+
+FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
+    family.config_class.model_type: family for family in (GPT2, Llama)
+}
 
 __all__ = [
-    "ACTIVATIONS",
+    "FAMILIES",
     "GPT2",
+    "CausalLM",
     "Conv1D",
+    "GGUFNames",
     "GPT2Config",
     "KVCache",
     "Llama",
     "LlamaConfig",
-    "Prepare",
-    "Transform",
-    "stored_fqn",
+    "ModelConfig",
 ]

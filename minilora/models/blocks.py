@@ -1,4 +1,4 @@
-"""The parts of a Llama decoder in plain PyTorch: cache, norm, rotation, attention, SwiGLU block.
+"""What families are built of: cache, RMS norm, rotary embeddings, attention, gated MLP, a layer.
 
 B sequences, T new tokens, S tokens attended to (cached ones and the new).
 The architecture: Touvron et al. 2023, "LLaMA", section 2.2; rotary embeddings in the half-rotation
@@ -6,13 +6,14 @@ order of Hugging Face's checkpoints (Su et al. 2021, "RoFormer", section 3.4.2, 
 (i, i + head_dim/2)).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minilora.kernels import causal_attention, rms_norm, swiglu
-from minilora.models.gpt2_config import GPT2Config
-from minilora.models.llama_config import LlamaConfig
+from minilora.models.config import DecoderConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 Slot = tuple[torch.Tensor, torch.Tensor, int]  # keys and values [B, kv_heads, room, D], held
@@ -22,11 +23,9 @@ class KVCache:
     """Hold the keys and values of the tokens read so far, in memory taken once.
 
     Args:
-        config: the model's shape.
+        model: a `CausalLM`, whose shape, dtype and device the cache gets.
         batch: sequences side by side.
         max_length: tokens per sequence there is room for.
-        dtype: of keys and values; the model's.
-        device: the model's.
 
     Attributes:
         length: tokens held so far, the same for every sequence. Lower it to forget the newest.
@@ -35,32 +34,19 @@ class KVCache:
         ValueError: `batch` or `max_length` below 1.
     """
 
-    def __init__(
-        self,
-        config: LlamaConfig | GPT2Config,
-        batch: int,
-        max_length: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, model: Any, batch: int, max_length: int) -> None:
         if batch < 1 or max_length < 1:
             raise ValueError(
                 f"a KVCache needs batch and max_length of 1 or more, found {batch} and {max_length}"
             )
+        config = model.config
+        # The norm's dtype: the head and the projections may be quantized.
+        like = model.get_submodule(model.norm_name).weight
         shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.keys = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in layers]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
         self.batch, self.max_length, self.length = batch, max_length, 0
-
-    @classmethod
-    def for_model(cls, model, batch: int, max_length: int) -> "KVCache":
-        """Make an empty cache of the model's shape, dtype and device."""
-        # A norm's weight: the head and the projections may be quantized.
-        norm = model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
-        kept = {"dtype": norm.weight.dtype, "device": norm.weight.device}
-        return cls(model.config, batch, max_length, **kept)
 
     def check_room(self, batch: int, tokens: int) -> None:
         """Raise unless `tokens` more of `batch` sequences fit."""
@@ -109,7 +95,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def rotation_at(config: LlamaConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+def rotation_at(config: DecoderConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
     """Cosines and sines `[1 or B, 1, T, head_dim / 2]`, computed in f32 from int positions."""
     steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / (config.rope_theta ** (steps / config.head_dim))
@@ -138,16 +124,16 @@ def attend(
 class Attention(nn.Module):
     """Attend with grouped queries: several query heads share one key and value head."""
 
-    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         wide = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
-        made = {"bias": config.attention_bias, "dtype": dtype, "device": device}
-        self.q_proj = nn.Linear(config.hidden_size, wide, **made)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, **made)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, **made)
-        self.o_proj = nn.Linear(wide, config.hidden_size, **made)
+        size, made = config.hidden_size, {"dtype": dtype, "device": device}
+        self.q_proj = nn.Linear(size, wide, bias=config.qkv_bias, **made)
+        self.k_proj = nn.Linear(size, narrow, bias=config.qkv_bias, **made)
+        self.v_proj = nn.Linear(size, narrow, bias=config.qkv_bias, **made)
+        self.o_proj = nn.Linear(wide, size, bias=config.attention_bias, **made)
 
     def forward(
         self,
@@ -170,7 +156,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Apply the SwiGLU block."""
 
-    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
         size, inner = config.hidden_size, config.intermediate_size
         made = {"bias": config.mlp_bias, "dtype": dtype, "device": device}
@@ -186,7 +172,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Add attention and then the SwiGLU block to the residual stream, each after a norm."""
 
-    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
         made = {"dtype": dtype, "device": device}
         self.self_attn = Attention(config, **made)
@@ -209,7 +195,7 @@ class DecoderLayer(nn.Module):
 class Body(nn.Module):
     """What Hugging Face's checkpoints call `model`: everything but the head."""
 
-    def __init__(self, config: LlamaConfig, *, dtype=None, device=None) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
         made = {"dtype": dtype, "device": device}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **made)

@@ -3,8 +3,8 @@
 B sequences, T new tokens, S tokens attended to (cached ones and the new), V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +13,31 @@ from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels import linear_cross_entropy
-from minilora.models.blocks import KVCache
+from minilora.models.blocks import Body, KVCache, rotation_at
+from minilora.models.config import ModelConfig
+from minilora.models.gguf_names import GGUFNames
 
 IGNORED = -100  # the label of a token that does not count, as in Hugging Face
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped
 
-Transform = Callable[[str, torch.Tensor], torch.Tensor | nn.Module]
-# Called with the model on the meta device; what it returns takes each tensor as it is read.
-Prepare = Callable[[Any], Callable[[str, torch.Tensor], None]]
-
 
 class CausalLM(nn.Module):
-    """A model with `config`, `lm_head`, and a body that `_begin`, `_blocks` and `_end` give.
+    """The base of every family: a body and `lm_head`; module names are Hugging Face's.
+
+    A fresh model is random: matrices are normal with standard deviation 0.02, biases zero.
+    `minilora.load_model` reads one.
+
+    Args:
+        config: the model's shape, kept.
+        dtype: of every parameter; torch's default when None.
+        device: where they lie; `"meta"` takes no memory.
 
     Attributes:
+        config_class, body_class: the family's configuration, and everything but the head.
+        gguf: its names in GGUF files, or None where those are not read.
+        embedding_name, blocks_name, norm_name: dotted names of the embedding, of the list of
+            blocks and of the last norm.
+        end_of_text: the token that ends a text where the tokenizer's files name none, or None.
         gradient_checkpointing: when True, each block is run again in the backward pass instead of
             keeping its activations; acts in training mode with gradients on.
         compiled_loss: when True, `loss` runs its passes over the logits through `torch.compile`
@@ -34,31 +45,73 @@ class CausalLM(nn.Module):
         name_or_path: where the weights came from, or None.
     """
 
-    config: Any
-    lm_head: nn.Module
-    context_name = "max_position_embeddings"  # what the config's own format calls it
+    config_class: ClassVar[type[ModelConfig]]
+    body_class: ClassVar[type[nn.Module]]
+    gguf: ClassVar[GGUFNames | None] = None
+    embedding_name: ClassVar[str] = "model.embed_tokens"
+    blocks_name: ClassVar[str] = "model.layers"
+    norm_name: ClassVar[str] = "model.norm"
+    end_of_text: ClassVar[str | None] = None
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
+        self.config = config
         self.gradient_checkpointing = False
         self.compiled_loss = False
         self.name_or_path: str | None = None
+        body = self.body_class(config, dtype=dtype, device=device)
+        self.add_module(self.norm_name.partition(".")[0], body)
+        self.lm_head: nn.Module = nn.Linear(
+            config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device
+        )
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:  # there is nothing to draw, and it takes its time
+                continue
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=self._deviation(name))
+        self.tie_weights()
 
-    def _begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """Return the first hidden state, and what every block takes beside it."""
+    @staticmethod
+    def stored_fqn(name: str) -> str | None:
+        """Return the dotted name in the model of a tensor in a checkpoint, None to pass it over."""
+        return name
+
+    def begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """Return the first hidden state, and what every block takes beside it.
+
+        A block is called as `block(x, *beside, mask, slot of the cache)`.
+        """
         raise AttributeError(f"{type(self).__name__} must say how its ids are embedded")
 
-    def _blocks(self) -> Iterable[nn.Module]:
-        """Return the blocks, called as `block(x, *beside, mask, slot of the cache)`."""
-        raise AttributeError(f"{type(self).__name__} must name its blocks")
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The blocks, in order."""
+        return self.get_submodule(self.blocks_name)  # type: ignore[return-value]
 
-    def _end(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the last norm."""
-        raise AttributeError(f"{type(self).__name__} must name its last norm")
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding module."""
+        return self.get_submodule(self.embedding_name)
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output head module."""
         return self.lm_head
+
+    def tie_weights(self) -> None:
+        """Make the head's weight the embedding's own parameter where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.get_input_embeddings().weight
+
+    def _deviation(self, name: str) -> float:
+        """Return the standard deviation of a fresh matrix."""
+        return 0.02
 
     def hidden(
         self,
@@ -76,25 +129,26 @@ class CausalLM(nn.Module):
             cache.check_room(batch, tokens)
             past = cache.length
         if past + tokens > self.config.max_position_embeddings:
+            name = "max_position_embeddings"
             raise ValueError(
                 f"a sequence may have at most {self.config.max_position_embeddings} tokens "
-                f"({self.context_name}), found {past + tokens}; shorten it"
+                f"({self.config.aliases.get(name, name)}), found {past + tokens}; shorten it"
             )
         if positions is None:
             positions = torch.arange(past, past + tokens, device=input_ids.device)
         else:
             self._check_positions(positions, batch, tokens)
         mask = self._attention_mask(mask, batch, tokens, past, input_ids.device)
-        x, beside = self._begin(input_ids, positions)
+        x, beside = self.begin(input_ids, positions)
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for i, block in enumerate(self._blocks()):
+        for i, block in enumerate(self.blocks):
             if again and cache is None:
                 x = checkpoint(block, x, *beside, mask, None, use_reentrant=False)
             else:
                 x = block(x, *beside, mask, None if cache is None else cache.slot(i))
         if cache is not None:
             cache.length += tokens
-        return self._end(x)
+        return self.get_submodule(self.norm_name)(x)
 
     def forward(
         self,
@@ -243,3 +297,19 @@ def _is_plain_linear(module: nn.Module) -> bool:
     """Whether reading the weight does all that calling the module would."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return type(module) is nn.Linear and module.bias is None and not hooks
+
+
+class Decoder(CausalLM):
+    """A decoder with rotary embeddings, RMS norms and a gated MLP, as its `DecoderConfig` says."""
+
+    body_class = Body
+
+    @staticmethod
+    def stored_fqn(name: str) -> str | None:
+        """Pass over the rotary frequencies that old checkpoints store."""
+        return None if name.endswith(".rotary_emb.inv_freq") else name
+
+    def begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """Embed the ids; every block takes the rotation at the positions."""
+        x = self.get_input_embeddings()(ids)
+        return x, (rotation_at(self.config, positions, x.dtype),)

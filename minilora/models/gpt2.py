@@ -11,20 +11,123 @@ learned, a layer norm stands before each part, and linear maps are stored as `[i
 """
 
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from minilora.files import short
 from minilora.models.blocks import Slot, attend, extend
-from minilora.models.causal import CausalLM, Transform
-from minilora.models.gpt2_config import ACTIVATIONS, GPT2Config
+from minilora.models.causal import CausalLM
+from minilora.models.config import ModelConfig
 
 _STD = 0.02  # of a fresh model's weights
 # Checkpoints hold the causal mask and its fill value as if they were weights.
 _MASKS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 _BODY = ("wte.", "wpe.", "h.", "ln_f.")
+
+_tanh_gelu = partial(F.gelu, approximate="tanh")
+# `activation_function`: several names of one formula are transformers' (its activations.py).
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "gelu_python_tanh": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_accurate": _tanh_gelu,
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config(ModelConfig):
+    """Hold the numbers that define a GPT-2 model; names and defaults are Hugging Face's.
+
+    Transformers' common names (`hidden_size`, `num_hidden_layers`, …) can be read too.
+
+    Args:
+        vocab_size: rows of the embedding and of the output head.
+        n_positions: longest sequence, in tokens: rows of the position embedding.
+        n_embd: width of the residual stream.
+        n_layer: blocks.
+        n_head: attention heads; divides `n_embd`.
+        n_inner: width inside the MLP; None is 4 · n_embd.
+        activation_function: of the MLP, a key of `ACTIVATIONS`.
+        layer_norm_epsilon: added to the variance in the layer norms.
+        scale_attn_weights: whether attention scores are divided by sqrt(head_dim).
+        scale_attn_by_inverse_layer_idx: whether those of block i (from 0) are divided by i + 1.
+        tie_word_embeddings: whether the head is the embedding matrix.
+        resid_pdrop: kept to be written back: `GPT2` applies no dropout.
+        embd_pdrop: as `resid_pdrop`.
+        attn_pdrop: as `resid_pdrop`.
+        bos_token_id: beginning of sequence, or None.
+        eos_token_id: end of sequence: one id, several, or None.
+        pad_token_id: padding, or None.
+    """
+
+    model_type = "gpt2"
+    architecture = "GPT2LMHeadModel"
+    neutral: ClassVar = {"reorder_and_upcast_attn": (None, False), "pruned_heads": (None, {})}
+    aliases: ClassVar = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+
+    hidden_size = property(lambda self: self.n_embd)
+    max_position_embeddings = property(lambda self: self.n_positions)
+    num_attention_heads = num_key_value_heads = property(lambda self: self.n_head)
+    num_hidden_layers = property(lambda self: self.n_layer)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.activation_function
+        if not isinstance(name, str) or name not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function={short(name)} is not built: it must be one of "
+                f"{', '.join(ACTIVATIONS)}; use a model with one of them"
+            )
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_head must divide n_embd, found {self.n_head} and {self.n_embd}; correct "
+                f"config.json"
+            )
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, `n_embd / n_head`."""
+        return self.n_embd // self.n_head
 
 
 class Conv1D(nn.Module):
@@ -140,100 +243,25 @@ class GPT2(CausalLM):
 
     Dropout of the model is never applied, in training mode either (`resid_pdrop`, `embd_pdrop` and
     `attn_pdrop` are only kept for the configuration): what LoRA trains is regularised by the
-    adapters' own dropout. A fresh model is random: normal with standard deviation 0.02, the maps
-    back to the residual stream (`c_proj`) with 0.02 / sqrt(2 · n_layer) (Radford et al. 2019,
-    section 2.3), biases zero. `from_pretrained` reads one.
-
-    Args:
-        config: the model's shape, kept.
-        dtype: of every parameter; torch's default when None.
-        device: where they lie; `"meta"` takes no memory.
-
-    Attributes:
-        config: the `GPT2Config`; the others as in `CausalLM`.
+    adapters' own dropout. Fresh matrices are normal with standard deviation 0.02, the maps back to
+    the residual stream (`c_proj`) with 0.02 / sqrt(2 · n_layer) (Radford et al. 2019, section 2.3).
     """
 
-    context_name = "n_positions"
+    config_class, body_class = GPT2Config, Body
+    embedding_name, blocks_name, norm_name = "transformer.wte", "transformer.h", "transformer.ln_f"
+    end_of_text = "<|endoftext|>"  # OpenAI's own folder names no special token
+    transformer: Body
 
-    def __init__(
-        self,
-        config: GPT2Config,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.transformer = Body(config, dtype=dtype, device=device)
-        self.lm_head = nn.Linear(
-            config.n_embd, config.vocab_size, bias=False, dtype=dtype, device=device
-        )
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and not parameter.is_meta:
-                residual = name.endswith(".c_proj.weight")
-                std = _STD / (2 * config.n_layer) ** 0.5 if residual else _STD
-                nn.init.normal_(parameter, std=std)
-        self.tie_weights()
+    def _deviation(self, name: str) -> float:
+        return _STD / (2 * self.config.n_layer) ** 0.5 if name.endswith(".c_proj.weight") else _STD
 
-    def tie_weights(self) -> None:
-        """Make the head's weight the embedding's own parameter where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+    @staticmethod
+    def stored_fqn(name: str) -> str | None:
+        """Put `transformer.` before the names of OpenAI's own weights, pass over causal masks."""
+        if _MASKS.fullmatch(name):
+            return None
+        return f"transformer.{name}" if name.startswith(_BODY) else name
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
-        transform: Transform | None = None,
-    ) -> "GPT2":
-        """Read a Hugging Face folder: `config.json` and safetensors, whole or sharded.
-
-        Tensors may be named with or without `transformer.` in front. The causal masks that
-        checkpoints hold (`h.0.attn.bias`, `h.0.attn.masked_bias`) are passed over.
-
-        Args:
-            folder: path of the folder.
-            dtype: None as stored, `"auto"` the fastest here (`minilora.hardware().dtype`), or a
-                floating-point torch dtype.
-            device: where the weights go.
-            transform: called per tensor as `transform(fqn, tensor)`, with the name in this model
-                and the tensor already in dtype and on device; what it returns, of the same shape,
-                is put in.
-
-        Returns:
-            The model in evaluation mode.
-
-        Raises:
-            ValueError: a configuration that is not built; files that are missing, damaged or
-                point outside the folder; tensors missing, unexpected or of another shape, by name.
-        """
-        from minilora.loading import read_folder
-
-        return read_folder(folder, dtype=dtype, device=device, transform=transform, kind="gpt2")
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding module."""
-        return self.transformer.wte
-
-    def _begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    def begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """Add the embeddings of ids and positions; blocks take nothing beside."""
         return self.transformer.wte(ids) + self.transformer.wpe(positions.long()), ()
-
-    def _blocks(self) -> Iterable[nn.Module]:
-        return self.transformer.h
-
-    def _end(self, x: torch.Tensor) -> torch.Tensor:
-        return self.transformer.ln_f(x)
-
-
-def stored_fqn(name: str) -> str | None:
-    """Return the dotted name in a `GPT2` of a tensor in a checkpoint, None for a causal mask.
-
-    OpenAI's own weights lack the leading `transformer.`; a name that is none of the architecture's
-    stays as it is.
-    """
-    if _MASKS.fullmatch(name):
-        return None
-    return f"transformer.{name}" if name.startswith(_BODY) else name

@@ -9,7 +9,7 @@ from typing import Any
 
 from minilora.data import read_data
 from minilora.files import short
-from minilora.loading import fetch
+from minilora.loading import read_tokenizer
 from minilora.planning.machines import DEVICES, HERE, device
 from minilora.planning.plans import Plan, plan
 from minilora.planning.shapes import PRESETS
@@ -99,12 +99,8 @@ def from_arguments(options: argparse.Namespace) -> Plan:
 
 def _tokenizer(model: str) -> Tokenizer:
     place = Path(model)
-    if model == _FETCHED and not place.exists():
-        place = fetch(model)
-    if place.is_dir():
-        return Tokenizer.from_pretrained(place)
-    if place.is_file() and place.suffix != ".json":
-        return Tokenizer.from_gguf(place)
+    if model == _FETCHED or place.is_dir() or (place.is_file() and place.suffix != ".json"):
+        return read_tokenizer(model)
     raise ValueError(
         f"--data is counted by the model's tokenizer, found none at {short(model)}; pass the "
         f"model's folder, or the number of rows (--examples) and their length (--max-length)"

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minilora.files import read_json, short
-from minilora.loading import KINDS, model_config, read_gguf
+from minilora.files import short
+from minilora.loading import read_config
 from minilora.lora import (
     check_rank,
     inject,
@@ -191,17 +191,17 @@ def read_shape(model: Any) -> Shape:
         )
     name, place = str(model), Path(model)
     if place.is_dir():
-        return Shape(name, _from_json(place / "config.json"), f"{name}/config.json", stored=True)
+        return Shape(name, read_config(place), f"{name}/config.json", stored=True)
     if place.is_file():
         if place.suffix == ".json":
-            return Shape(str(place.parent), _from_json(place), name)
-        return Shape(name, model_config(read_gguf(place)), name, stored=True)
+            return Shape(str(place.parent), read_config(place), name)
+        return Shape(name, read_config(place), name, stored=True)
     if name.lower() in PRESETS:
         preset = PRESETS[name.lower()]
         stored = name.lower() == "smollm2-135m"
         return Shape(name.lower(), preset.config, preset.source, stored, preset.foreign)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return Shape(name, _from_json(_hub(name)), f"huggingface.co/{name}, config.json")
+        return Shape(name, read_config(_hub(name)), f"huggingface.co/{name}, config.json")
     raise ValueError(
         f"a model to plan for is a preset, a folder, a config.json, a .gguf file or a hub name, "
         f"found {name!r}; {nearest(name, PRESETS)}"
@@ -217,17 +217,6 @@ def _of_module(model: Any) -> Shape:
         )
     name = model.name_or_path
     return Shape(name or type(model).__name__, config, "the module", stored=name is not None)
-
-
-def _from_json(file: Path) -> Config:
-    entries = read_json(file)
-    kind = entries.get("model_type")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(
-            f"'{file}' must name a model_type that can be planned ({', '.join(KINDS)}), found "
-            f"{short(kind)}; pass the preset that is nearest in size"
-        )
-    return KINDS[kind].config.from_dict(entries)
 
 
 def _hub(name: str) -> Path:

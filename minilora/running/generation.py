@@ -12,7 +12,7 @@ from torch import nn
 from minilora.data import encode_prompt, warn_of_control
 from minilora.files import short
 from minilora.lora import inference, require_finite, require_values, widened
-from minilora.models import KVCache
+from minilora.models import CausalLM, KVCache
 from minilora.running.compiling import compiled, settle_compile
 from minilora.running.evaluation import argument_names, device_of, forward_logits
 from minilora.text import as_tokenizer
@@ -87,7 +87,8 @@ def generate(
     with inference(model), widened(model):
         step = _step(model, rows, max_new_tokens)
         logits = step(rows)  # the prompts, uncompiled: they have other lengths, and come once
-        with compiled(model, wanted and max_new_tokens > 1, getattr(model, "_blocks", list)()):
+        blocks = model.blocks if isinstance(model, CausalLM) else ()
+        with compiled(model, wanted and max_new_tokens > 1, blocks):
             while running:
                 found = logits.to("cpu", torch.float32)
                 for i in tuple(running):
@@ -210,7 +211,7 @@ class _Cached:
     def __init__(self, model: nn.Module, rows: Rows, new: int):
         self.model, self.device = model, device_of(model)
         longest = max(len(row) for row in rows)
-        self.cache = KVCache.for_model(model, len(rows), longest + new)  # type: ignore[arg-type]
+        self.cache = KVCache(model, len(rows), longest + new)
         self.pads = torch.tensor([longest - len(row) for row in rows], device=self.device)
 
     def __call__(self, rows: Rows) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Tokenizer backends: from tokenizer.json, from GPT-2's older pair of files, from a GGUF."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,32 +139,36 @@ def _added(folder: Path, entries: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"id": i, **found[i]} for i in sorted(found)]
 
 
-def gguf_backend(source: Any, tokens: list[str]) -> Any:
+def needed(metadata: Mapping[str, Any], key: str) -> Any:
+    """Return a value of a GGUF's metadata, or raise ValueError by its name."""
+    if key not in metadata:
+        raise ValueError(f"the tokenizer must state {key}, found no such metadata")
+    return metadata[key]
+
+
+def gguf_backend(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     """Return a GGUF's BPE model, its cuts and its decoder, without added tokens."""
     library = tokenizers_library()
-    kind, cut = source.need("tokenizer.ggml.model"), source.need("tokenizer.ggml.pre")
+    kind, cut = needed(metadata, "tokenizer.ggml.model"), needed(metadata, "tokenizer.ggml.pre")
     if kind != "gpt2":
         raise ValueError(
-            f"'{source.path}': tokenizer.ggml.model must be 'gpt2' (byte-level BPE), found "
-            f"{kind!r}, which is not built; read the tokenizer from a folder with tokenizer.json"
+            f"tokenizer.ggml.model must be 'gpt2' (byte-level BPE), found {kind!r}, which is not "
+            f"built; read the tokenizer from a folder with tokenizer.json"
         )
     if cut not in _PRE_TOKENIZERS:
         raise ValueError(
-            f"'{source.path}': tokenizer.ggml.pre must be one of "
-            f"{', '.join(_PRE_TOKENIZERS)}, found {cut!r}, which is not built; read the "
-            f"tokenizer from a folder with tokenizer.json"
+            f"tokenizer.ggml.pre must be one of {', '.join(_PRE_TOKENIZERS)}, found {cut!r}, which "
+            f"is not built; read the tokenizer from a folder with tokenizer.json"
         )
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in needed(metadata, "tokenizer.ggml.merges")]
     if len(vocabulary) != len(tokens) or any(len(pair) != 2 for pair in merges):
-        raise ValueError(
-            f"'{source.path}': tokens must differ and merges must be pairs, found otherwise"
-        )
+        raise ValueError("tokens must differ and merges must be pairs, found otherwise")
     try:
         model = library.models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe")
     except Exception as error:  # the library raises plain Exception
         raise ValueError(
-            f"'{source.path}': the merges must lie in the vocabulary: {one_line(error, 200)}"
+            f"the merges must lie in the vocabulary: {one_line(error, 200)}"
         ) from error
     backend = library.Tokenizer(model)
     pre = library.pre_tokenizers

@@ -7,12 +7,17 @@ is encoded as the characters it is made of.
 import functools
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minilora.files import leads_out, read_json, reading, whole_folder, write, write_json
-from minilora.text.byte_level import folder_backend, gguf_backend, tokenizers_library
+from minilora.text.byte_level import (
+    folder_backend,
+    gguf_backend,
+    needed,
+    tokenizers_library,
+)
 from minilora.text.chat_template import ChatTemplate, map_strings, plain_messages
 from minilora.text.conversation import Conversation
 from minilora.text.long_text import encode_pieces
@@ -34,7 +39,7 @@ _ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_
 
 
 class Tokenizer:
-    """Encode and decode text, and render conversations; made by `from_pretrained` or `from_gguf`.
+    """Encode and decode text, and render conversations; made by `from_pretrained`.
 
     Attributes:
         bos_id: id that begins a text, or None.
@@ -85,7 +90,7 @@ class Tokenizer:
         self.chat_template = chat_template
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+    def from_pretrained(cls, folder: str | Path, *, end: str | None = None) -> "Tokenizer":
         """Read a Hugging Face folder.
 
         `tokenizer.json` is needed, or GPT-2's `vocab.json` and `merges.txt`;
@@ -94,22 +99,30 @@ class Tokenizer:
         Which tokens frame a text stands in `tokenizer.json`; as in transformers 5, `add_bos_token`
         and `add_eos_token` don't override it (and count where there is no such file).
 
+        Args:
+            folder: path of the folder.
+            end: the token that begins and ends a text where no file names one.
+
         Raises:
             ValueError: a file that is missing or damaged, or special tokens that contradict it.
             RuntimeError: the `tokenizers` package is missing.
         """
         folder = Path(folder)
         with reading(f"the tokenizer in '{folder}'"):
-            return cls._from_folder(folder)
+            return cls._from_folder(folder, end)
 
     @classmethod
-    def _from_folder(cls, folder: Path) -> "Tokenizer":
+    def _from_folder(cls, folder: Path, end: str | None) -> "Tokenizer":
         entries: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 entries |= read_json(folder / name)
         backend, defaults = folder_backend(folder, entries)
         entries = defaults | entries
+        make_special(backend, special_texts(entries))
+        if entries.get("eos_token") is None and end in control_tokens(backend):
+            names = ("bos_token", "eos_token", "unk_token")
+            entries |= {name: end for name in names if entries.get(name) is None}
         named = {
             name: text_of(entries.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")
         }
@@ -128,36 +141,24 @@ class Tokenizer:
                     f"somewhere else; put a copy there: save would publish whatever it leads to"
                 )
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        make_special(backend, special_texts(entries))
         made = cls(backend, **named, stop_ids=stops, chat_template=template)
         if not (folder / "tokenizer.json").is_file():
             made._frame(bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token")))
         return made
 
     @classmethod
-    def from_gguf(cls, file: str | Path) -> "Tokenizer":
-        """Read the byte-level BPE vocabulary and merges in a GGUF file's metadata.
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+        """Make the byte-level BPE tokenizer that a GGUF file's metadata describes.
 
         Raises:
-            ValueError: a file that is no GGUF, another kind of vocabulary, or a pre-tokenizer
-                that is not built, by name.
+            ValueError: metadata that is missing or contradicts, another kind of vocabulary, or a
+                pre-tokenizer that is not built, by name.
             RuntimeError: the `tokenizers` package is missing.
         """
-        from minilora.loading import read_gguf
-
-        return cls._from_gguf(read_gguf(file))
-
-    @classmethod
-    def _from_gguf(cls, source: Any) -> "Tokenizer":
-        with reading(f"the tokenizer in '{source.path}'"):
-            return cls._from_metadata(source)
-
-    @classmethod
-    def _from_metadata(cls, source: Any) -> "Tokenizer":
         library = tokenizers_library()
-        tokens = source.need("tokenizer.ggml.tokens")
-        backend = gguf_backend(source, tokens)
-        kinds = source.metadata.get("tokenizer.ggml.token_type", [])
+        tokens = needed(metadata, "tokenizer.ggml.tokens")
+        backend = gguf_backend(metadata, tokens)
+        kinds = metadata.get("tokenizer.ggml.token_type", [])
         added = [
             library.AddedToken(token, normalized=False, special=kind == _CONTROL)
             for token, kind in zip(tokens, kinds, strict=False)
@@ -166,26 +167,25 @@ class Tokenizer:
         backend.add_special_tokens([token for token in added if token.special])
         backend.add_tokens([token for token in added if not token.special])
         ids = {
-            name: source.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            name: metadata.get(f"tokenizer.ggml.{key}_token_id")
             for name, key in _GGUF_NAMES.items()
         }
         for name, token_id in ids.items():
             if token_id is not None and not 0 <= token_id < len(tokens):
                 raise ValueError(
-                    f"'{source.path}': the {name} token's id must lie in [0, {len(tokens)}), found "
-                    f"{token_id}"
+                    f"the {name} token's id must lie in [0, {len(tokens)}), found {token_id}"
                 )
-        stops = [source.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
+        stops = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
         made = cls(
             backend,
             **{name: None if i is None else tokens[i] for name, i in ids.items()},
             stop_ids=[i for i in stops if i is not None],
-            chat_template=source.metadata.get("tokenizer.chat_template"),
+            chat_template=metadata.get("tokenizer.chat_template"),
         )
-        begins = source.metadata["tokenizer.ggml.pre"] == "llama-bpe"  # llama.cpp's default
+        begins = metadata["tokenizer.ggml.pre"] == "llama-bpe"  # llama.cpp's default
         made._frame(
-            bool(source.metadata.get("tokenizer.ggml.add_bos_token", begins)),
-            bool(source.metadata.get("tokenizer.ggml.add_eos_token", False)),
+            bool(metadata.get("tokenizer.ggml.add_bos_token", begins)),
+            bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
         )
         return made
 

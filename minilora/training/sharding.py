@@ -82,7 +82,7 @@ def whole_factors(model: nn.Module, adapter: str) -> Iterator[None]:
 def sharded(
     ranks: Ranks, inject: Callable[[nn.Module], Any]
 ) -> Callable[[nn.Module], Callable[[str, Any], None]]:
-    """Return the `prepare` of `load_model` and `load_quantized` that loads for FSDP2.
+    """Return the `prepare` of `load_model` that loads for FSDP2.
 
     The model of shapes alone gets its adapters and is sharded; then every rank keeps its shard of
     each tensor as it is read, of a quantized layer its shards of codes and scales. The factors

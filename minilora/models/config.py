@@ -1,0 +1,283 @@
+"""The checked base of the families' configurations, read from and written to `config.json`."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar, get_args
+
+import torch
+
+from minilora.files import one_line, short
+
+MOST_BLOCKS, LARGEST = 1024, 2**30  # every number of a configuration has a limit
+Neutral = dict[str, tuple[Any, ...]]
+_NEUTRAL: Neutral = {
+    "quantization_config": (None,),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+_NEUTRAL_ROPE: Neutral = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "partial_rotary_factor": (1, 1.0),
+}
+Config = TypeVar("Config", bound="ModelConfig")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base of a family's frozen dataclass, whose fields are checked by name and type.
+
+    An int must be above 0 (and have a limit), a float too; names ending in `_token_id` hold ids,
+    names ending in `_pdrop` probabilities. Every family answers to `vocab_size`, `hidden_size`,
+    `intermediate_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`,
+    `head_dim`, `max_position_embeddings`, `tie_word_embeddings` and `eos_token_id`.
+
+    Attributes:
+        model_type: what `config.json` calls the family.
+        architecture: what it calls the family's causal language model.
+        neutral: keys that change the maths when they have other values than these, by which
+            the family would compute something else than the model's authors did.
+        aliases: fields under another name in this family: transformers' common name to its own.
+        left_out: fields that this family's `config.json` does not have.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range, or values that contradict.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    neutral: ClassVar[Neutral] = {}
+    aliases: ClassVar[dict[str, str]] = {}
+    left_out: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            self._check(each.name, each.type, getattr(self, each.name))
+
+    @classmethod
+    def _check(cls, name: str, kind: Any, value: Any) -> None:
+        is_number = type(value) in (int, float)
+        wanted = None
+        if name.endswith("_token_id"):
+            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            if not all(i is None or (type(i) is int and 0 <= i <= LARGEST) for i in ids):
+                wanted = "a token id ≥ 0 or null"
+        elif name.endswith("_pdrop"):
+            if not (is_number and 0 <= value < 1):
+                wanted = "a probability in [0, 1)"
+        elif kind is bool:
+            wanted = None if isinstance(value, bool) else "true or false"
+        elif kind is float:
+            if not (is_number and 0 < value <= sys.float_info.max):
+                wanted = "a number above 0"
+        elif kind is int or (int in get_args(kind) and value is not None):
+            blocks = cls.aliases.get("num_hidden_layers", "num_hidden_layers")
+            most = MOST_BLOCKS if name == blocks else LARGEST
+            if type(value) is not int or not 0 < value <= most:
+                large = type(value) is int and value > most
+                wanted = f"at most {most:,}" if large else "an integer above 0"
+        if wanted is not None:
+            raise ValueError(f"{name} must be {wanted}, found {short(value)}; correct config.json")
+
+    def replace(self: Config, **changes: Any) -> Config:
+        """Return a copy with other values, given by transformers' common names."""
+        own = {self.aliases.get(name, name): value for name, value in changes.items()}
+        return dataclasses.replace(self, **own)
+
+    @classmethod
+    def from_dict(cls: type[Config], entries: dict[str, Any]) -> Config:
+        """Read the entries of a `config.json` of transformers 4 or 5.
+
+        Keys that don't touch the maths are passed over; defaults are those of transformers.
+
+        Args:
+            entries: the parsed JSON object; not changed.
+
+        Returns:
+            The validated configuration.
+
+        Raises:
+            ValueError: another family, an option that changes the maths and is not built (by
+                name), or a value that is missing, mistyped, out of range or given twice and
+                differing.
+        """
+        if not isinstance(entries, dict):
+            raise ValueError(f"a model configuration must be an object, found {short(entries)}")
+        if "model_type" not in entries:
+            raise ValueError(
+                f"config.json must name its model_type ({cls.model_type!r}), found none"
+            )
+        own: Neutral = {
+            "model_type": (cls.model_type,),
+            "architectures": (None, [cls.architecture]),
+        }
+        for key, neutral in (own | _NEUTRAL | cls.neutral).items():
+            if key in entries and entries[key] not in neutral:
+                raise ValueError(
+                    f"{key}={short(entries[key])} is not built: minilora's "
+                    f"{cls.__name__.removesuffix('Config')} has only {key} = "
+                    f"{' or '.join(repr(value) for value in neutral)}; use a model without it"
+                )
+        known = {each.name for each in fields(cls)} - set(cls.left_out)
+        values = {key: value for key, value in entries.items() if key in known}
+        for common, name in cls.aliases.items():
+            if common in entries and values.setdefault(name, entries[common]) != entries[common]:
+                raise ValueError(
+                    f"{name} and {common} are one number and must agree, found "
+                    f"{short(values[name])} and {short(entries[common])}; remove one of them"
+                )
+        return cls(**cls._completed(values, entries))
+
+    @classmethod
+    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields' values with what follows from other entries of `config.json`."""
+        return values
+
+    def to_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Return the entries of a `config.json` that transformers 4 and 5 load.
+
+        Args:
+            dtype: the dtype of the stored weights, written as `dtype` and `torch_dtype`; left out
+                when None.
+
+        Returns:
+            A fresh dict of JSON values.
+        """
+        entries = {"architectures": [self.architecture], "model_type": self.model_type}
+        entries |= self._entries()
+        if dtype is not None:
+            entries["dtype"] = entries["torch_dtype"] = str(dtype).removeprefix("torch.")
+        return entries
+
+    def _entries(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in self.left_out}
+
+
+@dataclass(frozen=True)
+class DecoderConfig(ModelConfig):
+    """The numbers of a decoder with rotary embeddings, RMS norms and a gated MLP.
+
+    Every name is Hugging Face's; a family is a subclass.
+
+    Args:
+        vocab_size: rows of the embedding and of the output head.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the MLP.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; divides `num_attention_heads`.
+        head_dim: width of one head, even.
+        max_position_embeddings: longest sequence, in tokens.
+        rms_norm_eps: added to the mean square in RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        tie_word_embeddings: whether the head is the embedding matrix.
+        attention_bias: whether q, k, v and o have biases.
+        mlp_bias: whether gate, up and down have biases.
+        bos_token_id: beginning of sequence, or None.
+        eos_token_id: end of sequence: one id, several, or None.
+        pad_token_id: padding, or None.
+    """
+
+    neutral: ClassVar = {
+        "hidden_act": (None, "silu", "swish"),  # two names of one function
+        "use_sliding_window": (None, False),
+        "partial_rotary_factor": (None, 1, 1.0),
+        "rope_interleaved": (None, False),
+        "attention_dropout": (None, 0, 0.0),
+    }
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads, found "
+                f"{self.num_key_value_heads} and {self.num_attention_heads}; correct config.json"
+            )
+        if self.num_attention_heads * self.head_dim > LARGEST:
+            raise ValueError(
+                f"num_attention_heads · head_dim must be at most {LARGEST:,}, found "
+                f"{self.num_attention_heads} · {self.head_dim}; correct config.json"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even (rotary embeddings turn pairs), found {self.head_dim}"
+            )
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases."""
+        return self.attention_bias
+
+    @classmethod
+    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        _refuse_layer_types(entries.get("layer_types") or [])
+        for key in ("vocab_size", "hidden_size", "intermediate_size"):
+            if key not in values:
+                raise ValueError(f"{key} must stand in config.json, found no such entry")
+        values.setdefault("num_hidden_layers", 32)
+        heads = values.setdefault("num_attention_heads", 32)
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = heads
+        values["rope_theta"] = _rope_theta(entries)
+        if values.get("head_dim") is None:
+            cls._check("hidden_size", int, values["hidden_size"])
+            cls._check("num_attention_heads", int, heads)
+            if values["hidden_size"] % heads:
+                raise ValueError(
+                    f"num_attention_heads must divide hidden_size where head_dim is not given, "
+                    f"found {heads} and {values['hidden_size']}; correct config.json"
+                )
+            values["head_dim"] = values["hidden_size"] // heads
+        switches = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+        return values | {key: False for key in switches if values.get(key) is None}
+
+    def _entries(self) -> dict[str, Any]:
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        return {"hidden_act": "silu", **super()._entries(), "rope_parameters": rope}
+
+
+def _refuse_layer_types(layer_types: Any) -> None:
+    whole = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+    if not whole:
+        raise ValueError(
+            f"layer_types={short(layer_types)} is not built: every layer must be 'full_attention'"
+        )
+
+
+def _rope_theta(entries: dict[str, Any]) -> Any:
+    """The rotary base, from transformers 5's `rope_parameters` or transformers 4's two keys."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = entries.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise ValueError(f"{key} must be an object or null, found {short(rope)}")
+        for name, value in rope.items():
+            if name != "rope_theta" and value not in _NEUTRAL_ROPE.get(name, (None,)):
+                raise ValueError(
+                    f"{key}: {one_line(name, 80)}={short(value)} is not built: only the default "
+                    f"rotary embedding without scaling is; use a model without it"
+                )
+        if rope.get("rope_theta") is not None:
+            return rope["rope_theta"]
+    theta = entries.get("rope_theta")
+    return 10000.0 if theta is None else theta

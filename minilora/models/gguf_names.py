@@ -1,0 +1,81 @@
+"""What llama.cpp calls the numbers and tensors of a family, in its GGUF files.
+
+The names: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+def _as_stored(fqn: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    return tensor
+
+
+class GGUFNames(NamedTuple):
+    """A family's names in GGUF files.
+
+    Attributes:
+        architecture: `general.architecture`, and what its metadata keys begin with.
+        required: metadata keys that must be there, and the fields of the configuration they give.
+        optional: likewise keys that may be there.
+        equal: keys that must agree with a field, as anything else is not built.
+        neutral: keys that must have this value. Any other key of the architecture may change the
+            maths and is refused by name.
+        biases: tensors whose presence sets a field to True.
+        whole: tensors of the whole model, and the modules they belong to.
+        parts: tensors of the block `blk.N`, and the modules of `blocks_name` they belong to.
+        restored: undoes what llama.cpp's converter does to a tensor, by its name in the model.
+    """
+
+    architecture: str
+    required: dict[str, str]
+    optional: dict[str, str]
+    equal: dict[str, str]
+    neutral: dict[str, Any]
+    biases: dict[str, str]
+    whole: dict[str, str]
+    parts: dict[str, str]
+    restored: Callable[[str, torch.Tensor, Any], torch.Tensor] = _as_stored
+
+
+DECODER_NAMES = GGUFNames(
+    architecture="",
+    required={
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size",
+        "block_count": "num_hidden_layers",
+        "attention.head_count": "num_attention_heads",
+        "context_length": "max_position_embeddings",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    },
+    optional={
+        "vocab_size": "vocab_size",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "rope.freq_base": "rope_theta",
+    },
+    equal={"rope.dimension_count": "head_dim", "attention.value_length": "head_dim"},
+    neutral={
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+        "rope.scale_linear": 1.0,
+        "attention.causal": True,
+    },
+    biases={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"},
+    whole={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+    parts={
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    },
+)
