@@ -43,9 +43,9 @@ def compilers() -> list[list[str]]:
 
 def build(folder: Path, command: Sequence[str], flags: Sequence[str] = ()) -> ctypes.CDLL | None:
     """Open the library in `folder`, compiled unless it is there; None where that fails."""
-    place = (platform.machine(), sys.platform, platform.libc_ver(), _FLAGS, tuple(flags))
+    built = (platform.machine(), sys.platform, platform.libc_ver(), _FLAGS, tuple(flags))
     code = b"".join(source.read_bytes() for source in [*_C, *_HEADERS])
-    key = hashlib.sha256(code + repr(place).encode()).hexdigest()
+    key = hashlib.sha256(code + repr(built).encode()).hexdigest()
     library = folder / f"rows-{key[:16]}.so"
     try:
         private_folder(folder)
@@ -69,15 +69,15 @@ def _load(library: Path) -> ctypes.CDLL:
     """Load a library that nobody else could have written, or raise PermissionError."""
     if not hasattr(os, "getuid"):
         return ctypes.CDLL(str(library))
-    place = private_folder(library.parent) / library.name
-    file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    path = private_folder(library.parent) / library.name
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         found = os.fstat(file)
         if found.st_uid != os.getuid() or found.st_mode & 0o022 or not stat.S_ISREG(found.st_mode):
             raise PermissionError(f"{library} could have been written by others")
         # Without /proc the folder, which is ours alone, has to do.
         held = Path(f"/proc/self/fd/{file}")
-        return ctypes.CDLL(str(held if held.exists() else place))
+        return ctypes.CDLL(str(held if held.exists() else path))
     except BaseException:
         os.close(file)
         raise

@@ -9,7 +9,7 @@ from minilora.cli.sources import check_new_folder, load
 from minilora.loading import fetch as fetch_model
 from minilora.loading import save_pretrained
 from minilora.lora import sizes
-from minilora.quantization import FORMATS, QuantizedLinear
+from minilora.quantization import FORMATS, quantized_layers
 
 
 @verb(
@@ -28,8 +28,8 @@ def merge(options: argparse.Namespace) -> int:
     """Write base + adapter as a Hugging Face folder."""
     check_new_folder(options.out, "--out")
     model, tokenizer = load(options)
-    small = any(isinstance(m, QuantizedLinear) for m in model.modules())
-    minilora.merge(model, keep=None, mode="dequantize" if small else None)
+    mode = "dequantize" if quantized_layers(model) else None
+    minilora.merge(model, keep=None, mode=mode)
     minilora.eject(model)
     save_pretrained(model, options.out, tokenizer)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

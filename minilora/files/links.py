@@ -37,7 +37,7 @@ def leads_out(folder: Path, file: Path) -> bool:
     """
     root, real = folder.resolve(), file.resolve()
     homes = [root]
-    for place in (root, *root.parents):
-        if place.parent.name == "snapshots":
-            homes.append((place.parent.parent / "blobs").resolve())
+    for level in (root, *root.parents):
+        if level.parent.name == "snapshots":
+            homes.append((level.parent.parent / "blobs").resolve())
     return not any(real.is_relative_to(home) for home in homes)

@@ -348,21 +348,21 @@ def leftovers(folder: Path, name: str) -> list[Path]:
 
 def is_new(folder: Path) -> bool:
     """Return whether a folder is missing or empty, but for what killed writes of it left."""
-    for place in (folder.parent, folder):
-        sweep(place, folder.name)
+    for where in (folder.parent, folder):
+        sweep(where, folder.name)
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def sweep(folder: Path, name: str) -> None:
     """Remove the leftovers that no process is writing any more."""
-    for place in leftovers(folder, name) if fcntl is not None else ():
+    for left in leftovers(folder, name) if fcntl is not None else ():
         with contextlib.suppress(OSError):
-            opened = os.open(place, os.O_RDONLY | NOFOLLOW | NONBLOCK)
+            opened = os.open(left, os.O_RDONLY | NOFOLLOW | NONBLOCK)
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if place.is_dir():
-                    shutil.rmtree(place)
+                if left.is_dir():
+                    shutil.rmtree(left)
                 else:
-                    place.unlink()
+                    left.unlink()
             finally:
                 os.close(opened)

@@ -49,7 +49,7 @@ def quantize(
         double_quant: store nf4's scales in 8 bits.
         compute: how int8 and int4 multiply in the forward: `"int8"` (rows of the input are
             quantized too), `"dequantize"` or `"auto"`: int8 on a CPU with VNNI or AMX, or with
-            AVX2 and a C compiler (see `QuantizedLinear`).
+            AVX2 and a C compiler (see `Quantization`).
         grad_compute: the same for the gradient of the input.
         outliers: how many input channels, those with the largest values of the batch, int8 and
             int4 multiply in floating point in the forward (at most a 16th of them). It brings the

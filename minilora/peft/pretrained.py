@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora.lora import active_adapters, is_copy, lora_layers, write_pretrained_by
 from minilora.peft.saving import save_adapter
-from minilora.quantization import QuantizedLinear
+from minilora.quantization import quantized_layers
 
 
 def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **option
     names = active_adapters(model)
     merged = any(layer.merged for layer in layers.values())
     how = "minilora.save(model, folder) writes the adapter alone"
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if quantized_layers(model):
         raise ValueError(
             f"save_pretrained() needs a base in floating point, found layers that "
             f"minilora.quantize stores; {how}"

@@ -1,6 +1,6 @@
 """Storage of frozen weights in 8 and 4 bits: formats, exact bytes, and the layer over them."""
 
-from minilora.quantization.linear import QuantizedLinear
+from minilora.quantization.linear import QuantizedLinear, quantized_layers
 from minilora.quantization.options import FORMATS, Quantization, is_finite
 from minilora.quantization.packed import (
     packed_format,
@@ -17,6 +17,7 @@ __all__ = [
     "is_finite",
     "packed_format",
     "packed_linear",
+    "quantized_layers",
     "unpacked_dtype",
     "unreadable",
     "weight_values",

@@ -180,6 +180,11 @@ class QuantizedLinear(nn.Module):
         return module.train(self.training)
 
 
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return a model's quantized layers by dotted name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
 def _ways(spec: Quantization, integer: str | None, host: bool) -> tuple[str, str]:
     """Return how rows are multiplied on a CPU (`host`) or elsewhere, forward and backward."""
     if not spec.storage.integer:

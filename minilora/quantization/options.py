@@ -1,12 +1,12 @@
 """The options of a quantized weight, and the registry of formats: one line each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minilora.files import short
+from minilora.files import check_options, described, must_be, option, whole
 from minilora.kernels import COMPUTE, int8_is_exact, integer_way, scales_from_bits
 from minilora.quantization.format import Format, Layout
 from minilora.quantization.int4 import INT4
@@ -20,62 +20,67 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _format(value: Any, name: str) -> Any:
+    return must_be(
+        f"one of {', '.join(FORMATS)}", lambda one: isinstance(one, str) and one in FORMATS
+    )(value, name)
 
 
+def _compute(value: Any, name: str) -> Any:
+    must_be(f"one of {', '.join(COMPUTE)}", lambda one: one in COMPUTE)(value, name)
+    if value != "int8" or integer_way() or int8_is_exact() or torch.cuda.is_available():
+        return value
+    raise RuntimeError(
+        f"{name}='int8' cannot run: torch's int8 product is not exact on this processor (without "
+        "VNNI or AMX it may saturate), and minilora's own needs AVX2 and a C compiler; install a "
+        f"compiler (or set CC) if there is AVX2, or use {name}='auto' or 'dequantize'"
+    )
+
+
+@described
 @dataclass(frozen=True)
 class Quantization:
-    """How a linear layer's weight is stored and multiplied; checked when it is made.
+    """How a linear layer's weight is stored and multiplied; checked when it is made."""
 
-    Args:
-        format: `"int8"` (a scale per output), `"nf4"` (QLoRA's, codes as bitsandbytes writes
-            them) or `"int4"` (groups with small integer steps, multiplied through INT8).
-        block_size: weights that share a scale: 32 to 4096 in powers of two for nf4; 32, 64 or 128
-            for int4, dividing the layer's inputs. int8 has none.
-        double_quant: store nf4's scales in 8 bits.
-        compute: how int8 and int4 multiply in the forward: `"int8"` (rows of x are quantized at
-            run time: whole rows to 8 bits on a CPU with instructions for it, VNNI or AMX, and on
-            CUDA; blocks of 64 to 7 bits on one with AVX2 and a C compiler), `"dequantize"`, or
-            `"auto"`: int8 on such CPUs, else dequantize; in evaluation mode without gradients and
-            without VNNI or AMX up to 16 rows are multiplied from the codes in f32, unrounded, so
-            that a row's last digits depend on whether there are more.
-        grad_compute: the same for the gradient of the input.
-        outliers: how many input channels, those with the largest values of the batch, int8 and
-            int4 multiply in floating point in the forward (at most a 16th of them).
-
-    Raises:
-        ValueError: an unknown format, a block size that it does not have, or another option that
-            can't be.
-        TypeError: `double_quant` is no bool.
-        RuntimeError: `compute="int8"` where integers can't be multiplied.
-    """
-
-    format: str = _option("nf4", "how the base's linears are stored")
-    block_size: int = _option(64, "weights that share a scale")
-    double_quant: bool = _option(True, "store nf4's scales in 8 bits")
-    compute: str = _option("auto", "how int8 and int4 multiply in the forward")
-    grad_compute: str = _option("auto", "how int8 and int4 multiply for the input's gradient")
-    outliers: int = _option(0, "input channels that int8 and int4 multiply in floating point")
+    format: str = option(
+        "nf4",
+        "how weights are stored: int8 (a scale per output), nf4 (QLoRA's, codes as bitsandbytes "
+        "writes them) or int4 (groups with small integer steps, multiplied through INT8)",
+        _format,
+    )
+    block_size: int = option(
+        64,
+        "weights that share a scale: 32 to 4096 in powers of two for nf4; 32, 64 or 128 for int4, "
+        "dividing the layer's inputs; int8 has none",
+        whole(),
+    )
+    double_quant: bool = option(True, "store nf4's scales in 8 bits")
+    compute: str = option(
+        "auto",
+        "how int8 and int4 multiply in the forward. `int8`: rows of x are quantized at run time, "
+        "whole rows to 8 bits on a CPU with instructions for it (VNNI or AMX) and on CUDA, blocks "
+        "of 64 to 7 bits on one with AVX2 and a C compiler. `dequantize`: in floating point. "
+        "`auto`: int8 on such CPUs, else dequantize; in evaluation mode without gradients and "
+        "without VNNI or AMX up to 16 rows are multiplied from the codes in f32, unrounded, so "
+        "that a row's last digits depend on whether there are more",
+        _compute,
+    )
+    grad_compute: str = option("auto", "the same for the gradient of the input", _compute)
+    outliers: int = option(
+        0,
+        "how many input channels, those with the largest values of the batch, int8 and int4 "
+        "multiply in floating point in the forward (at most a 16th of them)",
+        whole(0),
+    )
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            found = short(self.format)
-            raise ValueError(f"format must be one of {', '.join(FORMATS)}, found {found}")
+        check_options(self)
         sizes = self.storage.block_sizes or (self.block_size,)
-        if type(self.block_size) is not int or self.block_size not in sizes:
+        if self.block_size not in sizes:
             raise ValueError(
                 f"block_size of {self.format} must be one of {', '.join(map(str, sizes))}, found "
-                f"{short(self.block_size)}"
+                f"{self.block_size}"
             )
-        if not isinstance(self.double_quant, bool):
-            found = short(self.double_quant)
-            raise TypeError(f"double_quant must be True or False, found {found}")
-        for choice in (self.compute, self.grad_compute):
-            _check_compute(choice)
-        if type(self.outliers) is not int or self.outliers < 0:
-            found = short(self.outliers)
-            raise ValueError(f"outliers must be a whole number of at least 0, found {found}")
 
     @property
     def storage(self) -> Format:
@@ -149,19 +154,6 @@ def bad_scales(name: str, bits: Tensor) -> str | None:
     if name != "offset_bits" and bool((scales < 0).any()):
         return f"must have scales of at least 0, found {float(scales.min()):g} in {name}"
     return None
-
-
-def _check_compute(choice: object) -> None:
-    """Raise unless this names a way to multiply that can run here."""
-    if choice not in COMPUTE:
-        raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, found {choice!r}")
-    if choice != "int8" or integer_way() or int8_is_exact() or torch.cuda.is_available():
-        return
-    raise RuntimeError(
-        "compute='int8' cannot run: torch's int8 product is not exact on this processor (without "
-        "VNNI or AMX it may saturate), and minilora's own needs AVX2 and a C compiler; install a "
-        "compiler (or set CC) if there is AVX2, or use compute='auto' or 'dequantize'"
-    )
 
 
 def is_finite(tensor: Tensor) -> bool:

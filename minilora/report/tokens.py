@@ -44,7 +44,7 @@ class TokenEffect:
     """A token, where its loss changed most, and what came of all its occurrences.
 
     Attributes:
-        context: the text before it in that place; `example` and `position` say where.
+        context: the text before it there; `example` and `position` say where.
         before, after: its loss there, in nats.
         times: how often it occurs among the learned tokens.
         total: the change summed over all of these, in nats.
@@ -187,7 +187,7 @@ def effects(
     count: int,
 ) -> tuple[tuple[TokenEffect, ...], tuple[TokenEffect, ...]]:
     """Return the tokens whose loss fell and rose most in all, at most `count` of each."""
-    places = [
+    positions = [
         (i, position)
         for i, example in enumerate(examples)
         for position, label in enumerate(example.labels)
@@ -196,13 +196,13 @@ def effects(
     old, new = torch.cat(list(before)).double(), torch.cat(list(after)).double()
     changes = (new - old).tolist()
     by_token: dict[int, list[int]] = {}
-    for flat, (i, position) in enumerate(places):
+    for flat, (i, position) in enumerate(positions):
         by_token.setdefault(examples[i].labels[position], []).append(flat)
     totals = {token: math.fsum(changes[f] for f in flats) for token, flats in by_token.items()}
 
     def effect(token: int, sign: int) -> TokenEffect:
         flat = max(by_token[token], key=lambda f: sign * changes[f])
-        i, position = places[flat]
+        i, position = positions[flat]
         context = pieces(tokenizer, examples[i].input_ids[max(0, position - CONTEXT) : position])
         return TokenEffect(
             pieces(tokenizer, [token])[0], "".join(context), float(old[flat]), float(new[flat]),

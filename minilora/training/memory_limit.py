@@ -23,7 +23,7 @@ from minilora.planning import (
     resident,
     settings_of,
 )
-from minilora.quantization import QuantizedLinear
+from minilora.quantization import quantized_layers
 
 
 class MemoryLimit:
@@ -69,7 +69,7 @@ class MemoryLimit:
         }  # fmt: skip
         self.counted = Counted(model, autocast)
         self.process = max(0, resident() - self.counted.sizes.total)
-        small = [m.ways for m in model.modules() if isinstance(m, QuantizedLinear)]
+        small = [layer.ways for layer in quantized_layers(model).values()]
         self.ways = {None if way == "dequantize" else way for ways in small for way in ways}
         self.planned = functools.cache(self._planned)
 

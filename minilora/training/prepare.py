@@ -22,7 +22,7 @@ from minilora.lora import (
     weight_dtype,
     widened,
 )
-from minilora.quantization import QuantizedLinear, packed_format
+from minilora.quantization import packed_format, quantized_layers
 from minilora.running import CONTEXT_NAMES, device_of, forward_logits, takes_packed
 from minilora.training.config import TrainConfig
 
@@ -89,11 +89,8 @@ def _require_causal(model: nn.Module, config: Any) -> None:
 
 def _stored_otherwise(model: nn.Module) -> bool:
     """Return whether rounding of activations may depend on other tokens."""
-    return any(
-        isinstance(module, QuantizedLinear)
-        or (isinstance(module, nn.Linear) and packed_format(module))
-        for module in model.modules()
-    )
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return bool(quantized_layers(model)) or any(map(packed_format, linears))
 
 
 def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:

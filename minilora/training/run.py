@@ -13,7 +13,7 @@ from minilora.data import Batches, Stream
 from minilora.files import UnwritableError
 from minilora.lora import active_adapters, copies_of, describe, frozen_values, require_layers
 from minilora.peft import config_of, fingerprint, save_adapter
-from minilora.quantization import QuantizedLinear
+from minilora.quantization import quantized_layers
 from minilora.running import Evaluation, Loss, device_of, settle_compile, token_loss
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.memory_limit import MemoryLimit
@@ -315,7 +315,7 @@ class Run:
         with whole_factors(self.model, self.adapter):  # PiSSA's are put together with its offset
             adapter = config_of(self.model, self.adapter)
         rest = frozen_values(self.model, mine, copies_of(self.model, self.adapter))
-        quantized = (m for m in self.model.modules() if isinstance(m, QuantizedLinear))
+        quantized = quantized_layers(self.model).values()
         loss = getattr(self.loss, "func", self.loss)  # what a partial calls
         return {
             "config": self.config.to_dict() | {"compile": self.compile},  # what "auto" came to

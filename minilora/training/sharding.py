@@ -17,7 +17,7 @@ from minilora.lora import (
     weight_device,
     weight_sample,
 )
-from minilora.quantization import QuantizedLinear, weight_values
+from minilora.quantization import weight_values
 from minilora.training.ranks import Ranks
 
 
@@ -111,7 +111,7 @@ def sharded(
 
         def put(fqn: str, value: Tensor | nn.Module) -> None:
             name = fqn.removesuffix(".weight")
-            if isinstance(value, QuantizedLinear):
+            if isinstance(value, nn.Module):  # a quantized layer
                 for part, tensor in value.named_parameters():
                     ranks.put(targets[f"{name}.{part}"], tensor)
                 value = weight_values(value)
