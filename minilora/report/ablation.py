@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from minilora.data import Example
-from minilora.lora import active_adapters, claimed, copies_of, install, lora_layers, split_block
+from minilora.lora import Survey, split_block
 from minilora.report.tokens import measured, token_losses
 
 COPIES = "trained copies"
@@ -41,8 +41,8 @@ class Ablation:
 
 def stacks_of(names: Sequence[str]) -> list[str]:
     """Return the stacks of blocks; an encoder and a decoder are two."""
-    places = map(split_block, names)
-    return list(dict.fromkeys(stack for stack, block, _ in places if block is not None))
+    parts = map(split_block, names)
+    return list(dict.fromkeys(stack for stack, block, _ in parts if block is not None))
 
 
 def kinds_of(names: Sequence[str]) -> dict[str, str]:
@@ -66,7 +66,7 @@ def kinds_of(names: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def only(
-    model: nn.Module, adapter: str, names: Sequence[str], copies: bool = True
+    model: nn.Module | Survey, adapter: str, names: Sequence[str], copies: bool = True
 ) -> Iterator[None]:
     """Within the block this adapter alone is active, on these layers alone.
 
@@ -76,24 +76,18 @@ def only(
         names: dotted names of layers; without any the model is its base.
         copies: whether the adapter's trained copies are in place.
     """
-    layers = lora_layers(model)
-    before = {name: layer.active for name, layer in layers.items()}
-    active, chosen = active_adapters(model), set(names)
-    with claimed(layers.values()):
-        try:
-            for name, layer in layers.items():
-                layer.activate((adapter,) if name in chosen else ())
-            install(model, (adapter,) if copies else ())
-            yield
-        finally:
-            for name, layer in layers.items():
-                layer.activate(before[name])
-            install(model, active)
+    survey, chosen = Survey.of(model), set(names)
+    with survey.switched():
+        for name, layer in survey.layers.items():
+            layer.activate((adapter,) if name in chosen else ())
+        survey.install((adapter,) if copies else ())
+        yield
 
 
-def parts_of(model: nn.Module, adapter: str) -> list[tuple[str, str, list[str]]]:
+def parts_of(model: nn.Module | Survey, adapter: str) -> list[tuple[str, str, list[str]]]:
     """Return the parts of an adapter as (part, by, dotted names), the whole first."""
-    names = [name for name, layer in lora_layers(model).items() if adapter in layer.adapters]
+    survey = Survey.of(model)
+    names = list(survey.with_adapter(adapter))
     kinds = kinds_of(names)
     blocks: dict[tuple[str, int | None], list[str]] = {}
     modules: dict[str, list[str]] = {}
@@ -111,13 +105,13 @@ def parts_of(model: nn.Module, adapter: str) -> list[tuple[str, str, list[str]]]
         label = OUTSIDE if block is None else label
         parts.append((label, "block", blocks[stack, block]))
     parts += [(kind, "kind", inside) for kind, inside in modules.items()]
-    if copies_of(model, adapter):
+    if survey.copies_of(adapter):
         parts.append((COPIES, "kind", []))
     return parts
 
 
 def ablate(
-    model: nn.Module,
+    model: nn.Module | Survey,
     adapter: str,
     examples: Sequence[Example],
     *,
@@ -137,13 +131,14 @@ def ablate(
         say: called with measurements done and to do.
     """  # fmt: skip
 
-    def losses(names: Sequence[str], copies: bool) -> list[Tensor]:
-        with only(model, adapter, names, copies):
-            return token_losses(model, examples, batch_size=batch_size, pad_id=pad_id)
+    survey = Survey.of(model)
 
-    parts = parts_of(model, adapter)
-    every = parts[0][2]
-    copied = bool(copies_of(model, adapter))
+    def losses(names: Sequence[str], copies: bool) -> list[Tensor]:
+        with only(survey, adapter, names, copies):
+            return token_losses(survey.model, examples, batch_size=batch_size, pad_id=pad_id)
+
+    parts = parts_of(survey, adapter)
+    every, copied = parts[0][2], bool(survey.copies_of(adapter))
     base, full = losses((), False), losses(every, copied)
     # A part that is all of the adapter, or nothing of it, is measured once.
     known = {((), False): base, (tuple(every), copied): full}

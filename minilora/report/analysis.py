@@ -5,23 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.data import Batches, Example, as_examples, learned_labels
-from minilora.lora import (
-    Fit,
-    Survey,
-    all_adapter_names,
-    copies_of,
-    lora_layers,
-    original_parameters,
-    require_layers,
-    require_unmerged,
-    split_block,
-)
-from minilora.report.ablation import ablate, kinds_of, only, parts_of
+from minilora.lora import Fit, Survey, split_block
+from minilora.report.ablation import ablate, kinds_of, only
 from minilora.report.attention import Attention, attention_masses, word_ids
-from minilora.report.comparison import check_adapter, check_keep, compare, is_product, truncate
+from minilora.report.comparison import check_keep, compare, finite_factors, is_product, truncate
 from minilora.report.explanation import Behaviour, CopyReport, Explanation
 from minilora.report.spectra import layer_report
 from minilora.report.tokens import Measured, effects, gap, measured, shown, token_losses
@@ -59,7 +49,7 @@ def explain(
 
     Args:
         model: holds the adapter, unmerged; left as it was.
-        adapter: its name; None when there is only one.
+        adapter: its name; None: the only one, or the only one that is active.
         data: held-out examples as for `evaluate`, or a `Batches` of them.
         train: examples it was trained on, for the gap; needs `data`.
         outside: examples of other text, for forgetting.
@@ -86,9 +76,10 @@ def explain(
 
     Hu et al. 2021, arXiv:2106.09685, section 7; Shuttleworth et al. 2024, arXiv:2410.21228.
     """
-    layers = require_layers(model, "explain")
-    require_unmerged(layers, "explain")
-    adapter = Survey(model).adapter(adapter, "explain")
+    survey = Survey(model)
+    survey.require_layers("explain")
+    survey.require_unmerged("explain")
+    adapter = survey.adapter(adapter, "explain")
     check_keep(keep)
     for value, what, least in (
         (ablate_examples, "ablate_examples", 0), (top, "top", 0), (largest, "largest", 0),
@@ -101,7 +92,7 @@ def explain(
         raise ValueError(f"{what} needs data, the held-out examples to measure on; pass data=")
     for name in (adapter, against):
         if name is not None:
-            check_adapter(model, name)
+            finite_factors(survey, name, "explain")
     if against == adapter:
         raise ValueError(f"against must name another adapter than {adapter!r}")
     held, seen, other = (
@@ -110,22 +101,22 @@ def explain(
     )
     patterns = word_ids([words] if isinstance(words, str) else words, tokenizer) if words else []
     say = _Say(progress)
-    comparison = None if against is None else compare(model, adapter, against)
-    mine = {name: layer for name, layer in layers.items() if adapter in layer.adapters}
+    comparison = None if against is None else compare(survey, adapter, against)
+    mine = survey.with_adapter(adapter)
     kinds = kinds_of(list(mine))
     reports = []
     for name, layer in mine.items():
         say(f"reading {name}")
         block = split_block(name)[1]
         reports.append(layer_report(name, block, kinds[name], layer, adapter, keep, largest))
-    run = _Run(model, adapter, tokenizer, batch_size, pad_id, say)
+    run = _Run(survey, adapter, tokenizer, batch_size, pad_id, say)
     ranks = {report.name: report.suggested_r for report in reports}
     truncation, cut_loss = run.truncated(ranks, held)
     behaviour = None
     if held is not None:
         behaviour = run.behaviour(held, top, ablate_examples, cut_loss, words, patterns)
     found = Explanation(
-        adapter, keep, tuple(reports), _copies(model, adapter), truncation, comparison, behaviour,
+        adapter, keep, tuple(reports), _copies(survey, adapter), truncation, comparison, behaviour,
         gap(run.loss(seen, "training data"), behaviour.loss) if seen and behaviour else None,
         run.loss(other, "text outside the task") if other else None,
     )  # fmt: skip
@@ -133,16 +124,12 @@ def explain(
     return found
 
 
-def _copies(model: nn.Module, adapter: str) -> tuple[CopyReport, ...]:
-    own = original_parameters(model)
-    return tuple(
-        CopyReport(
-            name,
-            float((value.double() - own[name].double()).norm()),
-            float(own[name].double().norm()),
-        )
-        for name, value in copies_of(model, adapter).items()
-    )
+def _copies(survey: Survey, adapter: str) -> tuple[CopyReport, ...]:
+    def norms(name: str, value: Tensor) -> CopyReport:
+        own = survey.originals[name].double()
+        return CopyReport(name, float((value.double() - own).norm()), float(own.norm()))
+
+    return tuple(norms(*item) for item in survey.copies_of(adapter).items())
 
 
 class _Say:
@@ -160,18 +147,20 @@ class _Say:
 class _Run:
     """The measurements on data, each with the adapter alone, or without any."""
 
-    def __init__(self, model, adapter: str, tokenizer, batch_size: int, pad_id: int, say: Callable):
-        self.model, self.adapter, self.tokenizer, self.say = model, adapter, tokenizer, say
+    def __init__(self, survey: Survey, adapter: str, tokenizer: Any, batch_size: int, pad_id: int,
+                 say: Callable):  # fmt: skip
+        self.survey, self.model, self.adapter = survey, survey.model, adapter
+        self.tokenizer, self.say = tokenizer, say
         self.options = {"batch_size": batch_size, "pad_id": pad_id}
-        self.names = parts_of(model, adapter)[0][2]
+        self.names = list(survey.with_adapter(adapter))
 
     def on(self):
         """Within the block this adapter alone is active."""
-        return only(self.model, self.adapter, self.names)
+        return only(self.survey, self.adapter, self.names)
 
     def off(self):
         """Within the block the model is its base."""
-        return only(self.model, self.adapter, (), copies=False)
+        return only(self.survey, self.adapter, (), copies=False)
 
     def both(self, examples: Sequence[Example], what: str):
         """Return the token losses without and with the adapter."""
@@ -190,23 +179,21 @@ class _Run:
         self, ranks: dict[str, int], examples: Sequence[Example] | None
     ) -> tuple[Fit | None, float | None]:
         """Cut the adapter for a while; return its error and, with data, its loss."""
-        if not is_product(self.model, self.adapter):
+        if not is_product(self.survey, self.adapter):
             return None, None
         name = _CUT
-        while name in all_adapter_names(self.model):
+        while name in self.survey.adapters:
             name += "_"
-        fit = truncate(self.model, self.adapter, name, ranks=ranks)
-        layers = lora_layers(self.model)
+        fit = truncate(self.survey, self.adapter, name, ranks=ranks)
         try:
             if examples is None:
                 return fit, None
             self.say("measuring the adapter at the suggested ranks")
-            with only(self.model, name, self.names):
+            with only(self.survey, name, self.names):
                 losses = token_losses(self.model, examples, **self.options)
         finally:
-            for layer in layers.values():
-                if name in layer.adapters:
-                    del layer.adapters[name]
+            for layer in self.survey.with_adapter(name).values():
+                del layer.adapters[name]
         return fit, measured(losses, losses).before
 
     def behaviour(
@@ -225,7 +212,7 @@ class _Run:
         ablations: tuple = ()
         if some:
             ablations = ablate(
-                self.model, self.adapter, some, **self.options,
+                self.survey, self.adapter, some, **self.options,
                 say=lambda done, total: self.say(f"ablation {done} of {total}"),
             )  # fmt: skip
         attention = None

@@ -12,17 +12,12 @@ from torch import Tensor, nn
 
 from minilora.lora import (
     Fit,
+    Survey,
     add_frozen,
-    all_adapter_names,
-    check_new_name,
     check_rank,
     check_source,
-    copies_of,
-    factors_of,
     fitted,
     plain_adapter,
-    require_layers,
-    require_unmerged,
     stored_dtype,
 )
 from minilora.report.spectra import rank_for, small_svd
@@ -76,7 +71,7 @@ def principal_angles(first: Tensor, second: Tensor) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, first: str, second: str) -> Comparison:
+def compare(model: nn.Module | Survey, first: str, second: str) -> Comparison:
     """Compare what two adapters of a model add, layer by layer.
 
     DoRA's scaling of W is left out: it is the low-rank parts that are compared.
@@ -88,12 +83,11 @@ def compare(model: nn.Module, first: str, second: str) -> Comparison:
     Raises:
         ValueError: an unknown adapter, or the same one twice.
     """
-    require_layers(model, "compare")
+    survey = Survey.of(model)
+    survey.require_layers("compare")
     if first == second:
         raise ValueError(f"compare() needs two different adapters, found {first!r} twice")
-    for name in (first, second):
-        check_adapter(model, name)
-    mine, other = factors_of(model, first), factors_of(model, second)
+    mine, other = (finite_factors(survey, name, "compare") for name in (first, second))
     layers, used = [], {}
     for fqn in mine | other:
         spaces = []
@@ -120,17 +114,16 @@ def compare(model: nn.Module, first: str, second: str) -> Comparison:
     )
 
 
-def check_adapter(model: nn.Module, adapter: str) -> None:
-    """Raise unless the adapter is there and its factors are all finite."""
-    present = all_adapter_names(model)
-    if adapter not in present:
-        raise ValueError(f"there is no adapter {adapter!r}; this model has: {', '.join(present)}")
-    for fqn, factors in factors_of(model, adapter).items():
-        if not all(p.detach().isfinite().all() for p in factors.parameters()):
+def finite_factors(survey: Survey, adapter: str, verb: str) -> dict[str, Any]:
+    """Return an adapter's factors by layer; raise unless it is there and all finite."""
+    factors = survey.factors(survey.known(adapter, verb)[0])
+    for fqn, one in factors.items():
+        if not all(p.detach().isfinite().all() for p in one.parameters()):
             raise ValueError(
                 f"adapter {adapter!r} must be finite, found NaN or Inf on {fqn}; load or train it "
                 f"again"
             )
+    return factors
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
@@ -165,7 +158,7 @@ def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
 @torch.no_grad()
 def truncate(
-    model: nn.Module,
+    model: nn.Module | Survey,
     adapter: str,
     name: str,
     *,
@@ -192,12 +185,13 @@ def truncate(
             no low-rank product: DoRA, a lora_bias, trained copies, NaN or Inf.
         RuntimeError: adapters are merged.
     """
-    layers = require_layers(model, "truncate")
-    require_unmerged(layers, "truncate")
+    survey = Survey.of(model)
+    layers = survey.require_layers("truncate")
+    survey.require_unmerged("truncate")
     check_keep(keep)
-    check_new_name(model, name)
-    check_source(model, adapter, "truncate")
-    sources = factors_of(model, adapter)
+    survey.require_new_name(name)
+    check_source(survey.model, adapter, "truncate")
+    sources = survey.factors(adapter)
     for fqn in ranks or {}:
         if fqn not in sources:
             raise ValueError(f"ranks must name layers of adapter {adapter!r}, {fqn!r} is none")
@@ -215,18 +209,16 @@ def truncate(
         A, B, fit = fitted(fqn, (A, B), r, stored_dtype(None, [factors]))
         new[fqn] = plain_adapter(layers[fqn], A, B)
         fits.append(fit)
-    add_frozen(model, name, new)
+    add_frozen(survey.model, name, new)
     return Fit(name, f"truncated, keep={keep:g}" if ranks is None else "truncated", tuple(fits))
 
 
-def is_product(model: nn.Module, adapter: str) -> bool:
+def is_product(survey: Survey, adapter: str) -> bool:
     """Return whether all that an adapter does is to add products B A: no DoRA, biases or copies."""
-    biases = [f.lora_bias for f in factors_of(model, adapter).values() if f.lora_bias is not None]
-    return not (
-        copies_of(model, adapter)
-        or any(f.magnitude is not None for f in factors_of(model, adapter).values())
-        or any(bool(bias.detach().any()) for bias in biases)
-    )
+    factors = survey.factors(adapter).values()
+    biases = [f.lora_bias.detach() for f in factors if f.lora_bias is not None]
+    dora = any(f.magnitude is not None for f in factors)
+    return not (dora or survey.copies_of(adapter) or any(bias.any() for bias in biases))
 
 
 def check_keep(keep: Any) -> None:
