@@ -1,6 +1,6 @@
 """Files and texts: read with one kind of error, written whole or not at all, worded in one line."""
 
-from minilora.files.json_text import parse_json, read_json, read_json_object, unique_keys
+from minilora.files.json_text import parse_json, read_json, unique_keys
 from minilora.files.links import leads_out, open_plain
 from minilora.files.options import (
     MOST,
@@ -61,7 +61,6 @@ __all__ = [
     "option",
     "parse_json",
     "read_json",
-    "read_json_object",
     "read_options",
     "read_tensors",
     "reading",

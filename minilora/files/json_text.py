@@ -20,23 +20,18 @@ def parse_json(text: str | bytes, what: str) -> Any:
         raise ValueError(f"{what} must be JSON, found otherwise: {one_line(error, 200)}") from None
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model folder.
 
     Raises:
-        ValueError: the file holds something else, or what `parse_json` refuses.
+        ValueError: there is no such file, it holds something else, or what `parse_json` refuses.
     """
+    if not file.is_file():
+        raise ValueError(f"a model folder must hold {file.name}, found none in '{file.parent}'")
     entries = parse_json(file.read_bytes(), f"'{file}'")
     if not isinstance(entries, dict):
         raise ValueError(f"'{file}' must hold a JSON object, found {type(entries).__name__}")
     return entries
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file."""
-    if not file.is_file():
-        raise ValueError(f"a model folder must hold {file.name}, found none in '{file.parent}'")
-    return read_json_object(file)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

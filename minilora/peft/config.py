@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.files import one_line, read_json_object, short
+from minilora.files import one_line, read_json, short
 from minilora.lora import (
     LoRAAdapter,
     asked_copies,
@@ -177,7 +177,7 @@ def read_config(file: Path, loadable: bool = True) -> dict[str, Any]:
     Raises:
         ValueError: no JSON object, another method than LoRA, or a value of the wrong kind.
     """
-    config = read_json_object(file)
+    config = read_json(file)
     try:
         if config.get("peft_type") != "LORA":
             found = short(config.get("peft_type"))

@@ -88,19 +88,11 @@ def compare(model: nn.Module | Survey, first: str, second: str) -> Comparison:
     if first == second:
         raise ValueError(f"compare() needs two different adapters, found {first!r} twice")
     mine, other = (finite_factors(survey, name, "compare") for name in (first, second))
-    layers, used = [], {}
+    layers, used = [], {}  # what each of the two uses, by layer
     for fqn in mine | other:
-        spaces = []
-        for factors in (mine.get(fqn), other.get(fqn)):
-            if factors is None:
-                continue
-            U, S, V = small_svd(*factors.product(torch.float64))
-            there = S / S[0] > torch.finfo(torch.float32).eps  # the factors are stored in f32
-            spaces.append((U[:, there], S[there], V[:, there]) if S[0] else None)
-        used[fqn] = [fqn in mine and spaces[0] is not None,
-                     fqn in other and spaces[-1] is not None]  # fmt: skip
-        if all(used[fqn]):
-            (U1, S1, V1), (U2, S2, V2) = spaces  # type: ignore[misc]
+        one, two = used[fqn] = _space(mine.get(fqn)), _space(other.get(fqn))
+        if one and two:
+            (U1, S1, V1), (U2, S2, V2) = one, two
             inner = ((U1.T @ U2) * (V1.T @ V2) * (S1[:, None] * S2)).sum()
             cosine = float(inner / (S1.norm() * S2.norm()))
             layers.append(
@@ -112,6 +104,15 @@ def compare(model: nn.Module | Survey, first: str, second: str) -> Comparison:
         tuple(fqn for fqn, (a, b) in used.items() if a and not b),
         tuple(fqn for fqn, (a, b) in used.items() if b and not a),
     )
+
+
+def _space(factors: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the SVD of what factors add without directions that are noise, None if that is 0."""
+    if factors is None:
+        return None
+    U, S, V = small_svd(*factors.product(torch.float64))
+    there = S / S[0] > torch.finfo(torch.float32).eps  # the factors are stored in f32
+    return (U[:, there], S[there], V[:, there]) if S[0] else None
 
 
 def finite_factors(survey: Survey, adapter: str, verb: str) -> dict[str, Any]:

@@ -179,15 +179,10 @@ class _Change:
         step = max(1, PANEL // max(1, self.W.shape[1 - dim]))
         for start in range(0, self.W.shape[dim], step):
             part = slice(start, min(start + step, self.W.shape[dim]))
-            if dim == 0:
-                old = self.W[part].double()
-                new = old + self.B[part] @ self.A
-                new = new if self.ratio is None else new * self.ratio[part, None]
-            else:
-                old = self.W[:, part].double()
-                new = old + self.B @ self.A[:, part]
-                new = new if self.ratio is None else new * self.ratio[:, None]
-            yield part, old, new
+            rows, columns = (part, slice(None)) if dim == 0 else (slice(None), part)
+            old = self.W[rows, columns].double()
+            new = old + self.B[rows] @ self.A[:, columns]
+            yield part, old, new if self.ratio is None else new * self.ratio[rows, None]
 
     def norms(self) -> tuple[float, float]:
         """Return the norms of the change and of W."""
