@@ -61,7 +61,7 @@ def _interleaved(weight, heads):
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _tensors(model):
+def _tensors(model, interleaved=True):
     """A transformers model's tensors by GGUF name, as llama.cpp's converter writes them."""
     config = model.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -70,7 +70,7 @@ def _tensors(model):
         value, (stem, leaf) = parameter.detach().numpy(), name.rsplit(".", 1)
         if stem.startswith("model.layers."):
             block, part = stem.removeprefix("model.layers.").split(".", 1)
-            if PARTS[part] in heads:
+            if interleaved and PARTS[part] in heads:
                 value = _interleaved(value, heads[PARTS[part]])
             out[f"blk.{block}.{PARTS[part]}.{leaf}"] = value
         else:
@@ -83,7 +83,7 @@ def _tensors(model):
     return out
 
 
-def _metadata(config):
+def _metadata(config, head_dim=None):
     return {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -93,14 +93,14 @@ def _metadata(config):
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_parameters["rope_theta"],
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": head_dim or config.head_dim,
     }
 
 
 def _write(file, tensors, metadata, kind=KINDS.F32, architecture="llama"):
     writer = gguf.GGUFWriter(file, architecture)
     for name, value in metadata.items():
-        key = name if name.startswith("general.") else f"llama.{name}"
+        key = name if name.startswith("general.") else f"{architecture}.{name}"
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):

@@ -32,7 +32,7 @@ def test_modules_configs_and_shapes_are_taken():
     config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11)
     model = GPT2(config)
     found = read_shape(model)
-    assert (found.config, found.kind, found.stored) == (config, "gpt2", False)
+    assert (found.config, found.config.model_type, found.stored) == (config, "gpt2", False)
     assert read_shape(found) is found
     assert read_shape(config).config == config
     assert found.parameters == sum(p.numel() for p in model.parameters())

@@ -9,9 +9,10 @@ from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
 from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
 from minilora.models.llama import Llama, LlamaConfig
+from minilora.models.qwen2 import Qwen2, Qwen2Config
 
 FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
-    family.config_class.model_type: family for family in (GPT2, Llama)
+    family.config_class.model_type: family for family in (GPT2, Llama, Qwen2)
 }
 
 __all__ = [
@@ -25,4 +26,6 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "ModelConfig",
+    "Qwen2",
+    "Qwen2Config",
 ]

@@ -21,16 +21,14 @@ from minilora.lora import (
     quantize,
     select_targets,
 )
-from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
+from minilora.models import FAMILIES, GPT2Config, LlamaConfig, ModelConfig, Qwen2Config
 from minilora.planning.saved import block_list, samples
-
-Config = GPT2Config | LlamaConfig
 
 
 class Preset(NamedTuple):
     """A model's shape and where its numbers stand."""
 
-    config: GPT2Config | LlamaConfig
+    config: ModelConfig
     source: str
     foreign: str = ""  # why `minilora train` does not read it, "" where it does
 
@@ -41,19 +39,18 @@ def _gpt2(name: str, width: int, layers: int, heads: int) -> Preset:
 
 
 def _llama(
-    source: str, *numbers: int, tied: bool = False, biases: bool = False, foreign: str = ""
+    source: str, *numbers: int, tied: bool = False, foreign: str = "", family: Any = LlamaConfig
 ) -> Preset:
     """Take vocabulary, width, inner width, layers, heads, key-value heads, context."""
     vocabulary, width, inner, layers, heads, kv_heads, context = numbers
-    config = LlamaConfig(
+    config = family(
         vocabulary, width, inner, layers, heads, kv_heads, width // heads, context,
-        tie_word_embeddings=tied, attention_bias=biases,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     return Preset(config, f"huggingface.co/{source}, config.json", foreign)
 
 
 _SCALED = "its rotary embeddings are scaled"
-_BIASES = "q, k and v have biases (planned with one more on o)"
 _FUSED = "q, k, v and gate, up are one matrix each (planned as five)"
 
 
@@ -94,14 +91,14 @@ PRESETS: dict[str, Preset] = {
     ),
     "qwen2.5-0.5b": _llama(
         "Qwen/Qwen2.5-0.5B", 151936, 896, 4864, 24, 14, 2, 32768,
-        tied=True, biases=True, foreign=_BIASES,
+        tied=True, family=Qwen2Config,
     ),
     "qwen2.5-1.5b": _llama(
         "Qwen/Qwen2.5-1.5B", 151936, 1536, 8960, 28, 12, 2, 32768,
-        tied=True, biases=True, foreign=_BIASES,
+        tied=True, family=Qwen2Config,
     ),
     "qwen2.5-7b": _llama(
-        "Qwen/Qwen2.5-7B", 152064, 3584, 18944, 28, 28, 4, 131072, biases=True, foreign=_BIASES
+        "Qwen/Qwen2.5-7B", 152064, 3584, 18944, 28, 28, 4, 131072, family=Qwen2Config
     ),
     "phi-3-mini": _llama(
         "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, 32, 4096, foreign=_FUSED
@@ -137,21 +134,14 @@ class Shape:
     """
 
     name: str
-    config: Config
+    config: Any
     source: str
     stored: bool = False
     foreign: str = ""
 
-    @property
-    def kind(self) -> str:
-        """`"gpt2"` or `"llama"`."""
-        return "gpt2" if isinstance(self.config, GPT2Config) else "llama"
-
     def empty(self, dtype: torch.dtype = torch.float32) -> Any:
         """Return the model on the meta device: shapes without memory."""
-        if isinstance(self.config, GPT2Config):
-            return GPT2(self.config, dtype=dtype, device="meta")
-        return Llama(self.config, dtype=dtype, device="meta")
+        return FAMILIES[self.config.model_type](self.config, dtype=dtype, device="meta")
 
     def check_length(self, length: int) -> None:
         """Raise unless rows of this length fit the context."""
@@ -172,7 +162,8 @@ def read_shape(model: Any) -> Shape:
 
     Args:
         model: a preset's name, a Hugging Face folder or its config.json, a .gguf file, a name
-            `owner/model` of the hub (needs huggingface_hub), a config, or a Llama or GPT2.
+            `owner/model` of the hub (needs huggingface_hub), a config, or a model of
+            `minilora.models`.
 
     Raises:
         ValueError: none of these, or a configuration that is not built.
@@ -181,7 +172,7 @@ def read_shape(model: Any) -> Shape:
     """
     if isinstance(model, Shape):
         return model
-    if isinstance(model, (GPT2Config, LlamaConfig)):
+    if isinstance(model, ModelConfig):
         return Shape("a configuration", model, "as given")
     if isinstance(model, nn.Module):
         return _of_module(model)
@@ -210,9 +201,9 @@ def read_shape(model: Any) -> Shape:
 
 def _of_module(model: Any) -> Shape:
     config = getattr(model, "config", None)
-    if not isinstance(config, (GPT2Config, LlamaConfig)):
+    if not isinstance(config, ModelConfig):
         raise ValueError(
-            f"plan() knows what minilora's own Llama and GPT2 keep in memory, found "
+            f"plan() knows what models of minilora.models keep in memory, found "
             f"{type(model).__name__}; pass the name of a preset of its size instead"
         )
     name = model.name_or_path
