@@ -44,7 +44,7 @@ def adapted(model: Any) -> Any:
     torch.manual_seed(0)
     minilora.inject(model, r=8, alpha=16)
     for layer in lora_layers(model).values():
-        factors: Any = layer.adapters["default"]
+        factors = layer.adapters["default"]
         nn.init.normal_(factors.lora_B, std=1e-3)
     return model.eval()
 

@@ -102,13 +102,18 @@ def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     return x if mask is None else x * mask * (1 / (1 - p))
 
 
+def _product(x, A, B, mask, scaling, p, linear_forward, tensors) -> tuple[Tensor, Tensor]:
+    """Return Y and S in the dtype of the products."""
+    wide = x.to(product_dtype(x))
+    y = linear_forward(wide, *tensors)
+    s = torch.mm(_dropped(wide, mask, p), A.to(wide.dtype).t())
+    return y.addmm_(s, B.to(wide.dtype).t(), alpha=scaling), s
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, mask, scaling, p, linear_forward, linear_grad_x, *tensors):
-        wide = x.to(product_dtype(x))
-        y = linear_forward(wide, *tensors)
-        s = torch.mm(_dropped(wide, mask, p), A.to(wide.dtype).t())
-        y.addmm_(s, B.to(wide.dtype).t(), alpha=scaling)
+        y, s = _product(x, A, B, mask, scaling, p, linear_forward, tensors)
         ctx.save_for_backward(x, A, B, s.to(x.dtype), mask, *tensors)
         ctx.scaling, ctx.p, ctx.linear_grad_x = scaling, p, linear_grad_x
         return fresh(y.to(x.dtype))
@@ -164,6 +169,10 @@ def lora_linear(
     """
     flat = x.reshape(-1, x.shape[-1])
     flat_mask = None if mask is None else mask.reshape(flat.shape)
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
+        # A step of decoding is short enough to feel what autograd and autocast cost.
+        y, _ = _product(flat, A, B, flat_mask, scaling, p, base.linear_forward, base.tensors)
+        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
     # The caller has settled the dtype; autocast must not cast single products inside the step.
     with torch.autocast(x.device.type, enabled=False):
         y = _LoRALinear.apply(

@@ -7,7 +7,7 @@ from minilora.data import read_data
 from minilora.kernels import hardware
 from minilora.loading import load_model
 from minilora.lora import (
-    LoRALinear,
+    LoRALayer,
     activate,
     delete,
     disabled,
@@ -29,7 +29,7 @@ from minilora.training import TrainConfig, fit
 __version__ = "0.1.0"
 
 __all__ = [
-    "LoRALinear",
+    "LoRALayer",
     "TrainConfig",
     "activate",
     "check",

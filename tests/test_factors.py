@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import minilora
 from minilora.lora.adapter import LoRAAdapter
-from minilora.lora.kinds import LoRAConv2d, LoRAEmbedding, LoRALinear
+from minilora.lora.base import base_of
 
 F64 = torch.float64
 
@@ -33,7 +33,7 @@ class Conv1D(nn.Module):
 KINDS = ("linear", "conv1d", "embedding", "conv2d")
 
 
-def base_of(kind, k=7, n=6):
+def base_of_kind(kind, k=7, n=6):
     return {
         "linear": lambda: nn.Linear(k, n),
         "conv1d": lambda: Conv1D(n, k),
@@ -64,7 +64,7 @@ def apply(kind, W, x, bias=None):
 
 def injected(kind, dtype=torch.float32, **options):
     """A holder with one layer, its adapter, the layer's plain twin and W `[N, K]` in float64."""
-    model = nn.ModuleDict({"it": base_of(kind).to(dtype)})
+    model = nn.ModuleDict({"it": base_of_kind(kind).to(dtype)})
     plain = copy.deepcopy(model["it"])
     minilora.inject(model, targets=["it"], dtype=dtype, **{"r": 2, "alpha": 5, **options})
     W = rows_of(kind, plain.weight.detach()).double()
@@ -196,7 +196,7 @@ def test_narrow_factors_start_within_their_rounding(init):
 # a row of zeros has the length 0, and 0 / 0 is NaN
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
 def test_fresh_dora_adapter_leaves_a_row_of_zeros_alone(kind):
-    model = nn.ModuleDict({"it": base_of(kind)})
+    model = nn.ModuleDict({"it": base_of_kind(kind)})
     rows_of(kind, model["it"].weight.data)[2] = 0
     plain, x = copy.deepcopy(model["it"]), input_of(kind)
     minilora.inject(model, 2, 5, targets=["it"], dora=True)
@@ -410,19 +410,14 @@ def test_adapter_shows_its_numbers():
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "kind", "shape"),
-    [
-        (LoRALinear, "linear", (6, 7)),
-        (LoRALinear, "conv1d", (6, 7)),
-        (LoRAEmbedding, "embedding", (6, 7)),
-        (LoRAConv2d, "conv2d", (6, 42)),
-    ],
+    ("kind", "shape"),
+    [("linear", (6, 7)), ("conv1d", (6, 7)), ("embedding", (6, 7)), ("conv2d", (6, 42))],
 )
-def test_every_kind_has_a_matrix_and_a_way_back(wrapper, kind, shape):
-    layer = wrapper(base_of(kind))
-    W = layer.weight_matrix()
-    assert W.shape == shape
-    assert torch.equal(layer.as_weight(W), layer.base.weight)
-    f = layer.new_adapter(r=2, alpha=3)
+def test_every_base_has_a_matrix_and_a_way_back(kind, shape):
+    base = base_of(base_of_kind(kind))
+    W = base.matrix()
+    assert W.shape == shape == base.shape
+    assert torch.equal(base.as_weight(W), base.module.weight)
+    f = base.new_adapter(r=2, alpha=3)
     assert f.delta_weight().shape == shape
     assert f.lora_A.flatten(1).shape == (2, shape[1]) and f.lora_B.shape[:2] == (6, 2)

@@ -6,8 +6,7 @@ from small_models import bits, net, shake, unchanged
 from torch import nn
 
 import minilora
-from minilora.lora.kinds import LoRALinear
-from minilora.lora.layer import lora_layers
+from minilora.lora.layer import LoRALayer, lora_layers
 
 
 def test_fresh_adapter_changes_nothing_and_freezes_the_rest():
@@ -76,7 +75,7 @@ def test_inject_selection():
     shared = nn.Linear(6, 6)
     twice = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
     minilora.inject(twice, r=2, alpha=3)
-    assert twice["a"][0] is twice["b"][0] and isinstance(twice["a"][0], LoRALinear)
+    assert twice["a"][0] is twice["b"][0] and isinstance(twice["a"][0], LoRALayer)
     with pytest.warns(UserWarning, match="r=50 is above min"):
         minilora.inject(net(), r=50, alpha=3)
     ranks = minilora.inject(net(), 4, 6, rank_pattern={r"mlp\.\d": 2}, alpha_pattern={"q_proj": 8})

@@ -1,6 +1,8 @@
-"""LoRALinear: which path it takes, that every path is right, and what it shows of its base."""
+"""LoRALayer: which path it takes, that every path is right, and what it shows of its base."""
 
+import copy
 import math
+import pickle
 import shutil
 
 import pytest
@@ -10,9 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from minilora.lora.adapter import LoRAAdapter
-from minilora.lora.kinds import LoRALinear, frozen_linear
-from minilora.lora.layer import lora_layers, weight_sample
+from minilora.kernels import FrozenLinear, Stored
+from minilora.lora.adapter import LoRAAdapter, Pair
+from minilora.lora.layer import LoRALayer, choose_path, lora_layers
+from minilora.lora.routes import Merged
+from minilora.lora.samples import weight_sample
+from minilora.quantization import Quantization, QuantizedLinear
 
 # How many times plain torch's own error, in the same dtype, a layer may make: the one table.
 C = {"max": 2.0, "rms": 1.5}
@@ -23,7 +28,7 @@ def layer(
 ):
     """A frozen Linear with adapters (name, r, alpha), all active, whose B is not zero."""
     base = nn.Linear(k, n, bias=bias, dtype=dtype).requires_grad_(False)
-    wrapped = LoRALinear(base, **options)
+    wrapped = LoRALayer(base, **options)
     for name, r, alpha in adapters:
         factors = LoRAAdapter(
             k, n, r=r, alpha=alpha, dropout=dropout, dtype=torch.promote_types(dtype, torch.float32)
@@ -304,9 +309,9 @@ SURPRISES = {
 @pytest.mark.parametrize("surprise", SURPRISES)
 def test_general_path_serves_whatever_the_base_really_computes(surprise):
     wrapped = layer()
-    assert frozen_linear(wrapped.base) is not None
+    assert wrapped.view.products() is not None
     SURPRISES[surprise](wrapped.base)
-    assert frozen_linear(wrapped.base) is None
+    assert wrapped.view.products() is None
     x = torch.randn(4, 6, requires_grad=True)
     f = wrapped.adapters["a"]
     branch = 4 / 3 * (x.double() @ f.lora_A.double().T @ f.lora_B.double().T)
@@ -321,12 +326,12 @@ def test_general_path_honours_global_module_hooks():
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(m))
     try:
-        assert frozen_linear(wrapped.base) is None
+        assert wrapped.view.products() is None
         wrapped(torch.randn(2, 6))
     finally:
         handle.remove()
     assert wrapped.base in seen
-    assert frozen_linear(wrapped.base) is not None
+    assert wrapped.view.products() is not None
 
 
 def test_hooks_on_the_base_fire_and_backward_hooks_see_its_gradient():
@@ -473,21 +478,21 @@ def test_layer_shows_its_base_and_says_what_it_does():
     for part in ("active=['a']", "backend=torch", "compute_dtype=torch.float32", "dropout=0.1"):
         assert part in shown
     assert "merged" not in shown
-    wrapped.merged = ("a",)
+    wrapped.enter(Merged(("a",)))
     assert "merged=['a']" in repr(wrapped)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_layer_keeps_the_base_as_it_is_and_its_mode(training):
     base = nn.Linear(3, 4).train(training)
-    wrapped = LoRALinear(base)
+    wrapped = LoRALayer(base)
     assert wrapped.base is base
     assert wrapped.training is base.training is training
 
 
 def test_merged_layer_refuses_a_training_forward():
     wrapped = layer()
-    wrapped.merged = ("a",)
+    wrapped.enter(Merged(("a",)))
     x = torch.randn(2, 6)
     with pytest.raises(RuntimeError, match="a merged adapter can't be trained: a is merged"):
         wrapped(x)
@@ -522,12 +527,75 @@ def test_dora_in_bfloat16_keeps_small_changes_of_length():
     """m/‖W‖ − 1 of 0.001 is below bfloat16's step at 1, and must still act."""
     torch.manual_seed(0)
     base = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    wrapped = LoRALinear(base)
-    wrapped.adapters["a"] = wrapped.new_adapter(r=2, alpha=3, dora=True)
+    wrapped = LoRALayer(base)
+    wrapped.adapters["a"] = wrapped.view.new_adapter(r=2, alpha=3, dora=True)
     wrapped.active = ("a",)
     wrapped.adapters["a"].magnitude.data.mul_(1.001)
     x = torch.randn(4000, 64, dtype=torch.bfloat16)
-    added = wrapped._added(base(x), x, wrapped.adapters["a"], 0.0, torch.bfloat16)
+    added = wrapped.dora(base(x), x, wrapped.adapters["a"], torch.bfloat16)
     expected = 0.001 * x.double() @ base.weight.double().T
     error = (added.double() - expected).square().mean() / expected.square().mean()
     assert error.sqrt() < 0.01
+
+
+# ── the choice of a path, and products that are made once ──────────────────────────────────────
+
+A, B = torch.zeros(2, 6), torch.zeros(5, 2)
+F32, BF16 = torch.float32, torch.bfloat16
+DENSE = FrozenLinear((torch.zeros(5, 6), None), None, None)
+CODES = DENSE._replace(tensors=(A,), stored=Stored("int8", 0, "auto", "auto"))
+ONE, DROPPED = [Pair(A, B, 2.0, 0.0)], [Pair(A, B, 2.0, 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("expected", "arguments"),
+    [
+        ("fused", ("auto", DENSE, ONE, F32, False, None)),
+        ("triton", ("triton", DENSE, ONE, F32, False, None)),
+        ("fused", ("auto", DENSE, DROPPED, F32, False, F32)),
+        ("fused", ("auto", DENSE, ONE * 2, F32, False, None)),
+        ("fused", ("auto", DENSE, ONE, BF16, True, None)),  # autocast casts the weight
+        ("fused", ("auto", CODES, ONE, BF16, False, None)),  # codes are decoded to any dtype
+        ("general", ("triton", None, ONE, F32, False, None)),
+        ("general", ("auto", DENSE, ONE, BF16, False, None)),
+        ("general", ("auto", CODES, ONE, torch.int64, False, None)),
+        ("general", ("auto", DENSE, ONE, F32, False, torch.float64)),
+        ("general", ("auto", DENSE, ONE + DROPPED, F32, False, None)),  # masks of their own
+    ],
+)
+def test_the_path_is_chosen_by_what_the_fused_step_can_do(expected, arguments):
+    assert choose_path(*arguments) == expected
+
+
+CHANGES = {
+    "a cast": lambda m: m.double(),
+    "another bias": lambda m: m.base._parameters.update(bias=nn.Parameter(torch.ones(5), False)),
+    "a state dict": lambda m: m.load_state_dict(
+        {n: t + 1 for n, t in m.state_dict().items()}, assign=True
+    ),
+    "a quantized base": lambda m: m._modules.update(
+        base=QuantizedLinear.from_weight(m.base.weight, Quantization("int8"), bias=m.base.bias)
+    ),
+    "a trainable weight": lambda m: m.base.weight.requires_grad_(True),
+    "a hook": lambda m: m.base.register_forward_hook(lambda m, args, y: 2 * y),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_products_are_made_once_until_something_changes(change, copied):
+    wrapped = copied(layer())
+    x = torch.randn(3, 6)
+    wrapped(x)
+    first = wrapped.view.products()
+    assert wrapped.view.products() is first
+    CHANGES[change](wrapped)
+    f, x = wrapped.adapters["a"], x.to(wrapped.adapters["a"].lora_A.dtype)
+    y = wrapped(x)
+    expected = wrapped.base(x) + 4 / 3 * x @ f.lora_A.T @ f.lora_B.T
+    torch.testing.assert_close(y, expected)
+    assert wrapped.last_path == (
+        "general" if change in ("a hook", "a trainable weight") else "fused"
+    )

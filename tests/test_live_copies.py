@@ -10,7 +10,6 @@ from test_combination import F64, IDS, add, kinds
 from torch import nn
 
 import minilora
-from minilora.lora.kinds import is_conv1d
 from minilora.lora.layer import lora_layers
 from minilora.lora.serving import end_switching, mixed, prepare_switching
 from minilora.lora.survey import Survey
@@ -119,8 +118,8 @@ def test_a_copy_is_the_same_and_apart(state, way, snapshot, same):
     same(before, snapshot(twin))
     assert torch.equal(twin(IDS), y)
     assert str(minilora.summary(twin)) == str(minilora.summary(model))
-    assert [is_conv1d(layer.base) for layer in lora_layers(twin).values()] == [
-        is_conv1d(layer.base) for layer in lora_layers(model).values()
+    assert [layer.view.transposed for layer in lora_layers(twin).values()] == [
+        layer.view.transposed for layer in lora_layers(model).values()
     ]
     own = {t.data_ptr() for t in [*model.parameters(), *model.buffers()] if t.numel()}
     assert not own & {t.data_ptr() for t in [*twin.parameters(), *twin.buffers()] if t.numel()}
@@ -153,10 +152,10 @@ def verbs(model):
     layers = lora_layers(model)
     names = list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
     merged_now = [layer for layer in layers.values() if layer.merged]
-    if any(layer.original is None for layer in merged_now):
+    if any(layer.route.kept is None for layer in merged_now):
         return [minilora.eject]
     found = [minilora.unmerge] if merged_now else []
-    if any(layer.slot_A is not None for layer in layers.values()):
+    if any(layer.room for layer in layers.values()):
         found += [lambda m: minilora.activate(m, "a"), end_switching]
     found += [lambda m: minilora.activate(m, names[0], trainable=names[0])]
     found += [lambda m: minilora.rename(m, names[0], "new")]

@@ -12,7 +12,8 @@ from small_models import bits, net, shake, two_adapters, unchanged
 from torch import nn
 
 import minilora
-from minilora.lora.kinds import acts_as_linear
+from minilora.lora.serving import end_switching, prepare_switching
+from minilora.lora.trial import acts_as_linear
 
 
 @pytest.mark.parametrize("keep", ["memory", "disk"])
@@ -112,7 +113,7 @@ def test_disk_copy_survives_a_pickle_of_the_model():
     before = bits(model)
     minilora.merge(model, keep="disk")
     data = pickle.dumps(model)
-    file = model.q_proj.original["weight"][0].file
+    file = model.q_proj.route.kept.disk.file
     del model
     assert not file.exists()  # the last user is gone, and the file with it
     twin = pickle.loads(data)
@@ -321,3 +322,32 @@ def test_state_dicts_with_and_without_merged_adapters_are_not_mixed():
         model.load_state_dict(merged)
     model.load_state_dict(plain)
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("mode", ["dequantize", "requantize"])
+def test_merging_leaves_every_module_in_its_mode(mode):
+    model = minilora.quantize(net(), "int8")
+    shake(minilora.inject(model, r=2, alpha=3))
+    for i, module in enumerate(model.modules()):
+        module.training = bool(i % 2)
+    before = {name: module.training for name, module in model.named_modules()}
+    sample = torch.randn(3, 12) if mode == "requantize" else None
+    for verb in (lambda: minilora.merge(model, mode=mode, tolerance=None, sample=sample),
+                 lambda: minilora.unmerge(model)):  # fmt: skip
+        verb()
+        assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_merging_below_a_slot_brings_the_slot_back():
+    model, x = two_adapters().eval(), torch.randn(3, 12)
+    minilora.activate(model, "default")
+    prepare_switching(model, 6)
+    y = model(x)
+    minilora.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    minilora.unmerge(model)
+    assert torch.equal(model(x), y)
+    minilora.activate(model, ["default", "b"])
+    assert not torch.equal(model(x), y)
+    end_switching(model)
+    assert model.q_proj.route is None

@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 import minilora
+from minilora.lora.base import base_of
 from minilora.lora.layer import lora_layers
-from minilora.quantization.packed import weight_values
 
 IDS = torch.arange(24)[None]
 GATE = "model.layers.0.mlp.gate_proj"
@@ -57,7 +57,7 @@ def test_shapes_and_values_are_those_of_the_weight(stored, form):
     assert str(minilora.targets(model, r=8)) == str(minilora.targets(full, r=8))
     wanted = full.get_submodule(GATE).weight.detach()
     for run in range(2):  # bitsandbytes stores the weight anew in its first forward
-        found = weight_values(model.get_submodule(GATE))
+        found = base_of(model.get_submodule(GATE)).values()
         assert found.shape == (128, 64) and found.is_floating_point()
         assert (found.float() - wanted).norm() < 0.2 * wanted.norm()
         if not run:
@@ -101,7 +101,7 @@ def test_dora_reads_the_decoded_weight(stored, form):
     model = loaded(stored, form)
     model(IDS)
     plain = model(IDS).logits
-    W = weight_values(model.get_submodule(GATE)).double()
+    W = base_of(model.get_submodule(GATE)).values().double()
     minilora.inject(model, r=4, dora=True, targets=["gate_proj"])
     layer = model.get_submodule(GATE)
     factors = layer.adapters["default"]

@@ -14,6 +14,7 @@ from test_combination import F64, IDS, add, agree, best, dense, kinds
 import minilora
 from minilora.lora.combination import combine
 from minilora.lora.layer import lora_layers
+from minilora.lora.routes import Slot
 from minilora.lora.serving import prepare_switching
 from minilora.peft.portable import export, to_lora
 
@@ -40,7 +41,7 @@ def dora(model, name):
     found = {}
     for fqn, D in dense(model, name).items():
         layer = lora_layers(model)[fqn]
-        W = layer.weight_matrix().detach().numpy()
+        W = layer.view.matrix().detach().numpy()
         m = layer.adapters[name].magnitude.detach().numpy()
         found[fqn] = (m / np.linalg.norm(W + D, axis=1))[:, None] * (W + D) - W
     return found
@@ -172,8 +173,9 @@ def test_export_from_a_model_prepared_for_switching(tmp_path, snapshot, same):
     same(before, snapshot(model))
     with pytest.raises(ValueError, match="adapter 'wide' on embed has rank 3, .*max_r=2"):
         narrow = add(kinds(), "b", r=3).eval()
+        minilora.activate(narrow, None)
         for layer in lora_layers(narrow).values():
-            layer.slot_A, layer.slot_B = torch.zeros(2, 1), torch.zeros(1, 2)
+            layer.enter(Slot(layer, 2))
         to_lora(narrow, "b", "wide")
 
 

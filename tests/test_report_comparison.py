@@ -70,7 +70,7 @@ def test_compare_matches_dense_matrices():
 def test_compare_of_a_scaled_copy_and_of_missing_layers():
     model = kinds()
     for layer in lora_layers(model).values():
-        factors = layer.new_adapter(r=3, alpha=-10, dtype=torch.float64)
+        factors = layer.view.new_adapter(r=3, alpha=-10, dtype=torch.float64)
         factors.load_state_dict(layer.adapters["default"].state_dict())
         layer.adapters["copy"] = factors
     del lora_layers(model)["conv"].adapters["copy"]

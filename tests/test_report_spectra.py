@@ -160,9 +160,9 @@ def test_layer_report_of_pissa_sees_only_what_training_changed():
     layer = one(8, 7, 3, init="pissa", fill=False)
     found = report(layer)
     assert found.r == 6 and found.norm == 0 and found.singular_values == (0.0,) * 6
-    before = layer.weight_matrix() + layer.delta_weight("default")
+    before = layer.view.matrix() + layer.delta_weight("default")
     layer.adapters["default"].lora_B.data += torch.randn(8, 3)
-    delta = layer.weight_matrix() + layer.delta_weight("default") - before
+    delta = layer.view.matrix() + layer.delta_weight("default") - before
     sigma = torch.linalg.svdvals(delta)[:6].tolist()
     assert report(layer).singular_values == pytest.approx(sigma, abs=1e-12)
 
@@ -192,7 +192,7 @@ def test_layer_report_reads_the_base_once_through_its_matrix():
         calls.append(1)
         return other
 
-    layer.weight_matrix = decoded
+    layer.view.matrix = decoded
     found = report(layer)
     assert len(calls) == 1
     assert found.weight_norm == pytest.approx(float(other.double().norm()), rel=1e-12)

@@ -251,7 +251,7 @@ def test_prepare_switching_refuses_and_ends():
                         (20, "must hold what is active, found ranks 24")]:  # fmt: skip
         with pytest.raises(ValueError, match=text):
             prepare_switching(model, max_r)
-        assert model[0].slot_A is None
+        assert model[0].route is None
     minilora.activate(model, "r4")
     prepare_switching(model, 16)
     with pytest.raises(ValueError, match="adapter 'wide' on 0 has rank 17"):

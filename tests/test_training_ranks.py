@@ -52,7 +52,7 @@ def model_of(base, dropout=0.0):
     model = tiny(dropout=dropout)
     if base in ("int8", "uint8"):
         for layer in model.modules():
-            if isinstance(layer, minilora.LoRALinear):
+            if isinstance(layer, minilora.LoRALayer):
                 layer.base = Codes(layer.base, getattr(torch, base))
     if base == "nf4":
         minilora.quantize(model, "nf4", block_size=32)

@@ -12,7 +12,7 @@ from torch import nn
 from minilora.files import short
 from minilora.kernels import hardware
 from minilora.loading.fetching import hub_name
-from minilora.lora import check_quantizable, is_conv1d, select_targets
+from minilora.lora import base_of, check_quantizable, select_targets
 from minilora.models import FAMILIES, CausalLM
 from minilora.quantization import Quantization, QuantizedLinear, is_finite
 
@@ -144,7 +144,7 @@ def _put_empty(
             f"does not have"
         ) from None
     check_quantizable(name, old, spec, values=False)
-    N, K = old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape
+    N, K = base_of(old).shape
     empty = torch.empty(N, dtype=dtype, device="meta") if bias else None
     small = QuantizedLinear(spec.empty(N, K), K, N, spec, bias=empty, dtype=dtype, plain=type(old))
     parent, _, child = name.rpartition(".")

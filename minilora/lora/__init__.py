@@ -1,6 +1,7 @@
 """Adapters on a model: the layers that carry them, and the verbs inject, activate, merge, serve."""
 
 from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
+from minilora.lora.base import Base, base_of, is_linear, view
 from minilora.lora.by_model import (
     Fit,
     LayerFit,
@@ -41,28 +42,12 @@ from minilora.lora.config import (
 from minilora.lora.copies import TrainedCopies, is_copy
 from minilora.lora.figures import summary
 from minilora.lora.injection import attach, inject, write_pretrained_by
-from minilora.lora.kinds import (
-    LoRAConv2d,
-    LoRAEmbedding,
-    LoRALinear,
-    is_conv1d,
-    is_linear,
-    layer_class,
-)
-from minilora.lora.layer import (
-    LoRALayer,
-    lora_layers,
-    rank_of,
-    storage_format,
-    weight_device,
-    weight_dtype,
-    weight_sample,
-)
+from minilora.lora.layer import LoRALayer, lora_layers
 from minilora.lora.merging import merge, unmerge
 from minilora.lora.modes import as_found, inference
 from minilora.lora.patterns import compile_ending, compiled_pattern, pattern_value
 from minilora.lora.quantizing import check_quantizable, quantize, quantized
-from minilora.lora.samples import describe, difference, drawn_modules, frozen_values
+from minilora.lora.samples import describe, difference, drawn_modules, frozen_values, weight_sample
 from minilora.lora.selection import matrix_shape, select_targets, targets
 from minilora.lora.storage import Sizes, sizes
 from minilora.lora.survey import Survey, split_block
@@ -83,13 +68,11 @@ __all__ = [
     "FROM_WEIGHT",
     "MARKS",
     "AdapterConfig",
+    "Base",
     "Fit",
     "LayerFit",
     "LoRAAdapter",
-    "LoRAConv2d",
-    "LoRAEmbedding",
     "LoRALayer",
-    "LoRALinear",
     "Sizes",
     "Survey",
     "TrainedCopies",
@@ -102,6 +85,7 @@ __all__ = [
     "as_found",
     "asked_copies",
     "attach",
+    "base_of",
     "check_adapter_name",
     "check_alpha",
     "check_dropout",
@@ -129,10 +113,8 @@ __all__ = [
     "inference",
     "inject",
     "install",
-    "is_conv1d",
     "is_copy",
     "is_linear",
-    "layer_class",
     "lora_layers",
     "matrix_shape",
     "merge",
@@ -149,7 +131,6 @@ __all__ = [
     "product_norm",
     "quantize",
     "quantized",
-    "rank_of",
     "rename",
     "require_finite",
     "require_layers",
@@ -159,7 +140,6 @@ __all__ = [
     "set_trainable",
     "sizes",
     "split_block",
-    "storage_format",
     "stored_dtype",
     "summary",
     "taken_for_experts",
@@ -167,8 +147,7 @@ __all__ = [
     "true_name",
     "unmerge",
     "unwrapped",
-    "weight_device",
-    "weight_dtype",
+    "view",
     "weight_sample",
     "widened",
     "write_pretrained_by",

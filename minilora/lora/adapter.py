@@ -6,9 +6,9 @@ a convolution's kernel flattened to `[out, in·kh·kw]`. `delta_weight` is a mat
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import ItemsView, Sequence, ValuesView
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,45 @@ from torch import Tensor, nn
 # Initialisations in which the factors start from the base's weight; see `LoRAAdapter.start_from`.
 FROM_WEIGHT = re.compile(r"pissa|pissa_niter_[1-9]\d*|olora")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ModuleDict(nn.ModuleDict, Generic[M]):
+    """`nn.ModuleDict` of modules of one class, which a type checker then knows."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> M: ...
+        def items(self) -> ItemsView[str, M]: ...  # noqa: D102
+        def values(self) -> ValuesView[M]: ...  # noqa: D102
+        def pop(self, key: str) -> M: ...  # noqa: D102
+
+
+class Pair(NamedTuple):
+    """One product that adds to W: `scaling · B A`, its input dropped with probability `dropout`."""
+
+    A: Tensor  # [R, K]
+    B: Tensor  # [N, R]
+    scaling: float
+    dropout: float
+
+
+def stacked(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, float]:
+    """Return A, B and scaling of one pair of the summed rank, differentiable.
+
+    `Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] [A₁; A₂; …]`
+    """
+    if len(pairs) == 1:
+        return pairs[0][:3]
+    A = torch.cat([pair.A for pair in pairs])
+    return A, torch.cat([pair.B * pair.scaling for pair in pairs], dim=1), 1.0
+
+
+def rescaled(plain: Tensor, branch: Tensor, ratio: Tensor) -> Tensor:
+    """Return DoRA's `(ratio − 1) W x + ratio · s B A x`, the small ratio − 1 rounded last."""
+    return (ratio - 1).to(plain.dtype) * plain + ratio.to(branch.dtype) * branch
 
 
 def _exact(like: Tensor) -> AbstractContextManager:
@@ -112,19 +151,28 @@ class LoRAAdapter(nn.Module):
             return "lora_A"
         return "lora_B" if self.init in ("kaiming", "gaussian") else None
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return A `[r, K]` and B `[N, r]`, kernels flattened."""
-        return self.lora_A.flatten(1), self.lora_B.flatten(1)
+    @property
+    def rank(self) -> int:
+        """The rank of `delta_weight`: r, and that of a frozen offset on top."""
+        return sum(len(pair.A) for pair in self.pairs())
+
+    def pairs(self, training: bool = False) -> list[Pair]:
+        """Return what adds to W: the trained pair, and of PiSSA and OLoRA the frozen offset."""
+        own: Any = self._parameters
+        frozen: Any = self._buffers
+        A, B = own["lora_A"], own["lora_B"]
+        dropout = self.dropout if training and not self.embedding else 0.0
+        pairs = [Pair(A.flatten(1), B.flatten(1), self.scaling, dropout)]
+        if frozen["offset_A"] is not None:
+            pairs.append(Pair(frozen["offset_A"], frozen["offset_B"], -1.0, 0.0))
+        return pairs
 
     def product(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return detached A `[R, K]` and B `[N, R]` whose product is `delta_weight`."""
+        """Return detached copies A `[R, K]` and B `[N, R]` whose product is `delta_weight`."""
         dtype = torch.promote_types(dtype, self.lora_A.dtype)
-        A, B = (factor.detach().to(dtype) for factor in self.matrices())
-        B = B * self.scaling
-        if self.offset_A is not None and self.offset_B is not None:
-            A = torch.cat([A, self.offset_A.to(dtype)])
-            B = torch.cat([B, -self.offset_B.to(dtype)], 1)
-        return A, B
+        pairs = self.pairs()
+        A = torch.cat([pair.A.detach().to(dtype) for pair in pairs])
+        return A, torch.cat([pair.B.detach().to(dtype) * pair.scaling for pair in pairs], 1)
 
     def plain(self) -> tuple[Tensor, Tensor, int, float, bool]:
         """Return A, B, r, alpha and rslora of the ordinary adapter that does the same.
@@ -193,8 +241,7 @@ class LoRAAdapter(nn.Module):
         self.lora_A.copy_(A.reshape(self.lora_A.shape))
         self.lora_B.copy_(B.reshape(self.lora_B.shape))
         A, B = self.product()  # as rounded to the factors' dtype
-        # Cloned: `product` may have returned lora_A's own memory, which training moves.
-        self.offset_A, self.offset_B = A.to(self.lora_A.dtype).clone(), B.to(self.lora_B.dtype)
+        self.offset_A, self.offset_B = A.to(self.lora_A.dtype), B.to(self.lora_B.dtype)
 
     def extra_repr(self) -> str:
         """Show the numbers that make the scaling."""

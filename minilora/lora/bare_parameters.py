@@ -6,9 +6,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from minilora.lora.kinds import layer_class, unsupported
+from minilora.lora.base import view
 from minilora.lora.survey import Survey
-from minilora.quantization import QuantizedLinear, packed_format
 
 _WORTH_A_LINE, WORTH_A_WARNING = 0.01, 0.1  # shares of a model's parameters
 # Linears that PEFT 0.21, in a model with stacked experts, takes for the experts' own.
@@ -19,8 +18,8 @@ def bare_parameters(survey: Survey) -> dict[str, nn.Parameter]:
     """Return the parameters of 2 or more dimensions that no adapter can reach, by dotted name."""
     found: dict[str, Any] = {}
     reached = set()
-    takes = {m: layer_class(m) is not None and unsupported(m) is None
-             for m in survey.everything.values()}  # fmt: skip
+    bases = {module: view(module) for module in survey.everything.values()}
+    takes = {m: base is not None and base.problem() is None for m, base in bases.items()}
     for name, (module, key) in survey.parameters.items():
         parameter: Any = module._parameters[key]
         if takes[module]:
@@ -33,8 +32,8 @@ def bare_parameters(survey: Survey) -> dict[str, nn.Parameter]:
 def weight_count(module: Any) -> int:
     """Return the number of a module's own weights, as many as a packed one stands for."""
     own = {n: p for n, p in module._parameters.items() if not (p is None or is_lazy(p))}
-    quantized = isinstance(module, QuantizedLinear)
-    if not quantized and not (isinstance(module, nn.Linear) and packed_format(module)):
+    base = view(module)
+    if base is None or not (base.is_quantized or base.packed):
         return sum(p.numel() for p in own.values())
     bias = 0 if module.bias is None else module.bias.numel()
     return module.in_features * module.out_features + bias

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from minilora.lora import combination
+from minilora.lora.adapter import LoRAAdapter
 from minilora.lora.combination import ApproximatedLayer as LayerFit  # noqa: F401
 from minilora.lora.combination import Approximation as Fit  # noqa: F401
 from minilora.lora.combination import approximated as fitted  # noqa: F401
@@ -38,7 +39,7 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return Survey(model).active
 
 
-def factors_of(model: nn.Module, adapter: str) -> dict[str, Any]:
+def factors_of(model: nn.Module, adapter: str) -> dict[str, LoRAAdapter]:
     return Survey(model).factors(adapter)
 
 

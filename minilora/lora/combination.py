@@ -145,7 +145,7 @@ def approximated(
 
 def plain_adapter(layer: LoRALayer, A: Tensor, B: Tensor) -> LoRAAdapter:
     """Make a frozen adapter of scaling 1 for a layer from the matrices A `[r, K]`, B `[N, r]`."""
-    factors = layer.new_adapter(r=len(A), alpha=len(A), device="meta")
+    factors = layer.view.new_adapter(r=len(A), alpha=len(A), device="meta")
     for key, value in (("lora_A", A), ("lora_B", B)):
         shaped = value.reshape(getattr(factors, key).shape)
         own = shaped.clone(memory_format=torch.contiguous_format)  # not the source's own memory
@@ -161,8 +161,7 @@ def add_frozen(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> 
     """
     check_room(survey, adapter, new)
     for fqn, factors in new.items():
-        layer = survey.layers[fqn]
-        layer.adapters[adapter] = factors.train(layer.training)
+        survey.layers[fqn].add(adapter, factors)
 
 
 def check_source(survey: Survey, adapter: str, verb: str) -> dict[str, LoRAAdapter]:
@@ -317,7 +316,7 @@ def combine(
         if not parts:
             continue
         sources = [factors for factors, _ in parts]
-        largest = max(len(factors.product()[0]) for factors in sources)
+        largest = max(factors.rank for factors in sources)
         rank = None if method == "cat" else r or largest
         wanted = _wanted(method, parts, density, generator)
         A, B, report = approximated(fqn, wanted, rank, stored_dtype(dtype, sources))

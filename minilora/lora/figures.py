@@ -2,13 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.lora.bare_parameters import unreached, weight_count
+from minilora.lora.base import is_linear
 from minilora.lora.survey import Survey
-from minilora.quantization import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,10 @@ def summary(model: nn.Module) -> Summary:
             )
         )
     everything = list(model.parameters())
-    packed = {m for m in survey.modules.values() if isinstance(m, (QuantizedLinear, nn.Linear))}
+    packed = {m for m in survey.modules.values() if is_linear(m)}
     hidden = sum(weight_count(m) - sum(p.numel() for p in m.parameters(False)) for m in packed)
-    kept: list[Any] = []
-    for layer in layers:
-        originals: Any = layer.original or {}
-        kept += [value for value in originals.values() if type(value) is Tensor]
-        if isinstance(originals.get("base"), nn.Module):
-            kept += originals["base"].parameters()
+    there = set(everything)
+    kept = [tensor for layer in layers for tensor in layer.kept() if tensor not in there]
     return Summary(
         tuple(rows),
         sum(p.numel() for p in everything) + hidden,

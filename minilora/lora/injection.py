@@ -11,10 +11,11 @@ from torch import nn
 from minilora.kernels import check_backend
 from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
 from minilora.lora.bare_parameters import WORTH_A_WARNING, unreached
+from minilora.lora.base import base_of
 from minilora.lora.config import AdapterConfig, as_dtype, check_adapter_name
 from minilora.lora.copies import TrainedCopies, move
-from minilora.lora.kinds import LoRALinear, layer_class
-from minilora.lora.layer import weight_device
+from minilora.lora.layer import LoRALayer
+from minilora.lora.routes import misfit
 from minilora.lora.samples import drawn_modules
 from minilora.lora.selection import matrix_shape, select_targets
 from minilora.lora.survey import Survey, parents
@@ -47,7 +48,7 @@ def _check_start(
             raise ValueError(f"lora_bias=True is not for embeddings, and {name} is one")
         if init in ("kaiming", "gaussian"):
             continue
-        if layer_class(found) is not LoRALinear:
+        if base_of(found).family != "linear":
             raise ValueError(
                 f"init={init!r} is for linear layers, but {name} is a {type(found).__name__}; "
                 f"inject that layer apart with init='kaiming'"
@@ -259,10 +260,9 @@ def _made(
     new = {}
     with survey.originals_in_place():  # DoRA, PiSSA and OLoRA read the base's own weight
         for name in names:
-            base: Any = modules[name]
-            kind: Any = layer_class(base)
-            new[name] = kind(base).new_adapter(
-                **scale[name], **config.factor_options(), device=weight_device(base), dtype=dtype
+            base = base_of(modules[name])
+            new[name] = base.new_adapter(
+                **scale[name], **config.factor_options(), device=base.device, dtype=dtype
             )
     own = {name: survey.original(name).detach().clone() for name in copied}
     copies = {name: nn.Parameter(value) for name, value in own.items()}
@@ -315,14 +315,14 @@ def attach(
     for name, factors in new.items():
         if name not in layers:
             base: Any = survey.modules[name]
-            kind: Any = layer_class(base)
-            layer = layers[name] = kind(base, compute_dtype=compute_dtype, backend=backend)
+            layer = LoRALayer(base, compute_dtype=compute_dtype, backend=backend)
+            layers[name] = layer
             for parent, _ in survey.positions(base):
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     layer.register_forward_hook(_stay_called)
             survey.replace(base, layer)
             move(base, layer)
-        layers[name].adapters[adapter] = factors.train(layers[name].training)
+        layers[name].add(adapter, factors)
     if copies is not None:
         survey.keep(adapter, copies)
     if _writers and any(kind.__name__ == "PreTrainedModel" for kind in type(root).__mro__):
@@ -336,7 +336,7 @@ def check_room(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> 
     """Raise where an adapter does not fit the slot of a model prepared for switching."""
     for name, factors in new.items():
         layer = survey.layers.get(name)
-        reason = None if layer is None else layer.misfit(factors, layer.slot_room())
+        reason = None if layer is None else misfit(factors, layer.room)
         if reason is not None:
             raise ValueError(f"adapter {adapter!r} on {name} {reason}")
 

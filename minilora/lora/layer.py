@@ -1,21 +1,18 @@
-"""What every kind of LoRA layer shares: adapters by name, and how they add to the base's output.
+"""The layer that carries adapters by name, and the two paths by which they add to its output."""
 
-A kind (`layers.py`) says how its weight is a matrix W `[N, K]` and how A and B are applied.
-"""
-
-import hashlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from minilora.kernels import dropout_mask
-from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
+from minilora.kernels import FrozenLinear, dropout_mask, lora_add, lora_linear, triton_lora_linear
+from minilora.lora.adapter import LoRAAdapter, ModuleDict, Pair, rescaled, stacked
+from minilora.lora.base import Base, base_of
+from minilora.lora.routes import Route
 from minilora.lora.threads import refuse_others
 from minilora.lora.wrappers import named_modules
-from minilora.quantization import QuantizedLinear, packed_format, unpacked_dtype
 
 
 class LoRALayer(nn.Module):
@@ -23,57 +20,62 @@ class LoRALayer(nn.Module):
 
     `base` is the original module, neither copied nor changed; adapters live in `adapters` by name
     and are switched by `minilora.activate`. A DoRA adapter adds `(m/‖W + scaling·BA‖ − 1) W D(x)`
-    and scales its branch by the same ratio. `last_path` names the path last used.
+    and scales its branch by the same ratio. Which path it takes, `choose_path` says.
 
     Args:
-        base: the module to wrap; has a `weight`.
+        base: the module to wrap: nn.Linear, Conv1D, `QuantizedLinear`, nn.Embedding or nn.Conv2d.
         compute_dtype: dtype of the branch; None computes in the input's (under autocast, in
             autocast's; for an embedding, in its weight's).
         backend: `"auto"`, `"torch"` or `"triton"`; kept and shown, see `minilora.inject`.
+
+    Attributes:
+        active: the names of the adapters that add to the output.
+        route: what the layer does instead, or None; see `routes.py`.
+        last_path: the path last used.
+        weight_read: whether other code has read `weight`, to use it by itself.
+        thread: the only one that may use the layer, see `claimed`.
     """
 
-    in_features: int
-    out_features: int
-    thread: int | None = None  # the only one to use the layer, see `claimed`
-    slot_A: Tensor | None
-    slot_B: Tensor | None
+    adapters: ModuleDict[LoRAAdapter]
 
     def __init__(
         self, base: nn.Module, *, compute_dtype: torch.dtype | None = None, backend: str = "auto"
     ):
         super().__init__()
         self.base: Any = base
-        self.adapters = nn.ModuleDict()
+        self.adapters = ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.route: Route | None = None
         self.compute_dtype = compute_dtype
         self.backend = backend
         self.last_path: str | None = None
-        self.weight_read = False  # whether other code has read `weight`, to use it by itself
-        self.merged: tuple[str, ...] = ()
-        self.original: object = None  # what `merge(keep=...)` kept
-        self.base_sample: Tensor | None = None  # of the unmerged weight, while merged
-        self.base_format: str | None = None  # and how that is stored
-        self.rows: tuple[str | None, ...] | None = None  # an adapter per row, see `mixed`
-        self.register_buffer("slot_A", None, persistent=False)  # see `prepare_switching`
-        self.register_buffer("slot_B", None, persistent=False)
+        self.weight_read = False
+        self.thread: int | None = None
+        self._view: Base | None = base_of(base)
+        self._sample: Tensor | None = None
         self.register_load_state_dict_post_hook(_refill)
         self.train(base.training)
 
-    # Other code reads these of a layer it believes to be the base.
+    @property
+    def view(self) -> Base:
+        """How LoRA sees the base."""
+        base: Any = self._modules["base"]
+        seen = self._view
+        if seen is None or seen.module is not base or seen.type is not type(base):
+            seen = base_of(base)
+            if not torch.compiler.is_compiling():
+                self._view = seen
+        return seen
+
     @property
     def weight(self) -> Tensor:
-        """The base's weight."""
+        """The base's weight, for code that takes the layer for its base."""
         if not torch.compiler.is_compiling():
             self.weight_read = True
         return self.base.weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return getattr(self.base, "bias", None)
-
     def __getattr__(self, name: str) -> Any:
-        """Show what else the base has: `num_embeddings`, `kernel_size`, `nf` and the like."""
+        """Show what else the base has: `bias`, `in_features`, `kernel_size`, `nf` and the like."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -82,9 +84,232 @@ class LoRALayer(nn.Module):
                 raise
             return getattr(base, name)
 
+    # ── what the layer is asked to become ──
+
+    def add(self, name: str, adapter: LoRAAdapter) -> None:
+        """Take an adapter, in the layer's mode; it is not active yet."""
+        self.adapters[name] = adapter.train(self.training)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        if name in self.adapters:
+            del self.adapters[name]
+        self.activate([other for other in self.active if other != name])
+
+    def rename(self, name: str, new: str) -> None:
+        """Give an adapter another name; its place among the others stays."""
+        renamed = {new if n == name else n: adapter for n, adapter in self.adapters.items()}
+        self.adapters.clear()
+        self.adapters.update(renamed)
+        self.active = tuple(new if n == name else n for n in self.active)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make exactly these adapters, as far as they are on this layer, the active ones."""
+        self.active = tuple(name for name in names if name in self.adapters)
+        self.refill()
+
+    def refill(self) -> None:
+        """Bring what is active into the slot, if there is one, after factors were written to."""
+        for route in self.routes():
+            route.refill(self)
+
+    def enter(self, route: Route) -> None:
+        """Go another way until `leave`."""
+        route.before, self.route = self.route, route
+
+    def leave(self, route: Route) -> None:
+        """Take a route out, whatever was entered after it."""
+        for above in self.routes():
+            if above.before is route:
+                above.before = route.before
+        if self.route is route:
+            self.route = route.before
+
+    def routes(self) -> Iterator[Route]:
+        """Yield what was entered and not left, the last one first."""
+        route = self.route
+        while route is not None:
+            yield route
+            route = route.before
+
+    def begin_step(self) -> None:
+        """Forget which path was used and whether the weight was read."""
+        self.last_path, self.weight_read = None, False
+
+    def keep_sample(self, sample: Tensor) -> None:
+        """Keep a sample of the base's weight, which will not be at hand later."""
+        self._sample = sample
+
+    # ── what it says of itself ──
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters that are merged into the base's weight."""
+        return next((route.merged for route in self.routes() if route.merged), ())
+
+    @property
+    def room(self) -> int | None:
+        """The rank that the slot holds, None without one; see `prepare_switching`."""
+        return next((route.room for route in self.routes() if route.room), None)
+
+    @property
+    def used(self) -> list[str]:
+        """The adapters that add to the output."""
+        rows = (name for route in self.routes() for name in route.rows if name)
+        names = [*self.active, *rows]
+        return [name for name in dict.fromkeys(names) if name in self.adapters]
+
+    @property
+    def sample(self) -> Tensor | None:
+        """The sample of the unmerged weight, where that is not at hand."""
+        return next((r.sample for r in self.routes() if r.sample is not None), self._sample)
+
+    def kept(self) -> list[Tensor]:
+        """Return the tensors that routes keep to restore the layer."""
+        return [tensor for route in self.routes() for tensor in route.kept_tensors()]
+
+    @property
+    def stored(self) -> str:
+        """How the unmerged base is stored: a dtype, or a quantized or packed format."""
+        return next((r.stored for r in self.routes() if r.stored), self.view.stored)
+
+    def rank(self, names: Sequence[str]) -> int:
+        """Return the sum of the ranks of these adapters, frozen offsets included."""
+        return sum(self.adapters[name].rank for name in names if name in self.adapters)
+
+    def delta_weight(self, name: str) -> Tensor:
+        """Return what one adapter adds to W as `[N, K]` in f32 (f64), DoRA's scaling included."""
+        adapter = self.adapters[name]
+        delta = adapter.delta_weight()
+        if adapter.magnitude is None:
+            return delta
+        W = self.view.matrix().detach().to(delta.dtype)
+        ratio = adapter.length_ratio(W).detach().to(delta.dtype)
+        return ratio[:, None] * (W + delta) - W
+
+    def extra_repr(self) -> str:
+        """Show what is active, what is merged and the backend asked for."""
+        parts = [f"active={list(self.active)}", f"backend={self.backend}"]
+        if self.merged:
+            parts.append(f"merged={list(self.merged)}")
+        if self.compute_dtype is not None:
+            parts.append(f"compute_dtype={self.compute_dtype}")
+        return ", ".join(parts)
+
+    # ── forward ──
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the base's input to its output, adapters added.
+
+        Raises:
+            RuntimeError: a training step while an adapter is merged into the base (its factors
+                would get no gradient), or another thread within `disabled` or `mixed`.
+        """
+        compiling = torch.compiler.is_compiling()
+        before = None if compiling else self.thread
+        route, active = self.route, self.active
+        if not compiling and (before is not None or self.thread is not None):
+            refuse_others(before, self.thread)  # asked twice: a block may end in between
+        if route is not None:
+            return route.forward(self, x)
+        if not active:
+            return self.base(x)
+        adapters, training = [self.adapters[name] for name in active], self.training
+        pairs, scaled = [], []
+        for adapter in adapters:
+            if adapter.magnitude is None:
+                pairs += adapter.pairs(training)
+            else:
+                scaled.append(adapter)
+        y = self.through(x, pairs, scaled)
+        for adapter in adapters:
+            if adapter.lora_bias is not None:
+                bias = self.view.channels(adapter.lora_bias * adapter.scaling, y.ndim)
+                y = y + bias.to(y.dtype)
+        return y
+
+    def through(
+        self, x: Tensor, pairs: Sequence[Pair], scaled: Sequence[LoRAAdapter] = ()
+    ) -> Tensor:
+        """Return `base(x) + Σ scaling · B A D(x)`, and what adapters of DoRA (`scaled`) add."""
+        dtype, autocast = _product_dtype(x)
+        frozen = None if scaled else self.view.products()
+        path = choose_path(self.backend, frozen, pairs, dtype, autocast, self.compute_dtype)
+        self.note(path, x)
+        if frozen is None or path == "general":
+            return self.general(x, pairs, scaled)
+        A, B, scaling = stacked(pairs)
+        p = pairs[0].dropout
+        x = x.to(dtype)
+        if path == "triton":
+            return triton_lora_linear(x, frozen, A, B, scaling, p)
+        return lora_linear(x, frozen, A, B, scaling, dropout_mask(x, p) if p else None, p)
+
+    def general(
+        self, x: Tensor, pairs: Sequence[Pair], scaled: Sequence[LoRAAdapter] = ()
+    ) -> Tensor:
+        """Return the same by calling the base and adding to what it returns."""
+        y = self.base(x)
+        x, dtype = self.branch_input(x)
+        out = y.to(torch.promote_types(y.dtype, dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            for pair in pairs:
+                mask = dropout_mask(x, pair.dropout) if pair.dropout else None
+                if self.view.family == "linear":
+                    out = lora_add(out, x, *pair[:3], mask, pair.dropout)
+                else:
+                    seen = _dropped(x, mask, pair.dropout)
+                    out = out + self.view.branch(seen, pair, dtype)
+            for adapter in scaled:
+                out = out + self.dora(y, x, adapter, dtype)
+        return out.to(y.dtype)
+
+    def dora(self, y: Tensor, x: Tensor, adapter: LoRAAdapter, dtype: torch.dtype) -> Tensor:
+        """Return what a DoRA adapter adds to the base's output y.
+
+        With S = Σ scaling · B A over its pairs: `(ratio − 1) W D(x) + ratio · S D(x)`. What a pair
+        without dropout adds to x and not to D(x) is added unscaled.
+        """
+        pairs = adapter.pairs(self.training)
+        view, p = self.view, pairs[0].dropout
+        seen = _dropped(x, dropout_mask(x, p) if p else None, p)
+        branches = [view.branch(seen, pair, dtype) for pair in pairs]
+        plain = view.product(seen) if p else self.without_bias(y, dtype)
+        ratio = view.channels(adapter.length_ratio(view.matrix()), y.ndim)
+        out = rescaled(plain, functools.reduce(torch.add, branches), ratio)
+        for pair, branch in zip(pairs, branches, strict=True):
+            if p and not pair.dropout:
+                out = out + view.branch(x, pair, dtype) - branch
+        return out
+
+    def branch_input(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
+        """Return x, and the dtype that the branch computes in, to which x is cast."""
+        if not x.is_floating_point():
+            return x, self.compute_dtype or self.view.dtype
+        dtype = self.compute_dtype or _product_dtype(x)[0]
+        return x.to(dtype), dtype
+
+    def without_bias(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Take the base's bias off its output."""
+        y, bias = y.to(dtype), getattr(self.base, "bias", None)
+        return y if bias is None else y - self.view.channels(bias.to(dtype), y.ndim)
+
+    def note(self, path: str, x: Tensor) -> None:
+        """Note the path taken, if there is something to compute."""
+        if not torch.compiler.is_compiling() and x.numel():
+            self.last_path = path
+
+    # ── copies, moves and state dicts ──
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle made within `mixed` is outside of it, since nothing would end it."""
-        return {**super().__getstate__(), "rows": None, "thread": None}
+        route = next((route for route in self.routes() if not route.ends), None)
+        return {**self.__dict__, "route": route, "thread": None, "_view": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for route in self.routes():
+            route.move(fn)
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """Note what is merged: the weights alone don't show it."""
@@ -114,324 +339,55 @@ class LoRALayer(nn.Module):
                 state_dict[f"{prefix}base.{key}"] = state_dict.pop(f"{prefix}{key}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
-    def new_adapter(self, **options: Any) -> LoRAAdapter:
-        """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
-
-        Args:
-            options: as for `LoRAAdapter`, and `dora`.
-        """
-        dora = options.pop("dora", False)
-        factors = LoRAAdapter(self.in_features, self.out_features, **self._shape(), **options)
-        # Only when it is read: of a quantized base this is a fresh, decoded tensor.
-        if FROM_WEIGHT.fullmatch(factors.init) and not factors.lora_A.is_meta:
-            factors.start_from(self.weight_matrix())
-        if dora:
-            lengths = torch.empty(self.out_features, device="meta")
-            if not factors.lora_A.is_meta:
-                lengths = factors.row_lengths(self.weight_matrix())
-            factors.magnitude = nn.Parameter(lengths.to(factors.lora_A.dtype))
-        return factors
-
-    def _shape(self) -> dict[str, Any]:
-        return {}
-
-    def weight_matrix(self) -> Tensor:
-        """Return the base's weight as the matrix W `[N, K]` that `delta_weight` adds to."""
-        return self.base.weight
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        """Bring a matrix `[N, K]` into the layout of the base's weight."""
-        return matrix
-
-    def delta_weight(self, name: str) -> Tensor:
-        """Return what one adapter adds to W as `[N, K]` in f32 (f64), DoRA's scaling included."""
-        factors: Any = self.adapters[name]
-        delta = factors.delta_weight()
-        if factors.magnitude is None:
-            return delta
-        W = self.weight_matrix().detach().to(delta.dtype)
-        ratio = factors.length_ratio(W).detach().to(delta.dtype)
-        return ratio[:, None] * (W + delta) - W
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the base's input to its output, adapters added.
-
-        Raises:
-            RuntimeError: a training step while an adapter is merged into the base (its factors
-                would get no gradient), or another thread within `disabled` or `mixed`.
-        """
-        before = None if torch.compiler.is_compiling() else self.thread
-        rows, active = self.rows, self.active
-        if not torch.compiler.is_compiling():
-            refuse_others(before, self.thread)  # asked twice: a block may end in between
-        if self.merged:
-            self._refuse_training(
-                f"a merged adapter can't be trained: {', '.join(self.merged)} is merged into the "
-                f"base weight and would get no gradient; call minilora.unmerge(model)"
-            )
-            return self.base(x)
-        if rows is not None:
-            return self._mixed(x, rows)
-        if self.slot_A is not None and self.slot_B is not None:
-            self._refuse_training(
-                "a model prepared for switching can't be trained: its slots are copies of the "
-                "factors, which would get no gradient; call end_switching(model)"
-            )
-            return self._slotted(x, self.slot_A, self.slot_B)
-        adapters: list[Any] = [self.adapters[name] for name in active]
-        if not adapters:
-            return self.base(x)
-        drops = [adapter.dropout if self.training else 0.0 for adapter in adapters]
-        return self._forward(x, adapters, drops)
-
-    def _forward(self, x: Tensor, adapters: list[LoRAAdapter], drops: list[float]) -> Tensor:
-        self._used("general", x)
-        y = self.base(x)
-        dtype = self._branch_dtype(x)
-        x = x.to(dtype) if x.is_floating_point() else x
-        out = y.to(torch.promote_types(y.dtype, dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            for factors, p in zip(adapters, drops, strict=True):
-                out = out + self._added(y, x, factors, p, dtype)
-        return out.to(y.dtype)
-
-    def _added(
-        self, y: Tensor, x: Tensor, factors: LoRAAdapter, p: float, dtype: torch.dtype
-    ) -> Tensor:
-        """Return what one adapter adds to the base's output y."""
-        whole = x
-        if p:
-            x = x * dropout_mask(x, p) * (1 / (1 - p))
-        A, B = factors.matrices()
-        branch = self._branch(x, A.to(dtype), B.to(dtype)) * factors.scaling
-        if factors.lora_bias is not None:
-            branch = branch + self._rows(factors.lora_bias.to(dtype) * factors.scaling)
-        offset = self._offset(whole, factors, dtype)  # a part of the base: it sees the whole input
-        if factors.magnitude is None:
-            return branch - offset
-        ratio = self._rows(factors.length_ratio(self.weight_matrix()))
-        plain = self._base_product(x) if p else self._without_bias(y, dtype)
-        plain = plain - (self._offset(x, factors, dtype) if p else offset)
-        return _rescaled(plain, branch, ratio) - offset
-
-    def _offset(self, x: Tensor, factors: LoRAAdapter, dtype: torch.dtype) -> Tensor | float:
-        """Apply what PiSSA or OLoRA took off the base, 0 for other adapters."""
-        if factors.offset_A is None or factors.offset_B is None:
-            return 0.0
-        return self._branch(x, factors.offset_A.to(dtype), factors.offset_B.to(dtype))
-
-    def _branch_dtype(self, x: Tensor) -> torch.dtype:
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        if not x.is_floating_point():
-            return weight_dtype(self.base)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(x.device.type)
-        return x.dtype
-
-    def _branch(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Apply B A, both as matrices, to x."""
-        return self._up(self._down(x, A), B)
-
-    def _down(self, x: Tensor, A: Tensor) -> Tensor:
-        """Apply A `[R, K]`: R channels where the output has N."""
-        return F.linear(x, A)
-
-    def _up(self, s: Tensor, B: Tensor) -> Tensor:
-        """Apply B `[N, R]`."""
-        return F.linear(s, B)
-
-    def _base_product(self, x: Tensor) -> Tensor:
-        """Apply the base's weight alone, without its bias."""
-        return F.linear(x, self.weight_matrix().to(x.dtype))
-
-    def _rows(self, vector: Tensor) -> Tensor:
-        """Shape `[N]` so that it broadcasts along the output's channels."""
-        return vector
-
-    def _used(self, path: str, x: Tensor) -> None:
-        if not torch.compiler.is_compiling() and x.numel():
-            self.last_path = path
-
-    def _refuse_training(self, why: str) -> None:
-        if not (self.training and torch.is_grad_enabled()):
-            return  # first, so that a compiled inference model does not depend on the adapters
-        if any(p.requires_grad for p in self.adapters.parameters()):
-            raise RuntimeError(f"{why} to train, or model.eval() / torch.no_grad() for inference")
-
-    def activate(self, names: Sequence[str]) -> None:
-        """Make exactly these adapters, as far as they are on this layer, the active ones."""
-        self.active = tuple(name for name in names if name in self.adapters)
-        self.fill_slot()
-
-    def slot_room(self) -> int | None:
-        """Return the rank the slot holds, or None where there is no slot."""
-        return None if self.slot_A is None else len(self.slot_A)
-
-    def ranks(self, names: Sequence[str]) -> int:
-        """Return the sum of the ranks of these adapters, frozen offsets included."""
-        return sum(rank_of(self.adapters[name]) for name in names if name in self.adapters)
-
-    def misfit(self, factors: Any, room: int | None) -> str | None:
-        """Say why an adapter can't go into a slot of this rank, or None; None is any adapter."""
-        if room is None:
-            return None
-        if factors.magnitude is not None or factors.lora_bias is not None:
-            kind = "DoRA" if factors.magnitude is not None else "a lora_bias"
-            return f"has {kind}, and a slot for switching holds plain LoRA only"
-        r = rank_of(factors)
-        return f"has rank {r}, and the slot for switching holds max_r={room}" if r > room else None
-
-    @torch.no_grad()
-    def fill_slot(self) -> None:
-        """Copy the active adapters into the slot, where there is one; the rest of it is 0."""
-        if self.slot_A is None or self.slot_B is None:
-            return
-        self.slot_A.zero_()
-        self.slot_B.zero_()
-        start = 0
-        for name in self.active:
-            factors: Any = self.adapters[name]
-            A, B = factors.product()
-            self.slot_A[start : start + len(A)] = A
-            self.slot_B[:, start : start + len(A)] = B
-            start += len(A)
-
-    def _slotted(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        y = self.base(x)
-        dtype = self._branch_dtype(x)
-        x = x.to(dtype) if x.is_floating_point() else x
-        with torch.autocast(x.device.type, enabled=False):
-            return (y.to(dtype) + self._branch(x, A.to(dtype), B.to(dtype))).to(y.dtype)
-
-    def _mixed(self, x: Tensor, rows: tuple[str | None, ...]) -> Tensor:
-        """Give each row of the batch its own adapter: one product over all ranks, masked by row.
-
-        With R the sum of the ranks, `s = x Aᵀ ∘ [row's adapter owns the column]`, `y += s Bᵀ`.
-        """
-        if x.shape[0] != len(rows):
-            raise ValueError(
-                f"mixed() was given {len(rows)} adapters, one per row of the batch, but a layer "
-                f"saw {x.shape[0]} rows; the batch must be the first dimension in every layer"
-            )
-        y = self.base(x)
-        names = [n for n in dict.fromkeys(rows) if n is not None and n in self.adapters]
-        if not names:
-            return y
-        adapters: list[Any] = [self.adapters[name] for name in names]
-        self._used("general", x)
-        dtype = self._branch_dtype(x)
-        owner = torch.tensor([names.index(n) if n in names else -1 for n in rows]).to(x.device)
-        shape = (len(rows), *[1] * (y.ndim - 1))
-        drop = torch.tensor([a.dropout if self.training else 0.0 for a in adapters] + [0.0])
-        p = drop.to(x.device)[owner].reshape(shape)  # -1 picks the last entry
-        dropped = bool(drop.any()) and x.is_floating_point()
-        if dropped and any(a.offset_A is not None for a in adapters):
-            raise ValueError(
-                "mixed() in training can't drop inputs of adapters started by PiSSA or OLoRA, "
-                "whose offset sees the whole input; set dropout to 0 or run their rows apart"
-            )
-        if x.is_floating_point():
-            x = x.to(dtype)
-        if dropped:
-            x = x * dropout_mask(x, p) / (1 - p.to(dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            parts = [scaled_factors(a) for a in adapters]
-            A, B = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)
-            columns = [i for i, (a, _) in enumerate(parts) for _ in range(len(a))]
-            mine = owner[:, None] == torch.tensor(columns, device=x.device)
-            s = self._down(x, A.to(dtype))
-            s = s * self._per_row(mine.to(dtype), s)
-            branch = self._up(s, B.to(dtype))
-            zeros = torch.zeros(self.out_features, device=x.device)
-            if any(a.lora_bias is not None for a in adapters):
-                biases = [
-                    zeros if a.lora_bias is None else a.lora_bias * a.scaling for a in adapters
-                ]
-                chosen = torch.stack([*biases, zeros])[owner].to(dtype)
-                branch = branch + self._per_row(chosen, branch)
-            if any(a.magnitude is not None for a in adapters):
-                W = self.weight_matrix()
-                ratios = [zeros + 1 if a.magnitude is None else a.length_ratio(W) for a in adapters]
-                ratio = self._per_row(torch.stack([*ratios, zeros + 1])[owner], branch)
-                plain = self._base_product(x) if dropped else self._without_bias(y, dtype)
-                branch = _rescaled(plain, branch, ratio)
-            return (y.to(torch.promote_types(y.dtype, dtype)) + branch).to(y.dtype)
-
-    def _per_row(self, values: Tensor, like: Tensor) -> Tensor:
-        """Shape `[rows, channels]` so that it broadcasts over like's other dimensions."""
-        return values.reshape(len(values), *[1] * (like.ndim - 2), values.shape[1])
-
-    def _without_bias(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        y = y.to(dtype)
-        return y if self.bias is None else y - self._rows(self.bias.to(dtype))
-
-    def extra_repr(self) -> str:
-        """Show what is active, what is merged and the backend asked for."""
-        parts = [f"active={list(self.active)}", f"backend={self.backend}"]
-        if self.merged:
-            parts.append(f"merged={list(self.merged)}")
-        if self.compute_dtype is not None:
-            parts.append(f"compute_dtype={self.compute_dtype}")
-        return ", ".join(parts)
-
 
 def _refill(layer: LoRALayer, _: object) -> None:
-    """Bring new factors into the slot."""
-    layer.fill_slot()
+    """Bring factors read from a state dict into the slot."""
+    layer.refill()
 
 
-def _rescaled(plain: Tensor, branch: Tensor, ratio: Tensor) -> Tensor:
-    """DoRA's `(ratio − 1) W x + ratio · s B A x`, with the small ratio − 1 rounded last."""
-    return (ratio - 1).to(plain.dtype) * plain + ratio.to(branch.dtype) * branch
+def choose_path(
+    backend: str,
+    frozen: FrozenLinear | None,
+    pairs: Sequence[Pair],
+    dtype: torch.dtype,
+    autocast: bool,
+    compute_dtype: torch.dtype | None,
+) -> str:
+    """Return `"fused"` or `"triton"` where one step owns both products, else `"general"`.
+
+    The fused step computes base and branch in one dtype and with one mask; the general path calls
+    the base, whatever it is, and adds to its output.
+
+    Args:
+        backend: the layer's.
+        frozen: the base's products, None where only calling it is right.
+        pairs: what is added.
+        dtype: of the input, or autocast's.
+        autocast: whether it is autocast's.
+        compute_dtype: of the branch, None for the input's.
+    """
+    if frozen is None or compute_dtype not in (None, dtype):
+        return "general"
+    weight = frozen.tensors[0]
+    stored = frozen.stored is not None and dtype.is_floating_point  # decoded to any floating dtype
+    if not (autocast or stored or (weight is not None and weight.dtype == dtype)):
+        return "general"
+    if len(pairs) > 1 and any(pair.dropout for pair in pairs):
+        return "general"
+    return "triton" if backend == "triton" else "fused"
 
 
-def rank_of(factors: Any) -> int:
-    """Return r, and the rank of a frozen offset on top."""
-    return factors.r + (0 if factors.offset_A is None else len(factors.offset_A))
+def _product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
+    """Return the dtype that x is multiplied in, and whether autocast says so."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type), True
+    return x.dtype, False
 
 
-def scaled_factors(factors: LoRAAdapter) -> tuple[Tensor, Tensor]:
-    """Return A and B, differentiable, with the scaling in B and a frozen offset appended."""
-    A, B = factors.matrices()
-    B = B * factors.scaling
-    if factors.offset_A is not None and factors.offset_B is not None:
-        A, B = torch.cat([A, factors.offset_A]), torch.cat([B, -factors.offset_B], dim=1)
-    return A, B
+def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    return x if mask is None else x * mask * (1 / (1 - p))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the model's LoRA layers by dotted name, a shared one under its first name."""
     return {name: m for name, m in named_modules(model) if isinstance(m, LoRALayer)}
-
-
-def weight_dtype(base: Any) -> torch.dtype:
-    """Return the dtype of a module's weight, a quantized one's without decoding it."""
-    if isinstance(base, QuantizedLinear):
-        return base.dtype
-    return base.weight.dtype if packed_format(base) is None else unpacked_dtype(base)
-
-
-def weight_device(base: Any) -> torch.device:
-    """Return where a module's weight lies."""
-    return base.device if isinstance(base, QuantizedLinear) else base.weight.device
-
-
-def storage_format(base: Any) -> str:
-    """Name how a module stores its weight: a dtype, or a quantized format."""
-    if isinstance(base, QuantizedLinear):
-        return base.spec.format
-    return packed_format(base) or str(base.weight.dtype).removeprefix("torch.")
-
-
-def weight_sample(fqn: str, weight: Tensor, count: int = 64) -> Tensor:
-    """Return `count` f32 weights at positions drawn from the dotted name: a base's fingerprint.
-
-    The positions depend on the name and the number of elements alone, so two bases of one shape
-    are compared at the same places.
-    """
-    seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator().manual_seed(seed)
-    where = torch.randint(weight.numel(), (count,), generator=generator)
-    flat = weight.detach().reshape(-1)
-    return flat[where.to(weight.device)].to(torch.float32).cpu()

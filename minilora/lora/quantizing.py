@@ -7,14 +7,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from minilora.lora.kinds import acts_as_linear, is_conv1d
+from minilora.lora.base import base_of, view
 from minilora.lora.selection import select_targets
 from minilora.lora.survey import Survey
 from minilora.quantization import (
     Quantization,
     QuantizedLinear,
     is_finite,
-    packed_format,
 )
 
 
@@ -88,13 +87,14 @@ def quantize(
 
 def check_quantizable(name: str, module: Any, spec: Quantization, values: bool = True) -> None:
     """Raise unless this module can be stored in the format; `values` looks for NaN too."""
-    stored = module.spec.format if isinstance(module, QuantizedLinear) else packed_format(module)
+    base = view(module)
+    stored = base and (base.stored if base.is_quantized else base.packed)
     if stored:
         raise ValueError(
             f"{name} is quantized already ({stored}); quantize a model loaded in full precision, "
             f"or leave that layer out with exclude=[{name!r}]"
         )
-    if not (type(module) is nn.Linear or is_conv1d(module) or acts_as_linear(module)):
+    if base is None or base.family != "linear" or not base.is_plain():
         raise ValueError(
             f"quantize() stores nn.Linear, subclasses that compute the same, and Conv1D, but "
             f"{name} is a {type(module).__name__}; leave it out with exclude=[{name!r}]"
@@ -108,7 +108,7 @@ def check_quantizable(name: str, module: Any, spec: Quantization, values: bool =
         )
     if not weight.is_floating_point():
         raise ValueError(f"the weight of {name} must be floating point, found {weight.dtype}")
-    reason = spec.problem(*(weight.shape[::-1] if is_conv1d(module) else weight.shape))
+    reason = spec.problem(*base.shape)
     if reason is not None:
         raise ValueError(f"{name} {reason}")
     if values and not is_finite(weight):
@@ -119,9 +119,8 @@ def check_quantizable(name: str, module: Any, spec: Quantization, values: bool =
 
 def quantized(module: Any, spec: Quantization) -> QuantizedLinear:
     """Return the layer stored in this format; the given one is not changed."""
-    weight = module.weight.detach()
     small = QuantizedLinear.from_weight(
-        weight.T if is_conv1d(module) else weight,
+        base_of(module).as_matrix(module.weight.detach()),
         spec,
         bias=module.bias,
         plain=nn.Linear if isinstance(module, nn.Linear) else type(module),

@@ -5,6 +5,7 @@ is saved beside the adapter, so that it is not loaded over another head without 
 """
 
 import base64
+import hashlib
 import json
 from collections.abc import Container, Mapping
 from typing import Any
@@ -13,13 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.lora.layer import weight_sample
+from minilora.lora.base import is_quantized
 from minilora.lora.survey import Survey
-from minilora.quantization import QuantizedLinear
 
 # transformers puts this on every parameter that it has read from a checkpoint.
 _READ = "_is_hf_initialized"
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def weight_sample(fqn: str, weight: Tensor, count: int = 64) -> Tensor:
+    """Return `count` f32 weights at positions drawn from the dotted name: a base's fingerprint.
+
+    The positions depend on the name and the number of elements alone, so two bases of one shape
+    are compared at the same places.
+    """
+    seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    where = torch.randint(weight.numel(), (count,), generator=generator)
+    flat = weight.detach().reshape(-1)
+    return flat[where.to(weight.device)].to(torch.float32).cpu()
 
 
 def frozen_values(
@@ -46,10 +59,10 @@ def frozen_values(
     for name, (module, key) in survey.parameters.items():
         layer = name.rpartition(".")[0]
         held = name in copied or name in changed or (key == "weight" and layer in adapted)
-        if not held and (key == "bias" or not isinstance(module, QuantizedLinear)):
+        if not held and (key == "bias" or not is_quantized(module)):
             found[name] = survey.original(name)
     for name, module in survey.everything.items():
-        if name not in merged and not isinstance(module, QuantizedLinear):
+        if name not in merged and not is_quantized(module):
             for key, buffer in module._buffers.items():
                 if key not in module._non_persistent_buffers_set:
                     found[f"{name}.{key}" if name else key] = buffer

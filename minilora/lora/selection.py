@@ -9,12 +9,12 @@ from torch import nn
 
 from minilora.files import one_line, short
 from minilora.lora.bare_parameters import bare_match, unreached
+from minilora.lora.base import base_of, is_linear, view
 from minilora.lora.config import AdapterConfig
-from minilora.lora.kinds import is_linear, layer_class, unsupported
 from minilora.lora.layer import LoRALayer
 from minilora.lora.patterns import after_dots, compiled_pattern, nearest
 from minilora.lora.survey import Survey, parents, split_block
-from minilora.quantization import QuantizedLinear, packed_linear
+from minilora.quantization import packed_linear
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,7 @@ class TargetList(list[Target]):
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """Return [N, K] of the matrix an adapter adds to; a kernel counts as `[out, in·kh·kw]`."""
-    kind = layer_class(module)
-    if kind is None:
-        raise TypeError(f"no adapter goes on a {type(module).__name__}")
-    if isinstance(module, (QuantizedLinear, nn.Linear)):
-        return module.out_features, module.in_features
-    N, K = kind(module).weight_matrix().shape
-    return N, K
+    return base_of(module).shape
 
 
 def _ends(name: str, entry: str) -> bool:
@@ -106,7 +100,7 @@ class _Selection:
         self.survey, self.what = survey, what
         # Another library's packed linears are selected too, to be refused by name unless excluded.
         self.linears = [n for n, m in survey.modules.items() if is_linear(m) or packed_linear(m)]
-        self.layers = {n for n, m in survey.modules.items() if layer_class(m) is not None}
+        self.layers = {n for n, m in survey.modules.items() if view(m) is not None}
         self.layers.update(self.linears)
 
     def of(self, spec: object) -> list[str]:
@@ -173,7 +167,7 @@ def select_targets(
 ) -> list[str]:
     """Resolve `targets` minus `exclude`, in blocks `layers`, to dotted names in module order."""
     survey = Survey.of(model)
-    if layer_class(survey.root) is not None or isinstance(survey.root, LoRALayer):
+    if view(survey.root) is not None or isinstance(survey.root, LoRALayer):
         raise ValueError(
             "the model itself is a single layer and has no parent to hold the wrapped one; put it "
             "into an nn.Sequential"
@@ -200,7 +194,8 @@ def select_targets(
                 f"never calls the module, so an adapter there would do nothing; leave it out with "
                 f"exclude=[{name!r}]"
             )
-        reason = unsupported(modules[name])
+        base = view(modules[name])
+        reason = packed_linear(modules[name]) if base is None else base.problem()
         if reason is not None:
             raise ValueError(f"{name} {reason}")
     return chosen

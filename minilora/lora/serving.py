@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from minilora.lora.by_model import all_adapter_names, copies_of, require_layers, require_unmerged
 from minilora.lora.layer import LoRALayer
+from minilora.lora.routes import PerRow, Slot, misfit
+from minilora.lora.survey import Survey
 from minilora.lora.threads import claimed
 
 BASE = "base"
@@ -31,29 +31,27 @@ def mixed(model: nn.Module, rows: Sequence[str]) -> Iterator[None]:
             the whole batch), a model without adapters; in the block, a batch of another size.
         RuntimeError: adapters are merged, or another thread is within `disabled` or `mixed`.
     """
-    layers = require_layers(model, "mixed")
-    require_unmerged(layers, "mixed")
+    survey = Survey(model)
+    layers = survey.require_layers("mixed")
+    survey.require_unmerged("mixed")
     if isinstance(rows, str) or not all(isinstance(name, str) for name in rows):
         raise TypeError(f"mixed() takes a list of adapters' names, one per row, found {rows!r}")
-    present = all_adapter_names(model)
-    for name in dict.fromkeys(rows):
-        if name != BASE and name not in present:
-            raise ValueError(f"there is no adapter {name!r}; this model has: {', '.join(present)}")
-        if copies_of(model, name):
+    for name in survey.known([n for n in dict.fromkeys(rows) if n != BASE], "mixed"):
+        if survey.copies_of(name):
             raise ValueError(
                 f"adapter {name!r} brings trained copies of base parameters (bias= or "
                 f"modules_to_save=), which act on the whole batch; run its rows apart"
             )
     plan = tuple(None if name == BASE else name for name in rows)
     with claimed(layers.values()):
-        before = {name: layer.rows for name, layer in layers.items()}
+        entered = [(layer, PerRow(plan)) for layer in layers.values()]
         try:
-            for layer in layers.values():
-                layer.rows = plan
+            for layer, route in entered:
+                layer.enter(route)
             yield
         finally:
-            for name, layer in layers.items():
-                layer.rows = before[name]
+            for layer, route in entered:
+                layer.leave(route)
 
 
 def prepare_switching(model: nn.Module, max_r: int) -> None:
@@ -74,36 +72,29 @@ def prepare_switching(model: nn.Module, max_r: int) -> None:
             copies), or a model without adapters.
         RuntimeError: adapters are merged.
     """
-    layers = require_layers(model, "prepare_switching")
-    require_unmerged(layers, "prepare_switching")
+    survey = Survey(model)
+    layers = survey.require_layers("prepare_switching")
+    survey.require_unmerged("prepare_switching")
     if isinstance(max_r, bool) or not isinstance(max_r, int) or max_r < 1:
         raise ValueError(f"max_r must be a whole number of at least 1, found {max_r!r}")
-    for adapter in all_adapter_names(model):
-        if copies_of(model, adapter):
-            raise ValueError(
-                f"a slot holds plain LoRA, but adapter {adapter!r} brings trained copies of base "
-                f"parameters; delete it, or switch without prepare_switching"
-            )
+    for adapter in survey.copies:
+        raise ValueError(
+            f"a slot holds plain LoRA, but adapter {adapter!r} brings trained copies of base "
+            f"parameters; delete it, or switch without prepare_switching"
+        )
     for name, layer in layers.items():
         for adapter, factors in layer.adapters.items():
-            reason = layer.misfit(factors, max_r)
+            reason = misfit(factors, max_r)
             if reason is not None:
                 raise ValueError(f"adapter {adapter!r} on {name} {reason}")
-        used = layer.ranks(layer.active)
+        used = layer.rank(layer.active)
         if used > max_r:
             raise ValueError(
                 f"max_r must hold what is active, found ranks {used} on {name} and max_r={max_r}"
             )
     for layer in layers.values():
-        _add_slot(layer, max_r)
-
-
-def _add_slot(layer: LoRALayer, max_r: int) -> None:
-    N, K = layer.weight_matrix().shape
-    like = next(layer.adapters.parameters())
-    layer.slot_A = torch.zeros(max_r, K, device=like.device, dtype=like.dtype)
-    layer.slot_B = torch.zeros(N, max_r, device=like.device, dtype=like.dtype)
-    layer.fill_slot()
+        _leave_slot(layer)
+        layer.enter(Slot(layer, max_r))
 
 
 def end_switching(model: nn.Module) -> None:
@@ -112,5 +103,11 @@ def end_switching(model: nn.Module) -> None:
     Raises:
         ValueError: a model without adapters.
     """
-    for layer in require_layers(model, "end_switching").values():
-        layer.slot_A = layer.slot_B = None
+    for layer in Survey(model).require_layers("end_switching").values():
+        _leave_slot(layer)
+
+
+def _leave_slot(layer: LoRALayer) -> None:
+    for route in list(layer.routes()):
+        if isinstance(route, Slot):
+            layer.leave(route)

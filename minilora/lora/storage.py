@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.lora.kinds import is_linear
+from minilora.lora.base import view
 from minilora.lora.selection import matrix_shape, select_targets
 from minilora.lora.survey import Survey
-from minilora.quantization import Quantization, QuantizedLinear, packed_format
+from minilora.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,11 @@ def sizes(
 
 def _component(module: Any, key: str, embedded: bool) -> str:
     """Return which of `Sizes` one of a module's tensors counts to."""
-    if isinstance(module, QuantizedLinear) and key != "bias":
+    base = view(module)
+    if base is not None and base.is_quantized and key != "bias":
         return "codes" if key == "codes" else "scales"
-    if key == "weight" and packed_format(module):
+    if base is not None and base.packed and key == "weight":
         return "codes"  # its scales are no tensors of the module
     if embedded:
         return "embeddings"
-    return "linears" if is_linear(module) or type(module).__name__ == "Conv1D" else "other"
+    return "linears" if base is not None and base.family == "linear" else "other"

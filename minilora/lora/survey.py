@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from minilora.lora.adapter import LoRAAdapter
+from minilora.lora.base import is_linear
 from minilora.lora.config import check_adapter_name
 from minilora.lora.copies import CHILD, KeptCopies, TrainedCopies, move
-from minilora.lora.kinds import is_linear
 from minilora.lora.layer import LoRALayer
 from minilora.lora.threads import claimed
 from minilora.lora.wrappers import named_parameters, unwrapped
@@ -135,7 +136,7 @@ class Survey:
         """Return the LoRA layers that have this adapter."""
         return {name: layer for name, layer in self.layers.items() if adapter in layer.adapters}
 
-    def factors(self, adapter: str) -> dict[str, Any]:
+    def factors(self, adapter: str) -> dict[str, LoRAAdapter]:
         """Return an adapter's factors by the name of the layer."""
         return {n: layer.adapters[adapter] for n, layer in self.with_adapter(adapter).items()}
 
@@ -168,8 +169,7 @@ class Survey:
     def require_finite(self) -> None:
         """Raise where an adapter in use holds NaN or Inf, which attention may swallow unseen."""
         for fqn, layer in self.layers.items():
-            used = [*layer.active, *(name for name in layer.rows or () if name)]
-            for adapter in dict.fromkeys(name for name in used if name in layer.adapters):
+            for adapter in layer.used:
                 for part, value in layer.adapters[adapter].named_parameters():
                     if not hasattr(value, "full_tensor") and not is_finite(value):  # or a shard
                         raise ValueError(

@@ -36,7 +36,7 @@ def activate(
     survey.require_unmerged("activate")
     survey.require_compatible(names)
     for fqn, layer in survey.layers.items():
-        room, used = layer.slot_room(), layer.ranks(names)
+        room, used = layer.room, layer.rank(names)
         if room is not None and used > room:
             raise ValueError(
                 f"active adapters must fit the slots of prepare_switching (max_r={room}), found "
@@ -102,9 +102,7 @@ def delete(model: nn.Module, adapter: str) -> None:
     survey.install([name for name in survey.active if name != adapter])
     survey.forget(adapter)
     for layer in survey.layers.values():
-        if adapter in layer.adapters:
-            del layer.adapters[adapter]
-        layer.activate([name for name in layer.active if name != adapter])
+        layer.remove(adapter)
         if not layer.adapters:
             _put_back(survey, layer)
 

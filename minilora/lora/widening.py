@@ -1,14 +1,14 @@
 """Frozen linears whose dtype this CPU multiplies slowly compute in float32, for a while."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from minilora.kernels import is_slow
-from minilora.lora.kinds import is_conv1d, widened_forward
+from minilora.lora.base import Conv1D, base_of, view
 
 
 @contextmanager
@@ -18,22 +18,22 @@ def widened(model: nn.Module) -> Iterator[None]:
     LoRA and quantized layers do so by themselves. What is replaced is `forward` alone, and only on
     a CPU on which bfloat16 is slow (`kernels.is_slow`); a layer that trains computes as before.
     """
-    found = [module for module in model.modules() if _narrow(module)]
-    if found and not is_slow(torch.bfloat16):
-        found = []
+    narrow = [module for module in model.modules() if _is_narrow(module)]
+    if narrow and not is_slow(torch.bfloat16):
+        narrow = []
     try:
-        for module in found:
-            module.forward = functools.partial(widened_forward, module)
+        for module in narrow:
+            module.forward = base_of(module).widened
         yield
     finally:
-        for module in found:
+        for module in narrow:
             module.__dict__.pop("forward", None)
 
 
-def _narrow(module: nn.Module) -> bool:
+def _is_narrow(module: Any) -> bool:
     weight = module._parameters.get("weight")
     return (
-        (type(module) is nn.Linear or is_conv1d(module))
+        (type(module) is nn.Linear or isinstance(view(module), Conv1D))
         and weight is not None
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"

@@ -17,6 +17,7 @@ from minilora.files import one_line, read_json, short
 from minilora.lora import (
     LoRAAdapter,
     asked_copies,
+    base_of,
     check_alpha,
     check_dropout,
     check_rank,
@@ -24,14 +25,12 @@ from minilora.lora import (
     compiled_pattern,
     factors_of,
     find_head,
-    is_conv1d,
     lora_layers,
     pattern_value,
     plain_modules,
     taken_for_experts,
     unwrapped,
 )
-from minilora.quantization import QuantizedLinear
 
 # --- tensors
 
@@ -301,8 +300,8 @@ def _minimal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
 
 
 def _stores_transposed(base: nn.Module) -> bool:
-    quantized = isinstance(base, QuantizedLinear) and not issubclass(base.plain, nn.Linear)
-    return quantized or is_conv1d(base)
+    seen = base_of(base)
+    return seen.family == "linear" and seen.transposed
 
 
 def _base_name(model: nn.Module) -> str | None:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from minilora.files import parse_json
 from minilora.lora import (
     LoRALayer,
+    base_of,
     difference,
     frozen_values,
     plain_modules,
-    storage_format,
     weight_sample,
 )
 from minilora.peft.files import WEIGHTS_FILE
-from minilora.quantization import packed_format, weight_values
 
 # A base of the same storage format must agree exactly; another format only this closely, and one
 # that another library packs (bitsandbytes rounds its scales anew for some CPUs).
@@ -36,14 +35,14 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
     """
     rows = {}
     for fqn, layer in layers.items():
-        sample = layer.base_sample
+        sample = layer.sample
         if sample is None:  # else the weight may be merged, or sharded and not at hand
             key = f"{fqn}.weight"
-            weight = own[key] if own and key in own else weight_values(layer.base)
+            weight = own[key] if own and key in own else layer.view.values()
             sample = weight_sample(fqn, weight)
         rows[fqn] = {
-            "shape": [layer.out_features, layer.in_features],
-            "format": layer.base_format or storage_format(layer.base),
+            "shape": [layer.view.out_features, layer.view.in_features],
+            "format": layer.stored,
             "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
         }
     return json.dumps(rows)
@@ -92,10 +91,11 @@ def check_base(
 def _unlike(fqn: str, module: Any, saved_format: str, sample: Any) -> str | None:
     """Say how a layer's weights differ from the saved sample, None if they do not."""
     saved = torch.from_numpy(sample.astype(np.float64))
-    here = weight_sample(fqn, weight_values(module)).to(torch.float64)
+    base = base_of(module)
+    here = weight_sample(fqn, base.values()).to(torch.float64)
     if saved.shape != here.shape:
         same, how = False, f"{len(here)} numbers"
-    elif saved_format == storage_format(module) and not packed_format(module):
+    elif saved_format == base.stored and not base.packed:
         same, how = torch.equal(saved, here), "equal"
     else:
         norm = float(saved.norm() * here.norm())

@@ -11,18 +11,16 @@ from minilora.files import read_tensors
 from minilora.kernels import check_backend
 from minilora.lora import (
     LoRAAdapter,
-    LoRAEmbedding,
     TrainedCopies,
     all_adapter_names,
     as_dtype,
     attach,
+    base_of,
     check_adapter_name,
     check_open,
     compiled_pattern,
     copies_of,
-    layer_class,
     lora_layers,
-    matrix_shape,
     original_of,
     originals_in_place,
     parameter_places,
@@ -31,7 +29,7 @@ from minilora.lora import (
     set_trainable,
     true_name,
     unwrapped,
-    weight_device,
+    view,
 )
 from minilora.peft.config import (
     PREFIX,
@@ -44,7 +42,6 @@ from minilora.peft.config import (
 )
 from minilora.peft.files import check_pair, require_pair
 from minilora.peft.fingerprints import check_base
-from minilora.quantization import QuantizedLinear
 
 
 def load(
@@ -153,7 +150,7 @@ class _Files:
     def _targets(self) -> dict[str, bool]:
         """Return the adapted layers in module order, and whether the config names the weight."""
         options = self.options
-        adaptable = {n: m for n, m in self.modules.items() if layer_class(m) is not None}
+        adaptable = {n: m for n, m in self.modules.items() if view(m) is not None}
         by_weight = self._weights_named()
         entries = options["targets"]
         try:
@@ -187,9 +184,9 @@ class _Files:
         made = {}
         for fqn, by_weight in self._targets().items():
             options = factor_options(self.options, f"{fqn}.weight" if by_weight else fqn)
-            family: Any = layer_class(self.modules[fqn])
-            options["lora_bias"] &= family is not LoRAEmbedding
-            made[fqn] = family(self.modules[fqn]).new_adapter(device="meta", **options)
+            base = base_of(self.modules[fqn])
+            options["lora_bias"] &= base.family != "embedding"
+            made[fqn] = base.new_adapter(device="meta", **options)
         return made
 
     def _asked_copies(self, targets: Collection[str]) -> dict[str, str]:
@@ -238,12 +235,12 @@ class _Files:
 
     def _fill(self, fqn: str, factors: LoRAAdapter, dtype: torch.dtype) -> None:
         """Put the file's values into a layer's factors."""
-        base = self.modules[fqn]
-        linear = isinstance(base, (nn.Linear, QuantizedLinear))  # their weight may be packed
-        of = f"r={factors.r}, {fqn} is {list(matrix_shape(base) if linear else base.weight.shape)}"
+        base = base_of(self.modules[fqn])
+        shape_here = base.shape if base.family == "linear" else base.module.weight.shape
+        of = f"r={factors.r}, {fqn} is {list(shape_here)}"
         for part, key in keys_of(fqn, factors).items():
             shape = stored_shape(part, factors)
-            value = self._take(key, shape, weight_device(base), dtype, of)
+            value = self._take(key, shape, base.device, dtype, of)
             setattr(factors, part, nn.Parameter(value.reshape(getattr(factors, part).shape)))
 
     def _take(
@@ -338,7 +335,7 @@ def _swap(
     for fqn, one in factors.items():
         options = {k: v for k, v in vars(one).items() if k[0] != "_" and k != "training"}
         vars(old[fqn]).update(options)  # alpha, dropout and the like
-        layers[fqn].fill_slot()
+        layers[fqn].refill()
 
 
 def _tensors(

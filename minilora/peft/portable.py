@@ -40,7 +40,7 @@ def _converted(
                 f"{fqn}) and only a rank-r part of that is kept; adapter {adapter!r} has "
                 f"r={factors.r}, a larger one loses less"
             )
-        wanted = factors.product(torch.float64)
+        wanted: Tensor | tuple[Tensor, Tensor] = factors.product(torch.float64)
         rank = r if r is not None and r < len(wanted[0]) else None
         if factors.magnitude is not None:
             with originals_in_place(model):  # not another adapter's copy of W

@@ -10,7 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.lora import active_adapters, is_copy, lora_layers, write_pretrained_by
+from minilora.lora import (
+    active_adapters,
+    is_copy,
+    lora_layers,
+    write_pretrained_by,
+)
 from minilora.peft.saving import save_adapter
 from minilora.quantization import quantized_layers
 
@@ -59,7 +64,7 @@ def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **option
             f"save_pretrained() writes one active adapter, found {', '.join(names)}; activate one "
             f"of them, or minilora.save(model, folder, adapter=...)"
         )
-    factors: list[Any] = [one for layer in layers.values() for one in layer.adapters.values()]
+    factors = [one for layer in layers.values() for one in layer.adapters.values()]
     if not merged and any(one.magnitude is not None for one in factors):
         warnings.warn(
             "minilora: transformers' from_pretrained leaves out what DoRA learned of row lengths; "

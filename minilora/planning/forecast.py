@@ -12,7 +12,7 @@ from torch import nn
 
 from minilora.data import Batches
 from minilora.kernels import hand_back_freed_memory, hardware
-from minilora.lora import lora_layers, rank_of, storage_format, weight_dtype
+from minilora.lora import lora_layers
 from minilora.planning.batches import (
     BatchShape,
     Step,
@@ -25,7 +25,6 @@ from minilora.planning.machines import calibrate, forget_peak, peak_bytes, resid
 from minilora.planning.memory import Counted, Memory, count_memory, memory_table
 from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import Timing, timed_step_apart
-from minilora.quantization import FORMATS
 
 _EARLY = 6  # steps after which a plan is held against the run
 _FAR = 1.5  # factor of time above which the run says so
@@ -34,17 +33,15 @@ _FAR = 1.5  # factor of time above which the run says so
 def settings_of(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any]:
     """Return what an injected model settles of a run's `Settings`."""
     layers = lora_layers(model)
-    bases = [layer.base for layer in layers.values()]
-    active: list[Any] = [
-        (layer, layer.adapters[name]) for layer in layers.values() for name in layer.active
-    ]
-    quantized = [base for base in bases if storage_format(base) in FORMATS]
-    plain = weight_dtype(bases[0])
+    bases = [layer.view for layer in layers.values()]
+    active = [layer.adapters[name] for layer in layers.values() for name in layer.active]
+    quantized = [base.module for base in bases if base.is_quantized]
+    plain = bases[0].dtype
     settings = {
         "dtype": autocast or plain,
         "autocast": autocast is not None and plain == torch.float32,
-        "r": max([1, *(rank_of(factors) for _, factors in active)]),
-        "dropout": max([0.0, *(factors.dropout for _, factors in active)]),
+        "r": max([1, *(factors.rank for factors in active)]),
+        "dropout": max([0.0, *(factors.dropout for factors in active)]),
         "targets": list(layers),
     }
     if quantized:

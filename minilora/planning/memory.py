@@ -19,12 +19,12 @@ from torch import nn
 
 from minilora.lora import (
     Sizes,
+    base_of,
     is_linear,
     lora_layers,
     matrix_shape,
     plain_modules,
     sizes,
-    storage_format,
 )
 from minilora.planning.machines import PROCESS
 from minilora.planning.saved import SavedBytes, block_list
@@ -184,7 +184,7 @@ class Counted:
         adapted, modules = lora_layers(model), plain_modules(model)
         self.matrices = [
             shape for name, shape in _linears(model).items()
-            if name in adapted or storage_format(modules[name]) in FORMATS
+            if name in adapted or base_of(modules[name]).is_quantized
         ]  # fmt: skip
         self.head = matrix_shape(getattr(head, "base", head))
         self.saved = saved or SavedBytes(model, autocast, number=number)

@@ -26,16 +26,9 @@ def packed_format(base: Any) -> str | None:
     return library if library in _DECODING else None
 
 
-def weight_values(base: Any) -> Tensor:
-    """Return a layer's weight in its own layout: a fresh tensor where it has to be decoded.
-
-    The layout of a quantized Conv1D is still `[K, N]`, so that it compares with the plain one.
-    """
-    if isinstance(base, QuantizedLinear):
-        return base.weight if issubclass(base.plain, nn.Linear) else base.weight.T
+def decoded(base: Any) -> Tensor:
+    """Return a packed layer's weight as a fresh tensor `[N, K]`."""
     form, weight = packed_format(base), base.weight
-    if form is None:
-        return weight
     if form in _DECODING:
         return weight.detach().dequantize()
     library: Any = sys.modules["bitsandbytes"]  # its layer is here, so it was imported

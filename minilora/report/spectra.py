@@ -9,7 +9,6 @@ Everything is computed in float64; the base is widened panel by panel.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,11 +141,11 @@ def layer_report(
     largest: int,
 ) -> LayerReport:
     """Analyse one layer; the base's own directions only where min(N, K) ≤ `largest`."""
-    factors: Any = layer.adapters[adapter]
+    factors = layer.adapters[adapter]
     A, B = factors.product(torch.float64)
     U, S, V = small_svd(A, B)
     values = tuple(S.tolist())
-    W = layer.weight_matrix().detach()
+    W = layer.view.matrix().detach()
     N, K = W.shape
     change = _Change(W, A, B, None)
     if factors.magnitude is not None:

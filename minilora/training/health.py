@@ -1,7 +1,6 @@
 """Catch adapters that silently learn nothing, in the first steps of a run."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ class Health:
     def begin(self) -> None:
         """Forget which layers were called: a step begins."""
         for layer in self.layers.values():
-            layer.last_path, layer.weight_read = None, False
+            layer.begin_step()
 
     def check(self) -> list[str]:
         """Check after the backward pass of a step, before the update; return remarks.
@@ -117,7 +116,7 @@ def _no_gradient(what: str, found: str) -> RuntimeError:
 def _factors(name: str, layer: LoRALayer) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield what to call a trained factor, the factor, and the one it is multiplied with."""
     for adapter in layer.active:
-        factors: Any = layer.adapters[adapter]
+        factors = layer.adapters[adapter]
         A, B = factors.lora_A, factors.lora_B
         for which, factor, other in (("lora_A", A, B), ("lora_B", B, A)):
             if factor.requires_grad:

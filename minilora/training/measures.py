@@ -1,7 +1,5 @@
 """What a run measures besides its losses, on one process or several."""
 
-from typing import Any
-
 import torch
 
 from minilora.data import Batches, pad
@@ -32,7 +30,7 @@ def b_norms(run: Run) -> dict[str, float]:
     norms = {}
     for fqn, layer in run.layers.items():
         if run.adapter in layer.adapters:
-            factors: Any = layer.adapters[run.adapter]
+            factors = layer.adapters[run.adapter]
             norm = torch.linalg.vector_norm(factors.lora_B.detach())
             norms[fqn] = float(run.ranks.full(norm))
     return norms

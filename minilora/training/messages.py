@@ -1,6 +1,5 @@
 """What a run says when it begins and when it ends, well or not."""
 
-from minilora.lora import weight_dtype
 from minilora.training.run import Run
 from minilora.training.state import LAST, has_state
 
@@ -10,7 +9,7 @@ RESUME = "resume=True (--resume)"
 def announcement(run: Run) -> str:
     """Return the line that says what is about to be trained."""
     parameters = sum(p.numel() for p in run.names)
-    base = weight_dtype(next(iter(run.layers.values())).base)
+    base = next(iter(run.layers.values())).view.dtype
     how = f"autocast {run.dtype}" if run.dtype is not None else "no autocast"
     if run.scale.growth:
         how += f", losses scaled by {run.scale.value:g}"

@@ -19,10 +19,9 @@ from minilora.lora import (
     named_parameters,
     require_finite,
     unwrapped,
-    weight_dtype,
+    view,
     widened,
 )
-from minilora.quantization import packed_format, quantized_layers
 from minilora.running import CONTEXT_NAMES, device_of, forward_logits, takes_packed
 from minilora.training.config import TrainConfig
 
@@ -89,8 +88,8 @@ def _require_causal(model: nn.Module, config: Any) -> None:
 
 def _stored_otherwise(model: nn.Module) -> bool:
     """Return whether rounding of activations may depend on other tokens."""
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-    return bool(quantized_layers(model)) or any(map(packed_format, linears))
+    bases = (view(module) for module in model.modules())
+    return any(base is not None and (base.is_quantized or base.packed) for base in bases)
 
 
 def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
@@ -245,7 +244,7 @@ def compute_dtype(
     layers: dict[str, LoRALayer], choice: str, device: torch.device
 ) -> torch.dtype | None:
     """Return the dtype to autocast to, or None to compute in the base's own."""
-    base = weight_dtype(next(iter(layers.values())).base)
+    base = next(iter(layers.values())).view.dtype
     if choice == "auto":
         if base != torch.float32 or device.type not in ("cpu", "cuda"):
             return None
@@ -265,7 +264,7 @@ def slow_dtype(
     layers: dict[str, LoRALayer], autocast: torch.dtype | None, device: torch.device
 ) -> str | None:
     """Say so where training computes in bf16 that this processor multiplies slowly, or None."""
-    dtype = autocast or weight_dtype(next(iter(layers.values())).base)
+    dtype = autocast or next(iter(layers.values())).view.dtype
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
     if not is_slow(dtype):

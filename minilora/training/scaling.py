@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minilora.lora import LoRALayer, weight_dtype
+from minilora.lora import LoRALayer
 
 # Losses are summed over tokens, so a token's gradient does not shrink with the batch: 2⁸ here is
 # what GradScaler's first 2¹⁶ is to the mean over 256 tokens.
@@ -47,5 +47,5 @@ class LossScale:
 
 def loss_scale(layers: dict[str, LoRALayer], autocast: torch.dtype | None) -> LossScale:
     """Return the scale to begin with: one that changes where anything is float16."""
-    dtypes = {autocast, *(weight_dtype(layer.base) for layer in layers.values())}
+    dtypes = {autocast, *(layer.view.dtype for layer in layers.values())}
     return LossScale(FIRST_SCALE, growth=2000) if torch.float16 in dtypes else LossScale()

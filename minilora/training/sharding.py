@@ -13,11 +13,10 @@ from minilora.lora import (
     LoRAAdapter,
     LoRALayer,
     Survey,
+    base_of,
     lora_layers,
-    weight_device,
     weight_sample,
 )
-from minilora.quantization import weight_values
 from minilora.training.ranks import Ranks
 
 
@@ -51,8 +50,8 @@ def shard(model: nn.Module) -> None:
             f"{', '.join(sorted(dtypes))}; inject with one dtype"
         )
     for fqn, layer in survey.layers.items():  # the whole weight is not at hand later
-        if layer.base_sample is None and weight_device(layer.base).type != "meta":
-            layer.base_sample = weight_sample(fqn, weight_values(layer.base))
+        if layer.sample is None and layer.view.device.type != "meta":
+            layer.keep_sample(weight_sample(fqn, layer.view.values()))
     device = next(model.parameters()).device.type
     mesh = init_device_mesh("cpu" if device == "meta" else device, (dist.get_world_size(),))
     for module in (*survey.blocks.values(), model):
@@ -111,14 +110,14 @@ def sharded(
 
         def put(fqn: str, value: Tensor | nn.Module) -> None:
             name = fqn.removesuffix(".weight")
-            if isinstance(value, nn.Module):  # a quantized layer
+            if isinstance(value, nn.Module):
                 for part, tensor in value.named_parameters():
                     ranks.put(targets[f"{name}.{part}"], tensor)
-                value = weight_values(value)
+                value = base_of(value).values()
             else:
-                ranks.put(targets[fqn], value)  # type: ignore[arg-type]
+                ranks.put(targets[fqn], value)
             if name in layers:  # the whole weight is not at hand later
-                layers[name].base_sample = weight_sample(name, value)  # type: ignore[arg-type]
+                layers[name].keep_sample(weight_sample(name, value))
 
         return put
 
@@ -126,8 +125,7 @@ def sharded(
 
 
 def _check(fqn: str, layer: LoRALayer) -> None:
-    adapters: Any = layer.adapters.values()
-    for one in adapters:
+    for one in layer.adapters.values():
         if FROM_WEIGHT.fullmatch(one.init) or one.magnitude is not None:
             raise ValueError(
                 f"parallel='fsdp' reads the base in parts, so an adapter can't start from its "
@@ -136,17 +134,14 @@ def _check(fqn: str, layer: LoRALayer) -> None:
             )
 
 
-def _draw(layer: LoRALayer, factors: Any, ranks: Ranks) -> None:
+def _draw(layer: LoRALayer, factors: LoRAAdapter, ranks: Ranks) -> None:
     """Start an adapter's sharded factors as a process alone would."""
-    fresh = LoRAAdapter(
-        layer.in_features,
-        layer.out_features,
+    fresh = layer.view.new_adapter(
         r=factors.r,
         alpha=factors.alpha,
         init=factors.init,
         lora_bias=factors.lora_bias is not None,
         dtype=factors.lora_A.dtype,
-        **layer._shape(),
     )
     with torch.no_grad():
         for name, value in fresh.named_parameters():
