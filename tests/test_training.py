@@ -463,6 +463,22 @@ def test_learning_rate_schedules():
     assert learning_rate(constant, 0.99) == 2.0
 
 
+@pytest.mark.parametrize("limit", [{"max_steps": 8}, {"max_minutes": 60.0, "max_steps": 8}])
+def test_warmup_steps_are_counted_whatever_limits_the_run(tmp_path, limit):
+    fit(tiny(), out=tmp_path, lr=2.0e-3, warmup=0.0, warmup_steps=4, schedule="linear", **limit)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows]
+    assert rates[:5] == pytest.approx([0.5e-3, 1e-3, 1.5e-3, 2e-3, 2e-3])
+    assert rates[5:] == pytest.approx([1.5e-3, 1e-3, 0.5e-3])
+
+
+def test_warmup_steps_under_a_time_limit_alone(tmp_path):
+    fit(tiny(), out=tmp_path, lr=2.0e-3, warmup=0.0, warmup_steps=4, max_minutes=0.005)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows][:4]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1.5e-3, 2e-3][: len(rates)])
+
+
 def a_t5():
     torch.manual_seed(0)
     return transformers.T5ForConditionalGeneration(transformers.T5Config(

@@ -18,7 +18,8 @@ FIELDS = dataclasses.fields(TrainConfig)
 # A value other than the default of each option, and how the command line spells it.
 OTHERS = {
     "lr": (0.25, "0.25"), "lora_plus_ratio": (16.0, "16"), "schedule": ("linear", "linear"),
-    "warmup": (0.5, ".5"), "final_lr_ratio": (0.1, "0.1"), "weight_decay": (0.01, "1e-2"),
+    "warmup": (0.5, ".5"), "warmup_steps": (3, "3"), "final_lr_ratio": (0.1, "0.1"),
+    "weight_decay": (0.01, "1e-2"),
     "betas": ([0.8, 0.9], "0.8 0.9"), "eps": (1e-6, "1e-6"), "clip": (None, "none"),
     "batch_size": (3, "3"), "accumulate": (2, "2"), "epochs": (0.5, "0.5"),
     "max_steps": (7, "7"), "max_minutes": (1.5, "1.5"), "eval_every": (5, "5"),

@@ -48,6 +48,11 @@ class TrainConfig:
         "Share of the run over which the rate rises linearly to lr.",
         number("a number in [0, 1)", lambda x: 0 <= x < 1),
     )
+    warmup_steps: int | None = option(
+        None,
+        "Steps over which the rate rises to lr. None: the share that warmup is.",
+        _COUNT_OR_NONE,
+    )
     final_lr_ratio: float = option(
         0.0,
         "Where a falling schedule ends, as a share of lr.",
@@ -209,10 +214,11 @@ def learning_rate(config: TrainConfig, progress: float, step_share: float = 0.0)
     Returns:
         The learning rate.
     """
-    if progress < config.warmup:
-        return config.lr * min(1.0, (progress + step_share) / config.warmup)
+    warmup = config.warmup if config.warmup_steps is None else config.warmup_steps * step_share
+    if progress < warmup:
+        return config.lr * min(1.0, (progress + step_share) / warmup)
     if config.schedule == "constant":
         return config.lr
-    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
+    done = min(1.0, (progress - warmup) / (1 - warmup))
     falling = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * falling)

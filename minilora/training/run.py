@@ -220,7 +220,7 @@ class Run:
         """Return the learning rate of the next step."""
         share = 1 / self.total if self.total else self.progress() / max(1, self.step)
         if self.step == 0 and not self.total:
-            share = 0.1 * self.config.warmup
+            share = 0.1 * self.config.warmup or 1e-3
         return learning_rate(self.config, min(1.0, self.progress()), share)
 
     def out_of_time(self) -> bool:
