@@ -31,7 +31,7 @@ from .probe import hardware, int8_is_exact, integer_way, is_slow
 from .rowwise import rms_norm, swiglu
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem
-from .workspace import hand_back_freed_memory, keep_freed_memory
+from .workspace import hand_back_freed_memory, hand_back_large_blocks, keep_freed_memory
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -70,6 +70,7 @@ __all__ = [
     "dropout_mask",
     "frozen_product",
     "hand_back_freed_memory",
+    "hand_back_large_blocks",
     "hardware",
     "int4_codes",
     "int8_decode",

@@ -73,6 +73,18 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
+@functools.cache
+def hand_back_large_blocks() -> None:
+    """Let glibc hand blocks above 1 MB back to the kernel as they are freed, from now on.
+
+    Under FSDP2 each block of the model is gathered into new tensors that are freed after it; gloo's
+    threads would each keep theirs in a heap of its own (benchmarks/NOTES.md).
+    """
+    mallopt = _of_libc("mallopt")
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**20)
+
+
 def hand_back_freed_memory() -> None:
     """Give the kernel what glibc has kept so far, where there is glibc."""
     trim = _of_libc("malloc_trim")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import CONFIG, Tiny, examples, factors, fit, same, tiny
+from training_models import CONFIG, Tiny, examples, factors, fit, same, tiny
 
 import minilora
 from minilora.data.batches import Batches, as_examples, pad

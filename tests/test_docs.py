@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import tiny_folder
-from test_training import examples, plain
+from training_models import examples, plain
 
 import minilora
 from minilora.cli.command import main

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_training import examples
+from training_models import examples
 
 import minilora
 from minilora.data.batches import as_examples, pad

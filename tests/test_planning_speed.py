@@ -17,7 +17,7 @@ from minilora.planning.speed import (
     run_speed,
 )
 from minilora.training.config import TrainConfig
-from minilora.training.prepare import planned_steps
+from minilora.training.progress import planned_steps
 
 SMALL = Shape("small", LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64), "here")
 

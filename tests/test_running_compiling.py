@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import factors, fit, plain, tiny
+from training_models import factors, fit, plain, tiny
 
 import minilora
 from minilora.running import compiling

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_training import examples, factors, fit, same, tiny
+from training_models import examples, factors, fit, same, tiny
 
 from minilora.running.evaluation import token_loss
 from minilora.training.callbacks import Callbacks

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from test_training import examples, fit, tiny
+from training_models import examples, fit, tiny
 
 from minilora.data.batches import Batches
 from minilora.training import feed

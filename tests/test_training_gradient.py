@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from test_training import Tiny, examples, factors, fit, same, tiny
+from training_models import Tiny, examples, factors, fit, same, tiny
 
 import minilora
 from minilora.running.evaluation import token_loss
@@ -137,7 +137,7 @@ CHILD = """
 import resource, sys
 sys.path.insert(0, {tests!r})
 import torch
-from test_training import examples, fit, tiny
+from training_models import examples, fit, tiny
 from minilora.running import token_loss
 torch.set_num_threads(1)
 fit(tiny(), examples(16), max_steps=1, batch_size=16)  # whatever is allocated once

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from test_training import Tiny, examples, factors, fit, tiny
 from torch import nn
+from training_models import Tiny, examples, factors, fit, tiny
 
 import minilora
 from minilora.lora.layer import lora_layers

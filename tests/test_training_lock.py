@@ -5,7 +5,7 @@ import os
 import resource
 
 import pytest
-from test_training import fit, tiny
+from training_models import fit, tiny
 
 from minilora.training.lock import LOCK_FILE, FolderLock, check_free
 

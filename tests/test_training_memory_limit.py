@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import Tiny, examples, factors, fit, plain, same, tiny
+from training_models import Tiny, examples, factors, fit, plain, same, tiny
 
 import minilora
 from minilora.data.batches import Batches, pad

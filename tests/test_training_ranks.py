@@ -13,8 +13,8 @@ import torch
 from fork_train import Forks
 from safetensors.torch import load_file
 from test_cli import tiny_folder
-from test_training import CONFIG, examples, fit, plain, tiny
 from torch import nn
+from training_models import CONFIG, examples, fit, plain, tiny
 
 import minilora
 from minilora.cli.command import main

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_training import examples, factors, fit, plain, same, tiny
+from training_models import examples, factors, fit, plain, same, tiny
 
 import minilora
 from minilora.files.tensors import tensor_content, write

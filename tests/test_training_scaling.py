@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_training import CONFIG, examples, factors, fit, plain, same, tiny
+from training_models import CONFIG, examples, factors, fit, plain, same, tiny
 
 import minilora
 from minilora.models import Llama

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_training import factors, fit, same, tiny
+from training_models import factors, fit, same, tiny
 
 from minilora.training.state import (
     PREVIOUS_FILE,
@@ -333,7 +333,7 @@ def test_a_run_writes_through_no_link_of_its_folder(tmp_path, name, resume):
 CHILD = """
 import os, resource, signal, sys
 sys.path.insert(0, {tests!r})
-from test_training import fit, tiny
+from training_models import fit, tiny
 if {limit}:
     assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
     resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))

@@ -275,28 +275,3 @@ def slow_dtype(
         f"this processor multiplies bfloat16 at {found.bfloat16:.0f} GFLOP/s and float32 at "
         f"{found.float32:.0f}, so linears widen it; {advice} to spare that"
     )
-
-
-def planned_steps(config: TrainConfig, batches: int | None) -> int | None:
-    """Return the number of optimizer steps, or None when only the clock limits the run.
-
-    `batches` of an epoch is None for a stream, whose length nobody knows.
-    """
-    epochs = config.epochs
-    if batches is None and (config.epochs, config.max_steps, config.max_minutes) == (None,) * 3:
-        raise ValueError(
-            "a stream has no known length, so a run on it needs max_steps (--max-steps) or "
-            "max_minutes (--minutes), found neither"
-        )
-    if batches is None and epochs is not None:
-        raise ValueError(
-            f"a stream has no known length, so epochs can't be counted, found epochs={epochs}; set "
-            f"max_steps or max_minutes"
-        )
-    if epochs is None and config.max_steps is None and config.max_minutes is None:
-        epochs = 1
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if epochs is not None and batches is not None:
-        per_epoch = math.ceil(batches / config.accumulate)
-        limits.append(max(1, round(per_epoch * epochs)))
-    return min(limits) if limits else None

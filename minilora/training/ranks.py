@@ -5,11 +5,8 @@ parameters, in a backward pass of zeros after the rank's own passes, so that ran
 number of passes; under `fsdp` by `fully_shard` in every pass.
 """
 
-import ctypes
-import functools
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,9 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minilora.files import short
-from minilora.kernels import hardware
-
-_MMAP_THRESHOLD = -3  # name of a setting in glibc's malloc.h
+from minilora.kernels import hand_back_large_blocks, hardware
 
 
 class _Trained(nn.Module):
@@ -55,7 +50,7 @@ class Ranks:
             start(parallel, self.device)
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             if parallel == "fsdp":
-                _give_back_freed_memory()
+                hand_back_large_blocks()
         elif torchrun_number("WORLD_SIZE", 1) > 1:
             raise RuntimeError(
                 f"each of several processes must train with parallel='ddp' or 'fsdp' (--parallel), "
@@ -150,20 +145,6 @@ class Ranks:
     def close(self) -> None:
         """Drop DDP's wrapper."""
         self.reducer = None
-
-
-@functools.cache
-def _give_back_freed_memory() -> None:
-    """Let glibc hand blocks above 1 MB back to the system as they are freed.
-
-    Under FSDP2 each block of the model is gathered into new tensors that are freed after it; gloo's
-    threads would each keep theirs in a heap of its own (benchmarks/NOTES.md).
-    """
-    mallopt: Any = None
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def torchrun_number(name: str, default: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from minilora.lora import (
 from minilora.peft import config_of, fingerprint, save_adapter
 from minilora.quantization import quantized_layers
 from minilora.running import Evaluation, Loss, device_of, settle_compile, token_loss
-from minilora.training.config import TrainConfig, learning_rate
+from minilora.training.config import TrainConfig
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (
     check_model,
@@ -30,12 +31,12 @@ from minilora.training.prepare import (
     held_out_in_training,
     make_batches,
     make_optimizer,
-    planned_steps,
     require_next_token_loss,
     slow_dtype,
     trained,
     trained_adapter,
 )
+from minilora.training.progress import Counters, Progress, planned_steps
 from minilora.training.ranks import Ranks
 from minilora.training.same_run import check_same_run, check_tensors
 from minilora.training.scaling import LossScale, loss_scale
@@ -54,47 +55,24 @@ from minilora.training.state import (
     sweep,
 )
 
-# Counters as they are before the first step; the state holds them.
-_COUNTERS = {
-    "step": 0, "tokens": 0, "skipped": 0, "bad": 0, "elapsed": 0.0, "evaluated": -1, "best_step": 0,
-    "lr": 0.0, "stale": 0,
-}  # fmt: skip
 _ANY_BASE = ("base_model_name_or_path", "peft_version", "task_type")  # a path may differ
 
 
-class Run:
+class Run(Progress):
     """The parts of a run and its counters; everything is checked when it is made.
 
     Attributes:
         names: the trained parameters and their dotted names.
-        total: optimizer steps planned, None under a time limit alone.
-        step: optimizer steps done; skipped ones count.
-        tokens: learned tokens processed.
         scale: what the loss is multiplied with before the backward pass.
-        skipped: steps skipped for a loss or gradient that was not finite; `bad` in a row.
-        elapsed: seconds spent in steps.
-        evaluated: the step after which the last evaluation was made, -1 before the first.
-        stale: evaluations since the best one.
         rows: rows in a pass, once a micro-batch did not fit; 0 until then.
         rows_of_all: every rank's `rows` after the last step.
         process_of_all: the bytes that each rank's limit counts for its process.
         limit: what passes are held to before they run, None without `max_memory`.
-        lr: the rate of the last step.
         ranks: the processes of the run.
         position: in the data, after the last complete step.
         remarks: what the run should say before it begins.
         fallen_back: whether it goes on from the state before the newest one.
     """
-
-    step: int
-    tokens: int
-    skipped: int
-    bad: int
-    elapsed: float
-    evaluated: int
-    best_step: int
-    lr: float
-    stale: int
 
     def __init__(
         self,
@@ -108,10 +86,10 @@ class Run:
         pad_id: int,
         ranks: Ranks,
     ):
+        super().__init__()
         self.model, self.config, self.out, self.ranks = model, config, out, ranks
         self.loss: Loss = loss or token_loss
         self.own_loss = loss is not None
-        vars(self).update(_COUNTERS)
         self.fallen_back = False
         self.before: Evaluation | None = None
         self.best: Evaluation | None = None
@@ -208,35 +186,6 @@ class Run:
             limit.check_row(longest, any(example.lengths for example in examples))
         return limit
 
-    # --- how far it is
-
-    def progress(self) -> float:
-        """Return the share of the run that is done, by the limit that is nearest; 1 or above."""
-        steps = self.step / self.total if self.total else 0.0
-        minutes = self.config.max_minutes
-        return max(steps, self.elapsed / 60 / minutes if minutes else 0.0)
-
-    def rate(self) -> float:
-        """Return the learning rate of the next step."""
-        share = 1 / self.total if self.total else self.progress() / max(1, self.step)
-        if self.step == 0 and not self.total:
-            share = 0.1 * self.config.warmup or 1e-3
-        return learning_rate(self.config, min(1.0, self.progress()), share)
-
-    def out_of_time(self) -> bool:
-        """Return whether no further step may begin."""
-        minutes = self.config.max_minutes
-        return minutes is not None and self.elapsed >= 60 * minutes
-
-    def out_of_patience(self) -> bool:
-        """Return whether too many evaluations in a row were not better."""
-        return self.config.patience is not None and self.stale >= self.config.patience
-
-    def time_left(self) -> float | None:
-        """Return the seconds of training left, None before the first step."""
-        progress = self.progress()
-        return self.elapsed * max(0.0, 1 - progress) / progress if progress else None
-
     # --- the best adapter
 
     def keep(self, evaluation: Evaluation) -> bool:
@@ -270,7 +219,9 @@ class Run:
         tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
         tensors |= optimizer_tensors(self.optimizer, self.names)  # type: ignore[arg-type]
         tensors = {key: self.ranks.full(tensor) for key, tensor in tensors.items()}
-        facts: dict[str, Any] = {key: getattr(self, key) for key in _COUNTERS}
+        facts: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in fields(Counters)
+        }
         facts |= {"data": self.position, "identity": self._identity(), "total": self.total}
         facts |= {"scale": vars(self.scale), "rows": self.rows_of_all}
         facts |= {"process": self.process_of_all}
@@ -363,7 +314,7 @@ class Run:
             self.remarks += fallback + check_same_run(out, facts["identity"], self._identity())
             check_tensors(file, tensors, parameters, buffers)  # type: ignore[arg-type]
             self.batches.load_state_dict(facts["data"])
-            for key in _COUNTERS:
+            for key in (field.name for field in fields(Counters)):
                 if not isinstance(facts[key], (int, float)):
                     raise TypeError(f"{key} is {facts[key]!r}")
                 setattr(self, key, facts[key])
