@@ -11,6 +11,7 @@ import pytest
 
 from minilora.cli.arguments import Parser
 from minilora.files import add_flags, flags_of, given, option, read_options, whole
+from minilora.lora.config import AdapterConfig
 from minilora.training.config import TrainConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
@@ -31,19 +32,36 @@ OTHERS = {
 }  # fmt: skip
 
 
-def table():
-    """Return the docs' table of options."""
-    lines = ["| field | flag | default | what it does | may differ |", "|---|---|---|---|---|"]
-    for field in FIELDS:
+def table(options, resumed=False):
+    """Return the docs' table of a dataclass's options."""
+    head = ["field", "flag", "default", "what it does", *["may differ"] * resumed]
+    rows = [head, ["---"] * len(head)]
+    for field in dataclasses.fields(options):
         flags = ", ".join(f"`{flag}`" for flag in flags_of(field))
-        text = field.metadata["help"].replace("|", r"\|")
-        differs = "yes" if field.metadata["may_differ"] else ""
-        lines.append(f"| `{field.name}` | {flags} | `{field.default}` | {text} | {differs} |")
-    return "\n".join(lines) + "\n"
+        differs = ["yes" if field.metadata["may_differ"] else ""] * resumed
+        help = field.metadata["help"].replace("|", r"\|")
+        rows.append([f"`{field.name}`", flags, f"`{field.default}`", help, *differs])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def test_the_docs_have_the_table_of_all_options():
-    assert PAGE.read_text(encoding="utf-8").partition("| field")[1:] == ("| field", table()[7:])
+def tables():
+    return f"{table(TrainConfig, resumed=True)}\n## `[adapter]`\n\n{table(AdapterConfig)}"
+
+
+def test_the_docs_have_the_tables_of_all_options():
+    assert PAGE.read_text(encoding="utf-8").partition("| field")[2] == tables()[7:]
+
+
+def test_the_adapters_options_are_read_as_the_runs(tmp_path):
+    words = "--rank 4 --alpha none --targets q_proj v_proj --layers 0 2 --bias all --lora-bias"
+    values = {"r": 4, "alpha": None, "targets": ["q_proj", "v_proj"], "layers": [0, 2],
+              "bias": "all", "lora_bias": True}  # fmt: skip
+    assert parse(*words.split(), options=AdapterConfig) == values
+    text = '[adapter]\nr = 4\ntargets = "(q|v)_proj"\nrank_pattern = {q_proj = 2}\n'
+    (tmp_path / "run.toml").write_text(text)
+    assert read_options(tmp_path / "run.toml", {"adapter": AdapterConfig})["adapter"] == {
+        "r": 4, "targets": "(q|v)_proj", "rank_pattern": {"q_proj": 2},
+    }  # fmt: skip
 
 
 def parse(*words, options=TrainConfig):
@@ -136,4 +154,4 @@ def test_an_option_is_its_field():
 
 if __name__ == "__main__":
     before = PAGE.read_text(encoding="utf-8").partition("| field")[0]
-    PAGE.write_text(before + table(), encoding="utf-8")
+    PAGE.write_text(before + tables(), encoding="utf-8")

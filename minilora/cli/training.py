@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -12,7 +11,8 @@ import minilora
 from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
 from minilora.data import check_streamed, pack, streamed
-from minilora.files import add_flags, given, number, option, read_options, whole
+from minilora.files import add_flags, given, read_options
+from minilora.lora import AdapterConfig
 from minilora.training import (
     Ranks,
     TrainConfig,
@@ -22,26 +22,6 @@ from minilora.training import (
     sharded,
     torchrun_number,
 )
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What `inject` takes."""
-
-    r: int = option(8, "Rank.", whole(1, 2**16), flags=("--r", "--rank"))
-    alpha: float | None = option(
-        None,
-        "The scaling is alpha / r. None is r.",
-        number("a finite number other than 0", lambda x: x != 0, none=True),
-    )
-    dropout: float = option(0.0, "Dropout.", number("a number in [0, 1)", lambda x: 0 <= x < 1))
-    rslora: bool = option(False, "The scaling is alpha / √r.")
-    targets: tuple[str, ...] | None = option(None, "Default: all linears but the head.")
-    exclude: tuple[str, ...] = option((), "Names of modules to leave out.")
-    dora: bool = option(False, "Train row lengths apart.")
-    init: str = option("kaiming", "kaiming, pissa, olora, …")
-    bias: Literal["none", "all", "lora_only"] = option("none", "Biases to train.")
-    modules_to_save: tuple[str, ...] = option((), "Train whole copies of these.")
 
 
 def _groups(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +102,7 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], TrainConfig]
     tables = {"adapter": AdapterConfig, "train": TrainConfig}
     file = read_options(options.config, tables) if options.config else {}
     adapter, run = (file.get(name, {}) | given(options, kind) for name, kind in tables.items())
+    AdapterConfig(**adapter)  # checks
     if options.dtype == "float32":  # which would else be multiplied in what is fastest here
         run.setdefault("dtype", "float32")
     return adapter, TrainConfig(**run)

@@ -165,10 +165,12 @@ def add_flags(parser: Any, options: type) -> None:
             "help": f"{sentence}{shown}",
         }
         of = _alternatives(hints[field.name])
-        if flags and bool in of:
+        if not flags:
+            continue
+        if bool in of:
             values = [True, False, *(value for value in of if isinstance(value, str))]
             parser.add_argument(*flags, action=_Switch, values=values, **settings)
-        elif flags:
+        else:
             read, nargs, word = _word(of, field.name, _checks(options)[field.name])
             metavar = field.metadata["metavar"] or word
             parser.add_argument(*flags, type=read, nargs=nargs, metavar=metavar, **settings)

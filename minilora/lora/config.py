@@ -3,18 +3,17 @@
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from minilora.files import short
+from minilora.files import check_options, described, option, short
 from minilora.lora.adapter import FROM_WEIGHT, INITS
 from minilora.lora.patterns import compile_ending, nearest, pattern_value
 
 MOST_RANK = 2**16
-BIASES = ("none", "all", "lora_only")
 
 
 def check_rank(r: object, what: str = "r") -> int:
@@ -84,12 +83,6 @@ def _init(value: object, what: str) -> str:
     return str(value)
 
 
-def _bias(value: object, what: str) -> str:
-    if value not in BIASES:
-        raise ValueError(f"{what} must be 'none', 'all' or 'lora_only', found {value!r}")
-    return str(value)
-
-
 def _modules(value: object, what: str) -> list[Any]:
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, Iterable) or isinstance(value, Mapping):
@@ -109,54 +102,40 @@ def _pattern(check: Callable[[object, str], float]) -> Callable[[object, str], d
     return checked
 
 
-def _told(text: str, check: Callable[[Any, str], Any] | None = None) -> dict[str, Any]:
-    return {"help": text, "check": check}
-
-
+@described
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What `inject` is asked for; each value is checked, and brought to one form, when it is made.
+    """Settings of `inject`; each is checked, and brought to one form, when it is made."""
 
-    A field's metadata has its help text.
-
-    Raises:
-        ValueError, TypeError: a value that its option does not take.
-    """
-
-    r: int = field(default=8, metadata=_told("rank, at least 1", check_rank))
-    alpha: float | None = field(
-        default=None, metadata=_told("scaling is alpha / r (default: r)", _alpha)
+    r: int = option(8, "Rank, at least 1.", check_rank, flags=("--r", "--rank"))
+    alpha: float | None = option(None, "Numerator of the scaling, alpha / r. None is r.", _alpha)
+    targets: tuple[str, ...] | str = option(
+        "all-linear", 'Names of modules, or one regex. "all-linear": all linears but the head.'
     )
-    targets: Any = field(
-        default="all-linear", metadata=_told('"all-linear", names of modules, or one regex')
+    exclude: tuple[str, ...] | str = option((), "Names or a regex, taken away from targets.")
+    layers: tuple[int, ...] | None = option(None, "Numbers of the blocks to adapt. None: all.")
+    dropout: float = option(0.0, "Dropout of the branch's input while training.", check_dropout)
+    rslora: bool = option(False, "The scaling is alpha / √r.", _flag)
+    dora: bool = option(False, "Train each row's length apart from its direction (DoRA).", _flag)
+    bias: Literal["none", "all", "lora_only"] = option("none", "Biases to train a copy of.")
+    lora_bias: bool = option(False, "Train a bias on B.", _flag)
+    modules_to_save: tuple[str, ...] | str = option(
+        (), "Modules to train a whole copy of, such as a new head.", _modules
     )
-    exclude: Any = field(default=(), metadata=_told("names or a regex, taken away from targets"))
-    layers: Any = field(default=None, metadata=_told("numbers of the blocks to adapt"))
-    dropout: float = field(
-        default=0.0, metadata=_told("of the branch's input while training", check_dropout)
+    rank_pattern: Any = option(
+        None, "r by regex over the end of a name.", _pattern(check_rank), flags=()
     )
-    rslora: bool = field(default=False, metadata=_told("scaling is alpha / sqrt(r)", _flag))
-    dora: bool = field(default=False, metadata=_told("train row lengths apart", _flag))
-    bias: str = field(
-        default="none", metadata=_told("biases to train a copy of: none, lora_only, all", _bias)
+    alpha_pattern: Any = option(
+        None, "alpha by regex over the end of a name.", _pattern(check_alpha), flags=()
     )
-    lora_bias: bool = field(default=False, metadata=_told("a bias on B", _flag))
-    modules_to_save: Any = field(
-        default=(), metadata=_told("modules to train a whole copy of", _modules)
+    init: str = option(
+        "kaiming",
+        "What the factors start from: kaiming, gaussian, orthogonal, pissa, olora.",
+        _init,
     )
-    rank_pattern: Any = field(
-        default=None, metadata=_told("r by regex over the end of a name", _pattern(check_rank))
-    )
-    alpha_pattern: Any = field(
-        default=None, metadata=_told("alpha by regex over the end of a name", _pattern(check_alpha))
-    )
-    init: str = field(default="kaiming", metadata=_told("what the factors start from", _init))
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if check := option.metadata["check"]:
-                value = check(getattr(self, option.name), option.name)
-                object.__setattr__(self, option.name, value)
+        check_options(self)
         if self.lora_bias and (self.dora or self.init not in ("kaiming", "gaussian")):
             other = "dora=True" if self.dora else f"init={self.init!r}"
             raise ValueError(f"lora_bias=True has no meaning with {other}; leave one of them out")

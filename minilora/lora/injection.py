@@ -211,10 +211,11 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inject() needs an nn.Module, found {type(model).__name__}")
-    config = AdapterConfig(
+    given: tuple[Any, ...] = (
         r, alpha, targets, exclude, layers, dropout, rslora, dora, bias, lora_bias,
         modules_to_save, rank_pattern, alpha_pattern, init,
     )  # fmt: skip
+    config = AdapterConfig(*given)
     check_adapter_name(adapter)
     dtype = as_dtype(dtype)
     compute = None if compute_dtype is None else as_dtype(compute_dtype, "compute_dtype")
@@ -233,7 +234,7 @@ def _made(
 ) -> tuple[dict[str, LoRAAdapter], TrainedCopies]:
     """Check all that depends on the model, then make the factors and copies of a new adapter."""
     names = select_targets(survey, config.targets, config.exclude, config.layers)
-    whole = _modules_to_save(survey, config.modules_to_save)
+    whole = _modules_to_save(survey, list(config.modules_to_save))
     if config.targets == "all-linear":
         saved = set(whole)
         names = [name for name in names if not _inside(name, saved)]
