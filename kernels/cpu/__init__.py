@@ -48,8 +48,8 @@ def has_blocks() -> bool:
     return library is not None and bool(library.minilora_has_blocks())
 
 
-def _require_blocks() -> None:
-    if not has_blocks():
+def _require_blocks(across: bool | None) -> None:
+    if across is not None and not has_blocks():
         raise RuntimeError(
             "products of bytes need a processor with AVX2 and a C compiler, and one is missing "
             "here; install a compiler (or set CC), or dequantize"
@@ -74,8 +74,9 @@ def _check_groups(op: str, K: int, group: int) -> None:
         )
 
 
-def _int8(op: str, x: Tensor, codes: Tensor, scales: Tensor, across: bool = False) -> Tensor:
-    """Check INT8's operands; return an empty y."""
+def _int8(op: str, x: Tensor, codes: Tensor, scales: Tensor, across: bool | None = None) -> Tensor:
+    """Check INT8's operands, for blocks with `across`; return an empty y."""
+    _require_blocks(across)
     N, K = codes.shape[0], codes.shape[-1]
     J, L = (N, K) if across else (K, N)
     M, f32 = x.shape[0], torch.float32
@@ -85,9 +86,10 @@ def _int8(op: str, x: Tensor, codes: Tensor, scales: Tensor, across: bool = Fals
 
 def _int4(
     op: str, x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int,
-    across: bool = False,
+    across: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """Check INT4's operands; return an empty y."""
+    """Check INT4's operands, for blocks with `across`; return an empty y."""
+    _require_blocks(across)
     N, K = packed.shape[0], 2 * packed.shape[-1]
     J, L = (N, K) if across else (K, N)
     M, f32 = x.shape[0], torch.float32
@@ -113,109 +115,25 @@ def _in_torch(x: Tensor, scales: Tensor, decode: Callable[[slice], Tensor]) -> T
     return y.mul_(scales)
 
 
-def _int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    _int8("int8_rows", x, codes, scales)
-    library = native()
-    if library is None:
-        return _in_torch(x, scales, lambda rows: codes[rows].to(torch.float32))
-    return run(library.minilora_int8_rows, x, codes, scales)
-
-
-def _int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
-    _int4("int4_rows", x, packed, steps, scales, group)
-    library = native()
-    if library is not None:
-        return run(library.minilora_int4_rows, x, packed, steps, scales, group=group)
-
-    def decode(rows: slice) -> Tensor:
-        q = torch.cat([packed[rows] & 15, packed[rows] >> 4], dim=1).to(torch.float32) - 8
-        return q.mul_(steps[rows].repeat_interleave(group, dim=1))
-
-    return _in_torch(x, scales, decode)
-
-
-def _int8_blocks_shape(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
-    _require_blocks()
-    return _int8("int8_blocks", x, codes, scales, across)
-
-
-def _int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
-    y = _int8_blocks_shape(x, codes, scales, across)
-    return run_blocks(native(), x, (codes, scales), y, across)
-
-
-def _int4_blocks_shape(
-    x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
-) -> Tensor:
-    _require_blocks()
-    return _int4("int4_blocks", x, packed, steps, scales, group, across)
-
-
-def _int4_blocks(
-    x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
-) -> Tensor:
-    y = _int4_blocks_shape(x, packed, steps, scales, group, across)
-    return run_blocks(native(), x, (packed, steps, scales), y, across, group)
-
-
-def _decode(op: str, out: Tensor, parts: Sequence[Tensor], *sizes: int) -> None:
-    if not out.is_contiguous():
-        raise ValueError(f"{op} takes out without gaps, found strides {list(out.stride())}")
-    library: Any = native()
-    parts = [part.contiguous() for part in parts]
-    getattr(library, f"minilora_{op}")(*(t.data_ptr() for t in (*parts, out)), *sizes)
-
-
-def _nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
-    n, f32 = out.numel(), torch.float32
-    if block < 2 or block % 2:
-        raise ValueError(f"nf4_weights takes even blocks, found blocks of {block}; pass theirs")
-    _check(
-        "nf4_weights",
-        codes=(packed, torch.uint8, (-(-n // 2),)),
-        scales=(absmax, f32, (-(-n // block),)),
-        pairs=(pairs, f32, (256, 2)),
-        out=(out, f32, (n,)),
-    )
-    _decode("nf4_weights", out, (packed, absmax, pairs), n, block)
-
-
-def _int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
-    N, K = packed.shape[0], 2 * packed.shape[-1]
-    _check_groups("int4_weights", K, group)
-    _check(
-        "int4_weights",
-        codes=(packed, torch.uint8, (N, K // 2)),
-        steps=(steps, torch.uint8, (N, K // group)),
-        out=(out, torch.float32, (N, K)),
-    )
-    _decode("int4_weights", out, (packed, steps), N, K, group)
-
-
 _ops = torch.library.Library("minilora", "FRAGMENT")
-# Not a second time: transformers, run in the repository's root, imports this folder as `kernels`.
-if not hasattr(torch.ops.minilora, "int8_rows"):
-    made: tuple[tuple[str, Any, Any], ...] = (
-        ("int8_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor", _int8_rows,
-         functools.partial(_int8, "int8_rows")),
-        ("int4_rows(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group) -> Tensor",
-         _int4_rows, functools.partial(_int4, "int4_rows")),
-        ("nf4_weights(Tensor packed, Tensor absmax, Tensor pairs, int block, Tensor(a!) out) -> ()",
-         _nf4_weights, lambda *_: None),
-        ("int4_weights(Tensor packed, Tensor steps, int group, Tensor(a!) out) -> ()",
-         _int4_weights, lambda *_: None),
-        ("int8_blocks(Tensor x, Tensor codes, Tensor scales, bool across) -> Tensor",
-         _int8_blocks, _int8_blocks_shape),
-        ("int4_blocks(Tensor x, Tensor packed, Tensor steps, Tensor scales, int group, bool across)"
-         " -> Tensor", _int4_blocks, _int4_blocks_shape),
-    )  # fmt: skip
-    for schema, function, shape in made:
-        name = schema.partition("(")[0]
-        _ops.define(schema)
-        _ops.impl(name, function, "CPU")
-        torch.library.register_fake(f"minilora::{name}", shape, lib=_ops)
 
 
+def _operator(shape: Callable[..., Any], writes: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """Make a function torch.ops.minilora's, opaque to compilers, which are told what it returns."""
+
+    def register(function: Any) -> Any:
+        name = function.__name__
+        # Not twice: transformers, run in the repository's root, imports this folder as `kernels`.
+        if not hasattr(torch.ops.minilora, name):
+            _ops.define(name + torch.library.infer_schema(function, mutates_args=writes))
+            _ops.impl(name, function, "CPU")
+            torch.library.register_fake(f"minilora::{name}", shape, lib=_ops)
+        return getattr(torch.ops.minilora, name)
+
+    return register
+
+
+@_operator(functools.partial(_int8, "int8_rows"))
 def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return `x · diag(scales) codesᵀ`, for few rows; not differentiable, works under compile.
 
@@ -231,9 +149,14 @@ def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         TypeError: another dtype.
         ValueError: another shape.
     """
-    return torch.ops.minilora.int8_rows(x, codes, scales)
+    _int8("int8_rows", x, codes, scales)
+    library = native()
+    if library is None:
+        return _in_torch(x, scales, lambda rows: codes[rows].to(torch.float32))
+    return run(library.minilora_int8_rows, x, codes, scales)
 
 
+@_operator(functools.partial(_int4, "int4_rows"))
 def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
     """Return `x Wᵀ` for INT4 storage, otherwise like `int8_rows`.
 
@@ -244,9 +167,19 @@ def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: i
         scales: f32 `[N]`.
         group: weights of a row that share a step.
     """
-    return torch.ops.minilora.int4_rows(x, packed, steps, scales, group)
+    _int4("int4_rows", x, packed, steps, scales, group)
+    library = native()
+    if library is not None:
+        return run(library.minilora_int4_rows, x, packed, steps, scales, group=group)
+
+    def decode(rows: slice) -> Tensor:
+        q = torch.cat([packed[rows] & 15, packed[rows] >> 4], dim=1).to(torch.float32) - 8
+        return q.mul_(steps[rows].repeat_interleave(group, dim=1))
+
+    return _in_torch(x, scales, decode)
 
 
+@_operator(functools.partial(_int8, "int8_blocks"))
 def int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
     """Return `x Wᵀ`, or `x W` with `across`, W = diag(scales) codes, where `has_blocks`.
 
@@ -270,14 +203,17 @@ def int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tenso
         TypeError: another dtype.
         ValueError: another shape.
     """
-    return torch.ops.minilora.int8_blocks(x, codes, scales, across)
+    y = _int8("int8_blocks", x, codes, scales, across)
+    return run_blocks(native(), x, (codes, scales), y, across)
 
 
+@_operator(functools.partial(_int4, "int4_blocks"))
 def int4_blocks(
     x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
 ) -> Tensor:
     """Return the same for INT4 storage, its operands as for `int4_rows`."""
-    return torch.ops.minilora.int4_blocks(x, packed, steps, scales, group, across)
+    y = _int4("int4_blocks", x, packed, steps, scales, group, across)
+    return run_blocks(native(), x, (packed, steps, scales), y, across, group)
 
 
 def can_decode(out: Tensor) -> bool:
@@ -285,6 +221,15 @@ def can_decode(out: Tensor) -> bool:
     return out.device.type == "cpu" and native() is not None
 
 
+def _decode(op: str, out: Tensor, parts: Sequence[Tensor], *sizes: int) -> None:
+    if not out.is_contiguous():
+        raise ValueError(f"{op} takes out without gaps, found strides {list(out.stride())}")
+    library: Any = native()
+    parts = [part.contiguous() for part in parts]
+    getattr(library, f"minilora_{op}")(*(t.data_ptr() for t in (*parts, out)), *sizes)
+
+
+@_operator(lambda *_: None, writes=("out",))
 def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
     """Decode NF4 into `out`, where `can_decode`.
 
@@ -299,9 +244,20 @@ def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: 
         TypeError: operands of another dtype.
         ValueError: operands of another size or layout.
     """
-    torch.ops.minilora.nf4_weights(packed, absmax, pairs, block, out)
+    n, f32 = out.numel(), torch.float32
+    if block < 2 or block % 2:
+        raise ValueError(f"nf4_weights takes even blocks, found blocks of {block}; pass theirs")
+    _check(
+        "nf4_weights",
+        codes=(packed, torch.uint8, (-(-n // 2),)),
+        scales=(absmax, f32, (-(-n // block),)),
+        pairs=(pairs, f32, (256, 2)),
+        out=(out, f32, (n,)),
+    )
+    _decode("nf4_weights", out, (packed, absmax, pairs), n, block)
 
 
+@_operator(lambda *_: None, writes=("out",))
 def int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
     """Decode INT4 into `out` but for the channels' scales, where `can_decode`.
 
@@ -315,4 +271,12 @@ def int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None
         TypeError: operands of another dtype.
         ValueError: operands of another shape or layout.
     """
-    torch.ops.minilora.int4_weights(packed, steps, group, out)
+    N, K = packed.shape[0], 2 * packed.shape[-1]
+    _check_groups("int4_weights", K, group)
+    _check(
+        "int4_weights",
+        codes=(packed, torch.uint8, (N, K // 2)),
+        steps=(steps, torch.uint8, (N, K // group)),
+        out=(out, torch.float32, (N, K)),
+    )
+    _decode("int4_weights", out, (packed, steps), N, K, group)
