@@ -80,24 +80,6 @@ def _everything(folder):
 
 # --- both ways ----------------------------------------------------------------------------------
 
-SHAPES = [
-    {},
-    {"tie_word_embeddings": True},
-    {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
-    {"head_dim": 10, "num_key_value_heads": 1, "vocab_size": 31, "intermediate_size": 17},
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_from_pretrained_reads_what_transformers_writes(tmp_path, shape):
-    theirs = _theirs(**shape)
-    theirs.save_pretrained(tmp_path)
-    ours = read_model(tmp_path)
-    assert not ours.training
-    assert ours.name_or_path == str(tmp_path)
-    with torch.no_grad():
-        _close(ours(_ids()), theirs(_ids()).logits)
-
 
 @pytest.mark.parametrize("mapped", [1, 2**26])
 def test_from_pretrained_reads_shards(monkeypatch, tmp_path, mapped):
@@ -107,47 +89,6 @@ def test_from_pretrained_reads_shards(monkeypatch, tmp_path, mapped):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     with torch.no_grad():
         _close(read_model(tmp_path)(_ids()), theirs(_ids()).logits)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_pretrained_writes_what_transformers_reads(tmp_path, folder, shape, dtype):
-    theirs = _theirs(dtype, **shape, eos_token_id=[2, 3])
-    theirs.save_pretrained(folder)
-    ours = read_model(folder)
-    save_pretrained(ours, tmp_path / "ours")
-    again, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert again.dtype == dtype
-    assert again.generation_config.eos_token_id == [2, 3]
-    wanted = theirs.state_dict()
-    assert again.state_dict().keys() == wanted.keys()
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
-    # Loaded again: `.to(bfloat16)` has also rounded the rotary frequencies of the first one.
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(again(_ids()).logits, theirs(_ids()).logits)
-
-
-def test_save_pretrained_then_from_pretrained_gives_the_same_bits_and_files(tmp_path, folder):
-    save_pretrained(read_model(folder), tmp_path / "a")
-    first = _everything(tmp_path / "a")
-    save_pretrained(read_model(tmp_path / "a"), tmp_path / "b")
-    assert _everything(tmp_path / "b") == first
-    save_pretrained(read_model(tmp_path / "b"), tmp_path / "b")  # over itself
-    assert _everything(tmp_path / "b") == first
-
-
-def test_save_pretrained_keeps_a_head_that_was_untied(tmp_path, folder):
-    _theirs(tie_word_embeddings=True).save_pretrained(folder)
-    ours = read_model(folder)
-    ours.lm_head.weight = nn.Parameter(ours.lm_head.weight.detach() * 2)
-    save_pretrained(ours, tmp_path / "ours")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    with torch.no_grad():
-        _close(again(_ids()).logits, ours(_ids()))
 
 
 def test_save_pretrained_stores_shared_memory_twice_where_the_config_unties(tmp_path, folder):

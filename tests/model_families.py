@@ -1,0 +1,132 @@
+"""Small random models of each family, ours and transformers', for the tests that all have to pass.
+
+A new family is a row of `FAMILIES`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig, Qwen2, Qwen2Config
+
+_DECODER = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_DECODER_SHAPES = {
+    "plain": {},
+    "grouped": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
+    "one_key_head": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "odd_sizes": {"vocab_size": 101, "intermediate_size": 37, "num_hidden_layers": 3},
+    "other_theta_and_eps": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 71.0},
+        "rms_norm_eps": 0.1,
+    },
+}
+_TINY = (29, 16, 20, 2, 4, 2, 4, 32)
+
+
+class Family(NamedTuple):
+    """A family: our class, theirs and its configuration, what to make of it, and a tiny one."""
+
+    ours: Any
+    theirs: Any
+    config: Any
+    base: dict[str, Any]
+    shapes: dict[str, dict[str, Any]]
+    tiny: Any
+
+
+FAMILIES = {
+    "gpt2": Family(
+        GPT2,
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
+        {
+            "plain": {},
+            "one_head": {"n_head": 1},
+            "odd_sizes": {"vocab_size": 101, "n_embd": 35, "n_head": 7, "n_layer": 3},
+            "n_inner": {"n_inner": 37},
+            "untied": {"tie_word_embeddings": False},
+            "unscaled": {"scale_attn_weights": False},
+            "scaled_by_layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+            "only_by_layer": {
+                "scale_attn_by_inverse_layer_idx": True,
+                "scale_attn_weights": False,
+            },
+            "epsilon": {"layer_norm_epsilon": 0.1},
+        },
+        GPT2Config(29, 32, 16, 2, 4),
+    ),
+    "llama": Family(
+        Llama,
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        _DECODER,
+        {
+            **_DECODER_SHAPES,
+            "wide_heads": {"head_dim": 24},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+        },
+        LlamaConfig(*_TINY),
+    ),
+    "qwen2": Family(
+        Qwen2,
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config,
+        _DECODER,
+        _DECODER_SHAPES,
+        Qwen2Config(*_TINY),
+    ),
+}
+
+
+def their_model(family, dtype=torch.float32, **changes):
+    """Return a transformers model whose logits are of order 1 and whose biases are not zero."""
+    torch.manual_seed(0)
+    row = FAMILIES[family]
+    return _shaken(row.theirs(row.config(**{**row.base, **changes})).to(dtype).eval(), 0.2)
+
+
+def our_model(family, theirs):
+    """Return ours with the same weights."""
+    row = FAMILIES[family]
+    config = row.ours.config_class.from_dict(theirs.config.to_dict())
+    model = row.ours(config, dtype=theirs.dtype)
+    model.load_state_dict(theirs.state_dict())
+    return model.eval()
+
+
+def tiny(family, tied=False):
+    """Return a model of ours of 29 words and 2 blocks."""
+    torch.manual_seed(1)
+    row = FAMILIES[family]
+    return _shaken(row.ours(row.tiny.replace(tie_word_embeddings=tied)).eval(), 0.3)
+
+
+def _shaken(model, std):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * std)
+    return model
+
+
+def some_ids(model, batch, tokens):
+    """Return the same ids for every model of a vocabulary."""
+    draw = torch.Generator().manual_seed(2)
+    return torch.randint(0, model.config.vocab_size, (batch, tokens), generator=draw)
+
+
+def assert_close(found, wanted, tolerance=1e-5):
+    """Two f32 computations of the same numbers in another order: relative to the largest value."""
+    assert found.shape == wanted.shape
+    assert found.dtype == wanted.dtype
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()

@@ -1,0 +1,160 @@
+"""Every family, judged by transformers: logits, gradients, text, folders."""
+
+import pytest
+import torch
+from model_families import FAMILIES, assert_close, our_model, some_ids, their_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import minilora
+from minilora.loading.model import read_model
+from minilora.loading.saving import save_pretrained
+
+pytestmark = pytest.mark.peers
+
+SHAPES = [(family, shape) for family, row in FAMILIES.items() for shape in row.shapes]
+
+
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_forward_equals_transformers(family, shape):
+    theirs = their_model(family, **FAMILIES[family].shapes[shape])
+    ours = our_model(family, theirs)
+    ids = some_ids(ours, 3, 11)
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        assert wanted.abs().max() > 0.5
+        assert_close(ours(ids), wanted)
+        assert_close(ours(ids, last=2), wanted[:, -2:])
+        assert (ours(ids.flip(1)) - wanted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_loss_and_every_gradient_equal_transformers(family, shape):
+    theirs = their_model(family, **FAMILIES[family].shapes[shape])
+    ours = our_model(family, theirs)
+    ids = some_ids(ours, 3, 9)
+    labels = ids.clone()
+    labels[0, :5] = labels[2, 3:] = -100  # ragged: a mean of means would show
+    wanted, found = theirs(ids, labels=labels).loss, ours.loss(ids, labels)
+    assert_close(found, wanted)
+    wanted.backward()
+    found.backward()
+    gradients = dict(ours.named_parameters())
+    assert gradients.keys() == dict(theirs.named_parameters()).keys()
+    for name, parameter in theirs.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        assert_close(gradients[name].grad, parameter.grad, 2e-5)  # sums in another order
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_with_positions_equals_transformers(family):
+    theirs = their_model(family)
+    ours = our_model(family, theirs)
+    ids = some_ids(ours, 2, 6)
+    positions = torch.tensor([[3, 4, 5, 9, 10, 11], [0, 1, 7, 8, 20, 63]])
+    with torch.no_grad():
+        wanted = theirs(ids, position_ids=positions).logits
+        assert_close(ours(ids, positions=positions), wanted)
+        assert_close(ours(ids, positions=positions.to(torch.int16)), wanted)
+        one = theirs(ids, position_ids=positions[:1].expand(2, -1)).logits
+        assert_close(ours(ids, positions=positions[0]), one)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_in_bf16_is_as_exact_as_transformers(tmp_path, family):
+    theirs = their_model(family)
+    ours = our_model(family, theirs)
+    ids = some_ids(ours, 4, 16)
+    theirs.save_pretrained(tmp_path)  # `.bfloat16()` would round the rotary frequencies, too
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = ours(ids).double()
+        found, wanted = ours.bfloat16()(ids), theirs(ids).logits
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).pow(2).mean() <= 1.1**2 * (wanted - exact).pow(2).mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_transformers_token_for_token(family):
+    """Rows of unequal length, so padded on the left, against one row at a time."""
+    theirs = their_model(family, tie_word_embeddings=False)
+    ours = our_model(family, theirs)
+    prompts = [some_ids(ours, 1, n)[0].tolist() for n in (7, 1, 4)]
+    found = minilora.generate(ours, prompts, max_new_tokens=30)
+    for prompt, new in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert new == wanted[0, len(prompt) :].tolist()
+        assert len(set(new)) > 3  # not one token over and over
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_pretrained_and_transformers_read_each_other(tmp_path, family, dtype, tied):
+    theirs = their_model(family, dtype, tie_word_embeddings=tied, eos_token_id=[2, 3])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = read_model(tmp_path / "theirs")
+    assert type(ours) is FAMILIES[family].ours
+    assert not ours.training
+    assert ours.name_or_path == str(tmp_path / "theirs")
+    save_pretrained(ours, tmp_path / "ours")
+    again, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(again) is type(theirs)
+    assert again.dtype == dtype
+    assert again.generation_config.eos_token_id == [2, 3]
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    again.save_pretrained(tmp_path / "back")
+    back = read_model(tmp_path / "back")
+    assert (back.lm_head.weight is back.get_input_embeddings().weight) == tied
+    assert back.config == ours.config
+    wanted = theirs.state_dict()
+    for found in (ours.state_dict(), again.state_dict(), back.state_dict()):
+        assert found.keys() == wanted.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, wanted[name]), name
+    if dtype == torch.float32:
+        with torch.no_grad():
+            assert_close(ours(some_ids(ours, 2, 9)), again(some_ids(ours, 2, 9)).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_pretrained_gives_the_same_files_again(tmp_path, family):
+    def everything(folder):
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    their_model(family).save_pretrained(tmp_path / "theirs")
+    save_pretrained(read_model(tmp_path / "theirs"), tmp_path / "a")
+    first = everything(tmp_path / "a")
+    save_pretrained(read_model(tmp_path / "a"), tmp_path / "b")
+    assert everything(tmp_path / "b") == first
+    save_pretrained(read_model(tmp_path / "b"), tmp_path / "b")  # over itself
+    assert everything(tmp_path / "b") == first
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_pretrained_keeps_a_head_that_was_untied(tmp_path, family):
+    their_model(family, tie_word_embeddings=True).save_pretrained(tmp_path / "theirs")
+    ours = read_model(tmp_path / "theirs")
+    ours.lm_head.weight = nn.Parameter(ours.lm_head.weight.detach() * 2)
+    save_pretrained(ours, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    ids = some_ids(ours, 2, 9)
+    with torch.no_grad():
+        assert_close(again(ids).logits, ours(ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_trained_over_quantized_layers(family):
+    model = our_model(family, their_model(family))
+    minilora.inject(minilora.quantize(model, "int8"), r=2)
+    rows = [{"input_ids": row, "labels": row} for row in some_ids(model, 4, 9).tolist()]
+    before = minilora.evaluate(model, rows).loss
+    minilora.fit(model, rows, config=minilora.TrainConfig(max_steps=5, lr=1e-2), quiet=True)
+    assert minilora.evaluate(model, rows).loss < before
