@@ -184,16 +184,16 @@ class Base:
             or torch_module._has_any_global_hook()
         ):
             return None
-        key: list[object] = []
+        # How a quantized layer multiplies depends on its spec and, by few rows, on the mode.
+        key = [module.training or torch.is_grad_enabled(), module.__dict__.get("spec")]
         for tensor in module._parameters.values():
-            if tensor is not None and (
-                type(tensor) not in (nn.Parameter, Tensor, FakeTensor) or tensor.requires_grad
-            ):
+            if tensor is None:
+                continue
+            if type(tensor) not in (nn.Parameter, Tensor, FakeTensor) or tensor.requires_grad:
                 return None
-            key.append(id(tensor))  # what was made holds the tensor: no other has its id
+            key += [id(tensor), tensor.device]  # what was made holds it: no other has its id
         if torch.compiler.is_compiling():
             return self._make()
-        key += self._ways()
         if self._made is None or self._made[0] != key:
             self._made = key, self._make()
         return self._made[1]
@@ -209,10 +209,6 @@ class Base:
         if frozen is None or not is_slow(dtype) or not (autocast or self.dtype == dtype):
             return self.type.forward(self.module, x)
         return frozen_product(x.to(dtype), frozen)
-
-    def _ways(self) -> tuple[object, ...]:
-        """Return what the products depend on besides the parameters."""
-        return ()
 
     def _make(self) -> FrozenLinear:
         raise NotImplementedError
@@ -274,11 +270,6 @@ class Quantized(Base):
     def values(self) -> Tensor:
         """Return the decoded weight in the layout that the plain layer had."""
         return self.as_weight(self.module.weight)
-
-    def _ways(self) -> tuple[object, ...]:
-        module = self.module
-        few = not (module.training or torch.is_grad_enabled())
-        return few, module._parameters["codes"].device, module.spec
 
     def _make(self) -> FrozenLinear:
         return self.module.frozen()

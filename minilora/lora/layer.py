@@ -96,13 +96,6 @@ class LoRALayer(nn.Module):
             del self.adapters[name]
         self.activate([other for other in self.active if other != name])
 
-    def rename(self, name: str, new: str) -> None:
-        """Give an adapter another name; its place among the others stays."""
-        renamed = {new if n == name else n: adapter for n, adapter in self.adapters.items()}
-        self.adapters.clear()
-        self.adapters.update(renamed)
-        self.active = tuple(new if n == name else n for n in self.active)
-
     def activate(self, names: Sequence[str]) -> None:
         """Make exactly these adapters, as far as they are on this layer, the active ones."""
         self.active = tuple(name for name in names if name in self.adapters)
@@ -166,7 +159,8 @@ class LoRALayer(nn.Module):
 
     def kept(self) -> list[Tensor]:
         """Return the tensors that routes keep to restore the layer."""
-        return [tensor for route in self.routes() for tensor in route.kept_tensors()]
+        kept = [route.kept for route in self.routes() if route.kept is not None]
+        return [tensor for one in kept for tensor in one.tensors()]
 
     @property
     def stored(self) -> str:
@@ -214,7 +208,8 @@ class LoRALayer(nn.Module):
             return route.forward(self, x)
         if not active:
             return self.base(x)
-        adapters, training = [self.adapters[name] for name in active], self.training
+        held: Any = self._modules["adapters"]  # past two `__getattr__`
+        adapters, training = [held._modules[name] for name in active], self.training
         pairs, scaled = [], []
         for adapter in adapters:
             if adapter.magnitude is None:
@@ -296,7 +291,7 @@ class LoRALayer(nn.Module):
 
     def note(self, path: str, x: Tensor) -> None:
         """Note the path taken, if there is something to compute."""
-        if not torch.compiler.is_compiling() and x.numel():
+        if not torch.compiler.is_compiling() and self.last_path != path and x.numel():
             self.last_path = path
 
     # ── copies, moves and state dicts ──
@@ -353,18 +348,10 @@ def choose_path(
     autocast: bool,
     compute_dtype: torch.dtype | None,
 ) -> str:
-    """Return `"fused"` or `"triton"` where one step owns both products, else `"general"`.
+    """Return `"fused"` or `"triton"` where one step can own both products, else `"general"`.
 
-    The fused step computes base and branch in one dtype and with one mask; the general path calls
-    the base, whatever it is, and adds to its output.
-
-    Args:
-        backend: the layer's.
-        frozen: the base's products, None where only calling it is right.
-        pairs: what is added.
-        dtype: of the input, or autocast's.
-        autocast: whether it is autocast's.
-        compute_dtype: of the branch, None for the input's.
+    That step computes base and branch in one dtype (`dtype`: the input's, or autocast's) and with
+    one mask; the general path calls the base, whatever it is, and adds to its output.
     """
     if frozen is None or compute_dtype not in (None, dtype):
         return "general"

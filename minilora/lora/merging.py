@@ -1,8 +1,7 @@
 """Merging adapters into base weights, and taking that back to the very bits."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,8 +154,11 @@ def merge(
                 if (n, key) not in apart
             })  # fmt: skip
         if sample is not None and errors:
-            with _active(layers, plan):
+            with survey.switched():  # exactly what is merged adds to the output
+                for name, layer in layers.items():
+                    layer.activate(plan.get(name, ()))
                 outputs = _outputs(model, sample)
+            survey.install(names)
     except BaseException:
         survey.install(before)
         raise
@@ -226,19 +228,6 @@ def _refuse_losses(errors: list[MergedLayer], tolerance: float | None) -> None:
             f"{len(errors)} layers are above); use mode='dequantize', or pass "
             f"tolerance=None to merge all the same"
         )
-
-
-@contextmanager
-def _active(layers: dict[str, LoRALayer], plan: dict[str, tuple[str, ...]]) -> Iterator[None]:
-    """Within the block exactly the adapters to be merged add to the output."""
-    before = {name: layer.active for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.activate(plan.get(name, ()))
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.activate(before[name])
 
 
 def _outputs(model: nn.Module, sample: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class Route:
         rows: an adapter per row of the batch, or None for the base.
         room: the rank that a slot holds.
         sample, stored: a sample of the unmerged weight, and how that is stored.
+        kept: what `unmerge` puts back, see `originals.py`.
         ends: whether a block ends it, so that a copy made meanwhile must not have it.
     """
 
@@ -31,6 +32,7 @@ class Route:
     room: int | None = None
     sample: Tensor | None = None
     stored: str | None = None
+    kept: Any = None
     ends = False
 
     def forward(self, layer: "LoRALayer", x: Tensor) -> Tensor:
@@ -39,10 +41,6 @@ class Route:
 
     def refill(self, layer: "LoRALayer") -> None:
         """Follow a change of the active adapters or of their values."""
-
-    def kept_tensors(self) -> list[Tensor]:
-        """Return what is kept to restore the layer."""
-        return []
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a move or cast of the layer."""
@@ -53,8 +51,7 @@ class Merged(Route):
 
     Args:
         names: the adapters.
-        kept: what `unmerge` puts back, see `merging.py`; None if nothing was kept.
-        sample, stored: as for `Route`.
+        kept, sample, stored: as for `Route`.
     """
 
     def __init__(
@@ -74,10 +71,6 @@ class Merged(Route):
             f"weight and would get no gradient; call minilora.unmerge(model)",
         )
         return layer.base(x)
-
-    def kept_tensors(self) -> list[Tensor]:
-        """Return what `unmerge` would put back from memory, and what the base has."""
-        return [] if self.kept is None else self.kept.tensors()
 
 
 class Slot(Route):

@@ -10,12 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.lora import (
-    active_adapters,
-    is_copy,
-    lora_layers,
-    write_pretrained_by,
-)
+from minilora.lora import active_adapters, is_copy, lora_layers, write_pretrained_by
 from minilora.peft.saving import save_adapter
 from minilora.quantization import quantized_layers
 

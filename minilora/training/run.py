@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from minilora.data import Batches, Stream
 from minilora.files import UnwritableError
-from minilora.lora import (
-    active_adapters,
-    copies_of,
-    describe,
-    frozen_values,
-    require_layers,
-)
+from minilora.lora import active_adapters, copies_of, describe, frozen_values, require_layers
 from minilora.peft import config_of, fingerprint, save_adapter
 from minilora.quantization import quantized_layers
 from minilora.running import Evaluation, Loss, device_of, settle_compile, token_loss
