@@ -53,7 +53,7 @@ class FrozenLinear(NamedTuple):
 
 
 def _like(weight: Tensor, x: Tensor) -> Tensor:
-    """Return a weight in x's dtype; a cast one is lent, see `workspace`."""
+    """Return a weight in x's dtype; a cast one lies in the `workspace`."""
     if weight.dtype == x.dtype:
         return weight
     return workspace(weight.shape, x.dtype, weight.device).copy_(weight)

@@ -20,20 +20,20 @@ def is_traced(x: Tensor) -> bool:
 
 
 def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor of this shape; on a CPU it is lent.
+    """Return an uninitialised tensor of this shape; on a CPU a reused one.
 
-    A lent one is valid until the next call with this dtype in this thread: fresh pages cost more
+    A reused one is valid until the next call with this dtype in this thread: fresh pages cost more
     than decoding into them, so one buffer a dtype, as large as the largest matrix asked for, stays
     behind. CUDA's caching allocator reuses memory by itself, and a traced graph plans its own.
-    Where a gradient is recorded (second derivatives), the result is kept, so it is not lent.
+    Where a gradient is recorded (second derivatives), the result is kept, so it is a new one.
     """
     if device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return torch.empty(shape, dtype=dtype, device=device)
-    return lent(shape.numel(), dtype, device).view(shape)
+    return reused(shape.numel(), dtype, device).view(shape)
 
 
-def lent(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised `[count]` on a CPU, lent as `workspace`'s are and from the same."""
+def reused(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised `[count]` on a CPU, from the same buffers as `workspace`'s."""
     if torch._C._get_dispatch_mode(_FAKE) is not None:  # nothing fake may stay behind
         return torch.empty(count, dtype=dtype, device=device)
     held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})

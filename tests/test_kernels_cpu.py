@@ -1,6 +1,7 @@
 """The products in C for few rows: against float64, built once, and done without."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,19 @@ def built(folder, plain=False):
         cpu.library.build(folder, c, ("-DPLAIN",) if plain else ()) for c in cpu.library.compilers()
     ]
     return next(library for library in found if library is not None)
+
+
+@pytest.fixture(scope="module")
+def put(tmp_path_factory):
+    """Put a library that was built once into folders, as if it had been built there."""
+    built(tmp_path_factory.mktemp("once") / "built")
+    (file,) = tmp_path_factory.getbasetemp().glob("once*/built/*.so")
+
+    def put(folder):
+        private_folder(folder)
+        return Path(shutil.copy2(file, folder / file.name))
+
+    return put
 
 
 @pytest.fixture(scope="module", params=["this processor", "any processor"])
@@ -423,18 +437,18 @@ def test_blocks_write_nothing_beside_their_result(monkeypatch):
     """Result and working memory end where they should, in every shape of rest."""
     guarded = []
 
-    def lent(count, dtype, device):
+    def reused(count, dtype, device):
         guarded.append(torch.full((count + 64,), 7, dtype=dtype))
         return guarded[-1][:count]
 
-    monkeypatch.setattr(cpu, "lent", lent)
+    monkeypatch.setattr(cpu, "reused", reused)
     for M, N, K in ((1, 1, 2), (4, 17, 66), (7, 31, 126)):
         for across in (False, True):
             x, packed, steps, scales = int4_operands(M, N, K, 2)
             x = torch.randn(M, N) if across else x
             J, L = (N, K) if across else (K, N)
             whole = torch.full((M + 2, L), 7.0)
-            work = lent(cpu.native().minilora_blocks_bytes(M, J, L, 1), torch.uint8, None)
+            work = reused(cpu.native().minilora_blocks_bytes(M, J, L, 1), torch.uint8, None)
             parts = (x, packed, steps, scales, whole[1:], work)
             cpu.native().minilora_int4_blocks(*(t.data_ptr() for t in parts), M, J, L, across, 2)
             assert (whole[[0, -1]] == 7).all()
@@ -508,36 +522,35 @@ def test_a_library_is_built_once_and_again_when_it_is_torn(tmp_path, monkeypatch
 
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners here")
-def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path):
-    assert built(tmp_path / "new") is not None
-    (file,) = (tmp_path / "new").iterdir()
+def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path, put):
+    file = put(tmp_path / "new")
     assert file.stat().st_mode & 0o777 == 0o700
     assert file.parent.stat().st_mode & 0o777 == 0o700
-    for place in (file, file.parent):
-        before = place.stat().st_mode
-        place.chmod(0o777)
+    for path in (file, file.parent):
+        before = path.stat().st_mode
+        path.chmod(0o777)
         assert cpu.library._open(file) is None
-        place.chmod(before)
+        path.chmod(before)
     assert cpu.library._open(file) is not None
 
 
 @needs_compiler
-def test_it_brings_no_second_openmp(tmp_path):
+def test_it_brings_no_second_openmp(tmp_path, put):
     """Two would start twice as many threads as there are cores, waiting for each other."""
-    built(tmp_path)
-    (file,) = tmp_path.glob("*.so")
-    assert b"GOMP_parallel" in file.read_bytes() and b"libgomp" not in file.read_bytes()
+    code = put(tmp_path).read_bytes()
+    assert b"GOMP_parallel" in code and b"libgomp" not in code
 
 
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners here")
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
-def test_a_library_below_a_folder_that_others_can_change_is_not_loaded(tmp_path, monkeypatch, mode):
+def test_a_library_below_a_folder_that_others_can_change_is_not_loaded(
+    tmp_path, monkeypatch, put, mode
+):
     """Another user could swap the folder after the check; in a sticky one nobody can."""
     shared = tmp_path / "shared"
     folder = shared / "minilora" / "kernels"
-    assert built(folder) is not None
-    (file,) = folder.iterdir()
+    file = put(folder)
     shared.chmod(mode)
     assert (cpu.library._open(file) is None) == (not mode & 0o1000)
     made = cpu.library.build(folder, cpu.library.compilers()[0])
@@ -552,10 +565,9 @@ def test_a_library_below_a_folder_that_others_can_change_is_not_loaded(tmp_path,
 
 @needs_compiler
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc here")
-def test_the_file_that_was_checked_is_the_one_that_is_loaded(tmp_path, monkeypatch):
+def test_the_file_that_was_checked_is_the_one_that_is_loaded(tmp_path, monkeypatch, put):
     """Whatever lies under the name when it is loaded."""
-    assert built(tmp_path / "new") is not None
-    (file,) = (tmp_path / "new").iterdir()
+    file = put(tmp_path / "new")
     planted, check = tmp_path / "planted", os.fstat
     planted.write_text("not a library")
 

@@ -1,4 +1,4 @@
-"""Memory used again: lent buffers, and what the C library keeps of what was freed."""
+"""Memory used again: the buffers of decoded weights, and what the C library keeps when freed."""
 
 import sys
 from pathlib import Path

@@ -202,7 +202,7 @@ def test_samples_stand_for_all():
 
 
 def test_nothing_of_the_count_stays():
-    """Neither in the model nor in the buffers that decoded weights are lent."""
+    """Neither in the model nor in the buffers that weights are decoded into."""
     model = minilora.inject(minilora.quantize(Llama(SMALL["llama"]), "nf4"), r=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     SavedBytes(model)

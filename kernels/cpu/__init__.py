@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..workspace import lent
+from ..workspace import reused
 from .library import native
 
 _PANEL = 2**20  # weights decoded at a time where nothing is compiled
@@ -34,7 +34,7 @@ def run_blocks(
     x, parts = x.contiguous(), [part.contiguous() for part in parts]
     if not y.numel() or not J:
         return y.zero_()
-    work = lent(library.minilora_blocks_bytes(M, J, L, bool(group)), torch.uint8, x.device)
+    work = reused(library.minilora_blocks_bytes(M, J, L, bool(group)), torch.uint8, x.device)
     pointers = [tensor.data_ptr() for tensor in (x, *parts, y, work)]
     name = "int4_blocks" if group else "int8_blocks"
     getattr(library, f"minilora_{name}")(*pointers, M, J, L, across, *group)
