@@ -23,16 +23,16 @@ IDS = torch.arange(20).view(2, 10)
 class FP8(Format):
     """A scale for each row; stored as bytes, so that no cast of a module reaches them."""
 
-    def layout(self, options, N, K):
+    def layout(self, spec, N, K):
         return {"codes": ((N, K), torch.uint8), "scale_bits": ((N,), torch.int32)}
 
-    def encode(self, weight, options):
+    def encode(self, weight, spec):
         wide = weight.float()
         scales = wide.abs().amax(1).div(448).clamp(min=1e-37)
         codes = (wide / scales[:, None]).to(torch.float8_e4m3fn)
         return {"codes": codes.view(torch.uint8), "scale_bits": bits_of(scales)}
 
-    def decode(self, parts, options, shape, dtype):
+    def decode(self, parts, spec, shape, dtype):
         codes, bits = parts
         values = codes.view(torch.float8_e4m3fn).float() * scales_from_bits(bits)[:, None]
         return values.to(dtype)

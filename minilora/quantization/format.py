@@ -34,22 +34,22 @@ class Format:
     integer = False
     shown: tuple[str, ...] = ()
 
-    def problem(self, options: "Quantization", N: int, K: int) -> str | None:
+    def problem(self, spec: "Quantization", N: int, K: int) -> str | None:
         """Return why a weight `[N, K]` can't be stored so, or None."""
         return None
 
-    def layout(self, options: "Quantization", N: int, K: int) -> Layout:
+    def layout(self, spec: "Quantization", N: int, K: int) -> Layout:
         """Return shape and dtype of the parts that store a weight, in the order they are kept."""
         raise NotImplementedError
 
-    def encode(self, weight: Tensor, options: "Quantization") -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, spec: "Quantization") -> dict[str, Tensor]:
         """Quantize `[N, K]` of any floating dtype and strides; the parts may have any shape."""
         raise NotImplementedError
 
     def decode(
         self,
         parts: tuple[Tensor, ...],
-        options: "Quantization",
+        spec: "Quantization",
         shape: torch.Size,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -57,7 +57,7 @@ class Format:
         raise NotImplementedError
 
     def products(
-        self, options: "Quantization", N: int, K: int, forward: str, backward: str, few: bool
+        self, spec: "Quantization", N: int, K: int, forward: str, backward: str, few: bool
     ) -> Products:
         """Return how to multiply by it: functions of x or grad_out, the parts and the bias.
 
@@ -65,13 +65,13 @@ class Format:
         `kernels.integer_products`; they mean nothing to a format that is not `integer`.
         """
         shape = torch.Size((N, K))
-        return decoded_products(lambda like, *parts: self.decode(parts, options, shape, like.dtype))
+        return decoded_products(lambda like, *parts: self.decode(parts, spec, shape, like.dtype))
 
     def damage(self, name: str, part: Tensor) -> str | None:
         """Return why a part's values can't be what `encode` wrote, or None; scales are checked."""
         return None
 
-    def workspace_bytes(self, options: "Quantization", weights: int) -> int:
+    def workspace_bytes(self, spec: "Quantization", weights: int) -> int:
         """Return the bytes needed to decode a matrix, beside the decoded values themselves."""
         return 0
 

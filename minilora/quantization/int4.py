@@ -16,36 +16,36 @@ class INT4(Format):
     integer = True
     shown = ("block_size", "compute", "grad_compute")
 
-    def problem(self, options, N, K):
+    def problem(self, spec, N, K):
         """Groups must divide a row."""
-        if K % options.block_size == 0:
+        if K % spec.block_size == 0:
             return None
         fits = [group for group in self.block_sizes if K % group == 0]
         advice = f"pass block_size={fits[-1]}" if fits else "use 'nf4' or 'int8' for it"
-        return f"has {K} inputs, which groups of {options.block_size} do not divide; {advice}"
+        return f"has {K} inputs, which groups of {spec.block_size} do not divide; {advice}"
 
-    def layout(self, options, N, K):
+    def layout(self, spec, N, K):
         """Two codes a byte, a step for each group, a scale for each row."""
         return {
             "codes": ((N, K // 2), torch.uint8),
-            "steps": ((N, K // options.block_size), torch.uint8),
+            "steps": ((N, K // spec.block_size), torch.uint8),
             "scale_bits": ((N,), torch.int32),
         }
 
-    def encode(self, weight, options):
+    def encode(self, weight, spec):
         """Search the best step of each group."""
-        parts = [_encode(panel.to(torch.float32), options.block_size) for panel in panels(weight)]
+        parts = [_encode(panel.to(torch.float32), spec.block_size) for panel in panels(weight)]
         codes, steps, channel = (torch.cat(column) for column in zip(*parts, strict=True))
         return {"codes": codes, "steps": steps, "scale_bits": bits_of(channel)}
 
-    def decode(self, parts, options, shape, dtype):
+    def decode(self, parts, spec, shape, dtype):
         """Widen to INT8's codes, then multiply by scales."""
         packed, steps, bits = parts
         return int8_decode(int4_codes(packed, steps), bits, dtype)
 
-    def products(self, options, N, K, forward, backward, few):
+    def products(self, spec, N, K, forward, backward, few):
         """Multiply as INT8 does, once widened to its codes."""
-        return integer_products(INT4_CODES, forward, backward, options.outliers, few)
+        return integer_products(INT4_CODES, forward, backward, spec.outliers, few)
 
     def damage(self, name, part):
         """Find steps that are never written."""
@@ -53,7 +53,7 @@ class INT4(Format):
             return f"must have steps of 1 to 18, found {int(part.min())} to {int(part.max())}"
         return None
 
-    def workspace_bytes(self, options, weights):
+    def workspace_bytes(self, spec, weights):
         """INT8's codes."""
         return weights
 

@@ -12,23 +12,23 @@ class INT8(Format):
     integer = True
     shown = ("compute", "grad_compute")
 
-    def layout(self, options, N, K):
+    def layout(self, spec, N, K):
         """Codes `[N, K]` and a scale for each row."""
         return {"codes": ((N, K), torch.int8), "scale_bits": ((N,), torch.int32)}
 
-    def encode(self, weight, options):
+    def encode(self, weight, spec):
         """Quantize each row by its largest magnitude."""
         parts = [quantize_rows(panel.to(torch.float32)) for panel in panels(weight)]
         codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
         return {"codes": codes, "scale_bits": bits_of(scales)}
 
-    def decode(self, parts, options, shape, dtype):
+    def decode(self, parts, spec, shape, dtype):
         """Multiply codes by scales."""
         return int8_decode(*parts, dtype)
 
-    def products(self, options, N, K, forward, backward, few):
+    def products(self, spec, N, K, forward, backward, few):
         """Multiply integers, or the codes cast to floats."""
-        return integer_products(INT8_CODES, forward, backward, options.outliers, few)
+        return integer_products(INT8_CODES, forward, backward, spec.outliers, few)
 
     def damage(self, name, part):
         """Find the code that is never written."""

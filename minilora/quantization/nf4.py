@@ -20,13 +20,13 @@ class NF4(Format):
     block_sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes has
     shown = ("block_size", "double_quant")
 
-    def layout(self, options, N, K):
+    def layout(self, spec, N, K):
         """Two codes a byte, and a scale for each block of the line that the matrix is."""
-        block = options.block_size
+        block = spec.block_size
         blocks = -(-N * K // block)
         scales = (blocks,) if K % block else (N, K // block)
         codes = (-(-N * K // 2),) if K % 2 else (N, K // 2)
-        if not options.double_quant:
+        if not spec.double_quant:
             return {"codes": (codes, torch.uint8), "absmax_bits": (scales, torch.int32)}
         return {
             "codes": (codes, torch.uint8),
@@ -35,10 +35,10 @@ class NF4(Format):
             "offset_bits": ((1,), torch.int32),
         }
 
-    def encode(self, weight, options):
+    def encode(self, weight, spec):
         """Take the nearest quantile of each weight over its block's largest magnitude."""
         table = torch.tensor(NF4_TABLE, device=weight.device)
-        block = options.block_size
+        block = spec.block_size
         # Panels have to end where a block and a byte do, the last one apart.
         aligned = 2 * block // math.gcd(2 * block, weight.shape[1])
         packed, scales = [], []
@@ -49,7 +49,7 @@ class NF4(Format):
             packed.append(codes[::2] << 4 | codes[1::2])
             scales.append(absmax)
         absmax = torch.cat(scales)
-        if not options.double_quant:
+        if not spec.double_quant:
             return {"codes": torch.cat(packed), "absmax_bits": bits_of(absmax)}
         offset = absmax.mean()
         second, absmax2 = _second(absmax - offset)
@@ -60,18 +60,18 @@ class NF4(Format):
             "offset_bits": bits_of(offset[None]),
         }
 
-    def decode(self, parts, options, shape, dtype):
+    def decode(self, parts, spec, shape, dtype):
         """Look up the codes and multiply by scales."""
         out = torch.empty(shape, dtype=dtype, device=parts[0].device)
-        return nf4_decode(parts, options.block_size, out)
+        return nf4_decode(parts, spec.block_size, out)
 
-    def products(self, options, N, K, forward, backward, few):
+    def products(self, spec, N, K, forward, backward, few):
         """Decode in x's dtype, then multiply."""
-        return nf4_products(N, K, options.block_size)
+        return nf4_products(N, K, spec.block_size)
 
-    def workspace_bytes(self, options, weights):
+    def workspace_bytes(self, spec, weights):
         """Scales in f32, twice, and what they are made from."""
-        return 3 * 4 * weights // options.block_size
+        return 3 * 4 * weights // spec.block_size
 
 
 def _blockwise(line: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
