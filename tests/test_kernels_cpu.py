@@ -62,8 +62,9 @@ def built(folder, plain=False):
 @pytest.fixture(scope="module")
 def put(tmp_path_factory):
     """Put a library that was built once into folders, as if it had been built there."""
-    built(tmp_path_factory.mktemp("once") / "built")
-    (file,) = tmp_path_factory.getbasetemp().glob("once*/built/*.so")
+    once = tmp_path_factory.mktemp("once") / "built"
+    built(once)
+    (file,) = once.glob("*.so")
 
     def put(folder):
         private_folder(folder)
