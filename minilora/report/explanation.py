@@ -194,46 +194,48 @@ LAYER_HEADER = (
 )  # fmt: skip
 
 
-def measured_line(what: str, found: Measured) -> str:
+def measured_line(what: str, loss: Measured) -> str:
     """Write a loss before and after with its uncertainty."""
     return (
-        f"{what}: loss {found.before:.4f} → {found.after:.4f} "
-        f"({signed(found.change, found.error)}) over {found.tokens} tokens"
+        f"{what}: loss {loss.before:.4f} → {loss.after:.4f} "
+        f"({signed(loss.change, loss.error)}) over {loss.tokens} tokens"
     )
 
 
-def verdicts(found: Explanation) -> list[str]:
+def verdicts(explained: Explanation) -> list[str]:
     """Put into words what the figures mean, as far as they are there."""
     lines = []
-    top = max(found.layers, key=lambda layer: layer.relative)
-    middle = statistics.median(layer.relative for layer in found.layers)
+    top = max(explained.layers, key=lambda layer: layer.relative)
+    middle = statistics.median(layer.relative for layer in explained.layers)
     lines.append(
-        f"{len(found.layers)} layers changed by {percent(middle)} of their norm (median), most "
+        f"{len(explained.layers)} layers changed by {percent(middle)} of their norm (median), most "
         f"{top.name} ({percent(top.relative)})"
     )
-    if found.intruders is not None:
-        lines.append("intruder dimensions: {}, {}".format(*found.intruders))
+    if explained.intruders is not None:
+        lines.append("intruder dimensions: {}, {}".format(*explained.intruders))
     cut = "ranks {} → {} in all keep {} of every layer's energy; error {}"
-    lines.append(cut.format(*found.ranks, percent(found.keep), percent(found.predicted_error)))
-    shares = ", ".join(percent(share) for share in median_energy(found.layers))
+    lines.append(
+        cut.format(*explained.ranks, percent(explained.keep), percent(explained.predicted_error))
+    )
+    shares = ", ".join(percent(share) for share in median_energy(explained.layers))
     lines.append(f"energy that the median layer keeps at rank 1, 2, …: {shares}")
-    if found.copies:
-        lines.append(f"and trained copies of {len(found.copies)} base parameters")
-    behaviour = found.behaviour
+    if explained.copies:
+        lines.append(f"and trained copies of {len(explained.copies)} base parameters")
+    behaviour = explained.behaviour
     if behaviour is not None:
         lines.append(measured_line("held-out data", behaviour.loss))
         if behaviour.truncated is not None:
             lines.append(f"held-out loss at the suggested ranks: {behaviour.truncated:.4f}")
         lines.append(f"{percent(behaviour.better)} of the tokens got likelier")
-    if found.gap is not None:
-        word = "over-fitted" if found.gap.overfitted else "not over-fitted"
+    if explained.gap is not None:
+        word = "over-fitted" if explained.gap.overfitted else "not over-fitted"
         lines.append(
             f"{word}: the gap to the training loss changed by "
-            f"{signed(found.gap.growth, found.gap.error)}; training data gained "
-            f"{-found.gap.train.change:.4f}"
+            f"{signed(explained.gap.growth, explained.gap.error)}; training data gained "
+            f"{-explained.gap.train.change:.4f}"
         )
-    if found.forgetting is not None:
-        lost = found.forgetting
+    if explained.forgetting is not None:
+        lost = explained.forgetting
         word = "within the error" if not lost.clear else "forgot" if lost.change > 0 else "gained"
         lines.append(measured_line(f"outside the task ({word})", lost))
     if behaviour is not None and behaviour.attention is not None:
@@ -251,12 +253,16 @@ def signed(value: float, error: float) -> str:
     return f"{value:+.4f} ± {error:.4f}"
 
 
-def _text(found: Explanation) -> list[str]:
-    layers = sorted(found.layers, key=lambda v: -v.relative)[:ROWS]
-    lines = [f"adapter {found.adapter}", "", *table(LAYER_HEADER, [layer_row(v) for v in layers])]
-    if len(found.layers) > ROWS:
-        lines.append(f"… the {ROWS} most changed of {len(found.layers)} layers")
-    behaviour = found.behaviour
+def _text(explained: Explanation) -> list[str]:
+    layers = sorted(explained.layers, key=lambda v: -v.relative)[:ROWS]
+    lines = [
+        f"adapter {explained.adapter}",
+        "",
+        *table(LAYER_HEADER, [layer_row(v) for v in layers]),
+    ]
+    if len(explained.layers) > ROWS:
+        lines.append(f"… the {ROWS} most changed of {len(explained.layers)} layers")
+    behaviour = explained.behaviour
     if behaviour is not None and behaviour.ablations:
         rows = [
             [a.part, str(a.layers), signed(a.rise, a.rise_error), signed(a.gain, a.gain_error)]
@@ -274,13 +280,13 @@ def _text(found: Explanation) -> list[str]:
                 for t in some[:ROWS]
             ]  # fmt: skip
             lines += ["", *table((what, "nats in all", "most changed", "after"), cells)]
-    if found.comparison is not None:
-        first, second = found.comparison.adapters
+    if explained.comparison is not None:
+        first, second = explained.comparison.adapters
         cells = [[v.name, f"{v.cosine:+.3f}", f"{v.shared:.3f}"] for v in
-                 sorted(found.comparison.layers, key=lambda v: v.shared)[:ROWS]]  # fmt: skip
+                 sorted(explained.comparison.layers, key=lambda v: v.shared)[:ROWS]]  # fmt: skip
         lines += ["", *table((f"{first} / {second}", "cosine", "shared"), cells)]
-    r, pattern = found.suggestion
-    lines += ["", *verdicts(found), ""]
+    r, pattern = explained.suggestion
+    lines += ["", *verdicts(explained), ""]
     if not pattern:
         return [*lines, f"suggested: r={r} on every layer"]
     lines.append(f"suggested: r={r}, rank_pattern={{")

@@ -25,29 +25,28 @@ from minilora.report.tokens import ShownExample, TokenEffect
 STRONG = 3.0  # nats at which a token has its full colour
 
 
-def page(found: Explanation) -> str:
+def page(explained: Explanation) -> str:
     """Return the whole page; it holds no script and its policy forbids loading anything."""
     parts = [
-        f"<h1>What adapter {_e(found.adapter)} changed</h1>", _subtitle(found.layers),
-        _cards(found), *_losses(found),
-        *_size(found.layers), *_spectra(found.layers), *_ranks(found), *_intruders(found.layers),
+        f"<h1>What adapter {_e(explained.adapter)} changed</h1>", _subtitle(explained.layers),
+        _cards(explained), *_losses(explained), *_size(explained.layers),
+        *_spectra(explained.layers), *_ranks(explained), *_intruders(explained.layers),
     ]  # fmt: skip
-    if found.behaviour is not None:
-        parts += _ablations(found.behaviour)
-        parts += _tokens(found.behaviour)
-        if found.behaviour.attention is not None:
-            parts += _attention(found.behaviour.attention)
-    if found.comparison is not None:
-        parts += _comparison(found.comparison, found.layers)
-    parts += _tables(found)
+    if explained.behaviour is not None:
+        parts += _ablations(explained.behaviour)
+        parts += _tokens(explained.behaviour)
+        if explained.behaviour.attention is not None:
+            parts += _attention(explained.behaviour.attention)
+    if explained.comparison is not None:
+        parts += _comparison(explained.comparison, explained.layers)
+    parts += _tables(explained)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Adapter {_e(found.adapter)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(parts)
-        + "\n</main></body></html>\n"
+        f"<title>Adapter {_e(explained.adapter)}</title><style>{STYLE}</style></head>\n"
+        "<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
 
@@ -89,9 +88,9 @@ def _details(summary: str, inside: str) -> str:
     return f"<details><summary>{summary}</summary>{inside}</details>"
 
 
-def _cards(found: Explanation) -> str:
+def _cards(explained: Explanation) -> str:
     cards: list[tuple[str, str, bool]] = []
-    behaviour, gap, lost = found.behaviour, found.gap, found.forgetting
+    behaviour, gap, lost = explained.behaviour, explained.gap, explained.forgetting
     if behaviour is not None:
         loss = behaviour.loss
         words = (
@@ -111,18 +110,18 @@ def _cards(found: Explanation) -> str:
         words = f"loss on text outside the task ({lost.change:+.3f} ± {lost.error:.3f})"
         forgot = lost.clear and lost.change > 0
         cards.append((f"{lost.before:.3f} → {lost.after:.3f}", words, forgot))
-    shares = sorted(layer.relative for layer in found.layers)
+    shares = sorted(layer.relative for layer in explained.layers)
     words = (
         f"of its weight's norm: what the median of {len(shares)} layers changed by; at most "
         f"{percent(shares[-1])}"
     )
     cards.append((percent(shares[len(shares) // 2]), words, False))
-    words = f"ranks in all that keep {percent(found.keep)} of every layer's energy"
+    words = f"ranks in all that keep {percent(explained.keep)} of every layer's energy"
     if behaviour is not None and behaviour.truncated is not None:
         words += f"; held-out loss so truncated {behaviour.truncated:.3f}"
-    cards.append(("{} → {}".format(*found.ranks), words, False))
-    if found.intruders is not None:
-        count, where = found.intruders
+    cards.append(("{} → {}".format(*explained.ranks), words, False))
+    if explained.intruders is not None:
+        count, where = explained.intruders
         cards.append((str(count), f"intruder dimensions, {where}", count > 0))
     items = "".join(
         f"<li{' class=flag' if flag else ''}><b>{_e(figure)}</b><span>{_e(words)}</span></li>"
@@ -131,11 +130,11 @@ def _cards(found: Explanation) -> str:
     return f'<ul class="cards">{items}</ul>'
 
 
-def _losses(found: Explanation) -> list[str]:
+def _losses(explained: Explanation) -> list[str]:
     rows = {
-        "held out": found.behaviour and found.behaviour.loss,
-        "training": found.gap and found.gap.train,
-        "outside the task": found.forgetting,
+        "held out": explained.behaviour and explained.behaviour.loss,
+        "training": explained.gap and explained.gap.train,
+        "outside the task": explained.forgetting,
     }
     cells = [
         (name, m.before, m.after, f"{m.before:.3f} → {m.after:.3f} ± {m.error:.3f}")
@@ -151,7 +150,7 @@ def _losses(found: Explanation) -> list[str]:
 
 def _map(
     title: str, layers: Sequence[LayerReport], values: Sequence[float],
-    tell: Callable[[float], str], **options: Any,
+    label: Callable[[float], str], **options: Any,
 ) -> str:  # fmt: skip
     """Draw a value per layer, by kind of module (rows) and block (columns)."""
     blocks = [str(b) for b in sorted({v.block for v in layers if v.block is not None})]
@@ -159,7 +158,7 @@ def _map(
     cells = [(v.kind, "–" if v.block is None else str(v.block)) for v in layers]
     rows = list(dict.fromkeys(v.kind for v in layers))
     cell_values = dict(zip(cells, values, strict=True))
-    return _figure(heat_map(title, columns, rows, cell_values, tell, **options))
+    return _figure(heat_map(title, columns, rows, cell_values, label, **options))
 
 
 def _size(layers: Sequence[LayerReport]) -> list[str]:
@@ -188,19 +187,21 @@ def _spectra(layers: Sequence[LayerReport]) -> list[str]:
     ]  # fmt: skip
 
 
-def _ranks(found: Explanation) -> list[str]:
-    r, pattern = found.suggestion
+def _ranks(explained: Explanation) -> list[str]:
+    r, pattern = explained.suggestion
     lines = "".join(f"    {key!r}: {value},\n" for key, value in pattern.items())
     call = f"minilora.inject(model, r={r}, rank_pattern={{\n{lines}}})"
-    error = "" if found.truncation is None else f", measured {percent(found.truncation.error)}"
-    about = (
-        f"The smallest rank that keeps {percent(found.keep)} of ‖ΔW‖² on each layer. Cut to these, "
-        f"the whole adapter is off by {percent(found.predicted_error)} (predicted{error}). The "
-        f"median layer keeps {', '.join(percent(share) for share in median_energy(found.layers))} "
-        f"at rank 1, 2, …"
+    error = (
+        "" if explained.truncation is None else f", measured {percent(explained.truncation.error)}"
     )
-    suggested = [v.suggested_r for v in found.layers]
-    drawn = _map("Suggested rank", found.layers, suggested, lambda v: f"{v:.0f}", numbers=True)
+    shares = ", ".join(map(percent, median_energy(explained.layers)))
+    about = (
+        f"The smallest rank that keeps {percent(explained.keep)} of ‖ΔW‖² on each layer. Cut to "
+        f"these, the whole adapter is off by {percent(explained.predicted_error)} (predicted"
+        f"{error}). The median layer keeps {shares} at rank 1, 2, …"
+    )
+    suggested = [v.suggested_r for v in explained.layers]
+    drawn = _map("Suggested rank", explained.layers, suggested, lambda v: f"{v:.0f}", numbers=True)
     return [
         _section("Ranks it needs", about),
         drawn,
@@ -255,7 +256,7 @@ def _effect_rows(effects: Sequence[TokenEffect]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _told(example: ShownExample) -> str:
+def _spans(example: ShownExample) -> str:
     spans = []
     for token, before, after in zip(example.tokens, example.before, example.after, strict=True):
         if before is None or after is None:
@@ -283,30 +284,32 @@ def _tokens(behaviour: Behaviour) -> list[str]:
         for what, some in (("Helped most", behaviour.helped), ("Hurt most", behaviour.hurt))
     )
     return [
-        _section("Token by token", about), *map(_told, behaviour.examples),
+        _section("Token by token", about), *map(_spans, behaviour.examples),
         f'<div class="halves">{tables}</div>',
     ]  # fmt: skip
 
 
-def _attention(found: Attention) -> list[str]:
+def _attention(attention: Attention) -> list[str]:
     about = (
-        f"Share of the attention that falls on {', '.join(found.words)} ({found.tokens} tokens), "
-        f"per layer, over {found.queries} tokens that see one: grey without, blue with the "
-        f"adapter; dashed if every visible token got as much."
+        f"Share of the attention that falls on {', '.join(attention.words)} "
+        f"({attention.tokens} tokens), per layer, over {attention.queries} tokens that see one: "
+        f"grey without, blue with the adapter; dashed if every visible token got as much."
     )
-    drawn = two_lines("Attention on chosen words", found.before, found.after, found.even, percent)
+    drawn = two_lines(
+        "Attention on chosen words", attention.before, attention.after, attention.even, percent
+    )
     return [_section("Attention on chosen words", about), _figure(drawn)]
 
 
-def _comparison(found: Comparison, layers: Sequence[LayerReport]) -> list[str]:
-    first, second = found.adapters
+def _comparison(comparison: Comparison, layers: Sequence[LayerReport]) -> list[str]:
+    first, second = comparison.adapters
     known = {v.name: v for v in layers}
-    here = [c for c in found.layers if c.name in known]
+    here = [c for c in comparison.layers if c.name in known]
     about = (
         f"How much of the same subspaces {first} and {second} use: the mean of cos² over the "
         f"principal angles of their outputs and inputs, 1 for the same, 0 for orthogonal ones."
     )
-    for name, alone in ((first, found.only_first), (second, found.only_second)):
+    for name, alone in ((first, comparison.only_first), (second, comparison.only_second)):
         if alone:
             about += f" Layers that only {name} changes: {len(alone)}."
     parts = [_section(f"{first} and {second}", about)]
@@ -323,18 +326,18 @@ def _comparison(found: Comparison, layers: Sequence[LayerReport]) -> list[str]:
     return parts
 
 
-def _tables(found: Explanation) -> list[str]:
-    said = "".join(f"<li>{_e(line)}</li>" for line in verdicts(found))
+def _tables(explained: Explanation) -> list[str]:
+    said = "".join(f"<li>{_e(line)}</li>" for line in verdicts(explained))
     parts = [
         f"<h2>In words and figures</h2><ul>{said}</ul>",
-        _details(f"All {len(found.layers)} layers",
-                 _table(LAYER_HEADER, map(layer_row, found.layers))),
+        _details(f"All {len(explained.layers)} layers",
+                 _table(LAYER_HEADER, map(layer_row, explained.layers))),
     ]  # fmt: skip
-    if found.copies:
-        cells = [[c.name, f"{c.norm:.3g}", f"{c.weight_norm:.3g}"] for c in found.copies]
+    if explained.copies:
+        cells = [[c.name, f"{c.norm:.3g}", f"{c.weight_norm:.3g}"] for c in explained.copies]
         header = ("parameter", "norm of the change", "norm")
         parts.append(_details("Trained copies of base parameters", _table(header, cells)))
-    behaviour = found.behaviour
+    behaviour = explained.behaviour
     if behaviour is not None and behaviour.ablations:
         cells = [
             [a.part, str(a.layers), f"{a.without:.4f}", signed(a.rise, a.rise_error),

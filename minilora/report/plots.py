@@ -40,13 +40,13 @@ def short(value: float) -> str:
 
 
 def scale(
-    marks: Iterable[float], y: Callable, left: float, right: float, tell: Callable = short
+    marks: Iterable[float], y: Callable, left: float, right: float, label: Callable = short
 ) -> list[str]:
     """Draw a horizontal line for each mark, its value at the left."""
     parts: list[str] = []
     for mark in marks:
         parts += [line(left, y(mark), right, y(mark), "axis" if mark == 0 else "grid"),
-                  text(left - 6, y(mark) + 4, tell(mark), "end", "small")]  # fmt: skip
+                  text(left - 6, y(mark) + 4, label(mark), "end", "small")]  # fmt: skip
     return parts
 
 
@@ -72,7 +72,7 @@ def heat_map(
     columns: Sequence[str],
     rows: Sequence[str],
     values: Mapping[tuple[str, str], float],
-    tell: Callable[[float], str],
+    label: Callable[[float], str],
     numbers: bool = False,
     top: float = 0.0,
 ) -> str:
@@ -82,7 +82,7 @@ def heat_map(
         title: of the plot.
         columns, rows: the labels, in order.
         values: by (row, column), at least 0; infinite ones count as the largest.
-        tell: how to write a value.
+        label: how to write a value.
         numbers: whether to write it into the cell.
         top: the value of the darkest cell, where none is above it; 0: the largest there is.
     """
@@ -101,11 +101,11 @@ def heat_map(
             body.append(
                 f'<rect x="{left + j * cell + 1:.1f}" y="{y + 1:.1f}" width="{cell - 2:.1f}" '
                 f'height="{tall - 2:.1f}" rx="3" class="cell" fill-opacity="{shade:.3f}"><title>'
-                f"{escape(f'{row}, {column}: {tell(value)}')}</title></rect>"
+                f"{escape(f'{row}, {column}: {label(value)}')}</title></rect>"
             )
             if numbers:
                 where = (left + (j + 0.5) * cell, y + tall / 2 + 4)
-                body.append(text(*where, tell(value), "middle", "number"))
+                body.append(text(*where, label(value), "middle", "number"))
     bottom = 20 + len(rows) * tall
     if not numbers:
         for k in range(40):
@@ -113,13 +113,13 @@ def heat_map(
                 f'<rect x="{left + 4 * k:.1f}" y="{bottom + 12:.1f}" width="4" height="9" '
                 f'class="cell" fill-opacity="{0.06 + 0.94 * k / 39:.3f}"/>'
             )
-        body.append(text(left + 168, bottom + 21, f"0 to {tell(top)}", kind="small"))
+        body.append(text(left + 168, bottom + 21, f"0 to {label(top)}", kind="small"))
     most = max(values, key=lambda key: values[key], default=None)
     about = "no values"
     if most is not None:
         about = (
             f"{len(rows)} kinds of modules by {len(columns)} blocks; the largest is "
-            f"{tell(values[most])} at {most[0]}, {most[1]}"
+            f"{label(values[most])} at {most[0]}, {most[1]}"
         )
     width = left + len(columns) * cell + 8
     return svg(max(width, left + 300), bottom + (28 if not numbers else 6), title, about, body)
@@ -257,7 +257,7 @@ def arrows(title: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
 
 
 def two_lines(
-    title: str, before: Sequence[float], after: Sequence[float], even: float, tell: Callable
+    title: str, before: Sequence[float], after: Sequence[float], even: float, label: Callable
 ) -> str:
     """Draw a share per layer without (hollow) and with the adapter (filled), and an even share."""
     wide, height, left, low = 900.0, 200.0, 54.0, 14.0
@@ -270,17 +270,19 @@ def two_lines(
     def y(value: float) -> float:
         return low + (height - low - 30) * (1 - value / top)
 
-    body = scale(ticks(0, top), y, left, wide - 90, tell)
+    body = scale(ticks(0, top), y, left, wide - 90, label)
     body += [line(left, y(even), wide - 90, y(even), "dashed"),
              text(wide - 84, y(even) + 4, "even", kind="small")]  # fmt: skip
     for values, kind in ((before, "muted"), (after, "accent")):
         path = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values))
         body.append(f'<polyline points="{path}" class="curve {kind}-line"/>')
         for i, value in enumerate(values):
-            said = f"layer {i}: {tell(before[i])} → {tell(after[i])}"
+            said = f"layer {i}: {label(before[i])} → {label(after[i])}"
             body.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" class="{kind}"><title>'
                         f"{escape(said)}</title></circle>")  # fmt: skip
     body += labels([str(i) for i in range(count)], x, height - 12)
     means = [sum(side) / count for side in (before, after)]
-    about = f"mean over {count} layers {tell(means[0])} without, {tell(means[1])} with the adapter"
+    about = (
+        f"mean over {count} layers {label(means[0])} without, {label(means[1])} with the adapter"
+    )
     return svg(wide, height, title, about, body)
