@@ -22,6 +22,7 @@ from minilora.lora import (
 )
 from minilora.peft import check, export, load, save
 from minilora.planning import plan
+from minilora.quantization import Quantization
 from minilora.report import explain
 from minilora.running import evaluate, generate
 from minilora.training import TrainConfig, fit
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LoRALayer",
+    "Quantization",
     "TrainConfig",
     "activate",
     "check",

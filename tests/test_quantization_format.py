@@ -13,7 +13,7 @@ from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
 from minilora.planning.memory import Settings, count_memory
 from minilora.planning.shapes import read_shape
-from minilora.quantization import FORMATS
+from minilora.quantization import FORMATS, quantized_layers
 from minilora.quantization.format import Format, bits_of
 
 WIDTHS = LlamaConfig(260, 32, 48, 2, 4, 2, 8, 64)
@@ -85,6 +85,15 @@ def test_a_new_format_is_planned():
     memory = {format: count_memory(shape, Settings(format=format)) for format in ("fp8", "int8")}
     assert memory["fp8"].codes == memory["int8"].codes > 0
     assert memory["fp8"].backward < memory["int8"].backward  # no integers are multiplied
+
+
+def test_quantize_takes_the_options_as_one_value():
+    one = minilora.quantize(model(), minilora.Quantization("nf4", 32, double_quant=False))
+    other = minilora.quantize(model(), "nf4", block_size=32, double_quant=False)
+    assert [m.spec for m in quantized_layers(one).values()] == [
+        m.spec for m in quantized_layers(other).values()
+    ]
+    assert torch.equal(one(IDS), other(IDS))
 
 
 def test_a_new_format_has_no_kernels_on_triton():

@@ -19,7 +19,7 @@ from minilora.quantization import (
 
 def quantize(
     model: nn.Module,
-    format: str = "nf4",
+    format: str | Quantization = "nf4",
     *,
     targets: object = "all-linear",
     exclude: object = (),
@@ -39,7 +39,8 @@ def quantize(
     Args:
         model: any module with linear layers; changed in place.
         format: `"int8"` (a scale per output), `"nf4"` (QLoRA's, codes as bitsandbytes writes
-            them) or `"int4"` (groups with small integer steps, multiplied through INT8).
+            them) or `"int4"` (groups with small integer steps, multiplied through INT8); or a
+            `Quantization`, which has all of the options below.
         targets: as for `inject`: every Linear and Conv1D but the head, unless named. A head named
             here is unshared from its embedding, which stays as it is.
         exclude, layers: as for `inject`.
@@ -65,7 +66,9 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize() needs an nn.Module, found {type(model).__name__}")
-    spec = Quantization(format, block_size, double_quant, compute, grad_compute, outliers)
+    spec = format
+    if not isinstance(spec, Quantization):
+        spec = Quantization(spec, block_size, double_quant, compute, grad_compute, outliers)
     survey = Survey(model)
     if survey.merged:
         raise RuntimeError("quantize() needs unmerged weights; call minilora.unmerge(model) first")
