@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import gguf
@@ -25,10 +26,13 @@ from tokenizers import decoders, models, pre_tokenizers
 import minilora
 from minilora.cli.command import main
 from minilora.data import read_data
+from minilora.files import flags_of
 from minilora.loading.model import load_model
 from minilora.loading.saving import save_pretrained
+from minilora.lora.config import AdapterConfig
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
 from minilora.text.tokenizer import Tokenizer
+from minilora.training.config import TrainConfig
 from minilora.training.monitor import draw_curve
 
 MEMORY = 2**32  # bytes of address space beyond what the imports took
@@ -283,14 +287,16 @@ class Mutants:
         (folder / "rows.jsonl").write_text('{"text": "the end"}\n' * 3)
         train = ["train", llama, "--data", folder / "rows.jsonl", "--out", folder / "out",
                  "--max-steps", "1"]  # fmt: skip
-        flags = ["--r", "--alpha", "--dropout", "--lr", "--batch-size", "--accumulate", "--epochs",
-                 "--max-steps", "--minutes", "--seed", "--targets", "--exclude", "--init",
-                 "--max-length", "--eval-every", "--max-memory", "--modules-to-save", "--data",
-                 "--lora-plus-ratio", "--save-every", "--patience"]  # fmt: skip
+        kind = r.choice([TrainConfig, AdapterConfig])
+        field = r.choice([one for one in fields(kind) if flags_of(one)])
+        flags = [*flags_of(field), "--max-length", "--data"]
+        table = "train" if kind is TrainConfig else "adapter"
+        (folder / "run.toml").write_text(f"[{table}]\n{field.name} = {value}\n", errors="replace")
         plan = ["--examples", "--max-length", "--epochs", "--r", "--batch-size", "--accumulate",
                 "--ranks", "--device", "--memory", "--price", "--years"]  # fmt: skip
         command = r.choice([
             [*train, r.choice(flags), value],
+            [*train, "--config", folder / "run.toml"],
             ["plan", llama, "--untimed", r.choice(plan), value],
             ["targets", llama, r.choice(["--r", "--targets", "--exclude", "--dtype"]), value],
             ["generate", llama, "the", "--max-new-tokens", "2",

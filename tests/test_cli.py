@@ -224,11 +224,7 @@ def test_cli_export_needs_a_model_and_an_adapter(folder, tmp_path, capsys):
     ("options", "message"),
     [
         (["--r", 0], "--r/--rank: r must be a whole number of at least 1, found 0"),
-        (["--batch-size", "x"], "--batch-size: batch_size must be a whole number"),
         (["--r", 10**9], "at most 65,536, found 1000000000"),
-        (["--seed", 10**400], "--seed: seed must be a whole number of at least 0, at most 9,22"),
-        (["--sed", 1], "unknown argument '--sed'; nearest: --seed (see minilora train --help)"),
-        (["--schedule", "x"], "schedule must be 'cosine', 'linear' or 'constant', found 'x'"),
         (["--batch-size", 2**31], "batch_size must be a whole number of at least 1, at most 2,147"),
         (["--max-length", 1], "--max-length: must be at least 2"),
         (["--alpha", 0], "--alpha: alpha must be a finite number other than 0"),
@@ -285,10 +281,14 @@ def test_cli_help_names_every_command(capsys):
 
 @pytest.mark.real_model
 def test_cli_train_eval_generate_merge(data, tmp_path, capsys):
-    """Train, measure, ask, merge; transformers loads what merge wrote."""
+    """Train, measure, ask, merge; transformers loads what merge wrote.
+
+    Some 30 s: the real model is read six times, and written once.
+    """
     out, merged = tmp_path / "run", tmp_path / "merged"
     train = ["train", "smollm2-135m", "--data", data, "--valid", data, "--out", out, "--alpha", 16]
-    assert run(*train, "--max-steps", 6, "--lr", "2e-3", "--dtype", "float32") == 0
+    steps = ["--max-steps", 6, "--lr", "2e-3", "--dtype", "float32", "--batch-size", 4]
+    assert run(*train, *steps) == 0
     assert "held out after" in capsys.readouterr().out
     losses = {}
     for name, adapter in (("base", []), ("tuned", ["--adapter", out])):

@@ -82,7 +82,10 @@ def resumed(forks, place, out):
 
 
 def test_train_killed_at_random_moments_ends_with_the_same_bits(place, forks, unbroken, capsys):
-    """Runs are killed until they have had their kills, several to a run, and then finished."""
+    """Runs are killed until they have had their kills, several to a run, and then finished.
+
+    Some 10 s: a kill comes anywhere in the time of an unbroken run.
+    """
     expected, took = unbroken
     chance, done, inside, before_save = random.Random(11), 0, 0, 0
     for run in range(KILLS):
@@ -121,7 +124,7 @@ def test_train_killed_inside_a_save_ends_with_the_same_bits(place, forks, unbrok
 
 
 def test_minilora_train_as_a_command_is_killed_and_goes_on(place, unbroken, forks):
-    """The same with the command as a user starts it, with nothing forked."""
+    """The same with the command as a user starts it, with nothing forked: two slow starts."""
     out = place / "command"
     command = [sys.executable, "-m", "minilora", *arguments(place, out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}

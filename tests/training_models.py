@@ -1,5 +1,7 @@
 """Models, examples and a short `fit` that the tests of training share; quick to import."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -19,15 +21,15 @@ CONFIG = LlamaConfig(
 )
 
 
-def plain(seed=0):
+def plain(seed=0, depth=2):
     torch.manual_seed(seed)
-    model = Llama(CONFIG)
+    model = Llama(dataclasses.replace(CONFIG, num_hidden_layers=depth))
     model.lm_head.weight.data.mul_(20)  # as drawn, no adapter could move the loss much
     return model
 
 
-def tiny(seed=0, **options):
-    model = plain(seed)
+def tiny(seed=0, depth=2, **options):
+    model = plain(seed, depth)
     return minilora.inject(model, r=4, alpha=6, **options)
 
 

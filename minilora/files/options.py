@@ -262,11 +262,15 @@ def read_options(file: Path, tables: Mapping[str, type]) -> dict[str, dict[str, 
         if name not in tables or not isinstance(table, dict):
             known = " and ".join(f"[{key}]" for key in tables)
             hint = nearest(name, tables)
-            raise ValueError(f"{file} must hold the tables {known} alone, found {name}{hint}")
+            raise ValueError(
+                f"{file} must hold the tables {known} alone, found {short(name)}{hint}"
+            )
         hints = typing.get_type_hints(tables[name])
         for key, value in table.items():
             if key not in hints:
-                raise ValueError(f"{file}: [{name}] has no option {key}{nearest(key, hints)}")
+                raise ValueError(
+                    f"{file}: [{name}] has no option {short(key)}{nearest(key, hints)}"
+                )
             none = value == "none" and type(None) in _alternatives(hints[key])
             try:
                 result[name][key] = _checks(tables[name])[key](None if none else value, key)

@@ -5,6 +5,7 @@ what a pass will take is planned from shapes (`minilora.planning.memory`), and a
 would not fit is split as on a GPU after a real lack of memory.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -82,13 +83,13 @@ class MemoryLimit:
         plans = [
             count_memory(self.shape, settings, integer=way, **known) for way in self.ways or {None}
         ]
-        found = max(plans, key=lambda plan: plan.peak)
+        plan = max(plans, key=lambda plan: plan.peak)
         if not packed:
-            return found
+            return plan
         # Attention of packed rows keeps its mask, in the model's dtype, in every block.
         blocks = 1 if settings.checkpointing else self.shape.config.num_hidden_layers
         masks = (blocks + 1) * rows * tokens**2 * settings.dtype.itemsize
-        return dataclasses.replace(found, activations=found.activations + masks)
+        return dataclasses.replace(plan, activations=plan.activations + masks)
 
     def fits(self, batch: Batch) -> bool:
         """Return whether a pass stays within the limit."""
@@ -112,24 +113,22 @@ class MemoryLimit:
 
     def _ways(self, tokens: int, packed: bool) -> list[str]:
         """List what would make a row fit, each with its planned peak."""
-        limit, found = self.gigabytes * 1e9, []
+        limit, ways = self.gigabytes * 1e9, []
 
         def planned(length: int = tokens, **changed: Any) -> int:
             return self._planned(1, length, packed, **changed).peak
 
         again = planned(checkpointing=True)
         if again <= limit and not self.settings["checkpointing"]:
-            found.append(f"checkpointing=True (--checkpointing), {again / 1e9:.2f} GB")
-        if planned(2) <= limit:
-            low, high = 2, tokens
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if planned(middle) <= limit else (low, middle)
-            found.append(f"rows of at most {low} tokens (--max-length {low})")
+            ways.append(f"checkpointing=True (--checkpointing), {again / 1e9:.2f} GB")
+        shorter = bisect.bisect(range(2, tokens), limit, key=planned)
+        if shorter:
+            ways.append(f"rows of at most {shorter + 1} tokens (--max-length {shorter + 1})")
         if self.settings.get("format") is None:
             with contextlib.suppress(ValueError):  # shapes that NF4 does not take
                 small = planned(checkpointing=True, format="nf4")
                 if small <= limit:
-                    found.append(f"an NF4 base (--quantize nf4) and checkpointing, "
-                                 f"{small / 1e9:.2f} GB")  # fmt: skip
-        return found
+                    ways.append(
+                        f"an NF4 base (--quantize nf4) and checkpointing, {small / 1e9:.2f} GB"
+                    )
+        return ways

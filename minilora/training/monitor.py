@@ -76,13 +76,16 @@ class Monitor:
                 f"{row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} learned tokens/s  {time_left}"
             )
 
-    def evaluation(self, step: int, found: Evaluation) -> None:
+    def evaluation(self, step: int, measured: Evaluation) -> None:
         """Record one evaluation."""
-        row = {"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity}
+        row = {
+            "step": step, "eval_loss": measured.loss, "eval_perplexity": measured.perplexity,
+        }  # fmt: skip
         self._append(row)
         self.callbacks("on_eval", row)
         self.say(
-            f"step {step:>4}  held-out loss {found.loss:.4f}, perplexity {found.perplexity:.3f}"
+            f"step {step:>4}  held-out loss {measured.loss:.4f}, "
+            f"perplexity {measured.perplexity:.3f}"
         )
 
     def sample(self, step: int, text: str) -> None:

@@ -129,15 +129,15 @@ def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dic
             )
     # A trained copy goes by the name of the parameter it stands for, not by where it is kept.
     names = named_parameters(model)
-    found: dict[Tensor, str] = {p: n for n, p in names if p in mine and not is_copy(n)}
-    for one, name in found.items():
+    trained: dict[Tensor, str] = {p: n for n, p in names if p in mine and not is_copy(n)}
+    for one, name in trained.items():
         if one.dtype == torch.float16:
             raise ValueError(
                 f"fit() trains parameters in float32 or bfloat16, found {name} in float16, in "
                 f"which small updates would be lost; load or inject the adapter with dtype "
                 f"float32, and with bias= or modules_to_save= the base as well"
             )
-    return found
+    return trained
 
 
 def make_optimizer(names: dict[Tensor, str], config: TrainConfig) -> torch.optim.AdamW:
@@ -207,8 +207,8 @@ def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Ex
         own_loss: whether the user's loss says what labels are, and knows packed rows.
     """
     config = getattr(model, "config", None)
-    found = (getattr(config, name, None) for name in CONTEXT_NAMES)
-    context = next((n for n in found if isinstance(n, int)), math.inf)
+    lengths = (getattr(config, name, None) for name in CONTEXT_NAMES)
+    context = next((n for n in lengths if isinstance(n, int)), math.inf)
     vocabulary = getattr(config, "vocab_size", None)
     vocabulary = vocabulary if isinstance(vocabulary, int) else math.inf
     if not 0 <= pad_id < vocabulary:
@@ -265,13 +265,11 @@ def slow_dtype(
 ) -> str | None:
     """Say so where training computes in bf16 that this processor multiplies slowly, or None."""
     dtype = autocast or next(iter(layers.values())).view.dtype
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    if device.type != "cpu" or dtype != torch.bfloat16 or not is_slow(dtype):
         return None
-    if not is_slow(dtype):
-        return None
-    found = hardware()
+    rates = hardware()
     advice = "load the base in float32" if autocast is None else "leave dtype at 'auto'"
     return (
-        f"this processor multiplies bfloat16 at {found.bfloat16:.0f} GFLOP/s and float32 at "
-        f"{found.float32:.0f}, so linears widen it; {advice} to spare that"
+        f"this processor multiplies bfloat16 at {rates.bfloat16:.0f} GFLOP/s and float32 at "
+        f"{rates.float32:.0f}, so linears widen it; {advice} to spare that"
     )

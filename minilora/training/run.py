@@ -219,8 +219,8 @@ class Run(Progress):
         facts |= {"data": self.position, "identity": self._identity(), "total": self.total}
         facts |= {"scale": vars(self.scale), "rows": self.rows_of_all}
         facts |= {"process": self.process_of_all}
-        for key, found in (("before", self.before), ("best", self.best)):
-            facts[key] = None if found is None else vars(found)
+        for key, one in (("before", self.before), ("best", self.best)):
+            facts[key] = None if one is None else vars(one)
         if self.ranks.rank == 0:
             save_state(self.out, tensors, facts)
         self._save_adapter(self.out / LAST)
