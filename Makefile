@@ -9,11 +9,11 @@ export PYTHONSAFEPATH := 1
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[text,gguf,plots,train]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[text,plots,train]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[text,gguf,plots,train,peers,dev]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[text,plots,train,peers,dev]"
 	touch $@
 
 demo: $(VENV)/demo
@@ -44,7 +44,7 @@ KILLS ?= 200
 soak: export OMP_WAIT_POLICY := PASSIVE
 soak: $(VENV)/dev
 	KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/test_kill.py $(ARGS)
-	BIG=1 $(BIN)/python -m pytest tests/test_quantized_models.py -k peak_memory
+	BIG=1 $(BIN)/python -m pytest tests/test_loading_quantized.py -k peak_memory
 
 # A training step beside its peers: every provider (an hour and more), or the main ones (minutes).
 bench bench-quick: export PYTHONPATH := benchmarks

@@ -599,3 +599,12 @@ def test_products_are_made_once_until_something_changes(change, copied):
     assert wrapped.last_path == (
         "general" if change in ("a hook", "a trainable weight") else "fused"
     )
+
+
+def test_a_strangers_linear_in_the_bases_place_is_called():
+    """As torch.ao's dynamic quantization puts one there after inject."""
+    wrapped, x = layer(), torch.randn(3, 6)
+    before = wrapped(x)
+    wrapped.base = nn.Sequential(wrapped.base)
+    torch.testing.assert_close(wrapped(x), before)
+    assert wrapped.last_path == "general"

@@ -253,7 +253,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_from_pretrained_reads_every_layout_of_the_hub(folder, layout):
+def test_reading_reads_every_layout_of_the_hub(folder, layout):
     _rewrite(folder, LAYOUTS[layout])
     ours, theirs = read_model(folder), GPT2LMHeadModel.from_pretrained(folder)
     assert not ours.training
@@ -268,7 +268,7 @@ def test_from_pretrained_reads_every_layout_of_the_hub(folder, layout):
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_from_pretrained_reads_shards(folder, bare):
+def test_reading_reads_shards(folder, bare):
     theirs = their_model("gpt2")
     (folder / "model.safetensors").unlink()
     theirs.save_pretrained(folder, max_shard_size="20KB")
@@ -336,7 +336,7 @@ def _without(name):
         ),
     ],
 )
-def test_from_pretrained_refuses_other_tensors_by_name(folder, change, message):
+def test_reading_refuses_other_tensors_by_name(folder, change, message):
     _rewrite(folder, change)
     with pytest.raises(ValueError, match=message):
         read_model(folder, dtype=torch.float32)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import assert_close, our_model, some_ids, their_model
-from test_models_gguf import _metadata, _tensors, _write
+from test_loading_gguf import _metadata, _tensors, _write
 
 from minilora.loading.model import read_model
 from minilora.models import Qwen2, Qwen2Config

@@ -1,5 +1,6 @@
 """Text out: a batch writes what each row alone would, stops where told, samples as stated."""
 
+import functools
 import math
 import random
 import types
@@ -641,8 +642,14 @@ def test_generate_is_in_the_public_interface():
 
 @pytest.mark.skipif(compile_problem() is not None, reason=str(compile_problem()))
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "plain"])
-def test_generate_compiled_writes_the_same_and_leaves_no_trace(kind):
-    """Padded prompts in two cache sizes, in f64: compiled tokens are the uncompiled ones."""
+def test_generate_compiled_writes_the_same_and_leaves_no_trace(kind, monkeypatch):
+    """Padded prompts in two cache sizes, in f64: compiled tokens are the uncompiled ones.
+
+    One of the models is compiled by Inductor, which takes ten seconds.
+    """
+    if kind != "llama":
+        traced = functools.partial(torch.compile, backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", traced)
     model = MODELS[kind]()
     for prompts, count in ((PROMPTS, 9), ([[6, 2]], 12)):
         wanted = generate(model, prompts, max_new_tokens=count)

@@ -2,12 +2,10 @@
 
 from minilora.loading.fetching import fetch
 from minilora.loading.model import load_model, read_config, read_tokenizer
-from minilora.loading.quantized import is_quantized
 from minilora.loading.saving import save_pretrained
 
 __all__ = [
     "fetch",
-    "is_quantized",
     "load_model",
     "read_config",
     "read_tokenizer",

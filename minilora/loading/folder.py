@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from minilora.files import Checksums, leads_out, read_json, tensor_file
 from minilora.loading.source import HEAD, Source, family_of, some
@@ -83,7 +84,7 @@ def find_tensors(files: Iterable[Path], fqn_of: Callable[[str], str | None]) -> 
     return found
 
 
-def stored_tensors(places: Places) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_tensors(places: Places) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors one by one. Files are mapped anew now and then: read pages don't pile up."""
     for file in dict.fromkeys(place.file for place in places.values()):
         left = [(fqn, place.name) for fqn, place in places.items() if place.file == file][::-1]
@@ -100,7 +101,7 @@ def stored_tensors(places: Places) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _with_tied_head(
     folder: Path, places: Places, embedding: str | None
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors; first see that a head stored beside a tied embedding equals it."""
     if embedding is not None and HEAD in places:
         pair = dict(stored_tensors({name: places[name] for name in (HEAD, embedding)}))

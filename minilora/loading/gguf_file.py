@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minilora.files import one_line, short
 from minilora.loading.source import Source
@@ -172,7 +173,7 @@ def _stored(name: str, shape: tuple[int, ...], type_id: int, start: int) -> Stor
     return StoredTensor(found, shape, start, math.prod(shape) // found.weights * found.size)
 
 
-def read_tensor(file: GGUF, name: str) -> torch.Tensor:
+def read_tensor(file: GGUF, name: str) -> Tensor:
     """Decode one tensor to f32, contiguous and in its own memory.
 
     Per block of 32 with nibbles or bytes q, scale d and offset m (f16):
@@ -201,7 +202,7 @@ def read_tensor(file: GGUF, name: str) -> torch.Tensor:
     return values.view(place.shape)
 
 
-def _floats(raw: np.ndarray, form: str) -> torch.Tensor:
+def _floats(raw: np.ndarray, form: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(raw).view(form).astype(np.float32))
 
 
@@ -216,7 +217,7 @@ def open_gguf(file: GGUF) -> Source:
     stored = {_fqn(name, names, family.blocks_name): name for name in file.tensors}
     shapes = {fqn: file.tensors[name].shape for fqn, name in stored.items()}
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
         for fqn, name in stored.items():
             yield fqn, names.restored(fqn, read_tensor(file, name), config)
 

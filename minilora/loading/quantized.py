@@ -8,6 +8,7 @@ has another name than Hugging Face's, so that no other reader takes codes for we
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minilora.files import one_line, parse_json, read_json, reading, short
 from minilora.kernels import DYNAMIC_CODE, NF4_TABLE
@@ -68,7 +69,7 @@ def _described_layers(folder: Path) -> Layers:
         ) from None
 
 
-def _bitsandbytes(folder: Path, family: type[CausalLM]) -> tuple[Layers, dict[str, torch.Tensor]]:
+def _bitsandbytes(folder: Path, family: type[CausalLM]) -> tuple[Layers, dict[str, Tensor]]:
     """Return the layers and tensors under our names; only NF4 is read.
 
     Of a weight W there are W (packed codes), W.absmax, W.quant_map, and with double quantization
@@ -84,7 +85,7 @@ def _bitsandbytes(folder: Path, family: type[CausalLM]) -> tuple[Layers, dict[st
             f"load the unquantized model"
         )
     layers: Layers = {}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for weight, key in states.items():
         name = str(family.stored_fqn(weight)).removesuffix(".weight")
         form = key.partition(_STATE)[2]

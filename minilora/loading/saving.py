@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from minilora.files import is_new, read_json, tensor_content, whole_folder, write, write_json
 from minilora.loading.folder import CONFIG, WEIGHTS
@@ -84,7 +84,7 @@ def save_pretrained(model: CausalLM, folder: str | Path, tokenizer: Any = None) 
             tokenizer.save(made)
 
 
-def _tensors(model: CausalLM, small: dict[str, QuantizedLinear]) -> dict[str, torch.Tensor]:
+def _tensors(model: CausalLM, small: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     """Return what a model stores, or raise where it is no plain model with quantized layers."""
     state = model.state_dict()
     parts = {f"{name}.{part}" for name, layer in small.items() for part in layer.state_dict()}

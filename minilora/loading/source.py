@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.files import short
 from minilora.kernels import hardware
@@ -19,9 +19,8 @@ from minilora.quantization import Quantization, QuantizedLinear, is_finite
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEAD = "lm_head.weight"
 
-Layers = dict[
-    str, tuple[Quantization, bool]
-]  # by name: how it is stored, and whether there is a bias
+# By name: how a layer is stored, and whether it has a bias.
+Layers = dict[str, tuple[Quantization, bool]]
 Put = Callable[[str, Any], None]  # takes a name in the model, and a tensor or a QuantizedLinear
 Prepare = Callable[[Any], Put]  # takes the model on the meta device
 
@@ -44,7 +43,7 @@ class Source:
     family: type[CausalLM]
     config: Any
     shapes: dict[str, tuple[int, ...]]
-    tensors: Iterable[tuple[str, torch.Tensor]]
+    tensors: Iterable[tuple[str, Tensor]]
     dtype: torch.dtype
     layers: Layers = field(default_factory=dict)
     metadata: dict[str, Any] | None = None
@@ -128,12 +127,7 @@ def make_model(
 
 
 def _put_empty(
-    source: Source,
-    model: nn.Module,
-    dtype: torch.dtype,
-    name: str,
-    spec: Quantization,
-    bias: bool,
+    source: Source, model: nn.Module, dtype: torch.dtype, name: str, spec: Quantization, bias: bool
 ) -> QuantizedLinear:
     """Put a quantized layer on the meta device where a plain one is, and return it."""
     try:
@@ -212,7 +206,7 @@ def _values(
     `read` are the layers that are stored quantized, `made` those to quantize; both are empty.
     """
     tied = source.config.tie_word_embeddings
-    held: dict[str, dict[str, torch.Tensor]] = {}  # parts of layers that are not complete yet
+    held: dict[str, dict[str, Tensor]] = {}  # parts of layers that are not complete yet
     for fqn, tensor in source.tensors:
         owner, _, leaf = fqn.rpartition(".")
         # A copy even where nothing changes: a parameter must not be a view of a mapped file.
@@ -235,7 +229,7 @@ def _values(
                 yield fqn, value
 
 
-def _check_finite(fqn: str, stored: torch.Tensor, value: torch.Tensor) -> None:
+def _check_finite(fqn: str, stored: Tensor, value: Tensor) -> None:
     """Raise where a stored tensor's value in another dtype isn't finite."""
     if is_finite(value):
         return
@@ -248,13 +242,13 @@ def _check_finite(fqn: str, stored: torch.Tensor, value: torch.Tensor) -> None:
     raise ValueError(f"{fqn} must be finite, found NaN or Inf; fetch or write the file again")
 
 
-def _quantized(weight: torch.Tensor, empty: QuantizedLinear) -> QuantizedLinear:
+def _quantized(weight: Tensor, empty: QuantizedLinear) -> QuantizedLinear:
     matrix = weight if empty.plain is nn.Linear else weight.T  # a Conv1D's is [in, out]
     return _filled(empty, empty.spec.encode(matrix))
 
 
 def _assembled(
-    name: str, parts: dict[str, torch.Tensor], empty: QuantizedLinear, source: Source
+    name: str, parts: dict[str, Tensor], empty: QuantizedLinear, source: Source
 ) -> QuantizedLinear:
     """Return a layer of stored parts, or raise where they are damaged."""
     reason = empty.spec.damage(parts, empty.out_features, empty.in_features)
@@ -269,7 +263,7 @@ def _assembled(
     return layer
 
 
-def _filled(empty: QuantizedLinear, parts: dict[str, torch.Tensor]) -> QuantizedLinear:
+def _filled(empty: QuantizedLinear, parts: dict[str, Tensor]) -> QuantizedLinear:
     """Return a layer without bias that stores these parts, the rest as in the empty one."""
     sizes = empty.in_features, empty.out_features
     rest: Any = {"bias": None, "dtype": empty.dtype, "plain": empty.plain}

@@ -33,7 +33,7 @@ from minilora.quantization import (
 
 
 class Base:
-    """A frozen layer as LoRA sees it; a subclass for each kind of layer that takes an adapter.
+    """A frozen layer as LoRA sees it: any linear, and a subclass for each that takes an adapter.
 
     Attributes:
         module: the layer itself, neither copied nor changed.
@@ -119,7 +119,7 @@ class Base:
 
     def is_plain(self) -> bool:
         """Return whether the module computes what its W and bias say, and nothing else."""
-        return True
+        return type(self) is not Base
 
     def new_adapter(self, *, dora: bool = False, **options: Any) -> LoRAAdapter:
         """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
@@ -184,16 +184,16 @@ class Base:
             or torch_module._has_any_global_hook()
         ):
             return None
-        # How a quantized layer multiplies depends on its spec and, by few rows, on the mode.
-        key = [module.training or torch.is_grad_enabled(), module.__dict__.get("spec")]
-        for tensor in module._parameters.values():
-            if tensor is None:
-                continue
+        tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
+        for tensor in tensors:
             if type(tensor) not in (nn.Parameter, Tensor, FakeTensor) or tensor.requires_grad:
                 return None
-            key += [id(tensor), tensor.device]  # what was made holds it: no other has its id
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # a graph must not depend on which tensors these are
             return self._make()
+        # How a quantized layer multiplies depends on its spec and, by few rows, on the mode. What
+        # was made holds the tensors, so no other has the id of one.
+        key = [module.training or torch.is_grad_enabled(), module.__dict__.get("spec")]
+        key += [part for tensor in tensors for part in (id(tensor), tensor.device)]
         if self._made is None or self._made[0] != key:
             self._made = key, self._make()
         return self._made[1]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minilora.kernels import FrozenLinear, dropout_mask, lora_add, lora_linear, triton_lora_linear
 from minilora.lora.adapter import LoRAAdapter, ModuleDict, Pair, rescaled, stacked
-from minilora.lora.base import Base, base_of
+from minilora.lora.base import Base, base_of, view
 from minilora.lora.routes import Route
 from minilora.lora.threads import refuse_others
 from minilora.lora.wrappers import named_modules
@@ -62,7 +62,7 @@ class LoRALayer(nn.Module):
         base: Any = self._modules["base"]
         seen = self._view
         if seen is None or seen.module is not base or seen.type is not type(base):
-            seen = base_of(base)
+            seen = view(base) or Base(base)  # a stranger's linear that was put in its place
             if not torch.compiler.is_compiling():
                 self._view = seen
         return seen

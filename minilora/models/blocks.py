@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.kernels import causal_attention, rms_norm, swiglu
 from minilora.models.config import DecoderConfig
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
-Slot = tuple[torch.Tensor, torch.Tensor, int]  # keys and values [B, kv_heads, room, D], held
+Rotation = tuple[Tensor, Tensor]
+Slot = tuple[Tensor, Tensor, int]  # keys and values [B, kv_heads, room, D], held
 
 
 class KVCache:
@@ -69,7 +69,7 @@ class KVCache:
         return self.keys[layer], self.values[layer], self.length
 
 
-def extend(slot: Slot, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def extend(slot: Slot, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Write `[B, kv_heads, T, head_dim]` after what a layer holds and return all of it."""
     keys, values, length = slot
     end = length + k.shape[2]
@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return `weight · x / sqrt(mean(x²) + eps)` in x's dtype."""
         return rms_norm(x, self.weight, self.eps)
 
@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def rotation_at(config: DecoderConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+def rotation_at(config: DecoderConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
     """Cosines and sines `[1 or B, 1, T, head_dim / 2]`, computed in f32 from int positions."""
     steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / (config.rope_theta ** (steps / config.head_dim))
@@ -103,16 +103,14 @@ def rotation_at(config: DecoderConfig, positions: torch.Tensor, dtype: torch.dty
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def _rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair (x_i, x_{i + head_dim/2}) of `[B, heads, T, head_dim]` by its angle."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend `[B, heads, T, head_dim]` to `[B, kv_heads, S, head_dim]`; causally without a mask."""
     # One new token may see everything, so it needs no mask and is not "causal" in SDPA's sense,
     # which aligns the first query with the first key.
@@ -136,12 +134,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(wide, size, bias=config.attention_bias, **made)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rotation: Rotation,
-        mask: torch.Tensor | None,
-        slot: Slot | None,
-    ) -> torch.Tensor:
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
+    ) -> Tensor:
         """Return `[B, T, hidden]`; without a mask position t sees positions 0 to t."""
         split = (*x.shape[:2], -1, self.head_dim)
         q = _rotate(self.q_proj(x).view(split).transpose(1, 2), rotation)
@@ -164,7 +158,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(size, inner, **made)
         self.down_proj = nn.Linear(inner, size, **made)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return `down(silu(gate(x)) ⊙ up(x))`."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
@@ -181,12 +175,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rotation: Rotation,
-        mask: torch.Tensor | None,
-        slot: Slot | None,
-    ) -> torch.Tensor:
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
+    ) -> Tensor:
         """Return `[B, T, hidden]`."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, slot)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -84,7 +84,7 @@ class CausalLM(nn.Module):
         """Return the dotted name in the model of a tensor in a checkpoint, None to pass it over."""
         return name
 
-    def begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple]:
         """Return the first hidden state, and what every block takes beside it.
 
         A block is called as `block(x, *beside, mask, slot of the cache)`.
@@ -115,12 +115,12 @@ class CausalLM(nn.Module):
 
     def hidden(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tensor,
         *,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return what the head reads: `[B, T, hidden]` after the last norm; see `forward`."""
         self._check_ids(input_ids)
         batch, tokens = input_ids.shape
@@ -152,13 +152,13 @@ class CausalLM(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tensor,
         *,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Compute logits.
 
         Args:
@@ -185,12 +185,12 @@ class CausalLM(nn.Module):
 
     def loss(
         self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
         *,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Compute the mean next-token cross-entropy, never holding all logits at once.
 
         Position t predicts `labels[:, t + 1]`, as in Hugging Face.
@@ -227,10 +227,10 @@ class CausalLM(nn.Module):
             )
         return self._loss_through_head(rows, target)
 
-    def _loss_through_head(self, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _loss_through_head(self, rows: Tensor, target: Tensor) -> Tensor:
         """The same mean where the head is wrapped: its forward is run, chunk by chunk, twice."""
 
-        def chunk_loss(h: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        def chunk_loss(h: Tensor, label: Tensor) -> Tensor:
             logits = self.lm_head(h)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(wide, label, ignore_index=IGNORED, reduction="sum")
@@ -244,7 +244,7 @@ class CausalLM(nn.Module):
         ]
         return torch.stack(sums).sum() / len(target)
 
-    def _check_ids(self, ids: torch.Tensor) -> None:
+    def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
             raise ValueError(
                 f"input_ids must be [batch, tokens] of int64 or int32 with at least one token, "
@@ -260,7 +260,7 @@ class CausalLM(nn.Module):
                 f"{high}; the tokenizer and the model do not belong together"
             )
 
-    def _check_positions(self, positions: torch.Tensor, batch: int, tokens: int) -> None:
+    def _check_positions(self, positions: Tensor, batch: int, tokens: int) -> None:
         if positions.shape not in ((tokens,), (batch, tokens)) or positions.is_floating_point():
             raise ValueError(
                 f"positions must be integers of shape [{tokens}] or [{batch}, {tokens}], found "
@@ -309,7 +309,7 @@ class Decoder(CausalLM):
         """Pass over the rotary frequencies that old checkpoints store."""
         return None if name.endswith(".rotary_emb.inv_freq") else name
 
-    def begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple]:
         """Embed the ids; every block takes the rotation at the positions."""
         x = self.get_input_embeddings()(ids)
         return x, (rotation_at(self.config, positions, x.dtype),)

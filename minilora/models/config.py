@@ -28,10 +28,10 @@ Config = TypeVar("Config", bound="ModelConfig")
 class ModelConfig:
     """The base of a family's frozen dataclass, whose fields are checked by name and type.
 
-    An int must be above 0 (and have a limit), a float too; names ending in `_token_id` hold ids,
-    names ending in `_pdrop` probabilities. Every family answers to `vocab_size`, `hidden_size`,
+    An int must be above 0 (and has a limit), a float too; names ending in `_token_id` hold ids,
+    names ending in `_pdrop` probabilities. Every family has `vocab_size`, `hidden_size`,
     `intermediate_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`,
-    `head_dim`, `max_position_embeddings`, `tie_word_embeddings` and `eos_token_id`.
+    `head_dim`, `max_position_embeddings`, `tie_word_embeddings` and the three token ids.
 
     Attributes:
         model_type: what `config.json` calls the family.
@@ -175,9 +175,8 @@ class DecoderConfig(ModelConfig):
         tie_word_embeddings: whether the head is the embedding matrix.
         attention_bias: whether q, k, v and o have biases.
         mlp_bias: whether gate, up and down have biases.
-        bos_token_id: beginning of sequence, or None.
+        bos_token_id, pad_token_id: beginning of sequence, padding; or None.
         eos_token_id: end of sequence: one id, several, or None.
-        pad_token_id: padding, or None.
     """
 
     neutral: ClassVar = {
@@ -229,7 +228,11 @@ class DecoderConfig(ModelConfig):
 
     @classmethod
     def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        _refuse_layer_types(entries.get("layer_types") or [])
+        types = entries.get("layer_types") or []
+        if not isinstance(types, list) or any(each != "full_attention" for each in types):
+            raise ValueError(
+                f"layer_types={short(types)} is not built: every layer must be 'full_attention'"
+            )
         for key in ("vocab_size", "hidden_size", "intermediate_size"):
             if key not in values:
                 raise ValueError(f"{key} must stand in config.json, found no such entry")
@@ -253,14 +256,6 @@ class DecoderConfig(ModelConfig):
     def _entries(self) -> dict[str, Any]:
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
         return {"hidden_act": "silu", **super()._entries(), "rope_parameters": rope}
-
-
-def _refuse_layer_types(layer_types: Any) -> None:
-    whole = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
-    if not whole:
-        raise ValueError(
-            f"layer_types={short(layer_types)} is not built: every layer must be 'full_attention'"
-        )
 
 
 def _rope_theta(entries: dict[str, Any]) -> Any:

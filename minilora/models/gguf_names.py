@@ -6,10 +6,10 @@ The names: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/consta
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
 
-def _as_stored(fqn: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+def _as_stored(fqn: str, tensor: Tensor, config: Any) -> Tensor:
     return tensor
 
 
@@ -37,7 +37,7 @@ class GGUFNames(NamedTuple):
     biases: dict[str, str]
     whole: dict[str, str]
     parts: dict[str, str]
-    restored: Callable[[str, torch.Tensor, Any], torch.Tensor] = _as_stored
+    restored: Callable[[str, Tensor, Any], Tensor] = _as_stored
 
 
 DECODER_NAMES = GGUFNames(

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.files import short
 from minilora.models.blocks import Slot, attend, extend
@@ -32,7 +32,7 @@ _BODY = ("wte.", "wpe.", "h.", "ln_f.")
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 # `activation_function`: several names of one formula are transformers' (its activations.py).
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
     "gelu_python_tanh": _tanh_gelu,
@@ -64,12 +64,9 @@ class GPT2Config(ModelConfig):
         scale_attn_weights: whether attention scores are divided by sqrt(head_dim).
         scale_attn_by_inverse_layer_idx: whether those of block i (from 0) are divided by i + 1.
         tie_word_embeddings: whether the head is the embedding matrix.
-        resid_pdrop: kept to be written back: `GPT2` applies no dropout.
-        embd_pdrop: as `resid_pdrop`.
-        attn_pdrop: as `resid_pdrop`.
-        bos_token_id: beginning of sequence, or None.
+        resid_pdrop, embd_pdrop, attn_pdrop: kept to be written back: `GPT2` applies no dropout.
+        bos_token_id, pad_token_id: beginning of sequence, padding; or None.
         eos_token_id: end of sequence: one id, several, or None.
-        pad_token_id: padding, or None.
     """
 
     model_type = "gpt2"
@@ -131,22 +128,13 @@ class GPT2Config(ModelConfig):
 
 
 class Conv1D(nn.Module):
-    """Apply a linear map whose weight is stored as `[in, out]`, as OpenAI's GPT-2 does.
+    """Apply y = x W + b with W stored as `[in, out]`, as OpenAI's GPT-2 does.
 
-    y = x W + b
-
-    A fresh weight is normal with standard deviation 0.02, the bias zero.
+    A fresh W is normal with standard deviation 0.02, b zero.
 
     Args:
-        nf: width of the output.
-        nx: width of the input.
-        dtype: of weight and bias; torch's default when None.
-        device: where they lie.
-
-    Attributes:
-        nf, nx: as given.
-        weight: `[nx, nf]`.
-        bias: `[nf]`.
+        nf, nx: widths of output and input.
+        dtype, device: of weight `[nx, nf]` and bias `[nf]`.
     """
 
     def __init__(self, nf: int, nx: int, *, dtype=None, device=None) -> None:
@@ -157,7 +145,7 @@ class Conv1D(nn.Module):
         if not self.weight.is_meta:  # there is nothing to draw there, and it takes its time
             nn.init.normal_(self.weight, std=_STD)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return `[..., nf]` for x `[..., nx]`."""
         y = torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight)
         return y.view(*x.shape[:-1], self.nf)
@@ -180,9 +168,7 @@ class Attention(nn.Module):
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd, **made)
         self.c_proj = Conv1D(config.n_embd, config.n_embd, **made)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, slot: Slot | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, slot: Slot | None) -> Tensor:
         """Return `[B, T, n_embd]`; without a mask position t sees positions 0 to t."""
         split = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (part.view(split).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
@@ -202,7 +188,7 @@ class MLP(nn.Module):
         self.c_proj = Conv1D(size, inner, dtype=dtype, device=device)
         self.act = ACTIVATIONS[config.activation_function]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return `proj(act(fc(x)))`."""
         return self.c_proj(self.act(self.c_fc(x)))
 
@@ -218,9 +204,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, **made)
         self.mlp = MLP(config, **made)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, slot: Slot | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, slot: Slot | None) -> Tensor:
         """Return `[B, T, n_embd]`."""
         x = x + self.attn(self.ln_1(x), mask, slot)
         return x + self.mlp(self.ln_2(x))
@@ -262,6 +246,6 @@ class GPT2(CausalLM):
             return None
         return f"transformer.{name}" if name.startswith(_BODY) else name
 
-    def begin(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple]:
         """Add the embeddings of ids and positions; blocks take nothing beside."""
         return self.transformer.wte(ids) + self.transformer.wpe(positions.long()), ()

@@ -9,7 +9,7 @@ The architecture: Touvron et al. 2023, "LLaMA", section 2.2.
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from minilora.models.causal import Decoder
 from minilora.models.config import DecoderConfig
@@ -25,7 +25,7 @@ class LlamaConfig(DecoderConfig):
     neutral = DecoderConfig.neutral | {"pretraining_tp": (None, 1), "sliding_window": (None,)}
 
 
-def _half_rotation(fqn: str, rows: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
+def _half_rotation(fqn: str, rows: Tensor, config: LlamaConfig) -> Tensor:
     """Undo llama.cpp's conversion, which puts rows i and i + head_dim/2 of a head side by side."""
     if ".q_proj." not in fqn and ".k_proj." not in fqn:
         return rows

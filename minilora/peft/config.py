@@ -17,7 +17,6 @@ from minilora.files import one_line, read_json, short
 from minilora.lora import (
     LoRAAdapter,
     asked_copies,
-    base_of,
     check_alpha,
     check_dropout,
     check_rank,
@@ -257,7 +256,10 @@ def config_of(
     return config | {
         "auto_mapping": None,
         "base_model_name_or_path": base_name or _base_name(model),
-        "fan_in_fan_out": any(_stores_transposed(layers[fqn].base) for fqn in factors),
+        "fan_in_fan_out": any(
+            base.family == "linear" and base.transposed
+            for base in (layers[fqn].view for fqn in factors)
+        ),
         "inference_mode": True,
         "peft_type": "LORA",
         "peft_version": "0.21.2",  # the release whose layout this follows
@@ -297,11 +299,6 @@ def _minimal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
         else:
             return "|".join(re.escape(name) for name in names)
     return sorted(entries)
-
-
-def _stores_transposed(base: nn.Module) -> bool:
-    seen = base_of(base)
-    return seen.family == "linear" and seen.transposed
 
 
 def _base_name(model: nn.Module) -> str | None:

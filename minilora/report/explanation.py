@@ -104,10 +104,10 @@ class Explanation:
         return sum(v.r for v in self.layers), sum(v.suggested_r for v in self.layers)
 
     @property
-    def intruders(self) -> tuple[int, str] | None:
-        """How many intruder dimensions were found and in how many layers, None for not compared."""
+    def intruders(self) -> tuple[int, int, int] | None:
+        """Intruder dimensions, layers that have some, layers compared; None without any."""
         known = [v.intruders for v in self.layers if v.intruders is not None]
-        return (sum(known), f"in {sum(map(bool, known))} of {len(known)} layers") if known else None
+        return (sum(known), sum(map(bool, known)), len(known)) if known else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors as plain values, infinities as null."""
@@ -212,7 +212,7 @@ def verdicts(explained: Explanation) -> list[str]:
         f"{top.name} ({percent(top.relative)})"
     )
     if explained.intruders is not None:
-        lines.append("intruder dimensions: {}, {}".format(*explained.intruders))
+        lines.append("intruder dimensions: {}, in {} of {} layers".format(*explained.intruders))
     cut = "ranks {} → {} in all keep {} of every layer's energy; error {}"
     lines.append(
         cut.format(*explained.ranks, percent(explained.keep), percent(explained.predicted_error))

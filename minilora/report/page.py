@@ -121,8 +121,9 @@ def _cards(explained: Explanation) -> str:
         words += f"; held-out loss so truncated {behaviour.truncated:.3f}"
     cards.append(("{} → {}".format(*explained.ranks), words, False))
     if explained.intruders is not None:
-        count, where = explained.intruders
-        cards.append((str(count), f"intruder dimensions, {where}", count > 0))
+        count, some, compared = explained.intruders
+        words = f"intruder dimensions, in {some} of {compared} layers"
+        cards.append((str(count), words, count > 0))
     items = "".join(
         f"<li{' class=flag' if flag else ''}><b>{_e(figure)}</b><span>{_e(words)}</span></li>"
         for figure, words, flag in cards

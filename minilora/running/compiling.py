@@ -4,8 +4,8 @@ import functools
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -102,50 +102,49 @@ def settle_compile(choice: bool | str) -> tuple[bool, str | None]:
     )
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks that hold adapters."""
-    return [block for block in Survey(model).blocks.values() if lora_layers(block)]
-
-
-def _casts_run_again() -> AbstractContextManager[None]:
-    """Let the backward pass form again what a pass over kept tensors gives.
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Let the backward pass form again what a pass over kept tensors gives, and allow variants.
 
     By default torch keeps whatever a product of the backward pass reads: inputs widened to f32,
     gate times up. That is a third to a half of all that is kept, and saves no time
-    (`benchmarks/NOTES.md`). Holds for all that this thread compiles meanwhile.
+    (`benchmarks/NOTES.md`). It also leaves a function uncompiled for good after eight variants,
+    which a few models in one process reach. Holds for all that this thread compiles meanwhile.
     """
-    from torch._functorch import config
+    from torch._dynamo import config as tracing
+    from torch._functorch import config as backward
 
-    name = "ban_recompute_materialized_backward"  # private, so it may be gone one day
-    return config.patch({name: False}) if hasattr(config, name) else nullcontext()
+    keep, most = "ban_recompute_materialized_backward", "recompile_limit"
+    variants = max(64, getattr(tracing, most, 0))
+    with ExitStack() as stack:
+        for config, name, value in ((backward, keep, False), (tracing, most, variants)):
+            if hasattr(config, name):  # private, so it may be gone one day
+                stack.enter_context(config.patch({name: value}))
+        yield
 
 
 @contextmanager
-def compiled(
-    model: nn.Module, wanted: bool, blocks: Iterable[nn.Module] | None = None
-) -> Iterator[None]:
-    """Compile each block (the whole model where it has none), and the loss of our own models.
+def compiled(model: nn.Module, wanted: bool, every: bool = False) -> Iterator[None]:
+    """Compile the blocks with adapters, or every block, and the loss of our own models.
 
-    The blocks are those with adapters, or the ones given.
-
-    Shapes are left open: batches differ in length, and each length would else be compiled. What
-    is replaced is `forward` alone, so every name and the hooks around a block stay as they are:
-    FSDP2's gather its weights before the compiled part and let go of them after.
+    Where there is no such block it is the whole model. Shapes are left open: batches differ in
+    length, and each length would else be compiled. What is replaced is `forward` alone, so every
+    name and the hooks around a block stay as they are: FSDP2's gather its weights before the
+    compiled part and let go of them after.
     """
     if not wanted:
         yield
         return
     # A block whose input needs no gradient, evaluation and training are variants of one function.
-    targets = [
-        (block, block.__dict__.get("forward")) for block in blocks or blocks_of(model) or [model]
-    ]
+    blocks = [b for b in Survey(model).blocks.values() if every or lora_layers(b)] or [model]
+    targets = [(block, block.__dict__.get("forward")) for block in blocks]
     flag = getattr(model, "compiled_loss", None)
     try:
         for block, _ in targets:
             block.forward = torch.compile(block.forward, dynamic=True)
         if flag is not None:
             model.compiled_loss = True  # type: ignore[assignment]
-        with private_cache(), _casts_run_again():  # compilation happens at the first call
+        with private_cache(), _settings():  # compilation happens at the first call
             yield
     finally:
         for block, before in targets:

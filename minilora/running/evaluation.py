@@ -14,7 +14,7 @@ from torch import nn
 
 from minilora.data import IGNORE, Batch, Batches, as_examples, pad
 from minilora.files import short
-from minilora.lora import inference, require_finite, require_values, widened
+from minilora.lora import Survey, inference, widened
 
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
 
@@ -156,8 +156,9 @@ def evaluate(
     """
     if not 1 <= batch_size < 2**31:
         raise ValueError(f"batch_size must be at least 1, found {short(batch_size)}")
-    require_values(model, "evaluate")
-    require_finite(model)
+    survey = Survey(model)
+    survey.require_values("evaluate")
+    survey.require_finite()
     total, tokens = 0.0, 0
     device = device_of(model)
     with inference(model), widened(model):

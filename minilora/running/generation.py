@@ -11,8 +11,8 @@ from torch import nn
 
 from minilora.data import encode_prompt, warn_of_control
 from minilora.files import short
-from minilora.lora import inference, require_finite, require_values, widened
-from minilora.models import CausalLM, KVCache
+from minilora.lora import Survey, inference, widened
+from minilora.models import KVCache
 from minilora.running.compiling import compiled, settle_compile
 from minilora.running.evaluation import argument_names, device_of, forward_logits
 from minilora.text import as_tokenizer
@@ -77,8 +77,9 @@ def generate(
     stop_ids, stop_strings = _stops(stop, tokenizer)
     rows = _encode(prompts, tokenizer, chat)
     _check_rows(rows, max_new_tokens, getattr(model, "config", None))
-    require_values(model, "generate")
-    require_finite(model)
+    survey = Survey(model)
+    survey.require_values("generate")
+    survey.require_finite()
     seed = random.SystemRandom().getrandbits(62) if seed is None else seed
     generators = [_generator(seed, i) for i in range(len(rows))]
     asked = [list(row) for row in rows]
@@ -87,8 +88,7 @@ def generate(
     with inference(model), widened(model):
         step = _step(model, rows, max_new_tokens)
         logits = step(rows)  # the prompts, uncompiled: they have other lengths, and come once
-        blocks = model.blocks if isinstance(model, CausalLM) else ()
-        with compiled(model, wanted and max_new_tokens > 1, blocks):
+        with compiled(model, wanted and max_new_tokens > 1, every=True):
             while running:
                 found = logits.to("cpu", torch.float32)
                 for i in tuple(running):

@@ -4,8 +4,10 @@ The name of a control token inside a message is hidden from the template and fro
 control tokens, and encoded as the characters it is made of.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from minilora.text.chat_template import map_strings, plain_messages
@@ -15,8 +17,7 @@ from minilora.text.special_tokens import Encoded, encode_as_text, longest_first,
 if TYPE_CHECKING:
     from minilora.text.tokenizer import Tokenizer
 
-_MARK = "\ufdd0"  # a code point that stands for no character
-_CONTROL = "\ufdd1"  # another
+_NO_CHARACTERS = range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE)  # code points
 _PROBE = "qqprobeqq"
 
 
@@ -46,18 +47,23 @@ class Conversation:
         values = map_strings(variables, str)
         self._names = longest_first(tokenizer.control)
         self._search = name_pattern(self._names)
-        self._marks = _longest_run([plain, values]) + _MARK
+        text = json.dumps([plain, values], ensure_ascii=False)
+        unused = (chr(i) for i in chain(*_NO_CHARACTERS) if chr(i) not in text)
+        self._mark, self._own = (
+            next(unused),
+            next(unused),
+        )  # of names in messages, of the template's
         self.names_control = False
         self._messages = map_strings(plain, self._hide)
         self._variables = map_strings(values, self._hide)
 
     def _hide(self, text: str) -> str:
-        hidden = self._search.sub(lambda name: self._marked(self._names.index(name[0])), text)
+        hidden = self._marked(text, self._mark)
         self.names_control |= hidden != text
         return hidden
 
-    def _marked(self, name: int) -> str:
-        return f"{self._marks}{name:05d}"
+    def _marked(self, text: str, mark: str) -> str:
+        return self._search.sub(lambda name: f"{mark}{self._names.index(name[0]):05d}", text)
 
     def text(self, turns: int | None = None, *, prompt: bool = False) -> str:
         """Return the text of the first `turns` messages (None: of all).
@@ -84,10 +90,9 @@ class Conversation:
         """Bring the hidden names back, once the names in the text are told apart from them."""
         if not self.names_control:
             return text
-        control = f"{self._marks}{_CONTROL}"
-        text = self._search.sub(lambda name: f"{control}{self._names.index(name[0]):05d}", text)
-        text = re.sub(self._marks + r"(\d{5})", lambda found: self._names[int(found[1])], text)
-        if self._marks in re.sub(control + r"\d{5}", "", text):
+        text = self._marked(text, self._own)
+        text = re.sub(self._mark + r"(\d{5})", lambda found: self._names[int(found[1])], text)
+        if self._mark in text:
             raise ValueError(
                 "the chat template takes apart a message that holds the name of a control "
                 "token; remove the name from the message"
@@ -99,22 +104,10 @@ class Conversation:
         if not self.names_control:
             yield from self._tokenizer.pieces(text, parse_special=True)
             return
-        backend, ids = self._tokenizer._standing_in(f"{self._marks}{_CONTROL}")
+        backend, ids = self._tokenizer._standing_in(self._own)
 
         def encode(part: str) -> Encoded:
             found, spans = encode_as_text(backend, part, self._tokenizer.control)
             return [ids.get(i, i) for i in found], spans
 
         yield from encode_pieces(encode, text)
-
-
-def _longest_run(value: Any) -> str:
-    """Return the longest run of marks in any string inside, so that one more is unmistakable."""
-    runs = [""]
-
-    def note(text: str) -> str:
-        runs.extend(re.findall(f"{_MARK}+", text))
-        return text
-
-    map_strings(value, note)
-    return max(runs, key=len)

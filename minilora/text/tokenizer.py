@@ -11,28 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.files import leads_out, read_json, reading, whole_folder, write, write_json
-from minilora.text.byte_level import (
-    folder_backend,
-    gguf_backend,
-    needed,
-    tokenizers_library,
-)
+from minilora.files import reading, whole_folder, write, write_json
 from minilora.text.chat_template import ChatTemplate, map_strings, plain_messages
 from minilora.text.conversation import Conversation
+from minilora.text.from_folder import folder_parts
+from minilora.text.from_gguf import metadata_parts
 from minilora.text.long_text import encode_pieces
 from minilora.text.special_tokens import (
     Encoded,
     control_tokens,
     encode_as_text,
     make_special,
-    special_texts,
     stand_in,
-    text_of,
+    tokenizers_library,
 )
-
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-_GGUF_NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 # Control tokens that end a turn or a document in any model; llama.cpp stops at them too.
 _ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")
@@ -61,8 +53,13 @@ class Tokenizer:
         unk: str | None = None,
         stop_ids: Iterable[int] = (),
         chat_template: str | None = None,
+        frame: tuple[bool, bool] | None = None,
     ) -> None:
-        """Wrap a `tokenizers.Tokenizer`, with special tokens given by their text."""
+        """Wrap a `tokenizers.Tokenizer`, with special tokens given by their text.
+
+        `frame` says whether the bos token begins and the eos token ends a document; None leaves
+        that as the backend has it.
+        """
         self._backend = backend
         self._lock = threading.Lock()
         named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unk}
@@ -88,6 +85,15 @@ class Tokenizer:
         self._template: ChatTemplate | None = None
         self._stand_in: tuple[str, Any, dict[int, int]] | None = None
         self.chat_template = chat_template
+        if frame is not None:
+            before, after = (
+                [self._named[name]] if wanted and name in self._named else []
+                for name, wanted in zip(("bos_token", "eos_token"), frame, strict=True)
+            )
+            backend.post_processor = tokenizers_library().processors.TemplateProcessing(
+                single=[*before, "$A", *after],
+                special_tokens=[(text, backend.token_to_id(text)) for text in before + after],
+            )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, end: str | None = None) -> "Tokenizer":
@@ -95,9 +101,9 @@ class Tokenizer:
 
         `tokenizer.json` is needed, or GPT-2's `vocab.json` and `merges.txt`;
         `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, `config.json`
-        and `generation_config.json` are read where they lie.
-        Which tokens frame a text stands in `tokenizer.json`; as in transformers 5, `add_bos_token`
-        and `add_eos_token` don't override it (and count where there is no such file).
+        and `generation_config.json` are read where they are there.
+        `tokenizer.json` states which tokens frame a text; as in transformers 5, `add_bos_token` and
+        `add_eos_token` don't override it (and count where there is no such file).
 
         Args:
             folder: path of the folder.
@@ -107,44 +113,8 @@ class Tokenizer:
             ValueError: a file that is missing or damaged, or special tokens that contradict it.
             RuntimeError: the `tokenizers` package is missing.
         """
-        folder = Path(folder)
         with reading(f"the tokenizer in '{folder}'"):
-            return cls._from_folder(folder, end)
-
-    @classmethod
-    def _from_folder(cls, folder: Path, end: str | None) -> "Tokenizer":
-        entries: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                entries |= read_json(folder / name)
-        backend, defaults = folder_backend(folder, entries)
-        entries = defaults | entries
-        make_special(backend, special_texts(entries))
-        if entries.get("eos_token") is None and end in control_tokens(backend):
-            names = ("bos_token", "eos_token", "unk_token")
-            entries |= {name: end for name in names if entries.get(name) is None}
-        named = {
-            name: text_of(entries.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")
-        }
-        stops: set[int] = set()
-        for name in ("config.json", "generation_config.json"):
-            if (folder / name).is_file():
-                ids = read_json(folder / name).get("eos_token_id")
-                stops |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
-        template = entries.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        if (folder / "chat_template.jinja").is_file():
-            if leads_out(folder, folder / "chat_template.jinja"):
-                raise ValueError(
-                    f"'{folder / 'chat_template.jinja'}' must lie in its folder, found a link to "
-                    f"somewhere else; put a copy there: save would publish whatever it leads to"
-                )
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        made = cls(backend, **named, stop_ids=stops, chat_template=template)
-        if not (folder / "tokenizer.json").is_file():
-            made._frame(bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token")))
-        return made
+            return cls(**folder_parts(Path(folder), end))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -155,53 +125,7 @@ class Tokenizer:
                 pre-tokenizer that is not built, by name.
             RuntimeError: the `tokenizers` package is missing.
         """
-        library = tokenizers_library()
-        tokens = needed(metadata, "tokenizer.ggml.tokens")
-        backend = gguf_backend(metadata, tokens)
-        kinds = metadata.get("tokenizer.ggml.token_type", [])
-        added = [
-            library.AddedToken(token, normalized=False, special=kind == _CONTROL)
-            for token, kind in zip(tokens, kinds, strict=False)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-        backend.add_special_tokens([token for token in added if token.special])
-        backend.add_tokens([token for token in added if not token.special])
-        ids = {
-            name: metadata.get(f"tokenizer.ggml.{key}_token_id")
-            for name, key in _GGUF_NAMES.items()
-        }
-        for name, token_id in ids.items():
-            if token_id is not None and not 0 <= token_id < len(tokens):
-                raise ValueError(
-                    f"the {name} token's id must lie in [0, {len(tokens)}), found {token_id}"
-                )
-        stops = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
-        made = cls(
-            backend,
-            **{name: None if i is None else tokens[i] for name, i in ids.items()},
-            stop_ids=[i for i in stops if i is not None],
-            chat_template=metadata.get("tokenizer.chat_template"),
-        )
-        begins = metadata["tokenizer.ggml.pre"] == "llama-bpe"  # llama.cpp's default
-        made._frame(
-            bool(metadata.get("tokenizer.ggml.add_bos_token", begins)),
-            bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        )
-        return made
-
-    def _frame(self, begin: bool, end: bool) -> None:
-        """Let `encode` put the beginning and ending tokens around a text."""
-        processors = tokenizers_library().processors
-        special, single = [], "$A"
-        if begin and self.bos_id is not None:
-            special.append((self._named["bos_token"], self.bos_id))
-            single = f"{self._named['bos_token']} {single}"
-        if end and self.eos_id is not None:
-            special.append((self._named["eos_token"], self.eos_id))
-            single = f"{single} {self._named['eos_token']}"
-        self._backend.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=special
-        )
+        return cls(**metadata_parts(metadata))
 
     def encode(self, text: str, *, special: bool = True, parse_special: bool = False) -> list[int]:
         """Turn text into token ids.
@@ -328,7 +252,7 @@ class Tokenizer:
             variables: what else the template reads, as JSON values: tools, documents, …
 
         Returns:
-            Text in which control tokens stand by name, whoever wrote them: to encode it safely use
+            Text in which control tokens are named, whoever wrote them: to encode it safely use
             `encode_chat`.
 
         Raises:

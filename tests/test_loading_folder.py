@@ -82,7 +82,7 @@ def _everything(folder):
 
 
 @pytest.mark.parametrize("mapped", [1, 2**26])
-def test_from_pretrained_reads_shards(monkeypatch, tmp_path, mapped):
+def test_reading_reads_shards(monkeypatch, tmp_path, mapped):
     monkeypatch.setattr("minilora.loading.folder._MAPPED", mapped)
     theirs = _theirs()
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
@@ -101,10 +101,10 @@ def test_save_pretrained_stores_shared_memory_twice_where_the_config_unties(tmp_
         _close(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(_ids()).logits, ours(_ids()))
 
 
-# --- dtype, transform, memory -------------------------------------------------------------------
+# --- dtype, prepare, memory ---------------------------------------------------------------------
 
 
-def test_from_pretrained_keeps_or_changes_the_dtype(tmp_path):
+def test_reading_keeps_or_changes_the_dtype(tmp_path):
     _theirs(torch.bfloat16).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     kept = read_model(tmp_path).state_dict()
@@ -115,7 +115,7 @@ def test_from_pretrained_keeps_or_changes_the_dtype(tmp_path):
         assert torch.equal(wide[name], tensor.double())
 
 
-def test_from_pretrained_auto_takes_the_fastest_dtype(monkeypatch, folder):
+def test_reading_auto_takes_the_fastest_dtype(monkeypatch, folder):
     class Machine:
         dtype = torch.float16
 
@@ -124,12 +124,12 @@ def test_from_pretrained_auto_takes_the_fastest_dtype(monkeypatch, folder):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 3])
-def test_from_pretrained_refuses_another_dtype(folder, dtype):
+def test_reading_refuses_another_dtype(folder, dtype):
     with pytest.raises(ValueError, match="dtype must be None, 'auto' or one of"):
         read_model(folder, dtype=dtype)
 
 
-def test_from_pretrained_refuses_mixed_dtypes_unless_one_is_named(folder):
+def test_reading_refuses_mixed_dtypes_unless_one_is_named(folder):
     _rewrite(folder, lambda t: t.update({QUERY: t[QUERY].half()}))
     with pytest.raises(ValueError, match="stored in one dtype, found F16, F32"):
         read_model(folder)
@@ -210,20 +210,20 @@ def test_reading_holds_one_tensor_beside_the_model(monkeypatch, tmp_path, prepar
         ),
     ],
 )
-def test_from_pretrained_refuses_other_tensors_by_name(folder, change, message):
+def test_reading_refuses_other_tensors_by_name(folder, change, message):
     _rewrite(folder, change)
     with pytest.raises(ValueError, match=message):
         read_model(folder, dtype=torch.float32)
 
 
-def test_from_pretrained_passes_over_stored_frequencies(folder):
+def test_reading_passes_over_stored_frequencies(folder):
     _rewrite(
         folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": t[QUERY] * 1})
     )
     read_model(folder)
 
 
-def test_from_pretrained_reads_a_tied_head_only_when_it_is_the_embedding(folder):
+def test_reading_reads_a_tied_head_only_when_it_is_the_embedding(folder):
     _theirs(tie_word_embeddings=True).save_pretrained(folder)
     _rewrite(folder, lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()}))
     ours = read_model(folder)
@@ -236,7 +236,7 @@ def test_from_pretrained_reads_a_tied_head_only_when_it_is_the_embedding(folder)
 # --- damaged and hostile folders ----------------------------------------------------------------
 
 
-def test_from_pretrained_refuses_what_is_no_model_folder(tmp_path, folder):
+def test_reading_refuses_what_is_no_model_folder(tmp_path, folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"found \['pytorch_model.bin'\] in .* only safetensors"):
         read_model(folder)
@@ -257,21 +257,21 @@ def test_from_pretrained_refuses_what_is_no_model_folder(tmp_path, folder):
         ),
     ],
 )
-def test_from_pretrained_refuses_a_damaged_config(folder, text, message):
+def test_reading_refuses_a_damaged_config(folder, text, message):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_model(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_from_pretrained_names_a_truncated_file(folder, keep):
+def test_reading_names_a_truncated_file(folder, keep):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"model\.safetensors' must be a whole safetensors file"):
         read_model(folder)
 
 
-def test_from_pretrained_names_a_file_with_a_damaged_header(folder):
+def test_reading_names_a_file_with_a_damaged_header(folder):
     file = folder / "model.safetensors"
     raw = file.read_bytes()
     file.write_bytes(struct.pack("<Q", 2**60) + raw[8:])
@@ -295,7 +295,7 @@ def sharded(tmp_path):
         "a/../outside.safetensors",
     ],
 )
-def test_from_pretrained_refuses_an_index_that_leads_out(sharded, name):
+def test_reading_refuses_an_index_that_leads_out(sharded, name):
     for place in (sharded.parent, sharded):
         save_file({"secret": torch.ones(1)}, place / "outside.safetensors")
     (sharded / "a").mkdir()
@@ -307,7 +307,7 @@ def test_from_pretrained_refuses_an_index_that_leads_out(sharded, name):
         read_model(sharded)
 
 
-def test_from_pretrained_refuses_a_link_that_leads_out(sharded):
+def test_reading_refuses_a_link_that_leads_out(sharded):
     shard = next(sharded.glob("model-*.safetensors"))
     outside = sharded.parent / "outside.safetensors"
     shard.rename(outside)
@@ -316,7 +316,7 @@ def test_from_pretrained_refuses_a_link_that_leads_out(sharded):
         read_model(sharded)
 
 
-def test_from_pretrained_reads_the_links_of_a_hub_cache(sharded):
+def test_reading_reads_the_links_of_a_hub_cache(sharded):
     home = sharded.parent / "models--a--b"
     (home / "blobs").mkdir(parents=True)
     snapshot = home / "snapshots" / "0123"
@@ -328,7 +328,7 @@ def test_from_pretrained_reads_the_links_of_a_hub_cache(sharded):
         _close(read_model(snapshot)(_ids()), _theirs()(_ids()).logits)
 
 
-def test_from_pretrained_refuses_an_index_that_disagrees(sharded):
+def test_reading_refuses_an_index_that_disagrees(sharded):
     index = sharded / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     other = next(name for name in weight_map.values() if name != weight_map[QUERY])
@@ -343,7 +343,7 @@ def test_from_pretrained_refuses_an_index_that_disagrees(sharded):
         read_model(sharded)
 
 
-def test_from_pretrained_refuses_a_tensor_in_two_shards(sharded):
+def test_reading_refuses_a_tensor_in_two_shards(sharded):
     names = sorted(sharded.glob("model-*.safetensors"))
     first, second = load_file(names[0]), load_file(names[1])
     twice = next(iter(first))

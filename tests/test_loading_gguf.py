@@ -154,7 +154,7 @@ def _close(found, wanted):
         {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32},
     ],
 )
-def test_from_gguf_equals_the_model_that_was_converted(tmp_path, shape):
+def test_reading_equals_the_model_that_was_converted(tmp_path, shape):
     theirs = _theirs(**shape)
     metadata = _metadata(theirs.config)
     if "head_dim" in shape:
@@ -170,7 +170,7 @@ def test_from_gguf_equals_the_model_that_was_converted(tmp_path, shape):
 
 
 @pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.name)
-def test_from_gguf_decodes_each_type_to_the_bits_of_the_gguf_package(tmp_path, kind):
+def test_reading_decodes_each_type_to_the_bits_of_the_gguf_package(tmp_path, kind):
     tensors = {
         "a": np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32),
         "b": np.linspace(-3e4, 6e4, 64, dtype=np.float32).reshape(2, 32),
@@ -206,12 +206,12 @@ def test_blocks_of_any_bytes_decode_as_in_the_gguf_package(tmp_path_factory, raw
     assert np.array_equal(found, wanted, equal_nan=True)
 
 
-def test_from_gguf_takes_a_dtype(file):
+def test_reading_takes_a_dtype(file):
     assert read_model(file, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
     assert read_model(file).lm_head.weight.dtype == torch.float32
 
 
-def test_from_gguf_weights_are_apart_from_the_file(file):
+def test_reading_weights_are_apart_from_the_file(file):
     ours = read_model(file)
     wanted = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     size = file.stat().st_size
@@ -253,7 +253,7 @@ def test_metadata_equals_that_of_the_gguf_package(tmp_path):
         ("something.new", "1"),
     ],
 )
-def test_from_gguf_refuses_options_by_name(tmp_path, key, value):
+def test_reading_refuses_options_by_name(tmp_path, key, value):
     theirs = _theirs()
     metadata = {**_metadata(theirs.config), key: value}
     file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
@@ -261,7 +261,7 @@ def test_from_gguf_refuses_options_by_name(tmp_path, key, value):
         read_model(file)
 
 
-def test_from_gguf_reads_options_that_say_nothing(tmp_path):
+def test_reading_reads_options_that_say_nothing(tmp_path):
     theirs = _theirs()
     nothing = {"rope.scaling.type": "none", "expert_count": 0, "rope.scale_linear": 1.0}
     file = _write(tmp_path / "a.gguf", _tensors(theirs), _metadata(theirs.config) | nothing)
@@ -283,7 +283,7 @@ def test_from_gguf_reads_options_that_say_nothing(tmp_path):
         ({"vocab_size": 54}, r"of another shape: lm_head\.weight \[53, 64\] instead of \[54, 64\]"),
     ],
 )
-def test_from_gguf_refuses_metadata_that_does_not_fit(tmp_path, changes, message):
+def test_reading_refuses_metadata_that_does_not_fit(tmp_path, changes, message):
     theirs = _theirs()
     metadata = {**_metadata(theirs.config), **changes}
     file = _write(tmp_path / "a.gguf", _tensors(theirs), metadata)
@@ -291,7 +291,7 @@ def test_from_gguf_refuses_metadata_that_does_not_fit(tmp_path, changes, message
         read_model(file)
 
 
-def test_from_gguf_refuses_missing_metadata(tmp_path):
+def test_reading_refuses_missing_metadata(tmp_path):
     theirs = _theirs()
     metadata = _metadata(theirs.config)
     del metadata["embedding_length"]
@@ -300,7 +300,7 @@ def test_from_gguf_refuses_missing_metadata(tmp_path):
         read_model(file)
 
 
-def test_from_gguf_refuses_a_file_without_embedding(tmp_path):
+def test_reading_refuses_a_file_without_embedding(tmp_path):
     theirs = _theirs()
     tensors = _tensors(theirs)
     del tensors["token_embd.weight"]
@@ -309,7 +309,7 @@ def test_from_gguf_refuses_a_file_without_embedding(tmp_path):
         read_model(file)
 
 
-def test_from_gguf_refuses_scaled_rotations(tmp_path):
+def test_reading_refuses_scaled_rotations(tmp_path):
     theirs = _theirs()
     tensors = {**_tensors(theirs), "rope_freqs.weight": np.ones(4, np.float32)}
     file = _write(tmp_path / "a.gguf", tensors, _metadata(theirs.config))
@@ -317,7 +317,7 @@ def test_from_gguf_refuses_scaled_rotations(tmp_path):
         read_model(file)
 
 
-def test_from_gguf_refuses_tensors_it_does_not_know(tmp_path):
+def test_reading_refuses_tensors_it_does_not_know(tmp_path):
     theirs = _theirs()
     tensors = {**_tensors(theirs), "blk.0.ffn_magic.weight": np.ones(4, np.float32)}
     file = _write(tmp_path / "a.gguf", tensors, _metadata(theirs.config))
@@ -325,14 +325,14 @@ def test_from_gguf_refuses_tensors_it_does_not_know(tmp_path):
         read_model(file)
 
 
-def test_from_gguf_refuses_another_architecture_by_name(tmp_path):
+def test_reading_refuses_another_architecture_by_name(tmp_path):
     file = _write(tmp_path / "a.gguf", {"a": np.ones(4, np.float32)}, {}, architecture="gemma3")
     with pytest.raises(ValueError, match=r"architecture that is built \(.*\), found 'gemma3'"):
         read_model(file)
 
 
 @pytest.mark.parametrize("kind", [KINDS.Q4_K, KINDS.Q6_K, KINDS.Q5_0, KINDS.IQ4_NL])
-def test_from_gguf_refuses_other_types_by_name(tmp_path, kind):
+def test_reading_refuses_other_types_by_name(tmp_path, kind):
     _, size = gguf.GGML_QUANT_SIZES[kind]
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor("blk.0.attn_q.weight", np.zeros((2, size), np.uint8), raw_dtype=kind)
@@ -349,14 +349,14 @@ def test_from_gguf_refuses_other_types_by_name(tmp_path, kind):
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"GGML" + bytes(100), b'{"a": 1}'])
-def test_from_gguf_refuses_what_is_no_gguf(tmp_path, content):
+def test_reading_refuses_what_is_no_gguf(tmp_path, content):
     (tmp_path / "a.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.gguf' must be a GGUF file, found one that does not"):
         read_model(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("at", ["header", "data", "last"])
-def test_from_gguf_names_a_truncated_file(file, at):
+def test_reading_names_a_truncated_file(file, at):
     raw = file.read_bytes()
     keep = {"header": 200, "data": len(raw) // 2, "last": len(raw) - 64}[at]
     file.write_bytes(raw[:keep])
@@ -365,7 +365,7 @@ def test_from_gguf_names_a_truncated_file(file, at):
         read_model(file)
 
 
-def test_from_gguf_of_every_truncated_header_is_one_kind_of_error(file):
+def test_reading_of_every_truncated_header_is_one_kind_of_error(file):
     raw = file.read_bytes()
     for keep in range(4, 1500, 7):
         file.write_bytes(raw[:keep])
@@ -399,7 +399,7 @@ def _key(text, kind):
         (_header(_key("general.alignment", 4) + struct.pack("<I", 24)), "is no power of two"),
     ],
 )
-def test_from_gguf_refuses_hostile_headers(tmp_path, raw, message):
+def test_reading_refuses_hostile_headers(tmp_path, raw, message):
     (tmp_path / "a.gguf").write_bytes(raw)
     with pytest.raises(ValueError, match=message):
         read_model(tmp_path / "a.gguf")
@@ -423,7 +423,7 @@ def _with_tensor(shape, kind=0, offset=0, times=1):
         (_with_tensor([33], kind=3), r"tensor t has shape \[33\], which Q4_1 cannot store"),
     ],
 )
-def test_from_gguf_refuses_hostile_tensors(tmp_path, raw, message):
+def test_reading_refuses_hostile_tensors(tmp_path, raw, message):
     (tmp_path / "a.gguf").write_bytes(raw)
     with pytest.raises(ValueError, match=message):
         read_model(tmp_path / "a.gguf")

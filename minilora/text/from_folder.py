@@ -1,0 +1,151 @@
+"""A tokenizer's parts from a folder: of tokenizer.json, or of GPT-2's older pair of files."""
+
+from pathlib import Path
+from typing import Any
+
+from minilora.files import leads_out, one_line, read_json
+from minilora.text.special_tokens import (
+    control_tokens,
+    make_special,
+    special_texts,
+    text_of,
+    tokenizers_library,
+)
+
+_END = "<|endoftext|>"
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+_NAMES = ("bos", "eos", "pad", "unk")
+
+
+def folder_parts(folder: Path, end: str | None) -> dict[str, Any]:
+    """Return what `Tokenizer` is made of; see `Tokenizer.from_pretrained`."""
+    tokenizers_library()  # an error about it comes before one about the files
+    entries: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            entries |= read_json(folder / name)
+    older = not (folder / "tokenizer.json").is_file() and any(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+    backend = _gpt2_backend(folder, entries) if older else _backend(folder, entries)
+    make_special(backend, [*special_texts(entries), *([_END] if older else [])])
+    named = {name: text_of(entries.get(f"{name}_token")) for name in _NAMES}
+    end = _END if older else end
+    if end in control_tokens(backend) and (older or named["eos"] is None):
+        named |= {name: end for name in ("bos", "eos", "unk") if named[name] is None}
+    stops: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            ids = read_json(folder / name).get("eos_token_id")
+            stops |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+    frame = bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token"))
+    return {
+        "backend": backend,
+        **named,
+        "stop_ids": stops,
+        "chat_template": _template(folder, entries.get("chat_template")),
+        "frame": frame if older else None,  # tokenizer.json states its own
+    }
+
+
+def _template(folder: Path, stated: Any) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        if leads_out(folder, file):
+            raise ValueError(
+                f"'{file}' must lie in its folder, found a link to somewhere else; put a copy "
+                f"there: save would publish whatever it leads to"
+            )
+        return file.read_text(encoding="utf-8")
+    if isinstance(stated, list):  # several, by name
+        return {each["name"]: each["template"] for each in stated}.get("default")
+    return stated
+
+
+def _backend(folder: Path, entries: dict[str, Any]) -> Any:
+    file = folder / "tokenizer.json"
+    stored = read_json(file)  # a clear error where it is missing or no JSON
+    try:
+        backend = tokenizers_library().Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(
+            f"'{file}' must describe a tokenizer, found: {one_line(error, 200)}"
+        ) from error
+    if entries.get("tokenizer_class") in _LLAMA and _prepends(stored.get("normalizer")):
+        _begin_once(backend, entries)
+    return backend
+
+
+def _prepends(normalizer: Any) -> bool:
+    """Whether a space is put before every stretch of text between control tokens."""
+    steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else []
+    return any(isinstance(step, dict) and step.get("type") == "Prepend" for step in steps)
+
+
+def _begin_once(backend: Any, entries: dict[str, Any]) -> None:
+    """Put a space before the first stretch of text alone, as transformers does for this class.
+
+    huggingface/transformers, `models/llama/tokenization_llama.py`.
+    """
+    spaced = entries.get("add_prefix_space")
+    scheme = "always" if entries.get("legacy") else "first"
+    backend.normalizer = None
+    backend.pre_tokenizer = tokenizers_library().pre_tokenizers.Metaspace(
+        prepend_scheme="never" if spaced is False else scheme, split=False
+    )
+
+
+def _gpt2_backend(folder: Path, entries: dict[str, Any]) -> Any:
+    """GPT-2's tokenizer from its two files; other models cut text differently over such files."""
+    library, config = tokenizers_library(), folder / "config.json"
+    family = read_json(config).get("model_type") if config.is_file() else None
+    for stated, where in (
+        (entries.get("tokenizer_class"), "tokenizer_config.json: tokenizer_class"),
+        (family, "config.json: model_type"),
+    ):
+        if stated not in (None, "gpt2", "GPT2Tokenizer", "GPT2TokenizerFast"):
+            raise ValueError(
+                f"'{folder}' without tokenizer.json must be of GPT-2, found {stated!r} in {where}; "
+                f"write tokenizer.json with transformers (AutoTokenizer, save_pretrained)"
+            )
+    if not (folder / "merges.txt").is_file():
+        raise ValueError(f"'{folder}' must hold merges.txt beside vocab.json, found none")
+    read_json(folder / "vocab.json")  # a clear error where it is missing or no JSON
+    try:
+        files = str(folder / "vocab.json"), str(folder / "merges.txt")
+        backend = library.Tokenizer(library.models.BPE.from_file(*files))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(
+            f"'{folder}': vocab.json and merges.txt must be a byte-level BPE, found: "
+            f"{one_line(error, 200)}"
+        ) from error
+    spaced = bool(entries.get("add_prefix_space"))
+    backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+    backend.decoder = library.decoders.ByteLevel()
+    for wanted, token in _added(folder, entries):
+        backend.add_tokens([library.AddedToken(**token)])
+        found = backend.token_to_id(token["content"])
+        if found != wanted:
+            raise ValueError(
+                f"'{folder}': added token {token['content']!r} must get the id {wanted} that the "
+                f"files state, found {found}; vocab.json is of another model"
+            )
+    return backend
+
+
+def _added(folder: Path, entries: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Return the tokens added after training by their ids, as arguments of AddedToken."""
+    found: dict[int, dict[str, Any]] = {}
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    file = folder / "added_tokens.json"
+    try:
+        for text, i in (read_json(file) if file.is_file() else {}).items():
+            found[int(i)] = {"content": str(text), "normalized": False}
+        for i, token in (entries.get("added_tokens_decoder") or {}).items():
+            found[int(i)] = {key: token[key] for key in known if key in token or key == "content"}
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise ValueError(
+            f"'{folder}': added tokens must have whole numbers as ids and a content, found "
+            f"otherwise ({one_line(error, 200)}); correct added_tokens.json"
+        ) from None
+    return sorted(found.items())
