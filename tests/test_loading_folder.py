@@ -20,6 +20,7 @@ from transformers import LlamaConfig as TheirConfig
 
 from minilora.loading.model import load_model, read_model
 from minilora.loading.saving import save_pretrained
+from minilora.loading.source import resolve_device
 from minilora.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers
@@ -121,6 +122,13 @@ def test_reading_auto_takes_the_fastest_dtype(monkeypatch, folder):
 
     monkeypatch.setattr("minilora.loading.source.hardware", Machine)
     assert read_model(folder, dtype="auto").lm_head.weight.dtype == torch.float16
+
+
+def test_auto_is_cuda_where_it_is_there(monkeypatch):
+    for there, wanted in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert resolve_device("auto") == torch.device(wanted)
+        assert resolve_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 3])

@@ -15,7 +15,7 @@ from minilora.files import read_tensors
 from minilora.loading.model import load_model
 from minilora.loading.saving import save_pretrained
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
-from minilora.quantization.linear import QuantizedLinear
+from minilora.quantization import Quantization, QuantizedLinear
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -74,6 +74,7 @@ def test_quantizing_while_loading_is_quantizing_after(folder, format):
     after, _ = load_model(folder, dtype=torch.float32)
     minilora.quantize(after, format)
     same_state(model, after)
+    same_state(model, load_model(folder, Quantization(format), dtype=torch.float32)[0])
     assert torch.equal(model(IDS), after(IDS))
     assert not any(
         p.requires_grad

@@ -39,6 +39,9 @@ _SOURCES = {
 }
 
 
+NAMES = tuple(_SOURCES)
+
+
 def known_name(name: str) -> str | None:
     """Return what `fetch` calls a model, given that name or the hub's; None for any other."""
     return next((key for key, s in _SOURCES.items() if name in (key, s.hub)), None)

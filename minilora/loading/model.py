@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minilora.files import read_json, reading
-from minilora.loading.fetching import fetch, known_name
+from minilora.loading.fetching import NAMES, fetch, known_name
 from minilora.loading.folder import CONFIG, open_folder
 from minilora.loading.gguf_file import open_gguf, read_gguf
 from minilora.loading.quantized import is_quantized, open_quantized
@@ -24,8 +24,6 @@ from minilora.loading.source import (
 from minilora.models import CausalLM
 from minilora.quantization import Quantization
 from minilora.text import Tokenizer
-
-_NAMES = ("smollm2-135m",)
 
 
 def load_model(
@@ -147,7 +145,7 @@ def _path(source: str | Path) -> Path:
         return fetch(known)
     if not path.is_dir() and not path.is_file():
         raise ValueError(
-            f"a model is a folder with config.json, a .gguf file or one of {', '.join(_NAMES)}, "
+            f"a model is a folder with config.json, a .gguf file or one of {', '.join(NAMES)}, "
             f"found nothing at {str(source)!r}"
         )
     return path
