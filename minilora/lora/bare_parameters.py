@@ -16,17 +16,10 @@ _LIKE_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj")
 
 def bare_parameters(survey: Survey) -> dict[str, nn.Parameter]:
     """Return the parameters of 2 or more dimensions that no adapter can reach, by dotted name."""
-    found: dict[str, Any] = {}
-    reached = set()
-    bases = {module: view(module) for module in survey.everything.values()}
-    takes = {m: base is not None and base.problem() is None for m, base in bases.items()}
-    for name, (module, key) in survey.parameters.items():
-        parameter: Any = module._parameters[key]
-        if takes[module]:
-            reached.add(parameter)
-        elif not is_lazy(parameter) and parameter.ndim > 1:
-            found[name] = parameter
-    return {name: p for name, p in found.items() if p not in reached}
+    takes = {base.module for base in survey.bases.values() if base.problem() is None}
+    reached = {p for module in takes for p in module._parameters.values()}
+    every = {name: position.value for name, position in survey.parameters.items()}
+    return {n: p for n, p in every.items() if not (p in reached or is_lazy(p) or p.ndim < 2)}
 
 
 def weight_count(module: Any) -> int:

@@ -28,9 +28,9 @@ class TrainedCopies:
 
 
 class _AdapterCopies(nn.Module):
-    def __init__(self, bias: str, modules_to_save: list[str]):
+    def __init__(self, asked: TrainedCopies):
         super().__init__()
-        self.bias, self.modules_to_save = bias, modules_to_save
+        self.bias, self.modules_to_save = asked.bias, asked.modules_to_save
 
 
 class KeptCopies(nn.Module):
@@ -38,7 +38,7 @@ class KeptCopies(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.originals = nn.Module()
+        self.originals: Any = nn.Module()
         self.by_adapter: Any = nn.ModuleDict()
 
     def forward(self, x: Any) -> Any:
@@ -51,7 +51,7 @@ class KeptCopies(nn.Module):
         """Keep an adapter's copy of one of the owner's parameters."""
         self.originals._parameters.setdefault(key, owner._parameters[key])
         if adapter not in self.by_adapter:
-            self.by_adapter[adapter] = _AdapterCopies(asked.bias, asked.modules_to_save)
+            self.by_adapter[adapter] = _AdapterCopies(asked)
         self.by_adapter[adapter]._parameters[key] = value
 
     def install(self, owner: nn.Module, adapters: Iterable[str]) -> None:

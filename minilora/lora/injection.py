@@ -11,54 +11,49 @@ from torch import nn
 from minilora.kernels import check_backend
 from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
 from minilora.lora.bare_parameters import WORTH_A_WARNING, unreached
-from minilora.lora.base import base_of
+from minilora.lora.base import Base
 from minilora.lora.config import AdapterConfig, as_dtype, check_adapter_name
-from minilora.lora.copies import TrainedCopies, move
+from minilora.lora.copies import TrainedCopies
 from minilora.lora.layer import LoRALayer
 from minilora.lora.routes import misfit
 from minilora.lora.samples import drawn_modules
-from minilora.lora.selection import matrix_shape, select_targets
+from minilora.lora.selection import select_targets
 from minilora.lora.survey import Survey, parents
 from minilora.lora.wrappers import check_open, named_parameters
 
 
-def _warn_wide_ranks(ranks: dict[str, int], shapes: dict[str, tuple[int, int]]) -> None:
-    wide = [name for name in ranks if ranks[name] > min(shapes[name])]
-    if wide:
-        name = wide[0]
+def _warn_wide_ranks(chosen: dict[str, tuple[Base, int]]) -> None:
+    wide = {name: (base.shape, r) for name, (base, r) in chosen.items() if r > min(base.shape)}
+    for name, (shape, r) in wide.items():
         warnings.warn(
-            f"minilora: r={ranks[name]} is above min(in, out) of {len(wide)} layers (first: "
-            f"{name}, {list(shapes[name])}); B·A can't have a higher rank than the layer, so the "
+            f"minilora: r={r} is above min(in, out) of {len(wide)} layers (first: "
+            f"{name}, {list(shape)}); B·A can't have a higher rank than the layer, so the "
             f"surplus only costs memory and time",
             UserWarning,
             stacklevel=4,
         )
+        break
 
 
-def _check_start(
-    config: AdapterConfig,
-    modules: dict[str, Any],
-    ranks: dict[str, int],
-    shapes: dict[str, tuple[int, int]],
-) -> None:
+def _check_start(config: AdapterConfig, chosen: dict[str, tuple[Base, int]]) -> None:
     """Raise where layers of this type or rank can't start as the config says, or have no bias."""
-    for name, r in ranks.items():
-        found, init = modules[name], config.init
-        if config.lora_bias and isinstance(found, nn.Embedding):
+    for name, (base, r) in chosen.items():
+        init = config.init
+        if config.lora_bias and base.family == "embedding":
             raise ValueError(f"lora_bias=True is not for embeddings, and {name} is one")
         if init in ("kaiming", "gaussian"):
             continue
-        if base_of(found).family != "linear":
+        if base.family != "linear":
             raise ValueError(
-                f"init={init!r} is for linear layers, but {name} is a {type(found).__name__}; "
-                f"inject that layer apart with init='kaiming'"
+                f"init={init!r} is for linear layers, but {name} is a {base.type.__name__}; inject "
+                f"that layer apart with init='kaiming'"
             )
         if init == "orthogonal" and r % 2:
             raise ValueError(f"init='orthogonal' needs an even r, found {r} for {name}")
-        if FROM_WEIGHT.fullmatch(init) and r > min(shapes[name]):
+        if FROM_WEIGHT.fullmatch(init) and r > min(base.shape):
             raise ValueError(
                 f"init={init!r} takes r directions of the weight, but {name} of shape "
-                f"{list(shapes[name])} has fewer than r={r}; lower r there with rank_pattern"
+                f"{list(base.shape)} has fewer than r={r}; lower r there with rank_pattern"
             )
 
 
@@ -90,28 +85,32 @@ def _copied_parameters(survey: Survey, names: list[str], bias: str, whole: list[
         chosen = [name for name in survey.parameters if "bias" in name.rpartition(".")[2]]
     if bias != "none" and not chosen:
         raise ValueError(f"bias={bias!r} must find a bias to train, found none")
-    saved = dict.fromkeys(whole)
+    inside: dict[str, list[str]] = {hit: [] for hit in whole}
+    stored: dict[str, list[str]] = {hit: [] for hit in whole}  # buffers that files would hold
+    buffers = [
+        f"{name}.{key}" for name, module in survey.modules.items() if whole
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    ]  # fmt: skip
+    for found, parts in ((inside, survey.parameters), (stored, buffers)):
+        for part in parts:
+            for outer in parents(part):
+                if outer in found:
+                    found[outer].append(part)
     for name in names:
-        if (hit := _inside(name, saved)) is not None:
+        if (hit := _inside(name, inside)) is not None:
             raise ValueError(
                 f"modules_to_save trains a whole copy of {hit}, but {name} is a target of "
                 f"LoRA too; name it in one of the two"
             )
-    stored: dict[str, str] = {}  # buffers that would be in a file, by each module around them
-    for name, module in survey.modules.items() if saved else ():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                for outer in (name, *parents(name)):
-                    stored[outer] = min(stored.get(outer, f"{name}.{key}"), f"{name}.{key}")
-    filled = {outer for name in survey.parameters for outer in parents(name)} if saved else set()
-    for hit in saved:
-        if hit not in filled or hit in stored:
-            found = f"the buffer {stored[hit]}, which is not copied" if hit in stored else "none"
+    for hit in whole:
+        if stored[hit] or not inside[hit]:
+            what = f"the buffer {min(stored[hit])}, which is not copied" if stored[hit] else "none"
             raise ValueError(
-                f"modules_to_save needs a module of parameters, found {found} in {hit}; name the "
+                f"modules_to_save needs a module of parameters, found {what} in {hit}; name the "
                 f"modules within it that have none"
             )
-    chosen += [name for name in survey.parameters if saved and _inside(name, saved)]
+        chosen += inside[hit]
     return list(dict.fromkeys(chosen))
 
 
@@ -247,21 +246,19 @@ def _made(
             f"{where} an adapter named {adapter!r} ({len(taken)} layers in all); choose another "
             f"name with adapter=..., or minilora.eject(model) first"
         )
-    scale, modules = config.scale(names), survey.modules
-    shapes = {name: matrix_shape(modules[name]) for name in names}
-    ranks = {name: scale[name]["r"] for name in names}
-    _check_start(config, modules, ranks, shapes)
+    scale = config.scale(names)
+    chosen = {name: (survey.bases[name], scale[name]["r"]) for name in names}
+    _check_start(config, chosen)
     copied = _copied_parameters(survey, names, config.bias, whole)
     _refuse_drawn(survey, copied)
-    _warn_wide_ranks(ranks, shapes)
+    _warn_wide_ranks(chosen)
     _warn_moving(survey)
     share, note = unreached(survey)
     if share >= WORTH_A_WARNING and not survey.layers:
         warnings.warn(f"minilora: {note}; they stay as they are", UserWarning, stacklevel=3)
     new = {}
     with survey.originals_in_place():  # DoRA, PiSSA and OLoRA read the base's own weight
-        for name in names:
-            base = base_of(modules[name])
+        for name, (base, _) in chosen.items():
             new[name] = base.new_adapter(
                 **scale[name], **config.factor_options(), device=base.device, dtype=dtype
             )
@@ -322,7 +319,6 @@ def attach(
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     layer.register_forward_hook(_stay_called)
             survey.replace(base, layer)
-            move(base, layer)
         layers[name].add(adapter, factors)
     if copies is not None:
         survey.keep(adapter, copies)

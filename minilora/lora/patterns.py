@@ -9,7 +9,7 @@ name, bit i for the one before character i.
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 try:
@@ -25,6 +25,7 @@ LONGEST_PATTERN, LONGEST_NAME = 100_000, 1_000  # characters
 MOST_STEPS = 20_000  # for one name: under 10 ms
 _REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT)
 _SINGLE = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
+_LOOKS = (ops.ASSERT, ops.ASSERT_NOT)
 _CLASSES = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": lambda c: c.isalnum() or c == "_"}
 
 
@@ -51,14 +52,20 @@ class Pattern:
         try:
             self.plain = re.compile(text)
             self.tree = parser.parse(text)
-            repeats, branches = _choices(self.tree)
+            parts = list(_parts(self.tree))
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{what} must be a valid regular expression, {short(text)}: {error}"
             ) from None
+        repeats = sum(_repeats(op, value) for op, value, _ in parts)
+        branches = sum(op is ops.BRANCH for op, _, _ in parts)
         self.simple = repeats <= 2 and branches <= 1
-        if not self.simple:
-            self._check(self.tree, looking=False)
+        refused = None if self.simple else self._refused(parts)
+        if refused:
+            raise ValueError(
+                f"{what} must be a pattern that is matched in bounded time, {short(text)} repeats "
+                f"or branches several times and has {refused}; write a simpler one"
+            )
 
     def fullmatch(self, name: str, starts: Iterable[int] = (0,)) -> bool:
         """Return whether the pattern matches all of a name, from one of these places on.
@@ -86,26 +93,17 @@ class Pattern:
         """Return whether the pattern matches an ending of a dotted name, from a dot on, or all."""
         return self.fullmatch(name, [0, *after_dots(name)])
 
-    def _check(self, tree: Any, looking: bool) -> None:
-        """Refuse what `_Match` does not follow."""
-        if self.plain.flags & ~re.UNICODE:
-            self._refuse("flags")
-        for op, value in tree:
-            if op is ops.SUBPATTERN and (value[1] or value[2]):
-                self._refuse("flags")
-            if op in (ops.ASSERT, ops.ASSERT_NOT) and looking:
-                self._refuse("a lookaround within another")
-            if op not in (*_SINGLE, *_REPEATS, ops.BRANCH, ops.SUBPATTERN, ops.AT, ops.ASSERT,
-                          ops.ASSERT_NOT, ops.FAILURE):  # fmt: skip
-                self._refuse(str(op).lower().replace("_", " "))
-            for inner in _inner(op, value):
-                self._check(inner, looking or op in (ops.ASSERT, ops.ASSERT_NOT))
-
-    def _refuse(self, part: str) -> None:
-        raise ValueError(
-            f"{self.what} must be a pattern that is matched in bounded time, {short(self.text)} "
-            f"repeats or branches several times and has {part}; write a simpler one"
-        )
+    def _refused(self, parts: list[tuple[Any, Any, bool]]) -> str | None:
+        """Name what `_Match` does not follow, None where it follows all."""
+        for op, value, looking in parts:
+            if self.plain.flags & ~re.UNICODE or (op is ops.SUBPATTERN and (value[1] or value[2])):
+                return "flags"
+            if op in _LOOKS and looking:
+                return "a lookaround within another"
+            if op not in (*_SINGLE, *_REPEATS, *_LOOKS, ops.BRANCH, ops.SUBPATTERN, ops.AT,
+                          ops.FAILURE):  # fmt: skip
+                return str(op).lower().replace("_", " ")
+        return None
 
 
 def after_dots(name: str) -> list[int]:
@@ -141,30 +139,25 @@ def nearest(entry: str, names: Iterable[str]) -> str:
     return f"the linears end in: {', '.join(last)}"
 
 
-def _inner(op: Any, value: Any) -> Iterable[Any]:
-    """Return the patterns within a part of one."""
-    if op is ops.BRANCH:
-        return value[1]
-    if op in _REPEATS or op is ops.SUBPATTERN:
-        return [value[-1]]
-    if op in (ops.ASSERT, ops.ASSERT_NOT):
-        return [value[1]]
-    return []
-
-
-def _choices(tree: Any) -> tuple[int, int]:
-    """Count the repeats and branches of a pattern, a repeat of more than a character as three."""
-    repeats = branches = 0
+def _parts(tree: Any, looking: bool = False) -> Iterator[tuple[Any, Any, bool]]:
+    """Yield all parts of a pattern, and whether each lies in a lookaround."""
     for op, value in tree:
-        if op is ops.BRANCH:
-            branches += 1
-        elif op not in (*_SINGLE, ops.SUBPATTERN, ops.AT):
-            body = list(value[-1]) if op in _REPEATS else []
-            repeats += 1 if len(body) == 1 and body[0][0] in _SINGLE else 3
-        for inner in _inner(op, value):
-            more = _choices(inner)
-            repeats, branches = repeats + more[0], branches + more[1]
-    return repeats, branches
+        yield op, value, looking
+        inner: list[Any] = []
+        if op is ops.BRANCH or op in _LOOKS:
+            inner = value[1] if op is ops.BRANCH else [value[1]]
+        elif op in _REPEATS or op is ops.SUBPATTERN:
+            inner = [value[-1]]
+        for one in inner:
+            yield from _parts(one, looking or op in _LOOKS)
+
+
+def _repeats(op: Any, value: Any) -> int:
+    """Return what a part counts: a repeat of one character 1, of more, and what else repeats, 3."""
+    if op in (*_SINGLE, ops.BRANCH, ops.SUBPATTERN, ops.AT):
+        return 0
+    body = list(value[-1]) if op in _REPEATS else []
+    return 1 if len(body) == 1 and body[0][0] in _SINGLE else 3
 
 
 class _Match:

@@ -72,19 +72,22 @@ def quantize(
     survey = Survey(model)
     if survey.merged:
         raise RuntimeError("quantize() needs unmerged weights; call minilora.unmerge(model) first")
-    chosen = select_targets(survey, targets, exclude, layers)
+    chosen, copied = select_targets(survey, targets, exclude, layers), survey.originals
     for name in chosen:
         check_quantizable(name, survey.modules[name], spec)
-        if f"{name}.weight" in survey.originals:
+        if f"{name}.weight" in copied:
             raise ValueError(
                 f"quantize() replaces weights, but an adapter trains a copy of {name}.weight "
                 f"(modules_to_save); leave it out with exclude=[{name!r}]"
             )
-    with survey.originals_in_place():
+    before = survey.in_place
+    survey.install(())
+    try:
         for name in chosen:
             with torch.no_grad():
-                small = quantized(survey.modules[name], spec)
-            survey.exchange(name, small)
+                survey.replace(survey.modules[name], quantized(survey.modules[name], spec))
+    finally:
+        Survey(model).install(before)
     return model
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minilora.lora.base import is_quantized
 from minilora.lora.survey import Survey
+from minilora.lora.wrappers import joined
 
 # transformers puts this on every parameter that it has read from a checkpoint.
 _READ = "_is_hf_initialized"
@@ -65,7 +66,7 @@ def frozen_values(
         if name not in merged and not is_quantized(module):
             for key, buffer in module._buffers.items():
                 if key not in module._non_persistent_buffers_set:
-                    found[f"{name}.{key}" if name else key] = buffer
+                    found[joined(name, key)] = buffer
     return {name: value for name, value in found.items() if _at_hand(value)}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from minilora.files import one_line, short
 from minilora.lora.bare_parameters import bare_match, unreached
-from minilora.lora.base import base_of, is_linear, view
+from minilora.lora.base import base_of, view
 from minilora.lora.config import AdapterConfig
 from minilora.lora.layer import LoRALayer
 from minilora.lora.patterns import after_dots, compiled_pattern, nearest
@@ -99,9 +99,10 @@ class _Selection:
     def __init__(self, survey: Survey, what: str):
         self.survey, self.what = survey, what
         # Another library's packed linears are selected too, to be refused by name unless excluded.
-        self.linears = [n for n, m in survey.modules.items() if is_linear(m) or packed_linear(m)]
-        self.layers = {n for n, m in survey.modules.items() if view(m) is not None}
-        self.layers.update(self.linears)
+        linears = {name for name, base in survey.bases.items() if base.family == "linear"}
+        modules = survey.modules.items()
+        self.linears = [name for name, m in modules if name in linears or packed_linear(m)]
+        self.layers = {*survey.bases, *self.linears}
 
     def of(self, spec: object) -> list[str]:
         """Resolve "all-linear", a regex or a list of entries; every entry has to match a layer."""
@@ -194,7 +195,7 @@ def select_targets(
                 f"never calls the module, so an adapter there would do nothing; leave it out with "
                 f"exclude=[{name!r}]"
             )
-        base = view(modules[name])
+        base = survey.bases.get(name)
         reason = packed_linear(modules[name]) if base is None else base.problem()
         if reason is not None:
             raise ValueError(f"{name} {reason}")
@@ -267,13 +268,13 @@ def targets(
     rows = (
         Target(
             name,
-            *matrix_shape(module)[::-1],
+            *base.shape[::-1],
             scale[name]["r"] if name in scale else r,
             name == survey.head,
             name in scale,
         )
-        for name, module in survey.modules.items()
-        if name in scale or is_linear(module)
+        for name, base in survey.bases.items()
+        if name in scale or base.family == "linear"
     )
     entries = () if isinstance(targets, str) else targets
     counts = {entry: sum(_ends(name, entry) for name in chosen) for entry in entries}

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.lora.base import view
-from minilora.lora.selection import matrix_shape, select_targets
+from minilora.lora.base import Base
+from minilora.lora.selection import select_targets
 from minilora.lora.survey import Survey
+from minilora.lora.wrappers import joined
 from minilora.quantization import Quantization
 
 
@@ -76,18 +77,18 @@ def sizes(
     if format is not None:
         spec = Quantization(format, block_size, double_quant)
         for name in select_targets(survey, targets, exclude, layers):
-            shape = matrix_shape(survey.modules[name])
+            shape = survey.bases[name].shape
             reason = spec.problem(*shape)
             if reason is not None:
                 raise ValueError(f"{name} {reason}")
             chosen[name] = spec.nbytes(*shape)
-    embedded = {survey.original(f"{n}.weight") for n, m in survey.modules.items()
-                if isinstance(m, nn.Embedding) and f"{n}.weight" in survey.parameters}  # fmt: skip
+    tables = [f"{n}.weight" for n, base in survey.bases.items() if base.family == "embedding"]
+    embedded = {survey.original(name) for name in tables if name in survey.parameters}
     seen: set[Any] = set()
     replaced: set[Any] = set()
     for fqn, module in survey.everything.items():
         for key, held in [*module._parameters.items(), *module._buffers.items()]:
-            name = f"{fqn}.{key}" if fqn else key
+            name = joined(fqn, key)
             tensor: Any = survey.original(name) if name in survey.parameters else held
             if tensor is None:
                 continue
@@ -100,15 +101,15 @@ def sizes(
                 continue
             seen.add(tensor)
             cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            found[_component(module, key, tensor in embedded)] += tensor.numel() * cast.itemsize
+            component = _component(survey.bases.get(fqn), key, tensor in embedded)
+            found[component] += tensor.numel() * cast.itemsize
     for tensor in {*model.parameters(), *model.buffers()} - seen - replaced:
         found["adapters"] += tensor.numel() * tensor.element_size()
     return Sizes(**found)
 
 
-def _component(module: Any, key: str, embedded: bool) -> str:
+def _component(base: Base | None, key: str, embedded: bool) -> str:
     """Return which of `Sizes` one of a module's tensors counts to."""
-    base = view(module)
     if base is not None and base.is_quantized and key != "bias":
         return "codes" if key == "codes" else "scales"
     if base is not None and base.packed and key == "weight":

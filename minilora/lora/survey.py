@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from minilora.lora.adapter import LoRAAdapter
-from minilora.lora.base import is_linear
+from minilora.lora.base import Base, view
 from minilora.lora.config import check_adapter_name
 from minilora.lora.copies import CHILD, KeptCopies, TrainedCopies, move
 from minilora.lora.layer import LoRALayer
 from minilora.lora.threads import claimed
-from minilora.lora.wrappers import named_parameters, unwrapped
+from minilora.lora.wrappers import joined, named_parameters, unwrapped
 from minilora.quantization import is_finite
 
 _HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
@@ -34,9 +34,9 @@ class Position(NamedTuple):
 class Survey:
     """One scan of a model. A verb makes it first, checks against it, then changes the model by it.
 
-    Names are dotted and those of the plain model: without wrappers such as torch.compile's, and as
-    if nothing were injected. A module or parameter that has several names is listed under the
-    first; `parameters` has a tied parameter under each of its modules.
+    Names are those of the plain model: without wrappers such as torch.compile's, and as if nothing
+    were injected. A module that has several names is listed under the first; `parameters` has a
+    tied parameter under each of its modules.
 
     Args:
         model: any module; with or without adapters.
@@ -44,18 +44,18 @@ class Survey:
     Attributes:
         root: the model without wrappers.
         modules: all modules but the root; where a LoRA layer is, the module that it wraps.
+        everything: the same with the root, as "".
         layers: the LoRA layers.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.root = model, unwrapped(model)
-        self.modules: dict[str, Any] = {}
+        self.everything: dict[str, Any] = {}
         self.layers: dict[str, LoRALayer] = {}
         self._holders: dict[nn.Module, list[Position]] = {}
         self._kept: dict[str, tuple[nn.Module, KeptCopies]] = {}  # and the owner of the originals
         self._scan(self.root, "", set())
-        self.everything = dict(self.modules)  # the root too, as ""
-        del self.modules[""]
+        self.modules = {name: module for name, module in self.everything.items() if name}
 
     @classmethod
     def of(cls, model: "nn.Module | Survey") -> "Survey":
@@ -71,14 +71,16 @@ class Survey:
             self.layers[name] = module
             self._holders.setdefault(module.base, []).append(Position(module, "base"))
             module = unwrapped(module.base)
-        self.modules[name] = module
+        self.everything[name] = module
         if isinstance(kept, KeptCopies):
             self._kept[name] = module, kept
         for key, held in module._modules.items():
             if held is not None and held is not kept:
                 child = unwrapped(held)
                 self._holders.setdefault(child, []).append(Position(module, key))
-                self._scan(child, f"{name}.{key}" if name else key, seen)
+                self._scan(child, joined(name, key), seen)
+
+    # ── what the model is made of ──
 
     def positions(self, module: nn.Module) -> list[Position]:
         """Return all that holds a module: one that two parents share is replaced in both.
@@ -89,31 +91,61 @@ class Survey:
         return self._holders.get(module, [])
 
     def replace(self, module: nn.Module, new: nn.Module) -> None:
-        """Put another module in all positions of one."""
+        """Put another module in all positions of one, and let it keep what that has kept."""
         for owner, key in self.positions(module):
             owner._modules[key] = new
-
-    def exchange(self, name: str, new: nn.Module) -> None:
-        """Put another module in place of a plain one; copies of its parameters go with it."""
-        old = self.modules[name]
-        self.replace(old, new)
-        self.modules[name] = self.everything[name] = new
-        move(old, new)
-        if name in self._kept:
-            self._kept[name] = new, self._kept[name][1]
-            self._kept[name][1].install(new, ())
+        move(module, new)
 
     @cached_property
     def parameters(self) -> dict[str, Position]:
         """What holds each of the plain model's parameters."""
         return {
-            f"{name}.{key}" if name else key: Position(module, key)
+            joined(name, key): Position(module, key)
             for name, module in self.everything.items()
             for key, parameter in module._parameters.items()
             if parameter is not None
         }
 
-    # ── adapters ───────────────────────────────────────────────────────────────────────────────
+    @cached_property
+    def bases(self) -> dict[str, Base]:
+        """The modules that take an adapter, as LoRA sees them."""
+        found = {name: view(module) for name, module in self.modules.items()}
+        return {name: base for name, base in found.items() if base is not None}
+
+    @cached_property
+    def head(self) -> str | None:
+        """The output head, which "all-linear" leaves out.
+
+        It is what `get_output_embeddings()` returns, else a Linear that shares its weight with an
+        Embedding, else a root-level Linear named lm_head, embed_out, score or classifier.
+        """
+        getter = getattr(self.root, "get_output_embeddings", None)
+        if callable(getter) and (head := getter()) is not None:
+            head = head.base if isinstance(head, LoRALayer) else unwrapped(head)
+            for name, module in self.modules.items():
+                if module is head:
+                    return name
+        weights = {n: f"{n}.weight" for n in self.bases if f"{n}.weight" in self.parameters}
+        own = {name: self.original(weight) for name, weight in weights.items()}
+        tied = {own[name] for name in own if self.bases[name].family == "embedding"}
+        linears = [name for name, base in self.bases.items() if base.family == "linear"]
+        shared = (name for name in linears if name in own and own[name] in tied)
+        return next(shared, next((name for name in _HEAD_NAMES if name in linears), None))
+
+    @cached_property
+    def blocks(self) -> dict[str, nn.Module]:
+        """The repeated blocks: the entries of the outermost lists of modules; see `split_block`."""
+        found: dict[str, Any] = {}
+        for name, module in self.modules.items():
+            around, _, key = name.rpartition(".")
+            owner = self.everything[around]
+            container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            inside = any(outer in found for outer in parents(name))
+            if isinstance(owner, nn.ModuleList) and not container and not inside:
+                found[name] = owner._modules[key]
+        return found
+
+    # ── adapters ──
 
     @property
     def adapters(self) -> list[str]:
@@ -139,6 +171,43 @@ class Survey:
     def factors(self, adapter: str) -> dict[str, LoRAAdapter]:
         """Return an adapter's factors by the name of the layer."""
         return {n: layer.adapters[adapter] for n, layer in self.with_adapter(adapter).items()}
+
+    def rename(self, adapter: str, new: str) -> None:
+        """Give an adapter another name; its place among the others stays."""
+        for layer in self.layers.values():
+            layer.active = tuple(new if name == adapter else name for name in layer.active)
+        held: list[Any] = [layer.adapters for layer in self.layers.values()]
+        held += [kept.by_adapter for _, kept in self._kept.values()]
+        for one in held:
+            renamed = {new if name == adapter else name: part for name, part in one.items()}
+            one.clear()
+            one.update(renamed)
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        """Make exactly these adapters active and put their copies in place."""
+        for layer in self.layers.values():
+            layer.activate(adapters)
+        self.install(adapters)
+
+    def set_trainable(self, adapter: str, trainable: bool) -> None:
+        """Set `requires_grad` of all that belongs to an adapter, and of nothing else."""
+        parts: list[Any] = [*self.factors(adapter).values(), *self.copies_of(adapter).values()]
+        for part in parts:
+            part.requires_grad_(trainable)
+
+    @contextmanager
+    def switched(self) -> Iterator[None]:
+        """After the block the adapters that were active are so again; it is for one thread."""
+        with claimed(self.layers.values()):
+            before, names = {n: layer.active for n, layer in self.layers.items()}, self.active
+            try:
+                yield
+            finally:
+                for name, layer in self.layers.items():
+                    layer.activate(before[name])
+                self.install(names)
+
+    # ── what a verb requires ──
 
     def require_layers(self, verb: str) -> dict[str, LoRALayer]:
         """Return the LoRA layers, or raise: a verb on a plain model would silently do nothing."""
@@ -177,46 +246,6 @@ class Survey:
                             f"{fqn}; load or train it anew"
                         )
 
-    def known(self, names: object, verb: str) -> tuple[str, ...]:
-        """Return the adapters named, each one of the model's and named once, else raise."""
-        wanted = (names,) if isinstance(names, str) else names
-        if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
-            raise TypeError(
-                f"{verb}() takes an adapter's name, a list of names or None, found {names!r}"
-            )
-        for name in wanted:
-            if name not in self.adapters:
-                raise ValueError(
-                    f"there is no adapter {name!r}; this model has: {', '.join(self.adapters)}"
-                )
-        if len(set(wanted)) != len(wanted):
-            raise ValueError(f"each adapter may be named once, found {list(wanted)}")
-        return tuple(wanted)
-
-    def adapter(self, name: object, verb: str) -> str:
-        """Return the one adapter that a verb is about.
-
-        It is the one named, else the only one, else the only one in use: active, or merged.
-        """
-        if name is None:
-            for names in (self.adapters, self.merged or self.active):
-                if len(names) == 1:
-                    return names[0]
-            raise ValueError(
-                f"several adapters are there ({', '.join(self.adapters)}); say which with "
-                f"adapter=..."
-            )
-        if not isinstance(name, str):
-            raise TypeError(f"{verb}() takes one adapter's name, found {name!r}")
-        return self.known(name, verb)[0]
-
-    def require_new_name(self, name: object) -> str:
-        """Return a name that can be given to another adapter, else raise."""
-        name = check_adapter_name(name)
-        if name in self.adapters:
-            raise ValueError(f"the model already has an adapter {name!r}; choose another name")
-        return name
-
     def require_compatible(self, adapters: Iterable[str]) -> None:
         """Raise where two adapters can't be active together: both bring a copy of a parameter."""
         owner: dict[str, str] = {}
@@ -229,36 +258,45 @@ class Survey:
                     )
                 owner[name] = adapter
 
-    def set_trainable(self, adapter: str, trainable: bool) -> None:
-        """Set `requires_grad` of all that belongs to an adapter, and of nothing else."""
-        for held in self.by_adapter():
-            if adapter in held:
-                held[adapter].requires_grad_(trainable)
+    def require_new_name(self, name: object) -> str:
+        """Return a name that can be given to another adapter, else raise."""
+        name = check_adapter_name(name)
+        if name in self.adapters:
+            raise ValueError(f"the model already has an adapter {name!r}; choose another name")
+        return name
 
-    def by_adapter(self) -> list[nn.ModuleDict]:
-        """Return all that holds parts of adapters, factors or copies, by adapter."""
-        kept = [one.by_adapter for _, one in self._kept.values()]
-        return [layer.adapters for layer in self.layers.values()] + kept
+    def known(self, names: object, verb: str) -> tuple[str, ...]:
+        """Return the adapters named, each one of the model's and named once, else raise."""
+        wanted = (names,) if isinstance(names, str) else names
+        if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
+            raise TypeError(
+                f"{verb}() takes an adapter's name, a list of names or None, found {names!r}"
+            )
+        present = self.adapters
+        for name in wanted:
+            if name not in present:
+                raise ValueError(
+                    f"there is no adapter {name!r}; this model has: {', '.join(present)}"
+                )
+        if len(set(wanted)) != len(wanted):
+            raise ValueError(f"each adapter may be named once, found {list(wanted)}")
+        return tuple(wanted)
 
-    def activate(self, adapters: Sequence[str]) -> None:
-        """Make exactly these adapters active and put their copies in place."""
-        for layer in self.layers.values():
-            layer.activate(adapters)
-        self.install(adapters)
+    def adapter(self, name: object, verb: str) -> str:
+        """Return the adapter meant: the one named, else the only one, else the only one in use."""
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"{verb}() takes one adapter's name, found {name!r}")
+        if name is not None:
+            return self.known(name, verb)[0]
+        present = self.adapters
+        for names in (present, self.merged or self.active):
+            if len(names) == 1:
+                return names[0]
+        raise ValueError(
+            f"several adapters are there ({', '.join(present)}); say which with adapter=..."
+        )
 
-    @contextmanager
-    def switched(self) -> Iterator[None]:
-        """After the block the adapters that were active are so again; it is for one thread."""
-        with claimed(self.layers.values()):
-            before, names = {n: layer.active for n, layer in self.layers.items()}, self.active
-            try:
-                yield
-            finally:
-                for name, layer in self.layers.items():
-                    layer.activate(before[name])
-                self.install(names)
-
-    # ── trained copies ─────────────────────────────────────────────────────────────────────────
+    # ── trained copies ──
 
     @property
     def copies(self) -> dict[str, TrainedCopies]:
@@ -267,41 +305,36 @@ class Survey:
         for name, (_, kept) in self._kept.items():
             for adapter, one in kept.by_adapter.items():
                 mine = found.setdefault(adapter, TrainedCopies({}, one.bias, one.modules_to_save))
-                for key, value in one._parameters.items():
-                    mine.by_name[f"{name}.{key}" if name else key] = value
+                mine.by_name.update((joined(name, key), v) for key, v in one._parameters.items())
         return found
 
     def copies_of(self, adapter: str) -> dict[str, nn.Parameter]:
         """Return one adapter's copies by the name of the parameter."""
-        return self.copies[adapter].by_name if adapter in self.copies else {}
+        return self.copies.get(adapter, TrainedCopies({})).by_name
 
     @property
     def originals(self) -> dict[str, nn.Parameter]:
         """The base's own parameters that have copies."""
         return {
-            f"{name}.{key}" if name else key: value
+            joined(name, key): own
             for name, (_, kept) in self._kept.items()
-            for key, value in kept.originals._parameters.items()
-            if value is not None
+            for key, own in kept.originals._parameters.items()
         }
 
     def original(self, name: str) -> nn.Parameter:
         """Return the base's own parameter, whether or not a copy is in its place."""
-        owner, key = self.parameters[name]
-        _, kept = self._kept.get(name.rpartition(".")[0], (None, None))
-        own = None if kept is None else kept.originals._parameters.get(key)
-        return owner._parameters[key] if own is None else own  # type: ignore[return-value]
+        position, around = self.parameters[name], name.rpartition(".")[0]
+        if around in self._kept:
+            own = self._kept[around][1].originals._parameters
+            return own.get(position.key, position.value)
+        return position.value
 
     @property
     def in_place(self) -> list[str]:
         """The adapters whose copies are where the model computes with them."""
         return [
-            adapter for adapter in self.copies
-            if any(
-                owner._parameters[key] is value
-                for owner, kept in self._kept.values() if adapter in kept.by_adapter
-                for key, value in kept.by_adapter[adapter]._parameters.items()
-            )
+            adapter for adapter, copies in self.copies.items()
+            if any(self.parameters[name].value is one for name, one in copies.by_name.items())
         ]  # fmt: skip
 
     def keep(self, adapter: str, copies: TrainedCopies) -> None:
@@ -309,8 +342,8 @@ class Survey:
         for name, value in copies.by_name.items():
             owner, key = self.parameters[name]
             around = name.rpartition(".")[0]
-            holder = self.layers.get(around, owner)
-            kept: Any = holder._modules.setdefault(CHILD, KeptCopies())
+            holder: Any = self.layers.get(around, owner)
+            kept = holder._modules.setdefault(CHILD, KeptCopies())
             kept.add(owner, key, value, adapter, copies)
             self._kept[around] = owner, kept
 
@@ -320,8 +353,7 @@ class Survey:
             if adapter in kept.by_adapter:
                 del kept.by_adapter[adapter]
             if not kept.by_adapter:
-                del self.layers.get(name, owner)._modules[CHILD]
-                del self._kept[name]
+                del self.layers.get(name, owner)._modules[CHILD], self._kept[name]
 
     def install(self, adapters: Iterable[str]) -> None:
         """Put the copies of these adapters in their places, originals elsewhere."""
@@ -338,46 +370,6 @@ class Survey:
                 yield
             finally:
                 self.install(before)
-
-    # ── what the model is made of ──────────────────────────────────────────────────────────────
-
-    @cached_property
-    def head(self) -> str | None:
-        """The output head, which "all-linear" leaves out.
-
-        It is what `get_output_embeddings()` returns, else a Linear that shares its weight with an
-        Embedding, else a root-level Linear named lm_head, embed_out, score or classifier.
-        """
-        getter = getattr(self.root, "get_output_embeddings", None)
-        if callable(getter) and (head := getter()) is not None:
-            head = head.base if isinstance(head, LoRALayer) else unwrapped(head)
-            for name, module in self.modules.items():
-                if module is head:
-                    return name
-        own = self.originals
-        weights = {n: own.get(f"{n}.weight", m._parameters.get("weight"))
-                   for n, m in self.modules.items()}  # fmt: skip
-        tied = {id(weights[n]) for n, m in self.modules.items() if isinstance(m, nn.Embedding)}
-        for name, module in self.modules.items():
-            if is_linear(module) and id(weights[name]) in tied:
-                return name
-        return next((n for n in _HEAD_NAMES if is_linear(self.modules.get(n, self.root))), None)
-
-    @cached_property
-    def blocks(self) -> dict[str, nn.Module]:
-        """The repeated blocks: the entries of the outermost lists of modules.
-
-        The first number in a name is its block's, see `split_block`.
-        """
-        found: dict[str, nn.Module] = {}
-        for name, module in self.modules.items():
-            around, _, key = name.rpartition(".")
-            owner = self.everything[around]
-            container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-            inside = any(outer in found for outer in parents(name))
-            if isinstance(owner, nn.ModuleList) and not container and not inside:
-                found[name] = owner._modules[key]  # type: ignore[assignment]
-        return found
 
 
 def parents(name: str) -> Iterator[str]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from minilora.lora.copies import move
 from minilora.lora.survey import Survey
 from minilora.lora.wrappers import named_parameters
 
@@ -104,7 +103,7 @@ def delete(model: nn.Module, adapter: str) -> None:
     for layer in survey.layers.values():
         layer.remove(adapter)
         if not layer.adapters:
-            _put_back(survey, layer)
+            survey.replace(layer, layer.base)
 
 
 def rename(model: nn.Module, adapter: str, new: str) -> None:
@@ -121,18 +120,7 @@ def rename(model: nn.Module, adapter: str, new: str) -> None:
     """
     survey, adapter = _changeable(model, adapter, "rename")
     survey.require_new_name(new)
-    for layer in survey.layers.values():
-        layer.active = tuple(new if name == adapter else name for name in layer.active)
-    for held in survey.by_adapter():
-        if adapter in held:
-            renamed = {new if name == adapter else name: part for name, part in held.items()}
-            held.clear()
-            held.update(renamed)
-
-
-def _put_back(survey: Survey, layer: Any) -> None:
-    survey.replace(layer, layer.base)
-    move(layer, layer.base)
+    survey.rename(adapter, new)
 
 
 def _say_untied(model: Any) -> None:
@@ -174,7 +162,7 @@ def eject(model: nn.Module) -> nn.Module:
             parameter.requires_grad_(False)
         survey.forget(adapter)
     for layer in survey.layers.values():
-        _put_back(survey, layer)
+        survey.replace(layer, layer.base)
     _say_untied(survey.root)
     for module in survey.everything.values():  # `inject` may have been called on a part
         trainable = set(module.__dict__.pop("_minilora_trainable", ()))

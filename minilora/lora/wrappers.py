@@ -31,6 +31,11 @@ def unwrapped(module: nn.Module) -> Any:
     return module
 
 
+def joined(module: str, key: str) -> str:
+    """Return the dotted name of what a module holds; the root's name is empty."""
+    return f"{module}.{key}" if module else key
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module once, as `nn.Module.named_modules` does, wrappers passed over."""
     return _walk(model, "", set())
@@ -43,7 +48,7 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
         yield name, module
         for child, inner in module._modules.items():
             if inner is not None:
-                yield from _walk(inner, f"{name}.{child}" if name else child, seen)
+                yield from _walk(inner, joined(name, child), seen)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -51,7 +56,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, module in named_modules(model):
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                yield f"{name}.{key}" if name else key, parameter
+                yield joined(name, key), parameter
 
 
 def true_name(name: str) -> str:

@@ -7,33 +7,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minilora.lora import (
-    Fit,
-    LayerFit,
+    ApproximatedLayer,
+    Approximation,
     Survey,
     add_frozen,
-    check_new_name,
+    approximated,
     check_rank,
     check_source,
-    factors_of,
-    fitted,
-    originals_in_place,
     plain_adapter,
-    require_layers,
-    require_unmerged,
     stored_dtype,
 )
 from minilora.peft.saving import save_adapter
 
 
 def _converted(
-    model: nn.Module, adapter: str, r: int | None, dtype: torch.dtype | str | None, verb: str
-) -> dict[str, tuple[Tensor, Tensor, LayerFit]]:
+    survey: Survey, adapter: str, r: int | None, dtype: torch.dtype | str | None, verb: str
+) -> dict[str, tuple[Tensor, Tensor, ApproximatedLayer]]:
     """Return A `[r, K]`, B `[N, r]` with the scaling inside, and their error, by layer."""
     if r is not None:
         check_rank(r)
-    check_source(model, adapter, verb)
-    layers, made = require_layers(model, verb), {}
-    for fqn, factors in factors_of(model, adapter).items():
+    made = {}
+    for fqn, factors in check_source(survey, adapter, verb).items():
         if factors.magnitude is not None and r is None:
             raise ValueError(
                 f"{verb}() needs r=... for a DoRA adapter, because DoRA changes all of W (first: "
@@ -43,9 +37,9 @@ def _converted(
         wanted: Tensor | tuple[Tensor, Tensor] = factors.product(torch.float64)
         rank = r if r is not None and r < len(wanted[0]) else None
         if factors.magnitude is not None:
-            with originals_in_place(model):  # not another adapter's copy of W
-                wanted, rank = layers[fqn].delta_weight(adapter), r
-        made[fqn] = fitted(fqn, wanted, rank, stored_dtype(dtype, [factors]))
+            with survey.originals_in_place():  # not another adapter's copy of W
+                wanted, rank = survey.layers[fqn].delta_weight(adapter), r
+        made[fqn] = approximated(fqn, wanted, rank, stored_dtype(dtype, [factors]))
     return made
 
 
@@ -57,7 +51,7 @@ def to_lora(
     r: int | None = None,
     *,
     dtype: torch.dtype | str | None = None,
-) -> Fit:
+) -> Approximation:
     """Add a plain LoRA adapter of scaling 1 that does what another adapter does.
 
     A DoRA adapter changes W by `m/‖W + s B A‖ · (W + s B A) − W`; its best rank-r approximation is
@@ -80,13 +74,14 @@ def to_lora(
             trained copies, NaN or Inf. The model is unchanged.
         RuntimeError: adapters are merged.
     """
-    layers = require_layers(model, "to_lora")
-    require_unmerged(layers, "to_lora")
-    check_new_name(model, name)
-    made = _converted(model, adapter, r, dtype, "to_lora")
+    survey = Survey(model)
+    layers = survey.require_layers("to_lora")
+    survey.require_unmerged("to_lora")
+    survey.require_new_name(name)
+    made = _converted(survey, adapter, r, dtype, "to_lora")
     new = {fqn: plain_adapter(layers[fqn], A, B) for fqn, (A, B, _) in made.items()}
-    add_frozen(model, name, new)
-    return Fit(name, "to_lora", tuple(fit for *_, fit in made.values()))
+    add_frozen(survey, name, new)
+    return Approximation(name, "to_lora", tuple(report for *_, report in made.values()))
 
 
 @torch.no_grad()
@@ -97,7 +92,7 @@ def export(
     *,
     r: int | None = None,
     dtype: torch.dtype | str | None = None,
-) -> Fit:
+) -> Approximation:
     """Write an adapter as PEFT's two files in the form that every reader understands alike.
 
     The scaling is folded into B and every layer gets one rank (smaller ones are padded with
@@ -121,16 +116,17 @@ def export(
         RuntimeError: adapters are merged.
         RuntimeError: the folder can't be written; what was there before stays.
     """
-    layers = require_layers(model, "export")
-    require_unmerged(layers, "export")
-    adapter = Survey(model).adapter(adapter, "export")
-    made = _converted(model, adapter, r, dtype, "export")
+    survey = Survey(model)
+    layers = survey.require_layers("export")
+    survey.require_unmerged("export")
+    adapter = survey.adapter(adapter, "export")
+    made = _converted(survey, adapter, r, dtype, "export")
     rank = max(len(A) for A, _, _ in made.values())
-    fits, new = [], {}
-    for fqn, (A, B, fit) in made.items():
+    reports, new = [], {}
+    for fqn, (A, B, report) in made.items():
         spare = rank - len(A)
         padded = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
         new[fqn] = plain_adapter(layers[fqn], *padded)
-        fits.append(LayerFit(fqn, rank, fit.norm, fit.lost))
+        reports.append(ApproximatedLayer(fqn, rank, report.norm, report.lost))
     save_adapter(model, Path(folder), adapter, factors=new)
-    return Fit(adapter, "export", tuple(fits))
+    return Approximation(adapter, "export", tuple(reports))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data import Batches, Example, as_examples, learned_labels
-from minilora.lora import Fit, Survey, split_block
+from minilora.lora import Approximation, Survey, split_block
 from minilora.report.ablation import ablate, kinds_of, only
 from minilora.report.attention import Attention, attention_masses, word_ids
 from minilora.report.comparison import check_keep, compare, finite_factors, is_product, truncate
@@ -177,7 +177,7 @@ class _Run:
 
     def truncated(
         self, ranks: dict[str, int], examples: Sequence[Example] | None
-    ) -> tuple[Fit | None, float | None]:
+    ) -> tuple[Approximation | None, float | None]:
         """Cut the adapter for a while; return its error and, with data, its loss."""
         if not is_product(self.survey, self.adapter):
             return None, None

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora.lora import (
-    Fit,
+    Approximation,
     Survey,
     add_frozen,
+    approximated,
     check_rank,
     check_source,
-    fitted,
     plain_adapter,
     stored_dtype,
 )
@@ -165,7 +165,7 @@ def truncate(
     *,
     keep: float = 0.95,
     ranks: Mapping[str, int] | None = None,
-) -> Fit:
+) -> Approximation:
     """Add the best approximation of an adapter at lower ranks as a new adapter.
 
     The new one has scaling 1, is frozen and not active. On each layer it is the product's own
@@ -191,13 +191,12 @@ def truncate(
     survey.require_unmerged("truncate")
     check_keep(keep)
     survey.require_new_name(name)
-    check_source(survey.model, adapter, "truncate")
-    sources = survey.factors(adapter)
+    sources = check_source(survey, adapter, "truncate")
     for fqn in ranks or {}:
         if fqn not in sources:
             raise ValueError(f"ranks must name layers of adapter {adapter!r}, {fqn!r} is none")
         check_rank((ranks or {})[fqn], f"the rank of {fqn}")
-    new, fits = {}, []
+    new, reports = {}, []
     for fqn, factors in sources.items():
         if factors.magnitude is not None:
             raise ValueError(
@@ -207,11 +206,12 @@ def truncate(
         A, B = factors.product(torch.float64)
         values = tuple(small_svd(A, B)[1].tolist())
         r = rank_for(values, keep) if ranks is None else ranks.get(fqn, len(values))
-        A, B, fit = fitted(fqn, (A, B), r, stored_dtype(None, [factors]))
+        A, B, report = approximated(fqn, (A, B), r, stored_dtype(None, [factors]))
         new[fqn] = plain_adapter(layers[fqn], A, B)
-        fits.append(fit)
-    add_frozen(survey.model, name, new)
-    return Fit(name, f"truncated, keep={keep:g}" if ranks is None else "truncated", tuple(fits))
+        reports.append(report)
+    add_frozen(survey, name, new)
+    method = "truncated" if ranks is not None else f"truncated, keep={keep:g}"
+    return Approximation(name, method, tuple(reports))
 
 
 def is_product(survey: Survey, adapter: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from minilora.files import write
-from minilora.lora import Fit
+from minilora.lora import Approximation
 from minilora.report.ablation import Ablation
 from minilora.report.attention import Attention
 from minilora.report.comparison import Comparison, rank_pattern
@@ -77,7 +77,7 @@ class Explanation:
     keep: float
     layers: tuple[LayerReport, ...]
     copies: tuple[CopyReport, ...]
-    truncation: Fit | None
+    truncation: Approximation | None
     comparison: Comparison | None
     behaviour: Behaviour | None
     gap: Gap | None

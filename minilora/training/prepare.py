@@ -11,13 +11,11 @@ from minilora.data import Batch, Batches, Example, Stream, StreamBatches
 from minilora.kernels import hardware, is_slow
 from minilora.lora import (
     LoRALayer,
-    all_copies,
+    Survey,
     check_whole,
-    copies_of,
     inference,
     is_copy,
     named_parameters,
-    require_finite,
     unwrapped,
     view,
     widened,
@@ -37,7 +35,7 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     check_whole(model, "fit")
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
-    require_finite(model)
+    Survey(model).require_finite()
 
 
 def require_next_token_loss(model: nn.Module) -> None:
@@ -113,14 +111,14 @@ def _belonging(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> 
     """Return an adapter's parameters: factors, and trained copies of base parameters."""
     own = [layer.adapters[adapter] for layer in layers.values() if adapter in layer.adapters]
     factors = [p for factors in own for p in factors.parameters()]
-    return [*factors, *copies_of(model, adapter).values()]
+    return [*factors, *Survey(model).copies_of(adapter).values()]
 
 
 def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dict[Tensor, str]:
     """Return the parameters to train with their names; refuse others that require gradients."""
     mine = {p for p in _belonging(model, layers, adapter) if p.requires_grad}
     known = {p for layer in layers.values() for p in layer.adapters.parameters()}
-    known |= {p for copies in all_copies(model).values() for p in copies.values()}
+    known |= {p for copies in Survey(model).copies.values() for p in copies.by_name.values()}
     for name, parameter in named_parameters(model):
         if parameter.requires_grad and parameter not in known:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora.data import Batches, Stream
 from minilora.files import UnwritableError
-from minilora.lora import active_adapters, copies_of, describe, frozen_values, require_layers
+from minilora.lora import Survey, describe, frozen_values
 from minilora.peft import config_of, fingerprint, save_adapter
 from minilora.quantization import quantized_layers
 from minilora.running import Evaluation, Loss, device_of, settle_compile, token_loss
@@ -101,7 +101,7 @@ class Run(Progress):
     def _take_model(self) -> None:
         """Settle what is trained and in which dtype."""
         model, config = self.model, self.config
-        self.layers = require_layers(model, "fit")
+        self.layers = Survey(model).require_layers("fit")
         check_model(model, self.layers)
         if not self.own_loss:
             require_next_token_loss(model)
@@ -265,14 +265,15 @@ class Run(Progress):
         mine = {n: layer for n, layer in self.layers.items() if self.adapter in layer.adapters}
         with whole_factors(self.model, self.adapter):  # PiSSA's are put together with its offset
             adapter = config_of(self.model, self.adapter)
-        rest = frozen_values(self.model, mine, copies_of(self.model, self.adapter))
+        survey = Survey(self.model)
+        rest = frozen_values(survey, mine, survey.copies_of(self.adapter))
         quantized = quantized_layers(self.model).values()
         loss = getattr(self.loss, "func", self.loss)  # what a partial calls
         return {
             "config": self.config.to_dict() | {"compile": self.compile},  # what "auto" came to
             "compute": [str(self.dtype), *sorted({str(v.compute_dtype) for v in mine.values()})],
             "adapter": {k: v for k, v in adapter.items() if k not in _ANY_BASE}
-            | {"active adapters": list(active_adapters(self.model))},
+            | {"active adapters": list(survey.active)},
             "base": json.loads(fingerprint(self.layers)),
             "rest": json.loads(describe(rest)),
             "valid": None if self.valid is None else self.valid.digest,
