@@ -125,9 +125,17 @@ def test_a_block_with_its_own_forward_gets_it_back_also_after_an_error():
         assert not model.compiled_loss
 
 
+@pytest.fixture
+def quick(monkeypatch, pytestconfig):
+    """Compile without Inductor, which takes half a minute for three models; --wide uses it."""
+    if not pytestconfig.getoption("--wide"):
+        traced = functools.partial(torch.compile, backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", traced)
+
+
 @needs_compiler
+@pytest.mark.usefixtures("quick")
 def test_resume_is_bit_exact_and_keeps_compile(tmp_path):
-    """Compiled by Inductor for each of the models: ten seconds."""
     whole, half, again = one_block(), one_block(), one_block()
     rest = {"schedule": "constant", "compile": True, "accumulate": 2}
     fit(whole, max_steps=2, **rest)
@@ -140,6 +148,7 @@ def test_resume_is_bit_exact_and_keeps_compile(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick")
 def test_checkpointed_blocks_compile_too():
     eager, quick = one_block(), one_block()
     a = fit(eager, max_steps=2, checkpointing=True)

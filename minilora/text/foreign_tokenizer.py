@@ -20,13 +20,12 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
-        kind = type(tokenizer).__name__
         line = "minilora.models.Tokenizer.from_pretrained(folder), where tokenizer.json lies"
         if type(tokenizer).__module__.startswith("tokenizers"):
             line = 'minilora.models.Tokenizer(tokenizer, eos="…")'
         raise TypeError(
             f"the tokenizer must be a minilora.models.Tokenizer or one of transformers' that has a "
-            f"backend_tokenizer, found {kind}; convert it by {line}"
+            f"backend_tokenizer, found {type(tokenizer).__name__}; convert it by {line}"
         )
     named: dict[str, Any] = {}
     for key in ("bos", "eos", "pad", "unk"):
@@ -35,8 +34,4 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
-    return Tokenizer(
-        backend,
-        **named,
-        chat_template=template,
-    )
+    return Tokenizer(backend, **named, chat_template=template)

@@ -17,8 +17,8 @@ def encode_pieces(encode: Encode, text: str) -> Iterator[tuple[list[int], list[i
     """Yield the ids of a text, and the character after each token, piece by piece.
 
     Neighbouring pieces overlap and are cut where both have the same tokens, so the ids are those of
-    the whole text. Where there is no such place (one word of thousands of characters), the next
-    piece begins anew and a token may differ.
+    the whole text. Where there is no such position (one word of thousands of characters), the
+    next piece starts over and a token may differ.
 
     Args:
         encode: returns the ids and character spans of a text of up to 72,000 characters.

@@ -25,8 +25,8 @@ def text_of(token: Any) -> str | None:
 def special_texts(entries: dict[str, Any]) -> list[str]:
     """Return the control tokens that tokenizer_config.json names beside bos, eos, pad and unk."""
     found = []
-    for kind in ("additional", "extra"):
-        tokens = entries.get(f"{kind}_special_tokens") or ()
+    for prefix in ("additional", "extra"):
+        tokens = entries.get(f"{prefix}_special_tokens") or ()
         found += [text_of(t) for t in (tokens.values() if isinstance(tokens, dict) else tokens)]
     stated = entries.get("added_tokens_decoder")
     for token in stated.values() if isinstance(stated, dict) else ():
@@ -58,7 +58,7 @@ def stand_in(backend: Any, mark: str) -> tuple[Any, dict[int, int]]:
 
     Args:
         backend: stays as it is.
-        mark: with a number of five digits behind it, it stands for a control token, in the order of
+        mark: followed by five digits it is a control token's name, numbered in the order of
             their names from the longest on.
 
     Returns:

@@ -174,7 +174,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """What stands before and after a document."""
+        """The ids before and after a document."""
         whole = self._backend.encode("a", add_special_tokens=True).ids
         inner = self._backend.encode("a", add_special_tokens=False).ids
         for start in range(len(whole) - len(inner) + 1):
@@ -230,7 +230,7 @@ class Tokenizer:
         return text.rstrip("\ufffd")
 
     def _ends_with_replacement(self, ids: Sequence[int]) -> bool:
-        """Whether the character that stands for broken ones was itself written."""
+        """Whether the replacement character was itself written."""
         written = self.encode("a\ufffd", special=False)[-3:]  # its three bytes, or one token
         written = written[-1:] if self.decode(written[-1:]) == "\ufffd" else written
         return list(ids[-len(written) :]) == written
