@@ -13,8 +13,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minilora.loading.fetching import fetch
-from minilora.loading.model import read_tokenizer
+from minilora.loading import fetch, read_tokenizer, save_pretrained
+from minilora.models import GPT2, GPT2Config
 from minilora.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -183,6 +183,11 @@ def test_save_leaves_no_template_of_an_earlier_tokenizer(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path).chat_template == CHATML
     Tokenizer(_backend()).save(tmp_path)
     assert Tokenizer.from_pretrained(tmp_path).chat_template is None
+    model = GPT2(GPT2Config(vocab_size=401, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    for template in (CHATML, None):
+        tokenizer = Tokenizer(_backend(), eos="<|im_end|>", chat_template=template)
+        save_pretrained(model, tmp_path / "model", tokenizer)
+        assert Tokenizer.from_pretrained(tmp_path / "model").chat_template == template
 
 
 def test_from_pretrained_refuses_damaged_files(tmp_path):
@@ -445,10 +450,10 @@ def _write(file, pre="smollm", model="gpt2", merges=None, tokens=None, **ids):
 
 
 # The regular expressions llama.cpp states (llama-vocab.cpp), applied one after another.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 STATED = {
-    "gpt-2": [GPT2],
-    "smollm": [r"\p{N}", GPT2],
+    "gpt-2": [GPT2_CUT],
+    "smollm": [r"\p{N}", GPT2_CUT],
     "llama-bpe": [
         r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -82,6 +82,8 @@ def save_pretrained(model: CausalLM, folder: str | Path, tokenizer: Any = None) 
         write_json(made / CONFIG, config)
         if tokenizer is not None:
             tokenizer.save(made)
+            if tokenizer.chat_template is None:  # or that of an earlier tokenizer would be read
+                (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
 def _tensors(model: CausalLM, small: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
