@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from test_combination import F64, IDS, add, kinds
+from test_lora_combination import F64, IDS, add, kinds
 from torch import nn
 
 import minilora

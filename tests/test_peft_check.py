@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import net, shake
-from test_combination import ALL, add, kinds
+from test_lora_combination import ALL, add, kinds
 
 import minilora
 from minilora.peft.checking import Reader, ReaderList, check

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import net, shake
-from test_combination import F64, IDS, add, agree, best, dense, kinds
+from test_lora_combination import F64, IDS, add, agree, best, dense, kinds
 
 import minilora
 from minilora.lora.combination import combine
