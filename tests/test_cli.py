@@ -187,7 +187,7 @@ def test_cli_exports_and_checks_an_adapter(folder, letters, tmp_path, capsys):
     capsys.readouterr()
     assert run("check", run_folder) == 1
     said = capsys.readouterr().out
-    assert "PEFT: yes" in said and "vLLM: no\n  - DoRA is refused" in said
+    assert "PEFT: yes" in said and "vLLM: no\n  - use_dora (first: " in said
     assert run("export", run_folder, new) == 2
     assert "export() needs r=... for a DoRA adapter" in capsys.readouterr().err
     assert not new.exists()

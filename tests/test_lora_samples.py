@@ -85,13 +85,6 @@ def test_an_unreadable_fingerprint_is_refused(net, tmp_path, text):
         minilora.load(net(), tmp_path)
 
 
-def test_an_empty_fingerprint_is_no_checked_base(net, tmp_path):
-    minilora.save(minilora.inject(net(), r=2), tmp_path)
-    rewrite(tmp_path, minilora_base="{}")
-    with pytest.warns(UserWarning, match="says nothing of the base"):
-        minilora.load(net(), tmp_path)
-
-
 def test_modules_to_save_leaves_something_to_adapt():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     with pytest.raises(ValueError, match=r"modules_to_save=\['0'\] leaves no layer"):

@@ -29,11 +29,11 @@ SAVED = {
         {"alpha_pattern": {"q_proj": 9}},
         {"vLLM": "by 1.25 instead of 2.25", "llama.cpp": "by 1.25 instead of 2.25"},
     ),
-    "dora": ({"dora": True}, {"vLLM": "DoRA is refused .first: mlp.0",
-                              "llama.cpp": "DoRA is refused"}),
+    "dora": ({"dora": True}, dict.fromkeys(
+        ("vLLM", "llama.cpp"), "use_dora .first: mlp.0. is refused")),
     "bias": ({"bias": "all"}, {"vLLM": "bias='all' is refused", "llama.cpp": "refused as no LoRA"}),
-    "lora bias": ({"lora_bias": True}, {"vLLM": "a lora_bias is refused",
-                                        "llama.cpp": "a lora_bias is refused"}),
+    "lora bias": ({"lora_bias": True}, dict.fromkeys(
+        ("vLLM", "llama.cpp"), "lora_bias .first: mlp.0. is refused")),
     "modules to save": (
         {"modules_to_save": ["lm_head"]},
         dict.fromkeys(
@@ -195,8 +195,8 @@ def test_check_refuses_what_it_cannot_read(plain):
         "{": "adapter_config.json. must be JSON",
         '{"peft_type": "LORA", "r": 0}': "r must be a whole number of at least 1, found 0",
         '{"peft_type": "LORA", "lora_alpha": "x"}': "lora_alpha must be a finite number",
-        '{"peft_type": "LORA", "rank_pattern": [1]}': "rank_pattern must be an object of regex",
-        '{"peft_type": "LORA", "alpha_pattern": {"(": 1}}': "the key of alpha_pattern must",
+        '{"peft_type": "LORA", "rank_pattern": [1]}': "rank_pattern must be a mapping of regex",
+        '{"peft_type": "LORA", "alpha_pattern": {"(": 1}}': "alpha_pattern must be a valid regular",
         '{"peft_type": "LORA", "target_modules": "("}': "target_modules must be a valid regular",
         '{"peft_type": "LORA", "target_modules": 3}': "target_modules must be a non-empty list",
     }

@@ -113,9 +113,9 @@ CONFIGS = [
     ({"target_modules": ["q_proj"]}, "not called for by target_modules"),
     ({"target_modules": ["q_proj", "v_proj", "mlp.0", "mlp.2", "lm_head"]}, "missing: .*lm_head"),
     ({"target_modules": ["nothing"]}, "does not fit this model"),
-    ({"rank_pattern": [1]}, "rank_pattern must be an object"),
-    ({"rank_pattern": {"(": 1}}, "the key of rank_pattern must be a valid regular expression"),
-    ({"use_rslora": "yes"}, "use_rslora must be true or false"),
+    ({"rank_pattern": [1]}, "rank_pattern must be a mapping of regex"),
+    ({"rank_pattern": {"(": 1}}, "rank_pattern must be a valid regular expression"),
+    ({"use_rslora": "yes"}, "use_rslora must be True or False"),
 ]
 
 
@@ -264,7 +264,7 @@ def test_save_into_a_folder_that_cannot_be_made_says_so(tmp_path):
         ('{"peft_type": "LORA", "target_modules": ["a"], "fan_in_fan_out": 2}',
          "fan_in_fan_out must be true or false"),
         ('{"peft_type": "LORA", "target_modules": ["a"], "alpha_pattern": {"a": 0}}',
-         r"alpha_pattern\['a'\] must be a finite number"),
+         "alpha_pattern must be a finite number"),
     ],
 )  # fmt: skip
 def test_read_config_refuses(tmp_path, text, message):

@@ -1,6 +1,7 @@
 """Adapters on a model: the layers that carry them, and the verbs inject, activate, merge, serve."""
 
 from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
+from minilora.lora.bare_parameters import taken_for_experts
 from minilora.lora.base import Base, base_of, is_linear, view
 from minilora.lora.by_model import (
     active_adapters,
@@ -17,7 +18,6 @@ from minilora.lora.by_model import (
     require_layers,
     require_values,
     set_trainable,
-    taken_for_experts,
 )
 from minilora.lora.combination import (
     ApproximatedLayer,

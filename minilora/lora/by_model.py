@@ -66,9 +66,3 @@ def require_values(model: nn.Module, verb: str) -> None:
 
 def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     Survey(model).set_trainable(adapter, trainable)
-
-
-def taken_for_experts(model: nn.Module, modules: Any, names: list[str]) -> list[str]:
-    from minilora.lora import bare_parameters
-
-    return bare_parameters.taken_for_experts(Survey(model), names)

@@ -1,14 +1,15 @@
 """Which programs read an adapter folder as PEFT means it, as far as its two files show."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minilora.files import one_line, tensor_file
 from minilora.lora import MARKS, LoRAAdapter, compiled_pattern
 from minilora.peft.config import (
+    FLAGS,
     KEYS,
     PLAIN_INITS,
     PREFIX,
@@ -19,12 +20,12 @@ from minilora.peft.config import (
 from minilora.peft.files import require_pair
 
 _SHOWN = 20  # problems printed of each reader
-_PARTS = {f".{end}": part for part, ends in KEYS.items() for end in ends}
+_PARTS = {f".{end}": part for part, (*ends, _) in KEYS.items() for end in ends}
 _FROZEN = ".base_layer.weight"  # of the base: PEFT writes an adapted embedding's along
 _CONV1D = ("c_attn", "c_proj", "c_fc")  # of GPT-2
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Reader:
     """What one program makes of an adapter folder: `problems` stop it, `notes` do not."""
 
@@ -95,7 +96,7 @@ class _Files:
         with tensor_file(weights_file) as opened:
             metadata = opened.metadata() or {}
             shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-        self.refused = [metadata[key] for key in ("minilora_not_for_peft",) if key in metadata]
+        self.refused = [text for key, text in metadata.items() if key == "minilora_not_for_peft"]
         for key, shape in shapes.items():
             end = next((end for end in _PARTS if key.endswith(end)), None)
             if end is None or not key.startswith(PREFIX):
@@ -103,13 +104,13 @@ class _Files:
             else:
                 parts = self.layers.setdefault(key[len(PREFIX) : -len(end)], {})
                 parts[_PARTS[end]] = shape
-        parameters = self.options["parameters"]
-        self.stacked = [n for n in self.layers if parameters and not self._is_target(n)]
+        stacks = bool(self.config["target_parameters"])
+        self.stacked = [n for n in self.layers if stacks and not self._is_target(n)]
         for fqn in self.stacked:
             del self.layers[fqn]
 
     def _is_target(self, fqn: str) -> bool:
-        targets, parameters = self.options["targets"], self.options["parameters"]
+        targets, parameters = self.options.targets, self.config["target_parameters"] or ()
         if targets == "all-linear" or any(f".{fqn}.weight".endswith(f".{e}") for e in parameters):
             return True
         if isinstance(targets, str):
@@ -119,8 +120,8 @@ class _Files:
     def _is_copy(self, key: str) -> bool:
         """Return whether the config asks for a trained copy of this parameter."""
         name, options = key.removeprefix(PREFIX), self.options
-        asked = any(f".{entry}." in f".{name}" for entry in options["modules_to_save"])
-        biased = options["bias"] != "none" and "bias" in name.rpartition(".")[2]
+        asked = any(f".{entry}." in f".{name}" for entry in options.modules_to_save)
+        biased = options.bias != "none" and "bias" in name.rpartition(".")[2]
         return key.startswith(PREFIX) and (asked or biased or _FROZEN in key)
 
     def _replaces(self, key: str) -> bool:
@@ -151,7 +152,7 @@ class _Files:
                 yield f"{fqn} has rank {ranks[0]}, the config says {r}"
             if not self._is_target(fqn):
                 yield f"{fqn} is not in target_modules, so PEFT leaves its factors out"
-            for part, key in (("magnitude", "use_dora"), ("lora_bias", "lora_bias")):
+            for part, key in FLAGS.items():
                 if (part in parts) != bool(self.config[key]):
                     has = "has" if part in parts else "lacks"
                     yield f"{fqn} {has} a {part}, the config says {key}={self.config[key]}"
@@ -187,7 +188,7 @@ class _Files:
 
     def scaling(self, fqn: str, **ignored: Any) -> float:
         """Return a layer's scaling as PEFT computes it, but for options that a reader ignores."""
-        options = factor_options(self.options | ignored, fqn)
+        options = factor_options(dataclasses.replace(self.options, **ignored), fqn)
         del options["dora"]
         return LoRAAdapter(1, 1, device="meta", **options).scaling
 
@@ -203,8 +204,9 @@ class _Files:
 # Readers, what they don't take of what PEFT does, and where the files have it. vLLM:
 # `vllm/lora/peft_helper.py`; llama.cpp: `convert_lora_to_gguf.py`, `src/llama-adapter.h`.
 _RULES: tuple[tuple[str, str, Callable[[_Files], list]], ...] = (
-    ("vLLM, llama.cpp", "DoRA is refused (first: {})", lambda f: f.having("magnitude")),
-    ("vLLM, llama.cpp", "a lora_bias is refused (first: {})", lambda f: f.having("lora_bias")),
+    ("vLLM, llama.cpp", "{} is refused", lambda f: [
+        f"{flag} (first: {names[0]})" for part, flag in FLAGS.items() if (names := f.having(part))
+    ]),
     ("vLLM, llama.cpp", "convolutions take no LoRA (first: {})",
      lambda f: [n for n, parts in f.layers.items() if len(parts.get("lora_A", "AB")) != 2]),
     ("vLLM, llama.cpp", "factors of other parameters than layers' weights are not read as PEFT "
@@ -213,7 +215,7 @@ _RULES: tuple[tuple[str, str, Callable[[_Files], list]], ...] = (
      lambda f: f.changed()),
     ("vLLM, llama.cpp", "{} is refused as no LoRA weight ({} such keys)",
      lambda f: [key for key in f.others if _FROZEN not in key]),
-    ("vLLM", "bias={!r} is refused", lambda f: [b for b in [f.options["bias"]] if b != "none"]),
+    ("vLLM", "bias={!r} is refused", lambda f: [b for b in [f.options.bias] if b != "none"]),
     ("vLLM", "rank_pattern and alpha_pattern are not read: {} ({} such layers)",
      lambda f: f.misscaled(rank_pattern={}, alpha_pattern={})),
     ("llama.cpp", "use_rslora and alpha_pattern are not read: {} ({} such layers)",

@@ -7,7 +7,7 @@ huggingface/peft, `src/peft/tuners/lora/config.py`; the keys: `src/peft/utils/sa
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,28 @@ from torch import nn
 
 from minilora.files import one_line, read_json, short
 from minilora.lora import (
+    AdapterConfig,
     LoRAAdapter,
-    asked_copies,
+    Survey,
+    TrainedCopies,
     check_alpha,
-    check_dropout,
-    check_rank,
-    compile_ending,
     compiled_pattern,
-    factors_of,
-    find_head,
-    lora_layers,
     pattern_value,
-    plain_modules,
     taken_for_experts,
-    unwrapped,
 )
 
 # --- tensors
 
 PREFIX = "base_model.model."
-KEYS = {  # a parameter of `LoRAAdapter`: what ends its key, and its key in an embedding
-    "lora_A": ("lora_A.weight", "lora_embedding_A"),
-    "lora_B": ("lora_B.weight", "lora_embedding_B"),
-    "lora_bias": ("lora_B.bias", "lora_B.bias"),
-    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector"),
+# A parameter of `LoRAAdapter`: what ends its key, its key in an embedding, and the flag that it
+# follows from.
+KEYS = {
+    "lora_A": ("lora_A.weight", "lora_embedding_A", None),
+    "lora_B": ("lora_B.weight", "lora_embedding_B", None),
+    "lora_bias": ("lora_B.bias", "lora_B.bias", "lora_bias"),
+    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector", "use_dora"),
 }
+FLAGS = {part: flag for part, (*_, flag) in KEYS.items() if flag}
 
 
 def keys_of(fqn: str, factors: LoRAAdapter) -> dict[str, str]:
@@ -67,6 +64,7 @@ MOST_PATTERNS = 4096  # of ranks or alphas: one for each layer of the largest mo
 # so their factors mean something only beside the changed base.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _TARGETS = "a non-empty list of module names or a regex"
+_OURS = {field.name: field.metadata["check"] for field in fields(AdapterConfig)}
 _Check = Callable[[Any, str], object]
 
 
@@ -82,75 +80,57 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
 
 
-def _patterns(check: _Check) -> _Check:
-    def check_all(patterns: Any, key: str) -> None:
-        if patterns and not isinstance(patterns, dict):
-            raise ValueError(f"{key} must be an object of regex: number, found {short(patterns)}")
-        if len(patterns or ()) > MOST_PATTERNS:
-            raise ValueError(
-                f"{key} must have at most {MOST_PATTERNS:,} keys, found {len(patterns):,}"
-            )
-        for pattern, value in (patterns or {}).items():
-            compile_ending(pattern, f"the key of {key}")
-            check(value, f"{key}[{short(pattern)}]")
-
-    return check_all
-
-
-_flag = _must("true or false", lambda v: v in (True, False, None))
-_names = _must("a list of names, a string or null",
-               lambda v: v is None or isinstance(v, str) or _are_names(v))  # fmt: skip
-_targets = _must(
-    _TARGETS,
-    lambda v: (
-        compiled_pattern(v, "target_modules") if isinstance(v, str) else not v or _are_names(v)
-    ),
-)
-_parameters = _must("a list of parameter names or null", lambda v: not v or _are_names(v))
-_blocks = _must("a block number, a list of them or null", lambda v: v is None or all(
-    type(number) is int for number in (v if isinstance(v, list) else [v])
+_names = _must("a list of names, a string or null", lambda v: isinstance(v, str) or _are_names(v))
+_parameters = _must("a list of parameter names or null", _are_names)
+_targets = _must(_TARGETS, lambda v: (
+    compiled_pattern(v, "target_modules") if isinstance(v, str) else _are_names(v)
 ))  # fmt: skip
+_blocks = _must("a block number, a list of them or null", lambda v: (
+    all(type(number) is int for number in (v if isinstance(v, list) else [v]))
+))  # fmt: skip
+_flag = _must("true or false", lambda v: isinstance(v, bool))
 _bias = _must("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only"))
 
 
 @dataclass(frozen=True)
 class _Field:
-    """A key of PEFT's config, the option that it stands for, and what it is where it is missing.
+    """A key of PEFT's config, the option that it stands for, and PEFT's default.
 
-    `check` raises for what is refused; `read` and `write` convert to our option and back.
+    `check` raises for a value other than None that is refused; without it, it is the check of our
+    option. `read` and `write` convert to our option and back.
     """
 
     key: str
     option: str | None
-    check: _Check
     default: Any = None
+    check: _Check | None = None
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Any] = lambda value: value
 
 
 _FIELDS = (
-    _Field("r", "r", check_rank, 8),
-    _Field("lora_alpha", "alpha", check_alpha, 8),
-    _Field("rank_pattern", "rank_pattern", _patterns(check_rank), {}),
-    _Field("alpha_pattern", "alpha_pattern", _patterns(check_alpha), {}),
-    _Field("lora_dropout", "dropout", lambda value, _: check_dropout(value), 0.0),
-    _Field("use_rslora", "rslora", _flag, False),
-    _Field("use_dora", "dora", _flag, False),
-    _Field("lora_bias", "lora_bias", _flag, False),
-    _Field("init_lora_weights", "init", lambda *_: None, True,
+    _Field("r", "r", 8),
+    _Field("lora_alpha", "alpha", 8, check=check_alpha),
+    _Field("rank_pattern", "rank_pattern"),
+    _Field("alpha_pattern", "alpha_pattern"),
+    _Field("lora_dropout", "dropout", 0.0),
+    _Field("use_rslora", "rslora", False),
+    _Field("use_dora", "dora", False),
+    _Field("lora_bias", "lora_bias", False),
+    _Field("init_lora_weights", "init", True, check=lambda *_: None,
            read=lambda value: "gaussian" if value == "gaussian" else "kaiming",
            write=lambda init: "gaussian" if init == "gaussian" else True),
-    _Field("bias", "bias", _bias, "none"),
-    _Field("modules_to_save", "modules_to_save", _names,
-           read=lambda value: [value] if isinstance(value, str) else list(value or ()),
+    _Field("bias", "bias", "none", check=_bias),
+    _Field("modules_to_save", "modules_to_save", check=_names, read=lambda v: v or (),
            write=lambda names: names or None),
-    _Field("target_modules", "targets", _targets, read=lambda v: v or ()),
-    _Field("target_parameters", "parameters", _parameters, read=lambda v: v or ()),
-    _Field("exclude_modules", "exclude", _names, read=lambda v: v or ()),
-    _Field("layers_to_transform", "layers", _blocks),
-    _Field("layers_pattern", "layers_pattern", _names,
-           read=lambda value: value or r"[^.]*"),  # PEFT's reading of "no pattern"
-    _Field("fan_in_fan_out", None, _flag, False),  # the base says how it stores its weight
+    _Field("target_modules", "targets", check=_targets, read=lambda v: v or ()),
+    _Field("exclude_modules", "exclude", check=_names, read=lambda v: v or (),
+           write=lambda names: names or None),
+    _Field("layers_to_transform", "layers", check=_blocks),
+    # What only PEFT has, or the base says.
+    _Field("target_parameters", None, check=_parameters),
+    _Field("layers_pattern", None, check=_names),
+    _Field("fan_in_fan_out", None, False, check=_flag),
 )  # fmt: skip
 # Keys that name or describe; any other key must ask for nothing, so that a file from a newer PEFT
 # can't mean something that is not computed here.
@@ -185,14 +165,25 @@ def read_config(file: Path, loadable: bool = True) -> dict[str, Any]:
         if loadable:
             _require_loadable(config)
         for field in _FIELDS:
-            field.check(config.setdefault(field.key, field.default), field.key)
+            _check(field, config.setdefault(field.key, field.default))
         if not (config["target_modules"] or config["target_parameters"]):
             raise ValueError(
                 f"target_modules must be {_TARGETS}, found {short(config['target_modules'])}"
             )
-    except ValueError as error:
+        options_of(config)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
     return config
+
+
+def _check(field: _Field, value: Any) -> None:
+    if isinstance(value, dict) and len(value) > MOST_PATTERNS:
+        raise ValueError(
+            f"{field.key} must have at most {MOST_PATTERNS:,} keys, found {len(value):,}"
+        )
+    check = field.check or _OURS[field.option or ""]
+    if value is not None or field.default is not None:
+        check(value, field.key)
 
 
 def _require_loadable(config: Mapping[str, Any]) -> None:
@@ -210,23 +201,22 @@ def _require_loadable(config: Mapping[str, Any]) -> None:
         )
 
 
-def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `read_config` read as options of `inject`, and `parameters`."""
-    values = ((f, config[f.key]) for f in _FIELDS if f.option)
-    return {f.option: f.read(f.default if v is None else v) for f, v in values if f.option}
+def options_of(config: Mapping[str, Any]) -> AdapterConfig:
+    """Return what `read_config` read as our options."""
+    return AdapterConfig(**{f.option: f.read(config[f.key]) for f in _FIELDS if f.option})
 
 
-def factor_options(options: Mapping[str, Any], fqn: str) -> dict[str, Any]:
-    """Return the options that a layer's `new_adapter` takes."""
+def factor_options(options: AdapterConfig, fqn: str) -> dict[str, Any]:
+    """Return the options of a layer's factors."""
     return {
-        "r": pattern_value(fqn, options["rank_pattern"], options["r"]),
-        "alpha": pattern_value(fqn, options["alpha_pattern"], options["alpha"]),
-        **{key: options[key] for key in ("dropout", "rslora", "dora", "lora_bias", "init")},
+        "r": pattern_value(fqn, options.rank_pattern, options.r),
+        "alpha": pattern_value(fqn, options.alpha_pattern, options.alpha or options.r),
+        **options.factor_options(),
     }
 
 
 def config_of(
-    model: nn.Module,
+    model: nn.Module | Survey,
     adapter: str,
     base_name: str | None = None,
     factors: Mapping[str, LoRAAdapter] | None = None,
@@ -235,36 +225,35 @@ def config_of(
 
     `target_modules` is as short as is exact.
     """
-    factors = factors_of(model, adapter) if factors is None else factors
-    first, by_weight = next(iter(factors.values())), by_parameter(model, factors)[0]
+    survey = Survey.of(model)
+    factors = survey.factors(adapter) if factors is None else factors
+    first, by_weight = next(iter(factors.values())), by_parameter(survey, factors)[0]
     plain = {fqn: one.plain()[2:] for fqn, one in factors.items()}
     r, rank_pattern = _split({fqn: r for fqn, (r, _, _) in plain.items()}, by_weight)
     alpha, alpha_pattern = _split({fqn: alpha for fqn, (_, alpha, _) in plain.items()}, by_weight)
-    bias, modules_to_save = asked_copies(model, adapter)
-    options = {
+    copies = survey.copies.get(adapter, TrainedCopies({}))
+    options: dict[str, Any] = {
         "r": r, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
         "dropout": first.dropout, "rslora": next(iter(plain.values()))[2], "init": first.init,
         "dora": first.magnitude is not None, "lora_bias": first.lora_bias is not None,
-        "bias": bias, "modules_to_save": modules_to_save,
-        "targets": _minimal_targets(model, [fqn for fqn in factors if fqn not in by_weight]),
-        "parameters": sorted(f"{fqn}.weight" for fqn in by_weight),
+        "bias": copies.bias, "modules_to_save": copies.modules_to_save,
+        "targets": _minimal_targets(survey, [fqn for fqn in factors if fqn not in by_weight]),
     }  # fmt: skip
-    config = {f.key: f.write(options[f.option]) if f.option in options else None for f in _FIELDS}
-    if not by_weight:
-        del config["target_parameters"]  # which older versions of PEFT don't know
-    head, layers = find_head(model), lora_layers(model)
+    asked = AdapterConfig(**options)
+    bases = [survey.layers[fqn].view for fqn in factors]
+    config = {f.key: f.write(getattr(asked, f.option)) if f.option else None for f in _FIELDS}
+    del config["target_parameters"]  # which older versions of PEFT don't know
+    if by_weight:
+        config["target_parameters"] = sorted(f"{fqn}.weight" for fqn in by_weight)
     return config | {
         "auto_mapping": None,
-        "base_model_name_or_path": base_name or _base_name(model),
-        "fan_in_fan_out": any(
-            base.family == "linear" and base.transposed
-            for base in (layers[fqn].view for fqn in factors)
-        ),
+        "base_model_name_or_path": base_name or _base_name(survey.root),
+        "fan_in_fan_out": any(base.family == "linear" and base.transposed for base in bases),
         "inference_mode": True,
         "peft_type": "LORA",
         "peft_version": "0.21.2",  # the release whose layout this follows
         "revision": None,
-        "task_type": "CAUSAL_LM" if head is not None and "lm_head" in head else None,
+        "task_type": "CAUSAL_LM" if "lm_head" in (survey.head or "") else None,
     }
 
 
@@ -281,19 +270,18 @@ def _split(values: dict[str, Any], by_weight: list[str]) -> tuple[Any, dict[str,
     return common, rest
 
 
-def _minimal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
+def _minimal_targets(survey: Survey, names: list[str]) -> list[str] | str:
     """Return the shortest list of endings that selects exactly `names`, or a regex if none does.
 
     A name that is itself the ending of another module's name can't be told apart by endings.
     """
-    every = list(plain_modules(model))
     wanted = set(names)
     entries: set[str] = set()
     for name in names:
         parts = name.split(".")
         for start in range(len(parts) - 1, -1, -1):
             entry = ".".join(parts[start:])
-            if {n for n in every if n == entry or n.endswith("." + entry)} <= wanted:
+            if {n for n in survey.modules if f".{n}".endswith(f".{entry}")} <= wanted:
                 entries.add(entry)
                 break
         else:
@@ -301,9 +289,9 @@ def _minimal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
     return sorted(entries)
 
 
-def _base_name(model: nn.Module) -> str | None:
+def _base_name(root: nn.Module) -> str | None:
     """Return where the base came from; of a copy in Hugging Face's cache, the model's name."""
-    name = getattr(unwrapped(model), "name_or_path", None) or None
+    name = getattr(root, "name_or_path", None) or None
     cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", str(name))
     return f"{cached[1]}/{cached[2]}" if cached else name
 
@@ -314,14 +302,14 @@ _MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def by_parameter(
-    model: nn.Module, factors: Mapping[str, LoRAAdapter]
+    survey: Survey, factors: Mapping[str, LoRAAdapter]
 ) -> tuple[list[str], str | None]:
     """Return the layers to be named by their weight, and why those can't be that should be.
 
     PEFT would look for them among stacked experts (`taken_for_experts`); named by their weight, in
     `target_parameters`, it finds them. It takes neither dropout nor DoRA nor a lora_bias there.
     """
-    names = taken_for_experts(unwrapped(model), {"": model, **plain_modules(model)}, list(factors))
+    names = taken_for_experts(survey, list(factors))
     first = next(iter(factors.values()))
     what = "dropout" if first.dropout else "DoRA" if first.magnitude is not None else None
     what = "a lora_bias" if first.lora_bias is not None else what
@@ -333,10 +321,10 @@ def by_parameter(
     )
 
 
-def not_for_peft(model: nn.Module, factors: Mapping[str, LoRAAdapter]) -> str | None:
+def not_for_peft(survey: Survey, factors: Mapping[str, LoRAAdapter]) -> str | None:
     """Say why PEFT refuses this adapter on its own base, or reads it otherwise; else None."""
-    family = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
+    family = getattr(getattr(survey.root, "config", None), "model_type", None)
     wrong = [n for n in factors if n.rpartition(".")[2] in ("out_proj", "conv1d")]
     if family in _MAMBAS and wrong:
         return f"PEFT refuses {wrong[0]} ({len(wrong)} such layers) in a model of type {family}"
-    return by_parameter(model, factors)[1]
+    return by_parameter(survey, factors)[1]

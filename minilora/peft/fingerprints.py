@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.files import parse_json
 from minilora.lora import (
     LoRALayer,
+    Survey,
     base_of,
     difference,
     frozen_values,
-    plain_modules,
     weight_sample,
 )
 from minilora.peft.files import WEIGHTS_FILE
@@ -41,7 +41,7 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
             weight = own[key] if own and key in own else layer.view.values()
             sample = weight_sample(fqn, weight)
         rows[fqn] = {
-            "shape": [layer.view.out_features, layer.view.in_features],
+            "shape": [*layer.view.shape],
             "format": layer.stored,
             "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
         }
@@ -49,7 +49,7 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
 
 
 def check_base(
-    model: nn.Module,
+    survey: Survey,
     folder: Path,
     metadata: dict[str, str],
     names: Collection[str],
@@ -58,7 +58,7 @@ def check_base(
     """Refuse another base than the one an adapter was trained on, as far as its files tell.
 
     Args:
-        model: with the base's own parameters in place.
+        survey: with the base's own parameters in place.
         folder: named in messages.
         metadata: of the adapter's weights.
         names: the layers it adapts.
@@ -69,11 +69,10 @@ def check_base(
             fqn: (row["format"], np.frombuffer(base64.b64decode(row["sample"]), dtype="<f4"))
             for fqn, row in parse_json(metadata.get("minilora_base", "{}"), "it").items()
         }
-    modules = plain_modules(model)
-    unlike = (_unlike(fqn, modules[fqn], *rows[fqn]) for fqn in names if fqn in rows)
+    unlike = (_unlike(fqn, survey.modules[fqn], *rows[fqn]) for fqn in names if fqn in rows)
     found = next(filter(None, unlike), None)
     with _readable(folder, "minilora_rest"):
-        rest = frozen_values(model, names, copied)
+        rest = frozen_values(survey, names, copied)
         found = found or difference(rest, metadata.get("minilora_rest", "{}"))
     if found is not None:
         raise ValueError(

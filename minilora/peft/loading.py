@@ -11,24 +11,16 @@ from minilora.files import read_tensors
 from minilora.kernels import check_backend
 from minilora.lora import (
     LoRAAdapter,
+    Survey,
     TrainedCopies,
-    all_adapter_names,
     as_dtype,
     attach,
     base_of,
     check_adapter_name,
     check_open,
     compiled_pattern,
-    copies_of,
-    lora_layers,
-    original_of,
-    originals_in_place,
-    parameter_places,
-    plain_modules,
     select_targets,
-    set_trainable,
     true_name,
-    unwrapped,
     view,
 )
 from minilora.peft.config import (
@@ -88,42 +80,40 @@ def load(
     check_open(model, "load")
     dtype = torch.float32 if dtype is None else as_dtype(dtype)
     compute = None if compute_dtype is None else as_dtype(compute_dtype, "compute_dtype")
-    if any(layer.merged for layer in lora_layers(model).values()):
-        raise RuntimeError("load() needs unmerged weights; call minilora.unmerge(model) first")
-    present = adapter in all_adapter_names(model)
+    survey = Survey(model)
+    survey.require_unmerged("load")
+    present = adapter in survey.adapters
     if present and not replace:
         raise ValueError(
             f"the model already has an adapter {adapter!r}; choose another adapter=..., or pass "
             f"replace=True to put the file's values into it"
         )
-    with originals_in_place(model):
-        factors, copies = _Files(model, folder, verify).read(dtype, verify)
+    with survey.originals_in_place():
+        factors, copies = _Files(survey, folder, verify).read(dtype, verify)
     if present:
-        _swap(model, adapter, factors, {} if copies is None else copies.by_name)
-        return model
-    attach(model, factors, adapter, copies, compute_dtype=compute, backend=backend)
-    set_trainable(model, adapter, trainable)
+        _swap(survey, adapter, factors, copies.by_name)
+    else:
+        attach(survey, factors, adapter, copies, compute_dtype=compute, backend=backend)
+        survey.set_trainable(adapter, trainable)
     return model
 
 
 class _Files:
     """An adapter's two files, read for a model, which is not changed."""
 
-    def __init__(self, model: nn.Module, folder: Path, verify: bool):
-        self.model, self.folder = model, folder
+    def __init__(self, survey: Survey, folder: Path, verify: bool):
+        self.survey, self.folder = survey, folder
         self.config_file, self.file = require_pair(folder)
-        config = read_config(self.config_file)
+        self.config = read_config(self.config_file)
+        self.options = options_of(self.config)
         tensors, self.metadata = read_tensors(self.file, check=verify)
         if verify:
             check_pair(folder, self.config_file.read_bytes(), self.metadata)
-        self.options = options_of(config)
-        self.tensors = _plain_keys(tensors, "module" in unwrapped(model)._modules)
-        self.modules = plain_modules(model)
-        self.places = parameter_places(model)
+        self.tensors = _plain_keys(tensors, "module" in survey.root._modules)
 
     def read(
         self, dtype: torch.dtype, verify: bool
-    ) -> tuple[dict[str, LoRAAdapter], TrainedCopies | None]:
+    ) -> tuple[dict[str, LoRAAdapter], TrainedCopies]:
         """Return factors by layer, and trained copies."""
         factors = self._empty_factors()
         asked = self._asked_copies(factors)
@@ -137,40 +127,38 @@ class _Files:
             self._fill(name, one, dtype)
         values = {}
         for name, key in copied.items():
-            own = original_of(self.model, name, self.places)
+            own = self.survey.original(name)
             shape, of = list(own.shape), f"as {name} has here"
             values[name] = self._take(key, shape, own.device, own.dtype, of)
         if verify:
-            check_base(self.model, self.folder, self.metadata, factors, copied)
+            check_base(self.survey, self.folder, self.metadata, factors, copied)
             self._check_frozen(frozen)
-        modules = [*self.options["modules_to_save"], *(n.rpartition(".")[0] for n in replaced)]
-        copies = TrainedCopies(values, self.options["bias"], list(dict.fromkeys(modules)))
-        return factors, copies if values else None
+        saved = [*self.options.modules_to_save, *(n.rpartition(".")[0] for n in replaced)]
+        return factors, TrainedCopies(values, self.options.bias, list(dict.fromkeys(saved)))
 
     def _targets(self) -> dict[str, bool]:
         """Return the adapted layers in module order, and whether the config names the weight."""
-        options = self.options
-        adaptable = {n: m for n, m in self.modules.items() if view(m) is not None}
+        options, modules = self.options, self.survey.modules
+        adaptable = [name for name, module in modules.items() if view(module) is not None]
         by_weight = self._weights_named()
-        entries = options["targets"]
         try:
-            chosen = entries and select_targets(
-                self.model,
-                _matching(entries, self.modules) or entries,
-                _matching(options["exclude"], adaptable),
-                options["layers"],
-                options["layers_pattern"],
+            chosen = options.targets and select_targets(
+                self.survey,
+                _matching(options.targets, modules) or options.targets,
+                _matching(options.exclude, adaptable),
+                options.layers,
+                self.config["layers_pattern"] or r"[^.]*",  # PEFT's reading of "no pattern"
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.config_file} does not fit this model: {error}") from None
-        return {n: n in by_weight for n in self.modules if n in chosen or n in by_weight}
+        return {n: n in by_weight for n in modules if n in chosen or n in by_weight}
 
     def _weights_named(self) -> list[str]:
         """Return the linears whose weight `target_parameters` names; refuse other parameters."""
-        entries = self.options["parameters"]
-        hits = [n for n in self.places if any(f".{n}".endswith(f".{e}") for e in entries)]
+        places, entries = self.survey.parameters, self.config["target_parameters"] or ()
+        hits = [n for n in places if any(f".{n}".endswith(f".{e}") for e in entries)]
         for name in hits:
-            module, key = self.places[name]
+            module, key = places[name]
             if key != "weight" or not isinstance(module, nn.Linear):
                 raise ValueError(
                     f"{self.config_file}: target_parameters must name weights of linear layers, "
@@ -184,14 +172,14 @@ class _Files:
         made = {}
         for fqn, by_weight in self._targets().items():
             options = factor_options(self.options, f"{fqn}.weight" if by_weight else fqn)
-            base = base_of(self.modules[fqn])
+            base = base_of(self.survey.modules[fqn])
             options["lora_bias"] &= base.family != "embedding"
             made[fqn] = base.new_adapter(device="meta", **options)
         return made
 
     def _asked_copies(self, targets: Collection[str]) -> dict[str, str]:
         """Return the parameters of which the config promises a copy, with their keys."""
-        bias, entries = self.options["bias"], self.options["modules_to_save"]
+        bias, entries = self.options.bias, self.options.modules_to_save
 
         def asked(module: str, leaf: str) -> bool:
             if bias == "all" and "bias" in leaf:
@@ -200,7 +188,7 @@ class _Files:
                 return True
             return any(f".{entry}." in f".{module}." for entry in entries)
 
-        names = [n for n in self.places if asked(*n.rpartition(".")[::2])]
+        names = [n for n in self.survey.parameters if asked(*n.rpartition(".")[::2])]
         return {name: copy_key(name, targets) for name in names}
 
     def _replaced(self, targets: Collection[str], asked: Collection[str]) -> dict[str, str]:
@@ -210,10 +198,11 @@ class _Files:
         (`save_embedding_layers`), and puts any such key into the base. A layer that is tied to one
         of them follows it.
         """
-        own = {n: m._parameters[k] for n, (m, k) in self.places.items() if n not in asked}
+        places = self.survey.parameters
+        own = {n: m._parameters[k] for n, (m, k) in places.items() if n not in asked}
         found = {}
         for name in own:
-            owner, module = name.rpartition(".")[0], self.places[name][0]
+            owner, module = name.rpartition(".")[0], places[name].owner
             parts = [key for key, value in module._parameters.items() if value is not None]
             whole = all(f"{PREFIX}{owner}.{key}" in self.tensors for key in parts)
             if owner not in targets and whole:
@@ -235,9 +224,9 @@ class _Files:
 
     def _fill(self, fqn: str, factors: LoRAAdapter, dtype: torch.dtype) -> None:
         """Put the file's values into a layer's factors."""
-        base = base_of(self.modules[fqn])
-        shape_here = base.shape if base.family == "linear" else base.module.weight.shape
-        of = f"r={factors.r}, {fqn} is {list(shape_here)}"
+        base = base_of(self.survey.modules[fqn])
+        size = base.shape if base.family == "linear" else base.module.weight.shape
+        of = f"r={factors.r}, {fqn} is {list(size)}"
         for part, key in keys_of(fqn, factors).items():
             shape = stored_shape(part, factors)
             value = self._take(key, shape, base.device, dtype, of)
@@ -270,13 +259,13 @@ class _Files:
 
     def _vocabulary(self) -> int | None:
         """Return the rows of the input embedding, where the model says which that is."""
-        getter = getattr(unwrapped(self.model), "get_input_embeddings", None)
+        getter = getattr(self.survey.root, "get_input_embeddings", None)
         return len(getter().weight) if callable(getter) else None
 
     def _check_frozen(self, frozen: Mapping[str, str]) -> None:
         """Compare embeddings' own weights, which PEFT writes along, with the model's."""
         for fqn, key in frozen.items():
-            here = self.modules[fqn].weight.detach().cpu()
+            here = self.survey.modules[fqn].weight.detach().cpu()
             if not torch.equal(self.tensors[key].to(here.dtype), here):
                 raise ValueError(
                     f"{self.file}: {key} must be the weight that {fqn} has in this model, found "
@@ -297,7 +286,7 @@ def _plain_keys(tensors: dict[str, Tensor], as_named: bool) -> dict[str, Tensor]
     return {PREFIX + key.removeprefix(start): value for key, value in tensors.items()}
 
 
-def _matching(entries: Any, modules: Mapping[str, Any]) -> Any:
+def _matching(entries: Any, modules: Collection[str]) -> Any:
     """Leave out what matches no module: list entries, or a whole regex.
 
     PEFT writes entries that never matched anything. Nothing is lost by it: `_match_keys` requires
@@ -315,15 +304,14 @@ def _list_some(names: set[str]) -> str:
 
 
 def _swap(
-    model: nn.Module,
+    survey: Survey,
     adapter: str,
     factors: dict[str, LoRAAdapter],
     copies: Mapping[str, Tensor],
 ) -> None:
     """Put new values into an adapter's parameters, which stay the same objects."""
-    layers = {n: m for n, m in lora_layers(model).items() if adapter in m.adapters}
-    old: dict[Any, Any] = {n: layer.adapters[adapter] for n, layer in layers.items()}
-    here, there = _tensors(old, copies_of(model, adapter)), _tensors(factors, copies)
+    old = survey.factors(adapter)
+    here, there = _tensors(old, survey.copies_of(adapter)), _tensors(factors, copies)
     if {n: t.shape for n, t in here.items()} != {n: t.shape for n, t in there.items()}:
         raise ValueError(
             f"replace=True needs the layers, ranks and options that adapter {adapter!r} has here, "
@@ -335,7 +323,7 @@ def _swap(
     for fqn, one in factors.items():
         options = {k: v for k, v in vars(one).items() if k[0] != "_" and k != "training"}
         vars(old[fqn]).update(options)  # alpha, dropout and the like
-        layers[fqn].refill()
+        survey.layers[fqn].refill()
 
 
 def _tensors(

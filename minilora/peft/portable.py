@@ -128,5 +128,5 @@ def export(
         padded = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
         new[fqn] = plain_adapter(layers[fqn], *padded)
         reports.append(ApproximatedLayer(fqn, rank, report.norm, report.lost))
-    save_adapter(model, Path(folder), adapter, factors=new)
+    save_adapter(survey, Path(folder), adapter, factors=new)
     return Approximation(adapter, "export", tuple(reports))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.lora import active_adapters, is_copy, lora_layers, write_pretrained_by
+from minilora.lora import Survey, is_copy, write_pretrained_by
 from minilora.peft.saving import save_adapter
 from minilora.quantization import quantized_layers
 
@@ -21,9 +21,8 @@ def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
     Merged layers are plain ones. Of others the adapters keep their own names, by which Trainer
     resumes; trained copies are in their places already.
     """
-    layers = lora_layers(model)
-    merged = any(layer.merged for layer in layers.values())
-    found = {}
+    survey = Survey(model)
+    layers, merged, found = survey.layers, bool(survey.merged), {}
     for name, value in state.items():
         dots = [i for i, character in enumerate(name) if character == "."]
         fqn = next((name[:i] for i in dots if name[:i] in layers), None)
@@ -45,9 +44,8 @@ def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **option
     Raises:
         ValueError: several adapters are active, or layers are stored by `minilora.quantize`.
     """
-    layers = lora_layers(model)
-    names = active_adapters(model)
-    merged = any(layer.merged for layer in layers.values())
+    survey = Survey(model)
+    names, merged = survey.active, bool(survey.merged)
     how = "minilora.save(model, folder) writes the adapter alone"
     if quantized_layers(model):
         raise ValueError(
@@ -59,7 +57,7 @@ def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **option
             f"save_pretrained() writes one active adapter, found {', '.join(names)}; activate one "
             f"of them, or minilora.save(model, folder, adapter=...)"
         )
-    factors = [one for layer in layers.values() for one in layer.adapters.values()]
+    factors = [one for name in survey.adapters for one in survey.factors(name).values()]
     if not merged and any(one.magnitude is not None for one in factors):
         warnings.warn(
             "minilora: transformers' from_pretrained leaves out what DoRA learned of row lengths; "
@@ -70,7 +68,7 @@ def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **option
     state = options.pop("state_dict", None)
     options["state_dict"] = plain_state(model, model.state_dict() if state is None else state)
     if names and not merged and options.get("is_main_process", True):
-        save_adapter(model, Path(save_directory), names[0])
+        save_adapter(survey, Path(save_directory), names[0])
     type(model).save_pretrained(model, save_directory, *args, **options)
 
 

@@ -12,17 +12,10 @@ from torch import Tensor, nn
 from minilora.lora import (
     LoRAAdapter,
     Survey,
-    all_adapter_names,
     check_whole,
-    copies_of,
     describe,
     drawn_modules,
-    factors_of,
     frozen_values,
-    original_parameters,
-    parameter_places,
-    require_layers,
-    require_values,
 )
 from minilora.peft.config import config_of, copy_key, keys_of, not_for_peft, stored_shape
 from minilora.peft.files import write_pair
@@ -61,13 +54,12 @@ def save(
     survey = Survey(model)
     survey.require_layers("save")
     adapter = survey.adapter(adapter, "save")
-    return save_adapter(
-        model, Path(folder) if adapter == "default" else Path(folder) / adapter, adapter, base_name
-    )
+    out = Path(folder) if adapter == "default" else Path(folder) / adapter
+    return save_adapter(survey, out, adapter, base_name)
 
 
 def save_adapter(
-    model: nn.Module,
+    model: nn.Module | Survey,
     out: Path,
     adapter: str,
     base_name: str | None = None,
@@ -77,36 +69,33 @@ def save_adapter(
 
     `factors` by layer are written in place of an adapter of the model.
     """
-    layers = require_layers(model, "save")
-    check_whole(model, "save")
-    require_values(model, "save")
-    factors = factors_of(model, adapter) if factors is None else factors
-    if not factors:
-        raise ValueError(
-            f"there is no adapter {adapter!r}; this model has: "
-            f"{', '.join(all_adapter_names(model))}"
-        )
-    layers = {fqn: layers[fqn] for fqn in factors}
-    copies = copies_of(model, adapter)
-    tensors = _tensors(model, adapter, factors, copies)
-    frozen = frozen_values(model, factors, copies)
+    survey = Survey.of(model)
+    survey.require_layers("save")
+    check_whole(survey.model, "save")
+    survey.require_values("save")
+    if factors is None:
+        factors = survey.factors(survey.adapter(adapter, "save"))
+    copies = survey.copies_of(adapter)
+    tensors = _tensors(survey, adapter, factors, copies)
+    frozen = frozen_values(survey, factors, copies)
     _refuse_trained(frozen)
-    problem = not_for_peft(model, factors)
-    for text in (*_unsaved(model, adapter, factors, copies), *filter(None, [problem])):
+    problem = not_for_peft(survey, factors)
+    for text in (*_unsaved(survey, adapter, factors, copies), *filter(None, [problem])):
         warnings.warn(f"minilora: {text}", UserWarning, stacklevel=3)
+    layers = {fqn: survey.layers[fqn] for fqn in factors}
     metadata = {
         "format": "pt",
-        "minilora_base": fingerprint(layers, original_parameters(model)),
+        "minilora_base": fingerprint(layers, survey.originals),
         "minilora_rest": describe(frozen),
     } | ({} if problem is None else {"minilora_not_for_peft": problem})
-    config = config_of(model, adapter, base_name, factors)
+    config = config_of(survey, adapter, base_name, factors)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_pair(out, tensors, metadata, text.encode())
     return out
 
 
 def _tensors(
-    model: nn.Module,
+    survey: Survey,
     adapter: str,
     factors: Mapping[str, LoRAAdapter],
     copies: Mapping[str, Tensor],
@@ -129,9 +118,8 @@ def _tensors(
             values["magnitude"] = values["magnitude"].reshape(stored_shape("magnitude", one))
         for part, key in keys_of(fqn, one).items():
             put(key, values[part], f"{fqn}: {part}")
-    places = parameter_places(model)
     for name, value in copies.items():
-        if name not in places:
+        if name not in survey.parameters:
             raise ValueError(
                 f"the adapter has a trained copy of {name}, and this model has no such parameter; "
                 f"call save with the module that inject was called with"
@@ -153,11 +141,11 @@ def _refuse_trained(frozen: Mapping[str, Tensor]) -> None:
 
 
 def _unsaved(
-    model: nn.Module, adapter: str, factors: Mapping[str, Any], copies: Mapping[str, Tensor]
+    survey: Survey, adapter: str, factors: Mapping[str, Any], copies: Mapping[str, Tensor]
 ) -> list[str]:
     """Warn of values that no file holds, and of layers that training has left at 0."""
     texts = []
-    if drawn := drawn_modules(model, copies):
+    if drawn := drawn_modules(survey, copies):
         texts.append(
             f"{', '.join(drawn[:4])} of the base holds values drawn at random since it was loaded "
             f"(new rows of a vocabulary, a new head), which the adapter's files do not hold: save "
