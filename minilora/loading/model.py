@@ -22,7 +22,7 @@ from minilora.loading.source import (
     resolve_dtype,
 )
 from minilora.models import CausalLM
-from minilora.quantization import Quantization
+from minilora.quantization import FORMATS, Quantization
 from minilora.text import Tokenizer
 
 
@@ -85,7 +85,7 @@ def load_model(
     if not opened.layers and spec is None and options:
         raise ValueError(
             f"{', '.join(options)} say how a model is quantized, found '{path}' without quantize; "
-            f"pass 'int8', 'nf4' or 'int4'"
+            f"pass one of {', '.join(FORMATS)}"
         )
     stored = {name: (replace(how, **options), bias) for name, (how, bias) in opened.layers.items()}
     opened = replace(opened, layers=stored)

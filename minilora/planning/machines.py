@@ -1,4 +1,7 @@
-"""Machines to plan for: this one, measured in a few seconds, and others by their datasheets."""
+"""Machines to plan for: this one, measured in a few seconds, and others by their datasheets.
+
+A new one is an entry of `DEVICES`.
+"""
 
 import functools
 import os

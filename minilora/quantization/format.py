@@ -2,7 +2,9 @@
 
 Scales are stored as the int32 bit patterns of f32 (names ending in `_bits`), so that no cast of a
 module's floating-point parameters touches them. `out` is dimension 0 wherever the layout has one,
-and nothing is 0-dim.
+and nothing is 0-dim. The part with the weights is called `codes` and has an integer dtype, which no
+cast changes. A format needs no kernel, since `Format.products` decodes; one in `kernels/` makes it
+faster.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,7 @@
-"""An explanation as one HTML page: plots, tables and text, nothing loaded from anywhere."""
+"""An explanation as one HTML page: plots, tables and text, nothing loaded from anywhere.
+
+A new section, with its chart, is a function here and its position in `page`.
+"""
 
 import html
 from collections.abc import Callable, Iterable, Sequence

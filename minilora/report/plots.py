@@ -1,4 +1,4 @@
-"""Plots as SVG text for a page: written by hand, so that they need neither script nor network.
+"""The kinds of plots, as SVG text for a page: written by hand, without script or network.
 
 Colours are CSS variables of the page (`--accent`, `--warm`, …), so that light and dark both read.
 Every plot has a title and a description for readers who don't see it.
