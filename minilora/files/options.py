@@ -18,11 +18,6 @@ from typing import Any
 
 from minilora.files.wording import one_line, short
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 MOST = 2**31 - 1  # of what is counted: rows, steps, epochs
 
 # (value, name) → the value, as it is or brought to one form; raises ValueError or TypeError.
@@ -252,7 +247,12 @@ def read_options(file: Path, tables: Mapping[str, type]) -> dict[str, dict[str, 
 
     Raises:
         ValueError: no such file, not TOML, an unknown table or option, or a bad value.
+        RuntimeError: Python 3.10, which reads no TOML.
     """
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        raise RuntimeError("a config file needs Python 3.11 or newer; pass flags instead") from None
     try:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
