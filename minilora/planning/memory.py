@@ -19,11 +19,10 @@ from torch import nn
 
 from minilora.lora import (
     Sizes,
+    Survey,
     base_of,
     is_linear,
-    lora_layers,
     matrix_shape,
-    plain_modules,
     sizes,
 )
 from minilora.planning.machines import PROCESS
@@ -181,10 +180,10 @@ class Counted:
         self.weights = sum(n * N * K for n, found in zip(times, inside, strict=True)
                            for N, K in found.values())  # fmt: skip
         self.widest = max(max(shape) for found in inside for shape in found.values())
-        adapted, modules = lora_layers(model), plain_modules(model)
+        survey = Survey(model)
         self.matrices = [
             shape for name, shape in _linears(model).items()
-            if name in adapted or base_of(modules[name]).is_quantized
+            if name in survey.layers or base_of(survey.modules[name]).is_quantized
         ]  # fmt: skip
         self.head = matrix_shape(getattr(head, "base", head))
         self.saved = saved or SavedBytes(model, autocast, number=number)
@@ -192,7 +191,7 @@ class Counted:
 
 def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Return `[N, K]` of the linears inside, by name."""
-    return {n: matrix_shape(m) for n, m in plain_modules(module).items() if is_linear(m)}
+    return {n: matrix_shape(m) for n, m in Survey(module).modules.items() if is_linear(m)}
 
 
 _known: dict[str, Counted] = {}  # a plan asks for the same many times

@@ -14,10 +14,10 @@ from torch import nn
 from minilora.files import short
 from minilora.loading import read_config
 from minilora.lora import (
+    Survey,
     check_rank,
     inject,
     matrix_shape,
-    plain_modules,
     quantize,
     select_targets,
 )
@@ -332,7 +332,7 @@ def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tup
     model = shape.empty(settings.base_dtype)
     chosen, modules = (
         select_targets(model, settings.targets, settings.exclude),
-        plain_modules(model),
+        Survey(model).modules,
     )
     check_rank(settings.r)
     for name in chosen:
