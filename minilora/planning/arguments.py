@@ -17,6 +17,10 @@ from minilora.quantization import FORMATS
 from minilora.text import Tokenizer
 
 _FETCHED = "smollm2-135m"
+_PASSED = (
+    "r", "targets", "exclude", "length", "batch_size", "accumulate", "epochs", "quantize", "dtype",
+    "checkpointing", "device", "ranks", "parallel", "dropout", "block_size", "memory_gb",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = data.add_argument
     add("--data", nargs="+", metavar="FILE", help="as for train; counted by the model's tokenizer")
     add("--examples", type=int, metavar="N", help="rows, where the data is not at hand (1000)")
-    add("--max-length", type=int, default=512, help="tokens of a row at most (default 512)")
+    add(
+        "--max-length",
+        dest="length",
+        type=int,
+        default=512,
+        help="tokens of a row at most (default 512)",
+    )
     add("--epochs", type=float, default=1.0, help="default 1")
     run = parser.add_argument_group("run, as for train")
     add = run.add_argument
     add("--r", "--rank", dest="r", type=int, default=8, help="default 8")
-    add("--targets", nargs="+", metavar="NAME")
+    add("--targets", nargs="+", metavar="NAME", default="all-linear")
     add("--exclude", nargs="+", metavar="NAME", default=())
     add("--dropout", type=float, default=0.0)
     add("--batch-size", type=int, default=8, help="default 8")
@@ -46,14 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parallel", choices=("ddp", "fsdp"))
     place = parser.add_argument_group("machine")
     add = place.add_argument
+    known = f"here (default), {', '.join(DEVICES)}"
+    add("--device", "--gpu", default=HERE, metavar="NAME", help=known)
     add(
-        "--device",
-        "--gpu",
-        default=HERE,
-        metavar="NAME",
-        help=f"here (default), {', '.join(DEVICES)}",
+        "--memory",
+        dest="memory_gb",
+        type=float,
+        metavar="GB",
+        help="that may be used, in 10⁹ bytes",
     )
-    add("--memory", type=float, metavar="GB", help="that may be used, in 10⁹ bytes")
     add("--untimed", action="store_true", help="time no blocks: faster, rougher")
     add("--price", nargs="+", default=(), metavar="[NAME=]PRICE", help="of an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -66,30 +77,11 @@ def from_arguments(options: argparse.Namespace) -> Plan:
         if options.examples is not None:
             raise ValueError("--examples stands for data that is not at hand, found --data too")
         tokenizer = _tokenizer(options.model)
-        data, report = read_data(options.data, tokenizer, max_length=options.max_length)
+        data, report = read_data(options.data, tokenizer, max_length=options.length)
         print(f"{', '.join(options.data)}: {report}", file=sys.stderr)
-    found = plan(
-        options.model,
-        data,
-        r=options.r,
-        targets=options.targets or "all-linear",
-        exclude=options.exclude,
-        length=options.max_length,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
-        epochs=options.epochs,
-        quantize=options.quantize,
-        dtype=options.dtype,
-        checkpointing=options.checkpointing,
-        device=options.device,
-        ranks=options.ranks,
-        parallel=options.parallel,
-        dropout=options.dropout,
-        block_size=options.block_size,
-        memory_gb=options.memory,
-        prices=_prices(options),
-        timed=not options.untimed,
-    )
+    asked = {name: getattr(options, name) for name in _PASSED}
+    prices, timed = _prices(options), not options.untimed
+    found = plan(options.model, data, prices=prices, timed=timed, **asked)
     if not options.data:
         return found
     named = shlex.join(["--data", *options.data])

@@ -17,16 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.lora import (
-    Sizes,
-    Survey,
-    base_of,
-    is_linear,
-    matrix_shape,
-    sizes,
-)
+from minilora.lora import Sizes, Survey, base_of, is_linear, matrix_shape, sizes
 from minilora.planning.machines import PROCESS
-from minilora.planning.saved import SavedBytes, block_list
+from minilora.planning.saved import SavedBytes
 from minilora.planning.shapes import Settings, Shape, planned_model
 from minilora.quantization import FORMATS, Quantization
 
@@ -141,7 +134,7 @@ class Counted:
     """What a model takes whatever the batches are, counted on its modules.
 
     Args:
-        model: with adapters and `get_output_embeddings()`, on any device.
+        model: with adapters, on any device.
         autocast: the dtype of autocast, None without.
         number: how many blocks each of the model's stands for, see `SavedBytes`.
         saved: what counts `saved`, where that is known.
@@ -164,8 +157,8 @@ class Counted:
         number: Sequence[int] | None = None,
         saved: SavedBytes | None = None,
     ) -> None:
-        blocks: list[nn.Module] = list(block_list(model))
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        survey = Survey(model)
+        blocks, modules = list(survey.blocks.values()), survey.modules
         times = [1] * len(blocks) if number is None else list(number)
         more = [(model, 1), *((b, n - 1) for b, n in zip(blocks, times, strict=True) if n > 1)]
         bytes_of = [(sizes(part), n) for part, n in more]
@@ -178,20 +171,19 @@ class Counted:
         inside = [_linears(block) for block in blocks]
         self.linears = len(inside[-1])
         self.weights = sum(n * N * K for n, found in zip(times, inside, strict=True)
-                           for N, K in found.values())  # fmt: skip
-        self.widest = max(max(shape) for found in inside for shape in found.values())
-        survey = Survey(model)
+                           for N, K in found)  # fmt: skip
+        self.widest = max(max(shape) for found in inside for shape in found)
         self.matrices = [
-            shape for name, shape in _linears(model).items()
-            if name in survey.layers or base_of(survey.modules[name]).is_quantized
+            matrix_shape(module) for name, module in modules.items() if is_linear(module)
+            and (name in survey.layers or base_of(module).is_quantized)
         ]  # fmt: skip
-        self.head = matrix_shape(getattr(head, "base", head))
         self.saved = saved or SavedBytes(model, autocast, number=number)
+        self.head = matrix_shape(modules[self.saved.head])
 
 
-def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return `[N, K]` of the linears inside, by name."""
-    return {n: matrix_shape(m) for n, m in Survey(module).modules.items() if is_linear(m)}
+def _linears(module: nn.Module) -> list[tuple[int, int]]:
+    """Return `[N, K]` of the linears inside."""
+    return [matrix_shape(one) for one in Survey(module).modules.values() if is_linear(one)]
 
 
 _known: dict[str, Counted] = {}  # a plan asks for the same many times

@@ -25,7 +25,7 @@ from minilora.planning.batches import epoch_steps, mean_batch
 from minilora.planning.machines import HERE, Calibration, Device, calibrate, device, this_machine
 from minilora.planning.memory import Memory, count_memory, memory_table
 from minilora.planning.shapes import Settings, Shape, read_shape, whole
-from minilora.planning.speed import Speed, duration
+from minilora.planning.speed import duration
 
 BUSY = 0.2  # share of the processor above which times are worth a warning
 
@@ -95,33 +95,21 @@ def rules_of_thumb(shape: Shape, settings: Settings, memory: Memory) -> list[Rul
     ]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What will happen, before it happens; prints as tables.
+@dataclass(frozen=True, kw_only=True)
+class Plan(Option):
+    """What will happen, before it happens: the option that was asked for; prints as tables.
 
     Attributes:
         shape: of the model.
-        settings: of the run that was asked for.
         data: its size.
-        device: the machine that was asked for.
-        memory: bytes of each process at the peak.
-        fits: whether the peak leaves a tenth of the machine's memory free.
-        speed: None where it does not fit.
-        cost: of the run at the price given, None without one.
         rules: rules of thumb beside the computed figures.
-        options: other ways to run.
+        options: other ways to run; the first is this one.
         advice: what to do, with a command.
         busy: share of the processor here that other work took while the plan was made.
     """
 
     shape: Shape
-    settings: Settings
     data: Data
-    device: Device
-    memory: Memory
-    fits: bool
-    speed: Speed | None
-    cost: float | None
     rules: list[Rule]
     options: list[Option]
     advice: Advice
@@ -355,11 +343,15 @@ def plan(
         )
     planner = Planner(shape, size, here, asked, timed, auto=dtype == "auto")
     options = all_options(planner, settings, chosen)
-    first = options[0]
     return Plan(
-        shape, settings, size, chosen, first.memory, first.fits, first.speed, first.cost,
-        rules_of_thumb(shape, settings, first.memory), options, advise(planner, options), here.busy,
-    )  # fmt: skip
+        **vars(options[0]),
+        shape=shape,
+        data=size,
+        rules=rules_of_thumb(shape, settings, options[0].memory),
+        options=options,
+        advice=advise(planner, options),
+        busy=here.busy,
+    )
 
 
 def _prices(prices: float | Mapping[str, float] | None, name: str) -> dict[str, float]:

@@ -8,7 +8,7 @@ parameters, buffers and ids do not. This holds for any model that keeps its bloc
 
 import contextlib
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.kernels import hardware, integer_way
+from minilora.lora import Survey
 
 _ROWS = 2  # of the smallest pass that is run
 
@@ -35,15 +36,20 @@ class Saved(NamedTuple):
     block: int
 
 
-def block_list(model: nn.Module) -> nn.ModuleList:
-    """Return the list of a model's blocks: of its ModuleLists the one with most parameters."""
-    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one)]
-    if not lists:
-        raise ValueError(
-            f"a model to plan for must hold its blocks in an nn.ModuleList, found none in "
-            f"{type(model).__name__}"
-        )
-    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
+def keep_blocks(survey: Survey, names: Iterable[str]) -> Callable[[], None]:
+    """Leave a model these of its blocks alone; return what puts the others back."""
+    lists: dict[str, dict[str, Any]] = {name.rpartition(".")[0]: {} for name in survey.blocks}
+    for name in names:
+        around, _, key = name.rpartition(".")
+        lists[around][key] = survey.everything[around]._modules[key]
+    before = {around: survey.everything[around]._modules for around in lists}
+
+    def put(modules: dict[str, Any]) -> None:
+        for around, blocks in modules.items():
+            survey.everything[around]._modules = blocks
+
+    put(lists)
+    return lambda: put(before)
 
 
 def sort_of(block: nn.Module) -> Hashable:
@@ -88,15 +94,15 @@ class SavedBytes:
     Bytes are a + b·T + c·B·T + d·B·T² for B rows of T tokens: four small runs give the factors.
 
     Args:
-        model: any with `get_output_embeddings()` and blocks in an `nn.ModuleList`, adapters
-            injected; on any device, the meta device too. Not changed.
+        model: any with a head and blocks in an `nn.ModuleList`, adapters injected; on any device,
+            the meta device too. Not changed.
         autocast: the dtype of autocast, None without.
         number: how many blocks each of the model's stands for, where those that keep the same are
             there twice; default: all blocks are there.
         device: to count for; `"cuda"` needs a torch built for CUDA, not a GPU.
 
     Raises:
-        ValueError: a model without a list of blocks.
+        ValueError: a model without a head or a list of blocks.
     """
 
     def __init__(
@@ -108,19 +114,27 @@ class SavedBytes:
         device: str = "cpu",
     ) -> None:
         hardware(), integer_way()  # cached: measured on fake tensors they would be wrong
-        few = blocks = block_list(model)
-        if number is None:
-            chosen = samples([sort_of(block) for block in blocks])
-            few, number = nn.ModuleList(), list(chosen.values())
-            few._modules.update(
-                item for i, item in enumerate(blocks._modules.items()) if i in chosen
+        survey = Survey(model)
+        if not survey.blocks or survey.head is None:
+            raise ValueError(
+                f"a model to plan for must have a head, and its blocks in an nn.ModuleList, found "
+                f"neither or one of them in {type(model).__name__}"
             )
+        self.head, restore = survey.head, None
+        if number is None:
+            chosen = samples([sort_of(block) for block in survey.blocks.values()])
+            number, names = list(chosen.values()), list(survey.blocks)
+            restore = keep_blocks(survey, [names[i] for i in chosen])
         self.number, self.autocast, self.device = number, autocast, device
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.mode, _replaced(model, blocks, few):
-            self.model = copied(
-                model, lambda _, t: torch.empty(t.shape, dtype=t.dtype, device=device)
-            ).train()
+        try:
+            with self.mode:
+                self.model = copied(
+                    model, lambda _, t: torch.empty(t.shape, dtype=t.dtype, device=device)
+                ).train()
+        finally:
+            if restore is not None:
+                restore()
         for module in self.model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
@@ -169,10 +183,11 @@ class SavedBytes:
             def stop(*_: Any) -> None:
                 raise _HeadReachedError
 
-            for block in block_list(self.model):
+            survey = Survey(self.model)
+            for block in survey.blocks.values():
                 hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(block.register_forward_hook(leave).remove)
-            head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+            head = survey.layers.get(self.head, survey.modules[self.head])
             hooks.callback(head.register_forward_pre_hook(stop).remove)
             on = self.autocast is not None
             low = torch.autocast(self.device, self.autocast, enabled=on)
@@ -198,16 +213,3 @@ def _saved() -> Iterator[dict[int, Any]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
-
-
-@contextlib.contextmanager
-def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterator[None]:
-    """Let another module stand in a model for a while."""
-    at = [(m, name) for m in model.modules() for name, child in m._modules.items() if child is old]
-    for parent, name in at:
-        parent._modules[name] = new
-    try:
-        yield
-    finally:
-        for parent, name in at:
-            parent._modules[name] = old

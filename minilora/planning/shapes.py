@@ -20,9 +20,10 @@ from minilora.lora import (
     matrix_shape,
     quantize,
     select_targets,
+    split_block,
 )
 from minilora.models import FAMILIES, GPT2Config, LlamaConfig, ModelConfig, Qwen2Config
-from minilora.planning.saved import block_list, samples
+from minilora.planning.saved import keep_blocks, samples
 
 
 class Preset(NamedTuple):
@@ -127,7 +128,7 @@ class Shape:
 
     Attributes:
         name: as the user called it; what `minilora train` takes where that can be known.
-        config: of the architecture.
+        config: the `ModelConfig` of its family.
         source: where the numbers come from.
         stored: whether `name` is a place with weights, so that a command can name it.
         foreign: why `minilora train` does not read such a model, "" where it does.
@@ -180,13 +181,11 @@ def read_shape(model: Any) -> Shape:
         raise TypeError(
             f"plan() needs a model's name, path, config or module, found {type(model).__name__}"
         )
-    name, place = str(model), Path(model)
-    if place.is_dir():
-        return Shape(name, read_config(place), f"{name}/config.json", stored=True)
-    if place.is_file():
-        if place.suffix == ".json":
-            return Shape(str(place.parent), read_config(place), name)
-        return Shape(name, read_config(place), name, stored=True)
+    name, path = str(model), Path(model)
+    if path.exists():
+        alone = path.suffix == ".json"  # no weights beside it that a command could name
+        source = f"{name}/config.json" if path.is_dir() else name
+        return Shape(str(path.parent) if alone else name, read_config(path), source, not alone)
     if name.lower() in PRESETS:
         preset = PRESETS[name.lower()]
         stored = name.lower() == "smollm2-135m"
@@ -330,30 +329,25 @@ def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tup
         ValueError: what `quantize` or `inject` refuses, or a rank above what a layer can use.
     """
     model = shape.empty(settings.base_dtype)
-    chosen, modules = (
-        select_targets(model, settings.targets, settings.exclude),
-        Survey(model).modules,
-    )
-    check_rank(settings.r)
+    survey, r = Survey(model), check_rank(settings.r)
+    chosen = select_targets(model, settings.targets, settings.exclude)
     for name in chosen:
-        size = list(matrix_shape(modules[name]))
-        if settings.r > min(size):
+        size = list(matrix_shape(survey.modules[name]))
+        if r > min(size):
             raise ValueError(
-                f"r={settings.r} is above what {name} can use: its shape is {size}, so no change "
-                f"of it has a rank above {min(size)}; lower r, or exclude the layer"
+                f"r={r} is above what {name} can use: its shape is {size}, so no change of it "
+                f"has a rank above {min(size)}; lower r, or exclude the layer"
             )
-    blocks = block_list(model)
-    [at] = [name for name, module in modules.items() if module is blocks]
-    sorts: dict[str, list[str]] = {f"{at}.{name}.": [] for name in blocks._modules}
+    sorts: dict[str, list[str]] = {name: [] for name in survey.blocks}
+    inside = {}  # the block that a target is in
     for name in chosen:
-        for block, inside in sorts.items():
-            if name.startswith(block):
-                inside.append(name.removeprefix(block))
-    few = samples([tuple(inside) for inside in sorts.values()], most or len(sorts))
-    for i, (name, block) in enumerate(zip(list(blocks._modules), sorts, strict=True)):
-        if i not in few:
-            del blocks._modules[name]
-            chosen = [one for one in chosen if not one.startswith(block)]
+        stack, number, rest = split_block(name)
+        inside[name] = f"{stack}.{number}"
+        sorts.get(inside[name], []).append(rest)
+    few = samples([tuple(names) for names in sorts.values()], most or len(sorts))
+    kept = [name for i, name in enumerate(sorts) if i in few]
+    keep_blocks(survey, kept)
+    chosen = [name for name in chosen if inside[name] not in sorts or inside[name] in kept]
     if settings.format is not None:
         quantize(
             model,

@@ -14,9 +14,10 @@ import torch
 
 from minilora.data import IGNORE, Batch, Example, pad
 from minilora.kernels import hand_back_freed_memory, hardware, integer_way, keep_freed_memory
+from minilora.lora import Survey
 from minilora.planning.machines import forget_peak, isolated, peak_bytes, resident
 from minilora.planning.memory import count_memory, count_planned
-from minilora.planning.saved import block_list, copied
+from minilora.planning.saved import copied
 from minilora.planning.shapes import Settings, Shape, planned_model
 from minilora.running import token_loss
 
@@ -59,7 +60,7 @@ class _Inner:
     """Measure the blocks after the first within a step, forward and backward, through hooks."""
 
     def __init__(self, model: Any, clock: Clock):
-        blocks = list(block_list(model))
+        blocks = list(Survey(model).blocks.values())
         self.clock, self.count = clock, len(blocks) - 1
         self.at: dict[str, float] = {}
         if self.count:
