@@ -1,7 +1,6 @@
 """The verb: plan a run before it begins."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from minilora.data import Batches, Example, as_examples, learned_labels
-from minilora.files import short
+from minilora.files import is_number, short, whole
 from minilora.lora import as_dtype, check_dropout, sizes
 from minilora.planning.advice import (
     Advice,
@@ -24,9 +23,10 @@ from minilora.planning.advice import (
 from minilora.planning.batches import epoch_steps, mean_batch
 from minilora.planning.machines import HERE, Calibration, Device, calibrate, device, this_machine
 from minilora.planning.memory import Memory, count_memory, memory_table
-from minilora.planning.shapes import Settings, Shape, read_shape, whole
+from minilora.planning.shapes import COUNT, Settings, Shape, read_shape
 from minilora.planning.speed import duration
 
+_ROWS = whole(1, 10**12)
 BUSY = 0.2  # share of the processor above which times are worth a warning
 
 
@@ -234,13 +234,12 @@ def data_size(
     data: int | Iterable[Any], length: int | None, epochs: float, batch_size: int = 8
 ) -> Data:
     """Return the size of a data set, or of one of so many rows."""
-    good = isinstance(epochs, (int, float)) and not isinstance(epochs, bool) and 0 < epochs < 1e9
-    if not good:
+    if not is_number(epochs) or not 0 < epochs < 1e9:
         raise ValueError(f"epochs must be a finite number above 0, found {short(epochs)}")
-    if length is not None and whole("length", length) < 2:
+    if length is not None and COUNT(length, "length") < 2:
         raise ValueError("length must be at least 2, as a row's first token is never learned")
     if isinstance(data, int):
-        rows, longest = whole("data", data), 512 if length is None else length
+        rows, longest = _ROWS(data, "data"), 512 if length is None else length
         return Data(rows, longest, longest, epochs)
     examples = [
         Example(one.input_ids[:length], one.labels[:length])
@@ -252,7 +251,7 @@ def data_size(
             f"no example has anything to learn within length={length} tokens (--max-length); "
             f"raise it"
         )
-    steps = epoch_steps(Batches(examples, batch_size=whole("batch_size", batch_size)), 1)
+    steps = epoch_steps(Batches(examples, batch_size=COUNT(batch_size, "batch_size")), 1)
     usual, longest = mean_batch(steps), max(len(one.input_ids) for one in examples)
     return Data(len(examples), usual.length, longest, epochs, usual.share)
 
@@ -360,8 +359,7 @@ def _prices(prices: float | Mapping[str, float] | None, name: str) -> dict[str, 
         dict(prices) if isinstance(prices, Mapping) else {} if prices is None else {name: prices}
     )
     for key, price in found.items():
-        number = isinstance(price, (int, float)) and not isinstance(price, bool)
-        if not number or not 0 <= price < math.inf:
+        if not is_number(price) or price < 0:
             raise ValueError(f"the price of an hour on {key} must be at least 0, found {price!r}")
     return found
 
@@ -370,7 +368,6 @@ def _device(name: str, here: Calibration, memory_gb: float | None) -> Device:
     found = this_machine(here) if name == HERE else device(name)
     if memory_gb is None:
         return found
-    good = isinstance(memory_gb, (int, float)) and not isinstance(memory_gb, bool)
-    if not good or not 0 < memory_gb < 1e9:
+    if not is_number(memory_gb) or not 0 < memory_gb < 1e9:
         raise ValueError(f"memory_gb must be a number above 0, found {short(memory_gb)}")
     return dataclasses.replace(found, memory=int(memory_gb * 1e9))

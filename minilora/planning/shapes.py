@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minilora.files import short
+from minilora.files import whole
 from minilora.loading import read_config
 from minilora.lora import (
     Survey,
@@ -227,6 +227,9 @@ def _hub(name: str) -> Path:
         ) from error
 
 
+COUNT = whole(1, 10**6)  # no run comes near it
+
+
 @dataclass(frozen=True)
 class Settings:
     """What decides memory and time beside the model; checked.
@@ -274,7 +277,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "accumulate", "length", "ranks"):
-            whole(key, getattr(self, key))
+            COUNT(getattr(self, key), key)
         if self.parallel not in (None, "ddp", "fsdp"):
             raise ValueError(f"parallel must be None, 'ddp' or 'fsdp', found {self.parallel!r}")
         if (self.parallel is None) != (self.ranks == 1):
@@ -302,16 +305,6 @@ class Settings:
     def base_dtype(self) -> torch.dtype:
         """What the base has where it is not quantized."""
         return torch.float32 if self.autocast else self.dtype
-
-
-def whole(key: str, value: object) -> int:
-    """Return a whole number from 1 to a limit that no run comes near, or raise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a whole number of at least 1, found {short(value)}")
-    most = 10**12 if key == "data" else 10**6
-    if value > most:
-        raise ValueError(f"{key} must be at most {most:,}, found {short(value)}")
-    return value
 
 
 def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tuple[Any, list[int]]:
