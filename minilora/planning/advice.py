@@ -18,7 +18,6 @@ from minilora.planning.memory import MARGIN, Memory, count_memory
 from minilora.planning.shapes import Settings, Shape
 from minilora.planning.speed import Speed, count_work, duration, from_rates, on_device, run_speed
 from minilora.planning.timing import Timing, timed_step
-from minilora.quantization import FORMATS
 
 LONGEST = 12.0  # hours: a run that is done overnight
 _FEW = 10_000  # examples up to which a CPU is worth a thought
@@ -185,7 +184,7 @@ def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str
     if shape.foreign:
         return ""
     several, format = settings.ranks > 1, settings.format
-    blocks = format is not None and FORMATS[format].block_sizes
+    blocks = settings.spec is not None and settings.spec.storage.block_sizes
     name = shape.name if shape.stored else f"path/to/{shape.name.rpartition('/')[2]}"
     words: list[object] = ["minilora", "train", name, "--data", "train.jsonl", "--out", "out/v1"]
     if several:

@@ -76,19 +76,20 @@ def _others(before: tuple[float, float, float], after: tuple[float, float, float
 
 def free_memory() -> int:
     """Return the bytes a process may still use, a container's limit included."""
-    free = 0
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+    free = _entry("/proc/meminfo", "MemAvailable:")
+    if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     if limit.exists() and limit.read_text().strip().isdigit():
         left = int(limit.read_text()) - int(used.read_text())
         free = min(free, left) if free else left
     return free
+
+
+def _entry(file: str, name: str) -> int:
+    """Return an entry of a file of the kernel's in bytes, 0 where there is none."""
+    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def _bandwidth() -> float:
@@ -140,21 +141,14 @@ def process_bytes() -> int:
         return PROCESS
 
 
-def _status(entry: str) -> int:
-    """Return an entry of /proc/self/status in bytes, 0 where there is none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(entry)), 0)
-
-
 def resident() -> int:
     """Return the bytes this process holds now, 0 where that is not known."""
-    return _status("VmRSS:")
+    return _entry("/proc/self/status", "VmRSS:")
 
 
 def peak_bytes() -> int:
     """Return the most memory this process has held, in bytes; 0 where that is not known."""
-    return _status("VmHWM:")
+    return _entry("/proc/self/status", "VmHWM:")
 
 
 def forget_peak() -> bool:

@@ -21,7 +21,6 @@ from minilora.lora import Sizes, Survey, base_of, is_linear, matrix_shape, sizes
 from minilora.planning.machines import PROCESS
 from minilora.planning.saved import SavedBytes
 from minilora.planning.shapes import Settings, Shape, planned_model
-from minilora.quantization import FORMATS, Quantization
 
 MIB = 2**20
 # A CUDA context and the libraries' own workspaces, which no allocator statistic shows.
@@ -302,7 +301,8 @@ def _backward(found: Counted, settings: Settings, integer: str | None) -> int:
     """Gradients within a block, and the copies that `_int_mm` takes and gives, f32 and integer."""
     tokens, h, i = settings.rows * settings.length, found.head[1], found.widest
     total = tokens * (3 * i + 3 * h) * settings.dtype.itemsize
-    if integer == "int8" and settings.format and FORMATS[settings.format].integer:
+    spec = settings.spec
+    if integer == "int8" and spec is not None and spec.storage.integer:
         total += tokens * i * (3 * _F32 + 1) + tokens * h * 2 * _F32
     return total
 
@@ -315,9 +315,9 @@ def _workspace(found: Counted, settings: Settings, gpu: bool, integer: str | Non
     largest = max((N * K for N, K in found.matrices), default=0)
     w = settings.dtype.itemsize
     logits = 0 if gpu else _logits(found, settings) * w
-    if settings.format is None:
+    spec = settings.spec
+    if spec is None:
         return logits + (largest * w if settings.autocast else 0)
-    spec = Quantization(settings.format, settings.block_size, settings.double_quant)
     beside = spec.storage.workspace_bytes(spec, largest)
     integer = integer if spec.storage.integer else None
     if integer == "blocks":  # codes in another order, and those of X; a sixteenth for their sums

@@ -24,6 +24,7 @@ from minilora.lora import (
 )
 from minilora.models import FAMILIES, GPT2Config, LlamaConfig, ModelConfig, Qwen2Config
 from minilora.planning.saved import keep_blocks, samples
+from minilora.quantization import Quantization
 
 
 class Preset(NamedTuple):
@@ -302,6 +303,13 @@ class Settings:
         return math.ceil(self.rows * (self.length - 1) * self.learned)
 
     @property
+    def spec(self) -> Quantization | None:
+        """How the base's linears are stored, None as they are."""
+        if self.format is None:
+            return None
+        return Quantization(self.format, self.block_size, self.double_quant)
+
+    @property
     def base_dtype(self) -> torch.dtype:
         """What the base has where it is not quantized."""
         return torch.float32 if self.autocast else self.dtype
@@ -341,13 +349,8 @@ def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tup
     kept = [name for i, name in enumerate(sorts) if i in few]
     keep_blocks(survey, kept)
     chosen = [name for name in chosen if inside[name] not in sorts or inside[name] in kept]
-    if settings.format is not None:
-        quantize(
-            model,
-            settings.format,
-            block_size=settings.block_size,
-            double_quant=settings.double_quant,
-        )
+    if settings.spec is not None:
+        quantize(model, settings.spec)
     inject(model, settings.r, targets=chosen, dropout=settings.dropout,
            dtype=settings.adapter_dtype)  # fmt: skip
     return model, list(few.values())

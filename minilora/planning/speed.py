@@ -17,7 +17,6 @@ from minilora.planning.machines import Calibration, Device
 from minilora.planning.memory import Memory, count_planned
 from minilora.planning.shapes import Settings, Shape
 from minilora.planning.timing import Timing
-from minilora.quantization import FORMATS
 
 _MOVES = 4  # times that what autograd keeps is written or read, its gradients included
 # Where nothing was timed: shares of the measured rates that real steps reach on a CPU, and the
@@ -117,7 +116,7 @@ def from_rates(work: Work, settings: Settings, here: Calibration) -> float:
     """Return seconds of a step by this machine's rates, without running one."""
     name = str(settings.dtype).removeprefix("torch.")
     rate = here.rates[name] * _PRODUCTS
-    integer = settings.format and FORMATS[settings.format].integer and here.integer
+    integer = settings.spec and settings.spec.storage.integer and here.integer
     seconds = work.base / (here.rates["int8"] * _PRODUCTS if integer else rate)
     seconds += (work.flops - work.base) / rate
     seconds += work.bytes / (here.bandwidth * _MOVING)
