@@ -28,14 +28,13 @@ from minilora.lora.injection import attach, inject, write_pretrained_by
 from minilora.lora.layer import LoRALayer, lora_layers
 from minilora.lora.merging import merge, unmerge
 from minilora.lora.modes import as_found, inference
-from minilora.lora.patterns import compile_ending, compiled_pattern, pattern_value
+from minilora.lora.patterns import compiled_pattern, pattern_value
 from minilora.lora.quantizing import check_quantizable, quantize, quantized
 from minilora.lora.samples import describe, difference, drawn_modules, frozen_values, weight_sample
 from minilora.lora.selection import matrix_shape, select_targets, targets
 from minilora.lora.storage import Sizes, sizes
 from minilora.lora.survey import Survey, split_block
 from minilora.lora.switching import activate, delete, disabled, eject, rename
-from minilora.lora.threads import claimed
 from minilora.lora.widening import widened
 from minilora.lora.wrappers import (
     MARKS,
@@ -74,9 +73,7 @@ __all__ = [
     "check_rank",
     "check_source",
     "check_whole",
-    "claimed",
     "combine",
-    "compile_ending",
     "compiled_pattern",
     "delete",
     "describe",
