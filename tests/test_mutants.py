@@ -33,13 +33,14 @@ class Reader:
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self.lines = queue.Queue()
-        threading.Thread(target=self.listen, args=[self.process], daemon=True).start()
+        threading.Thread(target=self.listen, args=[self.process, self.lines], daemon=True).start()
         assert self.lines.get(timeout=120) == '"ready"\n'
 
-    def listen(self, process):
+    @staticmethod
+    def listen(process, lines):
         for line in process.stdout:
-            self.lines.put(line)
-        self.lines.put(None)
+            lines.put(line)
+        lines.put(None)
 
     def read(self, subject, seed):
         """Return what became of a mutant."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files import one_line, tensor_file
-from minilora.lora import MARKS, LoRAAdapter, compiled_pattern
+from minilora.lora import MARKS, AdapterConfig, LoRAAdapter, compiled_pattern
 from minilora.peft.config import (
     FLAGS,
     KEYS,
@@ -186,19 +186,23 @@ class _Files:
         """Return the rank that the config gives to a layer."""
         return factor_options(self.options, fqn)["r"]
 
-    def scaling(self, fqn: str, **ignored: Any) -> float:
-        """Return a layer's scaling as PEFT computes it, but for options that a reader ignores."""
-        options = factor_options(dataclasses.replace(self.options, **ignored), fqn)
-        del options["dora"]
-        return LoRAAdapter(1, 1, device="meta", **options).scaling
-
     def misscaled(self, **ignored: Any) -> list[str]:
-        """Say where these values of ignored options change the scaling."""
-        scalings = {fqn: (self.scaling(fqn, **ignored), self.scaling(fqn)) for fqn in self.layers}
+        """Say where these values of options that a reader ignores change the scaling."""
+        read = dataclasses.replace(self.options, **ignored)
+        if read == self.options:
+            return []
+        scalings = {fqn: (_scaling(read, fqn), _scaling(self.options, fqn)) for fqn in self.layers}
         return [
             f"{fqn} would be scaled by {there:g} instead of {here:g}"
             for fqn, (there, here) in scalings.items() if not math.isclose(there, here)
         ]  # fmt: skip
+
+
+def _scaling(config: AdapterConfig, fqn: str) -> float:
+    """Return a layer's scaling as PEFT computes it."""
+    options = factor_options(config, fqn)
+    del options["dora"]
+    return LoRAAdapter(1, 1, device="meta", **options).scaling
 
 
 # Readers, what they don't take of what PEFT does, and where the files have it. vLLM:
