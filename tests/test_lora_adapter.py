@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import minilora
 from minilora.lora.adapter import LoRAAdapter
 from minilora.lora.base import base_of
+from minilora.lora.config import AdapterConfig
 
 F64 = torch.float64
 
@@ -401,6 +402,19 @@ def test_lora_bias_is_scaled_like_the_branch(kind, rslora, path):
 
 
 # ── what it says of itself ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"r": 2, "alpha": 5, "dropout": 0.1, "rslora": True, "init": "gaussian", "lora_bias": True},
+        {"r": 2, "alpha": 5, "dora": True, "init": "olora"},
+    ],
+    ids=["bias", "dora"],
+)
+def test_an_adapter_says_which_options_it_was_made_with(given):
+    asked = AdapterConfig(**given).factor_options("layer")
+    assert base_of(nn.Linear(4, 5)).new_adapter(**asked).options() == asked
 
 
 def test_adapter_shows_its_numbers():

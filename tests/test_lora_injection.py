@@ -1,11 +1,15 @@
 """inject: strict, exact about what is trainable, and unchanged on error."""
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
 from small_models import bits, net, shake, unchanged
 from torch import nn
 
 import minilora
+from minilora.lora.config import AdapterConfig
 from minilora.lora.layer import LoRALayer, lora_layers
 
 
@@ -58,6 +62,12 @@ def test_inject_refuses_and_leaves_the_model_as_it_was(options, error, text):
     with pytest.raises(error, match=text):
         minilora.inject(model, **{"r": 2, "alpha": 3, **options})
     unchanged(model, before, flags)
+
+
+def test_inject_takes_every_setting_of_an_adapter_with_its_default():
+    arguments = inspect.signature(minilora.inject).parameters
+    for field in dataclasses.fields(AdapterConfig):
+        assert arguments[field.name].default == field.default, field.name
 
 
 def test_inject_selection():

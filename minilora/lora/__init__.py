@@ -28,7 +28,7 @@ from minilora.lora.injection import attach, inject, write_pretrained_by
 from minilora.lora.layer import LoRALayer, lora_layers
 from minilora.lora.merging import merge, unmerge
 from minilora.lora.modes import as_found, inference
-from minilora.lora.patterns import compiled_pattern, pattern_value
+from minilora.lora.patterns import compiled_pattern
 from minilora.lora.quantizing import check_quantizable, quantize, quantized
 from minilora.lora.samples import describe, difference, drawn_modules, frozen_values, weight_sample
 from minilora.lora.selection import matrix_shape, select_targets, targets
@@ -91,7 +91,6 @@ __all__ = [
     "merge",
     "named_modules",
     "named_parameters",
-    "pattern_value",
     "plain_adapter",
     "product_norm",
     "quantize",

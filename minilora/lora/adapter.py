@@ -80,13 +80,14 @@ class LoRAAdapter(nn.Module):
             is 0 (r even; as PEFT's option of that name). `"pissa"`, `"pissa_niter_<n>"` and
             `"olora"` start from the base's weight, see `start_from`.
         lora_bias: a bias `[N]` on B, scaled like the branch.
+        dora: row lengths `[N]`, which `Base.new_adapter` sets from the weight.
         kernel_size: of a convolution; A is then `[r, K, kh, kw]` and B `[N, r, 1, 1]`.
         embedding: the reversed start: A is 0 and B ~ N(0, 1), as in PEFT.
         device: where the factors live.
         dtype: of the factors.
 
     Attributes:
-        magnitude: DoRA's `[N]` row lengths, or None; set by the layer, which knows the weight.
+        magnitude: DoRA's `[N]` row lengths, or None.
         offset_A, offset_B: `[R0, K]`, `[N, R0]`, scaling included: what PiSSA and OLoRA take off
             the base, or None. The base itself stays as it is.
     """
@@ -107,6 +108,7 @@ class LoRAAdapter(nn.Module):
         rslora: bool = False,
         init: str = "kaiming",
         lora_bias: bool = False,
+        dora: bool = False,
         kernel_size: Sequence[int] = (),
         embedding: bool = False,
         device: torch.device | str | None = None,
@@ -119,8 +121,9 @@ class LoRAAdapter(nn.Module):
         ones = (1,) * len(kernel_size)
         self.lora_A = nn.Parameter(torch.zeros(r, in_features, *kernel_size, **where))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, *ones, **where))
-        self.lora_bias = nn.Parameter(torch.zeros(out_features, **where)) if lora_bias else None
-        self.register_parameter("magnitude", None)
+        for name, wanted in (("lora_bias", lora_bias), ("magnitude", dora)):
+            extra = nn.Parameter(torch.zeros(out_features, **where)) if wanted else None
+            self.register_parameter(name, extra)
         for name in ("offset_A", "offset_B"):
             self.register_buffer(name, None)
         self._draw()
@@ -138,6 +141,14 @@ class LoRAAdapter(nn.Module):
                 factor.data.copy_(start.reshape(factor.shape))
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `AdapterConfig` that this adapter was made with."""
+        return {
+            "r": self.r, "alpha": self.alpha, "dropout": self.dropout, "rslora": self.rslora,
+            "dora": self.magnitude is not None, "lora_bias": self.lora_bias is not None,
+            "init": self.init,
+        }  # fmt: skip
 
     @property
     def scaling(self) -> float:

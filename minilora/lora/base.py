@@ -121,11 +121,10 @@ class Base:
         """Return whether the module computes what its W and bias say, and nothing else."""
         return type(self) is not Base
 
-    def new_adapter(self, *, dora: bool = False, **options: Any) -> LoRAAdapter:
+    def new_adapter(self, **options: Any) -> LoRAAdapter:
         """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
 
         Args:
-            dora: whether row lengths are trained too.
             options: as for `LoRAAdapter`.
         """
         embedding = self.family == "embedding"
@@ -133,14 +132,13 @@ class Base:
         adapter = LoRAAdapter(
             self.in_features, self.out_features, embedding=embedding, kernel_size=kernel, **options
         )
+        if adapter.lora_A.is_meta:
+            return adapter
         # The matrix only where it is read: of a quantized base it is a fresh, decoded tensor.
-        if FROM_WEIGHT.fullmatch(adapter.init) and not adapter.lora_A.is_meta:
+        if FROM_WEIGHT.fullmatch(adapter.init):
             adapter.start_from(self.matrix())
-        if dora:
-            lengths = torch.empty(self.out_features, device="meta")
-            if not adapter.lora_A.is_meta:
-                lengths = adapter.row_lengths(self.matrix())
-            adapter.magnitude = nn.Parameter(lengths.to(adapter.lora_A.dtype))
+        if adapter.magnitude is not None:
+            adapter.magnitude.data.copy_(adapter.row_lengths(self.matrix()))
         return adapter
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""What an adapter is asked to be: one frozen dataclass, checked in one place."""
+"""What an adapter is asked to be: one frozen dataclass, checked in one place.
 
+An option that an adapter's factors follow from is an argument of `LoRAAdapter` of the same name.
+"""
+
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from minilora.files import check_options, described, option, short
-from minilora.lora.adapter import FROM_WEIGHT, INITS
+from minilora.lora.adapter import FROM_WEIGHT, INITS, LoRAAdapter
 from minilora.lora.patterns import compile_ending, nearest, pattern_value
 
 MOST_RANK = 2**16
@@ -140,8 +144,14 @@ class AdapterConfig:
             other = "dora=True" if self.dora else f"init={self.init!r}"
             raise ValueError(f"lora_bias=True has no meaning with {other}; leave one of them out")
 
-    def scale(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        """Return r and alpha of each layer; every pattern has to match one of the names."""
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> "AdapterConfig":
+        """Return the settings among a function's arguments by name."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise where a key of a pattern matches none of the names."""
+        names = list(names)
         for what, patterns in (("rank_pattern", self.rank_pattern),
                                ("alpha_pattern", self.alpha_pattern)):  # fmt: skip
             for pattern in patterns:
@@ -150,15 +160,16 @@ class AdapterConfig:
                         f"every key of {what} must match a target, {short(pattern)} matches none; "
                         f"{nearest(pattern, names)}"
                     )
+
+    def factor_options(self, name: str) -> dict[str, Any]:
+        """Return the options of one layer's `LoRAAdapter`, by the layer's dotted name."""
         alpha = self.r if self.alpha is None else self.alpha
-        return {
-            name: {
-                "r": pattern_value(name, self.rank_pattern, self.r),
-                "alpha": pattern_value(name, self.alpha_pattern, alpha),
-            }
-            for name in names
+        return {option: getattr(self, option) for option in _OF_FACTORS} | {
+            "r": pattern_value(name, self.rank_pattern, self.r),
+            "alpha": pattern_value(name, self.alpha_pattern, alpha),
         }
 
-    def factor_options(self) -> dict[str, Any]:
-        """Return the options that every layer's factors share."""
-        return {k: getattr(self, k) for k in ("dropout", "rslora", "dora", "init", "lora_bias")}
+
+_OF_FACTORS = {field.name for field in fields(AdapterConfig)} & set(
+    inspect.signature(LoRAAdapter).parameters
+)

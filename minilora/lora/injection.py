@@ -210,11 +210,7 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inject() needs an nn.Module, found {type(model).__name__}")
-    given: tuple[Any, ...] = (
-        r, alpha, targets, exclude, layers, dropout, rslora, dora, bias, lora_bias,
-        modules_to_save, rank_pattern, alpha_pattern, init,
-    )  # fmt: skip
-    config = AdapterConfig(*given)
+    config = AdapterConfig.among(locals())
     check_adapter_name(adapter)
     dtype = as_dtype(dtype)
     compute = None if compute_dtype is None else as_dtype(compute_dtype, "compute_dtype")
@@ -246,8 +242,9 @@ def _made(
             f"{where} an adapter named {adapter!r} ({len(taken)} layers in all); choose another "
             f"name with adapter=..., or minilora.eject(model) first"
         )
-    scale = config.scale(names)
-    chosen = {name: (survey.bases[name], scale[name]["r"]) for name in names}
+    config.check_patterns(names)
+    options = {name: config.factor_options(name) for name in names}
+    chosen = {name: (survey.bases[name], options[name]["r"]) for name in names}
     _check_start(config, chosen)
     copied = _copied_parameters(survey, names, config.bias, whole)
     _refuse_drawn(survey, copied)
@@ -259,9 +256,7 @@ def _made(
     new = {}
     with survey.originals_in_place():  # DoRA, PiSSA and OLoRA read the base's own weight
         for name, (base, _) in chosen.items():
-            new[name] = base.new_adapter(
-                **scale[name], **config.factor_options(), device=base.device, dtype=dtype
-            )
+            new[name] = base.new_adapter(**options[name], device=base.device, dtype=dtype)
     own = {name: survey.original(name).detach().clone() for name in copied}
     copies = {name: nn.Parameter(value) for name, value in own.items()}
     return new, TrainedCopies(copies, config.bias, whole)

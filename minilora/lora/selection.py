@@ -264,17 +264,19 @@ def targets(
         targets = string_list(targets, "targets")
     survey = Survey(model)
     chosen = select_targets(survey, targets, exclude, layers)
-    scale = AdapterConfig(r=r, rank_pattern=rank_pattern).scale(chosen)
+    config = AdapterConfig(r=r, rank_pattern=rank_pattern)
+    config.check_patterns(chosen)
+    ranks = {name: config.factor_options(name)["r"] for name in chosen}
     rows = (
         Target(
             name,
             *base.shape[::-1],
-            scale[name]["r"] if name in scale else r,
+            ranks.get(name, r),
             name == survey.head,
-            name in scale,
+            name in ranks,
         )
         for name, base in survey.bases.items()
-        if name in scale or base.family == "linear"
+        if name in ranks or base.family == "linear"
     )
     entries = () if isinstance(targets, str) else targets
     counts = {entry: sum(_ends(name, entry) for name in chosen) for entry in entries}

@@ -13,14 +13,13 @@ from minilora.peft.config import (
     KEYS,
     PLAIN_INITS,
     PREFIX,
-    factor_options,
     options_of,
     read_config,
 )
 from minilora.peft.files import require_pair
 
 _SHOWN = 20  # problems printed of each reader
-_PARTS = {f".{end}": part for part, (*ends, _) in KEYS.items() for end in ends}
+_PARTS = {f".{end}": part for part, ends in KEYS.items() for end in ends}
 _FROZEN = ".base_layer.weight"  # of the base: PEFT writes an adapted embedding's along
 _CONV1D = ("c_attn", "c_proj", "c_fc")  # of GPT-2
 
@@ -184,7 +183,7 @@ class _Files:
 
     def rank(self, fqn: str) -> int:
         """Return the rank that the config gives to a layer."""
-        return factor_options(self.options, fqn)["r"]
+        return self.options.factor_options(fqn)["r"]
 
     def misscaled(self, **ignored: Any) -> list[str]:
         """Say where these values of options that a reader ignores change the scaling."""
@@ -200,9 +199,7 @@ class _Files:
 
 def _scaling(config: AdapterConfig, fqn: str) -> float:
     """Return a layer's scaling as PEFT computes it."""
-    options = factor_options(config, fqn)
-    del options["dora"]
-    return LoRAAdapter(1, 1, device="meta", **options).scaling
+    return LoRAAdapter(1, 1, device="meta", **config.factor_options(fqn)).scaling
 
 
 # Readers, what they don't take of what PEFT does, and where the files have it. vLLM:

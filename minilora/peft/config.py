@@ -1,13 +1,17 @@
 """PEFT's names: adapter_config.json as our options and back, and the keys of the tensors.
 
-Both are tables: an option or a parameter of another LoRA variant is one more row. The fields:
-huggingface/peft, `src/peft/tuners/lora/config.py`; the keys: `src/peft/utils/save_and_load.py`.
+One table, `_FIELDS`. To add a variant of LoRA: its option in `lora/config.py` and in `inject`'s
+signature, its parameter, `options` and `pairs` in `lora/adapter.py`, a row here; `lora/layer.py`
+only where what it adds is no sum of pairs. Reading, writing, `check` and sharding follow.
+
+The fields: huggingface/peft, `src/peft/tuners/lora/config.py`; the keys:
+`src/peft/utils/save_and_load.py`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +25,8 @@ from minilora.lora import (
     TrainedCopies,
     check_alpha,
     compiled_pattern,
-    pattern_value,
     taken_for_experts,
 )
-
-# --- tensors
-
-PREFIX = "base_model.model."
-# A parameter of `LoRAAdapter`: what ends its key, its key in an embedding, and the flag that it
-# follows from.
-KEYS = {
-    "lora_A": ("lora_A.weight", "lora_embedding_A", None),
-    "lora_B": ("lora_B.weight", "lora_embedding_B", None),
-    "lora_bias": ("lora_B.bias", "lora_B.bias", "lora_bias"),
-    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector", "use_dora"),
-}
-FLAGS = {part: flag for part, (*_, flag) in KEYS.items() if flag}
-
-
-def keys_of(fqn: str, factors: LoRAAdapter) -> dict[str, str]:
-    """Return the key of each parameter of a layer's adapter."""
-    parts = dict(factors.named_parameters(recurse=False))
-    return {part: f"{PREFIX}{fqn}.{KEYS[part][factors.embedding]}" for part in parts}
-
-
-def stored_shape(part: str, factors: LoRAAdapter) -> list[int]:
-    """Return the shape a parameter has in the file: a convolution's magnitude is 4-D there."""
-    shape = list(getattr(factors, part).shape)
-    return [1, *shape, 1, 1] if part == "magnitude" and factors.lora_A.dim() == 4 else shape
-
-
-def copy_key(name: str, targets: Collection[str]) -> str:
-    """Return the key of a trained copy: PEFT wraps targets, so theirs lie in `base_layer`."""
-    module, _, leaf = name.rpartition(".")
-    return f"{PREFIX}{module}.base_layer.{leaf}" if module in targets else f"{PREFIX}{name}"
-
 
 # --- fields of the config
 
@@ -97,7 +68,9 @@ class _Field:
     """A key of PEFT's config, the option that it stands for, and PEFT's default.
 
     `check` raises for a value other than None that is refused; without it, it is the check of our
-    option. `read` and `write` convert to our option and back.
+    option. `read` and `write` convert to our option and back. `parts` are the parameters of
+    `LoRAAdapter` that follow from it: what ends each one's key, and its key in an embedding.
+    `unstacked` names what PEFT does not take on a parameter of `target_parameters`.
     """
 
     key: str
@@ -106,17 +79,22 @@ class _Field:
     check: _Check | None = None
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Any] = lambda value: value
+    parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    unstacked: str | None = None
 
 
 _FIELDS = (
-    _Field("r", "r", 8),
+    _Field("r", "r", 8, parts={"lora_A": ("lora_A.weight", "lora_embedding_A"),
+                               "lora_B": ("lora_B.weight", "lora_embedding_B")}),
     _Field("lora_alpha", "alpha", 8, check=check_alpha),
     _Field("rank_pattern", "rank_pattern"),
     _Field("alpha_pattern", "alpha_pattern"),
-    _Field("lora_dropout", "dropout", 0.0),
+    _Field("lora_dropout", "dropout", 0.0, unstacked="dropout"),
     _Field("use_rslora", "rslora", False),
-    _Field("use_dora", "dora", False),
-    _Field("lora_bias", "lora_bias", False),
+    _Field("use_dora", "dora", False, unstacked="DoRA",
+           parts={"magnitude": ("lora_magnitude_vector", "lora_magnitude_vector")}),
+    _Field("lora_bias", "lora_bias", False, unstacked="a lora_bias",
+           parts={"lora_bias": ("lora_B.bias", "lora_B.bias")}),
     _Field("init_lora_weights", "init", True, check=lambda *_: None,
            read=lambda value: "gaussian" if value == "gaussian" else "kaiming",
            write=lambda init: "gaussian" if init == "gaussian" else True),
@@ -206,15 +184,6 @@ def options_of(config: Mapping[str, Any]) -> AdapterConfig:
     return AdapterConfig(**{f.option: f.read(config[f.key]) for f in _FIELDS if f.option})
 
 
-def factor_options(options: AdapterConfig, fqn: str) -> dict[str, Any]:
-    """Return the options of a layer's factors."""
-    return {
-        "r": pattern_value(fqn, options.rank_pattern, options.r),
-        "alpha": pattern_value(fqn, options.alpha_pattern, options.alpha or options.r),
-        **options.factor_options(),
-    }
-
-
 def config_of(
     model: nn.Module | Survey,
     adapter: str,
@@ -232,10 +201,9 @@ def config_of(
     r, rank_pattern = _split({fqn: r for fqn, (r, _, _) in plain.items()}, by_weight)
     alpha, alpha_pattern = _split({fqn: alpha for fqn, (_, alpha, _) in plain.items()}, by_weight)
     copies = survey.copies.get(adapter, TrainedCopies({}))
-    options: dict[str, Any] = {
+    options = first.options() | {
         "r": r, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
-        "dropout": first.dropout, "rslora": next(iter(plain.values()))[2], "init": first.init,
-        "dora": first.magnitude is not None, "lora_bias": first.lora_bias is not None,
+        "rslora": next(iter(plain.values()))[2],
         "bias": copies.bias, "modules_to_save": copies.modules_to_save,
         "targets": _minimal_targets(survey, [fqn for fqn in factors if fqn not in by_weight]),
     }  # fmt: skip
@@ -296,6 +264,31 @@ def _base_name(root: nn.Module) -> str | None:
     return f"{cached[1]}/{cached[2]}" if cached else name
 
 
+# --- tensors
+
+PREFIX = "base_model.model."
+KEYS = {part: keys for row in _FIELDS for part, keys in row.parts.items()}
+FLAGS = {part: row.key for row in _FIELDS for part in row.parts if row.default is False}
+
+
+def keys_of(fqn: str, factors: LoRAAdapter) -> dict[str, str]:
+    """Return the key of each parameter of a layer's adapter."""
+    parts = dict(factors.named_parameters(recurse=False))
+    return {part: f"{PREFIX}{fqn}.{KEYS[part][factors.embedding]}" for part in parts}
+
+
+def stored_shape(part: str, factors: LoRAAdapter) -> list[int]:
+    """Return the shape a parameter has in the file: a convolution's magnitude is 4-D there."""
+    shape = list(getattr(factors, part).shape)
+    return [1, *shape, 1, 1] if part == "magnitude" and factors.lora_A.dim() == 4 else shape
+
+
+def copy_key(name: str, targets: Collection[str]) -> str:
+    """Return the key of a trained copy: PEFT wraps targets, so theirs lie in `base_layer`."""
+    module, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{leaf}" if module in targets else f"{PREFIX}{name}"
+
+
 # --- what PEFT reads otherwise
 
 _MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -310,9 +303,8 @@ def by_parameter(
     `target_parameters`, it finds them. It takes neither dropout nor DoRA nor a lora_bias there.
     """
     names = taken_for_experts(survey, list(factors))
-    first = next(iter(factors.values()))
-    what = "dropout" if first.dropout else "DoRA" if first.magnitude is not None else None
-    what = "a lora_bias" if first.lora_bias is not None else what
+    options = next(iter(factors.values())).options()
+    what = next((f.unstacked for f in _FIELDS if f.unstacked and options[f.option or ""]), None)
     if not names or what is None:
         return names, None
     return [], (

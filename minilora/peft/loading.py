@@ -26,7 +26,6 @@ from minilora.lora import (
 from minilora.peft.config import (
     PREFIX,
     copy_key,
-    factor_options,
     keys_of,
     options_of,
     read_config,
@@ -171,7 +170,7 @@ class _Files:
         """Return factors on the meta device, as the config describes them."""
         made = {}
         for fqn, by_weight in self._targets().items():
-            options = factor_options(self.options, f"{fqn}.weight" if by_weight else fqn)
+            options = self.options.factor_options(f"{fqn}.weight" if by_weight else fqn)
             base = base_of(self.survey.modules[fqn])
             options["lora_bias"] &= base.family != "embedding"
             made[fqn] = base.new_adapter(device="meta", **options)

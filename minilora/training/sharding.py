@@ -136,13 +136,7 @@ def _check(fqn: str, layer: LoRALayer) -> None:
 
 def _draw(layer: LoRALayer, factors: LoRAAdapter, ranks: Ranks) -> None:
     """Start an adapter's sharded factors as a process alone would."""
-    fresh = layer.view.new_adapter(
-        r=factors.r,
-        alpha=factors.alpha,
-        init=factors.init,
-        lora_bias=factors.lora_bias is not None,
-        dtype=factors.lora_A.dtype,
-    )
+    fresh = layer.view.new_adapter(**factors.options(), dtype=factors.lora_A.dtype)
     with torch.no_grad():
         for name, value in fresh.named_parameters():
             ranks.put(factors.get_parameter(name), value)
