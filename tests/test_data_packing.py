@@ -12,7 +12,7 @@ import minilora
 from minilora.data.batches import Batches, as_examples, pad
 from minilora.data.packing import first_fit, pack
 from minilora.models import GPT2, GPT2Config
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 
 
 @settings(max_examples=60)

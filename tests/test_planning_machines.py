@@ -18,7 +18,7 @@ from minilora.planning.machines import calibrate, forget_peak, free_memory, peak
 from minilora.planning.shapes import Settings, Shape
 from minilora.planning.timing import random_model, timed_step, timed_step_apart
 from minilora.quantization.linear import QuantizedLinear
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 
 LLAMA = Shape("small", LlamaConfig(97, 64, 128, 3, 4, 2, 16, 64), "here")
 GPT2 = Shape("small", GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=3, n_head=2), "")

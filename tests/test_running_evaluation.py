@@ -17,14 +17,8 @@ from transformers import LlamaForCausalLM
 import minilora
 from minilora.data.batches import Batch, Batches, Example, pad
 from minilora.lora.modes import inference
-from minilora.running.evaluation import (
-    Evaluation,
-    argument_names,
-    device_of,
-    evaluate,
-    forward_logits,
-    token_loss,
-)
+from minilora.running.evaluation import Evaluation, device_of, evaluate
+from minilora.running.loss import argument_names, forward_logits, token_loss
 
 ROUNDING = 64  # in units of the dtype's eps; plain torch is off by up to 15 on these logits
 

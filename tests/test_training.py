@@ -20,7 +20,7 @@ import minilora
 from minilora.data.batches import Batches
 from minilora.kernels import hardware
 from minilora.models import Llama
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.result import FitResult
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_models import examples, factors, fit, same, tiny
 
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 from minilora.training.callbacks import Callbacks
 from minilora.training.state import load_state
 

@@ -10,7 +10,7 @@ import torch
 from training_models import Tiny, examples, factors, fit, same, tiny
 
 import minilora
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 from minilora.training.state import load_state
 
 

@@ -9,7 +9,7 @@ from minilora.data.batches import Batches, pad
 from minilora.data.packing import pack
 from minilora.data.streaming import Stream
 from minilora.models import GPT2, GPT2Config
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 from minilora.training import memory_limit
 from minilora.training.config import TrainConfig
 from minilora.training.memory_limit import MemoryLimit
@@ -40,7 +40,7 @@ class Counting:
 
     def __init__(self, monkeypatch):
         self.rows, self.kept = [], []
-        monkeypatch.setattr("minilora.training.run.token_loss", self.loss)
+        monkeypatch.setattr("minilora.training.loss.token_loss", self.loss)
 
     def loss(self, model, batch):
         if not torch.is_grad_enabled():

@@ -21,7 +21,7 @@ from minilora.loading.model import load_model
 from minilora.loading.saving import save_pretrained
 from minilora.models import LlamaConfig
 from minilora.planning.machines import forget_peak, peak_bytes
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 from minilora.training.ranks import Ranks, start
 from minilora.training.sharding import is_sharded, shard, sharded
 from minilora.training.state import load_state

@@ -14,7 +14,7 @@ from training_models import examples, factors, fit, plain, same, tiny
 import minilora
 from minilora.files.tensors import tensor_content, write
 from minilora.quantization.linear import QuantizedLinear
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 from minilora.training.config import TrainConfig
 from minilora.training.monitor import read_metrics
 from minilora.training.same_run import check_same_run

@@ -10,7 +10,7 @@ from training_models import CONFIG, examples, factors, fit, plain, same, tiny
 
 import minilora
 from minilora.models import Llama
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 from minilora.training.scaling import FIRST_SCALE, LossScale
 from minilora.training.state import load_state
 

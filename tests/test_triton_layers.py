@@ -9,7 +9,7 @@ from triton_cases import DEVICE, needs_kernels
 import minilora
 from minilora.kernels import row_masks
 from minilora.models import Conv1D, Llama, LlamaConfig
-from minilora.running.evaluation import token_loss
+from minilora.running.loss import token_loss
 
 needs_kernels()
 

@@ -1,17 +1,9 @@
 """Evaluate, generate, and compile what does."""
 
 from minilora.running.compiling import compiled, settle_compile
-from minilora.running.evaluation import (
-    Evaluation,
-    Loss,
-    device_of,
-    evaluate,
-    forward_logits,
-    summarize,
-    takes_packed,
-    token_loss,
-)
+from minilora.running.evaluation import Evaluation, device_of, evaluate, summarize
 from minilora.running.generation import CONTEXT_NAMES, generate
+from minilora.running.loss import Loss, forward_logits, takes_packed, token_loss
 
 __all__ = [
     "CONTEXT_NAMES",

@@ -14,7 +14,8 @@ from minilora.files import short
 from minilora.lora import Survey, inference, widened
 from minilora.models import KVCache
 from minilora.running.compiling import compiled, settle_compile
-from minilora.running.evaluation import argument_names, device_of, forward_logits
+from minilora.running.evaluation import device_of
+from minilora.running.loss import argument_names, forward_logits
 from minilora.text import as_tokenizer
 
 Rows = list[list[int]]

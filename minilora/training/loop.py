@@ -68,8 +68,9 @@ def fit(
             leaves nothing behind. One process at a time may work in it.
         resume: continue the run whose state is in `out`, with the same base, adapter, data and
             config; limits, lr and what only reports may differ.
-        loss: (model, batch) → (loss summed over tokens, tokens); `evaluation.token_loss` if None.
-            The counts it returns are what the sums are divided by.
+        loss: (model, batch) → (loss summed over tokens, tokens), to train and to evaluate with;
+            `minilora.running.token_loss` if None. The counts it returns are what the sums are
+            divided by.
         pad_id: token id put into the padding, of no influence.
         quiet: print nothing.
         callbacks: objects with any of the methods on_step, on_eval, on_save, on_log; see
@@ -327,7 +328,7 @@ class _Loop:
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
             if self.ranks.world_size == 1 and self.interrupted():
                 raise _InterruptedError
-            return run.loss(model, batch)
+            return run.eval_loss(model, batch)
 
         with self._autocast():
             evaluation = evaluate(run, run.valid, loss)

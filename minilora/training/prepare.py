@@ -13,14 +13,11 @@ from minilora.lora import (
     LoRALayer,
     Survey,
     check_whole,
-    inference,
     is_copy,
     named_parameters,
     unwrapped,
-    view,
-    widened,
 )
-from minilora.running import CONTEXT_NAMES, device_of, forward_logits, takes_packed
+from minilora.running import CONTEXT_NAMES, takes_packed
 from minilora.training.config import TrainConfig
 
 
@@ -36,58 +33,6 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
     Survey(model).require_finite()
-
-
-def require_next_token_loss(model: nn.Module) -> None:
-    """Refuse models of transformers that predict no next token: their loss has to be given."""
-    takes, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
-    if takes is None or config is None:
-        return
-    of_words = takes == "input_ids" and not getattr(config, "is_encoder_decoder", False)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if of_words and (head is not None or "LM" in type(model).__name__):
-        _require_causal(model, config)
-        return
-    if takes != "input_ids":
-        raise ValueError(
-            f"fit() passes input_ids, but {type(model).__name__} takes {takes}; train its adapter "
-            f"in a loop of your own: loss = model(**batch).loss; loss.backward(); optimizer.step()"
-        )
-    raise ValueError(
-        f"fit() without loss= learns the next token, which {type(model).__name__} does not "
-        f"predict; pass loss=, as in: def loss(model, batch): "
-        f"count = int((batch.labels != -100).sum()); "
-        f"found = model(input_ids=batch.input_ids, labels=batch.labels); "
-        f"return found.loss * count, count"
-    )
-
-
-def _require_causal(model: nn.Module, config: Any) -> None:
-    """Refuse a model whose logits see what they are to predict, as those of BERT do."""
-    vocabulary = getattr(config, "vocab_size", 0)
-    if not isinstance(vocabulary, int) or vocabulary < 8 or _stored_otherwise(model):
-        return
-    ids = torch.arange(4, device=device_of(model))[None] + vocabulary // 2
-    other = torch.where(ids == ids[0, -1], ids[0, 0], ids)  # the last token is another one
-    with inference(model), widened(model):  # as training computes
-        one, two = (forward_logits(model, x) for x in (ids, other))
-    if one.dim() != 3 or one.shape[1] != 4:
-        return
-    moved = (one - two).abs().amax(-1)[0].float()
-    # Rounding may depend on the other tokens too: experts and GEMMs of other sizes add otherwise.
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    if float(moved[:-1].max()) > max(1e-3, 4 * eps) * float(moved[-1]):
-        raise ValueError(
-            f"fit() without loss= learns the next token, but {type(model).__name__} sees it: its "
-            f"logits depend on later tokens; load it as a causal model (is_decoder=True), or pass "
-            f"loss= with masked tokens"
-        )
-
-
-def _stored_otherwise(model: nn.Module) -> bool:
-    """Return whether rounding of activations may depend on other tokens."""
-    bases = (view(module) for module in model.modules())
-    return any(base is not None and (base.is_quantized or base.packed) for base in bases)
 
 
 def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:

@@ -15,8 +15,9 @@ from minilora.files import UnwritableError
 from minilora.lora import Survey, describe, frozen_values
 from minilora.peft import config_of, fingerprint, save_adapter
 from minilora.quantization import quantized_layers
-from minilora.running import Evaluation, Loss, device_of, settle_compile, token_loss
+from minilora.running import Evaluation, Loss, device_of, settle_compile
 from minilora.training.config import TrainConfig
+from minilora.training.loss import losses, require_next_token_loss
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (
     check_model,
@@ -25,7 +26,6 @@ from minilora.training.prepare import (
     held_out_in_training,
     make_batches,
     make_optimizer,
-    require_next_token_loss,
     slow_dtype,
     trained,
     trained_adapter,
@@ -56,6 +56,8 @@ class Run(Progress):
     """The parts of a run and its counters; everything is checked when it is made.
 
     Attributes:
+        loss: what a step minimises.
+        eval_loss: what an evaluation reports.
         names: the trained parameters and their dotted names.
         scale: what the loss is multiplied with before the backward pass.
         rows: rows in a pass, once a micro-batch did not fit; 0 until then.
@@ -82,7 +84,7 @@ class Run(Progress):
     ):
         super().__init__()
         self.model, self.config, self.out, self.ranks = model, config, out, ranks
-        self.loss: Loss = loss or token_loss
+        self.loss, self.eval_loss = losses(config, loss)
         self.own_loss = loss is not None
         self.fallen_back = False
         self.before: Evaluation | None = None
@@ -166,11 +168,6 @@ class Run(Progress):
         config = self.config
         if config.max_memory is None:
             return None
-        if self.own_loss:
-            raise ValueError(
-                "max_memory plans what the model's own loss takes, found a loss of your own; leave "
-                "one of them out"
-            )
         limit = MemoryLimit(
             self.model, config.max_memory, self.dtype, config.checkpointing, self.ranks.world_size
         )

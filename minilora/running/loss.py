@@ -1,0 +1,96 @@
+"""The loss of a batch, for a model of any make; `training/loss.py` chooses what a run minimises.
+
+Models of `minilora.models` compute it themselves (`models/causal.py`, `kernels/cross_entropy.py`).
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minilora.data import IGNORE, Batch
+
+Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
+
+
+def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    """Sum the next-token loss of a batch.
+
+    loss = − Σ log p(labels[b, t] | input_ids[b, :t]) over t ≥ 1 with labels[b, t] ≠ -100
+
+    Args:
+        model: has a method `loss(input_ids, labels)` that returns the mean over those labels, or
+            returns logits [B, T, V], or something with `.logits`. The attention mask is passed
+            where `forward` names it.
+        batch: on the device of the model.
+
+    Returns:
+        The sum, a scalar f32 tensor (f64 for an f64 model) that carries the gradient, and the
+        number of labels in it.
+
+    Raises:
+        ValueError: no label counts, so that their mean has no meaning.
+    """
+    tokens = batch.tokens
+    if tokens == 0:
+        raise ValueError(
+            f"a batch must have a label to learn, found {tuple(batch.labels.shape)} labels of "
+            f"which all after the first column are {IGNORE}; leave such batches out"
+        )
+    known = argument_names(getattr(type(model), "loss", None))
+    beside = {}
+    if batch.documents is not None:
+        if not takes_packed(model):
+            raise ValueError(
+                f"packed rows need a model whose loss takes positions and mask, as those of "
+                f"minilora.models do, found {type(model).__name__}; do not pack for it"
+            )
+        beside = {"positions": batch.positions(), "mask": batch.document_mask()}
+    if known >= {"input_ids", "labels"}:
+        mean = model.loss(batch.input_ids, batch.labels, **beside)  # type: ignore[operator]
+        return _full(mean) * tokens, tokens
+    logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+    labels = batch.labels[:, 1:]
+    counts = labels != IGNORE
+    chosen = _full(logits[:, :-1][counts])
+    return F.cross_entropy(chosen, labels[counts], reduction="sum"), tokens
+
+
+def takes_packed(model: nn.Module) -> bool:
+    """Return whether the model's loss keeps documents in one row apart."""
+    needed = {"input_ids", "labels", "positions", "mask"}
+    return argument_names(getattr(type(model), "loss", None)) >= needed
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """Widen what is narrower than f32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def forward_logits(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run a model of any make and return its logits.
+
+    Args:
+        model: returns logits, or something with `.logits`.
+        input_ids: [B, T] int64.
+        attention_mask: [B, T] bool, False on padding at the right; passed on as integers if
+            `forward` has an argument of that name.
+
+    Returns:
+        [B, T, V] in the model's dtype.
+    """
+    kwargs = {}
+    if attention_mask is not None and "attention_mask" in argument_names(model.forward):
+        kwargs["attention_mask"] = attention_mask.long()
+    output = model(input_ids, **kwargs)
+    return getattr(output, "logits", output)
+
+
+def argument_names(function: Any) -> set[str]:
+    """Return the names of a function's arguments; none for what is no function."""
+    return set(inspect.signature(function).parameters) if inspect.isroutine(function) else set()
