@@ -158,3 +158,25 @@ def test_a_family_is_trained_over_quantized_layers(family):
     before = minilora.evaluate(model, rows).loss
     minilora.fit(model, rows, config=minilora.TrainConfig(max_steps=5, lr=1e-2), quiet=True)
     assert minilora.evaluate(model, rows).loss < before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_and_minilora_read_each_others_adapters(tmp_path, family):
+    peft = pytest.importorskip("peft")
+    theirs = their_model(family)
+    ours = minilora.inject(our_model(family, theirs), r=3, alpha=4).eval()
+    ids = some_ids(ours, 2, 9)
+    with torch.no_grad():
+        plain = ours(ids)
+        for name, parameter in ours.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        minilora.save(ours, tmp_path / "ours")
+        wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+        assert (ours(ids) - plain).abs().max() > 0.1
+        assert_close(ours(ids), wrapped(ids).logits)
+        wrapped.save_pretrained(tmp_path / "theirs")
+        again = minilora.load(our_model(family, their_model(family)), tmp_path / "theirs")
+        assert_close(again(ids), ours(ids))
+    wanted = {name for name, _ in ours.named_parameters() if "lora_" in name}
+    assert {name for name, _ in again.named_parameters() if "lora_" in name} == wanted

@@ -188,9 +188,9 @@ def test_every_command_is_parsed_by_who_gets_it(model, device):
 def test_no_command_is_advised_for_a_model_it_does_not_read():
     found = plan("mistral-7b-v0.3", device="rtx-4090")
     assert found.advice.command == ""
-    assert "minilora train does not read this model: its config.json names another family" in str(
-        found
-    )
+    assert "minilora train does not read this model: mistral is no family of minilora" in str(found)
+    scaled = plan("llama-3.2-1b", device="rtx-4090")
+    assert "does not read this model: rope_scaling: rope_type='llama3' is not built" in str(scaled)
     assert "does not read" not in str(plan("gpt2"))
 
 

@@ -6,7 +6,7 @@ order of Hugging Face's checkpoints (Su et al. 2021, "RoFormer", section 3.4.2, 
 (i, i + head_dim/2)).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ def rotation_at(config: DecoderConfig, positions: Tensor, dtype: torch.dtype) ->
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair (x_i, x_{i + head_dim/2}) of `[B, heads, T, head_dim]` by its angle."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
@@ -120,27 +120,41 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
 
 class Attention(nn.Module):
-    """Attend with grouped queries: several query heads share one key and value head."""
+    """Attend with grouped queries: several query heads share one key and value head.
+
+    A family with other projections overrides `add_projections` and `heads`.
+    """
 
     def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         wide = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
-        size, made = config.hidden_size, {"dtype": dtype, "device": device}
-        self.q_proj = nn.Linear(size, wide, bias=config.qkv_bias, **made)
-        self.k_proj = nn.Linear(size, narrow, bias=config.qkv_bias, **made)
-        self.v_proj = nn.Linear(size, narrow, bias=config.qkv_bias, **made)
-        self.o_proj = nn.Linear(wide, size, bias=config.attention_bias, **made)
+        made = {"dtype": dtype, "device": device}
+        self.add_projections(config.hidden_size, wide, narrow, bias=config.qkv_bias, **made)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias, **made)
+
+    def add_projections(self, size: int, wide: int, narrow: int, **options: Any) -> None:
+        """Make what `heads` runs, from `size` to `wide` (queries) and `narrow` (keys, values)."""
+        self.q_proj = nn.Linear(size, wide, **options)
+        self.k_proj = nn.Linear(size, narrow, **options)
+        self.v_proj = nn.Linear(size, narrow, **options)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return unrotated queries `[B, heads, T, head_dim]`, and keys and values of `kv_heads`."""
+        split = (*x.shape[:2], -1, self.head_dim)
+        return (
+            self.q_proj(x).view(split).transpose(1, 2),
+            self.k_proj(x).view(split).transpose(1, 2),
+            self.v_proj(x).view(split).transpose(1, 2),
+        )
 
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
     ) -> Tensor:
         """Return `[B, T, hidden]`; without a mask position t sees positions 0 to t."""
-        split = (*x.shape[:2], -1, self.head_dim)
-        q = _rotate(self.q_proj(x).view(split).transpose(1, 2), rotation)
-        k = _rotate(self.k_proj(x).view(split).transpose(1, 2), rotation)
-        v = self.v_proj(x).view(split).transpose(1, 2)
+        q, k, v = self.heads(x)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         if slot is not None:
             k, v = extend(slot, k, v)
         out = attend(q, k, v, mask, self.head_dim**-0.5)
@@ -164,13 +178,19 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Add attention and then the SwiGLU block to the residual stream, each after a norm."""
+    """Add attention and then the SwiGLU block to the residual stream, each after a norm.
+
+    A family with other parts names them in a subclass, its `Decoder.layer_class`.
+    """
+
+    attention_class: ClassVar[type[nn.Module]] = Attention
+    mlp_class: ClassVar[type[nn.Module]] = MLP
 
     def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
         made = {"dtype": dtype, "device": device}
-        self.self_attn = Attention(config, **made)
-        self.mlp = MLP(config, **made)
+        self.self_attn = self.attention_class(config, **made)
+        self.mlp = self.mlp_class(config, **made)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
 
@@ -185,11 +205,13 @@ class DecoderLayer(nn.Module):
 class Body(nn.Module):
     """What Hugging Face's checkpoints call `model`: everything but the head."""
 
-    def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
+    def __init__(
+        self, config: DecoderConfig, layer_class: type[nn.Module], *, dtype=None, device=None
+    ) -> None:
         super().__init__()
         made = {"dtype": dtype, "device": device}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **made)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, **made) for _ in range(config.num_hidden_layers)
+            layer_class(config, **made) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)

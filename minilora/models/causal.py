@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels import linear_cross_entropy
-from minilora.models.blocks import Body, KVCache, rotation_at
+from minilora.models.blocks import Body, DecoderLayer, KVCache, rotation_at
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
 
@@ -33,7 +33,7 @@ class CausalLM(nn.Module):
         device: where they lie; `"meta"` takes no memory.
 
     Attributes:
-        config_class, body_class: the family's configuration, and everything but the head.
+        config_class: the family's configuration.
         gguf: its names in GGUF files, or None where those are not read.
         embedding_name, blocks_name, norm_name: dotted names of the embedding, of the list of
             blocks and of the last norm.
@@ -46,7 +46,6 @@ class CausalLM(nn.Module):
     """
 
     config_class: ClassVar[type[ModelConfig]]
-    body_class: ClassVar[type[nn.Module]]
     gguf: ClassVar[GGUFNames | None] = None
     embedding_name: ClassVar[str] = "model.embed_tokens"
     blocks_name: ClassVar[str] = "model.layers"
@@ -65,7 +64,7 @@ class CausalLM(nn.Module):
         self.gradient_checkpointing = False
         self.compiled_loss = False
         self.name_or_path: str | None = None
-        body = self.body_class(config, dtype=dtype, device=device)
+        body = self.body(dtype=dtype, device=device)
         self.add_module(self.norm_name.partition(".")[0], body)
         self.lm_head: nn.Module = nn.Linear(
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device
@@ -83,6 +82,10 @@ class CausalLM(nn.Module):
     def stored_fqn(name: str) -> str | None:
         """Return the dotted name in the model of a tensor in a checkpoint, None to pass it over."""
         return name
+
+    def body(self, **made: Any) -> nn.Module:
+        """Make everything but the head, with the dtype and on the device of `made`."""
+        raise AttributeError(f"{type(self).__name__} must say what it is made of")
 
     def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple]:
         """Return the first hidden state, and what every block takes beside it.
@@ -300,9 +303,17 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 class Decoder(CausalLM):
-    """A decoder with rotary embeddings, RMS norms and a gated MLP, as its `DecoderConfig` says."""
+    """A decoder with rotary embeddings, RMS norms and a gated MLP, as its `DecoderConfig` says.
 
-    body_class = Body
+    Attributes:
+        layer_class: what each layer is.
+    """
+
+    layer_class: ClassVar[type[nn.Module]] = DecoderLayer
+
+    def body(self, **made: Any) -> nn.Module:
+        """Make the embedding, the layers and the last norm."""
+        return Body(self.config, self.layer_class, **made)
 
     @staticmethod
     def stored_fqn(name: str) -> str | None:

@@ -1,5 +1,7 @@
 """What llama.cpp calls the numbers and tensors of a family, in its GGUF files.
 
+`DECODER_NAMES` is every decoder's; a family changes its own copy by `_replace`, in its own file.
+
 The names: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py.
 """
 
@@ -19,7 +21,7 @@ class GGUFNames(NamedTuple):
     Attributes:
         architecture: `general.architecture`, and what its metadata keys begin with.
         required: metadata keys that must be there, and the fields of the configuration they give.
-        optional: likewise keys that may be there.
+        optional: keys that may be there, and their fields.
         equal: keys that must agree with a field, as anything else is not built.
         neutral: keys that must have this value. Any other key of the architecture may change the
             maths and is refused by name.

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -231,10 +231,14 @@ class GPT2(CausalLM):
     the residual stream (`c_proj`) with 0.02 / sqrt(2 · n_layer) (Radford et al. 2019, section 2.3).
     """
 
-    config_class, body_class = GPT2Config, Body
+    config_class = GPT2Config
     embedding_name, blocks_name, norm_name = "transformer.wte", "transformer.h", "transformer.ln_f"
     end_of_text = "<|endoftext|>"  # OpenAI's own folder names no special token
     transformer: Body
+
+    def body(self, **made: Any) -> nn.Module:
+        """Make the embeddings, the blocks and the last norm."""
+        return Body(self.config, **made)
 
     def _deviation(self, name: str) -> float:
         return _STD / (2 * self.config.n_layer) ** 0.5 if name.endswith(".c_proj.weight") else _STD

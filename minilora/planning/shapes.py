@@ -22,7 +22,7 @@ from minilora.lora import (
     select_targets,
     split_block,
 )
-from minilora.models import FAMILIES, GPT2Config, LlamaConfig, ModelConfig, Qwen2Config
+from minilora.models import FAMILIES, GPT2Config, LlamaConfig, ModelConfig
 from minilora.planning.saved import keep_blocks, samples
 from minilora.quantization import Quantization
 
@@ -32,7 +32,7 @@ class Preset(NamedTuple):
 
     config: ModelConfig
     source: str
-    foreign: str = ""  # why `minilora train` does not read it, "" where it does
+    foreign: str = ""  # why no family reads it, "" where one does
 
 
 def _gpt2(name: str, width: int, layers: int, heads: int) -> Preset:
@@ -40,20 +40,32 @@ def _gpt2(name: str, width: int, layers: int, heads: int) -> Preset:
     return Preset(config, f"huggingface.co/openai-community/{name}, config.json")
 
 
-def _llama(
-    source: str, *numbers: int, tied: bool = False, foreign: str = "", family: Any = LlamaConfig
+_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_SCALED: dict[str, Any] = {"rope_scaling": {"rope_type": "llama3"}}
+
+
+def _decoder(
+    source: str, *numbers: int, tied: bool = False, family: str = "llama", **others: Any
 ) -> Preset:
-    """Take vocabulary, width, inner width, layers, heads, key-value heads, context."""
-    vocabulary, width, inner, layers, heads, kv_heads, context = numbers
-    config = family(
-        vocabulary, width, inner, layers, heads, kv_heads, width // heads, context,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
+    """Take the `_NUMBERS` and other entries of config.json; as a Llama where that is not built."""
+    entries = dict(zip(_NUMBERS, numbers, strict=True)) | {"tie_word_embeddings": tied}
+    try:
+        if family not in FAMILIES:
+            raise ValueError(f"{family} is no family of minilora.models; it is planned as a Llama")
+        own = FAMILIES[family].config_class
+        config, foreign = own.from_dict({"model_type": family} | entries | others), ""
+    except ValueError as error:
+        config = LlamaConfig.from_dict({"model_type": "llama"} | entries)
+        foreign = str(error).removesuffix("; use a model without it")
     return Preset(config, f"huggingface.co/{source}, config.json", foreign)
-
-
-_SCALED = "its rotary embeddings are scaled"
-_FUSED = "q, k, v and gate, up are one matrix each (planned as five)"
 
 
 PRESETS: dict[str, Preset] = {
@@ -61,51 +73,52 @@ PRESETS: dict[str, Preset] = {
     "gpt2-medium": _gpt2("gpt2-medium", 1024, 24, 16),
     "gpt2-large": _gpt2("gpt2-large", 1280, 36, 20),
     "gpt2-xl": _gpt2("gpt2-xl", 1600, 48, 25),
-    "smollm2-135m": _llama(
+    "smollm2-135m": _decoder(
         "HuggingFaceTB/SmolLM2-135M", 49152, 576, 1536, 30, 9, 3, 8192, tied=True
     ),
-    "smollm2-360m": _llama(
+    "smollm2-360m": _decoder(
         "HuggingFaceTB/SmolLM2-360M", 49152, 960, 2560, 32, 15, 5, 8192, tied=True
     ),
-    "smollm2-1.7b": _llama(
+    "smollm2-1.7b": _decoder(
         "HuggingFaceTB/SmolLM2-1.7B", 49152, 2048, 8192, 24, 32, 32, 8192, tied=True
     ),
-    "tinyllama-1.1b": _llama(
+    "tinyllama-1.1b": _decoder(
         "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 32000, 2048, 5632, 22, 32, 4, 2048
     ),
-    "llama-2-7b": _llama("meta-llama/Llama-2-7b-hf", 32000, 4096, 11008, 32, 32, 32, 4096),
-    "llama-2-13b": _llama("meta-llama/Llama-2-13b-hf", 32000, 5120, 13824, 40, 40, 40, 4096),
-    "llama-2-70b": _llama("meta-llama/Llama-2-70b-hf", 32000, 8192, 28672, 80, 64, 8, 4096),
-    "llama-3-8b": _llama("meta-llama/Meta-Llama-3-8B", 128256, 4096, 14336, 32, 32, 8, 8192),
-    "llama-3-70b": _llama("meta-llama/Meta-Llama-3-70B", 128256, 8192, 28672, 80, 64, 8, 8192),
-    "llama-3.1-8b": _llama(
-        "meta-llama/Llama-3.1-8B", 128256, 4096, 14336, 32, 32, 8, 131072, foreign=_SCALED
+    "llama-2-7b": _decoder("meta-llama/Llama-2-7b-hf", 32000, 4096, 11008, 32, 32, 32, 4096),
+    "llama-2-13b": _decoder("meta-llama/Llama-2-13b-hf", 32000, 5120, 13824, 40, 40, 40, 4096),
+    "llama-2-70b": _decoder("meta-llama/Llama-2-70b-hf", 32000, 8192, 28672, 80, 64, 8, 4096),
+    "llama-3-8b": _decoder("meta-llama/Meta-Llama-3-8B", 128256, 4096, 14336, 32, 32, 8, 8192),
+    "llama-3-70b": _decoder("meta-llama/Meta-Llama-3-70B", 128256, 8192, 28672, 80, 64, 8, 8192),
+    "llama-3.1-8b": _decoder(
+        "meta-llama/Llama-3.1-8B", 128256, 4096, 14336, 32, 32, 8, 131072, **_SCALED
     ),
-    "llama-3.2-1b": _llama(
-        "meta-llama/Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 131072, tied=True, foreign=_SCALED
+    "llama-3.2-1b": _decoder(
+        "meta-llama/Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 131072, tied=True, **_SCALED
     ),
-    "llama-3.2-3b": _llama(
-        "meta-llama/Llama-3.2-3B", 128256, 3072, 8192, 28, 24, 8, 131072, tied=True, foreign=_SCALED
+    "llama-3.2-3b": _decoder(
+        "meta-llama/Llama-3.2-3B", 128256, 3072, 8192, 28, 24, 8, 131072, tied=True, **_SCALED
     ),
-    "mistral-7b-v0.3": _llama(
+    "mistral-7b-v0.3": _decoder(
         "mistralai/Mistral-7B-v0.3", 32768, 4096, 14336, 32, 32, 8, 32768,
-        foreign="its config.json names another family",
+        family="mistral",
     ),
-    "qwen2.5-0.5b": _llama(
+    "qwen2.5-0.5b": _decoder(
         "Qwen/Qwen2.5-0.5B", 151936, 896, 4864, 24, 14, 2, 32768,
-        tied=True, family=Qwen2Config,
+        tied=True, family="qwen2",
     ),
-    "qwen2.5-1.5b": _llama(
+    "qwen2.5-1.5b": _decoder(
         "Qwen/Qwen2.5-1.5B", 151936, 1536, 8960, 28, 12, 2, 32768,
-        tied=True, family=Qwen2Config,
+        tied=True, family="qwen2",
     ),
-    "qwen2.5-7b": _llama(
-        "Qwen/Qwen2.5-7B", 152064, 3584, 18944, 28, 28, 4, 131072, family=Qwen2Config
+    "qwen2.5-7b": _decoder(
+        "Qwen/Qwen2.5-7B", 152064, 3584, 18944, 28, 28, 4, 131072, family="qwen2"
     ),
-    "phi-3-mini": _llama(
-        "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, 32, 4096, foreign=_FUSED
+    "phi-3-mini": _decoder(
+        "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, 32, 4096,
+        family="phi3", sliding_window=2047,
     ),
-    "phi-4": _llama("microsoft/phi-4", 100352, 5120, 17920, 40, 40, 10, 16384, foreign=_FUSED),
+    "phi-4": _decoder("microsoft/phi-4", 100352, 5120, 17920, 40, 40, 10, 16384, family="phi3"),
 }  # fmt: skip
 # Families whose blocks keep something that a Llama's does not.
 _OTHERS = {
