@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig, Qwen2, Qwen2Config
+from minilora.models import (
+    GPT2,
+    GPT2Config,
+    Llama,
+    LlamaConfig,
+    Phi3,
+    Phi3Config,
+    Qwen2,
+    Qwen2Config,
+)
 
 _DECODER = {
     "vocab_size": 97,
@@ -77,6 +86,18 @@ FAMILIES = {
             "biases": {"attention_bias": True, "mlp_bias": True},
         },
         LlamaConfig(*_TINY),
+    ),
+    "phi3": Family(
+        Phi3,
+        transformers.Phi3ForCausalLM,
+        transformers.Phi3Config,
+        {**_DECODER, "intermediate_size": 44, "eos_token_id": 2, "pad_token_id": None},
+        {
+            **_DECODER_SHAPES,
+            "window": {"sliding_window": 5},
+            "window_of_one": {"sliding_window": 1},
+        },
+        Phi3Config(*_TINY),
     ),
     "qwen2": Family(
         Qwen2,

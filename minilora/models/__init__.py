@@ -9,10 +9,11 @@ from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
 from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
 from minilora.models.llama import Llama, LlamaConfig
+from minilora.models.phi3 import Phi3, Phi3Config
 from minilora.models.qwen2 import Qwen2, Qwen2Config
 
 FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
-    family.config_class.model_type: family for family in (GPT2, Llama, Qwen2)
+    family.config_class.model_type: family for family in (GPT2, Llama, Phi3, Qwen2)
 }
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "ModelConfig",
+    "Phi3",
+    "Phi3Config",
     "Qwen2",
     "Qwen2Config",
 ]

@@ -1,0 +1,98 @@
+"""Phi-3 and Phi-4: the numbers of Hugging Face's `Phi3ForCausalLM`.
+
+A Llama whose queries, keys and values come from one projection, and gate and up from another (Abdin
+et al. 2024, "Phi-3 Technical Report", section 2). Where `sliding_window` is set, a token sees that
+many tokens, itself among them. Of its rotary embeddings the default ones are built.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.kernels import swiglu
+from minilora.models.blocks import Attention, DecoderLayer
+from minilora.models.causal import Decoder
+from minilora.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Phi3Config(DecoderConfig):
+    """Hold the numbers that define a Phi-3 model; names and defaults are Hugging Face's.
+
+    Args:
+        sliding_window: tokens that a token sees, itself among them; None: itself and all before it.
+            The other fields are `DecoderConfig`'s.
+    """
+
+    model_type = "phi3"
+    architecture = "Phi3ForCausalLM"
+    neutral = DecoderConfig.neutral | {
+        "resid_pdrop": (None, 0, 0.0),
+        "embd_pdrop": (None, 0, 0.0),
+    }
+    left_out = ("attention_bias", "mlp_bias")
+
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 32000
+    pad_token_id: int | None = 32000
+    sliding_window: int | None = None
+
+
+class FusedAttention(Attention):
+    """Attend with queries, keys and values that one projection makes."""
+
+    def add_projections(self, size: int, wide: int, narrow: int, **options: Any) -> None:
+        """Make the projection to the rows of queries, keys and values, in this order."""
+        self.parts = [width // self.head_dim for width in (wide, narrow, narrow)]
+        self.qkv_proj = nn.Linear(size, wide + 2 * narrow, **options)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return unrotated queries `[B, heads, T, head_dim]`, and keys and values of `kv_heads`."""
+        qkv = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        q, k, v = qkv.split(self.parts, dim=1)
+        return q, k, v
+
+
+class FusedMLP(nn.Module):
+    """Apply the SwiGLU block with a gate and an input that one projection makes."""
+
+    def __init__(self, config: Phi3Config, *, dtype=None, device=None) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        made = {"bias": False, "dtype": dtype, "device": device}
+        self.gate_up_proj = nn.Linear(size, 2 * inner, **made)
+        self.down_proj = nn.Linear(inner, size, **made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `down(silu(gate(x)) ⊙ up(x))`."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Phi3Layer(DecoderLayer):
+    """Add attention and then the SwiGLU block to the residual stream, each after a norm."""
+
+    attention_class, mlp_class = FusedAttention, FusedMLP
+
+
+class Phi3(Decoder):
+    """Compute next-token logits as Hugging Face's `Phi3ForCausalLM` does; see `Decoder`.
+
+    The window acts beside a given mask, too: it counts places in the row.
+    """
+
+    config_class, layer_class = Phi3Config, Phi3Layer
+
+    def _attention_mask(self, mask, batch: int, tokens: int, past: int, device):
+        """Take out of the mask what lies before the window."""
+        found = super()._attention_mask(mask, batch, tokens, past, device)
+        window = self.config.sliding_window
+        if window is None or past + tokens <= window:
+            return found
+        near = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device)
+        near = near.triu(past - window + 1)
+        return near & (near.tril(past) if found is None else found)

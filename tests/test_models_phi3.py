@@ -1,0 +1,95 @@
+"""What Phi-3 has beside what every family has: fused projections, a window, its configuration."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_families import assert_close, our_model, some_ids, their_model
+from transformers import Phi3Config as TheirConfig
+
+import minilora
+from minilora.lora import lora_layers
+from minilora.models import KVCache, Phi3Config
+
+pytestmark = pytest.mark.peers
+
+BASE = {"model_type": "phi3", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 8}
+BASE |= {"num_attention_heads": 4}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    half=st.integers(1, 5),
+    inner=st.integers(1, 30),
+    window=st.none() | st.integers(1, 12),
+    batch=st.integers(1, 3),
+    chunks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+)
+def test_forward_equals_transformers_for_any_shape(
+    groups, kv_heads, half, inner, window, batch, chunks
+):
+    """In one pass, and with a cache in chunks of any length."""
+    heads = groups * kv_heads
+    theirs = their_model(
+        "phi3",
+        torch.float64,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        hidden_size=heads * 2 * half,
+        intermediate_size=inner,
+        sliding_window=window,
+    )
+    ours = our_model("phi3", theirs)
+    ids = some_ids(ours, batch, sum(chunks))
+    cache = KVCache(ours, batch, sum(chunks))
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        assert_close(ours(ids), wanted, 1e-6)  # rotary frequencies are f32 in theirs
+        parts = [ours(part, cache=cache) for part in ids.split(chunks, dim=1)]
+        assert_close(torch.cat(parts, dim=1), wanted, 1e-6)
+
+
+def test_text_in_a_window_equals_transformers_token_for_token():
+    """Rows of unequal length, so padded on the left, against one row at a time."""
+    theirs = their_model("phi3", sliding_window=4)
+    ours = our_model("phi3", theirs)
+    prompts = [some_ids(ours, 1, n)[0].tolist() for n in (7, 1, 4)]
+    found = minilora.generate(ours, prompts, max_new_tokens=20)
+    for prompt, new in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert new == wanted[0, len(prompt) :].tolist()
+
+
+def test_adapters_lie_on_the_fused_projections():
+    model = minilora.inject(our_model("phi3", their_model("phi3", num_hidden_layers=1)), r=2)
+    parts = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    assert sorted(lora_layers(model)) == sorted(f"model.layers.0.{part}" for part in parts)
+
+
+def test_config_defaults_are_those_of_transformers():
+    ours, theirs = Phi3Config.from_dict(BASE), TheirConfig(**BASE)
+    for name, value in ours.to_dict().items():
+        if name not in ("architectures", "head_dim", "rope_theta", "rope_parameters"):
+            assert getattr(theirs, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not built: minilora's Phi3"),
+        ({"embd_pdrop": 0.1}, "embd_pdrop=0.1 is not built"),
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75 is not built"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: type='longrope' is not built"),
+        ({"rope_scaling": {"type": "su"}}, "rope_scaling: type='su' is not built"),
+        ({"sliding_window": 0}, "sliding_window must be an integer above 0, found 0"),
+    ],
+)
+def test_config_refuses_other_maths_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Phi3Config.from_dict(BASE | changes)
