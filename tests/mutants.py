@@ -203,6 +203,7 @@ class Mutants:
         self.model = minilora.eject(model)
         self.words = words
         write_gguf(home / "model.gguf")
+        minilora.plan(home / "llama", 10, length=16, timed=False)  # measures the machine, once
 
     def copy(self, name, folder):
         shutil.copytree(self.home / name, folder / name)
