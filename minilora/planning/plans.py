@@ -287,7 +287,7 @@ def plan(
 
     Args:
         model: a preset (`"llama-2-7b"`, …), a folder, a config.json, a .gguf file, a hub name
-            (needs huggingface_hub), a configuration, or a Llama or GPT2 of minilora.models.
+            (needs huggingface_hub), a configuration, or a model of minilora.models.
         data: examples as `minilora.data.as_examples` takes them, or their number.
         r: rank of the adapters.
         targets: as for `inject`.

@@ -42,7 +42,7 @@ def generate(
     i of a sampled batch draws from its own generator, made of seed and i.
 
     Args:
-        model: a `minilora.models.Llama`, run with a key-value cache; or any causal model that
+        model: a model of `minilora.models`, run with a key-value cache; or any causal model that
             returns logits [B, T, V] (or has them in `.logits`), recomputed for each token.
             Left as it was, flags, buffers and torch's random state included.
         prompts: a text, several texts, or several lists of token ids.

@@ -138,7 +138,7 @@ class TrainConfig:
         None,
         "10⁹ bytes that this process may take on a CPU, everything in it counted. A micro-batch "
         "whose planned peak (see `minilora.plan`) is higher is computed in smaller passes with the "
-        "same gradient. None sets no limit. For Llama and GPT2 of minilora.models with their own "
+        "same gradient. None sets no limit. For models of minilora.models with their own "
         "loss; not with `fsdp`.",
         _POSITIVE_OR_NONE,
         metavar="GB",

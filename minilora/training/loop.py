@@ -78,7 +78,7 @@ def fit(
         sample: writes some text with the model; called at each evaluation (in evaluation mode,
             without gradients), and the text is said and put into `metrics.jsonl`.
         plan: say first what memory and time are planned (which takes some seconds), and after the
-            last step what was measured. For Llama and GPT2 of minilora.models.
+            last step what was measured. For models of minilora.models.
 
     Returns:
         A `FitResult`. Ctrl-C or SIGTERM end the run after the step in hand, with the state saved.

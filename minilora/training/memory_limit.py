@@ -31,7 +31,7 @@ class MemoryLimit:
     """Plan the peak of this process for passes of any shape, and compare it with a limit.
 
     Args:
-        model: a Llama or GPT2 of minilora.models with adapters, on a CPU.
+        model: a model of minilora.models with adapters, on a CPU.
         gigabytes: the limit, in 10⁹ bytes; of this process, everything in it counted.
         autocast: the dtype of autocast, None without.
         checkpointing: whether blocks are recomputed.
@@ -59,7 +59,7 @@ class MemoryLimit:
             self.shape = read_shape(model)
         except ValueError:
             raise ValueError(
-                f"max_memory needs a model whose memory can be planned, a Llama or GPT2 of "
+                f"max_memory needs a model whose memory can be planned, a model of "
                 f"minilora.models, found {type(model).__name__}; leave max_memory out"
             ) from None
         self.gigabytes, self.ranks = gigabytes, ranks
