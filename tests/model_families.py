@@ -17,6 +17,8 @@ from minilora.models import (
     Phi3Config,
     Qwen2,
     Qwen2Config,
+    Qwen3,
+    Qwen3Config,
 )
 
 _DECODER = {
@@ -106,6 +108,14 @@ FAMILIES = {
         _DECODER,
         _DECODER_SHAPES,
         Qwen2Config(*_TINY),
+    ),
+    "qwen3": Family(
+        Qwen3,
+        transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config,
+        {**_DECODER, "head_dim": 8, "intermediate_size": 44},
+        {**_DECODER_SHAPES, "wide_heads": {"head_dim": 24}, "biases": {"attention_bias": True}},
+        Qwen3Config(*_TINY),
     ),
 }
 

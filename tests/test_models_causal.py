@@ -230,6 +230,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_runs_layers_again(family
 def test_forward_compiles_in_one_graph(family, cached):
     model = tiny(family)
     ids = some_ids(model, 2, 6)
+    torch._dynamo.reset()  # graphs of one forward are limited, and the families share it
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         if cached:

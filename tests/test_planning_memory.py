@@ -163,7 +163,8 @@ def test_presets_have_the_published_number_of_parameters(name, billions):
         ("llama-3.2-3b", 3_212_749_824, False), ("mistral-7b-v0.3", 7_248_023_552, False),
         ("qwen2.5-0.5b", 494_032_768, True), ("qwen2.5-1.5b", 1_543_714_304, True),
         ("qwen2.5-7b", 7_615_616_512, True), ("phi-3-mini", 3_821_079_552, True),
-        ("phi-4", 14_659_507_200, True),
+        ("phi-4", 14_659_507_200, True), ("qwen3-0.6b", 596_049_920, True),
+        ("qwen3-4b", 4_022_468_096, True), ("qwen3-8b", 8_190_735_360, True),
     ],
 )  # fmt: skip
 def test_presets_of_other_families_have_the_published_number_to_the_last(name, published, read):

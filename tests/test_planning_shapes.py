@@ -64,7 +64,6 @@ def test_the_real_file_has_the_presets_shape():
         ("tinyllama", "nearest: tinyllama-1.1b"),
         ("zzzz", "there are: gpt2, gpt2-medium"),
         ("qwen2.5-8b", "nearest: qwen2.5-"),
-        ("Qwen3-4B", "qwen3 is not planned, as its blocks norm queries and keys"),
         ("gemma-2-2b", "gemma is not planned, as its blocks have two or four norms more"),
     ],
 )

@@ -11,9 +11,10 @@ from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
 from minilora.models.llama import Llama, LlamaConfig
 from minilora.models.phi3 import Phi3, Phi3Config
 from minilora.models.qwen2 import Qwen2, Qwen2Config
+from minilora.models.qwen3 import Qwen3, Qwen3Config
 
 FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
-    family.config_class.model_type: family for family in (GPT2, Llama, Phi3, Qwen2)
+    family.config_class.model_type: family for family in (GPT2, Llama, Phi3, Qwen2, Qwen3)
 }
 
 __all__ = [
@@ -31,4 +32,6 @@ __all__ = [
     "Phi3Config",
     "Qwen2",
     "Qwen2Config",
+    "Qwen3",
+    "Qwen3Config",
 ]

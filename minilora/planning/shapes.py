@@ -114,6 +114,13 @@ PRESETS: dict[str, Preset] = {
     "qwen2.5-7b": _decoder(
         "Qwen/Qwen2.5-7B", 152064, 3584, 18944, 28, 28, 4, 131072, family="qwen2"
     ),
+    "qwen3-0.6b": _decoder(
+        "Qwen/Qwen3-0.6B", 151936, 1024, 3072, 28, 16, 8, 40960, tied=True, family="qwen3"
+    ),
+    "qwen3-4b": _decoder(
+        "Qwen/Qwen3-4B", 151936, 2560, 9728, 36, 32, 8, 40960, tied=True, family="qwen3"
+    ),
+    "qwen3-8b": _decoder("Qwen/Qwen3-8B", 151936, 4096, 12288, 36, 32, 8, 40960, family="qwen3"),
     "phi-3-mini": _decoder(
         "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, 32, 4096,
         family="phi3", sliding_window=2047,
@@ -122,7 +129,6 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 # Families whose blocks keep something that a Llama's does not.
 _OTHERS = {
-    "qwen3": "its blocks norm queries and keys",
     "gemma": "its blocks have two or four norms more and another activation",
 }
 

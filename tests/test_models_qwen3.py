@@ -1,0 +1,75 @@
+"""What Qwen3 has beside what every family has: any shape, GGUF files, its configuration."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_families import assert_close, our_model, some_ids, their_model
+from test_loading_gguf import PARTS, _metadata, _tensors, _write
+
+from minilora.loading.model import read_model
+from minilora.models import Qwen3, Qwen3Config
+
+pytestmark = pytest.mark.peers
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    half=st.integers(1, 5),
+    size=st.integers(1, 30),
+    bias=st.booleans(),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 12),
+)
+def test_forward_equals_transformers_for_any_shape(
+    groups, kv_heads, half, size, bias, batch, tokens
+):
+    theirs = their_model(
+        "qwen3",
+        torch.float64,
+        num_attention_heads=groups * kv_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=2 * half,
+        hidden_size=size,
+        attention_bias=bias,
+    )
+    ours = our_model("qwen3", theirs)
+    ids = some_ids(ours, batch, tokens)
+    with torch.no_grad():
+        assert_close(ours(ids), theirs(ids).logits)  # their norms compute in f32 alone
+
+
+def test_gguf_files_are_read(tmp_path, monkeypatch):
+    """Rows of q and k stay in their order there, unlike a Llama's."""
+    for norm in ("q_norm", "k_norm"):
+        monkeypatch.setitem(PARTS, f"self_attn.{norm}", f"attn_{norm}")
+    theirs = their_model("qwen3", hidden_size=64, intermediate_size=32, head_dim=32)
+    metadata = _metadata(theirs.config) | {
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+    }
+    tensors = _tensors(theirs, interleaved=False)
+    ours = read_model(_write(tmp_path / "a.gguf", tensors, metadata, architecture="qwen3"))
+    assert type(ours) is Qwen3
+    with torch.no_grad():
+        ids = some_ids(ours, 2, 9)
+        assert_close(ours(ids), theirs(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window=True is not built: minilora's Qwen3"),
+        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe' is not built"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types=.* is not built"),
+    ],
+)
+def test_config_refuses_other_maths_by_name(changes, message):
+    entries = {"model_type": "qwen3", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 8}
+    entries |= {"num_attention_heads": 4}
+    config = Qwen3Config.from_dict(entries)
+    assert (config.max_position_embeddings, config.head_dim) == (32768, 128)
+    with pytest.raises(ValueError, match=message):
+        Qwen3Config.from_dict(entries | changes)
