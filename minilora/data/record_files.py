@@ -133,6 +133,8 @@ def _document(file: BinaryIO) -> Iterator[Row]:
         yield f":{line}", ValueError(f"must be UTF-8: {error.reason}")
 
 
+# A reader takes an open binary file at its beginning. It yields the position of each record, as in
+# ":3" for a line, and the record, checked by its shape, or the ValueError that says what is wrong.
 READERS: dict[str, Callable[[BinaryIO], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".txt": _document,

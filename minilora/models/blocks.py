@@ -127,7 +127,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
         wide = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
         made = {"dtype": dtype, "device": device}
@@ -157,7 +157,7 @@ class Attention(nn.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         if slot is not None:
             k, v = extend(slot, k, v)
-        out = attend(q, k, v, mask, self.head_dim**-0.5)
+        out = attend(q, k, v, mask, self.scale)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 

@@ -299,8 +299,7 @@ def plan(
         quantize: the base's format: `"int8"`, `"nf4"`, `"int4"` or None.
         dtype: of base and computation; `"auto"`: the fastest on each machine that is compared.
         checkpointing: recompute blocks in the backward pass.
-        device: `"here"` (this CPU), or a machine of the table: `"rtx-4090"`, `"a100-80gb"`,
-            `"h100-80gb"`, `"8xa100-80gb"`, `"epyc-7763"`.
+        device: `"here"` (this CPU), or a name of `DEVICES`, as `"h100-80gb"`.
         ranks: processes.
         parallel: None, `"ddp"` or `"fsdp"`.
         dropout: of the adapters.

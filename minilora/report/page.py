@@ -1,6 +1,7 @@
 """An explanation as one HTML page: plots, tables and text, nothing loaded from anywhere.
 
-A new section, with its chart, is a function here and its position in `page`.
+A new section, with its chart, is a function here and its position in `page`. A figure that an
+`Explanation` does not hold yet is a field of `LayerReport` (`spectra.py`) or of `Behaviour`.
 """
 
 import html

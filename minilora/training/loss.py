@@ -1,4 +1,8 @@
-"""What a run minimises and what it measures on held-out data: an option of either goes here."""
+"""What a run minimises and what it measures on held-out data.
+
+This file chooses; what changes the loss itself is an argument of `token_loss` (`running/loss.py`)
+and of `CausalLM.loss` (`models/causal.py`), which keeps no logits.
+"""
 
 from typing import Any
 
