@@ -18,7 +18,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-CORE = ["kernels_low_rank", "kernels_cross_entropy", "layers", "adapters"]
+CORE = ["kernels_low_rank", "kernels_cross_entropy", "lora_layer", "lora_switching"]
 LIMIT = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 pytestmark = pytest.mark.skipif(
