@@ -28,11 +28,11 @@ WORKERS ?= 2
 test test-full: export OMP_WAIT_POLICY := PASSIVE
 test test-full: export OMP_NUM_THREADS := 1
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The suite, and thousands of damaged files and odd arguments.
 test-full: $(VENV)/dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --wide $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --wide $(ARGS)
 
 # Every Triton kernel × tile × dtype for sm_80 and sm_90, without a GPU: benchmarks/results/aot.csv.
 aot: $(VENV)/dev

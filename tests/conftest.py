@@ -37,6 +37,15 @@ def tally(pytestconfig):
     return pytestconfig.stash.setdefault(TALLY, {})
 
 
+# Files of few, slow tests come first, so that no worker is left with one at the end.
+FIRST = ["triton", "examples", "avx2", "triton_aot", "cli", "lora_widening", "training_ranks"]
+
+
+def pytest_collection_modifyitems(items):
+    first = {f"test_{name}.py": i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
 def pytest_sessionfinish(session):
     """Hand a worker's counts to the process that prints them."""
     if hasattr(session.config, "workeroutput"):
