@@ -32,6 +32,7 @@ from minilora.lora.patterns import compiled_pattern
 from minilora.lora.quantizing import check_quantizable, quantize, quantized
 from minilora.lora.samples import describe, difference, drawn_modules, frozen_values, weight_sample
 from minilora.lora.selection import matrix_shape, select_targets, targets
+from minilora.lora.serving import end_switching, mixed, prepare_switching
 from minilora.lora.storage import Sizes, sizes
 from minilora.lora.survey import Survey, split_block
 from minilora.lora.switching import activate, delete, disabled, eject, rename
@@ -81,6 +82,7 @@ __all__ = [
     "disabled",
     "drawn_modules",
     "eject",
+    "end_switching",
     "frozen_values",
     "inference",
     "inject",
@@ -89,9 +91,11 @@ __all__ = [
     "lora_layers",
     "matrix_shape",
     "merge",
+    "mixed",
     "named_modules",
     "named_parameters",
     "plain_adapter",
+    "prepare_switching",
     "product_norm",
     "quantize",
     "quantized",
