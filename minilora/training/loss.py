@@ -1,7 +1,7 @@
 """What a run minimises and what it measures on held-out data.
 
 This file chooses; what changes the loss itself is an argument of `token_loss` (`running/loss.py`)
-and of `CausalLM.loss` (`models/causal.py`), which keeps no logits.
+and of `CausalLM.loss` (`models/causal.py`, `kernels/cross_entropy.py`), which keeps no logits.
 """
 
 from typing import Any
