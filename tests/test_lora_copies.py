@@ -608,3 +608,13 @@ def test_keep_none_keeps_nothing_of_an_untied_head():
     minilora.merge(model, keep=None, untie=True)
     with pytest.raises(RuntimeError, match=r"merge\(keep=None\) kept none"):
         minilora.unmerge(model)
+
+
+def test_a_copied_bias_is_no_option_of_that_name(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    minilora.inject(model, r=2, targets=["0"], modules_to_save=["1"])
+    name = "1.trained_copies.by_adapter.default.bias"
+    assert model.get_parameter(name) is model[1].bias
+    model.load_state_dict(model.state_dict(), assign=True)
+    minilora.save(model, tmp_path)
+    assert Survey(model).copies["default"].modules_to_save == ["1"]

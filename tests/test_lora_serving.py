@@ -290,6 +290,7 @@ def test_blocks_keep_the_adapters_they_know(block):
         for call in (
             lambda: minilora.delete(model, "b"),
             lambda: minilora.rename(model, "b", "c"),
+            lambda: prepare_switching(model, 8),
         ):
             with pytest.raises(RuntimeError, match="must be called outside of disabled.. and mix"):
                 call()

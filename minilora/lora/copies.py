@@ -30,7 +30,7 @@ class TrainedCopies:
 class _AdapterCopies(nn.Module):
     def __init__(self, asked: TrainedCopies):
         super().__init__()
-        self.bias, self.modules_to_save = asked.bias, asked.modules_to_save
+        self.asked = (asked.bias, asked.modules_to_save)  # no name that a parameter may have
 
 
 class KeptCopies(nn.Module):

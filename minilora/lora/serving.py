@@ -70,11 +70,16 @@ def prepare_switching(model: nn.Module, max_r: int) -> None:
     Raises:
         ValueError: an adapter that doesn't fit or isn't plain LoRA (DoRA, lora_bias, trained
             copies), or a model without adapters.
-        RuntimeError: adapters are merged.
+        RuntimeError: adapters are merged, or a block of `disabled` or `mixed` is open.
     """
     survey = Survey(model)
     layers = survey.require_layers("prepare_switching")
     survey.require_unmerged("prepare_switching")
+    if any(layer.thread is not None for layer in layers.values()):
+        raise RuntimeError(
+            "prepare_switching() must be called outside of disabled() and mixed(), whose rows a "
+            "slot would override; end the block first"
+        )
     if isinstance(max_r, bool) or not isinstance(max_r, int) or max_r < 1:
         raise ValueError(f"max_r must be a whole number of at least 1, found {max_r!r}")
     for adapter in survey.copies:

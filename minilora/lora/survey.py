@@ -304,7 +304,7 @@ class Survey:
         found: dict[str, TrainedCopies] = {}
         for name, (_, kept) in self._kept.items():
             for adapter, one in kept.by_adapter.items():
-                mine = found.setdefault(adapter, TrainedCopies({}, one.bias, one.modules_to_save))
+                mine = found.setdefault(adapter, TrainedCopies({}, *one.asked))
                 mine.by_name.update((joined(name, key), v) for key, v in one._parameters.items())
         return found
 
