@@ -86,7 +86,8 @@ def test_lora_linear_matches_float64(dtype, m, n, k, r, p, bias, layout):
 @pytest.mark.parametrize("r", [4, 64, 256])
 @pytest.mark.usefixtures("nan_memory")
 def test_lora_linear_matches_float64_over_several_tiles(dtype, r):
-    compare(*make(140, 150, 170, r, dtype), 2.5, seed_tensor(m=140), 0.1)
+    # 84,000 elements: of fewer, the rounding of one row of S can decide the largest error.
+    compare(*make(560, 150, 170, r, dtype), 2.5, seed_tensor(m=560), 0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

@@ -121,11 +121,15 @@ def low_rank_gemm(
     mask_m = offs_m[:, None] < M
     mask_n = offs_n[None, :] < N
 
-    # The branch first: its scale and mask are applied to the accumulator the GEMM goes on with.
-    acc = low_rank_branch(
-        s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, span, stride_br, stride_bn,
-        R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-    )  # fmt: skip
+    # The branch first: its scale and mask are applied to the accumulator the GEMM goes on with. In
+    # f32 last: begun at the branch's magnitude, each step along K would round at it.
+    if x_ptr.dtype.element_ty == tl.float32:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    else:
+        acc = low_rank_branch(
+            s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, span, stride_br,
+            stride_bn, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
     w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
     step = tl.full((), BLOCK_K, tl.int64)
@@ -136,6 +140,11 @@ def low_rank_gemm(
         acc = multiply(x, w, acc, PRECISION)
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
+    if x_ptr.dtype.element_ty == tl.float32:
+        acc += low_rank_branch(
+            s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, span, stride_br,
+            stride_bn, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
