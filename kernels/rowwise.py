@@ -1,6 +1,6 @@
 """The passes between a decoder's products, keeping for backward only what they read.
 
-    rms_norm   y = w ∘ u,   u = x ρ,   ρ = 1 / sqrt(mean(x²) + eps)
+    rms_norm   y = w ∘ u,   u = x ρ,   ρ = 1 / sqrt(mean(x²) + eps),   w = weight + offset
                grad_x = ρ (h − u · mean(h ∘ u)),  h = G ∘ w          grad_w = Σ G ∘ u
     swiglu     y = silu(a) ∘ b
                grad_a = G ∘ b ∘ silu'(a)                             grad_b = G ∘ silu(a)
@@ -25,8 +25,11 @@ def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return wide * scale, scale
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return weight * _unit(x, eps)[0].to(x.dtype)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
+    unit = _unit(x, eps)[0]
+    if offset is None:
+        return weight * unit.to(x.dtype)
+    return (unit * (weight.to(unit.dtype) + offset)).to(x.dtype)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.eps = inputs
+        x, weight, ctx.eps, ctx.offset = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
@@ -56,13 +59,13 @@ class _RMSNorm(torch.autograd.Function):
         grad = grad_out.to(unit.dtype)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            h = grad * weight
+            h = grad * (weight if ctx.offset is None else weight.to(grad.dtype) + ctx.offset)
             along = (h * unit).mean(-1, keepdim=True)
             grad_x = ((h - unit * along) * scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
             rows = (grad * unit).reshape(-1, x.shape[-1])
             grad_w = rows.sum(0).to(weight.dtype)
-        return grad_x, grad_w, None
+        return grad_x, grad_w, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -89,20 +92,22 @@ def _recorded(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return `weight · x / sqrt(mean(x²) + eps)`, the mean over each row.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None = None) -> Tensor:
+    """Return `(weight + offset) · x / sqrt(mean(x²) + eps)`, the mean over each row.
 
     Args:
         x: `[..., D]` floating point; kept for backward as it is. Narrower ones are normed in f32.
         weight: `[D]`.
         eps: what keeps a row of zeros from a division by zero.
+        offset: added to the weight in f32, in which the product is formed, too, and rounded once;
+            None: nothing, and the unit row is rounded to x's dtype before it is weighted.
 
     Returns:
-        `[..., D]`, the unit row rounded to x's dtype, times the weight.
+        `[..., D]` in x's dtype, or without an offset what that and the weight's promote to.
     """
     if _recorded(x, weight):
-        return _RMSNorm.apply(x, weight, eps)
-    return _rms_norm(x, weight, eps)
+        return _RMSNorm.apply(x, weight, eps, offset)
+    return _rms_norm(x, weight, eps, offset)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

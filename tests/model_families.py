@@ -11,8 +11,12 @@ import transformers
 from minilora.models import (
     GPT2,
     GPT2Config,
+    Granite,
+    GraniteConfig,
     Llama,
     LlamaConfig,
+    Olmo2,
+    Olmo2Config,
     Phi3,
     Phi3Config,
     Qwen2,
@@ -77,6 +81,24 @@ FAMILIES = {
         },
         GPT2Config(29, 32, 16, 2, 4),
     ),
+    "granite": Family(
+        Granite,
+        transformers.GraniteForCausalLM,
+        transformers.GraniteConfig,
+        {
+            **_DECODER,
+            "embedding_multiplier": 1.5,
+            "attention_multiplier": 0.6,
+            "residual_multiplier": 1.3,
+            "logits_scaling": 1.7,
+        },
+        {
+            **_DECODER_SHAPES,
+            "wide_heads": {"head_dim": 24},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+        },
+        GraniteConfig(*_TINY, embedding_multiplier=2.0, logits_scaling=1.5),
+    ),
     "llama": Family(
         Llama,
         transformers.LlamaForCausalLM,
@@ -88,6 +110,14 @@ FAMILIES = {
             "biases": {"attention_bias": True, "mlp_bias": True},
         },
         LlamaConfig(*_TINY),
+    ),
+    "olmo2": Family(
+        Olmo2,
+        transformers.Olmo2ForCausalLM,
+        transformers.Olmo2Config,
+        {**_DECODER, "eos_token_id": 2, "pad_token_id": None},
+        {**_DECODER_SHAPES, "wide_heads": {"head_dim": 24}, "biases": {"attention_bias": True}},
+        Olmo2Config(*_TINY),
     ),
     "phi3": Family(
         Phi3,

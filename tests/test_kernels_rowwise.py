@@ -21,12 +21,16 @@ def swiglu_oracle(gate, up):
 
 OPS = {
     "rms_norm": (lambda x, w: rms_norm(x, w, EPS), norm_oracle),
+    "rms_norm_offset": (
+        lambda x, w: rms_norm(x, w, EPS, 1.5),
+        lambda x, w: norm_oracle(x, w + 1.5),
+    ),
     "swiglu": (swiglu, swiglu_oracle),
 }
 
 
 def operands(name, rows, width, dtype):
-    second = (width,) if name == "rms_norm" else (*rows, width)
+    second = (*rows, width) if name == "swiglu" else (width,)
     return torch.randn(*rows, width).to(dtype), torch.randn(*second).to(dtype)
 
 
@@ -105,6 +109,15 @@ def test_weights_wider_than_the_rows_keep_their_dtype():
         assert error(f, w) < 1e-2
 
 
+def test_with_an_offset_the_result_is_rounded_once():
+    """As transformers' OLMo 2 and Gemma do; Llama's norm rounds before it weights."""
+    x, weight = operands("rms_norm", (70,), 24, torch.bfloat16)
+    wanted = norm_oracle(x.double(), weight.double() + 1).bfloat16()
+    assert (rms_norm(x, weight, EPS, 1.0) != wanted).float().mean() < 1e-2
+    assert (rms_norm(x, weight + 1, EPS) != wanted).float().mean() > 0.2
+    assert rms_norm(x, weight.float(), EPS, 0.0).dtype == torch.bfloat16
+
+
 def test_a_row_of_zeros_has_a_finite_gradient():
     x, weight = torch.zeros(2, 6, requires_grad=True), torch.ones(6)
     (grad,) = torch.autograd.grad(rms_norm(x, weight, EPS).sum(), x)
@@ -135,7 +148,7 @@ def test_gradients_of_single_rows(name):
     """torch.func sees through both: a gradient for each row apart."""
     ours, oracle = OPS[name]
     first, second = operands(name, (4,), 6, torch.float64)
-    dims = (0, None) if name == "rms_norm" else (0, 0)
+    dims = (0, None) if name != "swiglu" else (0, 0)
     found, wanted = (
         torch.func.vmap(torch.func.grad(lambda a, b, f=f: f(a, b).square().sum()), in_dims=dims)(
             first, second

@@ -8,13 +8,16 @@ from minilora.models.causal import CausalLM
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
 from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
+from minilora.models.granite import Granite, GraniteConfig
 from minilora.models.llama import Llama, LlamaConfig
+from minilora.models.olmo2 import Olmo2, Olmo2Config
 from minilora.models.phi3 import Phi3, Phi3Config
 from minilora.models.qwen2 import Qwen2, Qwen2Config
 from minilora.models.qwen3 import Qwen3, Qwen3Config
 
 FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
-    family.config_class.model_type: family for family in (GPT2, Llama, Phi3, Qwen2, Qwen3)
+    family.config_class.model_type: family
+    for family in (GPT2, Granite, Llama, Olmo2, Phi3, Qwen2, Qwen3)
 }
 
 __all__ = [
@@ -24,10 +27,14 @@ __all__ = [
     "Conv1D",
     "GGUFNames",
     "GPT2Config",
+    "Granite",
+    "GraniteConfig",
     "KVCache",
     "Llama",
     "LlamaConfig",
     "ModelConfig",
+    "Olmo2",
+    "Olmo2Config",
     "Phi3",
     "Phi3Config",
     "Qwen2",

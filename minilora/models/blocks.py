@@ -79,16 +79,24 @@ def extend(slot: Slot, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RMSNorm(nn.Module):
-    """Scale each row to unit mean square, times a weight; f32 inside for narrower inputs."""
+    """Scale each row to unit mean square, times a weight; f32 inside for narrower inputs.
+
+    Attributes:
+        offset: what a family adds to the stored weight, where it also weights in f32; see
+            `kernels.rms_norm`.
+    """
+
+    offset: ClassVar[float | None] = None
 
     def __init__(self, size: int, eps: float, *, dtype=None, device=None) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        fresh = 1.0 - (self.offset or 0.0)
+        self.weight = nn.Parameter(torch.full((size,), fresh, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `weight · x / sqrt(mean(x²) + eps)` in x's dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        """Return `(weight + offset) · x / sqrt(mean(x²) + eps)` in x's dtype."""
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
     def extra_repr(self) -> str:
         """Show size and eps when printed."""
@@ -127,7 +135,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
-        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
+        self.head_dim, self.scale = config.head_dim, config.attention_scale
         wide = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
         made = {"dtype": dtype, "device": device}
@@ -180,19 +188,25 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Add attention and then the SwiGLU block to the residual stream, each after a norm.
 
-    A family with other parts names them in a subclass, its `Decoder.layer_class`.
+    A family with other parts names them in a subclass, its `Decoder.layer_class`; one that norms
+    elsewhere also has its own `forward`.
     """
 
     attention_class: ClassVar[type[nn.Module]] = Attention
     mlp_class: ClassVar[type[nn.Module]] = MLP
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
 
     def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
         made = {"dtype": dtype, "device": device}
         self.self_attn = self.attention_class(config, **made)
         self.mlp = self.mlp_class(config, **made)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
+        for name in self.norms:
+            norm = self.norm_class(config.hidden_size, config.rms_norm_eps, **made)
+            self.add_module(name, norm)
 
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
@@ -206,7 +220,7 @@ class Body(nn.Module):
     """What Hugging Face's checkpoints call `model`: everything but the head."""
 
     def __init__(
-        self, config: DecoderConfig, layer_class: type[nn.Module], *, dtype=None, device=None
+        self, config: DecoderConfig, layer_class: type[DecoderLayer], *, dtype=None, device=None
     ) -> None:
         super().__init__()
         made = {"dtype": dtype, "device": device}
@@ -214,4 +228,4 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(
             layer_class(config, **made) for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **made)
+        self.norm = layer_class.norm_class(config.hidden_size, config.rms_norm_eps, **made)

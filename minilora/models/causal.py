@@ -94,6 +94,10 @@ class CausalLM(nn.Module):
         """
         raise AttributeError(f"{type(self).__name__} must say how its ids are embedded")
 
+    def end(self, x: Tensor) -> Tensor:
+        """Return what the head reads of what the last norm returns."""
+        return x
+
     @property
     def blocks(self) -> Iterable[nn.Module]:
         """The blocks, in order."""
@@ -151,7 +155,7 @@ class CausalLM(nn.Module):
                 x = block(x, *beside, mask, None if cache is None else cache.slot(i))
         if cache is not None:
             cache.length += tokens
-        return self.get_submodule(self.norm_name)(x)
+        return self.end(self.get_submodule(self.norm_name)(x))
 
     def forward(
         self,
@@ -309,7 +313,7 @@ class Decoder(CausalLM):
         layer_class: what each layer is.
     """
 
-    layer_class: ClassVar[type[nn.Module]] = DecoderLayer
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def body(self, **made: Any) -> nn.Module:
         """Make the embedding, the layers and the last norm."""

@@ -222,6 +222,11 @@ class DecoderConfig(ModelConfig):
             )
 
     @property
+    def attention_scale(self) -> float:
+        """What a query times a key is multiplied by."""
+        return self.head_dim**-0.5
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether q, k and v have biases."""
         return self.attention_bias
