@@ -3,6 +3,7 @@
     loss = Σ_m [ log Σ_v exp(z_mv) − z_m,label ]     z = h Wᵀ, over rows with label_m ≠ ignore_index
     e_mv = exp(z_mv − max z_m)    s_m = Σ_v e_mv     p = e / s
     grad_h_m = (e_m − s_m·onehot(label_m)) W / s_m   grad_W = Σ_m (e_m − s_m·onehot)ᵀ h_m / s_m
+    with a cap c:  z = c·t,  t = tanh(h Wᵀ / c),  and (e_m − s_m·onehot) ∘ (1 − t²) in both
 
 N rows, D hidden, V vocabulary. Only `[chunk, V]` logits exist at a time, in a reused buffer that
 turns into e and then into the gradient; not that is divided by s but the narrow `[chunk, D]`
@@ -32,18 +33,22 @@ _CACHED_ELEMENTS = 2**19  # of the rows widened at a time on a CPU: 2 MB in f32
 _PANEL_ELEMENTS = 2**22  # of the head widened at a time, 16 MB in f32
 
 
-def _exponents(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _exponents(logits: Tensor, labels: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """Turn logits `[rows, V]` in place into `e − s·onehot`; return s and the losses, `[rows, 1]`.
 
     One pass of few tensor operations, for a compiler to fuse.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     column = labels[:, None]
-    largest = logits.amax(1, keepdim=True).to(wide)
-    picked = logits.gather(1, column).to(wide) - largest
-    e = (logits.to(wide) - largest).exp()
+    z = logits if cap is None else (logits.to(wide) / cap).tanh() * cap
+    largest = z.amax(1, keepdim=True).to(wide)
+    picked = z.gather(1, column).to(wide) - largest
+    e = (z.to(wide) - largest).exp()
     sums = e.sum(1, keepdim=True)
     own, losses = picked.exp() - sums, sums.log() - picked
+    if cap is not None:
+        slope = 1 - (z / cap) ** 2
+        e, own = e * slope, own * slope.gather(1, column)
     if logits.dtype == torch.float16:
         e, own, sums = e / sums, own / sums, torch.ones_like(sums)
     logits.copy_(e)
@@ -51,7 +56,7 @@ def _exponents(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return sums, losses
 
 
-def _exponents_by_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _exponents_by_rows(logits: Tensor, labels: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """Do the same over as many rows as stay in the cache, in a buffer of their own."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     step = len(logits)
@@ -63,10 +68,16 @@ def _exponents_by_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         e = narrow
         if narrow.dtype != wide:
             e = workspace(narrow.shape, wide, narrow.device).copy_(narrow)
+        slope = None
+        if cap is not None:
+            slope = e.div_(cap).tanh_().square().neg_().add_(1)
+            e.mul_(cap)
         largest = e.amax(1, keepdim=True)
         picked = e.gather(1, column) - largest
         sums = e.sub_(largest).exp_().sum(1, keepdim=True)
         e.scatter_(1, column, picked.exp() - sums)
+        if slope is not None:
+            e.mul_(slope)
         losses = sums.log() - picked
         if narrow.dtype == torch.float16:
             e, sums = e.div_(sums), torch.ones_like(sums)
@@ -95,7 +106,9 @@ def _panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, fused: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, fused: bool, cap: float | None
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_h, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_h = torch.empty_like(hidden) if need_h else None
@@ -111,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = workspace(torch.Size((len(h), len(weight))), h.dtype, h.device)
             for panel, matrix in _panels(weight, compute):
                 torch.mm(h, matrix.t(), out=logits[:, panel])
-            sums, losses = exponents(logits, label)
+            sums, losses = exponents(logits, label, cap)
             total += losses.sum()
             if grad_h is not None:
                 grad = torch.zeros_like(h)
@@ -132,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_h = grad_h * grad_out  # not cast first: 1/N and loss scales leave fp16's range
         if grad_w is not None:
             grad_w = (grad_w * grad_out).to(ctx.weight_dtype)
-        return grad_h, grad_w, None, None
+        return grad_h, grad_w, None, None, None
 
 
 def linear_cross_entropy(
@@ -143,6 +156,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     fused: bool = False,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Compute the cross-entropy of `hidden · weightᵀ` without holding the logits whole.
 
@@ -153,6 +167,7 @@ def linear_cross_entropy(
         ignore_index: the label that marks a row to leave out.
         reduction: `"mean"` over the rows that count, or `"sum"`.
         fused: run the passes over the logits through `torch.compile`, which must work here.
+        cap: above 0: each logit y is `cap · tanh(y / cap)`; None: as it is.
 
     Returns:
         A 0-dim tensor in f32 (f64 for f64 input).
@@ -196,5 +211,5 @@ def linear_cross_entropy(
             f"{int(labels.min())} to {int(labels.max())}"
         )
     with torch.autocast(hidden.device.type, enabled=False):
-        total = _LinearCrossEntropy.apply(hidden, weight, labels, fused)
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, fused, cap)
     return total / len(rows) if reduction == "mean" else total

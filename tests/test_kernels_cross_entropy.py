@@ -15,17 +15,22 @@ IGNORE = -100
 C = {"loss": 2.0, "max": 2.0, "rms": 1.5}
 
 
-def oracle(hidden, weight, labels, reduction="mean", ignore=IGNORE):
+def oracle(hidden, weight, labels, reduction="mean", ignore=IGNORE, cap=None):
     """Loss and both gradients from the whole softmax in float64."""
     h, W = hidden.detach().double(), weight.detach().double()
     rows = [i for i, label in enumerate(labels.tolist()) if label != ignore]
     gh, gW, loss = torch.zeros_like(h), torch.zeros_like(W), torch.zeros((), dtype=torch.float64)
     for i in rows:
         logits = W @ h[i]
+        slope = torch.ones_like(logits)
+        if cap is not None:
+            t = torch.tanh(logits / cap)
+            logits, slope = cap * t, 1 - t**2
         exps = torch.exp(logits - logits.max())
         p = exps / exps.sum()
         loss -= logits[labels[i]] - logits.max() - torch.log(exps.sum())
         p[labels[i]] -= 1
+        p *= slope
         gh[i] = p @ W
         gW += torch.outer(p, h[i])
     n = len(rows) if reduction == "mean" else 1
@@ -49,9 +54,10 @@ def case(n, d, v, dtype=torch.float32, ignored=0.3):
     v=st.sampled_from([1, 2, 7, 40]),
     strided=st.booleans(),
     reduction=st.sampled_from(["mean", "sum"]),
+    cap=st.none() | st.floats(0.5, 40),
     seed=st.integers(0, 2**16),
 )
-def test_linear_cross_entropy_matches_the_dense_oracle(n, d, v, strided, reduction, seed):
+def test_linear_cross_entropy_matches_the_dense_oracle(n, d, v, strided, reduction, cap, seed):
     torch.manual_seed(seed)
     hidden, weight, labels = case(n, d, v)
     if strided:
@@ -59,16 +65,19 @@ def test_linear_cross_entropy_matches_the_dense_oracle(n, d, v, strided, reducti
         weight = weight.detach().t().contiguous().t().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK_ELEMENTS", 1)  # the least: 32 rows in a chunk
-        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction, cap=cap)
     loss.backward()
-    exact = oracle(hidden, weight, labels, reduction)
+    exact = oracle(hidden, weight, labels, reduction, cap=cap)
     for found, truth in zip((loss, hidden.grad, weight.grad), exact, strict=True):
         torch.testing.assert_close(found.double(), truth, rtol=2e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("which", ["hidden", "weight", "both"])
-def test_linear_cross_entropy_passes_gradcheck_over_several_chunks(which, reduction, monkeypatch):
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_linear_cross_entropy_passes_gradcheck_over_several_chunks(
+    which, reduction, cap, monkeypatch
+):
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
     hidden, weight, labels = case(41, 3, 5, torch.float64)
     assert int((labels != IGNORE).sum()) % 32 != 0  # the last chunk is a part of one
@@ -77,7 +86,7 @@ def test_linear_cross_entropy_passes_gradcheck_over_several_chunks(which, reduct
     weight.requires_grad_(which != "hidden")
 
     def run(hidden, weight):
-        return linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+        return linear_cross_entropy(hidden, weight, labels, reduction=reduction, cap=cap)
 
     assert torch.autograd.gradcheck(run, (hidden, weight))
 
@@ -132,19 +141,23 @@ def test_linear_cross_entropy_survives_huge_logits():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_linear_cross_entropy_is_as_exact_as_plain_torch(dtype, autocast):
+def test_linear_cross_entropy_is_as_exact_as_plain_torch(dtype, cap, autocast):
     given_dtype = torch.float32 if autocast else dtype
     hidden, weight, labels = case(200, 24, 60)
     hidden, weight = (
         t.detach().to(dtype).to(given_dtype).requires_grad_() for t in (hidden, weight)
     )
-    exact = oracle(hidden, weight, labels)
+    exact = oracle(hidden, weight, labels, cap=cap)
     narrow = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight)]
-    plain = torch.nn.functional.cross_entropy((narrow[0] @ narrow[1].T).float(), labels)
+    logits = (narrow[0] @ narrow[1].T).float()
+    plain = torch.nn.functional.cross_entropy(
+        logits if cap is None else cap * (logits / cap).tanh(), labels
+    )
     plain.backward()
     with torch.autocast("cpu", dtype, enabled=autocast and dtype != torch.float32):
-        loss = linear_cross_entropy(hidden, weight, labels)
+        loss = linear_cross_entropy(hidden, weight, labels, cap=cap)
     loss.backward()
     assert loss.dtype == torch.float32
     assert hidden.grad.dtype == weight.grad.dtype == given_dtype
@@ -171,6 +184,19 @@ def test_linear_cross_entropy_backward_keeps_scales_outside_fp16(scale):
     assert hidden.grad.dtype == torch.float16
     # Half of fp16's smallest step, and its relative precision, a few times over.
     torch.testing.assert_close(hidden.grad.double(), exact, rtol=4e-3, atol=1.2e-7 + 4e-3 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_linear_cross_entropy_compiled_is_the_eager_one(dtype, cap):
+    hidden, weight, labels = case(50, 8, 31, dtype)
+    found = []
+    for fused in (False, True):
+        loss = linear_cross_entropy(hidden, weight, labels, cap=cap, fused=fused)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        assert (a.double() - b.double()).norm() <= 8 * torch.finfo(dtype).eps * a.double().norm()
 
 
 def test_linear_cross_entropy_of_no_rows():

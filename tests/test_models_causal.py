@@ -163,6 +163,29 @@ def test_loss_goes_through_a_wrapped_head(family, monkeypatch, chunk):
         assert_close(parameter.grad, gradients[name])
 
 
+@pytest.mark.parametrize("head", ["plain", "wrapped", "compiled"])
+def test_logits_are_capped_in_every_loss(family, head):
+    model = tiny(family)
+    ids = some_ids(model, 3, 9)
+    plain = model(ids)
+    model.logit_cap = 0.5
+    capped = model(ids)
+    assert_close(capped, 0.5 * torch.tanh(plain / 0.5))
+    assert (capped - plain).abs().max() > 0.1
+    if head == "wrapped":
+        model.lm_head = _WrappedHead(model.lm_head)
+    model.compiled_loss = head == "compiled"
+    wanted = _head_mean(model(ids), ids)
+    wanted.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    found = model.loss(ids, ids)
+    found.backward()
+    assert_close(found, wanted)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, gradients[name])
+
+
 def test_loss_runs_the_hooks_of_a_head(family):
     model = tiny(family)
     ids = some_ids(model, 2, 5)

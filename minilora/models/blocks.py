@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.kernels import causal_attention, rms_norm, swiglu
+from minilora.kernels import capped_attention, causal_attention, rms_norm, swiglu
 from minilora.models.config import DecoderConfig
 
 Rotation = tuple[Tensor, Tensor]
@@ -118,8 +118,12 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None = None
+) -> Tensor:
     """Attend `[B, heads, T, head_dim]` to `[B, kv_heads, S, head_dim]`; causally without a mask."""
+    if cap is not None:
+        return capped_attention(q, k, v, mask, scale, cap)
     # One new token may see everything, so it needs no mask and is not "causal" in SDPA's sense,
     # which aligns the first query with the first key.
     if mask is None and q.shape[2] > 1:
@@ -135,7 +139,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__()
-        self.head_dim, self.scale = config.head_dim, config.attention_scale
+        self.head_dim = config.head_dim
+        self.scale, self.cap = config.attention_scale, config.attention_cap
         wide = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
         made = {"dtype": dtype, "device": device}
@@ -165,7 +170,7 @@ class Attention(nn.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         if slot is not None:
             k, v = extend(slot, k, v)
-        out = attend(q, k, v, mask, self.scale)
+        out = attend(q, k, v, mask, self.scale, self.cap)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 

@@ -42,6 +42,7 @@ class CausalLM(nn.Module):
             keeping its activations; acts in training mode with gradients on.
         compiled_loss: when True, `loss` runs its passes over the logits through `torch.compile`
             (on a CPU, and with a head that is a plain nn.Linear).
+        logit_cap: each logit y becomes `logit_cap · tanh(y / logit_cap)`; None: it stays.
         name_or_path: where the weights came from, or None.
     """
 
@@ -63,6 +64,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.compiled_loss = False
+        self.logit_cap: float | None = None
         self.name_or_path: str | None = None
         body = self.body(dtype=dtype, device=device)
         self.add_module(self.norm_name.partition(".")[0], body)
@@ -188,7 +190,13 @@ class CausalLM(nn.Module):
         if last is not None and last < 1:
             raise ValueError(f"last must be 1 or more positions, or None for all, found {last}")
         x = self.hidden(input_ids, positions=positions, mask=mask, cache=cache)
-        return self.lm_head(x if last is None else x[:, -last:])
+        return self.logits(x if last is None else x[:, -last:])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return what the head makes of what `hidden` returns, capped."""
+        found = self.lm_head(x)
+        cap = self.logit_cap
+        return found if cap is None else (found / cap).tanh() * cap
 
     def loss(
         self,
@@ -229,16 +237,15 @@ class CausalLM(nn.Module):
         rows = hidden[:, :-1].flatten(0, 1)
         if _is_plain_linear(self.lm_head):
             fused = self.compiled_loss and rows.device.type == "cpu"
-            return linear_cross_entropy(
-                rows, self.lm_head.weight, target, ignore_index=IGNORED, fused=fused
-            )
+            options: Any = {"ignore_index": IGNORED, "fused": fused, "cap": self.logit_cap}
+            return linear_cross_entropy(rows, self.lm_head.weight, target, **options)
         return self._loss_through_head(rows, target)
 
     def _loss_through_head(self, rows: Tensor, target: Tensor) -> Tensor:
         """The same mean where the head is wrapped: its forward is run, chunk by chunk, twice."""
 
         def chunk_loss(h: Tensor, label: Tensor) -> Tensor:
-            logits = self.lm_head(h)
+            logits = self.logits(h)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(wide, label, ignore_index=IGNORED, reduction="sum")
 

@@ -227,6 +227,11 @@ class DecoderConfig(ModelConfig):
         return self.head_dim**-0.5
 
     @property
+    def attention_cap(self) -> float | None:
+        """What no attention score exceeds; None: nothing is capped."""
+        return None
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether q, k and v have biases."""
         return self.attention_bias
