@@ -45,11 +45,29 @@ _DECODER_SHAPES = {
         "rms_norm_eps": 0.1,
     },
 }
+_SWITCHED_WINDOWS = {
+    "windows_above": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 2,
+        "num_hidden_layers": 3,
+    },
+    "windows_of_two": {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 0},
+    "windows_by_type": {
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
 _TINY = (29, 16, 20, 2, 4, 2, 4, 32)
 
 
 class Family(NamedTuple):
-    """A family: our class, theirs and its configuration, what to make of it, and a tiny one."""
+    """A family: our class, theirs and its configuration, what to make of it, and a tiny one.
+
+    Names of shapes whose layers have windows, longer ones than a row not among them, begin with
+    "windows".
+    """
 
     ours: Any
     theirs: Any
@@ -126,8 +144,8 @@ FAMILIES = {
         {**_DECODER, "intermediate_size": 44, "eos_token_id": 2, "pad_token_id": None},
         {
             **_DECODER_SHAPES,
-            "window": {"sliding_window": 5},
-            "window_of_one": {"sliding_window": 1},
+            "windows": {"sliding_window": 5},
+            "windows_of_two": {"sliding_window": 2},
         },
         Phi3Config(*_TINY),
     ),
@@ -136,7 +154,7 @@ FAMILIES = {
         transformers.Qwen2ForCausalLM,
         transformers.Qwen2Config,
         _DECODER,
-        _DECODER_SHAPES,
+        {**_DECODER_SHAPES, **_SWITCHED_WINDOWS},
         Qwen2Config(*_TINY),
     ),
     "qwen3": Family(
@@ -144,7 +162,12 @@ FAMILIES = {
         transformers.Qwen3ForCausalLM,
         transformers.Qwen3Config,
         {**_DECODER, "head_dim": 8, "intermediate_size": 44},
-        {**_DECODER_SHAPES, "wide_heads": {"head_dim": 24}, "biases": {"attention_bias": True}},
+        {
+            **_DECODER_SHAPES,
+            **_SWITCHED_WINDOWS,
+            "wide_heads": {"head_dim": 24},
+            "biases": {"attention_bias": True},
+        },
         Qwen3Config(*_TINY),
     ),
 }

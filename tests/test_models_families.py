@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM
 import minilora
 from minilora.loading.model import read_model
 from minilora.loading.saving import save_pretrained
+from minilora.models import KVCache
 
 pytestmark = pytest.mark.peers
 
 SHAPES = [(family, shape) for family, row in FAMILIES.items() for shape in row.shapes]
+WINDOWS = [(family, shape) for family, shape in SHAPES if shape.startswith("windows")]
 
 
 @pytest.mark.parametrize(("family", "shape"), SHAPES)
@@ -46,6 +48,35 @@ def test_loss_and_every_gradient_equal_transformers(family, shape):
         assert_close(gradients[name].grad, parameter.grad, 2e-5)  # sums in another order
 
 
+@pytest.mark.parametrize(("family", "shape"), WINDOWS)
+def test_windows_hold_for_cached_and_padded_rows(family, shape):
+    """In chunks of any length, and beside a mask: the windowed rule is written out here."""
+    ours = our_model(family, their_model(family, **FAMILIES[family].shapes[shape]))
+    ids, pads = some_ids(ours, 2, 11), torch.tensor([3, 0])
+    cache = KVCache(ours, 2, 11)
+    with torch.no_grad():
+        wanted = ours(ids)
+        parts = [ours(part, cache=cache) for part in ids.split([4, 1, 3, 1, 2], dim=1)]
+        assert_close(torch.cat(parts, dim=1), wanted)
+        seen = (torch.arange(11) >= pads[:, None])[:, None, None] & torch.ones(11, 11).tril().bool()
+        positions = (torch.arange(11) - pads[:, None]).clamp(min=0)
+        found = ours(ids, mask=seen, positions=positions)
+        assert_close(found[0, 3:], ours(ids[:1, 3:])[0])
+        assert_close(found[1], wanted[1])
+
+
+@pytest.mark.parametrize(("family", "shape"), WINDOWS)
+def test_a_mask_is_made_for_each_window_once_and_only_where_one_is_needed(family, shape):
+    ours = our_model(family, their_model(family, **FAMILIES[family].shapes[shape]))
+    for window in ours.windows - {None}:
+        masks = ours._masks(None, 2, window, 0, torch.device("cpu"))
+        assert masks[window] is None
+        masks = ours._masks(None, 2, window + 1, 0, torch.device("cpu"))
+        assert masks.pop(window).shape == (window + 1, window + 1)
+        assert set(masks) <= {None}
+        assert masks.get(None) is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_with_positions_equals_transformers(family):
     theirs = their_model(family)
@@ -74,10 +105,13 @@ def test_forward_in_bf16_is_as_exact_as_transformers(tmp_path, family):
     assert (found - exact).pow(2).mean() <= 1.1**2 * (wanted - exact).pow(2).mean()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_equals_transformers_token_for_token(family):
+@pytest.mark.parametrize(
+    ("family", "shape"), [*((family, "plain") for family in FAMILIES), *WINDOWS]
+)
+def test_greedy_text_equals_transformers_token_for_token(family, shape):
     """Rows of unequal length, so padded on the left, against one row at a time."""
-    theirs = their_model(family, tie_word_embeddings=False)
+    changes = FAMILIES[family].shapes[shape] | {"tie_word_embeddings": False}
+    theirs = their_model(family, **changes)
     ours = our_model(family, theirs)
     prompts = [some_ids(ours, 1, n)[0].tolist() for n in (7, 1, 4)]
     found = minilora.generate(ours, prompts, max_new_tokens=30)
@@ -89,6 +123,18 @@ def test_greedy_text_equals_transformers_token_for_token(family):
         )  # fmt: skip
         assert new == wanted[0, len(prompt) :].tolist()
         assert len(set(new)) > 3  # not one token over and over
+
+
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_config_survives_the_way_through_transformers(family, shape):
+    row = FAMILIES[family]
+    theirs = row.config(**{**row.base, **row.shapes[shape]})
+    ours = row.ours.config_class.from_dict(theirs.to_dict())
+    again = row.config(**ours.to_dict())
+    assert row.ours.config_class.from_dict(again.to_dict()) == ours
+    known = theirs.to_dict().keys() & ours.to_dict().keys()
+    for key in known - {"architectures", "rope_parameters"}:  # which has defaults written out
+        assert again.to_dict()[key] == theirs.to_dict()[key], key
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -113,7 +113,7 @@ def test_config_refuses_scaled_rotations(key, rope):
         ),
         ({"rope_theta": 10**400}, "rope_theta must be a number above 0"),
         ({"eos_token_id": 2**31}, "eos_token_id must be a token id"),
-        ({"layer_types": 5}, "layer_types=5 is not built"),
+        ({"layer_types": 5}, "layer_types must be a list of names or null, found 5"),
         ({"hidden_size": "16"}, "hidden_size must be an integer"),
         ({"num_hidden_layers": 1.5}, "num_hidden_layers must be an integer"),
         ({"num_attention_heads": None}, "num_attention_heads must be an integer"),

@@ -61,9 +61,7 @@ def test_gguf_files_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_sliding_window": True}, "use_sliding_window=True is not built: minilora's Qwen2"),
         ({"model_type": "qwen3"}, "model_type='qwen3' is not built"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types=.* is not built"),
     ],
 )
 def test_config_refuses_other_maths_by_name(changes, message):
@@ -74,3 +72,48 @@ def test_config_refuses_other_maths_by_name(changes, message):
     assert "attention_bias" not in config.to_dict()
     with pytest.raises(ValueError, match=message):
         Qwen2Config.from_dict(entries | changes)
+
+
+ENTRIES = {"model_type": "qwen2", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 8}
+ENTRIES |= {"num_attention_heads": 4, "num_hidden_layers": 3}
+
+
+def test_windows_are_off_unless_switched_on():
+    assert Qwen2Config.from_dict(ENTRIES | {"sliding_window": 5}).windows == (None,) * 3
+    on = ENTRIES | {"use_sliding_window": True}
+    assert Qwen2Config.from_dict(on).windows == (None,) * 3  # from layer 28 on
+    on |= {"max_window_layers": 1}
+    assert Qwen2Config.from_dict(on).windows == (None, 4096, 4096)
+    assert Qwen2Config.from_dict(on | {"sliding_window": 5}).windows == (None, 5, 5)
+    assert Qwen2Config.from_dict(on | {"sliding_window": None}).windows == (None,) * 3
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    assert Qwen2Config.from_dict(on | {"layer_types": types}).windows == (4096, None, None)
+    assert Qwen2Config(9, 16, 8, 3, 4, 4, 4, sliding_window=7).windows == (7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": 1}, "use_sliding_window must be true or false, found 1"),
+        ({"max_window_layers": -1}, "max_window_layers must be an integer ≥ 0, found -1"),
+        ({"sliding_window": 0}, "sliding_window must be an integer above 0, found 0"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers must be an integer above 0"),
+        ({"layer_types": "sliding_attention"}, "layer_types must be a list of names or null"),
+        ({"layer_types": [1, 2, 3]}, "layer_types must be a list of names or null"),
+        (
+            {"layer_types": ["sliding_attention"]},
+            "layer_types must name .* for each of 3 layers, found .*; correct config.json",
+        ),
+        (
+            {"layer_types": ["sliding_attention", "full_attention", "chunked_attention"]},
+            "layer_types must name .* for each of 3 layers",
+        ),
+        (
+            {"layer_types": ["sliding_attention"] * 3, "sliding_window": None},
+            "sliding_window must be set where layer_types has 'sliding_attention'",
+        ),
+    ],
+)
+def test_config_refuses_windows_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Qwen2Config.from_dict(ENTRIES | {"use_sliding_window": True} | changes)

@@ -1,9 +1,7 @@
-"""What families are built of: cache, RMS norm, rotary embeddings, attention, gated MLP, a layer.
+"""What families are built of: cache, RMS norm, attention, gated MLP, a layer.
 
 B sequences, T new tokens, S tokens attended to (cached ones and the new).
-The architecture: Touvron et al. 2023, "LLaMA", section 2.2; rotary embeddings in the half-rotation
-order of Hugging Face's checkpoints (Su et al. 2021, "RoFormer", section 3.4.2, with the pairs
-(i, i + head_dim/2)).
+The architecture: Touvron et al. 2023, "LLaMA", section 2.2; rotary embeddings lie in `rotary.py`.
 """
 
 from typing import Any, ClassVar
@@ -14,8 +12,8 @@ from torch import Tensor, nn
 
 from minilora.kernels import capped_attention, causal_attention, rms_norm, swiglu
 from minilora.models.config import DecoderConfig
+from minilora.models.rotary import Rotation, rotate
 
-Rotation = tuple[Tensor, Tensor]
 Slot = tuple[Tensor, Tensor, int]  # keys and values [B, kv_heads, room, D], held
 
 
@@ -103,21 +101,6 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def rotation_at(config: DecoderConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines `[1 or B, 1, T, head_dim / 2]`, computed in f32 from int positions."""
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequency = 1.0 / (config.rope_theta ** (steps / config.head_dim))
-    angle = (positions[..., None].float() * frequency).view(-1, 1, positions.shape[-1], len(steps))
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair (x_i, x_{i + head_dim/2}) of `[B, heads, T, head_dim]` by its angle."""
-    cos, sin = rotation
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None = None
 ) -> Tensor:
@@ -163,7 +146,7 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, slot: Slot | None
     ) -> Tensor:
         """Return `[B, T, hidden]`; without a mask position t sees positions 0 to t."""
         q, k, v = self.heads(x)
@@ -195,6 +178,10 @@ class DecoderLayer(nn.Module):
 
     A family with other parts names them in a subclass, its `Decoder.layer_class`; one that norms
     elsewhere also has its own `forward`.
+
+    Attributes:
+        window: tokens that a token sees, itself among them; None: itself and all before it.
+        rope: how queries and keys are rotated; None: not at all.
     """
 
     attention_class: ClassVar[type[nn.Module]] = Attention
@@ -204,8 +191,9 @@ class DecoderLayer(nn.Module):
     input_layernorm: RMSNorm
     post_attention_layernorm: RMSNorm
 
-    def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype=None, device=None) -> None:
         super().__init__()
+        self.window, self.rope = config.windows[layer], config.ropes[layer]
         made = {"dtype": dtype, "device": device}
         self.self_attn = self.attention_class(config, **made)
         self.mlp = self.mlp_class(config, **made)
@@ -214,7 +202,7 @@ class DecoderLayer(nn.Module):
             self.add_module(name, norm)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, slot: Slot | None
     ) -> Tensor:
         """Return `[B, T, hidden]`."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, slot)
@@ -231,6 +219,6 @@ class Body(nn.Module):
         made = {"dtype": dtype, "device": device}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **made)
         self.layers = nn.ModuleList(
-            layer_class(config, **made) for _ in range(config.num_hidden_layers)
+            layer_class(config, layer, **made) for layer in range(config.num_hidden_layers)
         )
         self.norm = layer_class.norm_class(config.hidden_size, config.rms_norm_eps, **made)

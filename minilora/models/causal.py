@@ -13,9 +13,10 @@ from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels import linear_cross_entropy
-from minilora.models.blocks import Body, DecoderLayer, KVCache, rotation_at
+from minilora.models.blocks import Body, DecoderLayer, KVCache
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
+from minilora.models.rotary import rotation_at
 
 IGNORED = -100  # the label of a token that does not count, as in Hugging Face
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped
@@ -68,6 +69,8 @@ class CausalLM(nn.Module):
         self.name_or_path: str | None = None
         body = self.body(dtype=dtype, device=device)
         self.add_module(self.norm_name.partition(".")[0], body)
+        self.windows = {block.window for block in self.blocks}
+        self.ropes = {block.rope for block in self.blocks}
         self.lm_head: nn.Module = nn.Linear(
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device
         )
@@ -89,10 +92,10 @@ class CausalLM(nn.Module):
         """Make everything but the head, with the dtype and on the device of `made`."""
         raise AttributeError(f"{type(self).__name__} must say what it is made of")
 
-    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple]:
-        """Return the first hidden state, and what every block takes beside it.
+    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, dict[Any, tuple]]:
+        """Return the first hidden state, and by `block.rope` what a block takes beside it.
 
-        A block is called as `block(x, *beside, mask, slot of the cache)`.
+        A block is called as `block(x, *beside[block.rope], mask, slot of the cache)`.
         """
         raise AttributeError(f"{type(self).__name__} must say how its ids are embedded")
 
@@ -101,8 +104,8 @@ class CausalLM(nn.Module):
         return x
 
     @property
-    def blocks(self) -> Iterable[nn.Module]:
-        """The blocks, in order."""
+    def blocks(self) -> Iterable[Any]:
+        """The blocks, in order; each has a `window` and a `rope`."""
         return self.get_submodule(self.blocks_name)  # type: ignore[return-value]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -147,14 +150,15 @@ class CausalLM(nn.Module):
             positions = torch.arange(past, past + tokens, device=input_ids.device)
         else:
             self._check_positions(positions, batch, tokens)
-        mask = self._attention_mask(mask, batch, tokens, past, input_ids.device)
+        masks = self._masks(mask, batch, tokens, past, input_ids.device)
         x, beside = self.begin(input_ids, positions)
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
+            given = (*beside[block.rope], masks[block.window])
             if again and cache is None:
-                x = checkpoint(block, x, *beside, mask, None, use_reentrant=False)
+                x = checkpoint(block, x, *given, None, use_reentrant=False)
             else:
-                x = block(x, *beside, mask, None if cache is None else cache.slot(i))
+                x = block(x, *given, None if cache is None else cache.slot(i))
         if cache is not None:
             cache.length += tokens
         return self.end(self.get_submodule(self.norm_name)(x))
@@ -175,8 +179,9 @@ class CausalLM(nn.Module):
             positions: `[T]` or `[B, T]` integers in `[0, max_position_embeddings)`; default: they
                 count up from the cache's length (0 without one).
             mask: bool, True where a query may attend, broadcastable to `[B, heads, T, S]` with S
-                the cached and the new tokens. It replaces the causal rule. Default: each token
-                sees itself and everything before it, cached or new.
+                the cached and the new tokens. It replaces the causal rule; a layer's window, which
+                counts places in the row, acts beside it. Default: each token sees itself and
+                everything before it, cached or new.
             cache: keys and values of earlier tokens; the new ones are appended (changed in place).
             last: compute only the logits of the last that many positions.
 
@@ -289,13 +294,28 @@ class CausalLM(nn.Module):
                 f"to {high}"
             )
 
-    def _attention_mask(self, mask, batch: int, tokens: int, past: int, device):
-        """The mask for every layer `[.., .., T, S]`, or None where plain causality is enough."""
-        if mask is None:
-            if past == 0 or tokens == 1:
-                return None
-            return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
-        whole = (batch, self.config.num_attention_heads, tokens, past + tokens)
+    def _masks(
+        self, mask: Tensor | None, batch: int, tokens: int, past: int, device: torch.device
+    ) -> dict[int | None, Tensor | None]:
+        """The mask of each window `[.., .., T, S]`, or None where plain causality is enough."""
+        reach = past + tokens
+        if mask is not None:
+            mask = self._checked_mask(mask, (batch, tokens, reach))
+        elif past and tokens > 1:
+            mask = torch.ones(tokens, reach, dtype=torch.bool, device=device).tril(past)
+        masks: dict[int | None, Tensor | None] = {}
+        for window in self.windows:
+            masks[window] = mask
+            if window is not None and window < reach:
+                near = torch.ones(tokens, reach, dtype=torch.bool, device=device)
+                near = near.triu(past - window + 1)
+                masks[window] = near & (near.tril(past) if mask is None else mask)
+        return masks
+
+    def _checked_mask(self, mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Return a given mask with four dimensions, or raise."""
+        batch, tokens, reach = shape
+        whole = (batch, self.config.num_attention_heads, tokens, reach)
         fits = mask.dim() <= 4 and all(
             size in (1, full) for size, full in zip(mask.shape[::-1], whole[::-1], strict=False)
         )
@@ -331,7 +351,7 @@ class Decoder(CausalLM):
         """Pass over the rotary frequencies that old checkpoints store."""
         return None if name.endswith(".rotary_emb.inv_freq") else name
 
-    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple]:
-        """Embed the ids; every block takes the rotation at the positions."""
+    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, dict[Any, tuple]]:
+        """Embed the ids; a block takes the rotation at the positions by its rope."""
         x = self.get_input_embeddings()(ids)
-        return x, (rotation_at(self.config, positions, x.dtype),)
+        return x, {rope: (rotation_at(rope, positions, x.dtype),) for rope in self.ropes}

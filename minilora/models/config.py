@@ -8,8 +8,10 @@ from typing import Any, ClassVar, TypeVar, get_args
 import torch
 
 from minilora.files import one_line, short
+from minilora.models.rotary import Rope
 
 MOST_BLOCKS, LARGEST = 1024, 2**30  # every number of a configuration has a limit
+FULL, SLIDING = "full_attention", "sliding_attention"  # the `layer_types`
 Neutral = dict[str, tuple[Any, ...]]
 _NEUTRAL: Neutral = {
     "quantization_config": (None,),
@@ -159,7 +161,8 @@ class ModelConfig:
 class DecoderConfig(ModelConfig):
     """The numbers of a decoder with rotary embeddings, RMS norms and a gated MLP.
 
-    Every name is Hugging Face's; a family is a subclass.
+    Every name is Hugging Face's; a family is a subclass. One that has windows says so in its own
+    `left_out`, without `sliding_window`, and without `layer_types` where layers differ.
 
     Args:
         vocab_size: rows of the embedding and of the output head.
@@ -177,11 +180,19 @@ class DecoderConfig(ModelConfig):
         mlp_bias: whether gate, up and down have biases.
         bos_token_id, pad_token_id: beginning of sequence, padding; or None.
         eos_token_id: end of sequence: one id, several, or None.
+        sliding_window: tokens that a token sees in a sliding layer, itself among them; None: no
+            layer is sliding.
+        layer_types: per layer `"full_attention"` or `"sliding_attention"`; None: all sliding where
+            `sliding_window` is set.
+
+    Attributes:
+        window_switch: whether windows are off unless `use_sliding_window` is true.
     """
 
+    window_switch: ClassVar[bool] = False
+    left_out = ("sliding_window", "layer_types")
     neutral: ClassVar = {
         "hidden_act": (None, "silu", "swish"),  # two names of one function
-        "use_sliding_window": (None, False),
         "partial_rotary_factor": (None, 1, 1.0),
         "rope_interleaved": (None, False),
         "attention_dropout": (None, 0, 0.0),
@@ -203,9 +214,12 @@ class DecoderConfig(ModelConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_types()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads, found "
@@ -219,6 +233,21 @@ class DecoderConfig(ModelConfig):
         if self.head_dim % 2:
             raise ValueError(
                 f"head_dim must be even (rotary embeddings turn pairs), found {self.head_dim}"
+            )
+
+    def _check_types(self) -> None:
+        types = self.layer_types
+        if types is None:
+            return
+        if len(types) != self.num_hidden_layers or not {*types} <= {FULL, SLIDING}:
+            raise ValueError(
+                f"layer_types must name {FULL!r} or {SLIDING!r} for each of "
+                f"{self.num_hidden_layers} layers, found {short(list(types))}; correct config.json"
+            )
+        if SLIDING in types and self.sliding_window is None:
+            raise ValueError(
+                f"sliding_window must be set where layer_types has {SLIDING!r}, found none; "
+                f"correct config.json"
             )
 
     @property
@@ -236,17 +265,24 @@ class DecoderConfig(ModelConfig):
         """Whether q, k and v have biases."""
         return self.attention_bias
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer how many tokens a token sees, itself among them; None: all before it."""
+        types = self.layer_types or (SLIDING,) * self.num_hidden_layers
+        return tuple(self.sliding_window if each == SLIDING else None for each in types)
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """Per layer how queries and keys are rotated; None: not at all."""
+        return (Rope(self.head_dim, self.rope_theta),) * self.num_hidden_layers
+
     @classmethod
     def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        types = entries.get("layer_types") or []
-        if not isinstance(types, list) or any(each != "full_attention" for each in types):
-            raise ValueError(
-                f"layer_types={short(types)} is not built: every layer must be 'full_attention'"
-            )
         for key in ("vocab_size", "hidden_size", "intermediate_size"):
             if key not in values:
                 raise ValueError(f"{key} must stand in config.json, found no such entry")
         values.setdefault("num_hidden_layers", 32)
+        values = cls._with_windows(values, entries)
         heads = values.setdefault("num_attention_heads", 32)
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = heads
@@ -263,9 +299,53 @@ class DecoderConfig(ModelConfig):
         switches = ("attention_bias", "mlp_bias", "tie_word_embeddings")
         return values | {key: False for key in switches if values.get(key) is None}
 
+    @classmethod
+    def _with_windows(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        """Read `layer_types`, or make them from what the family's older keys say."""
+        switch = entries.get("use_sliding_window")
+        if switch is not None and not isinstance(switch, bool):
+            raise ValueError(f"use_sliding_window must be true or false, found {short(switch)}")
+        if switch and not cls.window_switch:
+            raise ValueError("use_sliding_window=True is not built: the family has no such switch")
+        if cls.window_switch and not switch:
+            values["sliding_window"] = None
+        types, window = entries.get("layer_types"), values.get("sliding_window")
+        cls._check("sliding_window", int | None, window)
+        if entries.get("sliding_window") is not None and "sliding_window" in cls.left_out:
+            found = short(entries["sliding_window"])
+            raise ValueError(f"sliding_window={found} is not built: the family has no windows")
+        if not (types is None or (isinstance(types, list) and {*map(type, types)} <= {str})):
+            raise ValueError(f"layer_types must be a list of names or null, found {short(types)}")
+        if "layer_types" in cls.left_out:
+            only = FULL if window is None else SLIDING
+            if {*(types or ())} - {only}:
+                raise ValueError(
+                    f"layer_types={short(types)} is not built: every layer must be {only!r}"
+                )
+            return values
+        if types is None and window is not None:
+            cls._check("num_hidden_layers", int, values["num_hidden_layers"])
+            types = cls._older_types(values, entries)
+        if types is None or SLIDING not in types:
+            return values | {"layer_types": None, "sliding_window": None}
+        return values | {"layer_types": tuple(types)}
+
+    @classmethod
+    def _older_types(cls, values: dict[str, Any], entries: dict[str, Any]) -> list[str]:
+        """Return the `layer_types` where there are none, by default Qwen's rule."""
+        first = entries.get("max_window_layers", 28)
+        if type(first) is not int or first < 0:
+            raise ValueError(f"max_window_layers must be an integer ≥ 0, found {short(first)}")
+        return [SLIDING if i >= first else FULL for i in range(values["num_hidden_layers"])]
+
     def _entries(self) -> dict[str, Any]:
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        return {"hidden_act": "silu", **super()._entries(), "rope_parameters": rope}
+        entries = {"hidden_act": "silu", **super()._entries(), "rope_parameters": rope}
+        if "layer_types" in entries:
+            entries["layer_types"] = [FULL if w is None else SLIDING for w in self.windows]
+        if self.window_switch:
+            entries["use_sliding_window"] = self.sliding_window is not None
+        return entries
 
 
 def _rope_theta(entries: dict[str, Any]) -> Any:

@@ -196,6 +196,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Add attention and then the MLP to the residual stream, each after a norm."""
 
+    window = rope = None
+
     def __init__(self, config: GPT2Config, layer: int, *, dtype=None, device=None) -> None:
         super().__init__()
         made = {"dtype": dtype, "device": device}
@@ -250,6 +252,6 @@ class GPT2(CausalLM):
             return None
         return f"transformer.{name}" if name.startswith(_BODY) else name
 
-    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple]:
+    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, dict[Any, tuple]]:
         """Add the embeddings of ids and positions; blocks take nothing beside."""
-        return self.transformer.wte(ids) + self.transformer.wpe(positions.long()), ()
+        return self.transformer.wte(ids) + self.transformer.wpe(positions.long()), {None: ()}

@@ -11,7 +11,7 @@ V", appendix B).
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +34,6 @@ class GraniteConfig(DecoderConfig):
 
     model_type = "granite"
     architecture = "GraniteForCausalLM"
-    neutral: ClassVar = DecoderConfig.neutral | {"sliding_window": (None,)}
 
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2

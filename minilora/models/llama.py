@@ -22,7 +22,7 @@ class LlamaConfig(DecoderConfig):
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
-    neutral = DecoderConfig.neutral | {"pretraining_tp": (None, 1), "sliding_window": (None,)}
+    neutral = DecoderConfig.neutral | {"pretraining_tp": (None, 1)}
 
 
 def _half_rotation(fqn: str, rows: Tensor, config: LlamaConfig) -> Tensor:

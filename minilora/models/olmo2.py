@@ -24,8 +24,7 @@ class Olmo2Config(DecoderConfig):
 
     model_type = "olmo2"
     architecture = "Olmo2ForCausalLM"
-    neutral = DecoderConfig.neutral | {"sliding_window": (None,)}
-    left_out = ("mlp_bias",)
+    left_out = (*DecoderConfig.left_out, "mlp_bias")
 
     rms_norm_eps: float = 1e-5
     eos_token_id: int | list[int] | None = 50279

@@ -1,14 +1,12 @@
 """Phi-3 and Phi-4: the numbers of Hugging Face's `Phi3ForCausalLM`.
 
 A Llama whose queries, keys and values come from one projection, and gate and up from another (Abdin
-et al. 2024, "Phi-3 Technical Report", section 2). Where `sliding_window` is set, a token sees that
-many tokens, itself among them. Of its rotary embeddings the default ones are built.
+et al. 2024, "Phi-3 Technical Report", section 2), with one window for all layers or none.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minilora.kernels import swiglu
@@ -19,12 +17,7 @@ from minilora.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Phi3Config(DecoderConfig):
-    """Hold the numbers that define a Phi-3 model; names and defaults are Hugging Face's.
-
-    Args:
-        sliding_window: tokens that a token sees, itself among them; None: itself and all before it.
-            The other fields are `DecoderConfig`'s.
-    """
+    """Hold the numbers that define a Phi-3 model; the fields are `DecoderConfig`'s."""
 
     model_type = "phi3"
     architecture = "Phi3ForCausalLM"
@@ -32,14 +25,13 @@ class Phi3Config(DecoderConfig):
         "resid_pdrop": (None, 0, 0.0),
         "embd_pdrop": (None, 0, 0.0),
     }
-    left_out = ("attention_bias", "mlp_bias")
+    left_out = ("attention_bias", "mlp_bias", "layer_types")
 
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 32000
     pad_token_id: int | None = 32000
-    sliding_window: int | None = None
 
 
 class FusedAttention(Attention):
@@ -80,19 +72,6 @@ class Phi3Layer(DecoderLayer):
 
 
 class Phi3(Decoder):
-    """Compute next-token logits as Hugging Face's `Phi3ForCausalLM` does; see `Decoder`.
-
-    The window acts beside a given mask, too: it counts places in the row.
-    """
+    """Compute next-token logits as Hugging Face's `Phi3ForCausalLM` does; see `Decoder`."""
 
     config_class, layer_class = Phi3Config, Phi3Layer
-
-    def _attention_mask(self, mask, batch: int, tokens: int, past: int, device):
-        """Take out of the mask what lies before the window."""
-        found = super()._attention_mask(mask, batch, tokens, past, device)
-        window = self.config.sliding_window
-        if window is None or past + tokens <= window:
-            return found
-        near = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device)
-        near = near.triu(past - window + 1)
-        return near & (near.tril(past) if found is None else found)

@@ -1,10 +1,11 @@
 """Qwen2 and Qwen2.5: the numbers of Hugging Face's `Qwen2ForCausalLM`.
 
 A Llama whose queries, keys and values have biases (Yang et al. 2024, "Qwen2 Technical Report",
-section 2.2.1). Of its sliding windows only none is built.
+section 2.2.1). With `use_sliding_window`, layers from `max_window_layers` on have a window.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from minilora.models.causal import Decoder
 from minilora.models.config import DecoderConfig
@@ -18,9 +19,13 @@ class Qwen2Config(DecoderConfig):
     model_type = "qwen2"
     architecture = "Qwen2ForCausalLM"
     left_out = ("attention_bias", "mlp_bias")
-    qkv_bias = True
+    qkv_bias = window_switch = True
 
     max_position_embeddings: int = 32768
+
+    @classmethod
+    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        return super()._completed({"sliding_window": 4096, **values}, entries)
 
 
 class Qwen2(Decoder):

@@ -1,7 +1,8 @@
 """Qwen3: the numbers of Hugging Face's `Qwen3ForCausalLM`.
 
 A Llama that norms the queries and the keys of each head before they are rotated (Yang et al. 2025,
-"Qwen3 Technical Report", section 2). Of its sliding windows only none is built.
+"Qwen3 Technical Report", section 2). With `use_sliding_window`, layers from `max_window_layers` on
+have a window.
 """
 
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ class Qwen3Config(DecoderConfig):
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
     left_out = ("mlp_bias",)
+    window_switch = True
 
     max_position_embeddings: int = 32768
 
     @classmethod
     def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        return super()._completed({"head_dim": 128, **values}, entries)
+        return super()._completed({"head_dim": 128, "sliding_window": 4096, **values}, entries)
 
 
 class NormedAttention(Attention):

@@ -53,9 +53,10 @@ def keep_blocks(survey: Survey, names: Iterable[str]) -> Callable[[], None]:
 
 
 def sort_of(block: nn.Module) -> Hashable:
-    """Return what blocks that keep the same have in common: their class and parameters."""
+    """Return what blocks that keep the same have in common: class, window, rope, parameters."""
     parameters = ((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
-    return type(block), *parameters
+    kind = getattr(block, "window", None), getattr(block, "rope", None)
+    return type(block), kind, *parameters
 
 
 def samples(sorts: Sequence[Hashable], most: int = 2) -> dict[int, int]:

@@ -359,12 +359,14 @@ def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tup
                 f"has a rank above {min(size)}; lower r, or exclude the layer"
             )
     sorts: dict[str, list[str]] = {name: [] for name in survey.blocks}
+    kinds = [(block.window, block.rope) for block in model.blocks]
     inside = {}  # the block that a target is in
     for name in chosen:
         stack, number, rest = split_block(name)
         inside[name] = f"{stack}.{number}"
         sorts.get(inside[name], []).append(rest)
-    few = samples([tuple(names) for names in sorts.values()], most or len(sorts))
+    alike = [(*kind, *names) for kind, names in zip(kinds, sorts.values(), strict=True)]
+    few = samples(alike, most or len(sorts))
     kept = [name for i, name in enumerate(sorts) if i in few]
     keep_blocks(survey, kept)
     chosen = [name for name in chosen if inside[name] not in sorts or inside[name] in kept]
