@@ -292,7 +292,7 @@ def test_save_pretrained_refuses_other_models(tmp_path, folder):
     ours.transformer.h[0].mlp.c_fc = nn.Sequential(ours.transformer.h[0].mlp.c_fc)
     with pytest.raises(ValueError, match=r"a plain GPT2, .*\.h\.0\.mlp\.c_fc\.0"):
         save_pretrained(ours, tmp_path / "ours")
-    with pytest.raises(TypeError, match=r"models of .* \(GPT2, Llama.*\), found Linear; write"):
+    with pytest.raises(TypeError, match=r"models of .* \(GPT2, .*Llama.*\), found Linear; write"):
         save_pretrained(nn.Linear(2, 2), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
@@ -407,11 +407,11 @@ def test_load_model_keeps_special_tokens_that_are_named(tmp_path):
     assert tokenizer.eos_id == tokenizer.bos_id == size - 1
 
 
-@pytest.mark.parametrize("kind", ["mistral", None, ["gpt2"]])
+@pytest.mark.parametrize("kind", ["bloom", None, ["gpt2"]])
 def test_load_model_refuses_another_model_type(folder, kind):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": kind}))
     with pytest.raises(
-        ValueError, match=r"model_type that is built \(gpt2, llama.*\), found .*inject"
+        ValueError, match=r"model_type that is built \(gpt2, .*llama.*\), found .*inject"
     ):
         load_model(folder)

@@ -146,7 +146,7 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, slot: Slot | None
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
     ) -> Tensor:
         """Return `[B, T, hidden]`; without a mask position t sees positions 0 to t."""
         q, k, v = self.heads(x)
@@ -202,7 +202,7 @@ class DecoderLayer(nn.Module):
             self.add_module(name, norm)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, slot: Slot | None
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
     ) -> Tensor:
         """Return `[B, T, hidden]`."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, slot)

@@ -190,7 +190,7 @@ class DecoderConfig(ModelConfig):
     """
 
     window_switch: ClassVar[bool] = False
-    left_out = ("sliding_window", "layer_types")
+    left_out: ClassVar[tuple[str, ...]] = ("sliding_window", "layer_types")
     neutral: ClassVar = {
         "hidden_act": (None, "silu", "swish"),  # two names of one function
         "partial_rotary_factor": (None, 1, 1.0),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]
+Rotation = tuple[Tensor, Tensor] | None  # None: nothing is rotated
 
 
 class Rope(NamedTuple):
@@ -24,7 +24,7 @@ class Rope(NamedTuple):
     theta: float
 
 
-def rotation_at(rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> Rotation | None:
+def rotation_at(rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> Rotation:
     """Cosines and sines `[1 or B, 1, T, dim / 2]`, computed in f32 from int positions."""
     if rope is None:
         return None
@@ -34,7 +34,7 @@ def rotation_at(rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> Rot
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair (x_i, x_{i + dim/2}) of `[B, heads, T, head_dim]` by its angle."""
     if rotation is None:
         return x
