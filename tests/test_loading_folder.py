@@ -482,7 +482,7 @@ def test_load_model_reads_what_save_pretrained_writes(tmp_path, folder):
 
 
 def test_load_model_refuses_what_is_neither(tmp_path):
-    with pytest.raises(ValueError, match=r"a folder with config\.json, a \.gguf file or one of"):
+    with pytest.raises(ValueError, match=r"config\.json, a \.gguf file, a name of the hub"):
         load_model(tmp_path / "absent")
     (tmp_path / "text").write_text("hello, world")
     with pytest.raises(ValueError, match="text' must be a GGUF file"):

@@ -1,8 +1,6 @@
 """Where a shape comes from, and what is no model."""
 
 import json
-import sys
-import types
 
 import pytest
 from torch import nn
@@ -86,26 +84,3 @@ def test_what_is_no_model(tmp_path, folder):
     (folder / "config.json").write_text(json.dumps(entries | {"hidden_size": -8}))
     with pytest.raises(ValueError, match="hidden_size must be an integer above 0, found -8"):
         read_shape(folder)
-
-
-def test_a_hub_name_is_fetched_where_the_package_is(folder, monkeypatch):
-    def download(name, file):
-        if name == "nobody/llama-2-7":
-            raise OSError("404 not found\nmore")
-        assert (name, file) == ("owner/model", "config.json")
-        return str(folder / "config.json")
-
-    hub = types.ModuleType("huggingface_hub")
-    hub.hf_hub_download = download
-    hub.__spec__ = types.SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert read_shape("owner/model").config == SMALL
-    with pytest.raises(RuntimeError, match="from the hub .404 not found.; nearest: llama-2-7b"):
-        read_shape("nobody/llama-2-7")
-
-
-def test_a_hub_name_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="needs huggingface_hub, which is not installed"):
-        read_shape("owner/model")

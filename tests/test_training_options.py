@@ -28,7 +28,7 @@ OTHERS = {
     "checkpointing": (True, ""), "max_memory": (2.5, "2.5"), "compile": ("auto", "-auto"),
     "shuffle": (False, "--no-shuffle"), "group_by_length": (False, "--no-group-by-length"),
     "seed": (2**40, str(2**40)), "patience": (3, "3"), "parallel": ("ddp", "ddp"),
-    "max_bad_steps": (2, "2"), "log_every": (1, "1"),
+    "max_bad_steps": (2, "2"), "log_every": (1, "1"), "base_name": ("me/base", "me/base"),
 }  # fmt: skip
 
 

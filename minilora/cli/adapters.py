@@ -8,15 +8,15 @@ from typing import Any
 import minilora
 from minilora.cli.arguments import DATA_HELP, DTYPES, ENCODING, arg, integer, positive, verb
 from minilora.cli.sources import (
+    adapter_of,
     base_of,
-    check_adapter,
     check_new_folder,
     data_files,
     encode_files,
     load,
 )
 from minilora.loading import load_model
-from minilora.peft import save_adapter
+from minilora.peft import adapter_folder, save_adapter
 from minilora.report import check_keep, truncate
 
 _FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
@@ -38,7 +38,7 @@ _FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
 def export(options: argparse.Namespace) -> int:
     """Write an adapter as plain LoRA that PEFT, vLLM and llama.cpp read alike."""
     check_new_folder(options.new, "NEW")
-    check_adapter(options.out, "OUT")
+    options.out = adapter_of(options.out, "OUT")
     model, _ = load_model(base_of(options.out, options.model), dtype=None)
     minilora.load(model, options.out)
     print(minilora.export(model, options.new, r=options.r, dtype=options.dtype))
@@ -49,22 +49,22 @@ def export(options: argparse.Namespace) -> int:
 @verb("check", "out")
 def check(options: argparse.Namespace) -> int:
     """Say which programs read an adapter folder, and why."""
-    readers = minilora.check(options.out)
+    readers = minilora.check(adapter_folder(options.out))
     print(readers)
     return 0 if all(reader.takes for reader in readers) else 1
 
 
 def _check_explain(options: argparse.Namespace) -> None:
-    """Refuse what would fail after the slow part."""
+    """Refuse what would fail after the slow part; put folders in the place of adapters' names."""
     check_keep(options.keep)
     for file in (options.json, options.html):
         if file is not None and not file.parent.is_dir():
             raise ValueError(f"{file} must lie in a folder that is there, found no {file.parent}")
     if options.truncate is not None:
         check_new_folder(options.truncate, "--truncate")
-    check_adapter(options.out, "OUT")
+    options.out = adapter_of(options.out, "OUT")
     if options.against is not None:
-        check_adapter(options.against, "--against")
+        options.against = adapter_of(options.against, "--against")
 
 
 @verb(

@@ -73,7 +73,11 @@ def _length(text: str) -> int:
     return int(text)
 
 
-_MODEL = "a Hugging Face folder, a .gguf file, or smollm2-135m (fetched once)"
+_MODEL = (
+    "a Hugging Face folder, a .gguf file, a name on the hub (owner/name, @revision or :file.gguf "
+    "may follow), or smollm2-135m; fetched once"
+)
+ADAPTER_HELP = "folder with the adapter's two files, or its name on the hub"
 DATA_HELP = (
     '.jsonl with "text", "prompt" and "completion", or chat "messages" on each line; or .txt, '
     "one document a file, cut into windows of --max-length tokens"
@@ -93,9 +97,9 @@ _SHARED: dict[str, dict[str, Any]] = {
         "default": 64,
         "help": "weights that share a scale (default: 64)",
     },
-    "--adapter": {"type": Path, "help": "folder with the adapter's two files"},
+    "--adapter": {"type": Path, "help": ADAPTER_HELP},
     "--out": {"required": True, "type": Path, "help": "a new or empty folder"},
-    "out": {"type": Path, "metavar": "OUT", "help": "folder with the adapter"},
+    "out": {"type": Path, "metavar": "OUT", "help": ADAPTER_HELP},
     "--model": {"help": f"default: what the adapter names as its base; {_MODEL}"},
     "--data": {"required": True, "nargs": "+", "metavar": "FILE", "help": DATA_HELP},
     "--batch-size": {"type": positive, "default": 8, "help": "(default: 8)"},

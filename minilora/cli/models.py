@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import minilora
-from minilora.cli.arguments import DTYPE_HELP, DTYPES, arg, positive, verb
+from minilora.cli.arguments import ADAPTER_HELP, DTYPE_HELP, DTYPES, arg, positive, verb
 from minilora.cli.sources import check_new_folder, load
 from minilora.loading import fetch as fetch_model
 from minilora.loading import save_pretrained
@@ -21,7 +21,7 @@ from minilora.quantization import FORMATS, quantized_layers
         choices=("stored", *DTYPES),
         help=f"of the base; stored (default) is what the model's file has, {DTYPE_HELP}",
     ),
-    arg("--adapter", required=True, type=Path, help="folder with the adapter's two files"),
+    arg("--adapter", required=True, type=Path, help=ADAPTER_HELP),
     "--out",
 )
 def merge(options: argparse.Namespace) -> int:

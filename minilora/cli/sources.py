@@ -10,27 +10,40 @@ import torch
 
 import minilora
 from minilora.data import DataFiles, Encoding, Example
-from minilora.files import is_new
-from minilora.loading import load_model
-from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, find_pair, read_config
+from minilora.files import is_new, on_hub, tensor_file
+from minilora.loading import known_name, load_model
+from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, read_config
 from minilora.training import common_dtype, torchrun_number
 
 
-def check_adapter(folder: Path, what: str) -> None:
-    """Raise unless a folder holds an adapter."""
+def adapter_of(name: Path, what: str) -> Path:
+    """Return the folder of an adapter, downloaded if the hub has one of that name, or raise."""
+    folder = adapter_folder(name)
     if not find_pair(folder)[0].is_file():
         raise ValueError(
             f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
             f"{CONFIG_FILE} in {folder}"
         )
+    return folder
 
 
 def base_of(adapter: Path, model: str | None) -> str:
     """Return the model that was asked for, or else the one that an adapter names as its base."""
-    named = model or read_config(find_pair(adapter)[0]).get("base_model_name_or_path")
+    if model:
+        return model
+    config_file, weights = find_pair(adapter)
+    config = read_config(config_file)
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not named:
         raise ValueError(f"{adapter / CONFIG_FILE} must name its base, found none; pass --model")
-    return named
+    name = on_hub(named)
+    if name is None:
+        return named
+    if revision:
+        return str(name._replace(revision=str(revision)))
+    with tensor_file(weights) as opened:
+        ours = "minilora_base" in (opened.metadata() or {})
+    return (ours and known_name(named)) or named  # our file has the name of what it was made from
 
 
 def check_new_folder(out: Path, what: str) -> None:
@@ -48,7 +61,7 @@ def load(
     """Return the model that the options name, with its adapter, and the tokenizer."""
     adapter = getattr(options, "adapter", None)
     if adapter is not None:
-        check_adapter(adapter, "--adapter")  # before the slow part
+        adapter = adapter_of(adapter, "--adapter")  # before the slow part
     target = device(options)
     dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
     dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)

@@ -1,5 +1,6 @@
 """Files and texts: read with one kind of error, written whole or not at all, worded in one line."""
 
+from minilora.files.hub import HubName, cached_name, download, on_hub
 from minilora.files.json_text import parse_json, read_json, unique_keys
 from minilora.files.links import leads_out, open_plain
 from minilora.files.options import (
@@ -41,11 +42,14 @@ __all__ = [
     "MOST",
     "Check",
     "Checksums",
+    "HubName",
     "UnwritableError",
     "add_flags",
     "beside",
+    "cached_name",
     "check_options",
     "described",
+    "download",
     "flags_of",
     "given",
     "is_new",
@@ -56,6 +60,7 @@ __all__ = [
     "name_beside",
     "nearest",
     "number",
+    "on_hub",
     "one_line",
     "open_plain",
     "option",

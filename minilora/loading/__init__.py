@@ -1,11 +1,12 @@
 """From a path or name to a model and its tokenizer, and back to the disk."""
 
-from minilora.loading.fetching import fetch
+from minilora.loading.fetching import fetch, known_name
 from minilora.loading.model import load_model, read_config, read_tokenizer
 from minilora.loading.saving import save_pretrained
 
 __all__ = [
     "fetch",
+    "known_name",
     "load_model",
     "read_config",
     "read_tokenizer",

@@ -43,8 +43,8 @@ NAMES = tuple(_SOURCES)
 
 
 def known_name(name: str) -> str | None:
-    """Return what `fetch` calls a model, given that name or the hub's; None for any other."""
-    return next((key for key, s in _SOURCES.items() if name in (key, s.hub)), None)
+    """Return what `fetch` calls a model, given its name on the hub; None for any other."""
+    return next((key for key, s in _SOURCES.items() if name == s.hub), None)
 
 
 def hub_name(file: Path) -> str | None:

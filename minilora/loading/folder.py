@@ -14,7 +14,7 @@ from torch import Tensor
 from minilora.files import Checksums, leads_out, read_json, tensor_file
 from minilora.loading.source import HEAD, Source, family_of, some
 
-CONFIG, WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MAPPED = 2**24  # bytes of a file read through one mapping
 FLOAT_NAMES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -116,21 +116,22 @@ def _with_tied_head(
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         others = sorted(
             file.name for form in ("*.bin", "*.safetensors") for file in folder.glob(form)
         )
         raise ValueError(
-            f"a model folder must hold {WEIGHTS} or {_INDEX}, found {others or 'neither'} in "
+            f"a model folder must hold {WEIGHTS} or {INDEX}, found {others or 'neither'} in "
             f"'{folder}'; only safetensors are read"
         )
-    return [_inside(folder, name) for name in sorted(set(_weight_map(folder).values()))]
+    return [_inside(folder, name) for name in sorted(set(weight_map(folder).values()))]
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    entries = read_json(folder / _INDEX).get("weight_map")
+def weight_map(folder: Path) -> dict[str, str]:
+    """Read the file that an index names for each tensor."""
+    entries = read_json(folder / INDEX).get("weight_map")
     if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
-        raise ValueError(f"'{folder / _INDEX}' must map tensor names to files under 'weight_map'")
+        raise ValueError(f"'{folder / INDEX}' must map tensor names to files under 'weight_map'")
     return entries
 
 
@@ -140,22 +141,22 @@ def _inside(folder: Path, name: str) -> Path:
     absolute = pure.is_absolute() or Path(name).is_absolute()
     if absolute or ".." in pure.parts or leads_out(folder, file):
         raise ValueError(
-            f"'{folder / _INDEX}' must name files inside its folder, found {name!r}, which leads "
+            f"'{folder / INDEX}' must name files inside its folder, found {name!r}, which leads "
             f"out of it; do not use this folder"
         )
     if not file.is_file():
-        raise ValueError(f"'{folder / _INDEX}' names {name!r}, found no such file in the folder")
+        raise ValueError(f"'{folder / INDEX}' names {name!r}, found no such file in the folder")
     return file
 
 
 def _check_index(folder: Path, places: Places, fqn_of: Callable[[str], str | None]) -> None:
     """Raise unless an index says of every tensor the file that holds it."""
-    entries = _weight_map(folder).items()
+    entries = weight_map(folder).items()
     mapped = {name: folder / file for name, file in entries if fqn_of(name) is not None}
     held = {place.name: place.file for place in places.values()}
     wrong = sorted(name for name in mapped.keys() | held if mapped.get(name) != held.get(name))
     if wrong:
         raise ValueError(
-            f"'{folder / _INDEX}' must agree with the files it names, found it wrong about "
+            f"'{folder / INDEX}' must agree with the files it names, found it wrong about "
             f"{some(wrong)}; fetch the folder again"
         )

@@ -1,16 +1,17 @@
 """One call from a path, or a known name, to a model and its tokenizer."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minilora.files import read_json, reading
-from minilora.loading.fetching import NAMES, fetch, known_name
+from minilora.files import HubName, on_hub, read_json, reading
+from minilora.loading.fetching import NAMES, fetch
 from minilora.loading.folder import CONFIG, open_folder
+from minilora.loading.from_hub import fetch_config, fetch_model, fetch_tokenizer
 from minilora.loading.gguf_file import open_gguf, read_gguf
 from minilora.loading.quantized import is_quantized, open_quantized
 from minilora.loading.source import (
@@ -50,8 +51,9 @@ def load_model(
         source: a Hugging Face folder (its `config.json` names a family of `minilora.models`), a
             folder of a quantized model (that `save_pretrained` wrote, or transformers with
             bitsandbytes' NF4), a GGUF file, or `"smollm2-135m"`, which is fetched when it is not
-            in the cache (a file or folder of that name goes first); its name on the hub, which
-            adapters trained on it carry, means the same.
+            in the cache; or a name on the Hugging Face hub, `"owner/name"`,
+            `"owner/name@revision"` or, of a GGUF file, `"owner/name:file.gguf"`, which
+            huggingface_hub downloads into its cache. A file or folder of that name goes first.
         quantize: `"int8"`, `"nf4"` or `"int4"`, or a `Quantization`, stores linear layers so; None
             as they are.
         dtype: of everything that is not quantized, and of what is computed: `"auto"` the fastest
@@ -116,12 +118,13 @@ def read_model(
 
 
 def read_config(source: str | Path) -> Any:
-    """Read the `ModelConfig` in a folder, a `config.json` or a GGUF file.
+    """Read the `ModelConfig` in a folder, a `config.json`, a GGUF file, or of a name on the hub.
 
     Raises:
         ValueError: nothing of the kind, or an option that is not built, by name.
     """
-    path = Path(source)
+    name = on_hub(source)
+    path = Path(source) if name is None else fetch_config(name)
     if path.is_file() and path.suffix != ".json":
         return open_gguf(read_gguf(path)).config
     file = path / CONFIG if path.is_dir() else path
@@ -130,23 +133,25 @@ def read_config(source: str | Path) -> Any:
 
 
 def read_tokenizer(source: str | Path) -> Tokenizer:
-    """Read the tokenizer that `load_model` would return."""
-    path = _path(source)
+    """Read the tokenizer that `load_model` would return; no weights are fetched from the hub."""
+    path = _path(source, fetch_tokenizer)
     if path.is_file():
         return _gguf_tokenizer(path, read_gguf(path).metadata)
     family = family_of(read_json(path / CONFIG), path / CONFIG)
     return Tokenizer.from_pretrained(path, end=family.end_of_text)
 
 
-def _path(source: str | Path) -> Path:
-    """Return a folder or file that is there; a known name is fetched."""
-    path, known = Path(source), known_name(str(source))
-    if known and not path.exists():
-        return fetch(known)
+def _path(source: str | Path, fetch_name: Callable[[HubName], Path] = fetch_model) -> Path:
+    """Return a folder or file that is there; what a name stands for is fetched."""
+    path = Path(source)
+    if str(source) in NAMES and not path.exists():
+        return fetch(str(source))
+    if (name := on_hub(source)) is not None:
+        return fetch_name(name)
     if not path.is_dir() and not path.is_file():
         raise ValueError(
-            f"a model is a folder with config.json, a .gguf file or one of {', '.join(NAMES)}, "
-            f"found nothing at {str(source)!r}"
+            f"a model is a folder with config.json, a .gguf file, a name of the hub (owner/name) "
+            f"or one of {', '.join(NAMES)}, found nothing at {str(source)!r}"
         )
     return path
 

@@ -3,7 +3,7 @@
 import minilora.peft.pretrained  # noqa: F401 - transformers models write by it
 from minilora.peft.checking import check
 from minilora.peft.config import config_of, read_config
-from minilora.peft.files import CONFIG_FILE, WEIGHTS_FILE, find_pair, settle_pair
+from minilora.peft.files import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, settle_pair
 from minilora.peft.fingerprints import fingerprint
 from minilora.peft.loading import load
 from minilora.peft.portable import export, to_lora
@@ -12,6 +12,7 @@ from minilora.peft.saving import save, save_adapter
 __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
+    "adapter_folder",
     "check",
     "config_of",
     "export",

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.files import one_line, read_json, short
+from minilora.files import cached_name, one_line, read_json, short
 from minilora.lora import (
     AdapterConfig,
     LoRAAdapter,
@@ -209,18 +209,19 @@ def config_of(
     }  # fmt: skip
     asked = AdapterConfig(**options)
     bases = [survey.layers[fqn].view for fqn in factors]
+    name, revision = _base_name(survey.root)
     config = {f.key: f.write(getattr(asked, f.option)) if f.option else None for f in _FIELDS}
     del config["target_parameters"]  # which older versions of PEFT don't know
     if by_weight:
         config["target_parameters"] = sorted(f"{fqn}.weight" for fqn in by_weight)
     return config | {
         "auto_mapping": None,
-        "base_model_name_or_path": base_name or _base_name(survey.root),
+        "base_model_name_or_path": base_name or name,
         "fan_in_fan_out": any(base.family == "linear" and base.transposed for base in bases),
         "inference_mode": True,
         "peft_type": "LORA",
         "peft_version": "0.21.2",  # the release whose layout this follows
-        "revision": None,
+        "revision": None if base_name else revision,
         "task_type": "CAUSAL_LM" if "lm_head" in (survey.head or "") else None,
     }
 
@@ -257,11 +258,13 @@ def _minimal_targets(survey: Survey, names: list[str]) -> list[str] | str:
     return sorted(entries)
 
 
-def _base_name(root: nn.Module) -> str | None:
-    """Return where the base came from; of a copy in Hugging Face's cache, the model's name."""
+def _base_name(root: nn.Module) -> tuple[str | None, str | None]:
+    """Return where the base came from; of a copy in the hub's cache, the name there and commit."""
     name = getattr(root, "name_or_path", None) or None
-    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", str(name))
-    return f"{cached[1]}/{cached[2]}" if cached else name
+    cached = cached_name(str(name))
+    if cached is None:
+        return name, None
+    return str(cached._replace(revision=None)), cached.revision
 
 
 # --- tensors

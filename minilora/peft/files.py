@@ -14,8 +14,10 @@ from torch import Tensor
 from minilora.files import (
     UnwritableError,
     beside,
+    download,
     leftovers,
     name_beside,
+    on_hub,
     sweep,
     tensor_content,
     tensor_file,
@@ -59,6 +61,12 @@ def write_pair(
         raise UnwritableError(folder, error) from error
     for file in (weights_file, config_file):
         sweep(folder, file.name)
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """Return a folder; of an adapter's name on the hub, the one it is downloaded into."""
+    name = on_hub(folder)
+    return Path(folder) if name is None else download(name, (), [CONFIG_FILE, WEIGHTS_FILE])
 
 
 def find_pair(folder: Path) -> tuple[Path, Path]:

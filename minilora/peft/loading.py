@@ -31,7 +31,7 @@ from minilora.peft.config import (
     read_config,
     stored_shape,
 )
-from minilora.peft.files import check_pair, require_pair
+from minilora.peft.files import adapter_folder, check_pair, require_pair
 from minilora.peft.fingerprints import check_base
 
 
@@ -53,7 +53,8 @@ def load(
 
     Args:
         model: a plain model, or one with adapters of other names; changed in place.
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`; or the name of an
+            adapter on the Hugging Face hub, `"owner/name"` or `"owner/name@revision"`.
         adapter: the name to give it here.
         trainable: whether its parameters require gradients; other adapters keep theirs.
         replace: when an adapter of this name is there, put the file's values into its parameters
@@ -73,7 +74,7 @@ def load(
             fit the model, another base, a name in use.
         RuntimeError: adapters are merged, or the backend can't run.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     check_adapter_name(adapter)
     check_backend(backend)
     check_open(model, "load")

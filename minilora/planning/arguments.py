@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data import read_data
-from minilora.files import short
+from minilora.files import on_hub, short
 from minilora.loading import read_tokenizer
 from minilora.planning.machines import DEVICES, HERE, device
 from minilora.planning.plans import Plan, plan
@@ -91,7 +91,8 @@ def from_arguments(options: argparse.Namespace) -> Plan:
 
 def _tokenizer(model: str) -> Tokenizer:
     place = Path(model)
-    if model == _FETCHED or place.is_dir() or (place.is_file() and place.suffix != ".json"):
+    here = place.is_dir() or (place.is_file() and place.suffix != ".json")
+    if model == _FETCHED or here or on_hub(model) is not None:
         return read_tokenizer(model)
     raise ValueError(
         f"--data is counted by the model's tokenizer, found none at {short(model)}; pass the "

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minilora.files import whole
+from minilora.files import on_hub, whole
 from minilora.loading import read_config
 from minilora.lora import (
     Survey,
@@ -210,8 +209,8 @@ def read_shape(model: Any) -> Shape:
         preset = PRESETS[name.lower()]
         stored = name.lower() == "smollm2-135m"
         return Shape(name.lower(), preset.config, preset.source, stored, preset.foreign)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return Shape(name, read_config(_hub(name)), f"huggingface.co/{name}, config.json")
+    if on_hub(name) is not None:
+        return Shape(name, _hub_config(name), f"huggingface.co/{name}, config.json", stored=True)
     raise ValueError(
         f"a model to plan for is a preset, a folder, a config.json, a .gguf file or a hub name, "
         f"found {name!r}; {nearest(name, PRESETS)}"
@@ -229,22 +228,12 @@ def _of_module(model: Any) -> Shape:
     return Shape(name or type(model).__name__, config, "the module", stored=name is not None)
 
 
-def _hub(name: str) -> Path:
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise RuntimeError(
-            f"{name!r} is no folder, and reading a hub name needs huggingface_hub, which is not "
-            f"installed; pip install huggingface_hub, or pass a preset: {', '.join(PRESETS)}"
-        )
-    from huggingface_hub import hf_hub_download
-
+def _hub_config(name: str) -> Any:
     try:
-        return Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # its own classes, requests' and OSError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RuntimeError(
-            f"config.json of {name!r} could not be fetched from the hub ({reason:.200}); "
-            f"{nearest(name.rpartition('/')[2], PRESETS)}"
-        ) from error
+        return read_config(name)
+    except RuntimeError as error:
+        presets = nearest(name.rpartition("/")[2], PRESETS)
+        raise RuntimeError(f"{error}; or plan for a preset, {presets}") from error
 
 
 COUNT = whole(1, 10**6)  # no run comes near it

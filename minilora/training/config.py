@@ -179,6 +179,13 @@ class TrainConfig:
         whole(),
         may_differ=True,
     )
+    base_name: str | None = option(
+        None,
+        "What the adapter's config names as its base. None: where the model came from, of a model "
+        "of the hub its name there.",
+        must_be("a name or None", lambda v: v is None or (isinstance(v, str) and v.strip() != "")),
+        may_differ=True,
+    )
     log_every: int = option(
         10, "Steps between plain log lines.", whole(), metavar="STEPS", may_differ=True
     )

@@ -49,7 +49,7 @@ from minilora.training.state import (
     sweep,
 )
 
-_ANY_BASE = ("base_model_name_or_path", "peft_version", "task_type")  # a path may differ
+_ANY_BASE = ("base_model_name_or_path", "peft_version", "revision", "task_type")  # may differ
 
 
 class Run(Progress):
@@ -231,7 +231,7 @@ class Run(Progress):
         try:
             with whole_factors(self.model, self.adapter):
                 if self.ranks.rank == 0:
-                    save_adapter(self.model, folder, self.adapter)
+                    save_adapter(self.model, folder, self.adapter, self.config.base_name)
         except UnwritableError as error:
             raise resumable(error) from error
 

@@ -1,0 +1,378 @@
+"""Names on the hub, against a server of our own and the cache that huggingface_hub itself makes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import test_loading_gguf
+import torch
+from hub_server import Hub, serving
+from huggingface_hub import constants
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from small_models import shake
+from test_cli import run, tiny_folder
+from transformers import AutoModelForCausalLM
+
+import minilora
+from minilora.cli.sources import base_of
+from minilora.files import HubName, cached_name, on_hub
+from minilora.loading import load_model, read_config, read_tokenizer
+from minilora.loading.model import read_model
+from minilora.planning.shapes import read_shape
+
+pytestmark = pytest.mark.peers
+
+OLD, NEW = "0" * 40, "a" * 40
+NAME = "someone/tiny"
+
+
+@pytest.fixture
+def local(tmp_path):
+    """A sharded model's folder with files that are none of ours."""
+    folder = tiny_folder(tmp_path / "local")
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="8KB")
+    for name in ("pytorch_model.bin", "modeling.py", "onnx/model.safetensors", "original/a.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"none of ours")
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, local, monkeypatch):
+    """A hub with the model, which huggingface_hub asks in this process."""
+    hub = Hub()
+    hub.add(NAME, local, OLD)
+    hub.add(NAME, local, NEW)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
+    monkeypatch.chdir(tmp_path)
+    with serving(hub) as address:
+        point_to(monkeypatch, address)
+        yield hub
+
+
+def point_to(monkeypatch, address):
+    """Do what HF_ENDPOINT does when huggingface_hub is imported."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def same(found, wanted):
+    state = wanted.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("Qwen/Qwen3-0.6B", ("Qwen/Qwen3-0.6B", None, None)),
+    ("a/b.c@refs/pr/1", ("a/b.c", "refs/pr/1", None)),
+    ("a/b:q/c-Q4_1.gguf", ("a/b", None, "q/c-Q4_1.gguf")),
+    ("a/b@v1:c.gguf", ("a/b", "v1", "c.gguf")),
+])  # fmt: skip
+def test_names_of_the_hub(text, parts):
+    assert on_hub(text) == HubName(*parts)
+    assert str(on_hub(text)) == text
+
+
+@pytest.mark.parametrize("text", [
+    "gpt2", "a/b/c", "./a/b", "../a", "/a/b", "~/a", "a/b.gguf", "a/config.json", "a/", "", "a/b@",
+    "a/b:c.bin", "a/b c", "C:\\a/b",
+])  # fmt: skip
+def test_what_is_no_name_of_the_hub(text):
+    assert on_hub(text) is None
+
+
+def test_a_path_that_is_here_goes_first(hub, local):
+    local.rename("someone")
+    (local.parent / "someone").rename("other")
+    os.mkdir("someone")
+    os.rename("other", "someone/tiny")
+    assert on_hub(NAME) is None
+    load_model(NAME)
+    assert not hub.asked
+
+
+@pytest.mark.parametrize(("path", "name"), [
+    ("/h/hub/models--a--b--c/snapshots/012", HubName("a/b--c", "012")),
+    ("/h/hub/models--gpt2/snapshots/012/", HubName("gpt2", "012")),
+    ("C:\\hub\\models--a--b\\snapshots\\012\\q\\c.gguf", HubName("a/b", "012", "q\\c.gguf")),
+    ("/h/models--a--b/snapshots/012/config.json", None), ("out/v1", None), ("None", None),
+])  # fmt: skip
+def test_paths_in_the_cache(path, name):
+    assert cached_name(path) == name
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def test_a_model_is_downloaded_once_and_only_what_is_read(hub, local, offline):
+    model, tokenizer = load_model(NAME, dtype=None)
+    same(model, read_model(local))
+    assert tokenizer.encode("a b") == read_tokenizer(local).encode("a b")
+    shards = {file.name for file in local.glob("model-*.safetensors")}
+    small = {file.name for file in local.glob("*.json")}
+    assert len(shards) > 2 and {path for _, path in hub.served} == shards | small
+    hub.served.clear()
+    load_model(NAME, dtype=None)
+    assert not hub.served
+    hub.asked.clear()
+    offline()
+    same(load_model(NAME, dtype=None)[0], model)
+    assert not hub.asked
+
+
+def test_the_cache_is_read_where_the_hub_cannot_be_reached(hub, monkeypatch):
+    model = read_model(NAME)
+    hub.status = 503
+    same(read_model(NAME), model)
+    point_to(monkeypatch, "http://127.0.0.1:9")
+    same(read_model(NAME), model)
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, local, tmp_path):
+    other = tiny_folder(tmp_path / "other", torch.float64)
+    hub.add(NAME, other, "b" * 40)
+    hub.tags[NAME, "v1"] = OLD
+    assert next(read_model(NAME).parameters()).dtype == torch.float64
+    for revision in ("v1", NEW):
+        assert next(read_model(f"{NAME}@{revision}").parameters()).dtype == torch.float32
+    with pytest.raises(ValueError, match=f"'{NAME}' has no revision 'v2'; see http"):
+        read_model(f"{NAME}@v2")
+
+
+def test_a_gguf_file_in_a_repository(hub, tmp_path, local):
+    theirs = test_loading_gguf._theirs()
+    content = test_loading_gguf._tensors(theirs), test_loading_gguf._metadata(theirs.config)
+    (tmp_path / "quants" / "some").mkdir(parents=True)
+    test_loading_gguf._write(tmp_path / "quants" / "some" / "tiny.gguf", *content)
+    hub.add("someone/quants", tmp_path / "quants")
+    model = read_model("someone/quants:some/tiny.gguf")
+    assert [path for _, path in hub.served] == ["some/tiny.gguf"]
+    config = minilora.save(minilora.inject(model, r=2), tmp_path / "out") / "adapter_config.json"
+    entries = json.loads(config.read_text())
+    assert entries["base_model_name_or_path"] == "someone/quants:some/tiny.gguf"
+    assert entries["revision"] == NEW
+    with pytest.raises(ValueError, match=r"must hold absent.gguf, found no such file on the hub"):
+        load_model("someone/quants:absent.gguf")
+    with pytest.raises(ValueError, match=r"must hold config.json"):
+        load_model("someone/quants")
+
+
+def test_a_quantized_folder_on_the_hub(hub, tmp_path, local):
+    run("quantize", local, "--format", "int8", "--out", tmp_path / "small")
+    hub.add("someone/small", tmp_path / "small")
+    same(load_model("someone/small")[0], load_model(tmp_path / "small")[0])
+
+
+def test_pickles_alone_are_no_model(hub, tmp_path, local):
+    for file in local.glob("*.safetensors*"):
+        file.unlink()
+    hub.add("someone/old", local)
+    with pytest.raises(ValueError, match="'someone/old' must hold model.safetensors or .* pickles"):
+        load_model("someone/old")
+    assert "pytorch_model.bin" not in {path for _, path in hub.served}
+
+
+def test_an_index_brings_no_pickle(hub, local):
+    index = local / "model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    entries["weight_map"]["lm_head.weight"] = "pytorch_model.bin"
+    index.write_text(json.dumps(entries))
+    hub.add("someone/odd", local)
+    with pytest.raises(ValueError, match="names 'pytorch_model.bin', found no such file"):
+        load_model("someone/odd")
+    assert "pytorch_model.bin" not in {path for _, path in hub.served}
+
+
+def test_config_tokenizer_and_plan_fetch_no_weights(hub, local, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("minilora.planning.machines.process_bytes", lambda: 10**8)
+    assert read_config(NAME) == read_config(local)
+    assert [path for _, path in hub.served] == ["config.json"]
+    shape = read_shape(NAME)
+    assert shape.config == read_config(local) and shape.stored
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a b c"}\n')
+    assert run("plan", NAME, "--data", data, "--untimed", "--max-length", 16) == 0
+    assert f"minilora train {NAME} " in capsys.readouterr().out
+    assert not [path for _, path in hub.served if path.endswith(".safetensors")]
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, local, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept of a broken answer
+    hub.cut = 1000
+    same(load_model(NAME, dtype=None)[0], read_model(local))
+    assert {"bytes=1000-", "bytes=2000-"} <= set(hub.ranges)
+
+
+def test_files_that_have_come_stay(hub, local):
+    shards = {file.name for file in local.glob("model-*.safetensors")}
+    hub.broken = {max(shards)}
+    with pytest.raises(RuntimeError, match=r"could not be downloaded \(it answered 500\); try aga"):
+        load_model(NAME)
+    come = {path for _, path in hub.served} & shards
+    hub.broken.clear()
+    hub.served.clear()
+    same(load_model(NAME, dtype=None)[0], read_model(local))
+    assert come and {path for _, path in hub.served} <= shards - come
+
+
+@pytest.mark.parametrize(("name", "kind", "match"), [
+    ("someone/absent", ValueError, "the hub has no 'someone/absent' that you may read; check the"),
+    ("someone/private", ValueError, "for a private one log in with `hf auth login`"),
+    ("someone/gated", RuntimeError, "is gated: accept its conditions at http.*/someone/gated, the"),
+    ("some..one/x", ValueError, "that is no name of the hub: "),
+])  # fmt: skip
+def test_refusals_say_what_to_do(hub, local, name, kind, match):
+    hub.add("someone/private", local)
+    hub.add("someone/gated", local)
+    hub.private, hub.gated = {"someone/private"}, {"someone/gated"}
+    with pytest.raises(kind, match=match) as told:
+        load_model(name)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("status", "match"), [
+    (403, r"the hub refuses 'someone/tiny' to your token \(403\); log in"),
+    (500, r"could not be downloaded \(it answered 500\)"),
+    (429, r"could not be downloaded \(it answered 429\)"),
+])  # fmt: skip
+def test_other_answers(hub, status, match):
+    hub.status = status
+    with pytest.raises(RuntimeError, match=match):
+        load_model(NAME)
+
+
+def test_no_network_and_nothing_in_the_cache(hub, offline, monkeypatch):
+    point_to(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(RuntimeError, match=r"could not be downloaded \(Connect.*refused"):
+        load_model(NAME)
+    offline()
+    with pytest.raises(RuntimeError, match=r"nor all of it in the cache.*HF_HUB_OFFLINE is set"):
+        load_model(NAME)
+
+
+def test_a_cache_that_holds_a_part(hub, offline):
+    read_tokenizer(NAME)
+    offline()
+    with pytest.raises((ValueError, RuntimeError), match="in the cache"):
+        load_model(NAME)
+
+
+def test_without_huggingface_hub(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for verb in (load_model, read_config, read_tokenizer, read_shape):
+        with pytest.raises(RuntimeError, match=r"not installed; pip install 'minilora\[hub\]'"):
+            verb("owner/model")
+    with pytest.raises(RuntimeError, match="or plan for a preset, nearest: llama-2-7b"):
+        read_shape("owner/llama-2-7")
+
+
+def test_a_bare_word_is_not_asked_for(hub):
+    with pytest.raises(ValueError, match=r"a name of the hub \(owner/name\) or one of smollm2"):
+        load_model("gpt2")
+    assert not hub.asked
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def test_an_adapter_names_its_base_and_commit(hub, tmp_path, local):
+    model = minilora.inject(load_model(NAME, dtype=None)[0], r=2)
+    shake(model)
+    out = minilora.save(model, tmp_path / "out")
+    entries = json.loads((out / "adapter_config.json").read_text())
+    assert (entries["base_model_name_or_path"], entries["revision"]) == (NAME, NEW)
+    named = minilora.save(model, tmp_path / "named", base_name="me/base")
+    entries = json.loads((named / "adapter_config.json").read_text())
+    assert (entries["base_model_name_or_path"], entries["revision"]) == ("me/base", None)
+
+    hub.add("someone/adapter", out)
+    again = minilora.load(load_model(local, dtype=None)[0], "someone/adapter")
+    ids = torch.arange(8).reshape(1, 8)
+    assert torch.equal(again(ids), model(ids))
+    with pytest.raises(ValueError, match="'someone/tiny' must hold adapter_config.json, adapter_"):
+        minilora.load(load_model(local)[0], NAME)
+
+
+@pytest.mark.parametrize(("revision", "ours", "base"), [
+    (None, True, "smollm2-135m"), (None, False, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ("abc", True, "HuggingFaceTB/SmolLM2-135M-Instruct@abc"),
+])  # fmt: skip
+def test_the_base_of_an_adapter_is_the_file_that_was_fetched_or_the_hubs(
+    hub, tmp_path, local, revision, ours, base
+):
+    model = minilora.inject(load_model(local)[0], r=2)
+    out = minilora.save(model, tmp_path / "out", base_name="HuggingFaceTB/SmolLM2-135M-Instruct")
+    config = out / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": revision}))
+    if not ours:
+        weights = out / "adapter_model.safetensors"
+        save_file(load_file(weights), weights, metadata={"format": "pt"})
+    assert base_of(out, None) == base
+    assert base_of(out, "other") == "other"
+
+
+def test_peft_loads_base_and_adapter_by_the_names_in_the_config(hub, tmp_path):
+    model = minilora.inject(load_model(NAME, dtype=None)[0], r=2)
+    shake(model)
+    minilora.save(model, tmp_path / "out")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "out"))
+    ids = torch.arange(8).reshape(1, 8)
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-5, atol=1e-6)
+
+
+def test_the_command_takes_names(tmp_path, hub, local, monkeypatch, offline):
+    """As a user calls it, with the environment's variables; in processes of their own."""
+    data = tmp_path / "letters.jsonl"
+    data.write_text('{"text": "a b c d e"}\n' * 8)
+
+    def command(*words, **more):
+        place = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": constants.ENDPOINT}
+        return subprocess.run(
+            [sys.executable, "-m", "minilora", *map(str, words)],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+            env=os.environ | place | more,
+        )  # fmt: skip
+
+    limits = ("--max-steps", 2, "--max-length", 16, "--dtype", "float32")
+    done = command("train", NAME, "--data", data, "--out", "run", *limits)
+    assert done.returncode == 0, done.stderr
+    assert "Fetching" in done.stderr or "%" in done.stderr  # progress
+    hub.add("someone/adapter", tmp_path / "run" / "last")
+    assert run("merge", NAME, "--adapter", "someone/adapter", "--out", "merged") == 0
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    offline()
+    assert run("explain", "run", "--dtype", "float32") == 0
+    done = command("eval", "someone/other", "--data", data, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "HF_HUB_OFFLINE is set" in done.stderr
+
+
+def test_a_run_names_the_base_that_base_name_says(hub, tmp_path, capsys):
+    data = tmp_path / "letters.jsonl"
+    data.write_text('{"text": "a b c d e"}\n' * 8)
+    train = ["train", NAME, "--data", data, "--out", "run", "--max-steps", 1, "--max-length", 16]
+    assert run(*train, "--base-name", "me/base") == 0
+    entries = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (entries["base_model_name_or_path"], entries["revision"]) == ("me/base", None)
+    with pytest.raises(SystemExit):
+        run(*train[:-2], "--out", "other", "--base-name", "")
+    assert "base_name must be a name or None, found ''" in capsys.readouterr().err
