@@ -20,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
-from minilora.data import Example, as_examples, encode_prompt, read_data, shapes
-from minilora.data.record_files import READERS, StreamedFiles, read_rows
+from minilora.data import Encoding, Example, as_examples, encode_prompt, read_data, recognition
+from minilora.data.readers import READERS
+from minilora.data.record_files import StreamedFiles, read_rows
 from minilora.data.records import EncodeReport
+from minilora.data.shapes import SHAPES, Shape
 from minilora.loading.fetching import fetch
 from minilora.loading.model import read_tokenizer
 
@@ -44,7 +46,7 @@ def lines(*records):
 
 def read(*files, skip_bad=0):
     """The records of files, as `read_data` sees them."""
-    return [record for _, record in read_rows(files, skip_bad)[0]]
+    return [record for _, record in read_rows(files, Encoding(2, skip_bad=skip_bad))[0]]
 
 
 RECORDS = [
@@ -150,9 +152,9 @@ def test_files_leaves_out_as_many_bad_rows_as_are_allowed(tmp_path):
     with pytest.raises(ValueError, match=r"skip_bad=2 \(--skip-bad\)"):
         read_data(file, byte_tokenizer(), skip_bad=1)
     with pytest.warns(UserWarning, match="a bad row was left out"):
-        assert list(StreamedFiles([file], skip_bad=2)) == [RECORDS[0]] * 3
+        assert list(StreamedFiles([file], Encoding(2, skip_bad=2))) == [RECORDS[0]] * 3
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=":2: .*; .*:4: must be JSON"):
-        list(StreamedFiles([file], skip_bad=1))
+        list(StreamedFiles([file], Encoding(2, skip_bad=1)))
     for bad in (-1, 1.0, True):
         with pytest.raises(ValueError, match="skip_bad must be a whole number of at least 0"):
             read_data(file, byte_tokenizer(), skip_bad=bad)
@@ -171,7 +173,7 @@ def test_files_names_other_encodings_of_unicode(tmp_path, encoding, name):
         read(file)
     if name == "a.jsonl":
         with pytest.raises(ValueError, match=message):
-            list(StreamedFiles([file]))
+            list(StreamedFiles([file], Encoding(2)))
 
 
 CONTENT = [{"role": "user", "content": "a"}]
@@ -181,7 +183,7 @@ BAD_RECORDS = [
     (
         {},
         'must have "text", or "document", or "prompt" and "completion", or "messages", or '
-        '"input_ids", found nothing',
+        '"question" and "answer", or "input_ids", found nothing; name its fields by --map',
     ),
     ({"content": "a", "id": 1}, 'or "input_ids", found content, id'),
     ({"prompt": "a"}, 'or "input_ids", found prompt'),
@@ -192,13 +194,13 @@ BAD_RECORDS = [
     ({"text": None}, "text must be a string, found NoneType"),
     ({"text": ""}, "text must not be empty"),
     ({"prompt": "a", "completion": ""}, "completion must not be empty"),
-    ({"prompt": ["a"], "completion": "b"}, "prompt must be a string, found list"),
+    ({"prompt": {"a": 1}, "completion": "b"}, "prompt must be a string, found dict"),
     ({"messages": {}}, "messages must be a list of at least one message"),
     ({"messages": []}, "messages must be a list of at least one message"),
     ({"messages": [*CONTENT, "hi"]}, r"messages\[1\] must be an object, found str"),
     (
-        {"messages": [*CONTENT, {"role": "tool", "content": "x"}]},
-        r"messages\[1\]: role must be one of system, user, assistant, not 'tool'",
+        {"messages": [*CONTENT, {"role": "bot", "content": "x"}]},
+        r"messages\[1\]: role must be one of system, developer, user, assistant, tool, not 'bot'",
     ),
     ({"messages": [{"content": "x"}]}, r"messages\[0\]: role must be .*, not None"),
     ({"messages": [{"role": ["user"]}]}, r"messages\[0\]: role must be .*, not \['user'\]"),
@@ -252,18 +254,18 @@ def test_files_refuses_what_is_no_json_by_line(tmp_path, raw, message):
         read(write(tmp_path, b'{"text": "a"}\n' + raw + b"\n"))
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.JSONL", "jsonl", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.md", "jsonl", "a.gz", "a.jsonl.zip"])
 def test_files_refuses_other_files(tmp_path, name):
     file = write(tmp_path, '{"text": "a"}', name)
-    message = f"{re.escape(str(file))}: must be a file whose name ends in .jsonl or .txt"
+    message = f"{re.escape(str(file))}: must be a file whose name ends in one of .jsonl, "
     with pytest.raises(ValueError, match=message):
         read(file)
 
 
-def test_files_refuses_a_folder(tmp_path):
+def test_files_refuses_a_folder_without_data(tmp_path):
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(ValueError, match=r"a\.txt: must be a file whose name ends in"):
-        read(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"a\.txt: a folder must hold files of data .*found none"):
+        read_data(tmp_path / "a.txt", byte_tokenizer())
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf", b" \r\n\n\t"])
@@ -419,22 +421,22 @@ def test_read_data_cuts_a_text_into_windows_that_share_a_token(tmp_path):
 
 
 def test_a_new_shape_and_a_new_kind_of_file_are_an_entry_each(monkeypatch, tmp_path):
-    completion = next(shape for shape in shapes.SHAPES if "prompt" in shape.keys)
+    completion = next(shape for shape in SHAPES if "prompt" in shape.keys)
 
     def renamed(record):
-        return {"prompt": record["question"], "completion": record["answer"]}
+        return {"prompt": record["asked"], "completion": record["told"]}
 
-    question = shapes.Shape(
-        ("question", "answer"),
+    asked = Shape(
+        ("asked", "told"),
         lambda record: completion.check(renamed(record)),
         lambda encoder, record, name: completion.encode(encoder, renamed(record), name),
     )
-    monkeypatch.setattr(shapes, "SHAPES", (*shapes.SHAPES, question))
-    monkeypatch.setitem(READERS, ".json", lambda file: (("", row) for row in json.load(file)))
-    file = write(tmp_path, json.dumps([{"question": "a", "answer": "b"}]), "a.json")
+    monkeypatch.setattr(recognition, "SHAPES", (*SHAPES, asked))
+    monkeypatch.setitem(READERS, ".new", lambda file: (("", row) for row in json.load(file)))
+    file = write(tmp_path, json.dumps([{"asked": "a", "told": "b"}]), "a.new")
     assert read_data(file, byte_tokenizer()) == read_data([RECORDS[2]], byte_tokenizer())
-    with pytest.raises(ValueError, match='or "question" and "answer", found answer'):
-        read_data([{"answer": "b"}], byte_tokenizer())
+    with pytest.raises(ValueError, match='or "asked" and "told", found told'):
+        read_data([{"told": "b"}], byte_tokenizer())
 
 
 def test_read_data_is_in_the_public_interface():

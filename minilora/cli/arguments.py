@@ -79,8 +79,9 @@ _MODEL = (
 )
 ADAPTER_HELP = "folder with the adapter's two files, or its name on the hub"
 DATA_HELP = (
-    '.jsonl with "text", "prompt" and "completion", or chat "messages" on each line; or .txt, '
-    "one document a file, cut into windows of --max-length tokens"
+    "files, or folders of files: .jsonl, .json, .csv, .tsv or .parquet with text, prompt and "
+    "completion, question and answer, chat messages, or Alpaca's or ShareGPT's fields (also .gz); "
+    "or .txt, one document a file, cut into windows of --max-length tokens"
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = "auto is the fastest this machine multiplies; float32 computes in float32 as well"
@@ -115,6 +116,17 @@ _SHARED: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "leave out bad rows, N at most",
     },
+    "--map": {
+        "nargs": "+",
+        "metavar": "NAME=FIELD",
+        "help": "which field of the records is which, as in prompt=question completion=reply",
+    },
+    "--chat": {
+        "action": "store_true",
+        "help": "put prompts and completions through the chat template as two turns",
+    },
+    "--system": {"metavar": "TEXT", "help": "system message of conversations that have none"},
+    "--last-turn": {"action": "store_true", "help": "learn only the last answer of each"},
     "--parse-special": {
         "action": argparse.BooleanOptionalAction,
         "help": "read names of control tokens in texts as tokens (default: where a text begins as "
@@ -122,4 +134,13 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
 }
 MODEL = ("model", "--dtype", "--quantize", "--block-size")
-ENCODING = ("--max-length", "--all-tokens", "--skip-bad", "--parse-special")
+ENCODING = (
+    "--max-length",
+    "--all-tokens",
+    "--map",
+    "--chat",
+    "--system",
+    "--last-turn",
+    "--skip-bad",
+    "--parse-special",
+)

@@ -10,7 +10,7 @@ import torch
 
 import minilora
 from minilora.data import DataFiles, Encoding, Example
-from minilora.files import is_new, on_hub, tensor_file
+from minilora.files import is_new, on_hub, short, tensor_file
 from minilora.loading import known_name, load_model
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, read_config
 from minilora.training import common_dtype, torchrun_number
@@ -94,9 +94,22 @@ def encoding(options: argparse.Namespace) -> Encoding:
     return Encoding(
         options.max_length,
         completion_only=not options.all_tokens,
+        chat_prompts=options.chat,
         parse_special=options.parse_special,
         skip_bad=options.skip_bad,
+        fields=_fields(options.map),
+        system=options.system,
+        last_turn=options.last_turn,
     )
+
+
+def _fields(given: Sequence[str] | None) -> dict[str, str] | None:
+    """Return the fields that `--map` names."""
+    pairs = [one.partition("=") for one in given or ()]
+    for name, sign, field in pairs:
+        if not (name and sign and field):
+            raise ValueError(f"--map takes NAME=FIELD, found {short(name + sign + field)}")
+    return {name: field for name, _, field in pairs} or None
 
 
 def data_files(files: Sequence[str], options: argparse.Namespace) -> DataFiles:

@@ -40,6 +40,9 @@ class Encoding:
     chat_prompts: bool = False
     parse_special: bool | None = None
     skip_bad: int = 0
+    fields: Mapping[str, str] | None = None
+    system: str | None = None
+    last_turn: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -177,6 +180,11 @@ class Encoder:
     ) -> list[Row]:
         """Encode a conversation, whose template may read other fields of the record."""
         variables = self._variables(record)
+        if self.options.system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": self.options.system}, *messages]
+        if self.options.last_turn:
+            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            messages = [m if i == last else {**m, "weight": 0} for i, m in enumerate(messages)]
         for message in messages:
             self._ignore_of(message)
         talk = Conversation(self.tokenizer, messages, variables)

@@ -12,7 +12,7 @@ from typing import Any
 from minilora.data.encoder import Encoding
 from minilora.data.examples import Example
 from minilora.data.problems import listed
-from minilora.data.record_files import StreamedFiles, read_rows
+from minilora.data.record_files import StreamedFiles, data_files, read_rows
 from minilora.data.records import EncodeReport, encode_rows
 from minilora.data.streaming import Stream
 from minilora.data.token_cache import cached
@@ -28,25 +28,38 @@ def read_data(
     chat_prompts: bool = False,
     parse_special: bool | None = None,
     skip_bad: int = 0,
+    fields: Mapping[str, str] | None = None,
+    system: str | None = None,
+    last_turn: bool = False,
 ) -> tuple[list[Example], EncodeReport]:
     """Read training data and encode it into examples whose labels say what is learned.
 
         examples, report = minilora.read_data("train.jsonl", tokenizer, max_length=256)
 
-    A record is {"text"}, {"document"}, {"prompt", "completion"}, {"messages": [{"role", "content"},
-    …]} with the roles system, user and assistant, or {"input_ids"} and what
-    `minilora.data.as_examples` takes beside. A text is learned whole, and so is a document, which
-    is cut into windows of max_length that share one token; of a prompt and completion the
-    completion is learned. All of these end with the end-of-text token. Of messages the assistant
-    turns are learned, each with the marker that ends it; what follows the last of them is left
-    out, and so is a turn with `weight`, `train`, `trainable`, `training`, `loss` or `loss_mask` of
-    0 or false. Fields that the chat template reads (`tools`, `documents`, `enable_thinking`, …, or
-    inside `chat_template_kwargs`) go to it; the report names those that nothing reads. Where a
-    template rewrites earlier turns, a conversation gives an example for each answer.
+    A record is {"text"}, {"document"}, {"prompt", "completion"}, {"question", "answer"},
+    {"messages": [{"role", "content"}, …]}, or {"input_ids"} and what `minilora.data.as_examples`
+    takes beside. Other usual shapes are read as one of these, and the report says so: Alpaca's
+    {"instruction", "input", "output"}, Dolly's {"instruction", "context", "response"}, {"prompt",
+    "response"}, ShareGPT's {"conversations": [{"from", "value"}, …]}, and TRL's prompt and
+    completion in messages.
+
+    A text is learned whole, and so is a document, which is cut into windows of max_length that
+    share one token; of a prompt and completion the completion is learned. All of these end with the
+    end-of-text token. A question and its answer are two turns of a conversation; where the
+    tokenizer has no chat template they are a prompt and a completion in Alpaca's form.
+
+    Of messages the assistant turns are learned, each with the marker that ends it; what follows the
+    last of them is left out, and so is a turn with `weight`, `train`, `trainable`, `training`,
+    `loss` or `loss_mask` of 0 or false. Fields that the chat template reads (`tools`, `documents`,
+    `enable_thinking`, …, or inside `chat_template_kwargs`) go to it; the report names those that
+    nothing reads. Where a template rewrites earlier turns, a conversation gives an example for each
+    answer.
 
     Args:
-        source: records, or a file or several: `.jsonl` with a record a line, or `.txt`, which is
-            one document. Both are UTF-8.
+        source: records, or a file, a folder of files, or several: `.jsonl` with a record a line,
+            `.json` with an array of records, `.csv` or `.tsv` whose first line names the fields,
+            `.parquet`, `.arrow` (as Hugging Face datasets save it), or `.txt`, which is one
+            document. Texts are UTF-8; each may be compressed (`.gz`).
         tokenizer: a `minilora.models.Tokenizer`, or one of transformers'.
         max_length: tokens kept of a record, at least 2; the rest is cut off and counted.
         completion_only: False learns prompts, system and user turns too.
@@ -55,6 +68,10 @@ def read_data(
             tokens; None does where the text begins as the chat template's texts do. In messages
             they stay text, as in generation.
         skip_bad: bad records to leave out at most; the report names them.
+        fields: which of the records' fields are which: {"prompt": "q", "completion": "a"} reads
+            the field q as the prompt and a as the completion.
+        system: the system message of conversations that have none.
+        last_turn: learn only the last assistant turn of a conversation.
 
     Returns:
         The examples, without those in which nothing is left to learn, and the counts, which print
@@ -66,7 +83,16 @@ def read_data(
         FileNotFoundError: a file is missing.
         TypeError: another tokenizer.
     """
-    options = Encoding(max_length, completion_only, chat_prompts, parse_special, skip_bad)
+    options = Encoding(
+        max_length,
+        completion_only,
+        chat_prompts,
+        parse_special,
+        skip_bad,
+        fields=fields,
+        system=system,
+        last_turn=last_turn,
+    )
     rows: list[Any] = [source] if isinstance(source, (str, Path)) else list(source)
     if rows and all(isinstance(each, (str, Path)) for each in rows):
         return DataFiles(rows, options).encode(tokenizer)
@@ -77,13 +103,14 @@ class DataFiles:
     """Data files, read before the model and encoded after it.
 
     Args:
-        files: `.jsonl` and `.txt` files.
+        files: files of data, and folders with them.
         options: how to encode them; `skip_bad` counts reading and encoding together.
     """
 
     def __init__(self, files: Sequence[str | Path], options: Encoding) -> None:
-        self.files = [str(file) for file in files]
-        self._rows, bad = read_rows(files, options.skip_bad)
+        found = data_files(files)
+        self.files = [str(file) for file in found]
+        self._rows, bad = read_rows(found, options)
         self._notes = (f"left out: {listed(bad)}",) if bad else ()
         self._options = dataclasses.replace(options, skip_bad=options.skip_bad - len(bad))
 
@@ -119,5 +146,5 @@ def streamed(
                 warnings.warn(f"in a record of the stream: {note}", stacklevel=2)
         return examples
 
-    source = StreamedFiles(files, options.skip_bad)
+    source = StreamedFiles(files, options)
     return Stream(source, encode, pack=options.max_length if packed else None)

@@ -1,29 +1,61 @@
-"""Read training records from files; a new kind of file is a function and a line of `READERS`."""
+"""Training records from files and folders: all at once, or one by one."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from minilora.data.encoder import Encoding
 from minilora.data.problems import Problem, listed, refuse
-from minilora.data.shapes import shape_of
-from minilora.files import unique_keys
+from minilora.data.readers import READERS, Row, kind_of, rows_of
+from minilora.data.recognition import resolve
 
-_MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
+_WHOLE = (".txt", ".json")  # read at once
+_SPLITS = "dataset_dict.json"  # of Hugging Face datasets, in a folder with one for each split
 
-Row = tuple[str, Any]  # where it stands, and a record, or the ValueError that says what is wrong
+
+def data_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the files, and for a folder those in it, in order of their names.
+
+    Of a folder that Hugging Face datasets saved with splits, `train` is taken.
+
+    Raises:
+        ValueError: a folder without any.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        folder = path / "train" if (path / _SPLITS).is_file() else path
+        inside = [file for file in sorted(folder.iterdir()) if file.is_file() and _is_data(file)]
+        if not inside:
+            known = ", ".join(READERS)
+            raise ValueError(f"{folder}: a folder must hold files of data ({known}), found none")
+        found += inside
+    return found
+
+
+def _is_data(file: Path) -> bool:
+    # Hugging Face datasets keep two descriptions beside the data.
+    if file.name.startswith(".") or file.name in ("dataset_info.json", "state.json"):
+        return False
+    try:
+        return bool(kind_of(file))
+    except ValueError:
+        return False
 
 
 def read_rows(
-    paths: Sequence[str | Path], skip_bad: int
+    paths: Sequence[str | Path], options: Encoding
 ) -> tuple[list[tuple[str, dict[str, Any]]], list[Problem]]:
     """Return the records of files with their places, and the rows that were left out.
 
     Raises:
-        ValueError: more bad rows than `skip_bad`, by place and reason, or a file of another kind.
+        ValueError: more bad rows than may be skipped, by place and reason, or a file of another
+            kind.
         FileNotFoundError: a file is missing.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
@@ -31,7 +63,7 @@ def read_rows(
     unreadable: list[Problem] = []
     for file in map(Path, paths):
         try:
-            for where, row in _rows(file):
+            for where, row in _checked(file, options):
                 if isinstance(row, ValueError):
                     problems.append((where, str(row)))
                 else:
@@ -39,103 +71,57 @@ def read_rows(
         except ValueError as error:
             unreadable.append((str(file), str(error)))
     refuse(unreadable, "cannot read the data")
-    refuse(problems, "cannot read the data", skip_bad)
+    refuse(problems, "cannot read the data", options.skip_bad)
     return rows, problems
 
 
+def _checked(file: Path, options: Encoding) -> Iterator[Row]:
+    """Yield the rows of a file; those whose shape is wrong as the ValueError that says so."""
+    for where, row in rows_of(file):
+        try:
+            if not isinstance(row, ValueError):
+                shape, record = resolve(row, options.fields)
+                shape.check(record)
+            yield where, row
+        except ValueError as error:
+            yield where, error
+
+
 class StreamedFiles:
-    """The records of `.jsonl` files, read one by one, from the first file on by every iteration.
+    """The records of files, read one by one, from the first file on by every iteration.
 
     A warning names each bad row; the one beyond `skip_bad` raises ValueError when it is reached.
     """
 
-    def __init__(self, files: Sequence[str | Path], skip_bad: int = 0) -> None:
+    def __init__(self, files: Sequence[str | Path], options: Encoding) -> None:
         check_streamed(files)
-        self._files, self._skip_bad = files, skip_bad
+        self._files, self._options = data_files(files), options
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         problems: list[Problem] = []
-        for file in map(Path, self._files):
+        most = self._options.skip_bad
+        for file in self._files:
             try:
-                for where, row in _rows(file):
+                for where, row in _checked(file, self._options):
                     if not isinstance(row, ValueError):
                         yield row
                         continue
                     problems.append((where, str(row)))
-                    if len(problems) > self._skip_bad:
+                    if len(problems) > most:
                         break
                     left_out = listed(problems[-1:])
                     warnings.warn(f"a bad row was left out: {left_out}", stacklevel=2)
             except ValueError as error:
                 refuse([(str(file), str(error))], "cannot read the data")
-            refuse(problems, "cannot read the data", self._skip_bad)
+            refuse(problems, "cannot read the data", most)
 
 
 def check_streamed(files: Sequence[str | Path]) -> None:
-    """Raise ValueError unless all files are there and can be read line by line."""
-    for file in map(Path, files):
-        if file.suffix != ".jsonl":
-            raise ValueError(f"{file}: only .jsonl files can be streamed; leave --stream away")
+    """Raise ValueError unless all files are there and can be read row by row."""
+    for file in data_files(files):
+        suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
+        if not suffixes or suffixes[-1] not in READERS or suffixes[-1] in _WHOLE:
+            rows = ", ".join(kind for kind in READERS if kind not in _WHOLE)
+            raise ValueError(f"{file}: only {rows} files can be streamed; leave --stream away")
         if not file.is_file():
             raise ValueError(f"{file}: must be a file, found none there")
-
-
-def _rows(file: Path) -> Iterator[Row]:
-    """Yield the rows of a file; ValueError if the whole of it can't be read."""
-    if file.is_dir() or file.suffix not in READERS:
-        raise ValueError(f"must be a file whose name ends in {' or '.join(READERS)}")
-    with open(file, "rb") as opened:
-        head = opened.peek(4)[:4]
-        if encoding := _other_encoding(head):
-            raise ValueError(f"must be UTF-8, found {encoding}; save it as UTF-8")
-        opened.read(len(_MARK) if head.startswith(_MARK) else 0)
-        empty = True
-        for line, row in READERS[file.suffix](opened):
-            empty = False
-            yield f"{file}{line}", row
-        if empty:
-            raise ValueError("must hold text, found none")
-
-
-def _other_encoding(head: bytes) -> str | None:
-    """Return which other encoding of Unicode a file's first four bytes show, or None."""
-    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
-        return "UTF-32"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(head) > 1 and 0 in head[:2]):
-        return "UTF-16"
-    return None
-
-
-def _json_lines(file: BinaryIO) -> Iterator[Row]:
-    for number, line in enumerate(file, 1):  # only newlines end lines, JSON may hold U+2028
-        if line.strip():
-            try:
-                text = line.removesuffix(b"\n").decode("utf-8")
-                record = json.loads(text, object_pairs_hook=unique_keys)
-                shape_of(record).check(record)
-                yield f":{number}", record
-            except UnicodeDecodeError as error:
-                yield f":{number}", ValueError(f"must be UTF-8: {error.reason}")
-            except json.JSONDecodeError as error:
-                reason = f"must be JSON: {error.msg} (column {error.colno})"
-                yield f":{number}", ValueError(reason)
-            except (ValueError, RecursionError) as error:
-                yield f":{number}", ValueError(str(error))
-
-
-def _document(file: BinaryIO) -> Iterator[Row]:
-    content = file.read()
-    try:
-        if content.strip():
-            yield "", {"document": content.decode("utf-8").replace("\r\n", "\n")}
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        yield f":{line}", ValueError(f"must be UTF-8: {error.reason}")
-
-
-# A reader takes an open binary file at its beginning. It yields the position of each record, as in
-# ":3" for a line, and the record, checked by its shape, or the ValueError that says what is wrong.
-READERS: dict[str, Callable[[BinaryIO], Iterator[Row]]] = {
-    ".jsonl": _json_lines,
-    ".txt": _document,
-}

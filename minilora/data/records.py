@@ -9,7 +9,7 @@ from typing import Any
 from minilora.data.encoder import Encoder, Encoding
 from minilora.data.examples import Example, learned_labels
 from minilora.data.problems import Problem, listed, refuse
-from minilora.data.shapes import shape_of
+from minilora.data.recognition import resolve
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def encode_rows(
     problems: list[Problem] = []
     for name, record in rows:  # before the slow part
         try:
-            shape_of(record).check(record)
+            shape, known = resolve(record, options.fields)
+            shape.check(known)
         except ValueError as error:
             problems.append((name, str(error)))
     refuse(problems, "cannot encode the records", options.skip_bad)
@@ -63,7 +64,8 @@ def encode_rows(
         if name in bad:
             continue
         try:
-            found = shape_of(record).encode(encoder, record, name)
+            shape, known = resolve(record, options.fields)
+            found = shape.encode(encoder, known, name)
         except ValueError as error:
             problems.append((name, str(error)))
             continue

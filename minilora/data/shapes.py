@@ -1,4 +1,7 @@
-"""The shapes that records come in: a new one is a check, an encoding and an entry of `SHAPES`."""
+"""The shapes that records come in: a new one is a check, an encoding and an entry of `SHAPES`.
+
+Shapes of other programs' files are conversions to one of these: `foreign_shapes.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from typing import Any
 from minilora.data.encoder import Encoder, Row
 from minilora.data.examples import as_example
 from minilora.data.turns import MARKS
+from minilora.files import parse_json, short
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Record = Mapping[str, Any]
 
@@ -24,24 +28,13 @@ class Shape:
         keys: that a record of it has.
         check: raises ValueError with what is wrong.
         encode: returns the examples of a record, cut, those without anything to learn too.
+        more: keys that it may have, and reads.
     """
 
     keys: tuple[str, ...]
     check: Callable[[Record], None]
     encode: Callable[[Encoder, Record, str], list[Row]]
-
-
-def shape_of(record: Any) -> Shape:
-    """Return the shape whose keys a record has; ValueError where it is none, or two at once."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"a record must be an object, found {type(record).__name__}")
-    shapes = [shape for shape in SHAPES if any(key in record for key in shape.keys)]
-    shapes = [shape for shape in shapes if shape is not TOKENS] or shapes  # tokens kept beside text
-    if len(shapes) != 1 or any(key not in record for key in shapes[0].keys):
-        known = ", or ".join(" and ".join(f'"{key}"' for key in shape.keys) for shape in SHAPES)
-        found = ", ".join(map(str, record)) or "nothing"
-        raise ValueError(f"a record must have {known}, found {found:.100}")
-    return shapes[0]
+    more: tuple[str, ...] = ()
 
 
 def _check_text(record: Record) -> None:
@@ -71,12 +64,17 @@ def _encode_document(encoder: Encoder, record: Record, name: str) -> list[Row]:
 
 
 def _check_completion(record: Record) -> None:
+    if isinstance(record["prompt"], list):
+        MESSAGES.check(_joined(record))
+        return
     _check_string(record["prompt"], "prompt", may_be_empty=True)
     _check_string(record["completion"], "completion", may_be_empty=False)
 
 
 def _encode_completion(encoder: Encoder, record: Record, name: str) -> list[Row]:
     asked, answer = record["prompt"], record["completion"]
+    if isinstance(asked, list):
+        return MESSAGES.encode(encoder, _joined(record), name)
     if encoder.options.chat_prompts:
         turns = (("user", asked), ("assistant", answer))
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -85,8 +83,23 @@ def _encode_completion(encoder: Encoder, record: Record, name: str) -> list[Row]
     return [encoder.text([asked, answer], name, encoder.options.max_length)]
 
 
+def _joined(record: Record) -> Record:
+    """Return the messages of a conversation that is cut in a prompt and a completion, as in TRL."""
+    asked, answer = as_messages(record["prompt"]), record["completion"]
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    answer = as_messages(answer)
+    rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
+    marked = [{**m, "weight": 0} if _is_answer(m) else m for m in asked]
+    return {**rest, "messages": marked + answer if isinstance(answer, list) else answer}
+
+
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
 def _check_messages(record: Record) -> None:
-    messages = record["messages"]
+    messages = as_messages(record["messages"])
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of at least one message")
     for i, message in enumerate(messages):
@@ -96,7 +109,8 @@ def _check_messages(record: Record) -> None:
         if role not in ROLES:
             allowed = ", ".join(ROLES)
             raise ValueError(f"messages[{i}]: role must be one of {allowed}, not {role!r:.60}")
-        _check_string(message.get("content"), f"messages[{i}].content", role != "assistant")
+        may_be_empty = role != "assistant" or bool(message.get("tool_calls"))
+        _check_string(message.get("content"), f"messages[{i}].content", may_be_empty)
         for key in MARKS:
             if message.get(key) not in (None, 0, 1):
                 raise ValueError(
@@ -109,7 +123,66 @@ def _check_messages(record: Record) -> None:
 
 
 def _encode_messages(encoder: Encoder, record: Record, name: str) -> list[Row]:
-    return encoder.chat(record["messages"], record, name)
+    return encoder.chat(as_messages(record["messages"]), record, name)
+
+
+def as_messages(messages: Any) -> Any:
+    """Return messages with each content as one text, whatever of these it was written as.
+
+    A list of messages as JSON text, as tables hold it; content in parts of text, as OpenAI has it;
+    no content beside calls of tools.
+
+    Raises:
+        ValueError: a part that is no text.
+    """
+    if isinstance(messages, str):
+        messages = parse_json(messages, "messages")
+    if not isinstance(messages, list):
+        return messages
+    return [_as_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _as_message(message: Any, name: str) -> Any:
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return {**message, "content": ""}
+    if not isinstance(content, list):
+        return message
+    texts = []
+    for i, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{name}.content[{i}] must be a text, as images and sounds are not read, found "
+                f"{short(part)}"
+            )
+        texts.append(text)
+    return {**message, "content": "".join(texts)}
+
+
+def _check_question(record: Record) -> None:
+    _check_string(record["question"], "question", may_be_empty=False)
+    _check_string(record["answer"], "answer", may_be_empty=False)
+
+
+def _encode_question(encoder: Encoder, record: Record, name: str) -> list[Row]:
+    """Encode a turn of the user's and the answer; as text where there is no chat template."""
+    question, answer = record["question"], record["answer"]
+    rest = {key: value for key, value in record.items() if key not in ("question", "answer")}
+    if encoder.tokenizer.chat_template is not None:
+        turns = (("system", rest.pop("system", None)), ("user", question), ("assistant", answer))
+        messages = [{"role": role, "content": each} for role, each in turns if each]
+        return encoder.chat(messages, rest, name)
+    encoder.note(_NO_TEMPLATE, name)
+    encoder.ignore(rest, ("system",))
+    asked = PLAIN.format(system=_before(rest.get("system")), question=question)
+    return [encoder.text([asked, answer], name, encoder.options.max_length)]
+
+
+def _before(system: str | None) -> str:
+    return f"{system}\n\n" if system else ""
 
 
 def _check_tokens(record: Record) -> None:
@@ -141,11 +214,21 @@ def _check_string(value: Any, name: str, may_be_empty: bool) -> None:
         ) from None
 
 
+# What a question becomes without a chat template: the form of Stanford's Alpaca.
+PLAIN = "{system}### Instruction:\n{question}\n\n### Response:\n"
+_NO_TEMPLATE = (
+    "the tokenizer has no chat template, so a question is written as '### Instruction:', line, "
+    "'### Response:', line, answer; ask so when generating"
+)
+
 TOKENS = Shape(("input_ids",), _check_tokens, _encode_tokens)
+QUESTION = Shape(("question", "answer"), _check_question, _encode_question, ("system",))
+MESSAGES = Shape(("messages",), _check_messages, _encode_messages)
 SHAPES = (
     Shape(("text",), _check_text, _encode_text),
     Shape(("document",), _check_text, _encode_document),
     Shape(("prompt", "completion"), _check_completion, _encode_completion),
-    Shape(("messages",), _check_messages, _encode_messages),
+    MESSAGES,
+    QUESTION,
     TOKENS,
 )

@@ -1,0 +1,92 @@
+"""Shapes of other programs' records: conversions to `SHAPES`, each a line of `FOREIGN`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from minilora.data.encoder import Encoder, Row
+from minilora.data.shapes import MESSAGES, QUESTION, Record, Shape, as_messages
+
+
+def _foreign(
+    note: str,
+    to: Shape,
+    convert: Callable[[Record], Record],
+    keys: tuple[str, ...],
+    more: tuple[str, ...] = (),
+) -> Shape:
+    """Return the shape of records that `convert` makes records of the shape `to`."""
+
+    def encode(encoder: Encoder, record: Record, name: str) -> list[Row]:
+        encoder.note(note, name)
+        return to.encode(encoder, convert(record), name)
+
+    return Shape(keys, lambda record: to.check(convert(record)), encode, more)
+
+
+def _question(asked: str, answer: str, beside: str = "") -> Shape:
+    """Return the shape of a question (with what belongs to it in another field) and an answer."""
+
+    def convert(record: Record) -> Record:
+        question, more = record[asked], record.get(beside)
+        if isinstance(question, str) and isinstance(more, str) and more:
+            question = f"{question}\n\n{more}"
+        rest = {k: v for k, v in record.items() if k not in (asked, answer, beside)}
+        return {**rest, "question": question, "answer": record[answer]}
+
+    both = f"{asked} and {beside}" if beside else asked
+    note = f"read as the user's turn and the answer: {both}; {answer}"
+    more = (beside, "system") if beside else ("system",)
+    return _foreign(note, QUESTION, convert, (asked, answer), more)
+
+
+# ShareGPT's names of roles, and those that its followers added.
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+
+
+def _conversation(key: str) -> Shape:
+    """Return the shape of ShareGPT's conversations: a list of {"from", "value"}, or of messages."""
+
+    def convert(record: Record) -> Record:
+        turns: Any = record[key]
+        if isinstance(turns, str):
+            turns = as_messages(turns)
+        if isinstance(turns, list):
+            turns = [_spoken(turn) for turn in turns]
+            if record.get("system"):
+                turns = [{"role": "system", "content": record["system"]}, *turns]
+        rest = {k: v for k, v in record.items() if k not in (key, "system")}
+        return {**rest, "messages": turns}
+
+    return _foreign(f"{key} are read as messages", MESSAGES, convert, (key,), ("system",))
+
+
+def _spoken(turn: Any) -> Any:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    speaker = turn["from"]
+    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {**rest, "role": role, "content": turn.get("value")}
+
+
+FOREIGN = (
+    _question("instruction", "output", "input"),  # Alpaca
+    _question("instruction", "response", "context"),  # Dolly
+    _question("prompt", "response"),
+    _question("question", "response"),
+    _question("question", "output"),
+    _question("query", "response"),
+    _question("query", "answer"),
+    _question("input", "output"),
+    _conversation("conversations"),
+    _conversation("conversation"),
+)

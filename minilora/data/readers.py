@@ -1,0 +1,234 @@
+"""Read records from one file of any kind; a new kind of file is a function and a line of `READERS`.
+
+A reader takes an open binary file at its beginning. It yields the position of each record, as in
+":3" for a line, and the record, or the ValueError that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minilora.files import unique_keys
+
+_MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
+_LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072 characters
+
+Row = tuple[str, Any]  # where it stands, and a record, or the ValueError that says what is wrong
+Reader = Callable[[BinaryIO], Iterator[Row]]
+
+
+def kind_of(file: Path) -> tuple[Reader, bool]:
+    """Return what reads a file of this name, and whether it is compressed.
+
+    Raises:
+        ValueError: a name that no reader is for.
+    """
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    suffix = "".join(suffixes[:-1][-1:] if packed else suffixes[-1:])
+    if suffix not in READERS:
+        known = ", ".join(READERS)
+        raise ValueError(f"must be a file whose name ends in one of {known} (or that and .gz)")
+    return READERS[suffix], packed
+
+
+def rows_of(file: Path) -> Iterator[Row]:
+    """Yield the rows of a file with their places.
+
+    Raises:
+        ValueError: the whole of it can't be read.
+    """
+    reader, packed = kind_of(file)
+    with open(file, "rb") as stored:
+        opened: Any = io.BufferedReader(gzip.GzipFile(fileobj=stored)) if packed else stored
+        try:
+            head = opened.peek(4)[:4]
+            if encoding := _other_encoding(head):
+                raise ValueError(f"must be UTF-8, found {encoding}; save it as UTF-8")
+            opened.read(len(_MARK) if head.startswith(_MARK) else 0)
+            empty = True
+            for line, row in reader(opened):
+                empty = False
+                yield f"{file}{line}", row
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"must be a whole gzip file, found: {error}") from None
+        if empty:
+            raise ValueError("must hold text, found none")
+
+
+def _other_encoding(head: bytes) -> str | None:
+    """Return which other encoding of Unicode a file's first four bytes show, or None."""
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(head) > 1 and 0 in head[:2]):
+        return "UTF-16"
+    return None
+
+
+def _json_lines(file: BinaryIO) -> Iterator[Row]:
+    """Read a record a line, or all of it where the first line begins something longer."""
+    for number, line in enumerate(file, 1):  # only newlines end lines, JSON may hold U+2028
+        if number == 1 and (line.strip() in (b"[", b"{") or line.lstrip().startswith(b"[{")):
+            yield from _values(line + file.read())
+            return
+        if line.strip():
+            yield f":{number}", _parsed(line.removesuffix(b"\n"))
+
+
+def _json(file: BinaryIO) -> Iterator[Row]:
+    """Read an array of records, an object that holds one, a single record, or a record a line."""
+    content = file.read()
+    first, _, rest = content.strip().partition(b"\n")
+    if rest.strip() and isinstance(_parsed(first), dict):
+        yield from _json_lines(io.BytesIO(content))  # type: ignore[arg-type]
+    else:
+        yield from _values(content)
+
+
+def _values(content: bytes) -> Iterator[Row]:
+    if not content.strip():
+        return
+    value, inside = _parsed(content), ""
+    if isinstance(value, ValueError):
+        raise value
+    if isinstance(value, dict):
+        lists = [k for k, v in value.items() if isinstance(v, list) and v and _objects(v)]
+        if len(value) == 1 and lists and lists[0] not in ("messages", "conversations"):
+            inside = lists[0]
+            value = value[inside]
+        else:
+            value = [value]
+    if not isinstance(value, list):
+        raise ValueError(f"must hold an array of records, found {type(value).__name__}")
+    for i, record in enumerate(value):
+        yield f":{inside}[{i}]", record
+
+
+def _objects(values: list[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _parsed(content: bytes) -> Any:
+    """Return the value of JSON, or the ValueError that says why it is none."""
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        return ValueError(f"must be UTF-8: {error.reason}")
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return ValueError(f"must be JSON: {error.msg} ({line}column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return ValueError(str(error))
+
+
+def _document(file: BinaryIO) -> Iterator[Row]:
+    content = file.read()
+    try:
+        if content.strip():
+            yield "", {"document": content.decode("utf-8").replace("\r\n", "\n")}
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield f":{line}", ValueError(f"must be UTF-8: {error.reason}")
+
+
+def _csv(file: BinaryIO) -> Iterator[Row]:
+    """Read a table whose first line names the fields; commas, semicolons or tabs part them."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    csv.field_size_limit(_LARGEST_FIELD)
+    number = 1
+    try:
+        first = text.readline()
+        if not first.strip():
+            return
+        part = max(",;\t", key=first.count)
+        table = csv.reader(itertools.chain([first], text), delimiter=part, strict=True)
+        names = [name.strip() for name in next(table)]
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(f"its first line must name each field once, found {first.strip()!r}")
+        number = table.line_num + 1
+        for fields in table:
+            if len(fields) == len(names):
+                yield f":{number}", dict(zip(names, fields, strict=True))
+            elif fields:
+                yield (
+                    f":{number}",
+                    ValueError(
+                        f"must have the first line's {len(names)} fields, found {len(fields)}; "
+                        "quote a field that holds the separator"
+                    ),
+                )
+            number = table.line_num + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"must be UTF-8: {error.reason}; save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"must be CSV from line {number} on: {error}") from None
+    finally:
+        text.detach()
+
+
+def _parquet(file: BinaryIO) -> Iterator[Row]:
+    pyarrow = _pyarrow()
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        yield from _batches(table.iter_batches(1024))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"must be a Parquet file, found: {error}") from None
+
+
+def _arrow(file: BinaryIO) -> Iterator[Row]:
+    """Read a file of a folder that Hugging Face datasets saved."""
+    pyarrow = _pyarrow()
+    try:
+        with pyarrow.ipc.open_stream(file) as batches:
+            yield from _batches(batches)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"must be an Arrow stream, found: {error}") from None
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ModuleNotFoundError:
+        raise RuntimeError(
+            "Parquet and Arrow files need the package pyarrow, found none; "
+            "pip install 'minilora[data]'"
+        ) from None
+    return pyarrow
+
+
+def _batches(batches: Any) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield f"[{number}]", _without_none(row)
+            number += 1
+
+
+def _without_none(value: Any) -> Any:
+    """Leave out the fields that a table has only because other rows have them."""
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_without_none(each) for each in value]
+    return value
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".txt": _document,
+}

@@ -1,0 +1,56 @@
+"""Which shape a record has, under its own names of fields or under those that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minilora.data.foreign_shapes import FOREIGN
+from minilora.data.shapes import QUESTION, SHAPES, TOKENS, Record, Shape
+
+# A field of one of these beside another shape's says that the record is not understood.
+STRICT = tuple(shape for shape in SHAPES if shape not in (QUESTION, TOKENS))
+
+
+def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape, Record]:
+    """Return a record's shape, and the record with its fields renamed as `fields` says.
+
+    Raises:
+        ValueError: no record, of no shape or of two at once, or without a field that was named.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a record must be an object, found {type(record).__name__}")
+    if fields:
+        record = _renamed(record, fields)
+    known = (*SHAPES, *FOREIGN)
+    whole = [shape for shape in known if all(key in record for key in shape.keys)]
+    whole = [  # without those whose fields are fields of another one
+        shape
+        for shape in whole
+        if not any(
+            set(shape.keys) < {*other.keys, *other.more} for other in whole if other is not shape
+        )
+    ]
+    if len(whole) > 1 and TOKENS in whole:  # tokens kept beside text
+        whole.remove(TOKENS)
+    if len(whole) == 1:
+        read = {*whole[0].keys, *whole[0].more}
+        stray = {key for shape in STRICT if not read & {*shape.keys} for key in shape.keys}
+        if not any(key in record for key in stray):
+            return whole[0], record
+    wanted = ", or ".join(" and ".join(f'"{key}"' for key in shape.keys) for shape in SHAPES)
+    found = ", ".join(map(str, record)) or "nothing"
+    raise ValueError(f"a record must have {wanted}, found {found:.100}; name its fields by --map")
+
+
+def _renamed(record: Record, fields: Mapping[str, str]) -> Record:
+    """Return a record with the shape's names for its fields, and no others of any shape."""
+    lacking = [field for field in fields.values() if field not in record]
+    if lacking:
+        raise ValueError(
+            f"a record must have the field {lacking[0]!r} that was named, found "
+            f"{', '.join(map(str, record)) or 'nothing':.100}"
+        )
+    others = {key for shape in (*SHAPES, *FOREIGN) for key in shape.keys}
+    rest = {k: v for k, v in record.items() if k not in others and k not in fields.values()}
+    return rest | {name: record[field] for name, field in fields.items()}

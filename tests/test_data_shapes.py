@@ -1,0 +1,343 @@
+"""Records as other programs write them, and the kinds of file they come in: equal to our own."""
+
+import csv
+import gzip
+import io
+import json
+
+import pytest
+from byte_tokenizer import CHATML, byte_tokenizer, talk
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.data import Encoding, Stream, read_data, streamed
+from minilora.data.foreign_shapes import FOREIGN
+from minilora.data.record_files import check_streamed
+
+ASKED = [{"role": "user", "content": "hi"}]
+TALK = [*ASKED, {"role": "assistant", "content": "hello"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def learned(record, template=CHATML, **options):
+    """The examples of a record, and what is said of it."""
+    examples, report = read_data([record], byte_tokenizer(template), **options)
+    return examples, report.notes
+
+
+FOREIGN_RECORDS = [
+    ({"instruction": "hi", "input": "", "output": "hello"}, TALK, "instruction and input; output"),
+    ({"instruction": "hi", "output": "hello"}, TALK, "instruction and input; output"),
+    (
+        {"instruction": "Add.", "input": "1+1", "output": "2"},
+        [{"role": "user", "content": "Add.\n\n1+1"}, {"role": "assistant", "content": "2"}],
+        "instruction and input; output",
+    ),
+    (
+        {"instruction": "hi", "context": "x", "response": "hello", "category": "qa"},
+        [{"role": "user", "content": "hi\n\nx"}, TALK[1]],
+        "instruction and context; response",
+    ),
+    ({"prompt": "hi", "response": "hello"}, TALK, "prompt; response"),
+    ({"question": "hi", "response": "hello"}, TALK, "question; response"),
+    ({"question": "hi", "output": "hello"}, TALK, "question; output"),
+    ({"query": "hi", "response": "hello"}, TALK, "query; response"),
+    ({"query": "hi", "answer": "hello"}, TALK, "query; answer"),
+    ({"input": "hi", "output": "hello", "system": "Be brief."}, [SYSTEM, *TALK], "input; output"),
+    (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        TALK,
+        "conversations are read as messages",
+    ),
+    (
+        {
+            "conversations": [{"from": "user", "value": "hi"}, {"from": "bot", "value": "hello"}],
+            "system": "Be brief.",
+        },
+        [SYSTEM, *TALK],
+        "conversations are read as messages",
+    ),
+    ({"conversation": TALK}, TALK, "conversation are read as messages"),
+    ({"conversations": json.dumps(TALK)}, TALK, "conversations are read as messages"),
+]
+
+
+@pytest.mark.parametrize(("record", "messages", "note"), FOREIGN_RECORDS)
+def test_other_programs_records_are_the_conversation_they_mean(record, messages, note):
+    examples, notes = learned(record)
+    assert examples == learned({"messages": messages})[0]
+    assert note in notes[0]
+    assert notes[0].endswith("(record 0)")
+
+
+def test_every_foreign_shape_is_tried():
+    keys = {shape.keys for shape in FOREIGN}
+    assert {k for k in keys if any(set(k) <= set(r) for r, _, _ in FOREIGN_RECORDS)} == keys
+
+
+OWN_RECORDS = [
+    ({"question": "hi", "answer": "hello"}, TALK),
+    ({"question": "hi", "answer": "hello", "system": "Be brief."}, [SYSTEM, *TALK]),
+    ({"messages": json.dumps(TALK)}, TALK),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TALK[1]]}, TALK),
+    (
+        {"messages": [{"role": "user", "content": ["h", {"type": "text", "text": "i"}]}, TALK[1]]},
+        TALK,
+    ),
+    ({"prompt": ASKED, "completion": [TALK[1]]}, TALK),
+    ({"prompt": ASKED, "completion": "hello"}, TALK),
+]
+
+
+@pytest.mark.parametrize(("record", "messages"), OWN_RECORDS)
+def test_own_shapes_are_read_as_they_are_found(record, messages):
+    found = learned(record)
+    assert found[0] == learned({"messages": messages})[0]
+    assert not any("ignored" in note for note in found[1])
+
+
+def test_of_a_conversation_cut_in_two_the_completion_alone_is_learned():
+    prompt = [*TALK, {"role": "user", "content": "more"}]
+    answer = {"role": "assistant", "content": "no"}
+    unlearned = [TALK[0], {**TALK[1], "weight": 0}, prompt[2], answer]
+    found = learned({"prompt": prompt, "completion": [answer]})[0]
+    assert found == learned({"messages": unlearned})[0]
+    assert found != learned({"messages": [*prompt, answer]})[0]
+
+
+@given(st.sampled_from(["", "System."]), st.text(min_size=1), st.text(min_size=1))
+def test_without_a_chat_template_a_question_has_alpacas_form(system, question, answer):
+    record = {"question": question, "answer": answer, **({"system": system} if system else {})}
+    before = f"{system}\n\n" if system else ""
+    prompt = f"{before}### Instruction:\n{question}\n\n### Response:\n"
+    found, notes = learned(record, None, parse_special=False)
+    wanted = learned({"prompt": prompt, "completion": answer}, None, parse_special=False)
+    assert found == wanted[0]
+    assert "the tokenizer has no chat template" in notes[0]
+
+
+TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + (m.tool_calls | tojson "
+    "if m.tool_calls else '') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_calls_of_tools_are_answers():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    messages = [*ASKED, call, {"role": "tool", "content": "3"}, {**TALK[1]}]
+    written = '[{"name": "add"}]'
+    as_text = [*ASKED, {"role": "assistant", "content": written}, *messages[2:]]
+    assert learned({"messages": messages}, TOOLS)[0] == learned({"messages": as_text}, TOOLS)[0]
+
+
+BAD = [
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TALK[1]]},
+        r"messages\[0\]\.content\[0\] must be a text, as images and sounds are not read, found",
+    ),
+    ({"messages": "[{"}, "messages must be JSON, found otherwise"),
+    ({"question": "a", "answer": ""}, "answer must not be empty"),
+    ({"question": 3, "answer": "b"}, "question must be a string, found int"),
+    ({"instruction": "a", "output": 3}, "answer must be a string, found int"),
+    ({"conversations": {"a": 1}}, "messages must be a list of at least one message"),
+    (
+        {"conversations": [{"from": "function_call", "value": "x"}]},
+        "role must be one of .*, not 'function_call'",
+    ),
+    ({"prompt": "a", "response": "b", "messages": TALK}, "found prompt, response, messages"),
+    ({"question": "a", "answer": "b", "text": "c"}, "found question, answer, text"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), BAD)
+def test_bad_records_are_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        read_data([record], byte_tokenizer(CHATML))
+
+
+# --- names of fields, system messages, the last turn ----------------------------------------------
+
+
+def test_fields_are_named():
+    record = {"q": "a", "reply": "b", "text": "c", "messages": 3}
+    fields = {"prompt": "q", "completion": "reply"}
+    assert learned(record, fields=fields)[0] == learned({"prompt": "a", "completion": "b"})[0]
+    with pytest.raises(ValueError, match="must have the field 'Q' that was named, found q, reply"):
+        learned(record, fields={"prompt": "Q", "completion": "reply"})
+
+
+def test_a_system_message_is_put_before_conversations_that_have_none():
+    told = {"system": "Be brief."}
+    assert learned({"messages": TALK}, **told)[0] == learned({"messages": [SYSTEM, *TALK]})[0]
+    own = {"messages": [{**SYSTEM, "content": "Mine."}, *TALK]}
+    assert learned(own, **told)[0] == learned(own)[0]
+    pair = {"prompt": "hi", "completion": "hello"}
+    found = learned(pair, chat_prompts=True, **told)[0]
+    assert found == learned({"messages": [SYSTEM, *TALK]})[0]
+
+
+def test_only_the_last_turn_is_learned():
+    messages = talk("user", "assistant", "user", "assistant")
+    wanted = [{**m, "weight": 0} if i == 1 else m for i, m in enumerate(messages)]
+    found = learned({"messages": messages}, last_turn=True)[0]
+    assert found == learned({"messages": wanted})[0] != learned({"messages": messages})[0]
+
+
+# --- kinds of files -------------------------------------------------------------------------------
+
+ROWS = [{"question": 'a, "b"\nc', "answer": "d;é"}, {"question": "e\t", "answer": " f "}]
+
+
+def table(rows, delimiter=","):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def parquet(rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def arrow(rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    written = pyarrow.Table.from_pylist(rows)
+    sink = io.BytesIO()
+    with pyarrow.ipc.new_stream(sink, written.schema) as stream:
+        stream.write_table(written)
+    return sink.getvalue()
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def json_text(rows, **options):
+    return json.dumps(rows, **options).encode()
+
+
+CONTAINERS = {
+    "a.jsonl": json_lines,
+    "A.JSONL": json_lines,
+    "a.ndjson": json_lines,
+    "a.json": json_text,
+    "lines.json": json_lines,
+    "pretty.json": lambda rows: json_text(rows, indent=1),
+    "inside.json": lambda rows: json_text({"data": rows}),
+    "array.jsonl": json_text,
+    "pretty.jsonl": lambda rows: json_text(rows, indent=1),
+    "a.csv": table,
+    "semicolons.csv": lambda rows: table(rows, ";"),
+    "mark.csv": lambda rows: b"\xef\xbb\xbf" + table(rows),
+    "a.tsv": lambda rows: table(rows, "\t"),
+    "a.parquet": parquet,
+    "a.arrow": arrow,
+    "a.csv.gz": lambda rows: gzip.compress(table(rows)),
+    "a.jsonl.gz": lambda rows: gzip.compress(json_lines(rows)),
+    "a.parquet.gz": lambda rows: gzip.compress(parquet(rows)),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_kind_of_file_holds_the_same_records(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes(CONTAINERS[name](ROWS))
+    found, report = read_data(file, byte_tokenizer(CHATML))
+    assert found == read_data(ROWS, byte_tokenizer(CHATML))[0]
+    assert report.documents == 2
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0")), min_size=1))
+def test_any_text_survives_a_table(tmp_path_factory, texts):
+    texts = [f"x{text}" for text in texts]
+    file = tmp_path_factory.mktemp("t") / "a.csv"
+    file.write_bytes(table([{"text": text, "id": i} for i, text in enumerate(texts)]))
+    wanted = read_data([{"text": text} for text in texts], byte_tokenizer(), max_length=9999)[0]
+    assert read_data(file, byte_tokenizer(), max_length=9999)[0] == wanted
+
+
+def test_nested_tables_leave_out_what_other_rows_have(tmp_path):
+    marked = [TALK[0], {**TALK[1], "weight": 0}, *TALK]
+    rows = [{"messages": marked, "tools": None}, {"messages": TALK, "tools": "[]"}]
+    (tmp_path / "a.parquet").write_bytes(parquet(rows))
+    found, report = read_data(tmp_path / "a.parquet", byte_tokenizer(CHATML))
+    assert found == read_data([{"messages": marked}, {"messages": TALK}], byte_tokenizer(CHATML))[0]
+    assert report.notes == ("ignored fields, with how often they occur: tools (1)",)
+
+
+def test_a_folder_is_its_files_in_order(tmp_path):
+    (tmp_path / "b.jsonl").write_bytes(json_lines(ROWS[1:]))
+    (tmp_path / "a.csv").write_bytes(table(ROWS[:1]))
+    (tmp_path / "README.md").write_text("no data")
+    assert read_data(tmp_path, byte_tokenizer())[0] == read_data(ROWS, byte_tokenizer())[0]
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_folder_of_hugging_face_datasets_is_read(tmp_path, split):
+    """As `save_to_disk` lays it out; the package itself judges nothing here."""
+    folder = tmp_path / "train" if split else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "data-00000-of-00001.arrow").write_bytes(arrow(ROWS))
+    (folder / "state.json").write_text("{}")
+    (folder / "dataset_info.json").write_text("{}")
+    if split:
+        (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert read_data(tmp_path, byte_tokenizer())[0] == read_data(ROWS, byte_tokenizer())[0]
+
+
+BAD_FILES = [
+    ("a.csv", b"a,a\n1,2\n", "its first line must name each field once, found 'a,a'"),
+    ("a.csv", b"text,b\n1,2\n1\n1,2,3\n", r"a\.csv:3, 4: must have the first line's 2 fields"),
+    ("a.csv", b'text\n"a"b\n', "must be CSV from line 2 on"),
+    ("a.csv", b"text\n\xff\n", "must be UTF-8: invalid start byte; save it as UTF-8"),
+    ("a.csv", b"text\n", "must hold text, found none"),
+    ("a.csv", b" \n", "must hold text, found none"),
+    ("a.json", b"3", "must hold an array of records, found int"),
+    ("a.json", b'[{"text": "a"},]', r"must be JSON: .* \(column 1[56]\)"),
+    ("a.json", b'[\n{"text": "a"}\n{}]', r"must be JSON: .* \(line 3, column 1\)"),
+    ("a.json", b'[{"text": "a"}, {"text": 3}]', r"a\.json:\[1\]: text must be a string"),
+    ("a.json", b'{"rows": [{"text": 3}]}', r"a\.json:rows\[0\]: text must be a string"),
+    ("a.json", b" ", "must hold text, found none"),
+    ("a.jsonl.gz", b"no gzip", "must be a whole gzip file"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], "must be a whole gzip file"),
+    ("a.parquet", b"PAR1....PAR1", "must be a Parquet file, found"),
+    ("a.arrow", b"ARROW", "must be an Arrow stream, found"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_damaged_files_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"cannot read the data: .*{message}"):
+        read_data(tmp_path / name, byte_tokenizer(CHATML))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RuntimeError, match=r"need the package pyarrow.*minilora\[data\]"):
+        read_data(tmp_path / "a.parquet", byte_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.csv.gz"])
+def test_rows_are_streamed(tmp_path, name):
+    (tmp_path / name).write_bytes(CONTAINERS[name](ROWS))
+    options = Encoding(64)
+    stream = streamed([tmp_path / name], byte_tokenizer(CHATML), options)
+    assert isinstance(stream, Stream)
+    found = [example for record in stream.source for example in stream.encode(record)]
+    assert found == read_data(ROWS, byte_tokenizer(CHATML), max_length=64)[0]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "a.txt.gz", "a.md"])
+def test_what_is_read_at_once_is_not_streamed(tmp_path, name):
+    (tmp_path / name).write_bytes(b"[]")
+    with pytest.raises(ValueError, match=r"only \.jsonl, .* files can be streamed"):
+        check_streamed([tmp_path / name])
