@@ -378,7 +378,7 @@ def test_cli_train_packs_streams_and_keeps_tokens(folder, tmp_path, capsys):
 def test_cli_stream_names_a_bad_file_before_the_model(folder, letters, tmp_path, capsys, no_model):
     train = ["train", folder, "--max-steps", 1, "--out", tmp_path / "a", "--stream", "--data"]
     for name, message in (("b.jsonl", "must be a file, found none there"),
-                          ("b.txt", "only .jsonl files can be streamed")):  # fmt: skip
+                          ("b.txt", "only .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow files can be streamed")):  # fmt: skip
         assert run(*train, letters, tmp_path / name) == 2
         assert f"{name}: {message}" in capsys.readouterr().err
 
@@ -412,7 +412,7 @@ def test_cli_train_on_a_stream_names_the_bad_line(folder, letters, tmp_path, cap
     assert run(*train, "--out", tmp_path / "run") == 2
     assert "letters.jsonl:9: a record must have" in capsys.readouterr().err
     assert run("train", folder, "--data", "x.txt", *train[4:], "--out", tmp_path / "run") == 2
-    assert "x.txt: only .jsonl files can be streamed" in capsys.readouterr().err
+    assert re.search(r"x\.txt: only \.jsonl, .* files can be streamed", capsys.readouterr().err)
 
 
 def test_cli_train_samples_and_stops_early(folder, letters, tmp_path, capsys):

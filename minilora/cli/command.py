@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 import minilora
 from minilora import planning
-from minilora.cli import adapters, interrupt, models, running, training  # noqa: F401 - their verbs
+from minilora.cli import (  # noqa: F401 - their verbs
+    adapters,
+    chatting,
+    interrupt,
+    models,
+    running,
+    training,
+)
 from minilora.cli.arguments import VERBS, Parser, add_arguments, verb
 from minilora.files import one_line
 
@@ -29,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=minilora.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    first = ("train", "eval", "generate")
+    first = ("train", "eval", "generate", "chat")
     for name in dict.fromkeys((*first, *VERBS)):
         run, arguments = VERBS[name]
         add_arguments(commands.add_parser(name, help=(run.__doc__ or "").rstrip(".")), *arguments)

@@ -38,12 +38,13 @@ def evaluate(options: argparse.Namespace) -> int:
     arg("--top-p", type=float),
     arg("--seed", type=integer),
     arg("--chat", action="store_true", help="ask through the chat template"),
+    "--system",
     arg("--compile", action="store_true", help="faster tokens after some ten seconds; needs g++"),
 )
 def generate(options: argparse.Namespace) -> int:
     """Continue a prompt."""
     model, tokenizer = load(options)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "compile")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "system", "compile")
     settings = {name: getattr(options, name) for name in names}
     print(*minilora.generate(model, options.prompts, tokenizer=tokenizer, **settings), sep="\n")
     return 0

@@ -6,9 +6,11 @@ from minilora.data.examples import IGNORE, Example, as_examples, learned_labels
 from minilora.data.packing import pack
 from minilora.data.reading import DataFiles, read_data, streamed
 from minilora.data.record_files import check_streamed
+from minilora.data.shapes import ALPACA
 from minilora.data.streaming import Stream, StreamBatches
 
 __all__ = [
+    "ALPACA",
     "IGNORE",
     "Batch",
     "Batches",

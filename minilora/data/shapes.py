@@ -177,7 +177,7 @@ def _encode_question(encoder: Encoder, record: Record, name: str) -> list[Row]:
         return encoder.chat(messages, rest, name)
     encoder.note(_NO_TEMPLATE, name)
     encoder.ignore(rest, ("system",))
-    asked = PLAIN.format(system=_before(rest.get("system")), question=question)
+    asked = ALPACA.format(system=_before(rest.get("system")), question=question)
     return [encoder.text([asked, answer], name, encoder.options.max_length)]
 
 
@@ -215,7 +215,7 @@ def _check_string(value: Any, name: str, may_be_empty: bool) -> None:
 
 
 # What a question becomes without a chat template: the form of Stanford's Alpaca.
-PLAIN = "{system}### Instruction:\n{question}\n\n### Response:\n"
+ALPACA = "{system}### Instruction:\n{question}\n\n### Response:\n"
 _NO_TEMPLATE = (
     "the tokenizer has no chat template, so a question is written as '### Instruction:', line, "
     "'### Response:', line, answer; ask so when generating"

@@ -34,7 +34,9 @@ def generate(
     stop: str | int | Iterable[str | int] = (),
     seed: int | None = None,
     chat: bool = False,
+    system: str | None = None,
     compile: bool | str = False,
+    stream: Callable[[int, str], None] | None = None,
 ) -> list[Any]:
     """Continue each prompt until a stop token, a stop string or `max_new_tokens`.
 
@@ -58,9 +60,12 @@ def generate(
         seed: reproduces a sampled text; None draws a fresh one. The global random state is
             neither read nor changed.
         chat: wrap each text as a user message in the tokenizer's chat template.
+        system: with chat, the system message before it.
         compile: True runs the model's blocks through `torch.compile` after the first token, which
             takes a C++ compiler and some ten seconds once; `"auto"` does where that works. Its
             rounding differs, so a greedy text may turn where two tokens are nearly as likely.
+        stream: called with a prompt's number and what its text has grown by, as soon as that is
+            certain: not within a character or a stop string; needs a tokenizer.
 
     Returns:
         Per prompt the new text, or the new token ids when there is no tokenizer; what stopped the
@@ -76,7 +81,9 @@ def generate(
     tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     wanted = settle_compile(compile)[0]
     stop_ids, stop_strings = _stops(stop, tokenizer)
-    rows = _encode(prompts, tokenizer, chat)
+    rows = _encode(prompts, tokenizer, chat, system)
+    if stream is not None and tokenizer is None:
+        raise TypeError("stream needs a tokenizer, found None; pass tokenizer=")
     _check_rows(rows, max_new_tokens, getattr(model, "config", None))
     survey = Survey(model)
     survey.require_values("generate")
@@ -86,6 +93,7 @@ def generate(
     asked = [list(row) for row in rows]
     new: Rows = [[] for _ in rows]
     running = list(range(len(rows)))
+    said = [0] * len(rows)  # characters that `stream` has had
     with inference(model), widened(model):
         step = _step(model, rows, max_new_tokens)
         logits = step(rows)  # the prompts, uncompiled: they have other lengths, and come once
@@ -101,10 +109,13 @@ def generate(
                         continue
                     rows[i].append(token)
                     new[i].append(token)
-                    stopped = bool(stop_strings) and (
-                        _end(tokenizer.decode_after(asked[i], new[i]), stop_strings) >= 0
-                    )
-                    if stopped or len(new[i]) == max_new_tokens:
+                    text = ""
+                    if stop_strings or stream is not None:
+                        text = tokenizer.decode_after(asked[i], new[i])
+                    if stream is not None and (end := _certain(text, stop_strings)) > said[i]:
+                        stream(i, text[said[i] : end])
+                        said[i] = end
+                    if _end(text, stop_strings) >= 0 or len(new[i]) == max_new_tokens:
                         running.remove(i)
                 if running:
                     logits = step(rows)
@@ -112,7 +123,19 @@ def generate(
         return new
     texts = [tokenizer.decode_after(*both) for both in zip(asked, new, strict=True)]
     ends = [_end(text, stop_strings) for text in texts]
-    return [text if end < 0 else text[:end] for text, end in zip(texts, ends, strict=True)]
+    texts = [text if end < 0 else text[:end] for text, end in zip(texts, ends, strict=True)]
+    for i, text in enumerate(texts):
+        if stream is not None and len(text) > said[i]:
+            stream(i, text[said[i] :])
+    return texts
+
+
+def _certain(text: str, stop_strings: Sequence[str]) -> int:
+    """Return how much of a text is sure to stay: what may begin a stop string is not."""
+    if (end := _end(text, stop_strings)) >= 0:
+        return end
+    begun = [n for s in stop_strings for n in range(1, len(s)) if text.endswith(s[:n])]
+    return len(text) - max(begun, default=0)
 
 
 def _end(text: str, stop_strings: Sequence[str]) -> int:
@@ -269,8 +292,11 @@ def _stops(stop: Any, tokenizer: Any) -> tuple[set[int], list[str]]:
     return ids | set(() if tokenizer is None else tokenizer.stop_ids), strings
 
 
-def _encode(prompts: Any, tokenizer: Any, chat: bool) -> Rows:
+def _encode(prompts: Any, tokenizer: Any, chat: bool, system: str | None) -> Rows:
     """Turn prompts into token ids."""
+    if system is not None and not chat:
+        raise ValueError("system needs chat=True, which puts it into the template")
+    before = [] if system is None else [{"role": "system", "content": system}]
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(f"prompts must be a text or a list, found {type(prompts).__name__}")
@@ -280,8 +306,8 @@ def _encode(prompts: Any, tokenizer: Any, chat: bool) -> Rows:
             if tokenizer is None:
                 raise TypeError(f"prompt {i} is a text and needs a tokenizer, found None")
             if chat:
-                message = [{"role": "user", "content": prompt}]
-                ids = tokenizer.encode_chat(message, add_generation_prompt=True)
+                messages = [*before, {"role": "user", "content": prompt}]
+                ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
             else:
                 warn_of_control(tokenizer, prompt, f"prompt {i}")
                 ids = encode_prompt(tokenizer, prompt)

@@ -1,0 +1,188 @@
+"""`minilora chat`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import minilora
+from minilora.cli.arguments import MODEL, arg, integer, positive, verb
+from minilora.cli.sources import base_of, check_adapter, load
+from minilora.peft import find_pair
+from minilora.running import BASE, Chat
+
+_HELP = """/reset         begin a new conversation
+/again         answer the last question anew
+/base          the base model's answer to the last question
+/ab            from now on show every answer: the base's and each adapter's (again: stop)
+/use NAME      go on with this adapter's answers, or with base
+/system TEXT   another system message; none: no text
+/save FILE     add the conversation to a .jsonl file, as a row to train on
+/quit          or Ctrl-D"""
+
+
+@verb(
+    "chat",
+    *MODEL,
+    arg("--adapter", nargs="+", type=Path, default=[], help="folders with adapters"),
+    arg("--system", metavar="TEXT", help="system message"),
+    arg("--max-new-tokens", type=positive, default=512, help="of an answer (default: 512)"),
+    arg("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
+    arg("--top-k", type=positive),
+    arg("--top-p", type=float),
+    arg("--seed", type=integer),
+)
+def chat(options: argparse.Namespace) -> int:
+    """Talk to a model, with its adapters or without."""
+    adapters: list[Path] = options.adapter
+    if find_pair(Path(options.model))[0].is_file():  # an adapter's folder, which names its base
+        adapters = [Path(options.model), *adapters]
+        options.model = base_of(adapters[0], None)
+    for folder in adapters:
+        check_adapter(folder, "--adapter")
+    options.adapter = None
+    model, tokenizer = load(options)
+    names: list[str] = []
+    for folder in adapters:
+        names.append(_name(folder, names))
+        minilora.load(model, folder, names[-1])
+    settings = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "system")
+    talk = Chat(
+        model,
+        tokenizer,
+        adapter=names[0] if names else BASE,
+        **{name: getattr(options, name) for name in settings},
+    )
+    shown = ", ".join([BASE, *names])
+    _say(f"{options.model} ({shown}); answers of {talk.adapter}. /help lists what else there is.")
+    if tokenizer.chat_template is None:
+        _say("it has no chat template: each question stands alone, in Alpaca's form")
+    session = _Session(talk, names)
+    while (line := _read()) is not None:
+        try:
+            if not session.take(line):
+                break
+        except (ValueError, OSError) as error:
+            _say(str(error))
+    return 0
+
+
+def _name(folder: Path, taken: list[str]) -> str:
+    """Return a name for the adapter in a folder: the folder's, with a number if it is taken."""
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.resolve().name)
+    names = (name, *(f"{name}_{n}" for n in range(2, len(taken) + 3)))
+    return next(each for each in names if each not in (BASE, *taken))
+
+
+def _read() -> str | None:
+    """Return the next line that says something, None at the end."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:  # while nothing is being answered: the end
+            print(file=sys.stderr)
+            return None
+        if not line:
+            return None
+        if line.strip():
+            return line.strip()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+class _Session:
+    """Carry out one line after another."""
+
+    def __init__(self, talk: Chat, names: list[str]) -> None:
+        self.talk, self.names = talk, names
+        self.side_by_side = False
+
+    def take(self, line: str) -> bool:
+        """Answer a question or follow a command; return whether to go on."""
+        if not line.startswith("/"):
+            self.ask(line)
+            return True
+        command, _, rest = line[1:].partition(" ")
+        if command in ("quit", "exit"):
+            return False
+        commands: dict[str, Callable[[str], None]] = {
+            "reset": self.reset,
+            "again": self.again,
+            "base": self.base,
+            "ab": self.ab,
+            "use": self.use,
+            "system": self.system,
+            "save": self.save,
+            "help": lambda rest: _say(_HELP),
+        }
+        if command not in commands:
+            raise ValueError(f"/{command} is no command; /help lists them")
+        commands[command](rest.strip())
+        return True
+
+    def ask(self, question: str) -> None:
+        """Answer, and beside it as the others would where that is wanted."""
+        others = [name for name in (BASE, *self.names) if name != self.talk.adapter]
+        asked = [*self.talk.messages, {"role": "user", "content": question}]
+        for name in others if self.side_by_side else ():
+            _write(f"[{name}] ")
+            self.talk.answer(asked, name, _write)
+            _write("\n")
+        if self.side_by_side:
+            _write(f"[{self.talk.adapter}] ")
+        self.talk.ask(question, _write)
+        _write("\n")
+
+    def reset(self, rest: str) -> None:
+        """Begin a new conversation."""
+        self.talk.messages.clear()
+
+    def again(self, rest: str) -> None:
+        """Take the last answer back and give another."""
+        self._last()
+        *self.talk.messages, question, _ = self.talk.messages
+        self.ask(question["content"])
+
+    def base(self, rest: str) -> None:
+        """Answer the last question as the base, without keeping it."""
+        self._last()
+        _write(f"[{BASE}] ")
+        self.talk.answer(self.talk.messages[:-1], BASE, _write)
+        _write("\n")
+
+    def _last(self) -> None:
+        if not self.talk.messages:
+            raise ValueError("there must be a question before this, found none yet")
+
+    def ab(self, rest: str) -> None:
+        """Show every answer, or the one alone."""
+        if not self.names:
+            raise ValueError("/ab compares adapters with the base, found none; pass --adapter")
+        self.side_by_side = not self.side_by_side
+
+    def use(self, name: str) -> None:
+        """Go on with another adapter."""
+        self.talk.use(name)
+
+    def system(self, text: str) -> None:
+        """Set the system message."""
+        self.talk.system = text or None
+
+    def save(self, name: str) -> None:
+        """Add the conversation to a file."""
+        if Path(name).suffix != ".jsonl":
+            raise ValueError(f"/save needs a name that ends in .jsonl, found {name!r:.60}")
+        self._last()
+        first = [{"role": "system", "content": self.talk.system}] if self.talk.system else []
+        row = json.dumps({"messages": [*first, *self.talk.messages]}, ensure_ascii=False)
+        with open(name, "a", encoding="utf-8") as file:
+            file.write(row + "\n")
