@@ -8,7 +8,7 @@ from pathlib import Path
 
 import minilora
 from minilora.cli.arguments import MODEL, arg, integer, positive, verb
-from minilora.cli.sources import base_of, check_adapter, load
+from minilora.cli.sources import adapter_of, base_of, load
 from minilora.peft import find_pair
 from minilora.running import BASE, Chat
 
@@ -25,7 +25,13 @@ _HELP = """/reset         begin a new conversation
 @verb(
     "chat",
     *MODEL,
-    arg("--adapter", nargs="+", type=Path, default=[], help="folders with adapters"),
+    arg(
+        "--adapter",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="folders with adapters, or names on the hub",
+    ),
     arg("--system", metavar="TEXT", help="system message"),
     arg("--max-new-tokens", type=positive, default=512, help="of an answer (default: 512)"),
     arg("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
@@ -39,8 +45,7 @@ def chat(options: argparse.Namespace) -> int:
     if find_pair(Path(options.model))[0].is_file():  # an adapter's folder, which names its base
         adapters = [Path(options.model), *adapters]
         options.model = base_of(adapters[0], None)
-    for folder in adapters:
-        check_adapter(folder, "--adapter")
+    adapters = [adapter_of(name, "--adapter") for name in adapters]
     options.adapter = None
     model, tokenizer = load(options)
     names: list[str] = []
