@@ -3,6 +3,7 @@
 from minilora.data.batches import Batch, Batches, pad
 from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
 from minilora.data.examples import IGNORE, Example, as_examples, learned_labels
+from minilora.data.inspection import duplicates, lengths, shown
 from minilora.data.packing import pack
 from minilora.data.reading import DataFiles, read_data, streamed
 from minilora.data.record_files import check_streamed
@@ -21,11 +22,14 @@ __all__ = [
     "StreamBatches",
     "as_examples",
     "check_streamed",
+    "duplicates",
     "encode_prompt",
     "learned_labels",
+    "lengths",
     "pack",
     "pad",
     "read_data",
+    "shown",
     "streamed",
     "warn_of_control",
 ]

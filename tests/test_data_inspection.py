@@ -1,0 +1,102 @@
+"""What is said of data before a run: lengths, duplicates, and every learned token."""
+
+import json
+import re
+
+import pytest
+from byte_tokenizer import CHATML, byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.cli.command import main
+from minilora.data import Example, duplicates, lengths, read_data, shown
+from minilora.loading.saving import save_pretrained
+from minilora.models import Llama, LlamaConfig
+
+TOKENIZER = byte_tokenizer(CHATML)
+
+
+def examples(*texts):
+    return read_data([{"text": text} for text in texts], TOKENIZER)[0]
+
+
+def test_lengths_are_those_of_the_examples():
+    rows = [Example([1] * n, [-100] * m + [1] * (n - m)) for n, m in ((5, 1), (9, 8), (7, 2))]
+    assert lengths(rows) == (
+        "5 to 9 long (median 7, 95 % at most 9); 1 to 5 learned (median 4, 95 % at most 5)"
+    )
+
+
+def test_duplicates_are_found_within_and_between_sets():
+    sets = {
+        "train": examples("One two", "three", "one  TWO\n", "1+1", "1-1", "three"),
+        "valid": examples("four", "three"),
+        "test": examples("five"),
+    }
+    assert duplicates(sets, TOKENIZER) == [
+        "train: 2 examples occur again: 0 = 2, 1 = 5",
+        "train and valid share 1 examples: 1 = 1",
+    ]
+
+
+def test_many_duplicates_are_counted_and_five_are_named():
+    rows = examples(*"abcdefg")
+    found = duplicates({"a": rows, "b": rows}, TOKENIZER)
+    assert found == ["a and b share 7 examples: 0 = 0, 1 = 1, 2 = 2, 3 = 3, 4 = 4 and 2 more"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), min_size=1))
+def test_what_is_shown_as_learned_is_what_is_learned(letters):
+    """The oracle walks over letters; the first label never counts."""
+    ids = [TOKENIZER.encode(letter, special=False)[0] for letter, _ in letters]
+    row = Example(ids, [i if known else -100 for i, (_, known) in zip(ids, letters, strict=True)])
+    text = shown(row, TOKENIZER, colors=False)
+    assert re.sub("[⟦⟧]", "", text) == "".join(letter for letter, _ in letters)
+    learned = "".join(re.findall("⟦([^⟦⟧]*)⟧", text))
+    assert learned == "".join(letter for letter, known in letters[1:] if known)
+    assert "⟧⟦" not in text
+
+
+def test_colours_part_what_is_given_from_what_is_learned():
+    row = read_data([{"prompt": "ab", "completion": "c"}], TOKENIZER)[0][0]
+    wanted = "\033[2mab\033[0m\033[1;32mc<|endoftext|>\033[0m"
+    assert shown(row, TOKENIZER, colors=True) == wanted
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = LlamaConfig(260, 8, 8, 1, 2, 1, 4, 64)
+    save_pretrained(Llama(config), tmp_path / "model", TOKENIZER)
+    (tmp_path / "t.csv").write_text("question,answer\nhi,hello\nho,\n")
+    (tmp_path / "v.jsonl").write_text(json.dumps({"question": "HI", "answer": "hello"}) + "\n")
+    return tmp_path
+
+
+def test_the_command_reads_no_weights(folder, capsys):
+    (folder / "model" / "model.safetensors").unlink()
+    words = ["data", folder / "t.csv", "--model", folder / "model", "--valid", folder / "v.jsonl"]
+    assert main([*map(str, words), "--skip-bad", "1", "--show", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "train: 1 examples, tokens: 28 to 28 long (median 28, 95 % at most 28); 7 to 7 learned "
+        "(median 7, 95 % at most 7)",
+        "valid: 1 examples, tokens: 28 to 28 long (median 28, 95 % at most 28); 7 to 7 learned "
+        "(median 7, 95 % at most 7)",
+        "train and valid share 1 examples: 0 = 0",
+        "learned is what stands in ⟦⟧:",
+        "<|im_start|>user",
+        "hi<|im_end|>",
+        "<|im_start|>assistant",
+        "⟦hello<|im_end|>",
+        "⟧",
+        "--------------------",
+    ]
+    assert "t.csv:3: answer must not be empty" in err
+
+
+def test_the_command_refuses_bad_rows(folder, capsys):
+    assert main(["data", str(folder / "t.csv"), "--model", str(folder / "model")]) == 2
+    assert "t.csv:3: answer must not be empty; mend these rows" in capsys.readouterr().err
+    words = ["--map", "prompt:a", "--show", "0"]
+    assert main(["data", str(folder / "t.csv"), "--model", str(folder / "model"), *words]) == 2
+    assert "--map takes NAME=FIELD, found 'prompt:a'" in capsys.readouterr().err
