@@ -5,17 +5,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import minilora
 from minilora.cli.arguments import DATA_HELP, DTYPES, ENCODING, arg, integer, positive, verb
 from minilora.cli.sources import (
     adapter_of,
     base_of,
+    check_gguf,
     check_new_folder,
     data_files,
     encode_files,
     load,
+    write_modelfile,
 )
-from minilora.loading import load_model
+from minilora.loading import export_gguf, load_model
 from minilora.peft import adapter_folder, save_adapter
 from minilora.report import check_keep, truncate
 
@@ -25,7 +29,11 @@ _FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
 @verb(
     "export",
     "out",
-    arg("new", type=Path, metavar="NEW", help="a new or empty folder"),
+    arg("new", type=Path, nargs="?", metavar="NEW", help="a new or empty folder"),
+    arg("--gguf", type=Path, metavar="FILE", help="write a GGUF file, for llama.cpp and Ollama"),
+    arg(
+        "--ollama", metavar="BASE", help="and a Modelfile beside it: a GGUF file, or Ollama's name"
+    ),
     "--model",
     arg("--r", type=positive, help="rank; needed for DoRA, else it stays"),
     arg(
@@ -37,12 +45,23 @@ _FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
 )
 def export(options: argparse.Namespace) -> int:
     """Write an adapter as plain LoRA that PEFT, vLLM and llama.cpp read alike."""
-    check_new_folder(options.new, "NEW")
-    options.out = adapter_of(options.out, "OUT")
-    model, _ = load_model(base_of(options.out, options.model), dtype=None)
-    minilora.load(model, options.out)
-    print(minilora.export(model, options.new, r=options.r, dtype=options.dtype))
-    print(minilora.check(options.new))
+    if options.new is None and options.gguf is None:
+        raise ValueError("export needs a new folder, or --gguf FILE, found neither")
+    if options.new is not None:
+        check_new_folder(options.new, "NEW")
+    check_gguf(options.gguf, options.ollama)
+    folder = adapter_of(options.out, "OUT")
+    model, _ = load_model(base_of(folder, options.model), dtype=None)
+    minilora.load(model, folder)
+    how = {"r": options.r, "dtype": getattr(torch, options.dtype)}
+    if options.new is not None:
+        print(minilora.export(model, options.new, **how))
+        print(minilora.check(options.new))
+    if options.gguf is not None:
+        made = export_gguf(model, options.gguf, **how)
+        print(f"GGUF adapter in {options.gguf}: {len(made.layers)} layers, error {made.error:.3g}")
+    if options.ollama is not None:
+        write_modelfile(options.gguf, f"FROM {options.ollama}", f"ADAPTER ./{options.gguf.name}")
     return 0
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import minilora
 from minilora.cli.arguments import ADAPTER_HELP, DTYPE_HELP, DTYPES, arg, positive, verb
-from minilora.cli.sources import check_new_folder, load
+from minilora.cli.sources import check_gguf, check_new_folder, load, write_modelfile
+from minilora.loading import TYPES, save_gguf, save_pretrained
 from minilora.loading import fetch as fetch_model
-from minilora.loading import save_pretrained
 from minilora.lora import sizes
 from minilora.quantization import FORMATS, quantized_layers
 
@@ -22,18 +22,33 @@ from minilora.quantization import FORMATS, quantized_layers
         help=f"of the base; stored (default) is what the model's file has, {DTYPE_HELP}",
     ),
     arg("--adapter", required=True, type=Path, help=ADAPTER_HELP),
-    "--out",
+    arg("--out", type=Path, help="a new or empty folder"),
+    arg("--gguf", type=Path, metavar="FILE", help="write a GGUF file, for llama.cpp and Ollama"),
+    arg("--type", default="f16", choices=TYPES, help="of its matrices (default: f16)"),
+    arg("--ollama", action="store_true", help="write a Modelfile beside it"),
 )
 def merge(options: argparse.Namespace) -> int:
-    """Write base + adapter as a Hugging Face folder."""
-    check_new_folder(options.out, "--out")
+    """Write base + adapter as a Hugging Face folder or a GGUF file."""
+    if options.out is None and options.gguf is None:
+        raise ValueError("merge needs --out FOLDER, or --gguf FILE, found neither")
+    if options.out is not None:
+        check_new_folder(options.out, "--out")
+    check_gguf(options.gguf, options.ollama)
     model, tokenizer = load(options)
     mode = "dequantize" if quantized_layers(model) else None
     minilora.merge(model, keep=None, mode=mode)
     minilora.eject(model)
-    save_pretrained(model, options.out, tokenizer)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    print(f"merged model in {options.out}, weights in {dtype}")
+    if options.out is not None:
+        save_pretrained(model, options.out, tokenizer)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        print(f"merged model in {options.out}, weights in {dtype}")
+    if options.gguf is not None:
+        save_gguf(model, options.gguf, tokenizer, type=options.type)
+        print(f"merged model in {options.gguf}, {options.type}")
+    if options.ollama:
+        ends = [name for name, i in tokenizer.control.items() if i in tokenizer.stop_ids]
+        stops = [f'PARAMETER stop "{name}"' for name in ends]
+        write_modelfile(options.gguf, f"FROM ./{options.gguf.name}", *stops)
     return 0
 
 

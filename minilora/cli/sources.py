@@ -10,7 +10,7 @@ import torch
 
 import minilora
 from minilora.data import DataFiles, Encoding, Example
-from minilora.files import is_new, on_hub, short, tensor_file
+from minilora.files import is_new, on_hub, short, tensor_file, write
 from minilora.loading import known_name, load_model
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, read_config
 from minilora.training import common_dtype, torchrun_number
@@ -53,6 +53,20 @@ def check_new_folder(out: Path, what: str) -> None:
             f"{what} must be a new or empty folder, found files at {out}; nothing is overwritten, "
             f"so name another one"
         )
+
+
+def check_gguf(file: Path | None, ollama: object) -> None:
+    """Raise unless a GGUF file that was asked for can be a new one."""
+    if file is None and ollama:
+        raise ValueError("--ollama goes with --gguf, found none; pass --gguf FILE")
+    if file is not None and (file.exists() or not file.parent.is_dir()):
+        raise ValueError(f"--gguf must name a new file in a folder that is there, found {file}")
+
+
+def write_modelfile(file: Path, *lines: str) -> None:
+    """Write what Ollama makes a model of, beside a GGUF file."""
+    made = write(file.parent / "Modelfile", "".join(f"{line}\n" for line in lines))
+    print(f"Modelfile in {made}; ollama create NAME -f {made}")
 
 
 def load(

@@ -1,14 +1,18 @@
 """From a path or name to a model and its tokenizer, and back to the disk."""
 
 from minilora.loading.fetching import fetch, known_name
+from minilora.loading.gguf_writing import TYPES, export_gguf, save_gguf
 from minilora.loading.model import load_model, read_config, read_tokenizer
 from minilora.loading.saving import save_pretrained
 
 __all__ = [
+    "TYPES",
+    "export_gguf",
     "fetch",
     "known_name",
     "load_model",
     "read_config",
     "read_tokenizer",
+    "save_gguf",
     "save_pretrained",
 ]

@@ -226,6 +226,13 @@ def open_gguf(file: GGUF) -> Source:
     )
 
 
+def read_metadata(path: Path, metadata: dict[str, Any], tensors: list[str]) -> ModelConfig:
+    """Return the configuration that a file with this metadata and these tensors would have."""
+    vague: Any = dict.fromkeys(tensors)
+    file = GGUF(path, metadata, vague, None)  # type: ignore[arg-type]
+    return _config(file, *_family(file))
+
+
 def _family(file: GGUF) -> tuple[type[CausalLM], GGUFNames]:
     built = {f.gguf.architecture: (f, f.gguf) for f in FAMILIES.values() if f.gguf is not None}
     found = _need(file, "general.architecture")

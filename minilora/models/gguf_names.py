@@ -29,6 +29,7 @@ class GGUFNames(NamedTuple):
         whole: tensors of the whole model, and the modules they belong to.
         parts: tensors of the block `blk.N`, and the modules of `blocks_name` they belong to.
         restored: undoes what llama.cpp's converter does to a tensor, by its name in the model.
+        stored: does it; takes the B of an adapter for its layer's weight, too.
     """
 
     architecture: str
@@ -40,6 +41,7 @@ class GGUFNames(NamedTuple):
     whole: dict[str, str]
     parts: dict[str, str]
     restored: Callable[[str, Tensor, Any], Tensor] = _as_stored
+    stored: Callable[[str, Tensor, Any], Tensor] = _as_stored
 
 
 DECODER_NAMES = GGUFNames(

@@ -33,8 +33,18 @@ def _half_rotation(fqn: str, rows: Tensor, config: LlamaConfig) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
+def _side_by_side(fqn: str, rows: Tensor, config: LlamaConfig) -> Tensor:
+    """Do as llama.cpp's conversion does."""
+    if ".q_proj." not in fqn and ".k_proj." not in fqn:
+        return rows
+    halves = rows.view(-1, 2, config.head_dim // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
 class Llama(Decoder):
     """Compute next-token logits as Hugging Face's `LlamaForCausalLM` does; see `Decoder`."""
 
     config_class = LlamaConfig
-    gguf = DECODER_NAMES._replace(architecture="llama", restored=_half_rotation)
+    gguf = DECODER_NAMES._replace(
+        architecture="llama", restored=_half_rotation, stored=_side_by_side
+    )

@@ -6,7 +6,7 @@ from minilora.peft.config import config_of, read_config
 from minilora.peft.files import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, settle_pair
 from minilora.peft.fingerprints import fingerprint
 from minilora.peft.loading import load
-from minilora.peft.portable import export, to_lora
+from minilora.peft.portable import export, plain_factors, to_lora
 from minilora.peft.saving import save, save_adapter
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "find_pair",
     "fingerprint",
     "load",
+    "plain_factors",
     "read_config",
     "save",
     "save_adapter",

@@ -20,7 +20,7 @@ from minilora.lora import (
 from minilora.peft.saving import save_adapter
 
 
-def _converted(
+def plain_factors(
     survey: Survey, adapter: str, r: int | None, dtype: torch.dtype | str | None, verb: str
 ) -> dict[str, tuple[Tensor, Tensor, ApproximatedLayer]]:
     """Return A `[r, K]`, B `[N, r]` with the scaling inside, and their error, by layer."""
@@ -78,7 +78,7 @@ def to_lora(
     layers = survey.require_layers("to_lora")
     survey.require_unmerged("to_lora")
     survey.require_new_name(name)
-    made = _converted(survey, adapter, r, dtype, "to_lora")
+    made = plain_factors(survey, adapter, r, dtype, "to_lora")
     new = {fqn: plain_adapter(layers[fqn], A, B) for fqn, (A, B, _) in made.items()}
     add_frozen(survey, name, new)
     return Approximation(name, "to_lora", tuple(report for *_, report in made.values()))
@@ -120,7 +120,7 @@ def export(
     layers = survey.require_layers("export")
     survey.require_unmerged("export")
     adapter = survey.adapter(adapter, "export")
-    made = _converted(survey, adapter, r, dtype, "export")
+    made = plain_factors(survey, adapter, r, dtype, "export")
     rank = max(len(A) for A, _, _ in made.values())
     reports, new = [], {}
     for fqn, (A, B, report) in made.items():

@@ -3,11 +3,13 @@
 from minilora.text.conversation import Conversation
 from minilora.text.foreign_tokenizer import as_tokenizer
 from minilora.text.special_tokens import name_pattern
+from minilora.text.to_gguf import gguf_metadata
 from minilora.text.tokenizer import Tokenizer
 
 __all__ = [
     "Conversation",
     "Tokenizer",
     "as_tokenizer",
+    "gguf_metadata",
     "name_pattern",
 ]

@@ -12,7 +12,7 @@ from minilora.text.special_tokens import tokenizers_library
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-_PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "smollm")
+CUTS = ("gpt-2", "llama-bpe", "smollm")
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -61,9 +61,9 @@ def _backend(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
             f"tokenizer.ggml.model must be 'gpt2' (byte-level BPE), found {model!r}, which is not "
             f"built; read the tokenizer from a folder with tokenizer.json"
         )
-    if cut not in _PRE_TOKENIZERS:
+    if cut not in CUTS:
         raise ValueError(
-            f"tokenizer.ggml.pre must be one of {', '.join(_PRE_TOKENIZERS)}, found {cut!r}, which "
+            f"tokenizer.ggml.pre must be one of {', '.join(CUTS)}, found {cut!r}, which "
             f"is not built; read the tokenizer from a folder with tokenizer.json"
         )
     vocabulary = {token: i for i, token in enumerate(tokens)}

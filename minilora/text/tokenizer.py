@@ -316,6 +316,15 @@ class Tokenizer:
             self._stand_in = mark, *stand_in(self._backend, mark)
         return self._stand_in[1:]
 
+    def to_json(self) -> str:
+        """Return what `save` writes as tokenizer.json."""
+        return self._backend.to_str()
+
+    def frame(self) -> tuple[bool, bool]:
+        """Return whether the bos token begins a document, and whether the eos token ends it."""
+        ids = self.encode("")
+        return self.bos_id in ids[:1], self.eos_id in ids[-1:] and ids[-1:] != [self.bos_id]
+
     def save(self, folder: str | Path) -> None:
         """Write the files from which transformers' `AutoTokenizer` makes the same tokenizer.
 

@@ -1,0 +1,252 @@
+"""Write adapters and models as GGUF files, for llama.cpp and what is built on it.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; an adapter's keys and names:
+`llama-adapter.cpp` of llama.cpp, which multiplies B A by `adapter.lora.alpha` / rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.files import beside
+from minilora.loading.gguf_file import read_metadata
+from minilora.lora import Approximation, Survey
+from minilora.models import CausalLM, GGUFNames
+from minilora.peft import plain_factors
+from minilora.quantization import is_finite
+from minilora.text import as_tokenizer, gguf_metadata
+
+TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type: llama.h's llama_ftype
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # which the tokenizer's keys tell
+
+
+def export_gguf(
+    model: nn.Module,
+    file: str | Path,
+    adapter: str | None = None,
+    *,
+    r: int | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> Approximation:
+    """Write an adapter as a GGUF file, which llama.cpp and Ollama add to a base of the same model.
+
+    It is plain LoRA with the scaling folded into B, as `minilora.export` writes it for PEFT.
+
+    Args:
+        model: of a family of `minilora.models` with names in GGUF files; not changed.
+        file: written whole, or not at all.
+        adapter: which one; None when there is only one, or only one is active.
+        r: rank; required for DoRA, None keeps the (largest) rank of any other.
+        dtype: of the factors: float32 (None), float16 or bfloat16.
+
+    Returns:
+        The relative Frobenius error per layer and overall, rounding to `dtype` included.
+
+    Raises:
+        ValueError: what `minilora.export` refuses, a model that llama.cpp has no names for, or an
+            adapter on a layer that it adds none to.
+        RuntimeError: the package `gguf` is missing, or the file can't be written.
+    """
+    names = _names(model)
+    survey = Survey(model)
+    survey.require_layers("export")
+    survey.require_unmerged("export")
+    adapter = survey.adapter(adapter, "export")
+    factors = plain_factors(survey, adapter, r, dtype, "export")
+    config: Any = model.config
+    tensors: dict[str, Tensor] = {}
+    for fqn, (A, B, _) in factors.items():
+        name = stored_name(f"{fqn}.weight", model, names)
+        if name is None or fqn == model.embedding_name:
+            raise ValueError(
+                f"a GGUF adapter holds linear layers that llama.cpp has a name for, found {fqn}; "
+                "merge the adapter into the model instead (minilora merge)"
+            )
+        tensors[f"{name}.lora_a"] = A
+        tensors[f"{name}.lora_b"] = names.stored(f"{fqn}.weight", B, config)
+    alpha = float(max(len(A) for A, _, _ in factors.values()))
+    tensors = {name: _padded(value, int(alpha), name) for name, value in tensors.items()}
+
+    def describe(writer: Any) -> None:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)  # divided by the rank: 1
+
+    write_gguf(Path(file), names.architecture, describe, tensors)
+    reports = tuple(report for *_, report in factors.values())
+    return Approximation(adapter, "export", reports)
+
+
+def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = "f16") -> None:
+    """Write a model and its tokenizer as one GGUF file, which llama.cpp and Ollama run.
+
+    Args:
+        model: of a family of `minilora.models` with names in GGUF files, without adapters, in
+            floating point; not changed.
+        file: written whole, or not at all.
+        tokenizer: of the model: a byte-level BPE; its chat template goes with it.
+        type: of matrices: `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` (8 bits, a scale for each 32
+            weights). Vectors are f32.
+
+    Raises:
+        ValueError: another model, tokenizer or type, an option that the keys of GGUF files don't
+            tell, or a number beyond f16.
+        RuntimeError: the package `gguf` is missing, or the file can't be written.
+    """
+    names = _names(model)
+    if type not in TYPES:
+        raise ValueError(f"type must be one of {', '.join(TYPES)}, found {type!r:.40}")
+    config: Any = model.config
+    plain = model.__class__(config, device="meta").state_dict()
+    state = model.state_dict()
+    if state.keys() != plain.keys() or any(not v.is_floating_point() for v in state.values()):
+        raise ValueError(
+            "a GGUF file is written of a plain model in floating point, found adapters or "
+            "quantized layers; merge and eject them first (minilora merge)"
+        )
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    tensors: dict[str, Tensor] = {}
+    for fqn, value in state.items():
+        name = stored_name(fqn, model, names)
+        if name is None:
+            raise ValueError(f"a GGUF file has no name for {fqn}; write a folder instead")
+        tensors[name] = names.stored(fqn, value, config)
+    metadata = model_metadata(model, names) | gguf_metadata(
+        as_tokenizer(tokenizer), config.vocab_size
+    )
+    told = read_metadata(Path(file), metadata, list(tensors))
+    if told != config.replace(**{key: getattr(told, key) for key in _IDS}):
+        raise ValueError(
+            f"a GGUF file must tell all of the model's configuration, found {config}, of which it "
+            f"tells {told}; write a folder instead"
+        )
+
+    def describe(writer: Any) -> None:
+        writer.add_type("model")
+        writer.add_file_type(TYPES[type])
+        for key, value in metadata.items():
+            _add_value(writer, key, value)
+
+    write_gguf(Path(file), names.architecture, describe, tensors, type)
+
+
+def model_metadata(model: CausalLM, names: GGUFNames) -> dict[str, Any]:
+    """Return the keys of a model's configuration."""
+    keys = names.required | names.optional | names.equal
+    values = {key: getattr(model.config, field) for key, field in keys.items()}
+    found = {f"{names.architecture}.{k}": v for k, v in values.items() if v is not None}
+    return {"general.architecture": names.architecture, **found}
+
+
+def _add_value(writer: Any, key: str, value: Any) -> None:
+    if key == "general.architecture":  # which the writer adds
+        return
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _padded(factor: Tensor, rank: int, name: str) -> Tensor:
+    """Bring a factor to the one rank with zeros."""
+    if name.endswith(".lora_a"):
+        return nn.functional.pad(factor, (0, 0, 0, rank - len(factor)))
+    return nn.functional.pad(factor, (0, rank - factor.shape[1]))
+
+
+def _names(model: Any) -> GGUFNames:
+    names = model.gguf if isinstance(model, CausalLM) else None
+    if names is None:
+        raise ValueError(
+            f"a GGUF file needs a model whose names in it are built, found {type(model).__name__}; "
+            "llama.cpp's own converters read PEFT's adapters and merged folders (minilora export, "
+            "minilora merge)"
+        )
+    return names
+
+
+def stored_name(fqn: str, model: CausalLM, names: GGUFNames) -> str | None:
+    """Return what a GGUF file calls a tensor of the model, None if it has no name."""
+    module, _, leaf = fqn.rpartition(".")
+    whole = {ours: theirs for theirs, ours in names.whole.items()}
+    if module in whole:
+        return f"{whole[module]}.{leaf}"
+    if not module.startswith(f"{model.blocks_name}."):
+        return None
+    block, _, part = module.removeprefix(f"{model.blocks_name}.").partition(".")
+    parts = {ours: theirs for theirs, ours in names.parts.items()}
+    return f"blk.{block}.{parts[part]}.{leaf}" if part in parts else None
+
+
+def write_gguf(
+    file: Path,
+    architecture: str,
+    describe: Callable[[Any], None],
+    tensors: dict[str, Tensor],
+    type: str | None = None,
+) -> None:
+    """Write a file whole or not at all; `describe` adds the metadata to the gguf package's writer.
+
+    Raises:
+        RuntimeError: the package is missing, or the file can't be written.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise RuntimeError(
+            "GGUF files are written by the package gguf, found none; pip install 'minilora[gguf]'"
+        ) from None
+    with beside(file, b"") as made:
+        writer = gguf.GGUFWriter(made, architecture)
+        try:
+            describe(writer)
+            for name, tensor in tensors.items():
+                _add(gguf, writer, name, tensor, type)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        with open(made, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(made, file)
+
+
+def _add(gguf: Any, writer: Any, name: str, tensor: Tensor, type: str | None) -> None:
+    """Add a tensor; with a type a matrix becomes that, and anything else f32."""
+    tensor = tensor.detach().cpu().contiguous()
+    kinds = gguf.GGMLQuantizationType
+    if type is not None:
+        blocks = tensor.shape[-1] % 32 == 0
+        kind = type if tensor.dim() > 1 and (type != "q8_0" or blocks) else "f32"
+        if kind == "q8_0":
+            raw = gguf.quants.quantize(tensor.float().numpy(), kinds.Q8_0)
+            writer.add_tensor(name, raw, raw_dtype=kinds.Q8_0)
+            return
+        wide = tensor
+        tensor = tensor.to(
+            {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[kind]
+        )
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{name} must be finite in {kind}, found values up to "
+                f"{float(wide.abs().max()):.3g}; write another type (bf16 or f32)"
+            )
+    if tensor.dtype == torch.bfloat16:  # which numpy has no name for
+        raw = tensor.view(torch.uint8).numpy()
+        writer.add_tensor(name, raw, raw_dtype=kinds.BF16)
+    else:
+        writer.add_tensor(name, tensor.numpy())

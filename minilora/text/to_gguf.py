@@ -1,0 +1,75 @@
+"""The metadata by which a GGUF file describes a tokenizer; `from_gguf` reads it."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from minilora.text.from_gguf import CUTS
+from minilora.text.tokenizer import Tokenizer
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+# Two tokenizers that encode this alike cut text alike: numbers, contractions, cases, marks, spaces.
+_PROBE = (
+    "I'm 42, don't 1234567 YOU'LL Ünïcode camelCase ABCdef x=3.14e-5; (foo_bar)/baz\n\n\n \t  z"
+    "\r\n  中文字符 العربية हिन्दी 🙂👍🏽 ½²③ --->>> \u00a0 a   b    c\n\t\n !!!??? 007 10000 'S 'Ll"
+)
+
+
+def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """Return the keys `tokenizer.ggml.…` of a tokenizer, and `tokenizer.chat_template`.
+
+    Args:
+        tokenizer: a byte-level BPE whose text is cut in a way that llama.cpp has a name for.
+        rows: of the model's embedding; ids without a token get an unused one.
+
+    Raises:
+        ValueError: another kind of tokenizer.
+    """
+    stored = json.loads(tokenizer.to_json())
+    model = stored["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise ValueError(
+            f"a tokenizer written to GGUF must be a byte-level BPE, found {model.get('type')}; "
+            "write a folder and convert that with llama.cpp's own convert_hf_to_gguf.py"
+        )
+    kinds = dict.fromkeys(model["vocab"].values(), _NORMAL)
+    names = {id: name for name, id in model["vocab"].items()}
+    for token in stored["added_tokens"]:
+        names[token["id"]] = token["content"]
+        kinds[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
+    count = max(rows, 1 + max(names))
+    begin, end = tokenizer.frame()
+    found = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": [names.get(i, f"[unused {i}]") for i in range(count)],
+        "tokenizer.ggml.token_type": [kinds.get(i, _UNUSED) for i in range(count)],
+        "tokenizer.ggml.merges": [_spelled(merge) for merge in model["merges"]],
+        "tokenizer.ggml.add_bos_token": begin,
+        "tokenizer.ggml.add_eos_token": end,
+    }
+    pad = None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": pad}
+    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    if others:
+        ids["eot"] = others[0]
+    found |= {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
+    if tokenizer.chat_template is not None:
+        found["tokenizer.chat_template"] = tokenizer.chat_template
+    return found | {"tokenizer.ggml.pre": _cut(tokenizer, found, CUTS)}
+
+
+def _spelled(merge: Any) -> str:
+    return merge if isinstance(merge, str) else " ".join(merge)
+
+
+def _cut(tokenizer: Tokenizer, metadata: dict[str, Any], names: Iterable[str]) -> str:
+    """Return llama.cpp's name for how the tokenizer cuts text, found by trying all of them."""
+    wanted = tokenizer.encode(_PROBE)
+    for name in names:
+        made = Tokenizer.from_metadata(metadata | {"tokenizer.ggml.pre": name})
+        if made.encode(_PROBE) == wanted:
+            return name
+    raise ValueError(
+        f"a tokenizer written to GGUF must cut text as one of {', '.join(names)} does, found "
+        "another way; write a folder and convert that with llama.cpp's own convert_hf_to_gguf.py"
+    )

@@ -1,0 +1,289 @@
+"""GGUF files that minilora writes, read by the gguf package and run by llama.cpp."""
+
+import dataclasses
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from byte_tokenizer import ALPHABET, CHATML, byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from model_families import FAMILIES, tiny
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+import minilora
+from minilora.cli.command import main
+from minilora.loading import export_gguf, save_gguf, save_pretrained
+from minilora.loading.model import read_model
+from minilora.models import Llama
+from minilora.text import Tokenizer
+
+BUILT = sorted(name for name, row in FAMILIES.items() if row.ours.gguf is not None)
+
+
+def adapted(model, r=3, alpha=12, std=0.3, **options):
+    """Inject an adapter that changes every layer."""
+    minilora.inject(model, r=r, alpha=alpha, **options)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=std)
+    return model
+
+
+@pytest.mark.parametrize("family", BUILT)
+def test_what_is_stored_is_restored(family):
+    """Of every tensor the two functions of a family undo each other."""
+    model = tiny(family)
+    names = model.gguf
+    for fqn, value in model.state_dict().items():
+        found = names.restored(fqn, names.stored(fqn, value, model.config), model.config)
+        assert torch.equal(found, value), fqn
+
+
+@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.parametrize("options", [{}, {"rslora": True}])
+def test_an_adapter_has_the_names_and_the_change_of_its_layers(tmp_path, family, options):
+    """`scale · B A` under a weight's name is the change of that weight as the file stores it."""
+    model = adapted(tiny(family), **options)
+    export_gguf(model, tmp_path / "a.gguf")
+    file = gguf.GGUFReader(tmp_path / "a.gguf")
+    field = {name: file.fields[name].contents() for name in file.fields}
+    assert field["general.type"] == "adapter"
+    assert field["adapter.type"] == "lora"
+    assert field["general.architecture"] == model.gguf.architecture
+    tensors = {tensor.name: tensor.data for tensor in file.tensors}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, minilora.LoRALayer)}
+    assert len(tensors) == 2 * len(layers)
+    known = gguf.get_tensor_name_map(
+        next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == model.gguf.architecture), 2
+    )
+    for fqn, layer in layers.items():
+        name = known.get_name(fqn) + ".weight"
+        A, B = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        scale = field["adapter.lora.alpha"] / len(A)
+        wanted = model.gguf.stored(f"{fqn}.weight", layer.delta_weight("default"), model.config)
+        found = scale * (B.astype(np.float64) @ A.astype(np.float64))
+        assert np.abs(found - wanted.detach().double().numpy()).max() < 1e-5 * wanted.abs().max()
+
+
+@given(r=st.integers(1, 6), alpha=st.floats(0.5, 40))
+def test_ranks_that_differ_are_brought_to_one(tmp_path_factory, r, alpha):
+    file = tmp_path_factory.mktemp("g") / "a.gguf"
+    model = adapted(tiny("llama"), r=r, alpha=alpha, rank_pattern={"q_proj": r + 2})
+    export_gguf(model, file)
+    found = gguf.GGUFReader(file)
+    shapes = {t.data.shape for t in found.tensors if t.name.endswith("lora_a")}
+    assert {shape[0] for shape in shapes} == {r + 2}
+    assert found.fields["adapter.lora.alpha"].contents() == r + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_are_written_in_other_dtypes(tmp_path, dtype):
+    model = adapted(tiny("llama"))
+    report = export_gguf(model, tmp_path / "a.gguf", dtype=dtype)
+    assert 1e-5 < report.error < 1e-2
+    kinds = {str(t.tensor_type.name) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert kinds == {{torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]}
+
+
+def test_what_llama_cpp_adds_nothing_to_is_refused(tmp_path):
+    file = tmp_path / "a.gguf"
+    model = adapted(tiny("llama"), targets=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"linear layers .*found model\.embed_tokens; merge"):
+        export_gguf(model, file)
+    with pytest.raises(ValueError, match="needs a model whose names in it are built, found GPT2"):
+        export_gguf(adapted(tiny("gpt2")), file)
+    with pytest.raises(ValueError, match="needs r=... for a DoRA adapter"):
+        export_gguf(adapted(tiny("llama"), dora=True), file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(RuntimeError, match=r"package gguf, found none; .*minilora\[gguf\]"):
+        export_gguf(adapted(tiny("llama")), tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- models, and llama.cpp as the judge -----------------------------------------------------------
+
+LETTERS = [*ALPHABET.values(), "<|end|>", "<|im_start|>", "<|im_end|>", "ab", "er"]
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": LETTERS,
+    "tokenizer.ggml.token_type": [3 if letter.startswith("<|") else 1 for letter in LETTERS],
+    "tokenizer.ggml.merges": ["a b", "e r"],
+    "tokenizer.ggml.eos_token_id": LETTERS.index("<|end|>"),
+    "tokenizer.chat_template": CHATML,
+}
+ASKED = "Where is the ab er"
+
+
+def writer(family, **changes):
+    """A model that writes letters (any other logit is 0), and its tokenizer."""
+    torch.manual_seed(2)
+    row = FAMILIES[family]
+    config = row.tiny.replace(vocab_size=len(LETTERS), eos_token_id=256, **changes)
+    model = row.ours(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        written = [i for i, letter in enumerate(LETTERS) if letter.isascii() and letter.isalpha()]
+        others = [i for i in range(len(LETTERS)) if i not in written]
+        model.lm_head.weight[others] = 0
+    return model, Tokenizer.from_metadata(TOKENIZER)
+
+
+def theirs(model, adapter=None, tokens=12):
+    """What llama.cpp writes after ASKED, greedily."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    asked = llama_cpp.CommonParams()
+    asked.model.path, asked.n_ctx, asked.n_parallel, asked.verbosity = str(model), 64, 1, 0
+    asked.cpuparams.n_threads, asked.warmup = 1, False
+    asked.cache_type_k = asked.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32  # f16 otherwise
+    if adapter is not None:
+        info = llama_cpp.CommonAdapterLoraInfo()
+        info.path, info.scale = str(adapter), 1.0
+        asked.lora_adapters = [info]
+    server = llama_cpp.Server(asked)
+    request = {"prompt": ASKED, "temperature": 0, "max_tokens": tokens}
+    return server.handle_completions(request)["choices"][0]["text"]
+
+
+def ours(model, tokenizer, tokens=12):
+    return minilora.generate(model, ASKED, tokenizer=tokenizer, max_new_tokens=tokens)[0]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", BUILT)
+def test_llama_cpp_writes_the_same_text(tmp_path, family):
+    """From base and adapter, and from the merged model."""
+    model, tokenizer = writer(family)
+    save_gguf(model, tmp_path / "base.gguf", tokenizer, type="f32")
+    base = ours(model, tokenizer)
+    assert theirs(tmp_path / "base.gguf") == base
+    adapted(model)
+    export_gguf(model, tmp_path / "a.gguf")
+    wanted = ours(model, tokenizer)
+    assert wanted != base
+    assert theirs(tmp_path / "base.gguf", tmp_path / "a.gguf") == wanted
+    minilora.merge(model, keep=None)
+    minilora.eject(model)
+    save_gguf(model, tmp_path / "merged.gguf", tokenizer, type="f32")
+    assert theirs(tmp_path / "merged.gguf") == wanted
+
+
+@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_is_read_again(tmp_path, family, tied):
+    model, tokenizer = writer(family, tie_word_embeddings=tied)
+    save_gguf(model, tmp_path / "a.gguf", tokenizer, type="f32")
+    read, words = minilora.load_model(tmp_path / "a.gguf", dtype=None)
+    told = dataclasses.asdict(read.config)
+    for field, value in dataclasses.asdict(model.config).items():
+        if isinstance(value, float):  # the file has f32
+            assert told[field] == np.float32(value), field
+        elif not field.endswith("_token_id"):
+            assert told[field] == value, field
+    assert read.config.eos_token_id == 256
+    for fqn, value in model.state_dict().items():
+        assert torch.equal(read.state_dict()[fqn], value), fqn
+    assert words.chat_template == CHATML
+    assert words.stop_ids == tokenizer.stop_ids
+    text = "I'll  go 12345\n\n to Ünï 🙂 <|im_start|>"
+    assert words.encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(("type", "error"), [("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 1e-2)])
+def test_matrices_are_written_in_other_types(tmp_path, type, error):
+    model, tokenizer = writer("llama", hidden_size=32, intermediate_size=40, head_dim=8)
+    save_gguf(model, tmp_path / "a.gguf", tokenizer, type=type)
+    read = read_model(tmp_path / "a.gguf")
+    for fqn, value in model.state_dict().items():
+        worst = (read.state_dict()[fqn] - value).abs().max() / value.abs().max()
+        assert worst <= (error if value.dim() > 1 else 0), fqn
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == type.upper()
+    # A row of 40 weights is no multiple of 32.
+    assert kinds["blk.0.ffn_down.weight"] == ("F32" if type == "q8_0" else type.upper())
+    assert kinds["output_norm.weight"] == "F32"
+
+
+def test_what_a_model_file_cannot_hold_is_refused(tmp_path):
+    model, tokenizer = writer("llama")
+    file = tmp_path / "a.gguf"
+    with pytest.raises(ValueError, match="type must be one of f32, f16, q8_0, bf16, found 'q4'"):
+        save_gguf(model, file, tokenizer, type="q4")
+    with pytest.raises(ValueError, match="cut text as one of gpt-2, .* found another way"):
+        save_gguf(model, file, byte_tokenizer(CHATML, merges=[("2", ",")]))
+    with pytest.raises(ValueError, match="must be a byte-level BPE, found WordLevel"):
+        save_gguf(model, file, Tokenizer(Backend(models.WordLevel({"a": 0}, unk_token="a"))))
+    with pytest.raises(ValueError, match="whose names in it are built, found GPT2"):
+        save_gguf(tiny("gpt2"), file, tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = 1e5
+    with pytest.raises(ValueError, match=r"output\.weight must be finite in f16, found .*1e\+05"):
+        save_gguf(model, file, tokenizer)
+    with pytest.raises(ValueError, match="found adapters or quantized layers; merge and eject"):
+        save_gguf(adapted(model), file, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_that_no_key_tells_is_refused(tmp_path, monkeypatch):
+    model, tokenizer = writer("llama")
+    optional = {k: v for k, v in Llama.gguf.optional.items() if v != "rope_theta"}
+    names = Llama.gguf._replace(optional=optional)
+    model.config = model.config.replace(rope_theta=77.0)
+    monkeypatch.setattr(Llama, "gguf", names)
+    with pytest.raises(ValueError, match="must tell all of the model's configuration"):
+        save_gguf(model, tmp_path / "a.gguf", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_llama_cpp_answers_from(tmp_path, capsys):
+    model, tokenizer = writer("llama")
+    save_pretrained(model, tmp_path / "base", tokenizer)
+    save_gguf(model, tmp_path / "base.gguf", tokenizer, type="f32")
+    minilora.save(adapted(model), tmp_path / "out", base_name=str(tmp_path / "base"))
+    wanted = ours(model, tokenizer)
+    adapter, merged = tmp_path / "adapter" / "a.gguf", tmp_path / "merged" / "m.gguf"
+    words = ["export", tmp_path / "out", "--gguf", adapter, "--ollama", tmp_path / "base.gguf"]
+    assert main([*map(str, words)]) == 2
+    assert "--gguf must name a new file in a folder that is there" in capsys.readouterr().err
+    adapter.parent.mkdir()
+    merged.parent.mkdir()
+    assert main([*map(str, words)]) == 0
+    assert theirs(tmp_path / "base.gguf", adapter) == wanted
+    file = (adapter.parent / "Modelfile").read_text()
+    assert file == f"FROM {tmp_path / 'base.gguf'}\nADAPTER ./a.gguf\n"
+    words = ["merge", tmp_path / "base", "--adapter", tmp_path / "out", "--gguf", merged, "--type"]
+    assert main([*map(str, words), "f32", "--ollama"]) == 0
+    assert theirs(merged) == wanted
+    assert (merged.parent / "Modelfile").read_text() == (
+        'FROM ./m.gguf\nPARAMETER stop "<|end|>"\nPARAMETER stop "<|im_end|>"\n'
+    )
+    out = capsys.readouterr().out
+    assert f"GGUF adapter in {adapter}: 14 layers, error " in out
+    assert f"merged model in {merged}, f32" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "out"], "export needs a new folder, or --gguf FILE, found neither"),
+        (["export", "out", "n", "--ollama", "b"], "--ollama goes with --gguf, found none"),
+        (["merge", "m", "--adapter", "a"], "merge needs --out FOLDER, or --gguf FILE, found neith"),
+        (["merge", "m", "--adapter", "a", "--out", "o", "--ollama"], "--ollama goes with --gguf"),
+    ],
+)
+def test_the_command_says_what_is_missing(words, message, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
