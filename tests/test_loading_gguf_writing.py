@@ -145,18 +145,33 @@ def theirs(model, adapter=None, tokens=12):
     asked = llama_cpp.CommonParams()
     asked.model.path, asked.n_ctx, asked.n_parallel, asked.verbosity = str(model), 64, 1, 0
     asked.cpuparams.n_threads, asked.warmup = 1, False
-    asked.cache_type_k = asked.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32  # f16 otherwise
+    # Otherwise it computes attention in f16.
+    asked.cache_type_k = asked.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    flash = llama_cpp.llama_flash_attn_type
+    asked.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:
         info = llama_cpp.CommonAdapterLoraInfo()
         info.path, info.scale = str(adapter), 1.0
         asked.lora_adapters = [info]
     server = llama_cpp.Server(asked)
-    request = {"prompt": ASKED, "temperature": 0, "max_tokens": tokens}
-    return server.handle_completions(request)["choices"][0]["text"]
+    request = {"prompt": ASKED, "temperature": 0, "max_tokens": tokens, "logprobs": 4}
+    found = server.handle_completions(request)["choices"][0]
+    first = found["logprobs"]["content"][0]["top_logprobs"]
+    return found["text"], {LETTERS.index(each["token"]): each["logprob"] for each in first}
 
 
-def ours(model, tokenizer, tokens=12):
-    return minilora.generate(model, ASKED, tokenizer=tokenizer, max_new_tokens=tokens)[0]
+def agree(theirs, model, tokenizer, tokens=12):
+    """Hold text and first log-probabilities against ours, and return the text."""
+    text, first = theirs
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer.encode(ASKED)]))[0, -1]
+    wanted = logits.double().log_softmax(0)
+    assert len(first) == 4
+    for i, value in first.items():
+        assert value == pytest.approx(wanted[i].item(), abs=3e-5)
+    asked = {"tokenizer": tokenizer, "max_new_tokens": tokens}
+    assert text == minilora.generate(model, ASKED, **asked)[0]
+    return text
 
 
 @pytest.mark.peers
@@ -165,17 +180,15 @@ def test_llama_cpp_writes_the_same_text(tmp_path, family):
     """From base and adapter, and from the merged model."""
     model, tokenizer = writer(family)
     save_gguf(model, tmp_path / "base.gguf", tokenizer, type="f32")
-    base = ours(model, tokenizer)
-    assert theirs(tmp_path / "base.gguf") == base
+    base = agree(theirs(tmp_path / "base.gguf"), model, tokenizer)
     adapted(model)
     export_gguf(model, tmp_path / "a.gguf")
-    wanted = ours(model, tokenizer)
-    assert wanted != base
-    assert theirs(tmp_path / "base.gguf", tmp_path / "a.gguf") == wanted
+    both = theirs(tmp_path / "base.gguf", tmp_path / "a.gguf")
+    assert agree(both, model, tokenizer) != base
     minilora.merge(model, keep=None)
     minilora.eject(model)
     save_gguf(model, tmp_path / "merged.gguf", tokenizer, type="f32")
-    assert theirs(tmp_path / "merged.gguf") == wanted
+    assert agree(theirs(tmp_path / "merged.gguf"), model, tokenizer) == both[0]
 
 
 @pytest.mark.parametrize("family", BUILT)
@@ -253,7 +266,6 @@ def test_the_command_writes_what_llama_cpp_answers_from(tmp_path, capsys):
     save_pretrained(model, tmp_path / "base", tokenizer)
     save_gguf(model, tmp_path / "base.gguf", tokenizer, type="f32")
     minilora.save(adapted(model), tmp_path / "out", base_name=str(tmp_path / "base"))
-    wanted = ours(model, tokenizer)
     adapter, merged = tmp_path / "adapter" / "a.gguf", tmp_path / "merged" / "m.gguf"
     words = ["export", tmp_path / "out", "--gguf", adapter, "--ollama", tmp_path / "base.gguf"]
     assert main([*map(str, words)]) == 2
@@ -261,12 +273,12 @@ def test_the_command_writes_what_llama_cpp_answers_from(tmp_path, capsys):
     adapter.parent.mkdir()
     merged.parent.mkdir()
     assert main([*map(str, words)]) == 0
-    assert theirs(tmp_path / "base.gguf", adapter) == wanted
+    wanted = agree(theirs(tmp_path / "base.gguf", adapter), model, tokenizer)
     file = (adapter.parent / "Modelfile").read_text()
     assert file == f"FROM {tmp_path / 'base.gguf'}\nADAPTER ./a.gguf\n"
     words = ["merge", tmp_path / "base", "--adapter", tmp_path / "out", "--gguf", merged, "--type"]
     assert main([*map(str, words), "f32", "--ollama"]) == 0
-    assert theirs(merged) == wanted
+    assert theirs(merged)[0] == wanted
     assert (merged.parent / "Modelfile").read_text() == (
         'FROM ./m.gguf\nPARAMETER stop "<|end|>"\nPARAMETER stop "<|im_end|>"\n'
     )

@@ -53,23 +53,22 @@ def export_gguf(
             adapter on a layer that it adds none to.
         RuntimeError: the package `gguf` is missing, or the file can't be written.
     """
-    names = _names(model)
+    own, names = _names(model)
     survey = Survey(model)
     survey.require_layers("export")
     survey.require_unmerged("export")
     adapter = survey.adapter(adapter, "export")
     factors = plain_factors(survey, adapter, r, dtype, "export")
-    config: Any = model.config
     tensors: dict[str, Tensor] = {}
     for fqn, (A, B, _) in factors.items():
-        name = stored_name(f"{fqn}.weight", model, names)
-        if name is None or fqn == model.embedding_name:
+        name = stored_name(f"{fqn}.weight", own, names)
+        if name is None or fqn == own.embedding_name:
             raise ValueError(
                 f"a GGUF adapter holds linear layers that llama.cpp has a name for, found {fqn}; "
                 "merge the adapter into the model instead (minilora merge)"
             )
         tensors[f"{name}.lora_a"] = A
-        tensors[f"{name}.lora_b"] = names.stored(f"{fqn}.weight", B, config)
+        tensors[f"{name}.lora_b"] = names.stored(f"{fqn}.weight", B, own.config)
     alpha = float(max(len(A) for A, _, _ in factors.values()))
     tensors = {name: _padded(value, int(alpha), name) for name, value in tensors.items()}
 
@@ -99,7 +98,7 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
             tell, or a number beyond f16.
         RuntimeError: the package `gguf` is missing, or the file can't be written.
     """
-    names = _names(model)
+    _, names = _names(model)
     if type not in TYPES:
         raise ValueError(f"type must be one of {', '.join(TYPES)}, found {type!r:.40}")
     config: Any = model.config
@@ -167,15 +166,14 @@ def _padded(factor: Tensor, rank: int, name: str) -> Tensor:
     return nn.functional.pad(factor, (0, rank - factor.shape[1]))
 
 
-def _names(model: Any) -> GGUFNames:
-    names = model.gguf if isinstance(model, CausalLM) else None
-    if names is None:
+def _names(model: nn.Module) -> tuple[CausalLM, GGUFNames]:
+    if not isinstance(model, CausalLM) or model.gguf is None:
         raise ValueError(
             f"a GGUF file needs a model whose names in it are built, found {type(model).__name__}; "
             "llama.cpp's own converters read PEFT's adapters and merged folders (minilora export, "
             "minilora merge)"
         )
-    return names
+    return model, model.gguf
 
 
 def stored_name(fqn: str, model: CausalLM, names: GGUFNames) -> str | None:
