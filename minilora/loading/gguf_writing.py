@@ -6,6 +6,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; an adapte
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -202,7 +203,8 @@ def write_gguf(
         RuntimeError: the package is missing, or the file can't be written.
     """
     try:
-        import gguf
+        # By name: following its types, mypy 2.4 misjudges calls with *arguments elsewhere.
+        gguf = importlib.import_module("gguf")
     except ModuleNotFoundError:
         raise RuntimeError(
             "GGUF files are written by the package gguf, found none; pip install 'minilora[gguf]'"
