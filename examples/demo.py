@@ -10,69 +10,21 @@ fresh process, and what merging it changes. With --csv they are also added to a 
 """
 
 import argparse
-import ast
 import csv
-import hashlib
 import subprocess
 import sys
-import sysconfig
 import time
-import warnings
 from pathlib import Path
 
 import torch
 
 import minilora
+from minilora.data import docstring_pairs, split
 from minilora.loading.fetching import fetch
 from minilora.loading.model import load_model
 from minilora.models import Llama
 
 MAX_TOKENS = 256
-SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
-
-
-def docstring_pairs() -> dict[str, list[dict[str, str]]]:
-    """Collect prompt and completion per top-level module of the standard library."""
-    root = Path(sysconfig.get_path("stdlib"))
-    pairs: dict[str, list[dict[str, str]]] = {}
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).parts
-        if SKIP.intersection(parts):
-            continue
-        try:
-            text = file.read_text(encoding="utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in old modules
-                tree = ast.parse(text)
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                pair = docstring_pair(node)
-                if pair is not None:
-                    pairs.setdefault(parts[0].removesuffix(".py"), []).append(pair)
-    return pairs
-
-
-def docstring_pair(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, str] | None:
-    """Take the docstring off a function; None if there is none or nothing else."""
-    docstring = ast.get_docstring(node)
-    if not docstring or len(node.body) < 2:
-        return None
-    paragraph = " ".join(docstring.split("\n\n")[0].split())
-    if not 10 <= len(paragraph) <= 300:
-        return None
-    node.body = node.body[1:]
-    return {"prompt": ast.unparse(node) + "\n\n# What it does:", "completion": " " + paragraph}
-
-
-def split(pairs: dict[str, list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
-    """Put whole top-level modules into train, valid or test, by a hash of their names."""
-    parts: dict[str, list[dict[str, str]]] = {"train": [], "valid": [], "test": []}
-    for module, records in sorted(pairs.items()):
-        draw = hashlib.sha256(module.encode()).digest()[0] % 10
-        parts["test" if draw == 0 else "valid" if draw == 1 else "train"] += records
-    return parts
 
 
 def rows(records, tokenizer, limit=None):

@@ -10,7 +10,8 @@ from byte_tokenizer import CHATML, byte_tokenizer, talk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.data import Encoding, Stream, read_data, streamed
+from minilora.data import DataFiles, Encoding, Stream, read_data, streamed
+from minilora.data.docstrings import SPLITS, built_in, docstring_rows
 from minilora.data.foreign_shapes import FOREIGN
 from minilora.data.record_files import check_streamed
 
@@ -341,3 +342,33 @@ def test_what_is_read_at_once_is_not_streamed(tmp_path, name):
     (tmp_path / name).write_bytes(b"[]")
     with pytest.raises(ValueError, match=r"only \.jsonl, .* files can be streamed"):
         check_streamed([tmp_path / name])
+
+
+# --- built in -------------------------------------------------------------------------------------
+
+
+def test_docstrings_come_with_python(tmp_path):
+    """`shutil.copyfileobj` is there, without its docstring in the question."""
+    parts = {part: docstring_rows(part) for part in SPLITS}
+    assert all(len(rows) > 100 for rows in parts.values())
+    answer = "copy data from file-like object fsrc to file-like object fdst"
+    (row,) = (row for rows in parts.values() for row in rows if row["answer"] == answer)
+    assert row["question"].startswith("What does this Python function do?\n\ndef copyfileobj(")
+    assert answer not in row["question"]
+    files = DataFiles(["@docstrings/valid"], Encoding(512))
+    stored = files.encode(byte_tokenizer(CHATML), tmp_path)[0]
+    assert stored == read_data(parts["valid"], byte_tokenizer(CHATML))[0]
+    again, report = files.encode(byte_tokenizer(CHATML), tmp_path)
+    assert again == stored
+    assert "from the cache" in report.notes
+
+
+def test_the_whole_is_what_is_trained_on():
+    assert list(built_in("@docstrings"))[0][0] == "@docstrings:1"
+    assert [row for _, row in built_in("@docstrings")] == list(docstring_rows("train"))
+
+
+def test_another_built_in_name_is_refused():
+    message = "built-in data is one of @docstrings, @docstrings/train, .* found '@docstring'"
+    with pytest.raises(ValueError, match=message):
+        read_data("@docstring", byte_tokenizer())

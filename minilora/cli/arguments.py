@@ -81,7 +81,7 @@ ADAPTER_HELP = "folder with the adapter's two files, or its name on the hub"
 DATA_HELP = (
     "files, or folders of files: .jsonl, .json, .csv, .tsv or .parquet with text, prompt and "
     "completion, question and answer, chat messages, or Alpaca's or ShareGPT's fields (also .gz); "
-    "or .txt, one document a file, cut into windows of --max-length tokens"
+    "or .txt, one document a file, cut into windows of --max-length tokens; or @docstrings"
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = "auto is the fastest this machine multiplies; float32 computes in float32 as well"

@@ -1,6 +1,7 @@
 """Records in every usual shape, made into examples and batches."""
 
 from minilora.data.batches import Batch, Batches, pad
+from minilora.data.docstrings import docstring_pairs, split
 from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
 from minilora.data.examples import IGNORE, Example, as_examples, learned_labels
 from minilora.data.inspection import duplicates, lengths, shown
@@ -22,6 +23,7 @@ __all__ = [
     "StreamBatches",
     "as_examples",
     "check_streamed",
+    "docstring_pairs",
     "duplicates",
     "encode_prompt",
     "learned_labels",
@@ -30,6 +32,7 @@ __all__ = [
     "pad",
     "read_data",
     "shown",
+    "split",
     "streamed",
     "warn_of_control",
 ]

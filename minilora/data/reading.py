@@ -59,7 +59,9 @@ def read_data(
         source: records, or a file, a folder of files, or several: `.jsonl` with a record a line,
             `.json` with an array of records, `.csv` or `.tsv` whose first line names the fields,
             `.parquet`, `.arrow` (as Hugging Face datasets save it), or `.txt`, which is one
-            document. Texts are UTF-8; each may be compressed (`.gz`).
+            document. Texts are UTF-8; each may be compressed (`.gz`). `"@docstrings"` (or
+            `"@docstrings/valid"`, `"@docstrings/test"`) are functions of this Python's standard
+            library and what they do.
         tokenizer: a `minilora.models.Tokenizer`, or one of transformers'.
         max_length: tokens kept of a record, at least 2; the rest is cut off and counted.
         completion_only: False learns prompts, system and user turns too.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minilora.data.docstrings import built_in
 from minilora.data.encoder import Encoding
 from minilora.data.problems import Problem, listed, refuse
 from minilora.data.readers import READERS, Row, kind_of, rows_of
@@ -77,7 +78,8 @@ def read_rows(
 
 def _checked(file: Path, options: Encoding) -> Iterator[Row]:
     """Yield the rows of a file; those whose shape is wrong as the ValueError that says so."""
-    for where, row in rows_of(file):
+    name = str(file)
+    for where, row in built_in(name) if name.startswith("@") else rows_of(file):
         try:
             if not isinstance(row, ValueError):
                 shape, record = resolve(row, options.fields)
@@ -119,6 +121,8 @@ class StreamedFiles:
 def check_streamed(files: Sequence[str | Path]) -> None:
     """Raise ValueError unless all files are there and can be read row by row."""
     for file in data_files(files):
+        if str(file).startswith("@"):
+            continue
         suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
         if not suffixes or suffixes[-1] not in READERS or suffixes[-1] in _WHOLE:
             rows = ", ".join(kind for kind in READERS if kind not in _WHOLE)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from minilora.data.docstrings import built_in
 from minilora.data.encoder import Encoding
 from minilora.data.examples import Example
 from minilora.data.records import EncodeReport
@@ -58,6 +59,8 @@ def cached(
 
 
 def _file_hash(file: Path) -> str:
+    if str(file).startswith("@"):
+        return hashlib.sha256(repr(list(built_in(str(file)))).encode()).hexdigest()
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
