@@ -364,7 +364,7 @@ def test_docstrings_come_with_python(tmp_path):
 
 
 def test_the_whole_is_what_is_trained_on():
-    assert list(built_in("@docstrings"))[0][0] == "@docstrings:1"
+    assert next(iter(built_in("@docstrings")))[0] == "@docstrings:1"
     assert [row for _, row in built_in("@docstrings")] == list(docstring_rows("train"))
 
 

@@ -37,7 +37,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["resume.md", "data.md", "many-gpus.md", "plan.md", "options.md"])
+@pytest.mark.parametrize(
+    "page", ["resume.md", "data.md", "deploy.md", "many-gpus.md", "plan.md", "options.md"]
+)
 def test_the_commands_of_a_page_work(place, page):
     commands = [line for block in fenced(DOCS / page, "sh") for line in block.splitlines()]
     for text in fenced(DOCS / page, "toml"):
