@@ -23,7 +23,7 @@ from minilora.lora import (
 from minilora.peft import check, export, load, save
 from minilora.planning import plan
 from minilora.quantization import Quantization
-from minilora.report import explain
+from minilora.report import compare, explain
 from minilora.running import evaluate, generate
 from minilora.training import TrainConfig, fit
 
@@ -35,6 +35,7 @@ __all__ = [
     "TrainConfig",
     "activate",
     "check",
+    "compare",
     "delete",
     "disabled",
     "eject",

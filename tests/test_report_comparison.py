@@ -14,7 +14,7 @@ from torch import nn
 import minilora
 from minilora.lora.layer import lora_layers
 from minilora.lora.patterns import pattern_value
-from minilora.report.comparison import compare, principal_angles, rank_pattern, truncate
+from minilora.report.comparison import principal_angles, rank_pattern, subspaces, truncate
 
 
 def two(**options):
@@ -46,7 +46,7 @@ def test_principal_angles_are_exact_where_cosines_are_flat(angle):
 
 def test_compare_matches_dense_matrices():
     model = two()
-    found = compare(model, "default", "v2")
+    found = subspaces(model, "default", "v2")
     assert found.adapters == ("default", "v2")
     assert [layer.name for layer in found.layers] == ALL
     assert found.only_first == found.only_second == ()
@@ -75,7 +75,7 @@ def test_compare_of_a_scaled_copy_and_of_missing_layers():
         layer.adapters["copy"] = factors
     del lora_layers(model)["conv"].adapters["copy"]
     lora_layers(model)["out"].adapters["default"].lora_B.data.zero_()
-    found = compare(model, "default", "copy")
+    found = subspaces(model, "default", "copy")
     assert [layer.name for layer in found.layers] == ["embed", "linear", "turned"]
     assert (found.only_first, found.only_second) == (("conv",), ("out",))
     for layer in found.layers:
@@ -87,13 +87,13 @@ def test_compare_of_a_scaled_copy_and_of_missing_layers():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("default", "default"), "compare() needs two different adapters, found 'default' twice"),
+        (("default", "default"), "subspaces() needs two different adapters, found 'default' twice"),
         (("default", "v3"), "there is no adapter 'v3'; this model has: default, v2"),
     ],
 )
 def test_compare_says_what_is_wrong(names, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        compare(two(), *names)
+        subspaces(two(), *names)
 
 
 NAMES = st.lists(
@@ -205,7 +205,7 @@ def test_truncate_says_what_is_wrong_and_changes_nothing(
 
 
 def test_comparison_needs_adapters():
-    for verb in (compare, truncate):
+    for verb in (subspaces, truncate):
         with pytest.raises(ValueError, match=f"{verb.__name__}\\(\\) needs a model with adapters"):
             verb(nn.Linear(2, 2), "a", "b")
     model = two()

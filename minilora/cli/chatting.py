@@ -8,7 +8,7 @@ from pathlib import Path
 
 import minilora
 from minilora.cli.arguments import MODEL, arg, integer, positive, verb
-from minilora.cli.sources import adapter_of, base_of, load
+from minilora.cli.sources import adapter_of, base_of, load, names_of
 from minilora.peft import find_pair
 from minilora.running import BASE, Chat
 
@@ -48,10 +48,9 @@ def chat(options: argparse.Namespace) -> int:
     adapters = [adapter_of(name, "--adapter") for name in adapters]
     options.adapter = None
     model, tokenizer = load(options)
-    names: list[str] = []
-    for folder in adapters:
-        names.append(_name(folder, names))
-        minilora.load(model, folder, names[-1])
+    names = names_of(adapters)
+    for name, folder in zip(names, adapters, strict=True):
+        minilora.load(model, folder, name)
     settings = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "system")
     talk = Chat(
         model,
@@ -71,13 +70,6 @@ def chat(options: argparse.Namespace) -> int:
         except (ValueError, OSError) as error:
             _say(str(error))
     return 0
-
-
-def _name(folder: Path, taken: list[str]) -> str:
-    """Return a name for the adapter in a folder: the folder's, with a number if it is taken."""
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.resolve().name)
-    names = (name, *(f"{name}_{n}" for n in range(2, len(taken) + 3)))
-    return next(each for each in names if each not in (BASE, *taken))
 
 
 def _read() -> str | None:

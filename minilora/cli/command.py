@@ -10,6 +10,7 @@ from minilora import planning
 from minilora.cli import (  # noqa: F401 - their verbs
     adapters,
     chatting,
+    comparing,
     data,
     interrupt,
     models,

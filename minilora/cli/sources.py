@@ -13,6 +13,7 @@ from minilora.data import DataFiles, Encoding, Example
 from minilora.files import is_new, on_hub, short, tensor_file, write
 from minilora.loading import known_name, load_model
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, read_config
+from minilora.running import BASE
 from minilora.training import common_dtype, torchrun_number
 
 
@@ -25,6 +26,16 @@ def adapter_of(name: Path, what: str) -> Path:
             f"{CONFIG_FILE} in {folder}"
         )
     return folder
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return a name for the adapter in each folder: the folder's, with a number if it is taken."""
+    taken: list[str] = []
+    for folder in folders:
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.resolve().name)
+        free = (name, *(f"{name}_{n}" for n in range(2, len(folders) + 3)))
+        taken.append(next(each for each in free if each not in (BASE, *taken)))
+    return taken
 
 
 def base_of(adapter: Path, model: str | None) -> str:

@@ -2,14 +2,24 @@
 
 from minilora.report.ablation import Ablation, ablate
 from minilora.report.analysis import explain
-from minilora.report.comparison import Comparison, LayerComparison, check_keep, compare, truncate
+from minilora.report.comparison import (
+    Comparison,
+    LayerComparison,
+    check_keep,
+    subspaces,
+    truncate,
+)
+from minilora.report.contest import AnswerDifference, Contest, Difference, compare
 from minilora.report.explanation import Behaviour, Explanation
 from minilora.report.spectra import LayerReport
 
 __all__ = [
     "Ablation",
+    "AnswerDifference",
     "Behaviour",
     "Comparison",
+    "Contest",
+    "Difference",
     "Explanation",
     "LayerComparison",
     "LayerReport",
@@ -17,5 +27,6 @@ __all__ = [
     "check_keep",
     "compare",
     "explain",
+    "subspaces",
     "truncate",
 ]

@@ -11,7 +11,7 @@ from minilora.data import Batches, Example, as_examples, learned_labels
 from minilora.lora import Approximation, Survey, split_block
 from minilora.report.ablation import ablate, kinds_of, only
 from minilora.report.attention import Attention, attention_masses, word_ids
-from minilora.report.comparison import check_keep, compare, finite_factors, is_product, truncate
+from minilora.report.comparison import check_keep, finite_factors, is_product, subspaces, truncate
 from minilora.report.explanation import Behaviour, CopyReport, Explanation
 from minilora.report.spectra import layer_report
 from minilora.report.tokens import Measured, effects, gap, measured, shown, token_losses
@@ -101,7 +101,7 @@ def explain(
     )
     patterns = word_ids([words] if isinstance(words, str) else words, tokenizer) if words else []
     say = _Say(progress)
-    comparison = None if against is None else compare(survey, adapter, against)
+    comparison = None if against is None else subspaces(survey, adapter, against)
     mine = survey.with_adapter(adapter)
     kinds = kinds_of(list(mine))
     reports = []

@@ -71,7 +71,7 @@ def principal_angles(first: Tensor, second: Tensor) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def compare(model: nn.Module | Survey, first: str, second: str) -> Comparison:
+def subspaces(model: nn.Module | Survey, first: str, second: str) -> Comparison:
     """Compare what two adapters of a model add, layer by layer.
 
     DoRA's scaling of W is left out: it is the low-rank parts that are compared.
@@ -84,10 +84,10 @@ def compare(model: nn.Module | Survey, first: str, second: str) -> Comparison:
         ValueError: an unknown adapter, or the same one twice.
     """
     survey = Survey.of(model)
-    survey.require_layers("compare")
+    survey.require_layers("subspaces")
     if first == second:
-        raise ValueError(f"compare() needs two different adapters, found {first!r} twice")
-    mine, other = (finite_factors(survey, name, "compare") for name in (first, second))
+        raise ValueError(f"subspaces() needs two different adapters, found {first!r} twice")
+    mine, other = (finite_factors(survey, name, "subspaces") for name in (first, second))
     layers, used = [], {}  # what each of the two uses, by layer
     for fqn in mine | other:
         one, two = used[fqn] = _space(mine.get(fqn)), _space(other.get(fqn))

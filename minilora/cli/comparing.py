@@ -1,0 +1,51 @@
+"""`minilora compare`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import minilora
+from minilora.cli.arguments import ADAPTER_HELP, DATA_HELP, ENCODING, MODEL, arg, integer, verb
+from minilora.cli.sources import adapter_of, data_files, encode_files, load, names_of
+from minilora.running import BASE
+
+
+@verb(
+    "compare",
+    *MODEL,
+    arg("adapters", nargs="+", type=Path, metavar="OUT", help=ADAPTER_HELP),
+    "--data",
+    arg("--no-base", action="store_true", help="the first adapter stands for the base"),
+    arg("--outside", nargs="+", metavar="FILE", help=f"outside the task: {DATA_HELP}"),
+    arg("--train", nargs="+", metavar="FILE", help="data it was trained on, for over-fitting"),
+    arg("--right", metavar="HOW", help="answers too: exact, or a regular expression"),
+    "--batch-size",
+    arg("--seed", type=integer, default=0, help="of the bootstrap (default: 0)"),
+    arg("--json", type=Path, metavar="FILE", help="write everything as JSON"),
+    *ENCODING,
+)
+def compare(options: argparse.Namespace) -> int:
+    """Say which adapter is better on held-out data, and how sure that is."""
+    folders = [adapter_of(name, "OUT") for name in options.adapters]
+    files = {key: getattr(options, key) for key in ("data", "outside", "train")}
+    data = {key: data_files(names, options) for key, names in files.items() if names}
+    model, tokenizer = load(options)
+    names = names_of(folders)
+    for name, folder in zip(names, folders, strict=True):
+        minilora.load(model, folder, name)
+    examples: dict[str, Any] = {
+        key: encode_files(some, tokenizer, options) for key, some in data.items()
+    }
+    found = minilora.compare(
+        model,
+        names if options.no_base else [BASE, *names],
+        tokenizer=tokenizer,
+        right=options.right,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        **examples,
+    )
+    print(found)
+    if options.json is not None:
+        print(f"JSON in {found.to_json(options.json)}")
+    return 0
