@@ -15,6 +15,7 @@ from minilora.cli import (  # noqa: F401 - their verbs
     interrupt,
     models,
     running,
+    runs,
     training,
 )
 from minilora.cli.arguments import VERBS, Parser, add_arguments, verb
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
     interrupt.end_by_exception()
     options = build_parser().parse_args(arguments)
+    options.argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return VERBS[options.command][0](options)
     except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:

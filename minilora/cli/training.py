@@ -10,6 +10,7 @@ import torch
 
 import minilora
 from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
+from minilora.cli.runs import write_run
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
 from minilora.data import check_streamed, pack, streamed
 from minilora.files import add_flags, given, read_options
@@ -65,6 +66,8 @@ def train(options: argparse.Namespace) -> int:
     if torchrun_number("RANK", 0) == 0:  # before the slow part
         check_free(options.out)
         check_out(options.out, options.resume)
+        if not options.resume:
+            write_run(options)
     encode = _read_data(options)
 
     def inject(model: Any) -> None:

@@ -7,7 +7,7 @@ from minilora.data.examples import IGNORE, Example, as_examples, learned_labels
 from minilora.data.inspection import duplicates, lengths, shown
 from minilora.data.packing import pack
 from minilora.data.reading import DataFiles, read_data, streamed
-from minilora.data.record_files import check_streamed
+from minilora.data.record_files import check_streamed, files_in
 from minilora.data.shapes import ALPACA
 from minilora.data.streaming import Stream, StreamBatches
 
@@ -26,6 +26,7 @@ __all__ = [
     "docstring_pairs",
     "duplicates",
     "encode_prompt",
+    "files_in",
     "learned_labels",
     "lengths",
     "pack",

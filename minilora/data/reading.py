@@ -12,7 +12,7 @@ from typing import Any
 from minilora.data.encoder import Encoding
 from minilora.data.examples import Example
 from minilora.data.problems import listed
-from minilora.data.record_files import StreamedFiles, data_files, read_rows
+from minilora.data.record_files import StreamedFiles, files_in, read_rows
 from minilora.data.records import EncodeReport, encode_rows
 from minilora.data.streaming import Stream
 from minilora.data.token_cache import cached
@@ -110,7 +110,7 @@ class DataFiles:
     """
 
     def __init__(self, files: Sequence[str | Path], options: Encoding) -> None:
-        found = data_files(files)
+        found = files_in(files)
         self.files = [str(file) for file in found]
         self._rows, bad = read_rows(found, options)
         self._notes = (f"left out: {listed(bad)}",) if bad else ()

@@ -17,7 +17,7 @@ _WHOLE = (".txt", ".json")  # read at once
 _SPLITS = "dataset_dict.json"  # of Hugging Face datasets, in a folder with one for each split
 
 
-def data_files(paths: Sequence[str | Path]) -> list[Path]:
+def files_in(paths: Sequence[str | Path]) -> list[Path]:
     """Return the files, and for a folder those in it, in order of their names.
 
     Of a folder that Hugging Face datasets saved with splits, `train` is taken.
@@ -97,7 +97,7 @@ class StreamedFiles:
 
     def __init__(self, files: Sequence[str | Path], options: Encoding) -> None:
         check_streamed(files)
-        self._files, self._options = data_files(files), options
+        self._files, self._options = files_in(files), options
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         problems: list[Problem] = []
@@ -120,7 +120,7 @@ class StreamedFiles:
 
 def check_streamed(files: Sequence[str | Path]) -> None:
     """Raise ValueError unless all files are there and can be read row by row."""
-    for file in data_files(files):
+    for file in files_in(files):
         if str(file).startswith("@"):
             continue
         suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]

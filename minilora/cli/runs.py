@@ -1,0 +1,157 @@
+"""`minilora resume` and `minilora repeat`: runs from their folder alone."""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minilora
+from minilora.cli.arguments import VERBS, arg, verb
+from minilora.cli.sources import check_new_folder
+from minilora.data import files_in
+from minilora.files import one_line, read_tensors, write
+from minilora.peft import WEIGHTS_FILE
+from minilora.training import torchrun_number
+
+RUN_FILE = "run.toml"
+
+
+def write_run(options: argparse.Namespace) -> None:
+    """Write into a run's folder what it takes to run it again."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    hashes = _hashes([*options.data, *(options.valid or ())])
+    lines = [
+        "# Read by `minilora resume` and `minilora repeat`.",
+        f"command = {json.dumps(options.argv, ensure_ascii=False)}",
+        f"folder = {json.dumps(os.getcwd(), ensure_ascii=False)}",
+        f"processes = {torchrun_number('WORLD_SIZE', 1)}",
+        "",
+        "[data]",
+        *(f"{json.dumps(name)} = {json.dumps(found)}" for name, found in hashes.items()),
+        "",
+        "[versions]",
+        *(f"{name} = {json.dumps(found)}" for name, found in _versions().items()),
+    ]
+    write(options.out / RUN_FILE, "\n".join(lines) + "\n")
+
+
+def _hashes(names: list[str]) -> dict[str, str]:
+    found = {}
+    for file in files_in(names):
+        name = str(file)
+        if name.startswith("@"):  # comes with Python, whose version is written down
+            continue
+        with open(file, "rb") as opened:
+            digest = hashlib.sha256()
+            while block := opened.read(2**20):
+                digest.update(block)
+        found[name] = f"sha256:{digest.hexdigest()}"
+    return found
+
+
+def _versions() -> dict[str, str]:
+    hardware = minilora.hardware()
+    return {
+        "minilora": minilora.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{hardware.name}, {torch.get_num_threads()} threads",
+    }
+
+
+def _read(out: Path) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        raise RuntimeError(
+            f"{RUN_FILE} is read with Python 3.11 or newer; pass all flags"
+        ) from None
+    file = out / RUN_FILE
+    if not file.is_file():
+        raise ValueError(f"OUT must be the folder of a run, found no {RUN_FILE} in {out}")
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+        words, folder, data = found["command"], found["folder"], found["data"]
+        strings = [*words, folder, *data, *data.values(), *found["versions"].values()]
+        if words[0] != "train" or not all(isinstance(each, str) for each in strings):
+            raise ValueError("its command must be a train command")
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {one_line(error, 200)}") from None
+    if found.get("processes") != 1:
+        raise ValueError(
+            f"the run had {found.get('processes')} processes; give torchrun the command in {file}"
+        )
+    return found
+
+
+def _again(out: Path, words: list[str], folder: str) -> int:
+    """Run a train command, with `out` as its folder, from where it was given."""
+    from minilora.cli.command import build_parser
+
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"the run began in {folder}, which is not there; make it, or pass all flags"
+        )
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        options = build_parser().parse_args(words)
+        options.out, options.argv = out, words
+        return VERBS["train"][0](options)
+    finally:
+        os.chdir(here)
+
+
+@verb("resume", arg("out", type=Path, metavar="OUT", help="folder of a run that was stopped"))
+def resume(options: argparse.Namespace) -> int:
+    """Continue a stopped run, as its folder says."""
+    out = options.out.absolute()
+    run = _read(out)
+    words = [word for word in run["command"] if word != "--resume"]
+    return _again(out, [*words, "--resume"], run["folder"])
+
+
+@verb(
+    "repeat",
+    arg("out", type=Path, metavar="OUT", help="folder of a finished run"),
+    arg("new", type=Path, metavar="NEW", help="a new or empty folder"),
+)
+def repeat(options: argparse.Namespace) -> int:
+    """Run a training again, and say whether the same bits came out."""
+    out, new = options.out.absolute(), options.new.absolute()
+    run = _read(out)
+    check_new_folder(new, "NEW")
+    wanted, _ = read_tensors(out / WEIGHTS_FILE)
+    here = os.getcwd()
+    os.chdir(run["folder"] if Path(run["folder"]).is_dir() else here)
+    try:
+        other = [
+            name for name, found in _hashes(list(run["data"])).items() if run["data"][name] != found
+        ]
+    finally:
+        os.chdir(here)
+    if other:
+        raise ValueError(f"the data must be as it was, found other content in {', '.join(other)}")
+    for name, version in _versions().items():
+        if version != run["versions"].get(name):
+            print(f"{name} was {run['versions'].get(name)} and is {version}")
+    words = [word for word in run["command"] if word != "--resume"]
+    code = _again(new, words, run["folder"])
+    if code != 0:
+        return code
+    found, _ = read_tensors(new / WEIGHTS_FILE)
+    if found.keys() != wanted.keys():
+        print("the adapters have other layers")
+        return 1
+    if all(torch.equal(found[name], value) for name, value in wanted.items()):
+        print(f"bit-equal: the adapter in {new} is that in {out}")
+        return 0
+    largest = max(float((found[name] - value).abs().max()) for name, value in wanted.items())
+    limit = "; --minutes ties a run to the clock" if "--minutes" in words else ""
+    print(f"not bit-equal: the adapters differ by up to {largest:.3g}{limit}")
+    return 1

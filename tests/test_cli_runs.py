@@ -1,0 +1,133 @@
+"""Runs that go on, or are run again, from nothing but their folder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import tiny_folder
+
+from minilora.cli.command import main
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with a model and data, which commands name by relative paths."""
+    monkeypatch.chdir(tmp_path)
+    tiny_folder(tmp_path / "model")
+    rows = [{"text": " ".join("abcdefgh"[i % 4 : i % 4 + 3 + i % 2])} for i in range(9)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+TRAIN = ["train", "model", "--data", "train.jsonl", "--max-length", "24", "--batch-size", "2"]
+TRAIN += ["--dtype", "float32", "--lr", "1e-2", "--dropout", "0.2", "--out"]
+
+
+def test_a_run_writes_what_it_takes_to_run_it_again(place):
+    assert main([*TRAIN, "out/é", "--max-steps", "3"]) == 0
+    text = (place / "out" / "é" / "run.toml").read_text("utf-8")
+    assert '"--data", "train.jsonl"' in text
+    assert '"out/é"' in text
+    assert re.search(r'^"train.jsonl" = "sha256:[0-9a-f]{64}"$', text, re.M)
+    assert f'torch = "{torch.__version__}"' in text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_a_run_is_repeated_to_the_bit_from_anywhere(place, monkeypatch, capsys):
+    assert main([*TRAIN, "out/a", "--max-steps", "4"]) == 0
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    assert main(["repeat", "../out/a", "again"]) == 0
+    assert f"bit-equal: the adapter in {elsewhere / 'again'} is that in" in capsys.readouterr().out
+    assert os.getcwd() == str(elsewhere)
+    one, two = (
+        load_file(f / "adapter_model.safetensors") for f in (place / "out/a", elsewhere / "again")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_what_differs_is_said(place, capsys):
+    assert main([*TRAIN, "out/a", "--max-steps", "2"]) == 0
+    weights = place / "out" / "a" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 0.25
+    save_file(tensors, weights)
+    run = place / "out" / "a" / "run.toml"
+    run.write_text(run.read_text().replace(torch.__version__, "1.0"))
+    assert main(["repeat", "out/a", "b"]) == 1
+    out = capsys.readouterr().out
+    assert f"torch was 1.0 and is {torch.__version__}" in out
+    assert "not bit-equal: the adapters differ by up to 0.25" in out
+    (place / "train.jsonl").write_text('{"text": "a b c"}\n')
+    assert main(["repeat", "out/a", "c"]) == 2
+    assert (
+        "the data must be as it was, found other content in train.jsonl" in capsys.readouterr().err
+    )
+    assert not (place / "c").exists()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_a_stopped_run_goes_on_from_its_folder_alone(place):
+    """A real process, interrupted after its second step; the end is that of an unbroken run."""
+    words = [
+        sys.executable,
+        "-m",
+        "minilora",
+        *TRAIN,
+        "out/a",
+        "--max-steps",
+        "6",
+        "--save-every",
+        "1",
+    ]
+    broken = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code = (
+        "import sys, minilora.cli.command as c, minilora.training.run as r; n = []\n"
+        "old = r.Run.save\n"
+        "def save(self, *a, **k):\n"
+        "    old(self, *a, **k); n.append(1)\n"
+        "    if len(n) == 3: raise KeyboardInterrupt\n"
+        "r.Run.save = save\n"
+        f"sys.exit(c.main({words[3:]!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=broken, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130, done.stderr[-2000:]
+    assert main(["resume", "out/a"]) == 0
+    assert main([*TRAIN, "out/b", "--max-steps", "6", "--save-every", "1"]) == 0
+    one, two = (load_file(place / "out" / f / "adapter_model.safetensors") for f in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "OUT must be the folder of a run, found no run.toml in"),
+        ("command = 3", "run.toml is damaged"),
+        ('command = ["eval"]\nfolder = "x"\n[data]\n[versions]\n', "must be a train command"),
+        (
+            'command = ["train"]\nfolder = "x"\nprocesses = 2\n[data]\n[versions]\n',
+            "the run had 2 processes; give torchrun the command in",
+        ),
+        (
+            'command = ["train"]\nfolder = "/none"\nprocesses = 1\n[data]\n[versions]\n',
+            "the run began in /none, which is not there",
+        ),
+    ],
+)
+def test_a_folder_that_says_nothing_is_refused(tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "run.toml").write_text(text)
+    assert main(["resume", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
