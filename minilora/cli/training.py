@@ -66,9 +66,9 @@ def train(options: argparse.Namespace) -> int:
     if torchrun_number("RANK", 0) == 0:  # before the slow part
         check_free(options.out)
         check_out(options.out, options.resume)
-        if not options.resume:
-            write_run(options)
     encode = _read_data(options)
+    if torchrun_number("RANK", 0) == 0 and not options.resume:
+        write_run(options)
 
     def inject(model: Any) -> None:
         torch.manual_seed(config.seed)
