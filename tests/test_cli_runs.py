@@ -131,3 +131,24 @@ def test_a_folder_that_says_nothing_is_refused(tmp_path, capsys, text, message):
         (tmp_path / "run.toml").write_text(text)
     assert main(["resume", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_has_a_card(place):
+    (place / "v.jsonl").write_text('{"text": "a b c d"}\n')
+    words = [*TRAIN, "out/a", "--max-steps", "3", "--valid", "v.jsonl", "--alpha", "5", "--rslora"]
+    assert main(words) == 0
+    card = (place / "out" / "a" / "README.md").read_text("utf-8")
+    base = json.loads((place / "out/a/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert card.startswith(f"---\nbase_model: {base}\nlibrary_name: peft\n")
+    for line in (
+        "| data | train.jsonl |",
+        "| steps | 3 of 2 rows |",
+        "| learning rate | 0.01 |",
+        "| lora_alpha | 5.0 |",
+        "| rslora | True |",
+    ):
+        assert line in card.splitlines()
+    assert re.search(r"^\| held-out loss \| \d\.\d{4} → \d\.\d{4} \|$", card, re.M)
+    (place / "out" / "a" / "README.md").write_text("mine")
+    assert main([*words, "--resume"]) == 0
+    assert (place / "out" / "a" / "README.md").read_text() == "mine"

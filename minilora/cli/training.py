@@ -10,6 +10,7 @@ import torch
 
 import minilora
 from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
+from minilora.cli.card import write_card
 from minilora.cli.runs import write_run
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
 from minilora.data import check_streamed, pack, streamed
@@ -95,6 +96,7 @@ def train(options: argparse.Namespace) -> int:
         return 130
     if torchrun_number("RANK", 0) > 0:
         return 0
+    write_card(options, config, result, adapter)
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
         print(f"held out after:  {result.best} (step {result.best_step})")

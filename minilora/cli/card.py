@@ -1,0 +1,63 @@
+"""The README that a finished run puts beside its adapter: a model card, as the hub shows it."""
+
+import argparse
+from pathlib import Path
+
+import minilora
+from minilora.files import one_line, write
+from minilora.peft import CONFIG_FILE, read_config
+from minilora.training import FitResult, TrainConfig
+
+_MARK = "Trained with minilora"
+
+
+def write_card(
+    options: argparse.Namespace, config: TrainConfig, result: FitResult, settings: dict
+) -> None:
+    """Write `README.md` into the run's folder, unless somebody else's is there.
+
+    The keys of its head: https://huggingface.co/docs/hub/model-cards.
+    """
+    file: Path = options.out / "README.md"
+    if file.exists() and _MARK not in file.read_text(encoding="utf-8", errors="replace"):
+        return
+    stored = read_config(options.out / CONFIG_FILE)
+    base = one_line(str(stored.get("base_model_name_or_path")))
+    facts = {
+        "data": ", ".join(Path(name).name or name for name in options.data),
+        "steps": f"{result.steps} of {config.batch_size * config.accumulate} rows",
+        "learned tokens": f"{result.tokens:,}",
+        "learning rate": f"{config.lr:g}",
+        **{name: stored[name] for name in ("r", "lora_alpha", "lora_dropout") if name in stored},
+        **{name: settings[name] for name in settings if name not in ("r", "alpha", "dropout")},
+        "seed": config.seed,
+    }
+    if result.before is not None and result.best is not None:
+        facts["held-out loss"] = f"{result.before.loss:.4f} → {result.best.loss:.4f}"
+    rows = "\n".join(f"| {one_line(k)} | {one_line(str(v))} |" for k, v in facts.items())
+    write(
+        file,
+        f"""---
+base_model: {base}
+library_name: peft
+tags:
+- lora
+- minilora
+---
+
+# A LoRA adapter for {base}
+
+{_MARK} {minilora.__version__}. `minilora repeat` runs it again from `run.toml`.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")
+```
+""",
+    )
