@@ -9,11 +9,11 @@ export PYTHONSAFEPATH := 1
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[text,plots,train]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[text,plots,train,peers,dev]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/demo

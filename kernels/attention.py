@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .probe import is_slow
+from .versions import FLASH_GROUPS_HEADS
 
 _QUERIES = 128  # rows of a chunk
 _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -96,10 +97,17 @@ def _(grad_out, q, k, v, out, log_sums, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return torch's flash attention and its log-sums `[B, H, T]`."""
+    if not FLASH_GROUPS_HEADS:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    return _flash(q, k, v, 0.0, True, scale=scale)  # type: ignore[misc]
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tensor:
-        out, log_sums = _flash(q, k, v, 0.0, True, scale=scale)  # type: ignore[misc]
+        out, log_sums = _forward(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, log_sums)
         ctx.scale, ctx.fused = scale, fused
         return out

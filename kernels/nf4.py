@@ -104,7 +104,11 @@ def nf4_decode(parts: tuple[Tensor, ...], block: int, out: Tensor) -> Tensor:
 # Opaque to the compiler, which does not vectorize the look-up (6 times slower on a CPU) and would
 # have to trace the loop over panels. `like`, x or grad_out, gives the dtype; without it the calls
 # of both passes would be one call, whose result is kept from the forward to the backward pass.
-@torch.library.custom_op("minilora::nf4_weight", mutates_args=())
+@torch.library.custom_op(
+    "minilora::nf4_weight",
+    mutates_args=(),
+    schema="(Tensor[] parts, SymInt N, SymInt K, SymInt block, Tensor like) -> Tensor",  # for 2.6
+)
 def _weight_op(parts: list[Tensor], N: int, K: int, block: int, like: Tensor) -> Tensor:
     # Not the workspace: the compiler may decode a second matrix before it has read the first.
     out = torch.empty(N, K, dtype=like.dtype, device=like.device)

@@ -20,7 +20,7 @@ from minilora.kernels.triton import problem as triton_problem
 TESTS = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process itself")
-needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton 3.4 or newer is not installed")
 
 
 def python(*arguments, **environment):
@@ -174,15 +174,19 @@ def test_a_compiled_graph_serves_batches_of_other_sizes():
 
 
 def test_what_cannot_run_says_why(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert triton_problem() == "triton is not installed"
+    monkeypatch.setattr("minilora.kernels.triton.version", lambda: None)
     with pytest.raises(
         RuntimeError,
-        match="backend='triton' cannot run: triton is not installed; use backend='auto'",
+        match=r"backend='triton' cannot run: triton is not installed \(torch's CUDA builds bring "
+        r"theirs\); use backend='auto' or 'torch'",
     ):
         check_backend("triton")
-    monkeypatch.undo()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("minilora.kernels.triton.version", lambda: (3, 3))
+    with pytest.raises(
+        RuntimeError, match=r"need triton 3\.4, which torch 2\.8 brings, found 3\.3;"
+    ):
+        check_backend("triton")
+    monkeypatch.setattr("minilora.kernels.triton.version", lambda: (3, 4))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: there is no CUDA device"):
@@ -204,7 +208,7 @@ def test_what_cannot_run_says_why(monkeypatch):
 def test_an_input_off_the_gpu_raises_with_the_reason(monkeypatch):
     from minilora.kernels import FrozenLinear, dense_forward, dense_grad_x, triton_lora_linear
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("minilora.kernels.triton.version", lambda: (3, 4))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     base = FrozenLinear((torch.zeros(3, 2), None), dense_forward, dense_grad_x)
@@ -220,6 +224,8 @@ def test_a_machine_without_triton_imports_and_trains():
 import sys
 sys.modules["triton"] = None  # what an import of a missing package meets
 import torch, minilora
+from minilora.kernels.triton import version
+assert version() is None
 model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 2))
 minilora.inject(model, r=2, alpha=3, targets="all-linear", exclude=[])
 model(torch.randn(3, 4)).sum().backward()
@@ -229,6 +235,7 @@ assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@needs_triton
 def test_the_gpu_benchmark_says_that_it_needs_a_device(monkeypatch, capsys):
     import gpu
 
@@ -237,6 +244,7 @@ def test_the_gpu_benchmark_says_that_it_needs_a_device(monkeypatch, capsys):
     assert "needs a CUDA device, and torch sees none; nothing was timed" in capsys.readouterr().out
 
 
+@needs_triton
 def test_the_gpu_benchmark_checks_every_shape_it_times(monkeypatch, tmp_path):
     import gpu
     import traffic
@@ -250,6 +258,7 @@ def test_the_gpu_benchmark_checks_every_shape_it_times(monkeypatch, tmp_path):
     assert checked >= {(f, *shape) for f in traffic.FORMATS for shape in traffic.SHAPES}
 
 
+@needs_triton
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_the_gpu_benchmark_gives_peft_the_same_work(monkeypatch, four_bit):
     """PEFT's branch in bf16, and 4-bit weights that bitsandbytes decodes to bf16."""

@@ -1,13 +1,13 @@
 """What the kernel tests share: where they run, hostile surroundings, one tolerance."""
 
-import importlib.util
-
 import pytest
 import torch
 from hypothesis import strategies as st
 
-INSTALLED = importlib.util.find_spec("triton") is not None
-REASON = "triton is not installed"
+from minilora.kernels.triton import OLDEST, version
+
+INSTALLED = (version() or (0,)) >= OLDEST
+REASON = "triton 3.4 or newer is not installed"
 INTERPRETED = False
 if INSTALLED:
     import triton

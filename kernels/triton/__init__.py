@@ -1,5 +1,6 @@
 """Triton kernels; nothing here imports triton until a kernel is asked for."""
 
+import functools
 import importlib.util
 import os
 
@@ -14,6 +15,8 @@ from ..nf4 import DYNAMIC_CODE, NF4_TABLE
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = ("int8", "nf4", "int4")  # of stored weights; others have no kernels here
 DENSE = (dense_forward, conv1d_forward)
+
+OLDEST = (3, 4)  # of Triton: its `knobs`; what torch 2.8 brings
 
 _TABLES = {"nf4": torch.tensor(NF4_TABLE), "dynamic": DYNAMIC_CODE}
 _placed: dict[tuple[str, torch.device], Tensor] = {}
@@ -34,10 +37,23 @@ def table_on(name: str, device: torch.device) -> Tensor:
     return found
 
 
+@functools.cache
+def version() -> tuple[int, ...] | None:
+    """Return the first two numbers of Triton's version, or None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
 def problem(device: torch.device | None = None) -> str | None:
     """Return why no kernel can run in this process, on tensors of that device, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    found = version()
+    if found is None:
+        return "triton is not installed (torch's CUDA builds bring theirs)"
+    if found < OLDEST:
+        return f"the kernels need triton 3.4, which torch 2.8 brings, found {found[0]}.{found[1]}"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..versions import cuda_takes_tf32
 from .tiles import Tile
 
 
@@ -23,7 +24,8 @@ class Launch(NamedTuple):
         """Launch on the arguments' device (or in Triton's interpreter)."""
         if 0 in self.grid:
             return
-        kernel = torch.library.wrap_triton(self.kernel)
+        # Up to 2.12 torch takes no interpreted kernel for one of Triton's, and none is ever traced.
+        kernel = self.kernel if is_interpreted() else torch.library.wrap_triton(self.kernel)
         options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         if kernel is not self.kernel:  # traced: with Inductor's options, on the right device
             kernel[self.grid](*self.args, **self.constants, **options)
@@ -63,9 +65,8 @@ def architecture(device: torch.device) -> int:
 def precision(x: Tensor) -> str:
     """Return what `multiply` is told: see there. f32 follows torch's switch for CUDA's matmuls.
 
-    The switch also knows what `torch.set_float32_matmul_precision` and `allow_tf32` set; their own
-    getters raise once it was set directly.
+    The switch also knows what `torch.set_float32_matmul_precision` and `allow_tf32` set.
     """
     if x.dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        return "tf32" if cuda_takes_tf32() else "ieee"
     return "widened" if x.dtype == torch.bfloat16 and is_interpreted() else "ieee"

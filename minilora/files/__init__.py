@@ -1,5 +1,6 @@
 """Files and texts: read with one kind of error, written whole or not at all, worded in one line."""
 
+from minilora.files.extras import EXTRAS, import_extra
 from minilora.files.hub import HubName, cached_name, download, on_hub
 from minilora.files.json_text import parse_json, read_json, unique_keys
 from minilora.files.links import leads_out, open_plain
@@ -39,6 +40,7 @@ from minilora.files.wording import one_line, reading, short
 
 __all__ = [
     "CHECKSUMS",
+    "EXTRAS",
     "MOST",
     "Check",
     "Checksums",
@@ -52,6 +54,7 @@ __all__ = [
     "download",
     "flags_of",
     "given",
+    "import_extra",
     "is_new",
     "is_number",
     "leads_out",

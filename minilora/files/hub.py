@@ -5,12 +5,12 @@ and PEFT, and read from there where there is no network. A folder or file of a n
 """
 
 import glob
-import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilora.files.extras import import_extra
 from minilora.files.wording import one_line
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^\s:@]+))?(?::([^:]+\.gguf))?")
@@ -67,20 +67,14 @@ def download(name: HubName, wanted: Iterable[str], needed: Iterable[str] = ()) -
         RuntimeError: huggingface_hub is missing, the hub can't be reached or refuses, or the disk
             can't take the files.
     """
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise RuntimeError(
-            f"found no folder or file '{name}', and reading it from the hub needs "
-            f"huggingface_hub, which is not installed; pip install 'minilora[hub]'"
-        )
-    import huggingface_hub
-
+    hub = import_extra(
+        "huggingface_hub", f"found no folder or file '{name}'; reading it from the hub"
+    )
     needed = list(needed)
     patterns = [glob.escape(file) for file in (*wanted, *needed)]
     try:
         folder = Path(
-            huggingface_hub.snapshot_download(
-                name.repo, revision=name.revision, allow_patterns=patterns
-            )
+            hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns)
         )
     except Exception as error:  # its own classes, its HTTP library's and OSError
         raise _explained(name, error) from error

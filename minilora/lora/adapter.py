@@ -47,7 +47,7 @@ def stacked(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, float]:
     `Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] [A₁; A₂; …]`
     """
     if len(pairs) == 1:
-        return pairs[0][:3]
+        return pairs[0].A, pairs[0].B, pairs[0].scaling  # Dynamo 2.8 slices no named tuple
     A = torch.cat([pair.A for pair in pairs])
     return A, torch.cat([pair.B * pair.scaling for pair in pairs], dim=1), 1.0
 

@@ -179,7 +179,10 @@ class Base:
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
-            or torch_module._has_any_global_hook()
+            or torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or torch_module._global_backward_hooks
+            or torch_module._global_backward_pre_hooks
         ):
             return None
         tensors = [tensor for tensor in module._parameters.values() if tensor is not None]

@@ -41,7 +41,8 @@ def _into_private_folder(stack: ExitStack) -> None:
     try:
         private_folder(default_cache_dir())  # headers are compiled into there, whatever is set
     except OSError:
-        stack.enter_context(config.patch(cpp_cache_precompile_headers=False))
+        if hasattr(config, "cpp_cache_precompile_headers"):  # torch 2.6 precompiles none
+            stack.enter_context(config.patch(cpp_cache_precompile_headers=False))
 
 
 def _restore(before: dict[str, str | None]) -> None:
@@ -115,6 +116,8 @@ def _settings() -> Iterator[None]:
     from torch._functorch import config as backward
 
     keep, most = "ban_recompute_materialized_backward", "recompile_limit"
+    if not hasattr(tracing, most):
+        most = "cache_size_limit"  # its name in torch 2.6
     variants = max(64, getattr(tracing, most, 0))
     with ExitStack() as stack:
         for config, name, value in ((backward, keep, False), (tracing, most, variants)):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
+from minilora.files import import_extra
+
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
     """Return a deep copy of messages, made of JSON types only.
@@ -66,19 +68,16 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        try:
-            from jinja2 import __version__, meta
-
-            from minilora.text.template_sandbox import Sandbox
-        except ImportError as error:
-            raise RuntimeError(
-                'chat templates need jinja2: pip install "minilora[text]"'
-            ) from error
-        if tuple(int(part) for part in re.findall(r"\d+", __version__)[:3]) < (3, 1, 6):
+        version = import_extra("jinja2", "a chat template").__version__
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < (3, 1, 6):
             raise RuntimeError(
                 f"chat templates need jinja2 3.1.6 or newer, whose sandbox holds, found "
-                f'{__version__}: pip install -U "jinja2>=3.1.6"'
+                f'{version}: pip install -U "jinja2>=3.1.6"'
             )
+        from jinja2 import meta
+
+        from minilora.text.template_sandbox import Sandbox
+
         self.source = source
         self._lock = threading.Lock()  # the sandbox counts for one rendering at a time
         functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}

@@ -5,16 +5,14 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from minilora.files import import_extra
+
 Encoded = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
 
 
 def tokenizers_library() -> Any:
     """Return the `tokenizers` package, or raise RuntimeError with how to get it."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise RuntimeError('a Tokenizer needs tokenizers: pip install "minilora[text]"') from error
-    return tokenizers
+    return import_extra("tokenizers", "a Tokenizer")
 
 
 def text_of(token: Any) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.files import UnwritableError, open_plain, write
+from minilora.files import UnwritableError, import_extra, open_plain, write
 from minilora.running import Evaluation
 from minilora.training.callbacks import Callbacks
 
@@ -175,17 +175,20 @@ def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 
 def draw_curve(out: Path) -> Path | None:
-    """Draw the losses in metrics.jsonl; return None without matplotlib or any number."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draw the losses in metrics.jsonl; return None where there is no number.
 
+    Raises:
+        RuntimeError: matplotlib is missing.
+    """
     rows = read_metrics(out / METRICS_FILE)
     steps = [(row["step"], row["loss"]) for row in rows if _is_number(row.get("loss"))]
     evals = [(row["step"], row["eval_loss"]) for row in rows if _is_number(row.get("eval_loss"))]
     if not steps and not evals:
         return None
+    import_extra("matplotlib", "the curve")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
