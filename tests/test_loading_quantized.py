@@ -257,7 +257,7 @@ def test_other_errors_of_quantized_folders(tmp_path):
         ({"quantization_config": {}}, "found no 4-bit layers of bitsandbytes"),
         (
             {"quantization_config": {}, "model_type": "bert"},
-            "model_type that is built .*, found",
+            r"must be of a causal language model of text, found .* \(bert\)",
         ),
     ):
         (full / "config.json").write_text(json.dumps(config | change))

@@ -407,11 +407,9 @@ def test_load_model_keeps_special_tokens_that_are_named(tmp_path):
     assert tokenizer.eos_id == tokenizer.bos_id == size - 1
 
 
-@pytest.mark.parametrize("kind", ["bloom", None, ["gpt2"]])
+@pytest.mark.parametrize("kind", ["gpt3", None, ["gpt2"]])
 def test_load_model_refuses_another_model_type(folder, kind):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": kind}))
-    with pytest.raises(
-        ValueError, match=r"model_type that is built \(gpt2, .*llama.*\), found .*inject"
-    ):
+    with pytest.raises(ValueError, match=r"model_type that is built \(gpt2, .*llama.*\), found "):
         load_model(folder)

@@ -185,13 +185,13 @@ def test_every_command_is_parsed_by_who_gets_it(model, device):
         assert (read.r, read.parallel) == (option.settings.r, option.settings.parallel)
 
 
-def test_no_command_is_advised_for_a_model_it_does_not_read():
+def test_it_is_said_of_a_model_that_is_read_through_transformers():
     found = plan("mistral-7b-v0.3", device="rtx-4090")
-    assert found.advice.command == ""
-    assert "minilora train does not read this model: mistral is no family of minilora" in str(found)
+    assert found.advice.command.startswith("minilora train path/to/mistral-7b-v0.3")
+    assert "transformers' own model is trained: mistral is no family of minilora" in str(found)
     scaled = plan("llama-3.2-1b", device="rtx-4090")
-    assert "does not read this model: rope_scaling: rope_type='llama3' is not built" in str(scaled)
-    assert "does not read" not in str(plan("gpt2"))
+    assert "own model is trained: rope_scaling: rope_type='llama3' is not built" in str(scaled)
+    assert "own model" not in str(plan("gpt2"))
 
 
 def test_rows_of_other_machines_compute_in_what_is_fastest_there(machine):

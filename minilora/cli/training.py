@@ -16,6 +16,7 @@ from minilora.cli.sources import data_files, device, encode_files, encoding, loa
 from minilora.data import check_streamed, pack, streamed
 from minilora.files import add_flags, given, read_options
 from minilora.lora import AdapterConfig
+from minilora.running import context_of
 from minilora.training import (
     Ranks,
     TrainConfig,
@@ -164,7 +165,7 @@ def _sampler(prompts: list[str], tokenizer: Any) -> Callable[[Any], str]:
     longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
 
     def sample(model: Any) -> str:
-        room = max(1, min(32, model.config.max_position_embeddings - longest))
+        room = int(max(1, min(32, context_of(model) - longest)))
         texts = minilora.generate(model, prompts, tokenizer=tokenizer, max_new_tokens=room)
         return " | ".join(f"{a}{b}" for a, b in zip(prompts, texts, strict=True))
 

@@ -1,12 +1,14 @@
 """From a path or name to a model and its tokenizer, and back to the disk."""
 
 from minilora.loading.fetching import fetch, known_name
+from minilora.loading.foreign_config import ForeignConfig
 from minilora.loading.gguf_writing import TYPES, export_gguf, save_gguf
 from minilora.loading.model import load_model, read_config, read_tokenizer
 from minilora.loading.saving import save_pretrained
 
 __all__ = [
     "TYPES",
+    "ForeignConfig",
     "export_gguf",
     "fetch",
     "known_name",

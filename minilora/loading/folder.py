@@ -43,15 +43,10 @@ def open_folder(folder: Path, dtype: torch.dtype | None) -> Source:
     entries = read_json(folder / CONFIG)
     family = family_of(entries, folder / CONFIG)
     config: Any = family.config_class.from_dict(entries)
-    places = find_tensors(_weight_files(folder), family.stored_fqn)
-    if not (folder / WEIGHTS).is_file():
-        _check_index(folder, places, family.stored_fqn)
+    places = folder_tensors(folder, family.stored_fqn)
     for fqn, place in places.items():
         if place.dtype not in FLOAT_NAMES:
-            raise ValueError(
-                f"{fqn} in '{place.file}' must be stored in a floating-point type of 16 bits or "
-                f"more, found {place.dtype}; use an unquantized copy of the model"
-            )
+            raise ValueError(not_floating(fqn, place))
     stored = sorted({place.dtype for place in places.values()})
     if dtype is None and len(stored) > 1:
         raise ValueError(
@@ -62,6 +57,22 @@ def open_folder(folder: Path, dtype: torch.dtype | None) -> Source:
     tensors = _with_tied_head(folder, places, embedding)
     shapes = {fqn: place.shape for fqn, place in places.items()}
     return Source(folder, family, config, shapes, tensors, FLOAT_NAMES[next(iter(stored), "F32")])
+
+
+def not_floating(fqn: str, place: Place) -> str:
+    """Say that a tensor is of a type that is not read."""
+    return (
+        f"{fqn} in '{place.file}' must be stored in a floating-point type of 16 bits or more, "
+        f"found {place.dtype}; use an unquantized copy of the model"
+    )
+
+
+def folder_tensors(folder: Path, fqn_of: Callable[[str], str | None]) -> Places:
+    """Return where a folder's tensors are stored; its index must agree with the files."""
+    places = find_tensors(_weight_files(folder), fqn_of)
+    if not (folder / WEIGHTS).is_file():
+        _check_index(folder, places, fqn_of)
+    return places
 
 
 def find_tensors(files: Iterable[Path], fqn_of: Callable[[str], str | None]) -> Places:

@@ -10,6 +10,7 @@ from minilora.loading.quantized import LAYERS, QUANTIZED
 _TOKENIZER = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
+    "vocab.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
 
 

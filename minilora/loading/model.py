@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from minilora.files import HubName, on_hub, read_json, reading
+from minilora.files import HubName, on_hub, read_json, reading, short
 from minilora.loading.fetching import NAMES, fetch
 from minilora.loading.folder import CONFIG, open_folder
+from minilora.loading.foreign import ForeignSource, make_foreign, open_foreign
+from minilora.loading.foreign_config import foreign_config
 from minilora.loading.from_hub import fetch_config, fetch_model, fetch_tokenizer
 from minilora.loading.gguf_file import open_gguf, read_gguf
-from minilora.loading.quantized import is_quantized, open_quantized
+from minilora.loading.quantized import described_layers, is_quantized, open_quantized
 from minilora.loading.source import (
     Prepare,
     Source,
@@ -22,9 +24,10 @@ from minilora.loading.source import (
     resolve_device,
     resolve_dtype,
 )
-from minilora.models import CausalLM
+from minilora.models import FAMILIES, CausalLM, NotBuiltError
+from minilora.peft import CONFIG_FILE
 from minilora.quantization import FORMATS, Quantization
-from minilora.text import Tokenizer
+from minilora.text import Tokenizer, read_folder_tokenizer
 
 
 def load_model(
@@ -38,7 +41,7 @@ def load_model(
     layers: Iterable[int] | None = None,
     prepare: Prepare | None = None,
     **options: Any,
-) -> tuple[CausalLM, Tokenizer]:
+) -> tuple[Any, Tokenizer]:
     """Read a model and its tokenizer from the same place.
 
     With `quantize`, each weight is quantized as it is read: beside what is loaded so far, one
@@ -48,8 +51,9 @@ def load_model(
     >>> model, tokenizer = minilora.load_model("smollm2-135m", quantize="nf4")
 
     Args:
-        source: a Hugging Face folder (its `config.json` names a family of `minilora.models`), a
-            folder of a quantized model (that `save_pretrained` wrote, or transformers with
+        source: a Hugging Face folder (where its `config.json` names no family of
+            `minilora.models`, transformers' own model is made, if that is installed), a folder of
+            a quantized model (that `save_pretrained` wrote, or transformers with
             bitsandbytes' NF4), a GGUF file, or `"smollm2-135m"`, which is fetched when it is not
             in the cache; or a name on the Hugging Face hub, `"owner/name"`,
             `"owner/name@revision"` or, of a GGUF file, `"owner/name:file.gguf"`, which
@@ -68,7 +72,8 @@ def load_model(
             `outliers`. The last three go for a model that is stored quantized, too.
 
     Returns:
-        The model in evaluation mode, and the tokenizer.
+        The model in evaluation mode (a `CausalLM`, or a causal language model of transformers), and
+        the tokenizer.
 
     Raises:
         ValueError: a source that is none of these, whose content cannot be read, or what
@@ -92,11 +97,18 @@ def load_model(
     stored = {name: (replace(how, **options), bias) for name, (how, bias) in opened.layers.items()}
     opened = replace(opened, layers=stored)
     if opened.metadata is None:
-        tokenizer = Tokenizer.from_pretrained(path, end=opened.family.end_of_text)
+        tokenizer = read_folder_tokenizer(path, opened.end_of_text)
     else:
         tokenizer = _gguf_tokenizer(path, opened.metadata)
     _check_tokenizer(opened, tokenizer)
     chosen = targets, exclude, layers
+    if isinstance(opened, ForeignSource):
+        if prepare is not None:
+            raise ValueError(
+                f"only models that are built here can be read in parts (prepare=, --parallel "
+                f"fsdp), found a {opened.family.__name__} in '{path}'; use parallel='ddp'"
+            )
+        return make_foreign(opened, dtype, device, spec, chosen), tokenizer
     return make_model(opened, dtype, device, spec, chosen, prepare), tokenizer
 
 
@@ -114,22 +126,31 @@ def read_model(
 ) -> CausalLM:
     """Read a model without its tokenizer, by default as it is stored."""
     dtype = resolve_dtype(dtype, device)
-    return make_model(_opened(_path(source), dtype), dtype, device, prepare=prepare)
+    opened: Any = _opened(_path(source), dtype)
+    return make_model(opened, dtype, device, prepare=prepare)
 
 
 def read_config(source: str | Path) -> Any:
     """Read the `ModelConfig` in a folder, a `config.json`, a GGUF file, or of a name on the hub.
 
+    Of a model that is not built here it is a `ForeignConfig`.
+
     Raises:
-        ValueError: nothing of the kind, or an option that is not built, by name.
+        ValueError: nothing of the kind, or what neither we nor transformers read, by name.
+        RuntimeError: it takes transformers, which is not installed.
     """
     name = on_hub(source)
     path = Path(source) if name is None else fetch_config(name)
     if path.is_file() and path.suffix != ".json":
         return open_gguf(read_gguf(path)).config
+    if path.is_dir():
+        _refuse_adapter(path)
     file = path / CONFIG if path.is_dir() else path
     entries = read_json(file)
-    return family_of(entries, file).config_class.from_dict(entries)
+    try:
+        return family_of(entries, file).config_class.from_dict(entries)
+    except NotBuiltError as why:
+        return foreign_config(file, why)
 
 
 def read_tokenizer(source: str | Path) -> Tokenizer:
@@ -137,8 +158,8 @@ def read_tokenizer(source: str | Path) -> Tokenizer:
     path = _path(source, fetch_tokenizer)
     if path.is_file():
         return _gguf_tokenizer(path, read_gguf(path).metadata)
-    family = family_of(read_json(path / CONFIG), path / CONFIG)
-    return Tokenizer.from_pretrained(path, end=family.end_of_text)
+    named = read_json(path / CONFIG).get("model_type")
+    return read_folder_tokenizer(path, FAMILIES[named].end_of_text if named in FAMILIES else None)
 
 
 def _path(source: str | Path, fetch_name: Callable[[HubName], Path] = fetch_model) -> Path:
@@ -156,10 +177,24 @@ def _path(source: str | Path, fetch_name: Callable[[HubName], Path] = fetch_mode
     return path
 
 
-def _opened(path: Path, dtype: torch.dtype | None) -> Source:
+def _opened(path: Path, dtype: torch.dtype | None) -> Source | ForeignSource:
     if path.is_file():
         return open_gguf(read_gguf(path))
-    return open_quantized(path) if is_quantized(path) else open_folder(path, dtype)
+    _refuse_adapter(path)
+    try:
+        return open_quantized(path) if is_quantized(path) else open_folder(path, dtype)
+    except NotBuiltError as why:
+        return open_foreign(path, why, described_layers(path))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / CONFIG_FILE).is_file() and not (folder / CONFIG).is_file():
+        base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+        raise ValueError(
+            f"a model is wanted, found an adapter in '{folder}'; pass the model it was trained on"
+            f"{f', {short(base)},' if base else ''} and the adapter beside it (--adapter, or "
+            f"minilora.load(model, folder))"
+        )
 
 
 def _gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
@@ -170,7 +205,7 @@ def _gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
             raise ValueError(f"'{path}': {error}") from error
 
 
-def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+def _check_tokenizer(source: Source | ForeignSource, tokenizer: Tokenizer) -> None:
     """Warn where a tokenizer's ids are not those of the model's embedding."""
     rows, ids = source.config.vocab_size, tokenizer.vocab_size
     problems = []

@@ -6,6 +6,7 @@ has another name than Hugging Face's, so that no other reader takes codes for we
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from minilora.kernels import DYNAMIC_CODE, NF4_TABLE
 from minilora.loading.folder import CONFIG, FLOAT_NAMES, find_tensors, stored_tensors
 from minilora.loading.source import Layers, Source, family_of
 from minilora.models import CausalLM
-from minilora.quantization import Quantization
+from minilora.quantization import Quantization, QuantizedLinear
 
 QUANTIZED, LAYERS = "quantized.safetensors", "quantization.json"
 _STATE = ".quant_state.bitsandbytes__"  # between a weight's name and its 4-bit type
@@ -48,10 +49,13 @@ def open_quantized(folder: Path) -> Source:
     floats = (FLOAT_NAMES[p.dtype] for p in places.values() if p.dtype in FLOAT_NAMES)
     dtype = next(floats, torch.float32)
     tensors = stored_tensors(places)
-    return Source(folder, family, config, shapes, tensors, dtype, _described_layers(folder))
+    return Source(folder, family, config, shapes, tensors, dtype, described_layers(folder) or {})
 
 
-def _described_layers(folder: Path) -> Layers:
+def described_layers(folder: Path) -> Layers | None:
+    """Return how the layers of a folder of ours are stored, None of another folder."""
+    if not (folder / LAYERS).is_file():
+        return None
     entries = read_json(folder / LAYERS)
     try:
         if entries["version"] != 1:
@@ -67,6 +71,14 @@ def _described_layers(folder: Path) -> Layers:
         raise ValueError(
             f"'{folder / LAYERS}' must describe the layers: {one_line(repr(error), 200)}"
         ) from None
+
+
+def layer_rows(small: dict[str, QuantizedLinear]) -> dict[str, Any]:
+    """Return what `described_layers` reads, of quantized layers by name."""
+    rows = {
+        name: {**layer.spec.stored, "bias": layer.bias is not None} for name, layer in small.items()
+    }
+    return {"version": 1, "layers": rows}
 
 
 def _bitsandbytes(folder: Path, family: type[CausalLM]) -> tuple[Layers, dict[str, Tensor]]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from minilora.files import is_new, read_json, tensor_content, whole_folder, write, write_json
 from minilora.loading.folder import CONFIG, WEIGHTS
-from minilora.loading.quantized import LAYERS, QUANTIZED
+from minilora.loading.foreign_saving import is_transformers, save_foreign
+from minilora.loading.quantized import LAYERS, QUANTIZED, layer_rows
 from minilora.loading.source import FLOATS, HEAD, some
 from minilora.models import FAMILIES, CausalLM
 from minilora.quantization import QuantizedLinear
@@ -25,7 +26,7 @@ _FOREIGN = (
 _MARK = {"written_by": "minilora"}  # in config.json: what save_pretrained may replace
 
 
-def save_pretrained(model: CausalLM, folder: str | Path, tokenizer: Any = None) -> None:
+def save_pretrained(model: Any, folder: str | Path, tokenizer: Any = None) -> None:
     """Write a model's folder, with a checksum of every tensor; `minilora.load_model` reads it.
 
     One in floating point is also read by transformers' `AutoModelForCausalLM`. A new or empty
@@ -33,10 +34,11 @@ def save_pretrained(model: CausalLM, folder: str | Path, tokenizer: Any = None) 
     written, `config.json` at the end: without it nobody reads the folder.
 
     Args:
-        model: of a family of `minilora.models`, without adapters; its layers may be quantized. A
-            head that no longer shares the embedding's memory is stored as its own tensor.
+        model: of a family of `minilora.models`, or of transformers, without adapters; its layers
+            may be quantized. A head that no longer shares the embedding's memory is stored as its
+            own tensor.
         folder: made when missing. Files of an earlier `save_pretrained` are replaced, but a
-            quantized model needs a new or empty folder.
+            quantized model, and one of transformers, need a new or empty folder.
         tokenizer: a `Tokenizer`, or one of transformers', to write beside it, or None.
 
     Raises:
@@ -46,13 +48,16 @@ def save_pretrained(model: CausalLM, folder: str | Path, tokenizer: Any = None) 
         RuntimeError: the folder can't be written.
     """
     folder = Path(folder)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+    if is_transformers(model):
+        save_foreign(model, folder, tokenizer)
+        return
     if type(model) not in FAMILIES.values():
         raise TypeError(
-            f"save_pretrained writes models of minilora.models ("
+            f"save_pretrained writes models of transformers and of minilora.models ("
             f"{', '.join(f.__name__ for f in FAMILIES.values())}), found {type(model).__name__}; "
             f"write other models by their own means"
         )
-    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     small = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     tensors = _tensors(model, small)
     floats = tensors[f"{model.embedding_name}.weight"].dtype
@@ -70,11 +75,7 @@ def save_pretrained(model: CausalLM, folder: str | Path, tokenizer: Any = None) 
     with whole_folder(folder, last=CONFIG) as made:
         write(made / (QUANTIZED if small else WEIGHTS), tensor_content(tensors, {"format": "pt"}))
         if small:
-            rows = {
-                name: {**layer.spec.stored, "bias": layer.bias is not None}
-                for name, layer in small.items()
-            }
-            write_json(made / LAYERS, {"version": 1, "layers": rows})
+            write_json(made / LAYERS, layer_rows(small))
         elif model.config.eos_token_id is not None:
             ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
             generation = {key: value for key, value in ids.items() if value is not None}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.files import short
+from minilora.files import nearest, short
 from minilora.kernels import hardware
 from minilora.loading.fetching import hub_name
 from minilora.lora import base_of, check_quantizable, select_targets
-from minilora.models import FAMILIES, CausalLM
+from minilora.models import FAMILIES, CausalLM, NotBuiltError
 from minilora.quantization import Quantization, QuantizedLinear, is_finite
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -48,18 +48,25 @@ class Source:
     layers: Layers = field(default_factory=dict)
     metadata: dict[str, Any] | None = None
 
+    @property
+    def end_of_text(self) -> str | None:
+        """The token that ends a text where the tokenizer's files name none."""
+        return self.family.end_of_text
+
 
 def family_of(entries: dict[str, Any], file: Path) -> type[CausalLM]:
     """Return the family that a `config.json` names.
 
     Raises:
-        ValueError: none that is built.
+        NotBuiltError: another one.
+        ValueError: none.
     """
     named = entries.get("model_type")
     if not isinstance(named, str) or named not in FAMILIES:
-        raise ValueError(
+        kind = NotBuiltError if isinstance(named, str) else ValueError
+        raise kind(
             f"'{file}' must name a model_type that is built ({', '.join(sorted(FAMILIES))}), found "
-            f"{short(named)}; for another model pass transformers' own to minilora.inject"
+            f"{short(named)}{nearest(str(named), FAMILIES)}"
         )
     return FAMILIES[named]
 
@@ -164,11 +171,16 @@ def _check_names_and_shapes(model: CausalLM, source: Source) -> None:
         "unexpected": sorted(stored.keys() - wanted.keys()),
         "of another shape": wrong,
     }
+    refuse_other_tensors(source.path, problems)
+
+
+def refuse_other_tensors(path: Path, problems: dict[str, list[str]]) -> None:
+    """Raise where stored tensors are not those of the model; the names of each problem."""
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
         raise ValueError(
-            f"the tensors in '{source.path}' must be those its configuration describes, found "
-            f"{listed}; the weights and the configuration do not belong together"
+            f"the tensors in '{path}' must be those its configuration describes, found {listed}; "
+            f"the weights and the configuration do not belong together"
         )
 
 
@@ -219,7 +231,7 @@ def _values(
         if tied and fqn == HEAD:
             continue
         value = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-        _check_finite(fqn, tensor, value)
+        check_finite(fqn, tensor, value)
         # No tensor is read for a head that shares the embedding's.
         names = [owner, "lm_head"] if tied and owner == source.family.embedding_name else [owner]
         for name in names:
@@ -229,7 +241,7 @@ def _values(
                 yield fqn, value
 
 
-def _check_finite(fqn: str, stored: Tensor, value: Tensor) -> None:
+def check_finite(fqn: str, stored: Tensor, value: Tensor) -> None:
     """Raise where a stored tensor's value in another dtype isn't finite."""
     if is_finite(value):
         return

@@ -15,7 +15,8 @@ from minilora.quantization import packed_format
 def acts_as_linear(module: Any) -> bool:
     """Return whether a linear's forward computes `x Wᵀ + b`: its class's, or its own on trial.
 
-    It is tried on a few rows, large and small, in both modes, on a shallow copy.
+    It is tried on a few rows, large and small, in both modes, on a shallow copy; one on the meta
+    device with values of no meaning.
     """
     if "forward" in module.__dict__ or packed_format(module):
         return False
@@ -23,9 +24,16 @@ def acts_as_linear(module: Any) -> bool:
         return True
     trial = copy.copy(module)
     trial._buffers = dict(module._buffers)
+    weight, bias = module.weight, module.bias
+    if weight.is_meta:
+        N, K = weight.shape
+        values = torch.outer(torch.linspace(1, 2, N), torch.linspace(-1, 1, K)).to(weight.dtype)
+        weight = nn.Parameter(values, requires_grad=False)
+        bias = None if bias is None else nn.Parameter(values[:, -1].clone(), requires_grad=False)
+        trial._parameters = {"weight": weight, "bias": bias}
     x = torch.linspace(-3, 3, 3 * module.in_features, dtype=torch.float64).reshape(3, -1).sin()
-    x = (x * torch.tensor([[1e-3], [1.0], [100.0]])).to(module.weight)
-    wanted = F.linear(x, module.weight, module.bias)
+    x = (x * torch.tensor([[1e-3], [1.0], [100.0]])).to(weight)
+    wanted = F.linear(x, weight, bias)
     near = 1e-2 * wanted.abs().amax(1, keepdim=True)  # a forward may round between its steps
     try:
         with as_found(module):

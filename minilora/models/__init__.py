@@ -4,8 +4,8 @@ A new family is a file here and its entry in `FAMILIES`.
 """
 
 from minilora.models.blocks import KVCache
-from minilora.models.causal import CausalLM
-from minilora.models.config import ModelConfig
+from minilora.models.causal import CausalLM, is_plain_linear
+from minilora.models.config import ModelConfig, NotBuiltError
 from minilora.models.gguf_names import GGUFNames
 from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
 from minilora.models.granite import Granite, GraniteConfig
@@ -33,6 +33,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "ModelConfig",
+    "NotBuiltError",
     "Olmo2",
     "Olmo2Config",
     "Phi3",
@@ -41,4 +42,5 @@ __all__ = [
     "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
+    "is_plain_linear",
 ]

@@ -240,7 +240,7 @@ class CausalLM(nn.Module):
             )
         hidden = self.hidden(input_ids, positions=positions, mask=mask)
         rows = hidden[:, :-1].flatten(0, 1)
-        if _is_plain_linear(self.lm_head):
+        if is_plain_linear(self.lm_head):
             fused = self.compiled_loss and rows.device.type == "cpu"
             options: Any = {"ignore_index": IGNORED, "fused": fused, "cap": self.logit_cap}
             return linear_cross_entropy(rows, self.lm_head.weight, target, **options)
@@ -327,7 +327,7 @@ class CausalLM(nn.Module):
         return mask[(None,) * (4 - mask.dim())]
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether reading the weight does all that calling the module would."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return type(module) is nn.Linear and module.bias is None and not hooks

@@ -26,6 +26,10 @@ _NEUTRAL_ROPE: Neutral = {
 Config = TypeVar("Config", bound="ModelConfig")
 
 
+class NotBuiltError(ValueError):
+    """Say that a model has no code here; transformers' own may stand in for it."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The base of a family's frozen dataclass, whose fields are checked by name and type.
@@ -116,7 +120,7 @@ class ModelConfig:
         }
         for key, neutral in (own | _NEUTRAL | cls.neutral).items():
             if key in entries and entries[key] not in neutral:
-                raise ValueError(
+                raise NotBuiltError(
                     f"{key}={short(entries[key])} is not built: minilora's "
                     f"{cls.__name__.removesuffix('Config')} has only {key} = "
                     f"{' or '.join(repr(value) for value in neutral)}; use a model without it"
@@ -306,20 +310,22 @@ class DecoderConfig(ModelConfig):
         if switch is not None and not isinstance(switch, bool):
             raise ValueError(f"use_sliding_window must be true or false, found {short(switch)}")
         if switch and not cls.window_switch:
-            raise ValueError("use_sliding_window=True is not built: the family has no such switch")
+            raise NotBuiltError(
+                "use_sliding_window=True is not built: the family has no such switch"
+            )
         if cls.window_switch and not switch:
             values["sliding_window"] = None
         types, window = entries.get("layer_types"), values.get("sliding_window")
         cls._check("sliding_window", int | None, window)
         if entries.get("sliding_window") is not None and "sliding_window" in cls.left_out:
             found = short(entries["sliding_window"])
-            raise ValueError(f"sliding_window={found} is not built: the family has no windows")
+            raise NotBuiltError(f"sliding_window={found} is not built: the family has no windows")
         if not (types is None or (isinstance(types, list) and {*map(type, types)} <= {str})):
             raise ValueError(f"layer_types must be a list of names or null, found {short(types)}")
         if "layer_types" in cls.left_out:
             only = FULL if window is None else SLIDING
             if {*(types or ())} - {only}:
-                raise ValueError(
+                raise NotBuiltError(
                     f"layer_types={short(types)} is not built: every layer must be {only!r}"
                 )
             return values
@@ -358,7 +364,7 @@ def _rope_theta(entries: dict[str, Any]) -> Any:
             raise ValueError(f"{key} must be an object or null, found {short(rope)}")
         for name, value in rope.items():
             if name != "rope_theta" and value not in _NEUTRAL_ROPE.get(name, (None,)):
-                raise ValueError(
+                raise NotBuiltError(
                     f"{key}: {one_line(name, 80)}={short(value)} is not built: only the default "
                     f"rotary embedding without scaling is; use a model without it"
                 )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minilora.files import short
 from minilora.models.blocks import Slot, attend, extend
 from minilora.models.causal import CausalLM
-from minilora.models.config import ModelConfig
+from minilora.models.config import ModelConfig, NotBuiltError
 
 _STD = 0.02  # of a fresh model's weights
 # Checkpoints hold the causal mask and its fill value as if they were weights.
@@ -106,7 +106,7 @@ class GPT2Config(ModelConfig):
         super().__post_init__()
         name = self.activation_function
         if not isinstance(name, str) or name not in ACTIVATIONS:
-            raise ValueError(
+            raise NotBuiltError(
                 f"activation_function={short(name)} is not built: it must be one of "
                 f"{', '.join(ACTIVATIONS)}; use a model with one of them"
             )

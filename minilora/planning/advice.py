@@ -180,9 +180,7 @@ def variants(settings: Settings, device: Device) -> Iterator[Settings]:
 
 
 def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str:
-    """Return the `minilora train` command of an option, "" where it does not read the model."""
-    if shape.foreign:
-        return ""
+    """Return the `minilora train` command of an option."""
     several, format = settings.ranks > 1, settings.format
     blocks = settings.spec is not None and settings.spec.storage.block_sizes
     name = shape.name if shape.stored else f"path/to/{shape.name.rpartition('/')[2]}"

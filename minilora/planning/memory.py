@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.files import one_line
 from minilora.lora import Sizes, Survey, base_of, is_linear, matrix_shape, sizes
 from minilora.planning.machines import PROCESS
 from minilora.planning.saved import SavedBytes
@@ -208,7 +209,16 @@ def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> 
             settings.format and not autocast
         ):  # a frozen base keeps nothing, whatever it is stored in
             saved = count_planned(shape, dataclasses.replace(settings, format=None), most).saved
-        _known[key] = Counted(model, autocast, None if most else number, saved)
+        try:
+            _known[key] = Counted(model, autocast, None if most else number, saved)
+        except RuntimeError as error:
+            if not shape.foreign:
+                raise
+            raise ValueError(
+                f"plan() runs a model on shapes alone, which transformers' {type(model).__name__} "
+                f"does not take ({one_line(error, 120)}); known is that {shape.parameters:,} "
+                f"parameters take {shape.parameters * 2e-9:.2g} GB in 16 bits"
+            ) from error
     return _known[key]
 
 

@@ -122,8 +122,8 @@ class Plan(Option):
         told = [self.advice.why, u_shape(self.options), f"    {self.advice.command}"]
         if self.shape.foreign:
             told.append(
-                f"minilora train does not read this model: {self.shape.foreign}. Load it with "
-                f"transformers, and call minilora.inject and minilora.fit with these settings."
+                f"transformers' own model is trained: {self.shape.foreign}. These figures are of "
+                f"the same shapes, and rougher."
             )
         parts.append("Advice\n" + "\n".join(line for line in told if line.strip()))
         return "\n\n".join(parts)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minilora.files import on_hub, whole
-from minilora.loading import read_config
+from minilora.loading import ForeignConfig, read_config
 from minilora.lora import (
     Survey,
     check_rank,
@@ -150,7 +150,7 @@ class Shape:
         config: the `ModelConfig` of its family.
         source: where the numbers come from.
         stored: whether `name` is a place with weights, so that a command can name it.
-        foreign: why `minilora train` does not read such a model, "" where it does.
+        foreign: why such a model is read through transformers, "" where it is built here.
     """
 
     name: str
@@ -161,7 +161,16 @@ class Shape:
 
     def empty(self, dtype: torch.dtype = torch.float32) -> Any:
         """Return the model on the meta device: shapes without memory."""
+        if isinstance(self.config, ForeignConfig):
+            return self.config.empty(dtype)
         return FAMILIES[self.config.model_type](self.config, dtype=dtype, device="meta")
+
+    def kinds(self, model: Any, blocks: int) -> list[tuple[Any, ...]]:
+        """Return what tells blocks of the same layers apart: how each attends."""
+        if not isinstance(self.config, ForeignConfig):
+            return [(block.window, block.rope) for block in model.blocks]
+        types = getattr(self.config.own, "layer_types", None) or ()
+        return [(each,) for each in types] if len(types) == blocks else [()] * blocks
 
     def check_length(self, length: int) -> None:
         """Raise unless rows of this length fit the context."""
@@ -204,13 +213,16 @@ def read_shape(model: Any) -> Shape:
     if path.exists():
         alone = path.suffix == ".json"  # no weights beside it that a command could name
         source = f"{name}/config.json" if path.is_dir() else name
-        return Shape(str(path.parent) if alone else name, read_config(path), source, not alone)
+        config = read_config(path)
+        foreign = _foreign(config)
+        return Shape(str(path.parent) if alone else name, config, source, not alone, foreign)
     if name.lower() in PRESETS:
         preset = PRESETS[name.lower()]
         stored = name.lower() == "smollm2-135m"
         return Shape(name.lower(), preset.config, preset.source, stored, preset.foreign)
     if on_hub(name) is not None:
-        return Shape(name, _hub_config(name), f"huggingface.co/{name}, config.json", stored=True)
+        config = _hub_config(name)
+        return Shape(name, config, f"huggingface.co/{name}, config.json", True, _foreign(config))
     raise ValueError(
         f"a model to plan for is a preset, a folder, a config.json, a .gguf file or a hub name, "
         f"found {name!r}; {nearest(name, PRESETS)}"
@@ -219,13 +231,20 @@ def read_shape(model: Any) -> Shape:
 
 def _of_module(model: Any) -> Shape:
     config = getattr(model, "config", None)
-    if not isinstance(config, ModelConfig):
+    if hasattr(config, "to_json_string"):
+        config = ForeignConfig(config, type(model))
+    elif not isinstance(config, ModelConfig):
         raise ValueError(
-            f"plan() knows what models of minilora.models keep in memory, found "
-            f"{type(model).__name__}; pass the name of a preset of its size instead"
+            f"plan() knows what models of minilora.models and of transformers keep in memory, "
+            f"found {type(model).__name__}; pass the name of a preset of its size instead"
         )
-    name = model.name_or_path
+    name = getattr(model, "name_or_path", None)
     return Shape(name or type(model).__name__, config, "the module", stored=name is not None)
+
+
+def _foreign(config: Any) -> str:
+    """Say whose a model is that is not built here, or ""."""
+    return f"{config.own.model_type} is not built" if isinstance(config, ForeignConfig) else ""
 
 
 def _hub_config(name: str) -> Any:
@@ -348,7 +367,7 @@ def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tup
                 f"has a rank above {min(size)}; lower r, or exclude the layer"
             )
     sorts: dict[str, list[str]] = {name: [] for name in survey.blocks}
-    kinds = [(block.window, block.rope) for block in model.blocks]
+    kinds = shape.kinds(model, len(sorts))
     inside = {}  # the block that a target is in
     for name in chosen:
         stack, number, rest = split_block(name)

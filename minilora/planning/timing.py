@@ -45,6 +45,8 @@ def _drawn(name: str, like: torch.Tensor) -> torch.Tensor:
         return torch.randint(-127, 128, like.shape, dtype=torch.int8)
     if like.dtype == torch.uint8:
         return torch.randint(1, 18 if name == "steps" else 256, like.shape, dtype=torch.uint8)
+    if not like.is_floating_point():  # masks and positions, among the buffers of transformers
+        return torch.ones(like.shape, dtype=like.dtype)
     value = torch.empty(like.shape, dtype=like.dtype)
     return value.fill_(1.0) if value.dim() == 1 else value.uniform_(-0.02, 0.02)
 
@@ -53,7 +55,7 @@ def _narrow(shape: Shape) -> Shape:
     """Return the shape with a smaller vocabulary, where it is large."""
     config = shape.config
     vocabulary = min(config.vocab_size, max(1024, _VOCABULARY // config.hidden_size))
-    return dataclasses.replace(shape, config=dataclasses.replace(config, vocab_size=vocabulary))
+    return dataclasses.replace(shape, config=config.replace(vocab_size=vocabulary))
 
 
 class _Inner:
@@ -67,8 +69,9 @@ class _Inner:
             blocks[1].register_forward_pre_hook(lambda _, inputs: self._note("enter", inputs[0]))
             blocks[-1].register_forward_hook(lambda _, __, output: self._note("leave", output))
 
-    def _note(self, name: str, x: torch.Tensor) -> None:
-        if name in self.at:  # a block that is run again
+    def _note(self, name: str, x: Any) -> None:
+        x = x[0] if isinstance(x, tuple) else x  # blocks of transformers may return more
+        if name in self.at or not torch.is_grad_enabled():  # a block that is run again, or tried
             return
         self.at[name] = self.clock()
         if x.requires_grad:
@@ -107,6 +110,8 @@ def _steps(
         torch.manual_seed(0)
         model = random_model(shape, settings, _DEPTH).train()
         ids = torch.randint(0, shape.config.vocab_size, (rows, settings.length)).tolist()
+    if settings.checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.gradient_checkpointing = settings.checkpointing
     silent = settings.length - max(1, round(settings.learned * (settings.length - 1)))
     batch = pad([Example(row, [IGNORE] * silent + row[silent:]) for row in ids], 0)

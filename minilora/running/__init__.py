@@ -1,18 +1,19 @@
 """Evaluate, generate, and compile what does."""
 
+from minilora.running.arguments import context_of
 from minilora.running.chat import BASE, Chat
 from minilora.running.compiling import compiled, settle_compile
 from minilora.running.evaluation import Evaluation, device_of, evaluate, summarize
-from minilora.running.generation import CONTEXT_NAMES, generate
+from minilora.running.generation import generate
 from minilora.running.loss import Loss, forward_logits, takes_packed, token_loss
 
 __all__ = [
     "BASE",
-    "CONTEXT_NAMES",
     "Chat",
     "Evaluation",
     "Loss",
     "compiled",
+    "context_of",
     "device_of",
     "evaluate",
     "forward_logits",

@@ -10,7 +10,8 @@ from torch import nn
 
 from minilora.data import ALPACA, encode_prompt
 from minilora.lora import Survey
-from minilora.running.generation import CONTEXT_NAMES, generate
+from minilora.running.arguments import context_of
+from minilora.running.generation import generate
 from minilora.text import as_tokenizer
 
 BASE = "base"
@@ -90,9 +91,8 @@ class Chat:
     ) -> str:
         """Return an adapter's answer to turns that are not kept; see `ask`."""
         ids = self._encoded(messages)
-        contexts = (getattr(self.model.config, name, None) for name in CONTEXT_NAMES)
-        context = next((n for n in contexts if isinstance(n, int)), None)
-        room = self.max_new_tokens if context is None else context - len(ids)
+        context = context_of(self.model)
+        room = min(self.max_new_tokens, context - len(ids))
         if room < 1:
             raise ValueError(
                 f"the conversation must leave room in the model's context of {context} tokens, "
@@ -112,7 +112,7 @@ class Chat:
                     self.model,
                     [ids],
                     tokenizer=self.tokenizer,
-                    max_new_tokens=min(room, self.max_new_tokens),
+                    max_new_tokens=int(room),
                     stream=stream,
                     **self.options,
                 )

@@ -13,13 +13,14 @@ from minilora.data import encode_prompt, warn_of_control
 from minilora.files import short
 from minilora.lora import Survey, inference, widened
 from minilora.models import KVCache
+from minilora.running.arguments import argument_names, context_of
 from minilora.running.compiling import compiled, settle_compile
 from minilora.running.evaluation import device_of
-from minilora.running.loss import argument_names, forward_logits
+from minilora.running.foreign import cached_steps
+from minilora.running.loss import forward_logits
 from minilora.text import as_tokenizer
 
 Rows = list[list[int]]
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
 def generate(
@@ -44,8 +45,9 @@ def generate(
     i of a sampled batch draws from its own generator, made of seed and i.
 
     Args:
-        model: a model of `minilora.models`, run with a key-value cache; or any causal model that
-            returns logits [B, T, V] (or has them in `.logits`), recomputed for each token.
+        model: a model of `minilora.models` or of transformers, run with its cache; or any causal
+            model that returns logits [B, T, V] (or has them in `.logits`), recomputed for each
+            token.
             Left as it was, flags, buffers and torch's random state included.
         prompts: a text, several texts, or several lists of token ids.
         tokenizer: a `minilora.models.Tokenizer`, or one of transformers'; needed for texts and
@@ -84,7 +86,7 @@ def generate(
     rows = _encode(prompts, tokenizer, chat, system)
     if stream is not None and tokenizer is None:
         raise TypeError("stream needs a tokenizer, found None; pass tokenizer=")
-    _check_rows(rows, max_new_tokens, getattr(model, "config", None))
+    _check_rows(rows, max_new_tokens, model)
     survey = Survey(model)
     survey.require_values("generate")
     survey.require_finite()
@@ -215,6 +217,8 @@ def _step(model: nn.Module, rows: Rows, new: int) -> Callable[[Rows], torch.Tens
     """Return a function from all ids so far to the logits [B, V] after them."""
     if argument_names(model.forward) >= {"positions", "mask", "cache", "last"}:
         return _Cached(model, rows, new)
+    if (step := cached_steps(model, rows)) is not None:
+        return step
     device = device_of(model)
 
     def recompute(rows: Rows) -> torch.Tensor:
@@ -327,19 +331,17 @@ def _encode(prompts: Any, tokenizer: Any, chat: bool, system: str | None) -> Row
     return rows
 
 
-def _check_rows(rows: Rows, new: int, config: Any) -> None:
+def _check_rows(rows: Rows, new: int, model: nn.Module) -> None:
     """Hold the prompts against the model's vocabulary and context."""
-    vocabulary = getattr(config, "vocab_size", None)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     for i, row in enumerate(rows):
         if min(row) < 0 or max(row) >= (2**31 if vocabulary is None else vocabulary):
             raise ValueError(
                 f"token ids must lie in [0, {vocabulary or '2³¹'}), prompt {i} has "
                 f"{short(min(row))} to {short(max(row))}"
             )
-    contexts = [getattr(config, name, None) for name in CONTEXT_NAMES]
-    context = next((c for c in contexts if isinstance(c, int)), None)
-    longest = max(len(row) for row in rows)
-    if context is not None and longest + new > context:
+    context, longest = context_of(model), max(len(row) for row in rows)
+    if longest + new > context:
         raise ValueError(
             f"the longest prompt and max_new_tokens must fit the model's context of {context} "
             f"tokens, found {longest} + {new}; shorten one of them"

@@ -3,15 +3,15 @@
 Models of `minilora.models` compute it themselves (`models/causal.py`, `kernels/cross_entropy.py`).
 """
 
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minilora.data import IGNORE, Batch
+from minilora.running.arguments import argument_names
+from minilora.running.foreign import is_foreign, keeps_apart, mean_without_logits, own_logits
 
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
 
@@ -24,7 +24,8 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     Args:
         model: has a method `loss(input_ids, labels)` that returns the mean over those labels, or
             returns logits [B, T, V], or something with `.logits`. The attention mask is passed
-            where `forward` names it.
+            where `forward` names it. No logits are kept of a model of transformers whose logits
+            are those of a head without bias.
         batch: on the device of the model.
 
     Returns:
@@ -40,19 +41,23 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
             f"a batch must have a label to learn, found {tuple(batch.labels.shape)} labels of "
             f"which all after the first column are {IGNORE}; leave such batches out"
         )
+    packed = batch.documents is not None
+    if packed and not takes_packed(model):
+        raise ValueError(
+            f"packed rows need a model that keeps their documents apart, found "
+            f"{type(model).__name__}; do not pack for it"
+        )
     known = argument_names(getattr(type(model), "loss", None))
-    beside = {}
-    if batch.documents is not None:
-        if not takes_packed(model):
-            raise ValueError(
-                f"packed rows need a model whose loss takes positions and mask, as those of "
-                f"minilora.models do, found {type(model).__name__}; do not pack for it"
-            )
-        beside = {"positions": batch.positions(), "mask": batch.document_mask()}
     if known >= {"input_ids", "labels"}:
+        beside = {"positions": batch.positions(), "mask": batch.document_mask()} if packed else {}
         mean = model.loss(batch.input_ids, batch.labels, **beside)  # type: ignore[operator]
         return _full(mean) * tokens, tokens
-    logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+    if (mean := mean_without_logits(model, batch)) is not None:
+        return _full(mean) * tokens, tokens
+    if is_foreign(model):
+        logits = own_logits(model, batch)
+    else:
+        logits = forward_logits(model, batch.input_ids, batch.attention_mask)
     labels = batch.labels[:, 1:]
     counts = labels != IGNORE
     chosen = _full(logits[:, :-1][counts])
@@ -60,9 +65,9 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
 
 
 def takes_packed(model: nn.Module) -> bool:
-    """Return whether the model's loss keeps documents in one row apart."""
+    """Return whether the model keeps documents in one row apart; one of transformers' is tried."""
     needed = {"input_ids", "labels", "positions", "mask"}
-    return argument_names(getattr(type(model), "loss", None)) >= needed
+    return argument_names(getattr(type(model), "loss", None)) >= needed or keeps_apart(model)
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,8 +94,3 @@ def forward_logits(
         kwargs["attention_mask"] = attention_mask.long()
     output = model(input_ids, **kwargs)
     return getattr(output, "logits", output)
-
-
-def argument_names(function: Any) -> set[str]:
-    """Return the names of a function's arguments; none for what is no function."""
-    return set(inspect.signature(function).parameters) if inspect.isroutine(function) else set()

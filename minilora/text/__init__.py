@@ -1,7 +1,7 @@
 """Tokenizers and chat templates."""
 
 from minilora.text.conversation import Conversation
-from minilora.text.foreign_tokenizer import as_tokenizer
+from minilora.text.foreign_tokenizer import as_tokenizer, read_folder_tokenizer
 from minilora.text.special_tokens import name_pattern
 from minilora.text.to_gguf import gguf_metadata
 from minilora.text.tokenizer import Tokenizer
@@ -12,4 +12,5 @@ __all__ = [
     "as_tokenizer",
     "gguf_metadata",
     "name_pattern",
+    "read_folder_tokenizer",
 ]

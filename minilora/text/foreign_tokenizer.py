@@ -1,16 +1,57 @@
-"""Tokenizers of transformers, taken wherever our own are."""
+"""Tokenizers of transformers: taken wherever our own are, and for files that only it reads."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from minilora.files import one_line
+from minilora.text.from_folder import stop_ids
 from minilora.text.tokenizer import Tokenizer
 
+_FILES = ("*.model", "vocab.*", "vocab-*", "*.tiktoken", "tekken.json")  # of vocabularies
 
-def as_tokenizer(tokenizer: Any) -> Tokenizer:
+
+def read_folder_tokenizer(folder: Path, end: str | None = None) -> Tokenizer:
+    """Read a folder's tokenizer, by transformers' `AutoTokenizer` where there is no file of ours.
+
+    Args:
+        folder, end: as for `Tokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: what `Tokenizer.from_pretrained` raises, where transformers can't read it or is
+            not there.
+    """
+    try:
+        return Tokenizer.from_pretrained(folder, end=end)
+    except ValueError as error:
+        stored = any(file for form in _FILES for file in folder.glob(form))
+        if (folder / "tokenizer.json").is_file() or not stored:  # it would make an empty one
+            raise
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise ValueError(
+                f"{error}; where transformers is installed its AutoTokenizer is tried: pip install "
+                f"transformers"
+            ) from None
+        try:
+            theirs = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            return as_tokenizer(theirs, stop_ids=stop_ids(folder))
+        except Exception as other:  # of many libraries
+            raise ValueError(
+                f"{error}; transformers' AutoTokenizer can't read it either: {one_line(other, 200)}"
+            ) from other
+
+
+def as_tokenizer(tokenizer: Any, stop_ids: Iterable[int] = ()) -> Tokenizer:
     """Return a tokenizer as ours.
 
     Args:
         tokenizer: a `Tokenizer`, which is returned, or one of transformers', whose vocabulary is
             shared. Its chat template is the one named "default" where it has several.
+        stop_ids: at which generation ends too, of one of transformers'.
 
     Raises:
         TypeError: anything else, with the line that converts it.
@@ -34,4 +75,4 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
-    return Tokenizer(backend, **named, chat_template=template)
+    return Tokenizer(backend, **named, stop_ids=stop_ids, chat_template=template)

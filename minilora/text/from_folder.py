@@ -33,19 +33,24 @@ def folder_parts(folder: Path, end: str | None) -> dict[str, Any]:
     end = _END if older else end
     if end in control_tokens(backend) and (older or named["eos"] is None):
         named |= {name: end for name in ("bos", "eos", "unk") if named[name] is None}
+    frame = bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token"))
+    return {
+        "backend": backend,
+        **named,
+        "stop_ids": stop_ids(folder),
+        "chat_template": _template(folder, entries.get("chat_template")),
+        "frame": frame if older else None,  # tokenizer.json states its own
+    }
+
+
+def stop_ids(folder: Path) -> set[int]:
+    """Return the ids that end a text, of a model folder's configurations."""
     stops: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             ids = read_json(folder / name).get("eos_token_id")
             stops |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
-    frame = bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token"))
-    return {
-        "backend": backend,
-        **named,
-        "stop_ids": stops,
-        "chat_template": _template(folder, entries.get("chat_template")),
-        "frame": frame if older else None,  # tokenizer.json states its own
-    }
+    return stops
 
 
 def _template(folder: Path, stated: Any) -> str | None:

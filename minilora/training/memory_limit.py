@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minilora.data import Batch
+from minilora.models import ModelConfig
 from minilora.planning import (
     Counted,
     Memory,
@@ -55,13 +56,12 @@ class MemoryLimit:
                 f"max_memory plans for a CPU, found a model on {device}, where a lack of memory is "
                 f"noticed as it happens; leave max_memory out"
             )
-        try:
-            self.shape = read_shape(model)
-        except ValueError:
+        if not isinstance(getattr(model, "config", None), ModelConfig):
             raise ValueError(
                 f"max_memory needs a model whose memory can be planned, a model of "
                 f"minilora.models, found {type(model).__name__}; leave max_memory out"
-            ) from None
+            )
+        self.shape = read_shape(model)
         self.gigabytes, self.ranks = gigabytes, ranks
         settings = settings_of(model, autocast)
         parallel = "ddp" if ranks > 1 else None

@@ -1,5 +1,6 @@
 """What a run settles before its first step: what is trained, in which dtype, for how long."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from minilora.lora import (
     named_parameters,
     unwrapped,
 )
-from minilora.running import CONTEXT_NAMES, takes_packed
+from minilora.running import context_of, takes_packed
 from minilora.training.config import TrainConfig
 
 
@@ -150,15 +151,17 @@ def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Ex
         own_loss: whether the user's loss says what labels are, and knows packed rows.
     """
     config = getattr(model, "config", None)
-    lengths = (getattr(config, name, None) for name in CONTEXT_NAMES)
-    context = next((n for n in lengths if isinstance(n, int)), math.inf)
+    context = context_of(model)
     vocabulary = getattr(config, "vocab_size", None)
     vocabulary = vocabulary if isinstance(vocabulary, int) else math.inf
     if not 0 <= pad_id < vocabulary:
         raise ValueError(
             f"pad_id must lie in [0, {vocabulary}), found {pad_id}; any token id will do"
         )
-    apart = own_loss or takes_packed(model)
+
+    @functools.cache  # a model of transformers is tried
+    def apart() -> bool:
+        return own_loss or takes_packed(model)
 
     def check(example: Example, name: str) -> None:
         if len(example.input_ids) > context:
@@ -173,11 +176,10 @@ def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Ex
                 f"token ids must lie in [0, {vocabulary}), but {name} holds {largest}; encode the "
                 f"data with this model's own tokenizer"
             )
-        if example.lengths and not apart:
+        if example.lengths and not apart():
             raise ValueError(
-                f"packed rows need a model whose loss takes positions and mask, as those of "
-                f"minilora.models do, but {type(model).__name__} does not, and {name} is packed; "
-                f"do not pack for it"
+                f"packed rows need a model that keeps their documents apart, but "
+                f"{type(model).__name__} does not, and {name} is packed; do not pack for it"
             )
 
     return check
