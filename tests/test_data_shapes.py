@@ -323,7 +323,7 @@ def test_damaged_files_are_refused(tmp_path, name, content, message):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RuntimeError, match=r"need the package pyarrow.*minilora\[data\]"):
+    with pytest.raises(RuntimeError, match=r"Arrow file needs pyarrow .*minilora\[data\]"):
         read_data(tmp_path / "a.parquet", byte_tokenizer())
 
 

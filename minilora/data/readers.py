@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minilora.files import unique_keys
+from minilora.files import import_extra, unique_keys
 
 _MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 _LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072 characters
@@ -195,14 +195,7 @@ def _arrow(file: BinaryIO) -> Iterator[Row]:
 
 
 def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ModuleNotFoundError:
-        raise RuntimeError(
-            "Parquet and Arrow files need the package pyarrow, found none; "
-            "pip install 'minilora[data]'"
-        ) from None
-    return pyarrow
+    return import_extra("pyarrow", "a Parquet or Arrow file")
 
 
 def _batches(batches: Any) -> Iterator[Row]:

@@ -5,9 +5,11 @@ from typing import Any
 
 # The smallest extra of minilora that brings a package; `minilora[all]` brings them all.
 EXTRAS = {
+    "gguf": "gguf",
     "huggingface_hub": "hub",
     "jinja2": "text",
     "matplotlib": "plots",
+    "pyarrow": "data",
     "tokenizers": "text",
     "tqdm": "train",
 }

@@ -6,7 +6,6 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; an adapte
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.files import beside
+from minilora.files import beside, import_extra
 from minilora.loading.gguf_file import read_metadata
 from minilora.lora import Approximation, Survey
 from minilora.models import CausalLM, GGUFNames
@@ -202,13 +201,7 @@ def write_gguf(
     Raises:
         RuntimeError: the package is missing, or the file can't be written.
     """
-    try:
-        # By name: following its types, mypy 2.4 misjudges calls with *arguments elsewhere.
-        gguf = importlib.import_module("gguf")
-    except ModuleNotFoundError:
-        raise RuntimeError(
-            "GGUF files are written by the package gguf, found none; pip install 'minilora[gguf]'"
-        ) from None
+    gguf = import_extra("gguf", "a GGUF file to be written")
     with beside(file, b"") as made:
         writer = gguf.GGUFWriter(made, architecture)
         try:
