@@ -62,6 +62,22 @@ _SWITCHED_WINDOWS = {
 _TINY = (29, 16, 20, 2, 4, 2, 4, 32)
 
 
+def _rope(kind, **numbers):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 71.0, **numbers}}
+
+
+_ROPES = {
+    "rope_linear": _rope("linear", factor=3.0),
+    "rope_dynamic": {**_rope("dynamic", factor=4.0), "max_position_embeddings": 10},
+    "rope_llama3": _rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    ),
+    "rope_yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
+}  # fmt: skip
+_FACTORS = {"short_factor": [1.0, 1.5, 2.0, 4.0], "long_factor": [2.0, 5.0, 11.0, 30.0]}
+
+
 class Family(NamedTuple):
     """A family: our class, theirs and its configuration, what to make of it, and a tiny one.
 
@@ -124,6 +140,8 @@ FAMILIES = {
         _DECODER,
         {
             **_DECODER_SHAPES,
+            **_ROPES,
+            "rope_longrope": _rope("longrope", original_max_position_embeddings=5, **_FACTORS),
             "wide_heads": {"head_dim": 24},
             "biases": {"attention_bias": True, "mlp_bias": True},
         },
@@ -146,6 +164,13 @@ FAMILIES = {
             **_DECODER_SHAPES,
             "windows": {"sliding_window": 5},
             "windows_of_two": {"sliding_window": 2},
+            "rope_in_part": {"partial_rotary_factor": 0.75},
+            "rope_longrope": {
+                **_rope("longrope", **{key: each[:3] for key, each in _FACTORS.items()}),
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 20,
+                "max_position_embeddings": 80,
+            },
         },
         Phi3Config(*_TINY),
     ),

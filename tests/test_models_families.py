@@ -14,6 +14,8 @@ from minilora.models import KVCache
 pytestmark = pytest.mark.peers
 
 SHAPES = [(family, shape) for family, row in FAMILIES.items() for shape in row.shapes]
+OTHERS = [each for each in SHAPES if each[1].startswith(("windows", "rope"))]
+OTHERS.remove(("llama", "rope_longrope"))  # with its cache transformers mixes two rotations there
 WINDOWS = [(family, shape) for family, shape in SHAPES if shape.startswith("windows")]
 
 
@@ -105,9 +107,7 @@ def test_forward_in_bf16_is_as_exact_as_transformers(tmp_path, family):
     assert (found - exact).pow(2).mean() <= 1.1**2 * (wanted - exact).pow(2).mean()
 
 
-@pytest.mark.parametrize(
-    ("family", "shape"), [*((family, "plain") for family in FAMILIES), *WINDOWS]
-)
+@pytest.mark.parametrize(("family", "shape"), [*((f, "plain") for f in FAMILIES), *OTHERS])
 def test_greedy_text_equals_transformers_token_for_token(family, shape):
     """Rows of unequal length, so padded on the left, against one row at a time."""
     changes = FAMILIES[family].shapes[shape] | {"tie_word_embeddings": False}

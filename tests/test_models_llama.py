@@ -82,21 +82,6 @@ def test_config_refuses_other_maths_by_name(name, value):
         LlamaConfig.from_dict({**BASE, **HEADS, name: value})
 
 
-@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "llama3", "factor": 8.0},
-        {"type": "linear", "factor": 2.0},
-        {"rope_type": "default", "factor": 2.0},
-        {"rope_type": "default", "partial_rotary_factor": 0.25},
-    ],
-)
-def test_config_refuses_scaled_rotations(key, rope):
-    with pytest.raises(ValueError, match=f"{key}: .* is not built"):
-        LlamaConfig.from_dict({**BASE, **HEADS, key: rope})
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

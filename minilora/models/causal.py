@@ -16,7 +16,7 @@ from minilora.kernels import linear_cross_entropy
 from minilora.models.blocks import Body, DecoderLayer, KVCache
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
-from minilora.models.rotary import rotation_at
+from minilora.models.rotary import outgrows, rotation_at
 
 IGNORED = -100  # the label of a token that does not count, as in Hugging Face
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped
@@ -125,6 +125,14 @@ class CausalLM(nn.Module):
         """Return the standard deviation of a fresh matrix."""
         return 0.02
 
+    def outgrows(self, positions: Tensor) -> bool:
+        """Return whether new tokens at `positions` make cached keys wrong, so that all come anew.
+
+        Their documents become longer than LongRoPE's original context, from where on it has other
+        frequencies for all keys. With the dynamic rope keys stay as they are, as in transformers.
+        """
+        return any(outgrows(rope, positions) for rope in self.ropes)
+
     def hidden(
         self,
         input_ids: Tensor,
@@ -140,16 +148,21 @@ class CausalLM(nn.Module):
         if cache is not None:
             cache.check_room(batch, tokens)
             past = cache.length
-        if past + tokens > self.config.max_position_embeddings:
+        if past + tokens > self.config.context_length:
             name = "max_position_embeddings"
             raise ValueError(
-                f"a sequence may have at most {self.config.max_position_embeddings} tokens "
+                f"a sequence may have at most {self.config.context_length} tokens "
                 f"({self.config.aliases.get(name, name)}), found {past + tokens}; shorten it"
             )
         if positions is None:
             positions = torch.arange(past, past + tokens, device=input_ids.device)
         else:
             self._check_positions(positions, batch, tokens)
+        if past and self.outgrows(positions):
+            raise ValueError(
+                "the rotary embeddings of documents of this length are others than those of the "
+                "cached keys; set the cache's length to 0 and pass whole sequences"
+            )
         masks = self._masks(mask, batch, tokens, past, input_ids.device)
         x, beside = self.begin(input_ids, positions)
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -176,7 +189,7 @@ class CausalLM(nn.Module):
 
         Args:
             input_ids: `[B, T]` int64 or int32 in `[0, vocab_size)`.
-            positions: `[T]` or `[B, T]` integers in `[0, max_position_embeddings)`; default: they
+            positions: `[T]` or `[B, T]` integers in `[0, config.context_length)`; default: they
                 count up from the cache's length (0 without one).
             mask: bool, True where a query may attend, broadcastable to `[B, heads, T, S]` with S
                 the cached and the new tokens. It replaces the causal rule; a layer's window, which
@@ -288,10 +301,9 @@ class CausalLM(nn.Module):
         if torch.compiler.is_compiling():
             return
         low, high = (int(bound) for bound in positions.aminmax())
-        if low < 0 or high >= self.config.max_position_embeddings:
+        if low < 0 or high >= self.config.context_length:
             raise ValueError(
-                f"positions must lie in [0, {self.config.max_position_embeddings}), found {low} "
-                f"to {high}"
+                f"positions must lie in [0, {self.config.context_length}), found {low} to {high}"
             )
 
     def _masks(

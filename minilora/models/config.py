@@ -7,8 +7,9 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 
-from minilora.files import one_line, short
-from minilora.models.rotary import Rope
+from minilora.files import short
+from minilora.models.not_built import NotBuiltError
+from minilora.models.rope import SCALINGS, Dynamic, Rope, Scaling, read_rope
 
 MOST_BLOCKS, LARGEST = 1024, 2**30  # every number of a configuration has a limit
 FULL, SLIDING = "full_attention", "sliding_attention"  # the `layer_types`
@@ -18,16 +19,7 @@ _NEUTRAL: Neutral = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
-_NEUTRAL_ROPE: Neutral = {
-    "rope_type": ("default",),
-    "type": ("default",),
-    "partial_rotary_factor": (1, 1.0),
-}
 Config = TypeVar("Config", bound="ModelConfig")
-
-
-class NotBuiltError(ValueError):
-    """Say that a model has no code here; transformers' own may stand in for it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,11 @@ class ModelConfig:
                 wanted = f"at most {most:,}" if large else "an integer above 0"
         if wanted is not None:
             raise ValueError(f"{name} must be {wanted}, found {short(value)}; correct config.json")
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.max_position_embeddings  # type: ignore[attr-defined]
 
     def replace(self: Config, **changes: Any) -> Config:
         """Return a copy with other values, given by transformers' common names."""
@@ -188,16 +185,18 @@ class DecoderConfig(ModelConfig):
             layer is sliding.
         layer_types: per layer `"full_attention"` or `"sliding_attention"`; None: all sliding where
             `sliding_window` is set.
+        rope_scaling: how rotary frequencies differ from the plain ones; None: not at all.
 
     Attributes:
+        rope_types: classes of `rope_scaling` that the family has, by config.json's names.
         window_switch: whether windows are off unless `use_sliding_window` is true.
     """
 
     window_switch: ClassVar[bool] = False
+    rope_types: ClassVar[dict[str, type[Scaling]]] = SCALINGS
     left_out: ClassVar[tuple[str, ...]] = ("sliding_window", "layer_types")
     neutral: ClassVar = {
         "hidden_act": (None, "silu", "swish"),  # two names of one function
-        "partial_rotary_factor": (None, 1, 1.0),
         "rope_interleaved": (None, False),
         "attention_dropout": (None, 0, 0.0),
     }
@@ -220,6 +219,7 @@ class DecoderConfig(ModelConfig):
     pad_token_id: int | None = None
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    rope_scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,10 +234,13 @@ class DecoderConfig(ModelConfig):
                 f"num_attention_heads · head_dim must be at most {LARGEST:,}, found "
                 f"{self.num_attention_heads} · {self.head_dim}; correct config.json"
             )
-        if self.head_dim % 2:
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
-                f"head_dim must be even (rotary embeddings turn pairs), found {self.head_dim}"
+                f"head_dim must be even (rotary embeddings turn pairs), or the part of it that is "
+                f"rotated, found {self.rotary_dim} of {self.head_dim}; correct config.json"
             )
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rope)
 
     def _check_types(self) -> None:
         types = self.layer_types
@@ -276,9 +279,27 @@ class DecoderConfig(ModelConfig):
         return tuple(self.sliding_window if each == SLIDING else None for each in types)
 
     @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a head are rotated."""
+        return self.head_dim
+
+    @property
+    def rope(self) -> Rope:
+        """How queries and keys are rotated, in most layers."""
+        context = self.max_position_embeddings
+        return Rope(self.rotary_dim, self.rope_theta, self.rope_scaling, context)
+
+    @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """Per layer how queries and keys are rotated; None: not at all."""
-        return (Rope(self.head_dim, self.rope_theta),) * self.num_hidden_layers
+        return (self.rope,) * self.num_hidden_layers
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence, in tokens: with the dynamic rope, `factor` times the usual one."""
+        scaling = self.rope_scaling
+        factor = scaling.factor if isinstance(scaling, Dynamic) else 1
+        return int(self.max_position_embeddings * factor)
 
     @classmethod
     def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
@@ -290,7 +311,15 @@ class DecoderConfig(ModelConfig):
         heads = values.setdefault("num_attention_heads", 32)
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = heads
-        values["rope_theta"] = _rope_theta(entries)
+        context = values.setdefault("max_position_embeddings", cls.max_position_embeddings)
+        rope = read_rope(entries, context, cls.rope_types)
+        known = {each.name for each in fields(cls)}
+        if rope.get("partial_rotary_factor", 1) != 1 and "partial_rotary_factor" not in known:
+            found = short(rope["partial_rotary_factor"])
+            raise NotBuiltError(
+                f"partial_rotary_factor={found} is not built: heads are rotated whole"
+            )
+        values |= {key: value for key, value in rope.items() if key in known}
         if values.get("head_dim") is None:
             cls._check("hidden_size", int, values["hidden_size"])
             cls._check("num_attention_heads", int, heads)
@@ -345,30 +374,14 @@ class DecoderConfig(ModelConfig):
         return [SLIDING if i >= first else FULL for i in range(values["num_hidden_layers"])]
 
     def _entries(self) -> dict[str, Any]:
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        rope: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_type": "default"}
         entries = {"hidden_act": "silu", **super()._entries(), "rope_parameters": rope}
+        del entries["rope_scaling"]
+        if self.rope_scaling is not None:
+            entries["rope_scaling"] = self.rope_scaling.entries()
+            rope |= entries["rope_scaling"]
         if "layer_types" in entries:
             entries["layer_types"] = [FULL if w is None else SLIDING for w in self.windows]
         if self.window_switch:
             entries["use_sliding_window"] = self.sliding_window is not None
         return entries
-
-
-def _rope_theta(entries: dict[str, Any]) -> Any:
-    """The rotary base, from transformers 5's `rope_parameters` or transformers 4's two keys."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = entries.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise ValueError(f"{key} must be an object or null, found {short(rope)}")
-        for name, value in rope.items():
-            if name != "rope_theta" and value not in _NEUTRAL_ROPE.get(name, (None,)):
-                raise NotBuiltError(
-                    f"{key}: {one_line(name, 80)}={short(value)} is not built: only the default "
-                    f"rotary embedding without scaling is; use a model without it"
-                )
-        if rope.get("rope_theta") is not None:
-            return rope["rope_theta"]
-    theta = entries.get("rope_theta")
-    return 10000.0 if theta is None else theta

@@ -5,7 +5,7 @@ et al. 2024, "Phi-3 Technical Report", section 2), with one window for all layer
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,11 +13,17 @@ from minilora.kernels import swiglu
 from minilora.models.blocks import Attention, DecoderLayer
 from minilora.models.causal import Decoder
 from minilora.models.config import DecoderConfig
+from minilora.models.rope import LongRope
 
 
 @dataclass(frozen=True)
 class Phi3Config(DecoderConfig):
-    """Hold the numbers that define a Phi-3 model; the fields are `DecoderConfig`'s."""
+    """Hold the numbers that define a Phi-3 model; names and defaults are Hugging Face's.
+
+    Args:
+        partial_rotary_factor: share of a head that is rotated. The other fields are
+            `DecoderConfig`'s.
+    """
 
     model_type = "phi3"
     architecture = "Phi3ForCausalLM"
@@ -26,12 +32,30 @@ class Phi3Config(DecoderConfig):
         "embd_pdrop": (None, 0, 0.0),
     }
     left_out = ("attention_bias", "mlp_bias", "layer_types")
+    rope_types: ClassVar = dict.fromkeys(("longrope", "su", "yarn"), LongRope)  # one, renamed
 
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 32000
     pad_token_id: int | None = 32000
+    partial_rotary_factor: float = 1.0
+
+    rotary_dim = property(lambda self: int(self.head_dim * self.partial_rotary_factor))
+
+    @classmethod
+    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        return super()._completed(values, {"original_max_position_embeddings": 4096, **entries})
+
+    def _entries(self) -> dict[str, Any]:
+        entries = super()._entries()
+        entries["rope_parameters"]["partial_rotary_factor"] = self.partial_rotary_factor
+        if "rope_scaling" in entries:  # transformers 4 takes no other form
+            scaling = entries["rope_scaling"]
+            original = scaling.pop("original_max_position_embeddings")
+            entries["original_max_position_embeddings"] = original
+            entries["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
+        return entries
 
 
 class FusedAttention(Attention):

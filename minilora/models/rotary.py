@@ -1,27 +1,42 @@
-"""Rotary position embeddings: which frequencies a layer's queries and keys are turned by.
+"""Turning queries and keys by rotary embeddings.
 
-In the half-rotation order of Hugging Face's checkpoints (Su et al. 2021, "RoFormer", section 3.4.2,
-with the pairs (i, i + dim/2) of the first dim numbers of a head).
+In the half-rotation order of Hugging Face's checkpoints: the pairs are (i, i + dim/2) of the first
+dim numbers of a head (Su et al. 2021, "RoFormer", section 3.4.2). The frequencies: `rope.py`.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minilora.models.rope import LongRope, Rope
+
 Rotation = tuple[Tensor, Tensor] | None  # None: nothing is rotated
 
 
-class Rope(NamedTuple):
-    """How queries and keys of a layer are rotated.
+def document_lengths(positions: Tensor) -> Tensor:
+    """Return at each place of `[…, T]` the length of its document: where positions fall, one ends.
 
-    Attributes:
-        dim: numbers at the head's beginning that are rotated, even; the rest stays.
-        theta: base of the frequencies.
+    The last position known so far, plus one: a cached pass sees no later ones.
     """
+    last = torch.arange(positions.shape[-1], device=positions.device)
+    goes_on = positions[..., 1:] > positions[..., :-1]
+    # The place of each document's last token: the nearest place from here on where one ends.
+    ends = torch.where(goes_on, positions.shape[-1] - 1, last[:-1])
+    ends = torch.cat((ends, last[-1:].expand(*ends.shape[:-1], 1)), dim=-1)
+    ends = ends.flip(-1).cummin(-1).values.flip(-1)
+    return positions.gather(-1, ends) + 1
 
-    dim: int
-    theta: float
+
+def outgrows(rope: Rope | None, positions: Tensor) -> bool:
+    """Whether the documents at new positions become too long for how their cached keys are rotated.
+
+    LongRoPE alone has two sets of frequencies. With the dynamic type keys keep the rotation of
+    their time in transformers' cache, too.
+    """
+    if rope is None or not isinstance(rope.scaling, LongRope):
+        return False
+    most = rope.scaling.original_max_position_embeddings
+    cached, new = positions[..., 0], positions.amax(-1) + 1
+    return bool(((cached > 0) & (cached <= most) & (new > most)).any())
 
 
 def rotation_at(rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> Rotation:
@@ -29,9 +44,17 @@ def rotation_at(rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> Rot
     if rope is None:
         return None
     steps = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=positions.device)
-    frequency = 1.0 / (rope.theta ** (steps / rope.dim))
+    scaling = rope.scaling
+    if scaling is None:
+        frequency = 1.0 / (rope.theta ** (steps / rope.dim))
+    else:
+        lengths = document_lengths(positions.long()) if scaling.by_length else positions
+        frequency = scaling.frequencies(rope, steps / rope.dim, lengths)
     angle = (positions[..., None].float() * frequency).view(-1, 1, positions.shape[-1], len(steps))
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if scaling is not None and (stretch := scaling.amplitude(rope)) != 1.0:
+        cos, sin = cos * stretch, sin * stretch
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

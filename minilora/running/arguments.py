@@ -4,7 +4,9 @@ import inspect
 import math
 from typing import Any
 
-_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")
+from minilora.models import ModelConfig
+
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")  # in transformers' configurations
 
 
 def argument_names(function: Any) -> set[str]:
@@ -15,5 +17,7 @@ def argument_names(function: Any) -> set[str]:
 def context_of(model: Any) -> float:
     """Return how many tokens a sequence may have, inf where the model's config does not say."""
     config = getattr(model, "config", None)
+    if isinstance(config, ModelConfig):
+        return config.context_length
     found = (getattr(config, name, None) for name in _CONTEXT)
     return next((n for n in found if isinstance(n, int)), math.inf)

@@ -245,7 +245,11 @@ class _Cached:
     def __call__(self, rows: Rows) -> torch.Tensor:
         past = self.cache.length
         pads = self.pads.tolist()
-        if past:
+        if past and self.model.outgrows((past - self.pads)[:, None]):  # type: ignore[operator]
+            width, past, self.cache.length = past + 1, 0, 0
+            fed = [[0] * n + row for n, row in zip(pads, rows, strict=True)]
+            fed = [row + [0] * (width - len(row)) for row in fed]  # those that have stopped
+        elif past:
             fed = [row[-1:] for row in rows]
         else:
             fed = [[0] * n + row for n, row in zip(pads, rows, strict=True)]
