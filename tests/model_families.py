@@ -5,6 +5,7 @@ A new family is a row of `FAMILIES`.
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers
 
@@ -15,6 +16,8 @@ from minilora.models import (
     GraniteConfig,
     Llama,
     LlamaConfig,
+    Mistral,
+    MistralConfig,
     Olmo2,
     Olmo2Config,
     Phi3,
@@ -23,6 +26,8 @@ from minilora.models import (
     Qwen2Config,
     Qwen3,
     Qwen3Config,
+    SmolLM3,
+    SmolLM3Config,
 )
 
 _DECODER = {
@@ -147,6 +152,20 @@ FAMILIES = {
         },
         LlamaConfig(*_TINY),
     ),
+    "mistral": Family(
+        Mistral,
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig,
+        {**_DECODER, "sliding_window": None},
+        {
+            **_DECODER_SHAPES,
+            "windows": {"sliding_window": 5},
+            "windows_of_two": {"sliding_window": 2},
+            "wide_heads": {"head_dim": 24},
+            "rope_yarn": _ROPES["rope_yarn"],
+        },
+        MistralConfig(*_TINY),
+    ),
     "olmo2": Family(
         Olmo2,
         transformers.Olmo2ForCausalLM,
@@ -195,7 +214,49 @@ FAMILIES = {
         },
         Qwen3Config(*_TINY),
     ),
+    "smollm3": Family(
+        SmolLM3,
+        transformers.SmolLM3ForCausalLM,
+        transformers.SmolLM3Config,
+        {**_DECODER, "pad_token_id": 0, "no_rope_layer_interval": 2},
+        {
+            **_DECODER_SHAPES,
+            "every_fourth": {"num_hidden_layers": 5, "no_rope_layer_interval": 4},
+            "no_rope_by_layer": {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0]},
+            "windows": {"use_sliding_window": True, "sliding_window": 5},
+            "windows_by_type": _SWITCHED_WINDOWS["windows_by_type"],
+            "rope_yarn": _ROPES["rope_yarn"],
+            "wide_heads": {"head_dim": 24},
+            # All rotated: elsewhere a bias of the keys has no gradient, as it shifts all of a row.
+            "biases": {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 1]},
+        },
+        SmolLM3Config(*_TINY, no_rope_layer_interval=2),
+    ),
 }
+
+
+CHECKS: dict[str, str] = {}  # what all families have to pass, a column of docs/models.md each
+
+
+def check(title):
+    """List a test among those that all families have to pass."""
+
+    def listed(test):
+        CHECKS[title] = test.__name__
+        return test
+
+    return listed
+
+
+def every_family(title):
+    """List a test, and run it for each family."""
+    return lambda test: check(title)(pytest.mark.parametrize("family", FAMILIES)(test))
+
+
+def every_shape(title):
+    """List a test, and run it for each shape of each family."""
+    cases = [(family, shape) for family, row in FAMILIES.items() for shape in row.shapes]
+    return lambda test: check(title)(pytest.mark.parametrize(("family", "shape"), cases)(test))
 
 
 def their_model(family, dtype=torch.float32, **changes):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_families import FAMILIES, assert_close, some_ids, tiny
+from model_families import FAMILIES, assert_close, check, some_ids, tiny
 from torch import nn
 
 from minilora.models.blocks import KVCache
@@ -38,6 +38,7 @@ def test_forward_accepts_int32_ids(family):
 # --- the cache ----------------------------------------------------------------------------------
 
 
+@check("cache in any chunks")
 @settings(max_examples=20, deadline=None)
 @given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=6), batch=st.integers(1, 3))
 def test_cache_in_any_chunks_equals_one_pass(family, chunks, batch):
@@ -97,6 +98,7 @@ def test_mask_that_is_causal_changes_nothing(family, shape):
     assert_close(model(ids, mask=mask), model(ids))
 
 
+@check("rows padded on the left")
 def test_mask_for_left_padding_equals_the_unpadded_sequences(family):
     model = tiny(family)
     ids = some_ids(model, 2, 8)
@@ -144,6 +146,7 @@ class _WrappedHead(nn.Module):
         return self.base(x) + self.shift
 
 
+@check("loss in chunks")
 @pytest.mark.parametrize("chunk", [1, 2**24])
 def test_loss_goes_through_a_wrapped_head(family, monkeypatch, chunk):
     monkeypatch.setattr("minilora.models.causal._CHUNK_ELEMENTS", chunk)

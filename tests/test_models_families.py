@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from model_families import FAMILIES, assert_close, our_model, some_ids, their_model
+from model_families import (
+    FAMILIES,
+    assert_close,
+    check,
+    every_family,
+    every_shape,
+    our_model,
+    some_ids,
+    their_model,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +28,7 @@ OTHERS.remove(("llama", "rope_longrope"))  # with its cache transformers mixes t
 WINDOWS = [(family, shape) for family, shape in SHAPES if shape.startswith("windows")]
 
 
-@pytest.mark.parametrize(("family", "shape"), SHAPES)
+@every_shape("logits")
 def test_forward_equals_transformers(family, shape):
     theirs = their_model(family, **FAMILIES[family].shapes[shape])
     ours = our_model(family, theirs)
@@ -32,7 +41,7 @@ def test_forward_equals_transformers(family, shape):
         assert (ours(ids.flip(1)) - wanted).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("family", "shape"), SHAPES)
+@every_shape("every gradient")
 def test_loss_and_every_gradient_equal_transformers(family, shape):
     theirs = their_model(family, **FAMILIES[family].shapes[shape])
     ours = our_model(family, theirs)
@@ -79,7 +88,7 @@ def test_a_mask_is_made_for_each_window_once_and_only_where_one_is_needed(family
         assert masks.get(None) is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family("positions")
 def test_forward_with_positions_equals_transformers(family):
     theirs = their_model(family)
     ours = our_model(family, theirs)
@@ -93,7 +102,7 @@ def test_forward_with_positions_equals_transformers(family):
         assert_close(ours(ids, positions=positions[0]), one)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family("bf16")
 def test_forward_in_bf16_is_as_exact_as_transformers(tmp_path, family):
     theirs = their_model(family)
     ours = our_model(family, theirs)
@@ -107,6 +116,7 @@ def test_forward_in_bf16_is_as_exact_as_transformers(tmp_path, family):
     assert (found - exact).pow(2).mean() <= 1.1**2 * (wanted - exact).pow(2).mean()
 
 
+@check("greedy text, rows padded")
 @pytest.mark.parametrize(("family", "shape"), [*((f, "plain") for f in FAMILIES), *OTHERS])
 def test_greedy_text_equals_transformers_token_for_token(family, shape):
     """Rows of unequal length, so padded on the left, against one row at a time."""
@@ -137,6 +147,7 @@ def test_config_survives_the_way_through_transformers(family, shape):
         assert again.to_dict()[key] == theirs.to_dict()[key], key
 
 
+@check("folders both ways")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -196,7 +207,7 @@ def test_save_pretrained_keeps_a_head_that_was_untied(tmp_path, family):
         assert_close(again(ids).logits, ours(ids))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family("trained over INT8")
 def test_a_family_is_trained_over_quantized_layers(family):
     model = our_model(family, their_model(family))
     minilora.inject(minilora.quantize(model, "int8"), r=2)
@@ -206,7 +217,7 @@ def test_a_family_is_trained_over_quantized_layers(family):
     assert minilora.evaluate(model, rows).loss < before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family("PEFT both ways")
 def test_peft_and_minilora_read_each_others_adapters(tmp_path, family):
     peft = pytest.importorskip("peft")
     theirs = their_model(family)

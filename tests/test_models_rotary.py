@@ -11,8 +11,8 @@ from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import minilora
-from minilora.models import KVCache, LlamaConfig, Phi3Config
-from minilora.models.rope import SCALINGS, Rope
+from minilora.models import SCALINGS, KVCache, LlamaConfig, Phi3Config
+from minilora.models.rope import Rope
 from minilora.models.rotary import document_lengths, rotate, rotation_at
 
 pytestmark = pytest.mark.peers
@@ -300,6 +300,13 @@ def test_config_refuses_two_ropes_and_heads_that_do_not_fit():
     for share in (0.4, 1.5, 0.1):
         with pytest.raises(ValueError, match="head_dim must be even .* rotated, found"):
             Phi3Config.from_dict(BASE | {"model_type": "phi3", "partial_rotary_factor": share})
+
+
+def test_a_config_takes_a_scaling_and_no_object():
+    scaling = SCALINGS["linear"](factor=2.0)
+    assert LlamaConfig(9, 8, 8, 1, 2, 2, 4, rope_scaling=scaling).rope.scaling == scaling
+    with pytest.raises(ValueError, match="rope_scaling must be a Scaling of minilora.models or"):
+        LlamaConfig(9, 8, 8, 1, 2, 2, 4, rope_scaling={"rope_type": "linear", "factor": 2.0})
 
 
 def test_every_type_is_in_this_file():

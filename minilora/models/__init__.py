@@ -5,24 +5,29 @@ A new family is a file here and its entry in `FAMILIES`.
 
 from minilora.models.blocks import KVCache
 from minilora.models.causal import CausalLM, is_plain_linear
-from minilora.models.config import ModelConfig, NotBuiltError
+from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
 from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
 from minilora.models.granite import Granite, GraniteConfig
 from minilora.models.llama import Llama, LlamaConfig
+from minilora.models.mistral import Mistral, MistralConfig
+from minilora.models.not_built import NotBuiltError
 from minilora.models.olmo2 import Olmo2, Olmo2Config
 from minilora.models.phi3 import Phi3, Phi3Config
 from minilora.models.qwen2 import Qwen2, Qwen2Config
 from minilora.models.qwen3 import Qwen3, Qwen3Config
+from minilora.models.rope import SCALINGS, Scaling
+from minilora.models.smollm3 import SmolLM3, SmolLM3Config
 
 FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
     family.config_class.model_type: family
-    for family in (GPT2, Granite, Llama, Olmo2, Phi3, Qwen2, Qwen3)
+    for family in (GPT2, Granite, Llama, Mistral, Olmo2, Phi3, Qwen2, Qwen3, SmolLM3)
 }
 
 __all__ = [
     "FAMILIES",
     "GPT2",
+    "SCALINGS",
     "CausalLM",
     "Conv1D",
     "GGUFNames",
@@ -32,6 +37,8 @@ __all__ = [
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "Mistral",
+    "MistralConfig",
     "ModelConfig",
     "NotBuiltError",
     "Olmo2",
@@ -42,5 +49,8 @@ __all__ = [
     "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
+    "Scaling",
+    "SmolLM3",
+    "SmolLM3Config",
     "is_plain_linear",
 ]

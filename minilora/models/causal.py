@@ -125,6 +125,13 @@ class CausalLM(nn.Module):
         """Return the standard deviation of a fresh matrix."""
         return 0.02
 
+    def set_windows(self, window: int | None) -> None:
+        """Give the layers that have a window another one, or none; in place."""
+        for block in self.blocks:
+            if block.window is not None:
+                block.window = window
+        self.windows = {block.window for block in self.blocks}
+
     def outgrows(self, positions: Tensor) -> bool:
         """Return whether new tokens at `positions` make cached keys wrong, so that all come anew.
 

@@ -239,6 +239,11 @@ class DecoderConfig(ModelConfig):
                 f"head_dim must be even (rotary embeddings turn pairs), or the part of it that is "
                 f"rotated, found {self.rotary_dim} of {self.head_dim}; correct config.json"
             )
+        if not isinstance(self.rope_scaling, Scaling | None):
+            raise ValueError(
+                f"rope_scaling must be a Scaling of minilora.models or None, found "
+                f"{short(self.rope_scaling)}; from_dict reads config.json's objects"
+            )
         if self.rope_scaling is not None:
             self.rope_scaling.check(self.rope)
 

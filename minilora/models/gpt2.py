@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from minilora.files import short
 from minilora.models.blocks import Slot, attend, extend
 from minilora.models.causal import CausalLM
-from minilora.models.config import ModelConfig, NotBuiltError
+from minilora.models.config import ModelConfig
+from minilora.models.not_built import NotBuiltError
 
 _STD = 0.02  # of a fresh model's weights
 # Checkpoints hold the causal mask and its fill value as if they were weights.

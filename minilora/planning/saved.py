@@ -92,7 +92,8 @@ class _HeadReachedError(Exception):
 class SavedBytes:
     """Count what a model keeps for its backward pass, at any number of rows and tokens.
 
-    Bytes are a + b·T + c·B·T + d·B·T² for B rows of T tokens: four small runs give the factors.
+    Bytes are a + b·T + e·T² + B·(c·T + d·T²) for B rows of T tokens: five small runs give the
+    factors. Rows longer than the layers' windows are another case, which keeps masks.
 
     Args:
         model: any with a head and blocks in an `nn.ModuleList`, adapters injected; on any device,
@@ -143,21 +144,34 @@ class SavedBytes:
         if hasattr(config, "use_cache"):  # transformers keep keys and values otherwise
             config.use_cache = False
         context = getattr(config, "max_position_embeddings", 64)
-        B, T = _ROWS, max(1, min(32, context // 2))
-        sizes = ((B, T), (B + 1, T), (B, 2 * T), (B + 1, 2 * T))
-        self.tokens, self.runs = T, [self._run(*size) for size in sizes]
+        B, T = _ROWS, max(1, min(32, context // 3))
+        sizes = ((B, T), (B + 1, T), (B, 2 * T), (B + 1, 2 * T), (B, 3 * T))
+        self.tokens = T
+        # Kept masks begin above the window; every run of a case is on one side of it.
+        self.window = min(getattr(self.model, "windows", set()) - {None}, default=None)
+        self.runs: list[list[Saved]] = []  # below the window, and above it where there is one
+        for window in (None,) if self.window is None else (1, None):
+            if self.window is not None:
+                self.model.set_windows(window)
+            self.runs.insert(0, [self._run(*size) for size in sizes])
         del self.model
 
     def __call__(self, rows: int, tokens: int) -> Saved:
         """Return the bytes of a pass over `[rows, tokens]` ids."""
         t, found = self.tokens, []
-        for short, wide, long, large in zip(*self.runs, strict=True):
+        masked = self.window is not None and tokens > self.window
+        for short, wide, long, large, longest in zip(*self.runs[masked], strict=True):
             row, row_of_two = wide - short, large - long  # of t tokens, and of 2 t
             square = (row_of_two - 2 * row) // (2 * t * t)
             token = row // t - square * t
-            each = (long - short - _ROWS * (row_of_two - row)) // t
-            fixed = short - _ROWS * row - each * t
-            found.append(fixed + tokens * (each + rows * (token + square * tokens)))
+            # What does not depend on the number of rows, at t, 2 t and 3 t tokens.
+            one, two = short - _ROWS * row, long - _ROWS * row_of_two
+            three = longest - _ROWS * 3 * t * (token + 3 * t * square)
+            masks = (three - 2 * two + one) // (2 * t * t)
+            each = (two - one) // t - 3 * masks * t
+            fixed = one - each * t - masks * t * t
+            by_row = rows * (token + square * tokens)
+            found.append(fixed + tokens * (each + masks * tokens + by_row))
         return Saved(*found)
 
     def _run(self, rows: int, tokens: int) -> Saved:

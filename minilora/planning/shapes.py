@@ -21,7 +21,7 @@ from minilora.lora import (
     select_targets,
     split_block,
 )
-from minilora.models import FAMILIES, GPT2Config, LlamaConfig, ModelConfig
+from minilora.models import FAMILIES, GPT2Config, ModelConfig
 from minilora.planning.saved import keep_blocks, samples
 from minilora.quantization import Quantization
 
@@ -31,7 +31,6 @@ class Preset(NamedTuple):
 
     config: ModelConfig
     source: str
-    foreign: str = ""  # why no family reads it, "" where one does
 
 
 def _gpt2(name: str, width: int, layers: int, heads: int) -> Preset:
@@ -48,23 +47,15 @@ _NUMBERS = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-_SCALED: dict[str, Any] = {"rope_scaling": {"rope_type": "llama3"}}
 
 
 def _decoder(
     source: str, *numbers: int, tied: bool = False, family: str = "llama", **others: Any
 ) -> Preset:
-    """Take the `_NUMBERS` and other entries of config.json; as a Llama where that is not built."""
+    """Take the `_NUMBERS` and what else decides about memory in config.json."""
     entries = dict(zip(_NUMBERS, numbers, strict=True)) | {"tie_word_embeddings": tied}
-    try:
-        if family not in FAMILIES:
-            raise ValueError(f"{family} is no family of minilora.models; it is planned as a Llama")
-        own = FAMILIES[family].config_class
-        config, foreign = own.from_dict({"model_type": family} | entries | others), ""
-    except ValueError as error:
-        config = LlamaConfig.from_dict({"model_type": "llama"} | entries)
-        foreign = str(error).removesuffix("; use a model without it")
-    return Preset(config, f"huggingface.co/{source}, config.json", foreign)
+    config = FAMILIES[family].config_class.from_dict({"model_type": family} | entries | others)
+    return Preset(config, f"huggingface.co/{source}, config.json")
 
 
 PRESETS: dict[str, Preset] = {
@@ -90,17 +81,32 @@ PRESETS: dict[str, Preset] = {
     "llama-3-8b": _decoder("meta-llama/Meta-Llama-3-8B", 128256, 4096, 14336, 32, 32, 8, 8192),
     "llama-3-70b": _decoder("meta-llama/Meta-Llama-3-70B", 128256, 8192, 28672, 80, 64, 8, 8192),
     "llama-3.1-8b": _decoder(
-        "meta-llama/Llama-3.1-8B", 128256, 4096, 14336, 32, 32, 8, 131072, **_SCALED
+        "meta-llama/Llama-3.1-8B", 128256, 4096, 14336, 32, 32, 8, 131072
+    ),
+    "llama-3.1-70b": _decoder(
+        "meta-llama/Llama-3.1-70B", 128256, 8192, 28672, 80, 64, 8, 131072
     ),
     "llama-3.2-1b": _decoder(
-        "meta-llama/Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 131072, tied=True, **_SCALED
+        "meta-llama/Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 131072, tied=True
     ),
     "llama-3.2-3b": _decoder(
-        "meta-llama/Llama-3.2-3B", 128256, 3072, 8192, 28, 24, 8, 131072, tied=True, **_SCALED
+        "meta-llama/Llama-3.2-3B", 128256, 3072, 8192, 28, 24, 8, 131072, tied=True
+    ),
+    "mistral-7b-v0.1": _decoder(
+        "mistralai/Mistral-7B-v0.1", 32000, 4096, 14336, 32, 32, 8, 32768,
+        family="mistral", sliding_window=4096,
     ),
     "mistral-7b-v0.3": _decoder(
         "mistralai/Mistral-7B-v0.3", 32768, 4096, 14336, 32, 32, 8, 32768,
-        family="mistral",
+        family="mistral", sliding_window=None,
+    ),
+    "mistral-nemo-12b": _decoder(
+        "mistralai/Mistral-Nemo-Base-2407", 131072, 5120, 14336, 40, 32, 8, 131072,
+        family="mistral", sliding_window=None, head_dim=128,
+    ),
+    "mistral-small-24b": _decoder(
+        "mistralai/Mistral-Small-24B-Base-2501", 131072, 5120, 32768, 40, 32, 8, 32768,
+        family="mistral", sliding_window=None, head_dim=128,
     ),
     "qwen2.5-0.5b": _decoder(
         "Qwen/Qwen2.5-0.5B", 151936, 896, 4864, 24, 14, 2, 32768,
@@ -116,13 +122,26 @@ PRESETS: dict[str, Preset] = {
     "qwen3-0.6b": _decoder(
         "Qwen/Qwen3-0.6B", 151936, 1024, 3072, 28, 16, 8, 40960, tied=True, family="qwen3"
     ),
+    "qwen3-1.7b": _decoder(
+        "Qwen/Qwen3-1.7B", 151936, 2048, 6144, 28, 16, 8, 40960, tied=True, family="qwen3"
+    ),
     "qwen3-4b": _decoder(
         "Qwen/Qwen3-4B", 151936, 2560, 9728, 36, 32, 8, 40960, tied=True, family="qwen3"
     ),
     "qwen3-8b": _decoder("Qwen/Qwen3-8B", 151936, 4096, 12288, 36, 32, 8, 40960, family="qwen3"),
+    "qwen3-14b": _decoder("Qwen/Qwen3-14B", 151936, 5120, 17408, 40, 40, 8, 40960, family="qwen3"),
+    "qwen3-32b": _decoder("Qwen/Qwen3-32B", 151936, 5120, 25600, 64, 64, 8, 40960, family="qwen3"),
+    "smollm3-3b": _decoder(
+        "HuggingFaceTB/SmolLM3-3B", 128256, 2048, 11008, 36, 16, 4, 65536,
+        tied=True, family="smollm3",
+    ),
     "phi-3-mini": _decoder(
         "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, 32, 4096,
         family="phi3", sliding_window=2047,
+    ),
+    "phi-4-mini": _decoder(
+        "microsoft/Phi-4-mini-instruct", 200064, 3072, 8192, 32, 24, 8, 131072,
+        tied=True, family="phi3", sliding_window=262144, partial_rotary_factor=0.75,
     ),
     "phi-4": _decoder("microsoft/phi-4", 100352, 5120, 17920, 40, 40, 10, 16384, family="phi3"),
 }  # fmt: skip
@@ -157,7 +176,6 @@ class Shape:
     config: Any
     source: str
     stored: bool = False
-    foreign: str = ""
 
     def empty(self, dtype: torch.dtype = torch.float32) -> Any:
         """Return the model on the meta device: shapes without memory."""
@@ -219,7 +237,7 @@ def read_shape(model: Any) -> Shape:
     if name.lower() in PRESETS:
         preset = PRESETS[name.lower()]
         stored = name.lower() == "smollm2-135m"
-        return Shape(name.lower(), preset.config, preset.source, stored, preset.foreign)
+        return Shape(name.lower(), preset.config, preset.source, stored)
     if on_hub(name) is not None:
         config = _hub_config(name)
         return Shape(name, config, f"huggingface.co/{name}, config.json", True, _foreign(config))

@@ -1,0 +1,37 @@
+"""Mistral: the numbers of Hugging Face's `MistralForCausalLM`.
+
+A Llama with one window for all layers or none (Jiang et al. 2023, "Mistral 7B", section 2). Its
+GGUF files say they are a Llama's, and are read as one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from minilora.models.causal import Decoder
+from minilora.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class MistralConfig(DecoderConfig):
+    """Hold the numbers that define a Mistral model; the fields are `DecoderConfig`'s."""
+
+    model_type = "mistral"
+    architecture = "MistralForCausalLM"
+    left_out = ("attention_bias", "mlp_bias", "layer_types")
+
+    max_position_embeddings: int = 131072
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    sliding_window: int | None = 4096
+
+    @classmethod
+    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        return super()._completed(
+            {"num_key_value_heads": 8, "sliding_window": 4096, **values}, entries
+        )
+
+
+class Mistral(Decoder):
+    """Compute next-token logits as Hugging Face's `MistralForCausalLM` does; see `Decoder`."""
+
+    config_class = MistralConfig
