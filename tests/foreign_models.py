@@ -18,7 +18,7 @@ KINDS = {
     "mixtral": (_T.MixtralForCausalLM, _GATED | {"num_local_experts": 4}),
     "starcoder2": (_T.Starcoder2ForCausalLM, _GATED | {"sliding_window": 4}),
     "llama": (_T.LlamaForCausalLM, _GATED | {"rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}),
+        "rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 
 

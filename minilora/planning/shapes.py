@@ -176,6 +176,7 @@ class Shape:
     config: Any
     source: str
     stored: bool = False
+    foreign: str = ""
 
     def empty(self, dtype: torch.dtype = torch.float32) -> Any:
         """Return the model on the meta device: shapes without memory."""
