@@ -80,12 +80,8 @@ PRESETS: dict[str, Preset] = {
     "llama-2-70b": _decoder("meta-llama/Llama-2-70b-hf", 32000, 8192, 28672, 80, 64, 8, 4096),
     "llama-3-8b": _decoder("meta-llama/Meta-Llama-3-8B", 128256, 4096, 14336, 32, 32, 8, 8192),
     "llama-3-70b": _decoder("meta-llama/Meta-Llama-3-70B", 128256, 8192, 28672, 80, 64, 8, 8192),
-    "llama-3.1-8b": _decoder(
-        "meta-llama/Llama-3.1-8B", 128256, 4096, 14336, 32, 32, 8, 131072
-    ),
-    "llama-3.1-70b": _decoder(
-        "meta-llama/Llama-3.1-70B", 128256, 8192, 28672, 80, 64, 8, 131072
-    ),
+    "llama-3.1-8b": _decoder("meta-llama/Llama-3.1-8B", 128256, 4096, 14336, 32, 32, 8, 131072),
+    "llama-3.1-70b": _decoder("meta-llama/Llama-3.1-70B", 128256, 8192, 28672, 80, 64, 8, 131072),
     "llama-3.2-1b": _decoder(
         "meta-llama/Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 131072, tied=True
     ),
