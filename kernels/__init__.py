@@ -2,7 +2,7 @@
 
 from .attention import causal_attention
 from .cache import cache_folder, make_folder, private_folder
-from .capped_attention import capped_attention
+from .capped import capped_attention
 from .cross_entropy import linear_cross_entropy
 from .dropout import dropout_mask, row_masks
 from .frozen import frozen_product

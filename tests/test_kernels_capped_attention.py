@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minilora.kernels import capped_attention
 
-module = importlib.import_module("minilora.kernels.capped_attention")
+module = importlib.import_module("minilora.kernels.capped")
 
 
 def oracle(q, k, v, mask, scale, cap):
