@@ -3,7 +3,8 @@
 from .attention import causal_attention
 from .cache import cache_folder, make_folder, private_folder
 from .capped import capped_attention
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import bounds, linear_cross_entropy
+from .devices import DEVICES, out_of_memory, resolve_device
 from .dropout import dropout_mask, row_masks
 from .frozen import frozen_product
 from .int4 import INT4_CODES, int4_codes
@@ -28,7 +29,7 @@ from .low_rank import (
     lora_linear,
 )
 from .nf4 import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products
-from .probe import hardware, int8_is_exact, integer_way, is_slow
+from .probe import fastest_dtype, hardware, int8_is_exact, integer_way, is_slow
 from .rowwise import rms_norm, swiglu
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem
@@ -53,6 +54,7 @@ def check_backend(backend: str) -> None:
 
 __all__ = [
     "COMPUTE",
+    "DEVICES",
     "DYNAMIC_CODE",
     "INT4_CODES",
     "INT8_CODES",
@@ -60,6 +62,7 @@ __all__ = [
     "FrozenLinear",
     "Products",
     "Stored",
+    "bounds",
     "cache_folder",
     "capped_attention",
     "causal_attention",
@@ -70,6 +73,7 @@ __all__ = [
     "dense_forward",
     "dense_grad_x",
     "dropout_mask",
+    "fastest_dtype",
     "frozen_product",
     "hand_back_freed_memory",
     "hand_back_large_blocks",
@@ -87,8 +91,10 @@ __all__ = [
     "make_folder",
     "nf4_decode",
     "nf4_products",
+    "out_of_memory",
     "private_folder",
     "quantize_rows",
+    "resolve_device",
     "rms_norm",
     "row_masks",
     "scales_from_bits",

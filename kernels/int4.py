@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cpu import can_decode, int4_blocks, int4_rows, int4_weights
 from .int8 import Codes
-from .workspace import is_traced, workspace
+from .workspace import is_traced, panel, workspace
 
 _PANEL = 2**19  # weights widened at a time: what lies between the steps stays in cache
 
@@ -26,12 +26,12 @@ def int4_codes(packed: Tensor, steps: Tensor) -> Tensor:
     N, half = packed.shape
     K = 2 * half
     out = workspace(torch.Size((N, K)), torch.int8, packed.device)
-    rows = N if is_traced(packed) else max(1, _PANEL // max(1, K))
+    rows = N if is_traced(packed) else max(1, panel(_PANEL, packed.device) // max(1, K))
     for start in range(0, N, rows):
-        panel = packed[start : start + rows]
+        codes = packed[start : start + rows]
         q = out[start : start + rows]
-        q[:, :half] = (panel & 15).view(torch.int8)
-        q[:, half:] = (panel >> 4).view(torch.int8)
+        q[:, :half] = (codes & 15).view(torch.int8)
+        q[:, half:] = (codes >> 4).view(torch.int8)
         q -= 8
         s = steps[start : start + rows].view(torch.int8)
         q.view(len(q), steps.shape[1], -1).mul_(s[:, :, None])

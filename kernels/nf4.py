@@ -6,7 +6,7 @@ the high nibble:
     w_i = table[q_i] · absmax[i // block]        absmax = offset + code8[a] · absmax2[b // 256]
 
 `absmax` is stored as f32, or again quantized to 8 bits (double quantization). Decoding goes through
-`workspace` in panels of whole rows, small enough that what lies between the steps stays in cache.
+`workspace` in panels, on a CPU small enough that what lies between the steps stays in cache.
 Bytes read: ~0.52 a weight; written: one dtype each.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .cpu import can_decode, nf4_weights
 from .int8 import scales_from_bits
 from .low_rank import Products, decoded_products
-from .workspace import is_traced, workspace
+from .workspace import is_traced, panel, placed, workspace
 
 _PANEL = 2**17  # weights decoded at a time
 # QLoRA's codebook (appendix E): quantiles of N(0, 1), made symmetric around an exact 0.
@@ -59,7 +59,7 @@ def _absmax(absmax: Tensor, *second: Tensor) -> Tensor:
     if not second:
         return scales_from_bits(absmax)
     absmax2, offset = second
-    values = torch.index_select(DYNAMIC_CODE.to(absmax.device), 0, absmax.to(torch.int32))
+    values = torch.index_select(placed(DYNAMIC_CODE, absmax.device), 0, absmax.to(torch.int32))
     scales = scales_from_bits(absmax2).repeat_interleave(256)[: len(values)]
     return values * scales + scales_from_bits(offset)
 
@@ -67,7 +67,7 @@ def _absmax(absmax: Tensor, *second: Tensor) -> Tensor:
 def _decode_line(packed: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
     """Decode bytes `[n/2]` into `out [n]`; `absmax [⌈n/block⌉]` starts at out's first weight."""
     # index_select is several times faster than indexing by a tensor.
-    values = torch.index_select(_PAIRS.to(packed.device), 0, packed.to(torch.int32))
+    values = torch.index_select(placed(_PAIRS, packed.device), 0, packed.to(torch.int32))
     line = values.view(torch.float32)[: out.numel()]
     whole = out.numel() // block
     if whole:  # f32 products rounded once, as bitsandbytes does
@@ -93,7 +93,7 @@ def nf4_decode(parts: tuple[Tensor, ...], block: int, out: Tensor) -> Tensor:
         pairs = _PAIRS.view(torch.float32).view(256, 2)
         nf4_weights(packed, absmax, pairs, block, line)
         return out
-    step = max(1, _PANEL // (2 * block)) * 2 * block
+    step = max(1, panel(_PANEL, out.device) // (2 * block)) * 2 * block
     for start in range(0, n, step):
         stop = min(n, start + step)
         scales = absmax[start // block : -(-stop // block)]

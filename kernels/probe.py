@@ -7,12 +7,15 @@ than f32 although every one of them is supported. So the default dtype follows a
 import functools
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .cpu import has_blocks, int8_blocks
+from .devices import DEVICES, resolve_device
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")  # of which one makes `_int_mm` fast
@@ -20,11 +23,12 @@ INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")  # of which one makes `_int
 
 @dataclass(frozen=True)
 class Hardware:
-    """What was found; rates are of one `[512, 1024] · [1024, 1024]` matmul, in GFLOP/s.
+    """What was found; rates are of one matmul, in GFLOP/s.
 
-    `dtype` is the fastest training dtype: what `dtype="auto"` resolves to. `int8` is the rate of
-    `torch._int_mm`, of `int8_blocks` where `integer_way` says so, 0.0 where neither can run; CUDA
-    rates are not probed and stand as 0.0.
+    On a CPU it is `[512, 1024] · [1024, 1024]`, on a GPU 4096 in each dimension. `dtype` is the
+    fastest training dtype: what `dtype="auto"` resolves to. `int8` is the rate of `torch._int_mm`,
+    of `int8_blocks` where `integer_way` says so. A rate is 0.0 where that can't run. `bandwidth` is
+    of a copy, read and written, in GB/s, and `memory` in bytes: those of a GPU, else 0.
     """
 
     device: str
@@ -35,12 +39,16 @@ class Hardware:
     bfloat16: float
     int8: float
     dtype: torch.dtype
+    float16: float = 0.0
+    bandwidth: float = 0.0
+    memory: int = 0
 
     def __str__(self) -> str:
         rates = f"f32 {self.float32:.0f}, bf16 {self.bfloat16:.0f}, int8 {self.int8:.0f} GFLOP/s"
         flags = " ".join(self.flags) or "no flags known"
+        size = f"{self.memory / 1e9:.1f} GB" if self.memory else f"{self.threads} threads"
         return (
-            f"{self.name} ({self.device}, {self.threads} threads; {flags}); {rates}; "
+            f"{self.name} ({self.device}, {size}; {flags}); {rates}; "
             f"dtype auto = {str(self.dtype).removeprefix('torch.')}"
         )
 
@@ -106,27 +114,21 @@ def hardware(device: str = "cpu") -> Hardware:
     """Probe the device once per process and say which dtype trains fastest on it.
 
     Args:
-        device: `"cpu"` (rates measured, about 0.3 s) or `"cuda"` (flags only: bf16 where the
-            device supports it in hardware).
+        device: `"cpu"` (about 0.3 s), `"cuda"`, `"cuda:1"` (about a second) or `"mps"`; `"auto"`
+            as for `load_model`.
 
     Returns:
         The cached `Hardware`.
 
     Raises:
         ValueError: another device.
-        RuntimeError: `"cuda"` without a CUDA device.
+        RuntimeError: a device that is not there.
     """
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise RuntimeError("hardware('cuda') needs a CUDA device, and torch sees none")
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        major, minor = torch.cuda.get_device_capability()
-        best = torch.bfloat16 if bf16 else torch.float16
-        name = torch.cuda.get_device_name()
-        threads = torch.get_num_threads()
-        return Hardware("cuda", name, threads, (f"sm_{major}{minor}",), 0.0, 0.0, 0.0, best)
-    if device != "cpu":
-        raise ValueError(f"hardware() knows 'cpu' and 'cuda', found {device!r}")
+    found = resolve_device(device)
+    if found.type in ("cuda", "mps"):
+        return _gpu(found)
+    if found.type != "cpu":
+        raise ValueError(f"hardware() knows {DEVICES}, found {device!r}")
     name, flags = _cpu_name_and_flags()
     left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
     float32 = _rate(torch.mm, left, right)
@@ -143,6 +145,61 @@ def hardware(device: str = "cpu") -> Hardware:
     # A quarter more speed has to show before half the mantissa is given up.
     dtype = torch.bfloat16 if bfloat16 > 1.25 * float32 else torch.float32
     return Hardware("cpu", name, torch.get_num_threads(), flags, float32, bfloat16, int8, dtype)
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """Return what `dtype="auto"` means on a device.
+
+    CUDA: bfloat16 from compute capability 8.0 on, else float16. MPS: float32.
+    """
+    if device.type == "cuda":
+        wide = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if wide else torch.float16
+    return torch.float32 if device.type == "mps" else hardware().dtype
+
+
+_GPU_SIZE = 4096
+
+
+@functools.cache
+def _gpu(device: torch.device) -> Hardware:
+    """Probe a GPU: a product in each dtype, and a copy."""
+    cuda = device.type == "cuda"
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize(device)
+        else:
+            torch.mps.synchronize()
+
+    def rate(dtype: torch.dtype, product: Callable[..., Any] = torch.mm) -> float:
+        def multiply(left: torch.Tensor, right: torch.Tensor) -> None:
+            product(left, right)
+            wait()
+
+        try:
+            matrix = torch.ones(_GPU_SIZE, _GPU_SIZE, device=device, dtype=dtype)
+            return _rate(multiply, matrix, matrix.t())
+        except RuntimeError:  # not built for this device, or its memory is full
+            return 0.0
+
+    def copy(left: torch.Tensor, right: torch.Tensor) -> None:
+        left.clone()
+        wait()
+
+    matrix = torch.ones(_GPU_SIZE, _GPU_SIZE, device=device)
+    seconds = 2 * _GPU_SIZE**3 / (_rate(copy, matrix, matrix) * 1e9)
+    flags, name, memory = (), "Apple GPU", 0
+    if cuda:
+        found = torch.cuda.get_device_properties(device)
+        flags, name, memory = (f"sm_{found.major}{found.minor}",), found.name, found.total_memory
+    else:
+        memory = torch.mps.recommended_max_memory()
+    return Hardware(
+        str(device), name, torch.get_num_threads(), flags, rate(torch.float32),
+        rate(torch.bfloat16), rate(torch.int8, torch._int_mm), fastest_dtype(device),
+        rate(torch.float16), 2 * matrix.nbytes / seconds / 1e9, memory,
+    )  # fmt: skip
 
 
 def is_slow(dtype: torch.dtype) -> bool:

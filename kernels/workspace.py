@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+_GPU_PANEL = 2**26  # 256 MB in f32; each further one costs launches
 _local = threading.local()
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
@@ -50,6 +51,24 @@ def fresh(y: Tensor) -> Tensor:
     place, or handed on by a cast to its own dtype), torch 2.11 gives zero gradients.
     """
     return y.clone() if torch.compiler.is_compiling() else y
+
+
+@functools.cache
+def _placed(table: Tensor, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return table.to(device)
+
+
+def placed(table: Tensor, device: torch.device) -> Tensor:
+    """Return a constant of a module on a device, copied there once: each copy waits for the GPU."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
+        return table.to(device)  # nothing fake may stay behind
+    return _placed(table, device)
+
+
+def panel(weights: int, device: torch.device) -> int:
+    """Return how many weights to decode at a time: on a CPU so few that its cache holds them."""
+    return weights if device.type == "cpu" else _GPU_PANEL
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of settings in glibc's malloc.h

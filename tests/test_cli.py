@@ -116,7 +116,7 @@ def test_cli_train_computes_in_float32_where_asked(folder, letters, tmp_path, ca
 def test_cli_train_needs_the_gpu_it_is_asked_for(folder, letters, tmp_path, capsys):
     train = ["train", folder, "--data", letters, "--max-length", 32, "--device", "cuda"]
     assert run(*train, "--out", tmp_path / "run") == 2
-    assert "--device cuda needs a GPU that torch can use, found none" in capsys.readouterr().err
+    assert "device 'cuda' needs a GPU that torch can use, found none" in capsys.readouterr().err
 
 
 def test_cli_trains_and_generates_in_float16(folder, letters, tmp_path, capsys):

@@ -83,8 +83,10 @@ def test_hardware_works_without_cpuinfo(monkeypatch):
 
 
 def test_hardware_refuses_unknown_and_missing_devices(monkeypatch):
-    with pytest.raises(ValueError, match="knows 'cpu' and 'cuda', found 'tpu'"):
+    with pytest.raises(ValueError, match="device must be 'auto', .*, found 'tpu'"):
         hardware("tpu")
+    with pytest.raises(ValueError, match=r"hardware\(\) knows 'auto', .*, found 'meta'"):
+        hardware("meta")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="needs a CUDA device, and torch sees none"):
+    with pytest.raises(RuntimeError, match="needs a GPU that torch can use, found none"):
         hardware.__wrapped__("cuda")

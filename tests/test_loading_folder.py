@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
+from minilora.kernels import resolve_device
 from minilora.loading.model import load_model, read_model
 from minilora.loading.saving import save_pretrained
-from minilora.loading.source import resolve_device
 from minilora.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers

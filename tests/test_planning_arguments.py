@@ -72,7 +72,7 @@ def test_prices_go_to_their_machines(capsys):
         (["gpt2", "--data", "train.jsonl"], "counted by the model's tokenizer, found none at 'gp"),
         (["model", "--data", "train.jsonl", "--examples", "3"], "--examples stands for data that"),
         (["gpt2", "--price", "cheap"], "--price must be a number, or NAME=number, found 'cheap'"),
-        (["gpt2", "--price", "h100=3"], "device must be 'here' or one of"),
+        (["gpt2", "--price", "h100=3"], "device must be 'auto', 'cpu', 'cuda' or one of"),
         (["gpt3"], "found 'gpt3'; nearest: gpt2"),
         (["gpt2", "--batch-size", "-2"], "batch_size must be a whole number of at least 1"),
         (["gpt2", "--examples", "0"], "data must be a whole number of at least 1, at most 1,000"),

@@ -83,12 +83,12 @@ def test_checkpointing_keeps_less_and_more_rows_keep_more():
 def test_the_loss_never_holds_all_logits():
     shape = read_shape("llama-3-8b")
     some, more = (plan(shape, length=n, batch_size=1) for n in (512, 2048))
-    chunk = 98 * 128256  # rows at a time: 3 · 2^22 logits, and a copy of them in f32
-    assert some.loss == chunk * (2 + 4) + 511 * 4096 * 2
+    chunk = 523 * 128256  # rows at a time: 2^26 logits, and a copy of them in f32
+    assert some.loss == 511 * 128256 * (2 + 4) + 511 * 4096 * 2
     assert more.loss == chunk * (2 + 4) + 2047 * 4096 * 2 < 2047 * 128256 * 2
     cpu = plan(shape, length=2048, batch_size=1, gpu=False)
     assert cpu.loss == 2047 * 4096 * 2
-    assert cpu.workspace == chunk * 2, "on a CPU they have a buffer that stays"
+    assert cpu.workspace == 98 * 128256 * 2, "on a CPU they have a buffer that stays"
 
 
 def test_logits_and_decoded_matrices_share_a_buffer_on_a_cpu():

@@ -363,11 +363,11 @@ def refusals():
     )
     start("fsdp", torch.device("cpu"))
     with pytest.raises(ValueError, match=r"shards factors only, but .* has trained copies"):
-        shard(model)
+        shard(model, torch.device("cpu"))
     model = tiny()
     next(p for p in model.parameters() if p.requires_grad).data = torch.zeros(4, 24).double()
     with pytest.raises(ValueError, match="trained parameters of one dtype, found torch.float32, t"):
-        shard(model)
+        shard(model, torch.device("cpu"))
     assert not is_sharded(model)
 
 

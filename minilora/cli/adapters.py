@@ -15,6 +15,7 @@ from minilora.cli.sources import (
     check_gguf,
     check_new_folder,
     data_files,
+    device,
     encode_files,
     load,
     write_modelfile,
@@ -51,7 +52,7 @@ def export(options: argparse.Namespace) -> int:
         check_new_folder(options.new, "NEW")
     check_gguf(options.gguf, options.ollama)
     folder = adapter_of(options.out, "OUT")
-    model, _ = load_model(base_of(folder, options.model), dtype=None)
+    model, _ = load_model(base_of(folder, options.model), dtype=None, device="cpu")
     minilora.load(model, folder)
     how = {"r": options.r, "dtype": getattr(torch, options.dtype)}
     if options.new is not None:
@@ -90,6 +91,7 @@ def _check_explain(options: argparse.Namespace) -> None:
     "explain",
     "out",
     "--model",
+    "--device",
     arg("--dtype", default="auto", choices=DTYPES[:3], help="of the base"),
     arg("--data", help=f"held-out data: {DATA_HELP}", **_FILES),
     arg("--train", help="data it was trained on", **_FILES),
@@ -111,6 +113,8 @@ def explain(options: argparse.Namespace) -> int:
     options.model = base_of(options.out, options.model)
     files = {key: getattr(options, key) for key in ("data", "train", "outside")}
     data = {key: data_files(names, options) for key, names in files.items() if names}
+    if device(options).type == "mps":  # which has no float64
+        options.device = "cpu"
     model, tokenizer = load(options)
     minilora.load(model, options.out)
     if options.against is not None:

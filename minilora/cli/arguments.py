@@ -84,13 +84,18 @@ DATA_HELP = (
     "or .txt, one document a file, cut into windows of --max-length tokens; or @docstrings"
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DTYPE_HELP = "auto is the fastest this machine multiplies; float32 computes in float32 as well"
+DTYPE_HELP = "auto is the fastest the device multiplies; float32 computes in float32 as well"
 _SHARED: dict[str, dict[str, Any]] = {
     "model": {"metavar": "MODEL", "help": _MODEL},
     "--dtype": {
         "default": "auto",
         "choices": DTYPES,
         "help": f"of the base (default: auto); {DTYPE_HELP}",
+    },
+    "--device": {
+        "default": "auto",
+        "metavar": "DEVICE",
+        "help": "cpu, cuda, cuda:N or mps; auto (default): a GPU that torch can use, else cpu",
     },
     "--quantize": {"choices": FORMATS, "help": "store the base's linears in fewer bits"},
     "--block-size": {
@@ -133,7 +138,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "the chat template's do)",
     },
 }
-MODEL = ("model", "--dtype", "--quantize", "--block-size")
+MODEL = ("model", "--device", "--dtype", "--quantize", "--block-size")
 ENCODING = (
     "--max-length",
     "--all-tokens",

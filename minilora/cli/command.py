@@ -20,6 +20,7 @@ from minilora.cli import (  # noqa: F401 - their verbs
 )
 from minilora.cli.arguments import VERBS, Parser, add_arguments, verb
 from minilora.files import one_line
+from minilora.kernels import out_of_memory
 
 
 @verb("plan", planning.add_arguments)
@@ -28,6 +29,27 @@ def _plan(options: argparse.Namespace) -> int:
     plan = planning.from_arguments(options)
     print(json.dumps(plan.to_dict()) if options.json else plan)
     return 0
+
+
+# What takes less memory, by the option of the verbs that have it.
+_LESS = {
+    "quantize": "--quantize nf4",
+    "batch_size": "a smaller --batch-size",
+    "max_length": "a smaller --max-length",
+    "device": "--device cpu",
+}
+
+
+def _lacking(error: BaseException, options: argparse.Namespace) -> str | None:
+    """Return what to say of an error for lack of memory, None of any other."""
+    device = out_of_memory(error)
+    if device is None:
+        return None
+    ways = [way for name, way in _LESS.items() if hasattr(options, name)]
+    ways = [way for way in ways if device not in way]
+    found = one_line(error, 120) or "no more to be had"
+    less = f"; what takes less: {', '.join(ways)}" if ways else ""
+    return f"the memory of the {device.upper()} is used up ({found}){less}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return VERBS[options.command][0](options)
     except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
-        said = str(error) or f"{type(error).__name__} without a word"
+        said = _lacking(error, options) or str(error) or f"{type(error).__name__} without a word"
         print(one_line(f"minilora {options.command}: {said}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from minilora.quantization import FORMATS, quantized_layers
 @verb(
     "merge",
     "model",
+    "--device",
     arg(
         "--dtype",
         default="stored",
@@ -55,6 +56,7 @@ def merge(options: argparse.Namespace) -> int:
 @verb(
     "quantize",
     "model",
+    "--device",
     "--dtype",
     arg("--format", required=True, choices=FORMATS, dest="quantize"),
     "--block-size",

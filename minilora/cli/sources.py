@@ -11,6 +11,7 @@ import torch
 import minilora
 from minilora.data import DataFiles, Encoding, Example
 from minilora.files import is_new, on_hub, short, tensor_file, write
+from minilora.kernels import resolve_device
 from minilora.loading import known_name, load_model
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, read_config
 from minilora.running import BASE
@@ -104,14 +105,7 @@ def load(
 
 def device(options: argparse.Namespace) -> torch.device:
     """Return where the model goes; under torchrun each process has a GPU of its own."""
-    if getattr(options, "device", "cpu") == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            "--device cuda needs a GPU that torch can use, found none; leave it out to train on "
-            "the CPU, or install torch for CUDA"
-        )
-    return torch.device("cuda", torchrun_number("LOCAL_RANK", 0))
+    return resolve_device(getattr(options, "device", "cpu"))
 
 
 def encoding(options: argparse.Namespace) -> Encoding:

@@ -44,7 +44,6 @@ def _groups(parser: argparse.ArgumentParser) -> None:
 @verb(
     "train",
     *MODEL,
-    arg("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)"),
     "--data",
     arg("--valid", nargs="+", metavar="FILE", help="held-out data, as --data"),
     arg("--out", required=True, type=Path, help="folder for adapter and metrics"),

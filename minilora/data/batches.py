@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from array import array
@@ -40,23 +41,40 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Count the labels that enter the loss: those at index ≥ 1 that are not -100."""
-        return int((self.labels[:, 1:] != IGNORE).sum())
+        return sum(self._row_tokens())
+
+    def _row_tokens(self) -> list[int]:
+        counted = self.__dict__.get("_counts")
+        if counted is None or counted[0] is None or counted[0] != self._version():
+            self._note((self.labels[:, 1:] != IGNORE).sum(1).tolist())
+        return self.__dict__["_counts"][1]
+
+    def _version(self) -> int | None:
+        """Return a number that changes with the labels, None where torch keeps none."""
+        return None if self.labels.is_inference() else self.labels._version
+
+    def _note(self, row_tokens: list[int]) -> Batch:
+        """Keep what was counted, if need be on the CPU: counting on a GPU waits for it."""
+        self.__dict__["_counts"] = self._version(), row_tokens
+        return self
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`; a pinned one is copied without waiting."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+        copied = self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+        return copied._note(self._row_tokens())
 
     def pinned(self) -> Batch:
         """Return the batch in page-locked memory."""
-        return self._each(torch.Tensor.pin_memory)
+        return self._each(torch.Tensor.pin_memory)._note(self._row_tokens())
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return some of the rows, padded as they were."""
-        return self._each(lambda tensor: tensor[start:stop])
+        some = self._each(lambda tensor: tensor[start:stop])
+        return some._note(self._row_tokens()[start:stop])
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        changed: Any = {k: None if v is None else change(v) for k, v in vars(self).items()}
-        return Batch(**changed)
+        found = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Batch(*(None if tensor is None else change(tensor) for tensor in found))  # type: ignore[arg-type]
 
     def positions(self) -> torch.Tensor:
         """Return [B, T] positions that restart with each document; of packed rows only."""

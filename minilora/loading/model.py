@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minilora.files import HubName, on_hub, read_json, reading, short
+from minilora.kernels import resolve_device
 from minilora.loading.fetching import NAMES, fetch
 from minilora.loading.folder import CONFIG, open_folder
 from minilora.loading.foreign import ForeignSource, make_foreign, open_foreign
@@ -21,7 +22,6 @@ from minilora.loading.source import (
     Source,
     family_of,
     make_model,
-    resolve_device,
     resolve_dtype,
 )
 from minilora.models import FAMILIES, CausalLM, NotBuiltError
@@ -62,7 +62,8 @@ def load_model(
             as they are.
         dtype: of everything that is not quantized, and of what is computed: `"auto"` the fastest
             on the device, None as stored, or a floating-point torch dtype.
-        device: where the weights go; `"auto"` is CUDA where it is there, else the CPU.
+        device: where the weights go, quantized there: `"auto"` is CUDA where it is there (under
+            torchrun the GPU of the process), else Apple's MPS (untested), else the CPU.
         targets, exclude, layers: which layers to quantize, as for `minilora.quantize`.
         prepare: called with the model on the meta device, in its dtype; returns a function that is
             called with name and value of each weight, one at a time, and puts it where it belongs.
@@ -81,8 +82,8 @@ def load_model(
         RuntimeError: a package is missing, or fetching fails.
     """
     spec = None if quantize is None else _quantization(quantize, options)
-    path, device = _path(source), resolve_device(device)
-    dtype = resolve_dtype(dtype, device)
+    device = resolve_device(device)
+    dtype, path = resolve_dtype(dtype, device), _path(source)
     opened = _opened(path, dtype)
     if opened.layers and spec is not None:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.files import nearest, short
-from minilora.kernels import hardware
+from minilora.kernels import fastest_dtype
 from minilora.loading.fetching import hub_name
 from minilora.lora import base_of, check_quantizable, select_targets
 from minilora.models import FAMILIES, CausalLM, NotBuiltError
@@ -71,20 +71,12 @@ def family_of(entries: dict[str, Any], file: Path) -> type[CausalLM]:
     return FAMILIES[named]
 
 
-def resolve_device(device: torch.device | str) -> torch.device:
-    """Turn `"auto"` into CUDA where it is there, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
 def resolve_dtype(
     dtype: torch.dtype | str | None, device: torch.device | str = "cpu"
 ) -> torch.dtype | None:
     """Turn `"auto"` into the fastest dtype there; pass None and floating dtypes through."""
     if dtype == "auto":
-        cuda = torch.device(device).type == "cuda"
-        return hardware("cuda").dtype if cuda else hardware().dtype
+        return fastest_dtype(torch.device(device))
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         return dtype
     names = ", ".join(str(each) for each in FLOATS)

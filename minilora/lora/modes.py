@@ -36,7 +36,7 @@ def as_found(model: nn.Module, buffers: bool = True) -> Iterator[None]:
     values = [(b, b._version, b.clone()) for b in small] if buffers else []
     # Of all GPUs, since torch.manual_seed() seeds them all.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), _mps_stream():
         try:
             yield
         finally:
@@ -49,6 +49,19 @@ def as_found(model: nn.Module, buffers: bool = True) -> Iterator[None]:
                 for buffer, version, value in values:
                     if buffer._version != version:
                         buffer.copy_(value)
+
+
+@contextmanager
+def _mps_stream() -> Iterator[None]:
+    """Put back the random numbers of Apple's GPU, where there is one (untested)."""
+    if not torch.backends.mps.is_available():
+        yield
+        return
+    state = torch.mps.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.mps.set_rng_state(state)
 
 
 @contextmanager

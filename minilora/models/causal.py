@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from minilora.kernels import linear_cross_entropy
+from minilora.kernels import bounds, linear_cross_entropy
 from minilora.models.blocks import Body, DecoderLayer, KVCache
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
@@ -253,14 +253,17 @@ class CausalLM(nn.Module):
                 f"{labels.dtype} of shape {list(labels.shape)}"
             )
         target = labels[:, 1:].reshape(-1)
-        if not bool((target != IGNORED).any()):
+        plain = is_plain_linear(self.lm_head)
+        # On a GPU looking waits for it, and the loss of a plain head looks by itself.
+        unseen = plain and target.device.type != "cpu"
+        if not unseen and not bool((target != IGNORED).any()):
             raise ValueError(
                 f"at least one label after the first token must count, found all of them "
                 f"{IGNORED} (or sequences of one token); leave such a batch out"
             )
         hidden = self.hidden(input_ids, positions=positions, mask=mask)
         rows = hidden[:, :-1].flatten(0, 1)
-        if is_plain_linear(self.lm_head):
+        if plain:
             fused = self.compiled_loss and rows.device.type == "cpu"
             options: Any = {"ignore_index": IGNORED, "fused": fused, "cap": self.logit_cap}
             return linear_cross_entropy(rows, self.lm_head.weight, target, **options)
@@ -292,7 +295,7 @@ class CausalLM(nn.Module):
         # Reading values would split the graph, and fake ones have none.
         if torch.compiler.is_compiling() or isinstance(ids, FakeTensor):
             return
-        low, high = (int(bound) for bound in ids.aminmax())
+        low, high = bounds(ids)
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
                 f"token ids must lie in [0, {self.config.vocab_size}), found ids from {low} to "
@@ -307,7 +310,7 @@ class CausalLM(nn.Module):
             )
         if torch.compiler.is_compiling():
             return
-        low, high = (int(bound) for bound in positions.aminmax())
+        low, high = bounds(positions)
         if low < 0 or high >= self.config.context_length:
             raise ValueError(
                 f"positions must lie in [0, {self.config.context_length}), found {low} to {high}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minilora.kernels import hardware
+from minilora.kernels import fastest_dtype, hardware
 from minilora.planning.machines import DEVICES, HERE, Calibration, Device, this_machine
 from minilora.planning.memory import MARGIN, Memory, count_memory
 from minilora.planning.shapes import Settings, Shape
@@ -26,6 +26,8 @@ _SMALL = 0.5e9  # parameters, likewise
 
 def best_dtype(device: Device) -> torch.dtype:
     """Return what `dtype="auto"` means there, as `minilora.hardware` decides it."""
+    if device.local and device.gpu:
+        return fastest_dtype(torch.device(device.name))
     wide, narrow = device.tflops["float32"], device.tflops["bfloat16"]
     return torch.bfloat16 if narrow > 1.25 * wide else torch.float32
 
@@ -128,7 +130,8 @@ class Planner:
         work = count_work(self.shape, usual, memory)
         size = self.data.examples, self.data.epochs
         if device.name != HERE:
-            return run_speed(on_device(work, memory, usual, device), "datasheet", usual, *size)
+            how = "rates measured here" if device.local else "datasheet"
+            return run_speed(on_device(work, memory, usual, device), how, usual, *size)
         seconds = from_rates(work, usual, self.here)
         if not self.timed:
             return run_speed(seconds, "rates measured here", usual, *size)
@@ -187,10 +190,14 @@ def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str
     words: list[object] = ["minilora", "train", name, "--data", "train.jsonl", "--out", "out/v1"]
     if several:
         words[:1] = ["torchrun", "--nproc-per-node", settings.ranks, "-m", "minilora"]
-    narrow = device.name != HERE or settings.dtype != hardware().dtype
+    place = (device.name if device.local else "cuda") if device.gpu else None
+    if device.name == HERE and torch.cuda.is_available():
+        place = "cpu"
+    auto = hardware().dtype if device.name == HERE else best_dtype(device)
+    narrow = not device.local or settings.dtype != auto
     flags: list[tuple[str, object]] = [
         ("--parallel", settings.parallel),
-        ("--device", "cuda" if device.gpu else None),
+        ("--device", place),
         ("--rank" if several else "--r", settings.r),  # torchrun has options that begin with --r
         ("--batch-size", settings.batch_size),
         ("--accumulate", settings.accumulate if settings.accumulate > 1 else None),
@@ -229,7 +236,7 @@ class Advice:
 
 
 def advise(planner: Planner, options: list[Option]) -> Advice:
-    """Choose this machine if it is done overnight, else the smallest other one that fits."""
+    """Choose the GPU here, else the CPU if it is done overnight, else the smallest that fits."""
     shape, data = planner.shape, planner.data
     # `minilora train` shards plain weights only.
     runs = [one for one in options if one.speed is not None
@@ -237,6 +244,14 @@ def advise(planner: Planner, options: list[Option]) -> Advice:
     here = next((one for one in runs if one.device.name == HERE), None)
     hours = here.speed.hours if here is not None and here.speed is not None else None
     size = f"{shape.parameters / 1e9:.2g}B parameters"
+    gpu = next((one for one in runs if one.device.gpu and one.device.local), None)
+    if gpu is not None and gpu.speed is not None:
+        why = (
+            f"The GPU here is the right choice: {gpu.memory.peak / 1e9:.1f} of "
+            f"{gpu.device.memory / 1e9:.1f} GB, done in about {duration(gpu.speed.hours)} ({size}, "
+            f"{data.examples:,} examples)."
+        )
+        return Advice(gpu, command(shape, gpu.settings, data, gpu.device), False, why)
     if here is not None and hours is not None and hours <= LONGEST:
         plain = str(here.settings.dtype).removeprefix("torch.")
         why = (
@@ -289,7 +304,7 @@ def u_shape(options: list[Option]) -> str:
 def all_options(planner: Planner, settings: Settings, chosen: Device) -> list[Option]:
     """Return the asked settings on the asked machine, then the best that fits on each machine."""
     asked = [settings]
-    if chosen.name == HERE:
+    if chosen.local:
         asked += [dataclasses.replace(settings, format=one) for one in (None, "int8", "nf4")]
     options = [planner.option(one, chosen) for one in {repr(one): one for one in asked}.values()]
     # The asked machine's memory may be the user's.

@@ -10,7 +10,7 @@ from typing import Any
 from minilora.data import read_data
 from minilora.files import on_hub, short
 from minilora.loading import read_tokenizer
-from minilora.planning.machines import DEVICES, HERE, device
+from minilora.planning.machines import DEVICES, name_of
 from minilora.planning.plans import Plan, plan
 from minilora.planning.shapes import PRESETS
 from minilora.quantization import FORMATS
@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parallel", choices=("ddp", "fsdp"))
     place = parser.add_argument_group("machine")
     add = place.add_argument
-    known = f"here (default), {', '.join(DEVICES)}"
-    add("--device", "--gpu", default=HERE, metavar="NAME", help=known)
+    known = f"auto (default: the GPU here, else the CPU), cpu, cuda, cuda:N, {', '.join(DEVICES)}"
+    add("--device", "--gpu", default="auto", metavar="NAME", help=known)
     add(
         "--memory",
         dest="memory_gb",
@@ -102,11 +102,11 @@ def _tokenizer(model: str) -> Tokenizer:
 
 def _prices(options: argparse.Namespace) -> dict[str, float]:
     """Read `--price 0.4 a100-80gb=1.5`: of `--device`, or of another by name."""
-    own = HERE if options.device == HERE else device(options.device).name
+    own = name_of(options.device)
     found: dict[str, float] = {}
     for text in options.price:
         name, _, number = text.rpartition("=")
-        name = own if not name else name if name == HERE else device(name).name
+        name = name_of(name) if name else own
         try:
             found[name] = float(number)
         except ValueError:

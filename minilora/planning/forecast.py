@@ -95,7 +95,8 @@ class Forecast:
         # Shards are counted on the shape: a model of them can't be copied.
         sharded = self.settings["parallel"] == "fsdp"
         self.counted = None if sharded else Counted(model, autocast)
-        self.cuda = next(model.parameters()).device.type == "cuda"
+        self.device = next(model.parameters()).device
+        self.cuda = self.device.type == "cuda"
         hand_back_freed_memory()  # what loading left is no part of what the process needs
         weights = sum(p.nbytes for p in model.parameters())
         self.process = 0 if self.cuda else max(0, resident() - weights)
@@ -113,7 +114,7 @@ class Forecast:
         self.pairs: list[tuple[float, float]] = []  # seconds of each step: measured, planned
         self.fresh = self.cuda or forget_peak()
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _settings(self, batch: BatchShape) -> Settings:
         return Settings(
@@ -200,7 +201,7 @@ class Forecast:
 
     def after(self) -> dict[str, float]:
         """Say what was measured beside what was planned for these steps; return the figures."""
-        peak = torch.cuda.max_memory_allocated() if self.cuda else peak_bytes()
+        peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else peak_bytes()
         found = {"planned_bytes": float(self.memory.peak), "measured_bytes": float(peak)}
         if peak:
             since = "" if self.fresh else " since the process began"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.kernels import hardware, integer_way, is_slow
+from minilora.kernels import hardware, integer_way, is_slow, resolve_device
 from minilora.planning.shapes import nearest
 
 HERE = "here"
@@ -190,6 +190,11 @@ class Device:
     source: str
     link: float = 0.0
 
+    @property
+    def local(self) -> bool:
+        """Whether it is of the machine at hand: its CPU or a GPU."""
+        return self.name == HERE or self.name.startswith("cuda")
+
     def rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of one, at the stated efficiency."""
         return self.tflops[str(dtype).removeprefix("torch.")] * 1e12 * self.efficiency
@@ -241,11 +246,35 @@ def this_machine(here: Calibration) -> Device:
     )
 
 
+def this_gpu(name: str) -> Device:
+    """Describe a GPU of the machine at hand, `"cuda"` or `"cuda:N"`: measured in a second.
+
+    Real steps are taken to reach half of the rate of large products.
+    """
+    found, place = hardware(name), resolve_device(name)
+    memory = torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place)
+    names = "float32", "bfloat16", "float16"
+    tflops = {key: (getattr(found, key) or found.float32) / 1e3 for key in names}
+    return Device(
+        name, found.name, True, torch.cuda.device_count(), memory, tflops, found.bandwidth,
+        0.5, 0.7, "rates measured here",
+    )  # fmt: skip
+
+
+def name_of(name: str) -> str:
+    """Return what a device is called: this CPU `"here"`, a GPU of this machine `"cuda…"`."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else HERE
+    if name in (HERE, "cpu"):
+        return HERE
+    return name if str(name).startswith("cuda") else device(name).name
+
+
 def device(name: str) -> Device:
     """Return a named device, or raise with the nearest names."""
     if not isinstance(name, str) or name.lower() not in DEVICES:
         raise ValueError(
-            f"device must be 'here' or one of {', '.join(DEVICES)}, found {name!r}; "
+            f"device must be 'auto', 'cpu', 'cuda' or one of {', '.join(DEVICES)}, found {name!r}; "
             f"{nearest(str(name), DEVICES)}"
         )
     return DEVICES[name.lower()]

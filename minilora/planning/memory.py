@@ -39,7 +39,8 @@ HEAP_EACH_F32 = 0.35
 # Share of a machine's memory that a plan leaves free.
 MARGIN = 0.10
 
-_CHUNK = 3 * 2**22  # logits the loss holds at a time, as minilora.kernels.cross_entropy
+# Logits the loss holds at a time, on a CPU and on a GPU, as in kernels/cross_entropy.py.
+_CHUNK, _GPU_CHUNK = 3 * 2**22, 2**26
 _F32 = 4
 
 
@@ -289,10 +290,10 @@ def _heap(found: Counted, settings: Settings, held: int, again: int) -> int:
     return int(HEAP_FIXED + HEAP_SHARE * held + (HEAP_RECOMPUTED + each) * again)
 
 
-def _logits(found: Counted, settings: Settings) -> int:
+def _logits(found: Counted, settings: Settings, gpu: bool) -> int:
     """Count the logits that the loss holds at a time."""
     V = found.head[0]
-    return min(settings.learned_tokens, max(32, _CHUNK // V)) * V
+    return min(settings.learned_tokens, max(32, (_GPU_CHUNK if gpu else _CHUNK) // V)) * V
 
 
 def _loss(found: Counted, settings: Settings, gpu: bool) -> int:
@@ -303,7 +304,7 @@ def _loss(found: Counted, settings: Settings, gpu: bool) -> int:
     """
     (V, h), w = found.head, settings.dtype.itemsize
     cast = V * h * w if settings.autocast else 0
-    chunk = _logits(found, settings) * (w + (_F32 if w < _F32 else 0)) if gpu else 0
+    chunk = _logits(found, settings, gpu) * (w + (_F32 if w < _F32 else 0)) if gpu else 0
     return chunk + settings.rows * (settings.length - 1) * h * w + cast
 
 
@@ -324,7 +325,7 @@ def _workspace(found: Counted, settings: Settings, gpu: bool, integer: str | Non
     """
     largest = max((N * K for N, K in found.matrices), default=0)
     w = settings.dtype.itemsize
-    logits = 0 if gpu else _logits(found, settings) * w
+    logits = 0 if gpu else _logits(found, settings, gpu) * w
     spec = settings.spec
     if spec is None:
         return logits + (largest * w if settings.autocast else 0)

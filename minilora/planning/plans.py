@@ -21,7 +21,16 @@ from minilora.planning.advice import (
     u_shape,
 )
 from minilora.planning.batches import epoch_steps, mean_batch
-from minilora.planning.machines import HERE, Calibration, Device, calibrate, device, this_machine
+from minilora.planning.machines import (
+    HERE,
+    Calibration,
+    Device,
+    calibrate,
+    device,
+    name_of,
+    this_gpu,
+    this_machine,
+)
 from minilora.planning.memory import Memory, count_memory, memory_table
 from minilora.planning.shapes import COUNT, Settings, Shape, read_shape
 from minilora.planning.speed import duration
@@ -270,7 +279,7 @@ def plan(
     quantize: str | None = None,
     dtype: torch.dtype | str = "auto",
     checkpointing: bool = False,
-    device: str = HERE,
+    device: str = "auto",
     ranks: int = 1,
     parallel: str | None = None,
     dropout: float = 0.0,
@@ -283,7 +292,8 @@ def plan(
     """Say what a run will need before it begins: memory, time, cost, and settings that fit.
 
     Nothing is loaded: bytes are counted on shapes. On this machine's CPU the process and the rates
-    are measured, and a few blocks of the model are timed (seconds, with random weights).
+    are measured, and a few blocks of the model are timed (seconds, with random weights); of its GPU
+    rates and free memory are measured.
 
     Args:
         model: a preset (`"llama-2-7b"`, …), a folder, a config.json, a .gguf file, a hub name
@@ -299,7 +309,8 @@ def plan(
         quantize: the base's format: `"int8"`, `"nf4"`, `"int4"` or None.
         dtype: of base and computation; `"auto"`: the fastest on each machine that is compared.
         checkpointing: recompute blocks in the backward pass.
-        device: `"here"` (this CPU), or a name of `DEVICES`, as `"h100-80gb"`.
+        device: `"auto"`: the GPU of this machine that torch can use, else its CPU; `"cuda"` or
+            `"cuda:N"`, `"cpu"`; or a name of `DEVICES`, as `"h100-80gb"`.
         ranks: processes.
         parallel: None, `"ddp"` or `"fsdp"`.
         dropout: of the adapters.
@@ -364,7 +375,9 @@ def _prices(prices: float | Mapping[str, float] | None, name: str) -> dict[str, 
 
 
 def _device(name: str, here: Calibration, memory_gb: float | None) -> Device:
-    found = this_machine(here) if name == HERE else device(name)
+    name = name_of(name)
+    own = this_gpu if name.startswith("cuda") else device
+    found = this_machine(here) if name == HERE else own(name)
     if memory_gb is None:
         return found
     if not is_number(memory_gb) or not 0 < memory_gb < 1e9:

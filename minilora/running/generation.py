@@ -224,10 +224,11 @@ def _step(model: nn.Module, rows: Rows, new: int) -> Callable[[Rows], torch.Tens
     def recompute(rows: Rows) -> torch.Tensor:
         """Pad on the right, where causal attention sees no padding."""
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        longest = int(lengths.max())
+        longest = max(len(row) for row in rows)
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
         mask = torch.arange(longest, device=device) < lengths[:, None]
-        logits = forward_logits(model, ids, None if mask.all() else mask)
+        even = all(len(row) == longest for row in rows)
+        logits = forward_logits(model, ids, None if even else mask)
         return logits[torch.arange(len(rows), device=device), lengths - 1]
 
     return recompute
@@ -240,11 +241,11 @@ class _Cached:
         self.model, self.device = model, device_of(model)
         longest = max(len(row) for row in rows)
         self.cache = KVCache(model, len(rows), longest + new)
-        self.pads = torch.tensor([longest - len(row) for row in rows], device=self.device)
+        self.padding = [longest - len(row) for row in rows]
+        self.pads = torch.tensor(self.padding, device=self.device)
 
     def __call__(self, rows: Rows) -> torch.Tensor:
-        past = self.cache.length
-        pads = self.pads.tolist()
+        past, pads = self.cache.length, self.padding  # a list: reading a tensor waits for a GPU
         if past and self.model.outgrows((past - self.pads)[:, None]):  # type: ignore[operator]
             width, past, self.cache.length = past + 1, 0, 0
             fed = [[0] * n + row for n, row in zip(pads, rows, strict=True)]

@@ -59,6 +59,8 @@ class Feed:
     def _work(self, ready: queue.Queue, over: threading.Event) -> None:
         end: Any = None
         try:
+            if self.device.type == "cuda":  # a thread begins on the first GPU, and pins for it
+                torch.cuda.set_device(self.device)
             for batch in self.batches:
                 pinned = batch.pinned() if self.device.type == "cuda" else batch
                 if not _put(ready, (pinned, self.batches.state_dict()), over):

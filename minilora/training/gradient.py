@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data import Batch
-from minilora.kernels import row_masks
+from minilora.kernels import out_of_memory, row_masks
 from minilora.training.run import Run
 
-_CPU_OUT = "DefaultCPUAllocator"  # "can't allocate memory", or "not enough memory" on Windows
+# What else makes one row fit, by where the memory is.
+_ROOM = {
+    "cpu": "load the base in a narrower dtype",
+    "cuda": "store the base in fewer bits (quantize='nf4', --quantize nf4), or end what else uses "
+    "this GPU (nvidia-smi lists it)",
+    "mps": "store the base in fewer bits (quantize='nf4', --quantize nf4)",
+}
 
 
 def mix_seed(seed: int, step: int, index: int) -> int:
@@ -60,8 +66,9 @@ class Gradient:
         if tokens == 0:
             return math.nan, math.nan, 0
         gradients = [p.grad for p in run.names if p.grad is not None]
-        for gradient in gradients:  # once at the end: only now is the step's number of tokens known
-            gradient.div_(tokens * run.scale.value / run.ranks.world_size)  # ranks' mean
+        # Once at the end: only now is the step's number of tokens known. The ranks' mean.
+        if gradients:
+            torch._foreach_div_(gradients, tokens * run.scale.value / run.ranks.world_size)
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         return value / tokens, float(run.ranks.full(norm)), tokens
 
@@ -88,9 +95,9 @@ class Gradient:
                 parameter.grad = gradient
             if size == 1:
                 raise RuntimeError(
-                    f"one row of {batch.input_ids.shape[1]} tokens must fit in memory, and it does "
-                    f"not; cut examples (max_length), set checkpointing=True (--checkpointing), or "
-                    f"load the base in a narrower dtype"
+                    f"one row of {batch.input_ids.shape[1]} tokens must fit in memory, and on "
+                    f"{run.device} it does not; cut examples (max_length), set checkpointing=True "
+                    f"(--checkpointing), or {_ROOM.get(run.device.type, _ROOM['mps'])}"
                 )
             size = self._smaller(batch, size, "did not fit in memory")
 
@@ -115,7 +122,7 @@ class Gradient:
                     value += total
                     tokens += count
         except RuntimeError as error:
-            if not _out_of_memory(error) or self.run.ranks.parallel == "fsdp":
+            if out_of_memory(error) is None or self.run.ranks.parallel == "fsdp":
                 raise
             return None
         return value, tokens
@@ -147,10 +154,6 @@ def _drops(model: nn.Module) -> bool:
     """Return whether the model drops anything itself; such masks follow the batch, not the row."""
     dropouts = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
     return any(isinstance(module, dropouts) and module.p > 0 for module in model.modules())
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_OUT in str(error)
 
 
 def _checked(result: Any) -> tuple[Tensor, int]:

@@ -306,9 +306,8 @@ class _Loop:
 
     def _update(self, lr: float, norm: float) -> None:
         if self.config.clip is not None and norm > self.config.clip:
-            for parameter in self.run.names:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.config.clip / norm)
+            gradients = [p.grad for p in self.run.names if p.grad is not None]
+            torch._foreach_mul_(gradients, self.config.clip / norm)
         for group in self.run.optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
         self.run.optimizer.step()

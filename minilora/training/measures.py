@@ -27,10 +27,11 @@ def evaluate(run: Run, valid: Batches, loss: Loss) -> Evaluation:
 
 def b_norms(run: Run) -> dict[str, float]:
     """Return the norm of each layer's B: which layers learn, and how much."""
-    norms = {}
+    norms: dict[str, torch.Tensor] = {}
     for fqn, layer in run.layers.items():
         if run.adapter in layer.adapters:
             factors = layer.adapters[run.adapter]
             norm = torch.linalg.vector_norm(factors.lora_B.detach())
-            norms[fqn] = float(run.ranks.full(norm))
-    return norms
+            norms[fqn] = run.ranks.full(norm).float()
+    values = torch.stack(list(norms.values())).tolist()  # on a GPU each reading waits for it
+    return dict(zip(norms, values, strict=True))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data import Batch, Batches, Example, Stream, StreamBatches
-from minilora.kernels import hardware, is_slow
+from minilora.kernels import fastest_dtype, hardware, is_slow
 from minilora.lora import (
     LoRALayer,
     Survey,
@@ -193,7 +193,7 @@ def compute_dtype(
     if choice == "auto":
         if base != torch.float32 or device.type not in ("cpu", "cuda"):
             return None
-        wanted = hardware(device.type).dtype
+        wanted = fastest_dtype(device)
     else:
         wanted = getattr(torch, choice)
     if wanted == base:

@@ -179,7 +179,7 @@ def start(parallel: str, device: torch.device) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         torchrun_number(name, 0)
     if device.type == "cuda":
-        torch.cuda.set_device(torchrun_number("LOCAL_RANK", 0))
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

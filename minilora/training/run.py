@@ -154,7 +154,7 @@ class Run(Progress):
         # nothing else makes equal.
         ranks.broadcast_tensors([*self.names, *self._buffers().values()])
         if ranks.parallel == "fsdp" and not is_sharded(self.model):
-            shard(self.model)
+            shard(self.model, self.device)
             self.names = trained(self.model, self.layers, self.adapter)
         self.limit = self._limit()
         self.rows, self.rows_of_all = 0, [0] * ranks.world_size

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from minilora.kernels import keep_freed_memory
@@ -71,6 +72,7 @@ def training(run: Run) -> Iterator[None]:
         _checkpointing(run.model, run.config.checkpointing),
         widened(run.model),
         compiled(run.model, run.compile),
+        _in_one_order(run.device),
     ):
         try:
             run.model.train()
@@ -80,6 +82,26 @@ def training(run: Run) -> Iterator[None]:
             yield
         finally:
             run.optimizer.zero_grad(set_to_none=True)  # else a loop that follows would add to it
+
+
+@contextmanager
+def _in_one_order(device: torch.device) -> Iterator[None]:
+    """Let a GPU add up in one order, so that a run repeats bit for bit, as it does on a CPU."""
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        # Of what has no such order. cuBLAS has one: torch gives it a workspace, on one stream.
+        for text in ("Deterministic behavior was enabled", ".* a deterministic implementation"):
+            warnings.filterwarnings("ignore", text, UserWarning)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 @contextmanager

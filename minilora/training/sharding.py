@@ -25,11 +25,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
-def shard(model: nn.Module) -> None:
+def shard(model: nn.Module, device: torch.device) -> None:
     """Shard a model with adapters over all ranks by FSDP2, block by block.
 
     Frozen parameters of any dtype (codes in uint8 or int8, scales) are sharded beside the trained
     ones, which must be of one dtype in each block.
+
+    Args:
+        model: on the device, or on the meta device to be put there.
+        device: of this rank.
 
     Raises:
         ValueError: an adapter with trained copies or of several dtypes.
@@ -52,8 +56,7 @@ def shard(model: nn.Module) -> None:
     for fqn, layer in survey.layers.items():  # the whole weight is not at hand later
         if layer.sample is None and layer.view.device.type != "meta":
             layer.keep_sample(weight_sample(fqn, layer.view.values()))
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh("cpu" if device == "meta" else device, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*survey.blocks.values(), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if callable(getattr(model, "loss", None)):
@@ -100,7 +103,7 @@ def sharded(
         layers = lora_layers(model)
         for fqn, layer in layers.items():
             _check(fqn, layer)
-        shard(model)
+        shard(model, ranks.device)
         model.to_empty(device=ranks.device)
         model.tie_weights()  # type: ignore[operator]
         for layer in layers.values():
