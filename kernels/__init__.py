@@ -30,7 +30,7 @@ from .low_rank import (
 )
 from .nf4 import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products
 from .probe import fastest_dtype, hardware, int8_is_exact, integer_way, is_slow
-from .rowwise import rms_norm, swiglu
+from .rowwise import geglu, rms_norm, swiglu
 from .triton import lora_linear as triton_lora_linear
 from .triton import problem as triton_problem
 from .workspace import hand_back_freed_memory, hand_back_large_blocks, keep_freed_memory
@@ -75,6 +75,7 @@ __all__ = [
     "dropout_mask",
     "fastest_dtype",
     "frozen_product",
+    "geglu",
     "hand_back_freed_memory",
     "hand_back_large_blocks",
     "hardware",

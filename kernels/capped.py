@@ -136,4 +136,6 @@ def capped_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
     return _forward(q, k, v, mask, scale, cap)

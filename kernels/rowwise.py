@@ -4,6 +4,7 @@
                grad_x = ρ (h − u · mean(h ∘ u)),  h = G ∘ w          grad_w = Σ G ∘ u
     swiglu     y = silu(a) ∘ b
                grad_a = G ∘ b ∘ silu'(a)                             grad_b = G ∘ silu(a)
+    geglu      likewise, of gelu(a) = a (1 + tanh(√(2/π) (a + 0.044715 a³))) / 2
 
 Ordinary autograd keeps x widened to f32, and silu(a) beside a. Here ρ, u and silu(a) are formed
 again in the backward pass, which costs a pass over a row where a layer's products cost hundreds.
@@ -11,6 +12,7 @@ Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; Shazeer 2020, "
 Improve Transformer".
 """
 
+import math
 from typing import Any
 
 import torch
@@ -25,15 +27,11 @@ def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return wide * scale, scale
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: int | None) -> Tensor:
     unit = _unit(x, eps)[0]
     if offset is None:
         return weight * unit.to(x.dtype)
     return (unit * (weight.to(unit.dtype) + offset)).to(x.dtype)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
 
 
 def _silu_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
@@ -41,6 +39,29 @@ def _silu_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
         return torch.ops.aten.silu_backward(grad_out, gate)
     s = gate.sigmoid()  # torch's own pass has no derivative
     return grad_out * (s * (1 + gate * (1 - s)))
+
+
+def _gelu(gate: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh")
+
+
+def _gelu_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.gelu_backward(grad_out, gate, approximate="tanh")
+    c = math.sqrt(2 / math.pi)
+    t = (c * (gate + 0.044715 * gate**3)).tanh()
+    slope = 1 + t + gate * (1 - t * t) * (c * (1 + 3 * 0.044715 * gate * gate))
+    return grad_out * slope / 2
+
+
+_ACTS: dict[str, tuple[Any, Any]] = {
+    "silu": (F.silu, _silu_backward),
+    "gelu": (_gelu, _gelu_backward),
+}
+
+
+def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    return _ACTS[act][0](gate) * up
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -68,23 +89,25 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_w, None, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     generate_vmap_rule = True
-    forward = staticmethod(_swiglu)
+    forward = staticmethod(_gated)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.act = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        act, act_backward = _ACTS[ctx.act]
         grad_gate = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_gate = _silu_backward(grad_out * up, gate)
+            grad_gate = act_backward(grad_out * up, gate)
         if ctx.needs_input_grad[1]:
-            grad_up = grad_out * F.silu(gate)
-        return grad_gate, grad_up
+            grad_up = grad_out * act(gate)
+        return grad_gate, grad_up, None
 
 
 def _recorded(*tensors: Tensor) -> bool:
@@ -92,7 +115,7 @@ def _recorded(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: int | None = None) -> Tensor:
     """Return `(weight + offset) · x / sqrt(mean(x²) + eps)`, the mean over each row.
 
     Args:
@@ -112,4 +135,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None = None)
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return `silu(gate) · up`, both `[..., I]`, kept for backward."""
-    return _SwiGLU.apply(gate, up) if _recorded(gate, up) else _swiglu(gate, up)
+    return (_Gated.apply if _recorded(gate, up) else _gated)(gate, up, "silu")
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return `gelu(gate) · up` with the tanh's gelu, both `[..., I]`, kept for backward."""
+    return (_Gated.apply if _recorded(gate, up) else _gated)(gate, up, "gelu")

@@ -3,6 +3,7 @@
 A new family is a row of `FAMILIES`.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +12,13 @@ import transformers
 
 from minilora.models import (
     GPT2,
+    Gemma2,
+    Gemma2Config,
+    Gemma3,
+    Gemma3Config,
     GPT2Config,
+    GPTNeoX,
+    GPTNeoXConfig,
     Granite,
     GraniteConfig,
     Llama,
@@ -65,6 +72,14 @@ _SWITCHED_WINDOWS = {
     },
 }
 _TINY = (29, 16, 20, 2, 4, 2, 4, 32)
+_GEMMA = {
+    **_DECODER,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 20,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
 
 
 def _rope(kind, **numbers):
@@ -119,6 +134,78 @@ FAMILIES = {
             "epsilon": {"layer_norm_epsilon": 0.1},
         },
         GPT2Config(29, 32, 16, 2, 4),
+    ),
+    "gemma2": Family(
+        Gemma2,
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
+        {**_GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0},
+        {
+            **_DECODER_SHAPES,
+            "wide_heads": {"head_dim": 24},
+            "window": {"sliding_window": 5, "num_hidden_layers": 3},
+            "layers": {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+            "no_caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        },
+        Gemma2Config(
+            *_TINY,
+            query_pre_attn_scalar=4,
+            sliding_window=6,
+            layer_types=("sliding_attention", "full_attention"),
+        ),
+    ),
+    "gemma3_text": Family(
+        Gemma3,
+        transformers.Gemma3ForCausalLM,
+        transformers.Gemma3TextConfig,
+        {**_GEMMA, "num_hidden_layers": 3, "sliding_window_pattern": 3},
+        {
+            **{name: shape for name, shape in _DECODER_SHAPES.items() if "theta" not in name},
+            "wide_heads": {"head_dim": 24},
+            "window": {"sliding_window": 5},
+            "layers": {
+                "sliding_window": 4,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+            "capped": {"final_logit_softcapping": 3.0},
+            "ropes": {
+                "sliding_window": 4,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+                },
+            },
+        },
+        Gemma3Config(
+            *_TINY,
+            query_pre_attn_scalar=4,
+            sliding_window=6,
+            layer_types=("sliding_attention",) * 2,
+        ),
+    ),
+    "gpt_neox": Family(
+        GPTNeoX,
+        transformers.GPTNeoXForCausalLM,
+        transformers.GPTNeoXConfig,
+        {
+            **{key: value for key, value in _DECODER.items() if "key_value" not in key},
+            "hidden_size": 64,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+            "eos_token_id": 2,
+        },
+        {
+            "plain": {},
+            "one_head": {"num_attention_heads": 1},
+            "one_after_the_other": {"use_parallel_residual": False},
+            "no_biases": {"attention_bias": False},
+            "tied": {"tie_word_embeddings": True},
+            "relu": {"hidden_act": "relu"},
+            "whole_heads": {
+                "rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 71.0},
+                "layer_norm_eps": 0.1,
+            },
+        },
+        GPTNeoXConfig(29, 16, 20, 2, 4, 4, 4, 32, partial_rotary_factor=0.5),
     ),
     "granite": Family(
         Granite,
@@ -300,3 +387,14 @@ def assert_close(found, wanted, tolerance=1e-5):
     assert found.shape == wanted.shape
     assert found.dtype == wanted.dtype
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def assert_rounded(found, theirs, ids):
+    """Ours in f64 against theirs with norms and frequencies in f32: not farther off than all of it.
+
+    Norms of few numbers make much of a rounding: models are 5 wide or more.
+    """
+    wanted = theirs(ids).logits
+    noise = (copy.deepcopy(theirs).float()(ids).logits - wanted).abs().max()
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= 4 * noise + 1e-6 * wanted.abs().max()

@@ -30,7 +30,7 @@ def case(B, kv_heads, group, T, past, D, dtype=torch.float64):
 def some_mask(kind, q, k):
     """Each row sees a key: of its own number, or the first."""
     B, H, T, S = *q.shape[:3], k.shape[2]
-    shape = {"rows": (B, 1, T, S), "heads": (B, H, T, S), "keys": (1, 1, 1, S)}[kind]
+    shape = {"rows": (B, 1, T, S), "heads": (B, H, T, S), "keys": (1, 1, 1, S), "2d": (T, S)}[kind]
     mask = torch.rand(shape) < 0.5
     mask |= torch.eye(T, S, dtype=torch.bool) if kind != "keys" else torch.arange(S) == 0
     return mask
@@ -51,7 +51,7 @@ def value_and_gradients(function, inputs, grad_out, *rest):
     T=st.sampled_from([1, 2, 5, 7, 8, 9, 23]),
     past=st.sampled_from([0, 1, 6]),
     D=st.sampled_from([1, 8, 13]),
-    kind=st.sampled_from([None, "rows", "heads", "keys"]),
+    kind=st.sampled_from([None, "rows", "heads", "keys", "2d"]),
     scale=st.floats(0.05, 1.5),
     cap=st.floats(0.3, 60),
 )

@@ -326,8 +326,8 @@ def test_reading_refuses_tensors_it_does_not_know(tmp_path):
 
 
 def test_reading_refuses_another_architecture_by_name(tmp_path):
-    file = _write(tmp_path / "a.gguf", {"a": np.ones(4, np.float32)}, {}, architecture="gemma3")
-    with pytest.raises(ValueError, match=r"architecture that is built \(.*\), found 'gemma3'"):
+    file = _write(tmp_path / "a.gguf", {"a": np.ones(4, np.float32)}, {}, architecture="gemma3n")
+    with pytest.raises(ValueError, match=r"architecture that is built \(.*\), found 'gemma3n'"):
         read_model(file)
 
 

@@ -17,7 +17,7 @@ import minilora
 from minilora.cli.command import main
 from minilora.loading import export_gguf, save_gguf, save_pretrained
 from minilora.loading.model import read_model
-from minilora.models import Llama
+from minilora.models import Gemma2, Gemma3, Llama
 from minilora.text import Tokenizer
 
 BUILT = sorted(name for name, row in FAMILIES.items() if row.ours.gguf is not None)
@@ -34,6 +34,13 @@ def adapted(model, r=3, alpha=12, std=0.3, **options):
     return model
 
 
+def assert_kept(found, value, fqn, model):
+    """A tensor is as it was; where a file has 1 + weight (Gemma's norms), that was rounded."""
+    one = model.gguf.stored(fqn, torch.zeros_like(value), model.config).abs().max()
+    assert found.shape == value.shape
+    assert (found - value).abs().max() <= one * 2**-23, fqn
+
+
 @pytest.mark.parametrize("family", BUILT)
 def test_what_is_stored_is_restored(family):
     """Of every tensor the two functions of a family undo each other."""
@@ -41,7 +48,7 @@ def test_what_is_stored_is_restored(family):
     names = model.gguf
     for fqn, value in model.state_dict().items():
         found = names.restored(fqn, names.stored(fqn, value, model.config), model.config)
-        assert torch.equal(found, value), fqn
+        assert_kept(found, value, fqn, model)
 
 
 @pytest.mark.parametrize("family", BUILT)
@@ -121,6 +128,7 @@ TOKENIZER = {
     "tokenizer.ggml.eos_token_id": LETTERS.index("<|end|>"),
     "tokenizer.chat_template": CHATML,
 }
+ROUNDED = dict.fromkeys((Gemma2, Gemma3), 5e-3)  # llama.cpp has gelu in a table of float16
 ASKED = "Where is the ab er"
 
 
@@ -168,7 +176,7 @@ def agree(theirs, model, tokenizer, tokens=12):
     wanted = logits.double().log_softmax(0)
     assert len(first) == 4
     for i, value in first.items():
-        assert value == pytest.approx(wanted[i].item(), abs=3e-5)
+        assert value == pytest.approx(wanted[i].item(), abs=ROUNDED.get(type(model), 3e-5))
     asked = {"tokenizer": tokenizer, "max_new_tokens": tokens}
     assert text == minilora.generate(model, ASKED, **asked)[0]
     return text
@@ -195,6 +203,10 @@ def test_llama_cpp_writes_the_same_text(tmp_path, family):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_read_again(tmp_path, family, tied):
     model, tokenizer = writer(family, tie_word_embeddings=tied)
+    if not tied and "lm_head" not in model.gguf.whole.values():
+        with pytest.raises(ValueError, match="a GGUF file has no name for lm_head.weight"):
+            save_gguf(model, tmp_path / "a.gguf", tokenizer)
+        return
     save_gguf(model, tmp_path / "a.gguf", tokenizer, type="f32")
     read, words = minilora.load_model(tmp_path / "a.gguf", dtype=None)
     told = dataclasses.asdict(read.config)
@@ -205,7 +217,7 @@ def test_a_model_is_read_again(tmp_path, family, tied):
             assert told[field] == value, field
     assert read.config.eos_token_id == 256
     for fqn, value in model.state_dict().items():
-        assert torch.equal(read.state_dict()[fqn], value), fqn
+        assert_kept(read.state_dict()[fqn], value, fqn, model)
     assert words.chat_template == CHATML
     assert words.stop_ids == tokenizer.stop_ids
     text = "I'll  go 12345\n\n to Ünï 🙂 <|im_start|>"

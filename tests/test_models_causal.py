@@ -170,6 +170,7 @@ def test_loss_goes_through_a_wrapped_head(family, monkeypatch, chunk):
 def test_logits_are_capped_in_every_loss(family, head):
     model = tiny(family)
     ids = some_ids(model, 3, 9)
+    model.logit_cap = None
     plain = model(ids)
     model.logit_cap = 0.5
     capped = model(ids)

@@ -40,6 +40,37 @@ def _granite(config):
     }
 
 
+def _gemma(config):
+    """Scores are scaled by head_dim: llama.cpp has no key for it, but a rule."""
+    found = {key: value for key, value in _decoder(config).items() if key != "rope.freq_base"}
+    return found | {
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.sliding_window": config.sliding_window,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+
+
+def _gemma3(config):
+    ropes = config.rope_parameters
+    config.rope_parameters = ropes["full_attention"]
+    found = _decoder(config) | {
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.sliding_window": config.sliding_window,
+        "rope.freq_base_swa": ropes["sliding_attention"]["rope_theta"],
+        "rope.scaling.type": ropes["full_attention"]["rope_type"],
+        "rope.scaling.factor": ropes["full_attention"]["factor"],
+    }
+    config.rope_parameters = ropes
+    return found
+
+
+def _plus_one(name, value, config):
+    return value + 1 if name.endswith("norm.weight") else value
+
+
 def _rotated(name, value, config):
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     found = [count for part, count in heads.items() if f".{part}." in name]
@@ -52,9 +83,34 @@ def _as_it_is(name, value, config):
 
 # By family: the architecture, its metadata, what becomes of a tensor, and a model's shape.
 CASES = {
+    "gemma2": (
+        gguf.MODEL_ARCH.GEMMA2,
+        _gemma,
+        _plus_one,
+        {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 4},
+    ),
+    "gemma3_text": (
+        gguf.MODEL_ARCH.GEMMA3,
+        _gemma3,
+        _plus_one,
+        {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 4,
+            "num_hidden_layers": 7,
+            "sliding_window_pattern": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            },
+        },
+    ),
     "granite": (gguf.MODEL_ARCH.GRANITE, _granite, _rotated, {"mlp_bias": True}),
     "olmo2": (gguf.MODEL_ARCH.OLMO2, _decoder, _as_it_is, {}),
 }
+
+
+TIED = ("gemma2", "gemma3_text")  # the converter leaves their heads out
 
 
 def converted(tmp_path, family, **changes):
@@ -73,10 +129,12 @@ def converted(tmp_path, family, **changes):
     return theirs, _write(file, tensors, about, architecture=gguf.MODEL_ARCH_NAMES[arch])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [(family, tied) for family in CASES for tied in (False, True) if tied or family not in TIED],
+)
 def test_a_converted_model_is_read_again(tmp_path, family, tied):
-    theirs, file = converted(tmp_path, family, tie_word_embeddings=tied)
+    theirs, file = converted(tmp_path, family, tie_word_embeddings=tied or family in TIED)
     ours = read_model(file)
     assert type(ours) is FAMILIES[family].ours
     state = ours.state_dict()
@@ -92,4 +150,12 @@ def test_a_key_that_is_not_built_is_refused_by_name(tmp_path, monkeypatch, famil
     arch, metadata, *rest = CASES[family]
     monkeypatch.setitem(CASES, family, (arch, lambda c: metadata(c) | {"clamp_kqv": 8.0}, *rest))
     with pytest.raises(ValueError, match=r"clamp_kqv = 8\.0 is not built"):
-        read_model(converted(tmp_path, family)[1])
+        read_model(converted(tmp_path, family, tie_word_embeddings=True)[1])
+
+
+def test_the_largest_gemmas_scale_scores_by_what_llama_cpp_knows_of_them(tmp_path):
+    """The 27B models, known by their number of layers: hidden_size / num_attention_heads."""
+    theirs, file = converted(
+        tmp_path, "gemma2", num_hidden_layers=46, tie_word_embeddings=True, query_pre_attn_scalar=8
+    )
+    assert read_model(file).config.query_pre_attn_scalar == theirs.config.query_pre_attn_scalar

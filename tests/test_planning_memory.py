@@ -168,6 +168,7 @@ def test_presets_have_the_published_number_of_parameters(name, billions):
         ("qwen3-4b", 4_022_468_096), ("qwen3-8b", 8_190_735_360), ("qwen3-14b", 14_768_307_200),
         ("qwen3-32b", 32_762_123_264), ("smollm3-3b", 3_075_098_624),
         ("phi-3-mini", 3_821_079_552), ("phi-4-mini", 3_836_021_760), ("phi-4", 14_659_507_200),
+        ("gemma-2-2b", 2_614_341_888), ("gemma-3-1b", 999_885_952),
     ],
 )  # fmt: skip
 def test_presets_of_other_families_have_the_published_number_to_the_last(name, published):

@@ -62,7 +62,7 @@ def test_the_real_file_has_the_presets_shape():
         ("tinyllama", "nearest: tinyllama-1.1b"),
         ("zzzz", "there are: gpt2, gpt2-medium"),
         ("qwen2.5-8b", "nearest: qwen2.5-"),
-        ("gemma-2-2b", "gemma is not planned, as its blocks have two or four norms more"),
+        ("gemma-2-4b", "nearest: gemma-2-"),
     ],
 )
 def test_unknown_names_get_the_nearest(name, match):

@@ -269,8 +269,8 @@ def _config(file: GGUF, family: type[CausalLM], names: GGUFNames) -> ModelConfig
             f"'{file.path}' scales its rotary frequencies (rope_freqs.weight), which is not built"
         )
     entries = {field: _need(file, prefix + key) for key, field in names.required.items()}
-    entries |= {field: given.get(key) for key, field in names.optional.items()}
-    if not entries["vocab_size"]:
+    entries |= {field: given[key] for key, field in names.optional.items() if key in given}
+    if not entries.get("vocab_size"):
         if "token_embd.weight" not in file.tensors:
             raise ValueError(f"'{file.path}' must hold token_embd.weight, found no such tensor")
         entries["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
@@ -279,7 +279,7 @@ def _config(file: GGUF, family: type[CausalLM], names: GGUFNames) -> ModelConfig
         entries[f"{field}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
     entries["tie_word_embeddings"] = "output.weight" not in file.tensors
     entries["model_type"] = family.config_class.model_type
-    config = family.config_class.from_dict(entries)
+    config = family.config_class.from_dict(names.completed(entries))
     for key, field in names.equal.items():
         wanted = getattr(config, field)
         if given.get(key, wanted) != wanted:

@@ -73,6 +73,8 @@ def save_pretrained(model: Any, folder: str | Path, tokenizer: Any = None) -> No
         _refuse_foreign(folder)
         config |= _MARK
     with whole_folder(folder, last=CONFIG) as made:
+        if not small:
+            tensors = {model.written_fqn(name): tensor for name, tensor in tensors.items()}
         write(made / (QUANTIZED if small else WEIGHTS), tensor_content(tensors, {"format": "pt"}))
         if small:
             write_json(made / LAYERS, layer_rows(small))

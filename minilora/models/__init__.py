@@ -6,8 +6,11 @@ A new family is a file here and its entry in `FAMILIES`.
 from minilora.models.blocks import KVCache
 from minilora.models.causal import CausalLM, is_plain_linear
 from minilora.models.config import ModelConfig
+from minilora.models.gemma2 import Gemma2, Gemma2Config
+from minilora.models.gemma3 import Gemma3, Gemma3Config
 from minilora.models.gguf_names import GGUFNames
 from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
+from minilora.models.gpt_neox import GPTNeoX, GPTNeoXConfig
 from minilora.models.granite import Granite, GraniteConfig
 from minilora.models.llama import Llama, LlamaConfig
 from minilora.models.mistral import Mistral, MistralConfig
@@ -21,7 +24,20 @@ from minilora.models.smollm3 import SmolLM3, SmolLM3Config
 
 FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
     family.config_class.model_type: family
-    for family in (GPT2, Granite, Llama, Mistral, Olmo2, Phi3, Qwen2, Qwen3, SmolLM3)
+    for family in (
+        GPT2,
+        Gemma2,
+        Gemma3,
+        GPTNeoX,
+        Granite,
+        Llama,
+        Mistral,
+        Olmo2,
+        Phi3,
+        Qwen2,
+        Qwen3,
+        SmolLM3,
+    )
 }
 
 __all__ = [
@@ -32,6 +48,12 @@ __all__ = [
     "Conv1D",
     "GGUFNames",
     "GPT2Config",
+    "GPTNeoX",
+    "GPTNeoXConfig",
+    "Gemma2",
+    "Gemma2Config",
+    "Gemma3",
+    "Gemma3Config",
     "Granite",
     "GraniteConfig",
     "KVCache",

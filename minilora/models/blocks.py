@@ -84,12 +84,13 @@ class RMSNorm(nn.Module):
             `kernels.rms_norm`.
     """
 
-    offset: ClassVar[float | None] = None
+    # An int: torch 2.13 can't trace two norms that take one class's float.
+    offset: ClassVar[int | None] = None
 
     def __init__(self, size: int, eps: float, *, dtype=None, device=None) -> None:
         super().__init__()
         self.eps = eps
-        fresh = 1.0 - (self.offset or 0.0)
+        fresh = 1.0 - (self.offset or 0)
         self.weight = nn.Parameter(torch.full((size,), fresh, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.compiled_loss = False
-        self.logit_cap: float | None = None
+        self.logit_cap: float | None = config.logit_cap
         self.name_or_path: str | None = None
         body = self.body(dtype=dtype, device=device)
         self.add_module(self.norm_name.partition(".")[0], body)
@@ -86,6 +86,11 @@ class CausalLM(nn.Module):
     @staticmethod
     def stored_fqn(name: str) -> str | None:
         """Return the dotted name in the model of a tensor in a checkpoint, None to pass it over."""
+        return name
+
+    @staticmethod
+    def written_fqn(name: str) -> str:
+        """Return the dotted name in a checkpoint of a tensor in the model."""
         return name
 
     def body(self, **made: Any) -> nn.Module:

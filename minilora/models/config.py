@@ -53,6 +53,11 @@ class ModelConfig:
         for each in fields(self):
             self._check(each.name, each.type, getattr(self, each.name))
 
+    @property
+    def logit_cap(self) -> float | None:
+        """What no logit exceeds; None: nothing is capped."""
+        return None
+
     @classmethod
     def _check(cls, name: str, kind: Any, value: Any) -> None:
         is_number = type(value) in (int, float)
@@ -66,7 +71,7 @@ class ModelConfig:
                 wanted = "a probability in [0, 1)"
         elif kind is bool:
             wanted = None if isinstance(value, bool) else "true or false"
-        elif kind is float:
+        elif kind is float or (float in get_args(kind) and value is not None):
             if not (is_number and 0 < value <= sys.float_info.max):
                 wanted = "a number above 0"
         elif kind is int or (int in get_args(kind) and value is not None):

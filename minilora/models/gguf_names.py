@@ -10,9 +10,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+Entries = dict[str, Any]
+
 
 def _as_stored(fqn: str, tensor: Tensor, config: Any) -> Tensor:
     return tensor
+
+
+def _as_stated(entries: Entries) -> Entries:
+    return entries
 
 
 class GGUFNames(NamedTuple):
@@ -30,6 +36,7 @@ class GGUFNames(NamedTuple):
         parts: tensors of the block `blk.N`, and the modules of `blocks_name` they belong to.
         restored: undoes what llama.cpp's converter does to a tensor, by its name in the model.
         stored: does it; takes the B of an adapter for its layer's weight, too.
+        completed: adds to the entries of a `config.json` what llama.cpp knows without a key.
     """
 
     architecture: str
@@ -42,6 +49,7 @@ class GGUFNames(NamedTuple):
     parts: dict[str, str]
     restored: Callable[[str, Tensor, Any], Tensor] = _as_stored
     stored: Callable[[str, Tensor, Any], Tensor] = _as_stored
+    completed: Callable[[Entries], Entries] = _as_stated
 
 
 DECODER_NAMES = GGUFNames(

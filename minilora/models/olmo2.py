@@ -34,7 +34,7 @@ class Olmo2Config(DecoderConfig):
 class Olmo2Norm(RMSNorm):
     """Scale each row to unit mean square, times a weight, and round once."""
 
-    offset = 0.0
+    offset = 0
 
 
 class Olmo2Attention(Attention):

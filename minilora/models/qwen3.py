@@ -6,7 +6,7 @@ have a window.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,10 +35,13 @@ class Qwen3Config(DecoderConfig):
 class NormedAttention(Attention):
     """Attend with queries and keys of unit mean square, times a weight."""
 
-    def __init__(self, config: Qwen3Config, *, dtype=None, device=None) -> None:
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+
+    def __init__(self, config: DecoderConfig, *, dtype=None, device=None) -> None:
         super().__init__(config, dtype=dtype, device=device)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+        made = {"dtype": dtype, "device": device}
+        self.q_norm = self.norm_class(self.head_dim, config.rms_norm_eps, **made)
+        self.k_norm = self.norm_class(self.head_dim, config.rms_norm_eps, **made)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return unrotated queries `[B, heads, T, head_dim]`, and keys and values of `kv_heads`."""

@@ -139,19 +139,19 @@ PRESETS: dict[str, Preset] = {
         "microsoft/Phi-4-mini-instruct", 200064, 3072, 8192, 32, 24, 8, 131072,
         tied=True, family="phi3", sliding_window=262144, partial_rotary_factor=0.75,
     ),
+    "gemma-2-2b": _decoder(
+        "google/gemma-2-2b", 256000, 2304, 9216, 26, 8, 4, 8192, tied=True, family="gemma2"
+    ),
+    "gemma-3-1b": _decoder(
+        "google/gemma-3-1b-pt", 262144, 1152, 6912, 26, 4, 1, 32768,
+        tied=True, family="gemma3_text", sliding_window=512,
+    ),
     "phi-4": _decoder("microsoft/phi-4", 100352, 5120, 17920, 40, 40, 10, 16384, family="phi3"),
 }  # fmt: skip
-# Families whose blocks keep something that a Llama's does not.
-_OTHERS = {
-    "gemma": "its blocks have two or four norms more and another activation",
-}
 
 
 def nearest(name: str, known: Any) -> str:
-    """Name the known ones that look most like a name, or all; say why a family is not there."""
-    for family, why in _OTHERS.items():
-        if known is PRESETS and family in name.lower():
-            return f"{family} is not planned, as {why}"
+    """Name the known ones that look most like a name, or all."""
     found = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
     return f"nearest: {', '.join(found)}" if found else f"there are: {', '.join(known)}"
 

@@ -1,0 +1,142 @@
+"""What Gemma 2 has beside what every family has: caps, scaled embeddings, its configuration."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_families import assert_close, assert_rounded, our_model, some_ids, their_model
+from transformers import Gemma2Config as TheirConfig
+
+import minilora
+from minilora.models import Gemma2Config, KVCache
+
+pytestmark = pytest.mark.peers
+
+BASE = {"model_type": "gemma2", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 8}
+cap = st.none() | st.floats(0.5, 60)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    half=st.integers(1, 5),
+    wide=st.integers(5, 9),
+    caps=st.tuples(cap, cap),
+    scalar=st.integers(1, 300),
+    window=st.integers(1, 12),
+    bias=st.booleans(),
+    chunks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+)
+def test_forward_and_loss_equal_transformers_for_any_shape(
+    groups, kv_heads, half, wide, caps, scalar, window, bias, chunks
+):
+    """In one pass, with a cache in chunks of any length, and the loss."""
+    heads = groups * kv_heads
+    theirs = their_model(
+        "gemma2",
+        torch.float64,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=2 * half,
+        hidden_size=heads * wide,
+        num_hidden_layers=3,
+        attn_logit_softcapping=caps[0],
+        final_logit_softcapping=caps[1],
+        query_pre_attn_scalar=scalar,
+        sliding_window=window,
+        attention_bias=bias,
+    )
+    ours = our_model("gemma2", theirs)
+    ids = some_ids(ours, 2, sum(chunks))
+    cache = KVCache(ours, 2, sum(chunks))
+    with torch.no_grad():
+        whole = ours(ids)
+        assert_rounded(whole, theirs, ids)
+        parts = [ours(part, cache=cache) for part in ids.split(chunks, dim=1)]
+        assert_close(torch.cat(parts, dim=1), whole, 1e-10)
+        if sum(chunks) > 1:
+            wanted = torch.nn.functional.cross_entropy(
+                whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            )
+            assert_close(ours.loss(ids, ids), wanted, 1e-10)
+
+
+def test_text_in_windows_equals_transformers_token_for_token():
+    """Rows of unequal length, so padded on the left, against one row at a time."""
+    theirs = their_model("gemma2", sliding_window=4)
+    ours = our_model("gemma2", theirs)
+    prompts = [some_ids(ours, 1, n)[0].tolist() for n in (7, 1, 4)]
+    found = minilora.generate(ours, prompts, max_new_tokens=20)
+    for prompt, new in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert new == wanted[0, len(prompt) :].tolist()
+
+
+def test_an_adapter_on_the_embedding_is_scaled_with_it_as_in_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = their_model("gemma2")
+    ours = minilora.inject(our_model("gemma2", theirs), r=2, alpha=3, targets=["embed_tokens"])
+    torch.manual_seed(0)
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    minilora.save(ours, tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    ids = some_ids(ours, 2, 9)
+    with torch.no_grad():
+        assert_close(ours.eval()(ids), wrapped(ids).logits)
+
+
+def test_the_loss_through_an_adapter_on_the_head_is_capped():
+    model = our_model("gemma2", their_model("gemma2"))
+    minilora.inject(model, r=2, alpha=3, targets=["lm_head"])
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    ids = some_ids(model, 2, 9)
+    logits = model(ids)[:, :-1].flatten(0, 1)
+    assert logits.abs().max() <= model.config.final_logit_softcapping
+    wanted = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    assert_close(model.loss(ids, ids), wanted)
+
+
+def test_the_published_sizes():
+    """The numbers of parameters in the report's table 1, embeddings and the others."""
+    config = Gemma2Config.from_dict(
+        {"model_type": "gemma2", "vocab_size": 256128, "hidden_size": 2304,
+         "intermediate_size": 9216}
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = minilora.models.Gemma2(config, device="meta")
+    embedding = model.get_input_embeddings().weight.numel()
+    assert embedding == 590_118_912
+    assert sum(p.numel() for p in model.parameters()) - embedding == 2_024_517_888
+
+
+def test_config_defaults_are_those_of_transformers():
+    ours, theirs = Gemma2Config.from_dict(BASE), TheirConfig(**BASE)
+    for name, value in ours.to_dict().items():
+        if name not in ("architectures", "hidden_act", "rope_theta", "rope_parameters"):
+            assert getattr(theirs, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type='gemma' is not built: minilora's Gemma2"),
+        ({"hidden_activation": "gelu"}, "hidden_activation='gelu' is not built"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not built"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping must be a number above 0, found 0"),
+        ({"final_logit_softcapping": "a"}, "final_logit_softcapping must be a number above 0"),
+        ({"query_pre_attn_scalar": 1.5}, "query_pre_attn_scalar must be an integer above 0"),
+    ],
+)
+def test_config_refuses_other_maths_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Gemma2Config.from_dict(BASE | changes)

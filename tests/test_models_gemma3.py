@@ -1,0 +1,115 @@
+"""What Gemma 3 has beside what every family has: two ropes, a pattern of windows, its norms."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_families import assert_close, assert_rounded, our_model, some_ids, their_model
+from transformers import Gemma3TextConfig as TheirConfig
+
+import minilora
+from minilora.models import Gemma3, Gemma3Config, KVCache
+
+pytestmark = pytest.mark.peers
+
+BASE = {"model_type": "gemma3_text", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 8}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    half=st.integers(1, 5),
+    wide=st.integers(5, 9),
+    pattern=st.integers(1, 4),
+    window=st.integers(1, 12),
+    thetas=st.tuples(st.floats(10, 1e6), st.floats(10, 1e4)),
+    factor=st.none() | st.floats(1, 8),
+    chunks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+)
+def test_forward_equals_transformers_for_any_shape(
+    groups, kv_heads, half, wide, pattern, window, thetas, factor, chunks
+):
+    """In one pass, with a cache in chunks of any length, and the loss."""
+    heads = groups * kv_heads
+    full = {"rope_type": "default"} if factor is None else {"rope_type": "linear", "factor": factor}
+    theirs = their_model(
+        "gemma3_text",
+        torch.float64,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=2 * half,
+        hidden_size=heads * wide,
+        sliding_window_pattern=pattern,
+        sliding_window=window,
+        rope_parameters={
+            FULL: full | {"rope_theta": thetas[0]},
+            SLIDING: {"rope_type": "default", "rope_theta": thetas[1]},
+        },
+    )
+    ours = our_model("gemma3_text", theirs)
+    ids = some_ids(ours, 2, sum(chunks))
+    cache = KVCache(ours, 2, sum(chunks))
+    with torch.no_grad():
+        whole = ours(ids)
+        assert_rounded(whole, theirs, ids)
+        parts = [ours(part, cache=cache) for part in ids.split(chunks, dim=1)]
+        assert_close(torch.cat(parts, dim=1), whole, 1e-10)
+
+
+def test_older_keys_are_read_as_transformers_does():
+    """As the published config.json of the 4B's text model has them."""
+    older = BASE | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "num_hidden_layers": 7}
+    older |= {"rope_theta": 5000, "rope_local_base_freq": 70, "sliding_window_pattern": 3}
+    ours, theirs = Gemma3Config.from_dict(older), TheirConfig(**older)
+    assert list(ours.layer_types) == theirs.layer_types
+    again = Gemma3Config.from_dict(theirs.to_dict())
+    assert (again.rope, again.ropes) == (ours.rope, ours.ropes)
+    assert ours.ropes[0].theta == 70
+    assert (ours.ropes[2].theta, ours.ropes[2].scaling.factor) == (5000, 8.0)
+    assert TheirConfig(**ours.to_dict()).rope_parameters == theirs.rope_parameters
+
+
+def test_the_published_sizes():
+    """The 1B's number of parameters on its page."""
+    config = Gemma3Config.from_dict(
+        {"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152,
+         "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1}
+    )  # fmt: skip
+    assert sum(p.numel() for p in Gemma3(config, device="meta").parameters()) == 999_885_952
+
+
+def test_config_defaults_are_those_of_transformers():
+    ours, theirs = Gemma3Config.from_dict(BASE), TheirConfig(**BASE)
+    for name, value in ours.to_dict().items():
+        if name not in ("architectures", "hidden_act", "rope_theta", "rope_local_base_freq"):
+            assert getattr(theirs, name) == value, name
+    assert (ours.rope_theta, ours.rope_local_base_freq) == (1e6, 1e4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma3"}, "model_type='gemma3' is not built: minilora's Gemma3"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not built"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not built"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern must be an integer above 0"),
+        ({"rope_parameters": {FULL: {}, "odd": 1}}, r"rope_parameters: odd=1 is not built"),
+        (
+            {"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters: rope_type='linear' is not built",
+        ),
+        ({"rope_local_base_freq": -1}, "rope_local_base_freq must be a number above 0, found -1"),
+    ],
+)
+def test_config_refuses_other_maths_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Gemma3Config.from_dict(BASE | changes)
+
+
+def test_adapters_lie_on_every_linear_but_the_head():
+    model = minilora.inject(our_model("gemma3_text", their_model("gemma3_text")), r=2)
+    names = {name.split(".", 3)[3] for name in minilora.lora.lora_layers(model)}
+    attention = {f"self_attn.{part}_proj" for part in "qkvo"}
+    assert names == attention | {f"mlp.{part}_proj" for part in ("gate", "up", "down")}
