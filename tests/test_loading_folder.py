@@ -18,7 +18,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
-from minilora.kernels import resolve_device
 from minilora.loading.model import load_model, read_model
 from minilora.loading.saving import save_pretrained
 from minilora.text.tokenizer import Tokenizer
@@ -117,18 +116,8 @@ def test_reading_keeps_or_changes_the_dtype(tmp_path):
 
 
 def test_reading_auto_takes_the_fastest_dtype(monkeypatch, folder):
-    class Machine:
-        dtype = torch.float16
-
-    monkeypatch.setattr("minilora.loading.source.hardware", Machine)
+    monkeypatch.setattr("minilora.loading.source.fastest_dtype", lambda device: torch.float16)
     assert read_model(folder, dtype="auto").lm_head.weight.dtype == torch.float16
-
-
-def test_auto_is_cuda_where_it_is_there(monkeypatch):
-    for there, wanted in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert resolve_device("auto") == torch.device(wanted)
-        assert resolve_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 3])
