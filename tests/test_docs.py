@@ -1,4 +1,4 @@
-"""The pages' commands, run as they are printed, and README's own loop."""
+"""The pages' commands, run as they are printed, and their own loop."""
 
 import csv
 import json
@@ -20,6 +20,15 @@ from minilora.cli.command import main
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.with_name("README.md")
 RESULTS = DOCS.with_name("benchmarks") / "results"
+
+
+def test_the_readme_is_read_in_one_sitting():
+    """At most 900 words, and every link leads somewhere."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    for file in [README, *DOCS.glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (file.parent / link).exists(), (file.name, link)
 
 
 def fenced(file, language):
@@ -101,9 +110,9 @@ def test_the_streaming_example_of_the_data_page_runs(place):
     assert (place / "out" / "run" / "adapter_config.json").exists()
 
 
-def test_the_loop_in_the_readme_trains(place):
+def test_the_loop_of_the_api_page_trains(place):
     """The plain loop, 15 lines at most, learns, and touches the adapter alone."""
-    loops = [code for code in fenced(README, "python") if "optimizer.step()" in code]
+    loops = [code for code in fenced(DOCS / "api.md", "python") if "optimizer.step()" in code]
     assert len(loops) == 1
     (code,) = loops
     assert len(code.strip().splitlines()) <= 15

@@ -272,7 +272,7 @@ def test_peft_agrees_on_an_embedding_that_scales_its_output(tmp_path, options):
 
 
 def table():
-    """The README's compatibility table: what the tests above prove, cell by cell."""
+    """The compatibility table of docs/peft.md: what the tests above prove, cell by cell."""
     names = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding", "conv2d": "Conv2d"}
     lines = [f"| option | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
     for option, (arguments, fields) in OPTIONS.items():
@@ -284,5 +284,5 @@ def table():
 
 
 def test_readme_shows_this_matrix():
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[1] / "docs" / "peft.md").read_text(encoding="utf-8")
     assert table() in readme, table()
