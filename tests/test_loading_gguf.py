@@ -1,6 +1,8 @@
 """GGUF files, judged by the gguf package and by transformers; the real SmolLM2."""
 
 import struct
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -12,15 +14,23 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
+import minilora
+from minilora.loading import gguf_reader
 from minilora.loading.fetching import fetch
-from minilora.loading.gguf_file import read_gguf, read_tensor
+from minilora.loading.gguf_file import open_gguf
+from minilora.loading.gguf_reader import read_gguf, read_tensor
+from minilora.loading.gguf_types import OTHER_TYPES, TYPES
 from minilora.loading.model import load_model, read_model
+from minilora.loading.source import make_model
 from minilora.models.blocks import KVCache
+from minilora.quantization import Quantization
 from minilora.text.tokenizer import Tokenizer
 
 F32 = 1e-5  # two f32 computations in another order, relative to the largest value
 KINDS = gguf.GGMLQuantizationType
-READ = [KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q4_0, KINDS.Q4_1, KINDS.Q8_0]
+WRITTEN = [KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q4_0, KINDS.Q4_1, KINDS.Q5_0, KINDS.Q5_1]
+WRITTEN += [KINDS.Q8_0]  # by the gguf package
+BLOCKS = {kind.name: number for number, kind in TYPES.items() if kind.weights > 1}
 
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -169,7 +179,7 @@ def test_reading_equals_the_model_that_was_converted(tmp_path, shape):
         _close(ours(_ids()), theirs(_ids()).logits)
 
 
-@pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
 def test_reading_decodes_each_type_to_the_bits_of_the_gguf_package(tmp_path, kind):
     tensors = {
         "a": np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32),
@@ -187,23 +197,209 @@ def test_reading_decodes_each_type_to_the_bits_of_the_gguf_package(tmp_path, kin
         assert np.abs(found - tensors[tensor.name]).max() <= np.abs(tensors[tensor.name]).max() / 7
 
 
-@settings(max_examples=40, deadline=None)
-@given(raw=st.binary(min_size=20, max_size=20), kind=st.sampled_from(READ[3:]))
-def test_blocks_of_any_bytes_decode_as_in_the_gguf_package(tmp_path_factory, raw, kind):
-    size = gguf.GGML_QUANT_SIZES[kind][1]
-    raw = (raw * 2)[:size]
-    file = tmp_path_factory.mktemp("block") / "a.gguf"
+def test_types_are_those_of_the_gguf_package():
+    for kind in KINDS:
+        known = TYPES[kind].name if kind in TYPES else OTHER_TYPES[kind]
+        assert known == kind.name
+        if kind in TYPES:
+            assert (TYPES[kind].weights, TYPES[kind].size) == gguf.GGML_QUANT_SIZES[kind]
+
+
+def _same_bits(found, wanted):
+    same = found.view(np.int32) == wanted.view(np.int32)
+    return (same | np.isnan(found) & np.isnan(wanted)).all()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_blocks_of_any_bytes_decode_to_the_bits_of_the_gguf_package(name, data):
+    """Scales may be zero, subnormal, infinite or no number."""
+    kind, count = TYPES[BLOCKS[name]], data.draw(st.integers(1, 3))
+    raw = data.draw(st.binary(min_size=kind.size * count, max_size=kind.size * count))
+    blocks = np.frombuffer(raw, np.uint8).reshape(count, kind.size).copy()
+    with np.errstate(all="ignore"):
+        wanted = dequantize(blocks, KINDS(BLOCKS[name]))
+    found = torch.full((count, kind.weights), torch.nan)
+    kind.decode(torch.from_numpy(blocks), found)
+    assert _same_bits(found.numpy(), wanted)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_many_blocks_are_read_piece_by_piece_to_the_same_bits(tmp_path, name):
+    """Rows of two blocks, more than fit into a piece, in a file."""
+    kind = TYPES[BLOCKS[name]]
+    rows = gguf_reader._PIECE // kind.weights // 2 + 3
+    blocks = np.random.default_rng(0).integers(0, 256, (rows, 2 * kind.size), dtype=np.uint8)
+    file = _write_raw(tmp_path / "a.gguf", {"a": (blocks, KINDS(BLOCKS[name]))})
+    with np.errstate(all="ignore"):
+        wanted = dequantize(blocks, KINDS(BLOCKS[name]))
+    found = read_tensor(read_gguf(file), "a")
+    assert found.shape == (rows, 2 * kind.weights)
+    assert _same_bits(found.numpy(), wanted)
+
+
+def _write_raw(file, tensors):
+    """Write blocks as they are."""
     writer = gguf.GGUFWriter(file, "llama")
-    block = np.frombuffer(raw, np.uint8).reshape(1, size)
-    writer.add_tensor("a", block, raw_dtype=kind)
+    for name, (blocks, kind) in tensors.items():
+        writer.add_tensor(name, blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with np.errstate(all="ignore"):  # a scale of any bits may be infinite or no number
-        wanted = dequantize(block, kind)
-    found = read_tensor(read_gguf(file), "a").numpy()
-    assert np.array_equal(found, wanted, equal_nan=True)
+    return file
+
+
+def _mixed(theirs, file, metadata):
+    """Write a model in Q4_K, Q6_K, Q5_0, Q8_0 and F32, of random codes under small scales."""
+    random = np.random.default_rng(0)
+    kinds = {"attn_v": KINDS.Q6_K, "ffn_down": KINDS.Q5_0, "token_embd": KINDS.Q8_0}
+    writer = gguf.GGUFWriter(file, "llama")
+    for key, value in metadata.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(
+            f"llama.{key}", value
+        )
+    for name, value in _tensors(theirs, interleaved=False).items():
+        if value.ndim == 1:
+            writer.add_tensor(name, value)
+            continue
+        kind = next((kind for part, kind in kinds.items() if part in name), KINDS.Q4_K)
+        weights, size = gguf.GGML_QUANT_SIZES[kind]
+        shape = (value.shape[0], value.shape[1] // weights * size)
+        blocks = random.integers(0, 256, shape, dtype=np.uint8).reshape(-1, size)
+        halves = {KINDS.Q4_K: (0, 2), KINDS.Q6_K: (208,)}.get(kind, (0,))
+        for at in halves:
+            blocks[:, at : at + 2] = np.full(1, 2e-4, np.float16).view(np.uint8)
+        writer.add_tensor(name, blocks.reshape(shape), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_file_of_mixed_types_equals_transformers(tmp_path, quantize):
+    """Q4_K with Q6_K and F32, as Q4_K_M files have, through the whole path."""
+    theirs = _theirs(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2
+    )
+    metadata = {**_metadata(theirs.config), "vocab_size": theirs.config.vocab_size}
+    _mixed(theirs, tmp_path / "a.gguf", metadata)
+    kinds = {tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert len(kinds) == 5
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="a.gguf", dtype=torch.float32
+    ).eval()
+    ours = read_model(tmp_path / "a.gguf")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    with torch.no_grad():
+        _close(ours(_ids()), model(_ids()).logits)
+    if quantize is not None:
+        small = make_model(
+            open_gguf(read_gguf(tmp_path / "a.gguf")),
+            None,
+            "cpu",
+            Quantization(quantize),
+            ("all-linear", (), None),
+        )
+        plain = minilora.quantize(ours, quantize)
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(small.state_dict()[name], tensor), name
+
+
+def test_decoding_takes_little_memory_beside_the_result(tmp_path):
+    """Of a tensor of 134 MB, of which 19 MB are stored: in a process that may take no more."""
+    file = _write_raw(
+        tmp_path / "a.gguf", {"a": (np.zeros((4096, 32 * 144), np.uint8), KINDS.Q4_K)}
+    )
+    script = (
+        "import os, pathlib, resource, torch; torch.set_num_threads(1); "
+        "from minilora.loading.gguf_reader import *; "
+        f"file = read_gguf(pathlib.Path({str(file)!r})); "
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**27 + 2**24,) * 2); "
+        "print(read_tensor(file, 'a').shape)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "torch.Size([4096, 8192])", run.stderr
+
+
+# --- shards -------------------------------------------------------------------------------------
+
+
+def _write_shards(folder, theirs):
+    """Write a model as three files, m-00001-of-00003.gguf and so on."""
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=8)
+    for key, value in _metadata(theirs.config).items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(
+            f"llama.{key}", value
+        )
+    for name, value in _tensors(theirs).items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("m-*.gguf"))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A small f32 model in three files, and what it is made of."""
+    theirs = _theirs()
+    return _write_shards(tmp_path, theirs), theirs
+
+
+def test_any_shard_opens_the_model(shards):
+    files, theirs = shards
+    assert [file.name for file in files] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for file in files:
+        ours = read_model(file)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def test_missing_shards_are_named(shards):
+    files, _ = shards
+    files[0].unlink()
+    files[2].unlink()
+    message = r"one of 3 shards, .* found no m-00001-of-00003\.gguf, m-00003-of-00003\.gguf; fetch"
+    with pytest.raises(ValueError, match=message):
+        read_model(files[1])
+
+
+def test_a_shard_under_another_name_is_refused(shards):
+    files, _ = shards
+    with pytest.raises(ValueError, match=r"other.gguf' is one of 3 shards .*NAME-00001-of-00003"):
+        read_model(files[0].rename(files[0].with_name("other.gguf")))
+    renamed = files[1].rename(files[1].with_name("m-00002-of-00004.gguf"))
+    with pytest.raises(ValueError, match=r"a name that does not say so"):
+        read_model(renamed)
+
+
+def test_shards_that_do_not_belong_together_are_refused(shards):
+    files, _ = shards
+    raw = [file.read_bytes() for file in files]
+    files[2].write_bytes(raw[1])
+    with pytest.raises(ValueError, match=r"00003.gguf' must state split.no = 2, .* found 1"):
+        read_model(files[0])
+    number = struct.pack("<Q", 8) + b"split.no" + struct.pack("<I", 2)
+    assert raw[1].count(number) == 1
+    at = raw[1].index(number) + len(number)
+    files[2].write_bytes(raw[1][:at] + struct.pack("<H", 2) + raw[1][at + 2 :])
+    with pytest.raises(ValueError, match=r"each tensor once, found .* a second time in 'm-00003"):
+        read_model(files[0])
+    key = struct.pack("<Q", 19) + b"split.tensors.count" + struct.pack("<I", 5)
+    at = raw[0].index(key) + len(key)
+    files[2].write_bytes(raw[2])
+    files[0].write_bytes(raw[0][:at] + struct.pack("<i", 99) + raw[0][at + 4 :])
+    with pytest.raises(ValueError, match=r"must hold 99 tensors \(split.tensors.count\), found 21"):
+        read_model(files[1])
 
 
 def test_reading_takes_a_dtype(file):
@@ -331,7 +527,7 @@ def test_reading_refuses_another_architecture_by_name(tmp_path):
         read_model(file)
 
 
-@pytest.mark.parametrize("kind", [KINDS.Q4_K, KINDS.Q6_K, KINDS.Q5_0, KINDS.IQ4_NL])
+@pytest.mark.parametrize("kind", [KINDS.IQ2_XXS, KINDS.TQ1_0, KINDS.MXFP4, KINDS.I32])
 def test_reading_refuses_other_types_by_name(tmp_path, kind):
     _, size = gguf.GGML_QUANT_SIZES[kind]
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
@@ -340,7 +536,10 @@ def test_reading_refuses_other_types_by_name(tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    message = rf"tensor blk\.0\.attn_q\.weight has type {kind.name}, which is not built"
+    message = (
+        rf"tensor blk\.0\.attn_q\.weight has type {kind.name}, which is not built; the types read "
+        r"are F32, .*Q4_K, .*BF16; fetch another file of the model"
+    )
     with pytest.raises(ValueError, match=message):
         read_model(tmp_path / "a.gguf")
 
@@ -363,6 +562,14 @@ def test_reading_names_a_truncated_file(file, at):
     where = "its header" if at == "header" else "tensor"
     with pytest.raises(ValueError, match=rf"small\.gguf' must be a whole .* the middle of {where}"):
         read_model(file)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(file):
+    opened = read_gguf(file)
+    file.write_bytes(file.read_bytes()[:-4096])
+    with pytest.raises(ValueError, match=r"must stay as it is while .* found it cut short in tens"):
+        for name in opened.tensors:
+            read_tensor(opened, name)
 
 
 def test_reading_of_every_truncated_header_is_one_kind_of_error(file):
@@ -420,6 +627,8 @@ def _with_tensor(shape, kind=0, offset=0, times=1):
         (_with_tensor([1] * 5), "or has 5 dimensions"),
         (_with_tensor([0]), r"tensor t has shape \[0\], which F32 cannot store"),
         (_with_tensor([]), r"tensor t has shape \[\]"),
+        (_with_tensor([4], offset=32), "tensor t begins at byte 32 .* end at 0: they overlap or"),
+        (_with_tensor([4]), "it goes on for .* bytes after the last of its 1 tensors"),
         (_with_tensor([33], kind=3), r"tensor t has shape \[33\], which Q4_1 cannot store"),
     ],
 )

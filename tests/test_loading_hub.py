@@ -155,6 +155,15 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, local, tmp_path):
         read_model(f"{NAME}@v2")
 
 
+def test_all_shards_of_a_gguf_file_are_fetched(hub, tmp_path):
+    theirs = test_loading_gguf._theirs()
+    (tmp_path / "quants" / "some").mkdir(parents=True)
+    test_loading_gguf._write_shards(tmp_path / "quants" / "some", theirs)
+    hub.add("someone/quants", tmp_path / "quants")
+    same(read_model("someone/quants:some/m-00002-of-00003.gguf"), theirs)
+    assert len({path for _, path in hub.served}) == 3
+
+
 def test_a_gguf_file_in_a_repository(hub, tmp_path, local):
     theirs = test_loading_gguf._theirs()
     content = test_loading_gguf._tensors(theirs), test_loading_gguf._metadata(theirs.config)

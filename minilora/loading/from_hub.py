@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minilora.files import HubName, download
 from minilora.loading.folder import CONFIG, INDEX, WEIGHTS, weight_map
+from minilora.loading.gguf_reader import shard_names
 from minilora.loading.quantized import LAYERS, QUANTIZED
 
 # Never pickles (.bin, .pt) and never code (.py).
@@ -15,9 +16,12 @@ _TOKENIZER = (
 
 
 def fetch_model(name: HubName) -> Path:
-    """Return the folder of a model, or its GGUF file, in huggingface_hub's cache."""
+    """Return the folder of a model, or its GGUF file, in huggingface_hub's cache.
+
+    The other shards of a GGUF file lie beside it.
+    """
     if name.file:
-        return download(name, (), [name.file]) / name.file
+        return download(name, (), shard_names(name.file)) / name.file
     folder = download(name, (*_TOKENIZER, WEIGHTS, INDEX, LAYERS, QUANTIZED), [CONFIG])
     if (folder / WEIGHTS).is_file() or (folder / QUANTIZED).is_file():
         return folder

@@ -116,7 +116,8 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
         name = stored_name(fqn, model, names)
         if name is None:
             raise ValueError(f"a GGUF file has no name for {fqn}; write a folder instead")
-        tensors[name] = names.stored(fqn, value, config)
+        made = names.stored(fqn, value, config)
+        tensors[name] = made.mT if names.turns(name) else made
     metadata = model_metadata(model, names) | gguf_metadata(
         as_tokenizer(tokenizer), config.vocab_size
     )

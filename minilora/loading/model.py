@@ -15,7 +15,8 @@ from minilora.loading.folder import CONFIG, open_folder
 from minilora.loading.foreign import ForeignSource, make_foreign, open_foreign
 from minilora.loading.foreign_config import foreign_config
 from minilora.loading.from_hub import fetch_config, fetch_model, fetch_tokenizer
-from minilora.loading.gguf_file import open_gguf, read_gguf
+from minilora.loading.gguf_file import open_gguf
+from minilora.loading.gguf_reader import read_gguf
 from minilora.loading.quantized import described_layers, is_quantized, open_quantized
 from minilora.loading.source import (
     Prepare,

@@ -37,6 +37,7 @@ class GGUFNames(NamedTuple):
         restored: undoes what llama.cpp's converter does to a tensor, by its name in the model.
         stored: does it; takes the B of an adapter for its layer's weight, too.
         completed: adds to the entries of a `config.json` what llama.cpp knows without a key.
+        turned: parts whose matrices the model stores as `[in, out]`.
     """
 
     architecture: str
@@ -50,6 +51,12 @@ class GGUFNames(NamedTuple):
     restored: Callable[[str, Tensor, Any], Tensor] = _as_stored
     stored: Callable[[str, Tensor, Any], Tensor] = _as_stored
     completed: Callable[[Entries], Entries] = _as_stated
+    turned: tuple[str, ...] = ()
+
+    def turns(self, name: str) -> bool:
+        """Whether a tensor of the file is the transpose of the model's."""
+        part = name.removesuffix(".weight").rpartition(".")[2]
+        return name.endswith(".weight") and part in self.turned
 
 
 DECODER_NAMES = GGUFNames(

@@ -24,6 +24,7 @@ from minilora.files import short
 from minilora.models.blocks import Slot, attend, extend
 from minilora.models.causal import CausalLM
 from minilora.models.config import ModelConfig
+from minilora.models.gguf_names import Entries, GGUFNames
 from minilora.models.not_built import NotBuiltError
 
 _STD = 0.02  # of a fresh model's weights
@@ -225,6 +226,45 @@ class Body(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, **made)
 
 
+def _of_gguf(entries: Entries) -> Entries:
+    """An MLP of the usual width is not stated."""
+    width = entries["intermediate_size"]
+    return entries | {"n_inner": None if width == 4 * entries["n_embd"] else width}
+
+
+_GGUF = GGUFNames(
+    architecture="gpt2",
+    required={
+        "context_length": "n_positions",
+        "embedding_length": "n_embd",
+        "feed_forward_length": "intermediate_size",
+        "block_count": "n_layer",
+        "attention.head_count": "n_head",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
+    optional={"vocab_size": "vocab_size"},
+    equal={"attention.head_count_kv": "num_key_value_heads"},
+    neutral={"attention.causal": True},
+    biases={},
+    whole={
+        "token_embd": "transformer.wte",
+        "position_embd": "transformer.wpe",
+        "output_norm": "transformer.ln_f",
+        "output": "lm_head",
+    },
+    parts={
+        "attn_norm": "ln_1",
+        "attn_qkv": "attn.c_attn",
+        "attn_output": "attn.c_proj",
+        "ffn_norm": "ln_2",
+        "ffn_up": "mlp.c_fc",
+        "ffn_down": "mlp.c_proj",
+    },
+    completed=_of_gguf,
+    turned=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+)
+
+
 class GPT2(CausalLM):
     """Compute next-token logits as Hugging Face's `GPT2LMHeadModel` does in evaluation mode.
 
@@ -237,6 +277,7 @@ class GPT2(CausalLM):
     config_class = GPT2Config
     embedding_name, blocks_name, norm_name = "transformer.wte", "transformer.h", "transformer.ln_f"
     end_of_text = "<|endoftext|>"  # OpenAI's own folder names no special token
+    gguf = _GGUF
     transformer: Body
 
     def body(self, **made: Any) -> nn.Module:

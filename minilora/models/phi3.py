@@ -13,6 +13,7 @@ from minilora.kernels import swiglu
 from minilora.models.blocks import Attention, DecoderLayer
 from minilora.models.causal import Decoder
 from minilora.models.config import DecoderConfig
+from minilora.models.gguf_names import DECODER_NAMES, Entries
 from minilora.models.rope import LongRope
 
 
@@ -95,7 +96,28 @@ class Phi3Layer(DecoderLayer):
     attention_class, mlp_class = FusedAttention, FusedMLP
 
 
+def _of_gguf(entries: Entries) -> Entries:
+    """A window of no tokens means none."""
+    return entries | {"sliding_window": entries["sliding_window"] or None}
+
+
 class Phi3(Decoder):
     """Compute next-token logits as Hugging Face's `Phi3ForCausalLM` does; see `Decoder`."""
 
     config_class, layer_class = Phi3Config, Phi3Layer
+    gguf = DECODER_NAMES._replace(
+        architecture="phi3",
+        optional=DECODER_NAMES.optional | {"attention.sliding_window": "sliding_window"},
+        equal=DECODER_NAMES.equal
+        | {"rope.scaling.original_context_length": "max_position_embeddings"},
+        biases={},
+        parts={
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        completed=_of_gguf,
+    )
