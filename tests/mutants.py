@@ -255,6 +255,20 @@ class Mutants:
         if words.chat_template is not None:
             words.encode_chat([{"role": "user", "content": "the"}])
 
+    def pieces(self, r, folder):
+        """A SentencePiece model: three pieces, what trained them, and rules without a name."""
+        data = bytearray(b"".join(
+            b"\x0a" + bytes([len(piece)]) + piece
+            for piece in (b"\x0a\x05<unk>\x18\x02", b"\x0a\x03<s>\x18\x03", b"\x0a\x04</s>\x18\x03",
+                          b"\x0a\x01t\x15\0\0\x80\xbf", b"\x0a\x02th\x15\0\0\0\xc0")
+        ))  # fmt: skip
+        data += b"\x12\x0b\x18\x02\x98\x02\x01\xc0\x02\0\xc8\x02\x01\x1a\x02\x18\x01"
+        for _ in range(r.choice([1, 1, 2, 5])):
+            data[r.randrange(len(data))] ^= 1 << r.randrange(8)
+        (folder / "tokenizer.model").write_bytes(data)
+        words = Tokenizer.from_pretrained(folder)
+        words.decode(words.encode("the other the\n</s>"))
+
     def gguf(self, r, folder):
         file = folder / "model.gguf"
         if r.random() < 0.5:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-SUBJECTS = ["config", "adapter", "weights", "quantized", "tokenizer", "gguf", "rows", "metrics",
-            "command"]  # fmt: skip
+SUBJECTS = ["config", "adapter", "weights", "quantized", "tokenizer", "pieces", "gguf", "rows",
+            "metrics", "command"]  # fmt: skip
 CASES, WIDE = 25, 250  # of each subject
 SECONDS = 10  # for one
 

@@ -1,9 +1,13 @@
-"""A tokenizer's parts from a folder: of tokenizer.json, or of GPT-2's older pair of files."""
+"""A tokenizer's parts from a folder: tokenizer.json, or the older files it may lack.
+
+Those are GPT-2's vocab.json and merges.txt, and SentencePiece's tokenizer.model.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from minilora.files import leads_out, one_line, read_json
+from minilora.files import leads_out, one_line, read_json, short
+from minilora.text import sentencepiece
 from minilora.text.special_tokens import (
     control_tokens,
     make_special,
@@ -12,8 +16,10 @@ from minilora.text.special_tokens import (
     tokenizers_library,
 )
 
-_END = "<|endoftext|>"
+_END, _PIECES = "<|endoftext|>", "tokenizer.model"
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+_GEMMA = ("GemmaTokenizer", "GemmaTokenizerFast")
+_ANY = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _NAMES = ("bos", "eos", "pad", "unk")
 
 
@@ -24,22 +30,29 @@ def folder_parts(folder: Path, end: str | None) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             entries |= read_json(folder / name)
-    older = not (folder / "tokenizer.json").is_file() and any(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
-    backend = _gpt2_backend(folder, entries) if older else _backend(folder, entries)
-    make_special(backend, [*special_texts(entries), *([_END] if older else [])])
     named = {name: text_of(entries.get(f"{name}_token")) for name in _NAMES}
-    end = _END if older else end
-    if end in control_tokens(backend) and (older or named["eos"] is None):
-        named |= {name: end for name in ("bos", "eos", "unk") if named[name] is None}
+    stated = (folder / "tokenizer.json").is_file()
+    if not stated and any((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        backend = _gpt2_backend(folder, entries)
+        make_special(backend, [*special_texts(entries), _END])
+        if _END in control_tokens(backend):
+            named |= {name: _END for name in ("bos", "eos", "unk") if named[name] is None}
+    elif not stated and (folder / _PIECES).is_file():
+        backend, own = _sentencepiece_backend(folder, entries)
+        named |= {name: text for name, text in own.items() if named[name] is None}
+        make_special(backend, special_texts(entries))
+    else:
+        backend, stated = _backend(folder, entries), True
+        make_special(backend, special_texts(entries))
+        if end in control_tokens(backend) and named["eos"] is None:
+            named |= {name: end for name in ("bos", "eos", "unk") if named[name] is None}
     frame = bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token"))
     return {
         "backend": backend,
         **named,
         "stop_ids": stop_ids(folder),
         "chat_template": _template(folder, entries.get("chat_template")),
-        "frame": frame if older else None,  # tokenizer.json states its own
+        "frame": None if stated else frame,  # tokenizer.json states its own
     }
 
 
@@ -92,12 +105,9 @@ def _begin_once(backend: Any, entries: dict[str, Any]) -> None:
 
     huggingface/transformers, `models/llama/tokenization_llama.py`.
     """
-    spaced = entries.get("add_prefix_space")
+    never = entries.get("add_prefix_space") is False
     scheme = "always" if entries.get("legacy") else "first"
-    backend.normalizer = None
-    backend.pre_tokenizer = tokenizers_library().pre_tokenizers.Metaspace(
-        prepend_scheme="never" if spaced is False else scheme, split=False
-    )
+    sentencepiece.space(backend, "never" if never else scheme)
 
 
 def _gpt2_backend(folder: Path, entries: dict[str, Any]) -> Any:
@@ -127,15 +137,46 @@ def _gpt2_backend(folder: Path, entries: dict[str, Any]) -> Any:
     spaced = bool(entries.get("add_prefix_space"))
     backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=spaced)
     backend.decoder = library.decoders.ByteLevel()
+    _add(backend, folder, entries, "vocab.json")
+    return backend
+
+
+def _sentencepiece_backend(folder: Path, entries: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """A SentencePiece tokenizer, and the control tokens it names itself.
+
+    Where tokenizer_class names Llama's or Gemma's, spaces are put as transformers does for it; else
+    as SentencePiece does.
+    """
+    kind = entries.get("tokenizer_class")
+    if kind not in (*_LLAMA, *_GEMMA, *_ANY):
+        raise ValueError(
+            f"'{folder}' without tokenizer.json must be of Llama or Gemma, found {short(kind)} in "
+            f"tokenizer_config.json: tokenizer_class; write tokenizer.json with transformers "
+            f"(AutoTokenizer, save_pretrained)"
+        )
+    pieces = sentencepiece.read_pieces(folder / _PIECES)
+    backend = pieces.backend()
+    if kind in _GEMMA:
+        sentencepiece.gemma(backend)
+    elif kind in _LLAMA:
+        _begin_once(backend, entries)
+        sentencepiece.unspace(backend, strip=entries.get("add_prefix_space") is not False)
+    sentencepiece.add_typed(backend, pieces.tokens, pieces.types)
+    _add(backend, folder, entries, _PIECES)
+    return backend, pieces.named()
+
+
+def _add(backend: Any, folder: Path, entries: dict[str, Any], file: str) -> None:
+    """Add the tokens that were added after training, under the ids that the files state."""
+    library = tokenizers_library()
     for wanted, token in _added(folder, entries):
         backend.add_tokens([library.AddedToken(**token)])
         found = backend.token_to_id(token["content"])
         if found != wanted:
             raise ValueError(
                 f"'{folder}': added token {token['content']!r} must get the id {wanted} that the "
-                f"files state, found {found}; vocab.json is of another model"
+                f"files state, found {found}; {file} is of another model"
             )
-    return backend
 
 
 def _added(folder: Path, entries: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:

@@ -1,22 +1,18 @@
-"""A tokenizer's parts from a GGUF's metadata: a byte-level BPE vocabulary with its merges.
+"""A tokenizer's parts from a GGUF's metadata: a byte-level BPE, or a SentencePiece one.
 
-How text is cut before merging follows from `tokenizer.ggml.pre`: llama.cpp, `llama-vocab.cpp`; the
-same cuts are in the models' own tokenizer.json.
+How llama.cpp reads the same keys: its `llama-vocab.cpp`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from minilora.files import one_line
+from minilora.files import one_line, short
+from minilora.text import sentencepiece
+from minilora.text.cuts import CUTS, cutting
 from minilora.text.special_tokens import tokenizers_library
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-CUTS = ("gpt-2", "llama-bpe", "smollm")
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_FOLDER = "read the tokenizer from a folder with tokenizer.json"
 
 
 def metadata_parts(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,9 +28,20 @@ def metadata_parts(metadata: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"the {name} token's id must lie in [0, {len(tokens)}), found {token_id}"
             )
-    begins = _needed(metadata, "pre") == "llama-bpe"  # llama.cpp's default
+    model = _needed(metadata, "model")
+    if model == "gpt2":
+        backend, begins = _byte_level(metadata, tokens)
+    elif model == "llama":
+        unk = None if named["unk"] is None else tokens[named["unk"]]
+        backend, begins = _sentencepiece(metadata, tokens, unk), True
+    else:
+        raise ValueError(
+            f"tokenizer.ggml.model must be 'gpt2' (byte-level BPE) or 'llama' (SentencePiece), "
+            f"found {short(model)}, which is not built; {_FOLDER}"
+        )
+    sentencepiece.add_typed(backend, tokens, metadata.get("tokenizer.ggml.token_type", []))
     return {
-        "backend": _backend(metadata, tokens),
+        "backend": backend,
         **{name: None if i is None else tokens[i] for name, i in named.items()},
         "stop_ids": [i for i in map(id_of, ("eot", "eom")) if i is not None],
         "chat_template": metadata.get("tokenizer.chat_template"),
@@ -52,47 +59,53 @@ def _needed(metadata: Mapping[str, Any], name: str) -> Any:
     return metadata[key]
 
 
-def _backend(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
-    """Return the BPE model with its cuts, its decoder and the added tokens."""
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Any, bool]:
+    """Return a BPE with its cuts and its decoder, and whether bos begins a text by default."""
     library = tokenizers_library()
-    model, cut = _needed(metadata, "model"), _needed(metadata, "pre")
-    if model != "gpt2":
+    name = _needed(metadata, "pre")
+    if not isinstance(name, str) or name not in CUTS:
         raise ValueError(
-            f"tokenizer.ggml.model must be 'gpt2' (byte-level BPE), found {model!r}, which is not "
-            f"built; read the tokenizer from a folder with tokenizer.json"
+            f"tokenizer.ggml.pre must be one of {', '.join(CUTS)}, found {short(name)}, which is "
+            f"not built; {_FOLDER}"
         )
-    if cut not in CUTS:
-        raise ValueError(
-            f"tokenizer.ggml.pre must be one of {', '.join(CUTS)}, found {cut!r}, which "
-            f"is not built; read the tokenizer from a folder with tokenizer.json"
-        )
+    cut = CUTS[name]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in _needed(metadata, "merges")]
     if len(vocabulary) != len(tokens) or any(len(pair) != 2 for pair in merges):
         raise ValueError("tokens must differ and merges must be pairs, found otherwise")
     try:
-        bpe = library.models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe")
+        bpe = library.models.BPE(vocabulary, merges, ignore_merges=cut.whole)
     except Exception as error:  # the library raises plain Exception
         raise ValueError(
             f"the merges must lie in the vocabulary: {one_line(error, 200)}"
         ) from error
     backend = library.Tokenizer(bpe)
-    pre = library.pre_tokenizers
-    steps = []
-    if cut == "smollm":
-        steps.append(pre.Digits(individual_digits=True))
-    elif cut == "llama-bpe":
-        steps.append(pre.Split(library.Regex(_LLAMA3), behavior="isolated"))
-    # ByteLevel's own regex is GPT-2's.
-    steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=cut != "llama-bpe"))
-    backend.pre_tokenizer = pre.Sequence(steps)
+    backend.pre_tokenizer = cutting(cut)
     backend.decoder = library.decoders.ByteLevel()
-    types = list(zip(tokens, metadata.get("tokenizer.ggml.token_type", []), strict=False))
-    added = [
-        library.AddedToken(t, normalized=False, special=True) for t, k in types if k == _CONTROL
-    ]
-    backend.add_special_tokens(added)
-    backend.add_tokens(
-        [library.AddedToken(t, normalized=False) for t, k in types if k == _USER_DEFINED]
-    )
+    return backend, cut.begins
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], unk: str | None) -> Any:
+    """Return a SentencePiece BPE, whose merges follow from the pieces' scores.
+
+    Gemma's follow from their order; it has no space before a text, and its pieces of spaces are
+    written as such. Phi-3 puts a space before a text that begins with one, too.
+    """
+    family = str(metadata.get("general.architecture"))
+    if family.startswith("gemma"):
+        tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
+        backend = sentencepiece.bpe(tokens, range(len(tokens)), unk, longest_left=True)
+        sentencepiece.gemma(backend)
+        return backend
+    scores = _needed(metadata, "scores")
+    if len(scores) != len(tokens):
+        raise ValueError(
+            f"tokenizer.ggml.scores must hold a number for each of {len(tokens)} tokens, found "
+            f"{len(scores)}"
+        )
+    backend = sentencepiece.bpe(tokens, [-score for score in scores], unk, longest_left=True)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    scheme = "each" if family == "phi3" else "first"
+    sentencepiece.space(backend, scheme if prefix else "never")
+    sentencepiece.unspace(backend, strip=prefix)
     return backend

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from minilora.text.from_gguf import CUTS
+from minilora.text.cuts import CUTS, Cut
 from minilora.text.tokenizer import Tokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
@@ -55,7 +55,10 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     found |= {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
     if tokenizer.chat_template is not None:
         found["tokenizer.chat_template"] = tokenizer.chat_template
-    return found | {"tokenizer.ggml.pre": _cut(tokenizer, found, CUTS)}
+    cuts: dict[Cut, str] = {}
+    for name, cut in CUTS.items():
+        cuts.setdefault(cut, name)
+    return found | {"tokenizer.ggml.pre": _cut(tokenizer, found, cuts.values())}
 
 
 def _spelled(merge: Any) -> str:

@@ -99,7 +99,8 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path, *, end: str | None = None) -> "Tokenizer":
         """Read a Hugging Face folder.
 
-        `tokenizer.json` is needed, or GPT-2's `vocab.json` and `merges.txt`;
+        `tokenizer.json` is needed, or GPT-2's `vocab.json` and `merges.txt`, or SentencePiece's
+        `tokenizer.model`;
         `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, `config.json`
         and `generation_config.json` are read where they are there.
         `tokenizer.json` states which tokens frame a text; as in transformers 5, `add_bos_token` and
@@ -118,7 +119,7 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
-        """Make the byte-level BPE tokenizer that a GGUF file's metadata describes.
+        """Make the tokenizer of a GGUF file's metadata: a byte-level BPE or a SentencePiece one.
 
         Raises:
             ValueError: metadata that is missing or contradicts, another kind of vocabulary, or a
