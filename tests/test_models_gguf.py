@@ -75,6 +75,11 @@ def _llama(config):
     return _decoder(config) | {"rope.dimension_count": config.head_dim}
 
 
+def _qwen3(config):
+    heads = {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    return _decoder(config) | heads
+
+
 def _phi3(config):
     return _decoder(config) | {
         "rope.dimension_count": config.hidden_size // config.num_attention_heads,
@@ -139,7 +144,7 @@ CASES = {
     "phi3": (gguf.MODEL_ARCH.PHI3, _phi3, _as_it_is, {}),
     "phi3, window": (gguf.MODEL_ARCH.PHI3, _phi3, _as_it_is, {"sliding_window": 5}),
     "qwen2": (gguf.MODEL_ARCH.QWEN2, _decoder, _as_it_is, {}),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, _decoder, _as_it_is, {}),
+    "qwen3": (gguf.MODEL_ARCH.QWEN3, _qwen3, _as_it_is, {}),
     "granite": (gguf.MODEL_ARCH.GRANITE, _granite, _rotated, {"mlp_bias": True}),
     "olmo2": (gguf.MODEL_ARCH.OLMO2, _decoder, _as_it_is, {}),
 }

@@ -98,7 +98,7 @@ class Phi3Layer(DecoderLayer):
 
 def _of_gguf(entries: Entries) -> Entries:
     """A window of no tokens means none."""
-    return entries | {"sliding_window": entries["sliding_window"] or None}
+    return entries | {"sliding_window": entries.get("sliding_window") or None}
 
 
 class Phi3(Decoder):
