@@ -28,11 +28,11 @@ WORKERS ?= 2
 test test-full: export OMP_WAIT_POLICY := PASSIVE
 test test-full: export OMP_NUM_THREADS := 1
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The suite, and thousands of damaged files and odd arguments.
 test-full: $(VENV)/dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --wide $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --wide $(ARGS)
 
 # Every Triton kernel × tile × dtype for sm_80 and sm_90, without a GPU: benchmarks/results/aot.csv.
 aot: $(VENV)/dev
@@ -43,8 +43,8 @@ aot: $(VENV)/dev
 KILLS ?= 200
 soak: export OMP_WAIT_POLICY := PASSIVE
 soak: $(VENV)/dev
-	KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/test_kill.py $(ARGS)
-	BIG=1 $(BIN)/python -m pytest tests/test_loading_quantized.py -k peak_memory
+	KILLS=$(KILLS) $(BIN)/pytest -s tests/test_kill.py $(ARGS)
+	BIG=1 $(BIN)/pytest tests/test_loading_quantized.py -k peak_memory
 
 # A training step beside its peers: every provider (an hour and more), or the main ones (minutes).
 bench bench-quick: export PYTHONPATH := benchmarks

@@ -1,5 +1,12 @@
 """Matmuls, loss, attention and norms on plain tensors; `reference` says what the matmuls mean."""
 
+if __name__ == "kernels":  # found in a folder on sys.path; operators registered twice crash torch
+    raise ImportError(
+        "this folder is minilora.kernels and has no other name; set PYTHONSAFEPATH=1 (from Python "
+        "3.11 on), or run in another folder"
+    )
+
+
 from .attention import causal_attention
 from .cache import cache_folder, make_folder, private_folder
 from .capped import capped_attention

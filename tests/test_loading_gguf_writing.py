@@ -1,6 +1,11 @@
 """GGUF files that minilora writes, read by the gguf package and run by llama.cpp."""
 
 import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -131,6 +136,7 @@ TOKENIZER = {
     "tokenizer.chat_template": CHATML,
 }
 ROUNDED = dict.fromkeys((GPT2, Gemma2, Gemma3), 5e-3)  # llama.cpp has gelu in a table of float16
+JUDGE = Path(__file__).with_name("llama_cpp_text.py")
 ASKED = "Where is the ab er"
 
 
@@ -150,24 +156,14 @@ def writer(family, **changes):
 
 
 def theirs(model, adapter=None, tokens=12):
-    """What llama.cpp writes after ASKED, greedily."""
-    llama_cpp = pytest.importorskip("xllamacpp")
-    asked = llama_cpp.CommonParams()
-    asked.model.path, asked.n_ctx, asked.n_parallel, asked.verbosity = str(model), 64, 1, 0
-    asked.cpuparams.n_threads, asked.warmup = 1, False
-    # Otherwise it computes attention in f16.
-    asked.cache_type_k = asked.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
-    flash = llama_cpp.llama_flash_attn_type
-    asked.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if adapter is not None:
-        info = llama_cpp.CommonAdapterLoraInfo()
-        info.path, info.scale = str(adapter), 1.0
-        asked.lora_adapters = [info]
-    server = llama_cpp.Server(asked)
-    request = {"prompt": ASKED, "temperature": 0, "max_tokens": tokens, "logprobs": 4}
-    found = server.handle_completions(request)["choices"][0]
-    first = found["logprobs"]["content"][0]["top_logprobs"]
-    return found["text"], {LETTERS.index(each["token"]): each["logprob"] for each in first}
+    """What llama.cpp writes after ASKED, greedily, and its first log-probabilities."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("xllamacpp is not installed")
+    words = [sys.executable, JUDGE, ASKED, tokens, model, *([] if adapter is None else [adapter])]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    return told["text"], {LETTERS.index(token): value for token, value in told["first"].items()}
 
 
 def agree(theirs, model, tokenizer, tokens=12):

@@ -199,3 +199,24 @@ def test_the_largest_gemmas_scale_scores_by_what_llama_cpp_knows_of_them(tmp_pat
         tmp_path, "gemma2", num_hidden_layers=46, tie_word_embeddings=True, query_pre_attn_scalar=8
     )
     assert read_model(file).config.query_pre_attn_scalar == theirs.config.query_pre_attn_scalar
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen2", "qwen3"])
+def test_keys_that_are_absent_mean_what_llama_cpp_takes(tmp_path, monkeypatch, family):
+    """Not what a config.json without them would mean: Qwen3's heads are 128 wide there."""
+    arch, metadata, *rest = CASES[family]
+    absent = ("attention.key_length", "attention.value_length", "rope.freq_base")
+
+    def without(config):
+        return {key: value for key, value in metadata(config).items() if key not in absent}
+
+    monkeypatch.setitem(CASES, family, (arch, without, *rest))
+    width = {"head_dim": 8} if family == "qwen3" else {}
+    theirs, file = converted(
+        tmp_path, family, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **width
+    )
+    ours = read_model(file)
+    assert ours.config.head_dim == theirs.config.hidden_size // theirs.config.num_attention_heads
+    ids = some_ids(ours, 2, 9)
+    with torch.no_grad():
+        assert_close(ours(ids), theirs(ids).logits)

@@ -81,6 +81,10 @@ def _config(file: GGUF, family: type[CausalLM], names: GGUFNames) -> ModelConfig
         )
     entries = {field: _need(file, prefix + key) for key, field in names.required.items()}
     entries |= {field: given[key] for key, field in names.optional.items() if key in given}
+    # What llama.cpp takes where there is no key; a family's config.json may have other defaults.
+    for field, value in (("head_dim", None), ("rope_theta", 10000.0)):
+        if field in names.optional.values():
+            entries.setdefault(field, value)
     if not entries.get("vocab_size"):
         if "token_embd.weight" not in file.tensors:
             raise ValueError(f"'{file.path}' must hold token_embd.weight, found no such tensor")
