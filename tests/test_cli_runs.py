@@ -69,10 +69,28 @@ def test_what_differs_is_said(place, capsys):
     assert "not bit-equal: the adapters differ by up to 0.25" in out
     (place / "train.jsonl").write_text('{"text": "a b c"}\n')
     assert main(["repeat", "out/a", "c"]) == 2
-    assert (
-        "the data must be as it was, found other content in train.jsonl" in capsys.readouterr().err
-    )
+    assert "must be as they were, found others in train.jsonl" in capsys.readouterr().err
     assert not (place / "c").exists()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_settings_and_folders_that_changed_are_named(place, capsys):
+    (place / "data").mkdir()
+    (place / "data" / "tr🙂\x7f.jsonl").write_text('{"text": "a b c d"}\n' * 4)
+    (place / "c.toml").write_text("[train]\nlr = 1e-2\n")
+    words = ["train", "model", "--data", "data", "--max-length", "24", "--dtype", "float32"]
+    words += ["--config", "c.toml", "--max-steps", "2", "--out", "out/a"]
+    assert main(words) == 0
+    assert main(["repeat", "out/a", "b"]) == 0
+    (place / "c.toml").write_text("[train]\nlr = 2e-2\n")
+    (place / "data" / "b.jsonl").write_text('{"text": "e f g h"}\n')
+    config = place / "model" / "config.json"
+    config.write_text(config.read_text().replace("{", "{ ", 1))
+    capsys.readouterr()
+    assert main(["repeat", "out/a", "c"]) == 2
+    found = capsys.readouterr().err
+    assert all(name in found for name in ("c.toml", "data/b.jsonl", "model/config.json"))
+    assert "tr" not in found.partition("found others in ")[2]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
@@ -149,6 +167,10 @@ def test_a_finished_run_has_a_card(place):
     ):
         assert line in card.splitlines()
     assert re.search(r"^\| held-out loss \| \d\.\d{4} → \d\.\d{4} \|$", card, re.M)
-    (place / "out" / "a" / "README.md").write_text("mine")
+    file = place / "out" / "a" / "README.md"
     assert main([*words, "--resume"]) == 0
-    assert (place / "out" / "a" / "README.md").read_text() == "mine"
+    assert file.read_text("utf-8") == card  # ours, written again
+    for mine in ("mine", f"{card}and mine\n"):
+        file.write_text(mine, "utf-8")
+        assert main([*words, "--resume"]) == 0
+        assert file.read_text("utf-8") == mine

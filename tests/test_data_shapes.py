@@ -141,6 +141,8 @@ BAD = [
     ({"question": "a", "answer": ""}, "answer must not be empty"),
     ({"question": 3, "answer": "b"}, "question must be a string, found int"),
     ({"instruction": "a", "output": 3}, "answer must be a string, found int"),
+    ({"instruction": "a", "input": 21, "output": "b"}, "input must be a string, found int"),
+    ({"instruction": "a", "context": ["x"], "response": "b"}, "context must be a string, found l"),
     ({"conversations": {"a": 1}}, "messages must be a list of at least one message"),
     (
         {"conversations": [{"from": "function_call", "value": "x"}]},
@@ -166,6 +168,25 @@ def test_fields_are_named():
     assert learned(record, fields=fields)[0] == learned({"prompt": "a", "completion": "b"})[0]
     with pytest.raises(ValueError, match="must have the field 'Q' that was named, found q, reply"):
         learned(record, fields={"prompt": "Q", "completion": "reply"})
+
+
+def test_what_is_beside_named_fields_is_read_or_reported():
+    """The shape's own further fields are read; another shape's fields are said to be left."""
+    record = {"task": "Double it", "input": "21", "reply": "42", "text": "T"}
+    found, notes = learned(record, fields={"instruction": "task", "output": "reply"})
+    assert found == learned({"instruction": "Double it", "input": "21", "output": "42"})[0]
+    assert notes[-1] == "ignored fields, with how often they occur: text (not named) (1)"
+
+
+def test_a_system_message_without_a_conversation_is_reported():
+    said = "the system message is not put before what is no conversation (--chat) (record 0)"
+    for record in ({"text": "a"}, {"document": "ab"}, {"prompt": "a", "completion": "b"}):
+        found, notes = learned(record, system="S")
+        assert found == learned(record)[0]
+        assert said in notes
+    question = {"question": "q", "answer": "a"}
+    found = learned(question, None, system="S")[0]
+    assert found == learned({**question, "system": "S"}, None)[0] != learned(question, None)[0]
 
 
 def test_a_system_message_is_put_before_conversations_that_have_none():
@@ -277,6 +298,7 @@ def test_a_folder_is_its_files_in_order(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(json_lines(ROWS[1:]))
     (tmp_path / "a.csv").write_bytes(table(ROWS[:1]))
     (tmp_path / "README.md").write_text("no data")
+    (tmp_path / "LICENSE.txt").write_text("no data either, beside tables")
     assert read_data(tmp_path, byte_tokenizer())[0] == read_data(ROWS, byte_tokenizer())[0]
 
 
@@ -288,11 +310,15 @@ def test_a_folder_of_hugging_face_datasets_is_read(tmp_path, split):
     (folder / "data-00000-of-00001.arrow").write_bytes(arrow(ROWS))
     (folder / "state.json").write_text("{}")
     (folder / "dataset_info.json").write_text("{}")
+    (folder / "cache-1234.arrow").write_bytes(arrow([{"text": "of an earlier map"}]))
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(state))
     if split:
         (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     assert read_data(tmp_path, byte_tokenizer())[0] == read_data(ROWS, byte_tokenizer())[0]
 
 
+GZ = gzip.compress(b'{"text": "abcdefghijklmnopqrstuvwxyz"}\n' * 9, mtime=0)
 BAD_FILES = [
     ("a.csv", b"a,a\n1,2\n", "its first line must name each field once, found 'a,a'"),
     ("a.csv", b"text,b\n1,2\n1\n1,2,3\n", r"a\.csv:3, 4: must have the first line's 2 fields"),
@@ -312,6 +338,7 @@ BAD_FILES = [
         gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9],
         "must be a whole gzip file",
     ),
+    ("b.jsonl.gz", GZ[:20] + b"\xff" * 9 + GZ[29:], "must be a whole gzip file"),
     ("a.parquet", b"PAR1....PAR1", "must be a Parquet file, found"),
     ("a.arrow", b"ARROW", "must be an Arrow stream, found"),
 ]

@@ -15,8 +15,8 @@ from byte_tokenizer import ALPHABET, CHATML, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from model_families import FAMILIES, tiny
+from tokenizers import AddedToken, models, normalizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
 
 import minilora
 from minilora.cli.command import main
@@ -111,6 +111,8 @@ def test_what_llama_cpp_adds_nothing_to_is_refused(tmp_path):
     nameless.gguf = None
     with pytest.raises(ValueError, match="needs a model whose names in it are built, found GPT2"):
         export_gguf(nameless, file)
+    with pytest.raises(ValueError, match=r"found lm_head; merge"):
+        export_gguf(adapted(tiny("llama", tied=True), targets=["lm_head"]), file)
     with pytest.raises(ValueError, match="needs r=... for a DoRA adapter"):
         export_gguf(adapted(tiny("llama"), dora=True), file)
     assert list(tmp_path.iterdir()) == []
@@ -257,6 +259,37 @@ def test_what_a_model_file_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="found adapters or quantized layers; merge and eject"):
         save_gguf(adapted(model), file, tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_integers_of_a_config_are_written_as_floats(tmp_path):
+    """llama.cpp refuses the file otherwise."""
+    model, tokenizer = writer("llama", rope_theta=100000)
+    save_gguf(model, tmp_path / "a.gguf", tokenizer, type="f32")
+    field = gguf.GGUFReader(tmp_path / "a.gguf").fields["llama.rope.freq_base"]
+    assert field.types == [gguf.GGUFValueType.FLOAT32]
+    agree(theirs(tmp_path / "a.gguf"), model, tokenizer)
+
+
+def test_norms_of_a_gemma_in_bf16_are_not_rounded(tmp_path):
+    model, tokenizer = writer("gemma2")
+    save_gguf(model.bfloat16(), tmp_path / "a.gguf", tokenizer, type="f32")
+    read = read_model(tmp_path / "a.gguf").state_dict()
+    for fqn, value in model.state_dict().items():
+        assert (read[fqn] - value.float()).abs().max() <= 1e-6 * value.abs().max(), fqn
+
+
+def test_what_llama_cpp_does_not_do_with_a_text_is_refused_or_said(tmp_path):
+    model, tokenizer = writer("llama")
+    backend = Backend.from_str(tokenizer.to_json())
+    backend.normalizer = normalizers.Replace("``", '"')
+    with pytest.raises(ValueError, match="no key for a tokenizer's normalizer, found Replace"):
+        save_gguf(model, tmp_path / "a.gguf", Tokenizer(backend, eos="<|end|>"))
+    backend.normalizer = normalizers.NFC()
+    with pytest.warns(UserWarning, match="in llama.cpp text is not brought to NFC$"):
+        save_gguf(model, tmp_path / "a.gguf", Tokenizer(backend, eos="<|end|>"))
+    backend.add_tokens([AddedToken("[T]", lstrip=True)])
+    with pytest.raises(ValueError, match="found 261 rows and 262 ids; resize the embedding"):
+        save_gguf(model, tmp_path / "b.gguf", Tokenizer(backend, eos="<|end|>"))
 
 
 def test_an_option_that_no_key_tells_is_refused(tmp_path, monkeypatch):

@@ -223,6 +223,7 @@ def test_a_transformers_model_trains_with_linears_and_head_in_float32(slow):
     config = transformers.LlamaConfig(**entries, attn_implementation="sdpa")
     model = transformers.LlamaForCausalLM(config).to(BF16)
     minilora.inject(model, r=2, alpha=3, targets=["q_proj"])
+    minilora.evaluate(model, ROWS)  # tries four tokens once, with a hook on the head
     with Products() as products:
         fit(model, ROWS, config=TrainConfig(max_steps=1))
     assert products.of_linears == {torch.float32}  # its own attention is left as it is

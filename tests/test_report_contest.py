@@ -16,7 +16,8 @@ import minilora
 from minilora.cli.command import main
 from minilora.data import IGNORE, read_data
 from minilora.loading.saving import save_pretrained
-from minilora.report.contest import Difference, mcnemar
+from minilora.report.answers import mcnemar
+from minilora.report.contest import Difference, _Bootstrap, _t975
 
 TOKENIZER = byte_tokenizer(CHATML)
 WORDS = ["one two three", "a", "bcd efg", "hi there", "0123456789", "xyz", "lorem ipsum", "no"]
@@ -70,7 +71,10 @@ def test_intervals_are_quantiles_of_examples_drawn_anew():
     sums = np.array([b - a for (a, _), (b, _) in zip(base, tuned, strict=True)])
     counts = np.array([n for _, n in base])
     rows = np.random.RandomState(7).randint(0, len(DATA), (40_000, len(DATA)))
-    low, high = np.quantile(sums[rows].sum(1) / counts[rows].sum(1), [0.025, 0.975])
+    means = sums[rows].sum(1) / counts[rows].sum(1)
+    n, change = len(DATA), sums.sum() / counts.sum()
+    wide = 2.3646 / 1.96 * math.sqrt(n / (n - 1))  # Student's t of 7 degrees at 0.975
+    low, high = change + wide * (np.quantile(means, [0.025, 0.975]) - change)
     assert found.low == pytest.approx(low, abs=0.03 * (high - low))
     assert found.high == pytest.approx(high, abs=0.03 * (high - low))
 
@@ -94,20 +98,54 @@ def test_what_is_the_same_cannot_be_told_apart():
     (difference,) = found.differences
     assert (difference.change, difference.low, difference.high) == (0, 0, 0)
     assert difference.more is None
-    assert str(difference).startswith("base or default, can't tell: +0.0000 nats a token")
+    assert str(difference).startswith("base or default, can't tell; fewer than 10 examples")
     assert found.gained == found.lost == ()
 
 
 @pytest.mark.parametrize(
     ("change", "low", "high", "more", "said"),
     [
+        (0.5, 0.3, 0.7, 0, "base or v1, can't tell; fewer than 10 examples never can: +0.5000"),
         (-0.5, -0.7, -0.3, None, "v1 is better than base: -0.5000 nats a token, 95 % -0.7000 to "),
         (0.5, 0.3, 0.7, None, "base is better than v1: +0.5000 nats a token"),
         (0.1, -0.1, 0.3, 300, "base or v1, can't tell; about 300 more examples would: +0.1000"),
     ],
 )
 def test_a_difference_says_what_it_means(change, low, high, more, said):
-    assert str(Difference("base", "v1", change, low, high, 9, 99, more)).startswith(said)
+    count = 12 if more != 0 else 9
+    assert str(Difference("base", "v1", change, low, high, count, 99, more)).startswith(said)
+
+
+def test_noise_is_called_a_difference_one_time_in_twenty():
+    """400 draws of no difference, of 10 examples each: 5 % of them, at most 8 with their error."""
+    draw = np.random.default_rng(0)
+    bootstrap = _Bootstrap(0, 400)
+    clear = 0
+    for _ in range(400):
+        losses = {
+            "a": [torch.zeros(3) for _ in range(10)],
+            "b": [torch.from_numpy(draw.normal(size=3)) for _ in range(10)],
+        }
+        clear += bootstrap.differences(["a", "b"], losses)[0].clear
+    assert 0.02 < clear / 400 < 0.08
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 30, 1000])
+def test_students_t_is_the_tables(degrees):
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 1000: 1.962}
+    assert _t975(degrees) == pytest.approx(table[degrees], abs=2e-3)
+
+
+def test_of_a_conversation_the_first_learned_turn_is_the_answer():
+    say = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in say]
+    examples = read_data([{"messages": messages}], TOKENIZER)[0]
+    wanted = []
+    minilora.compare(
+        model(["v1"]), [None, "v1"], examples, tokenizer=TOKENIZER, max_new_tokens=2,
+        right=lambda written, learned: bool(wanted.append(learned)),
+    )  # fmt: skip
+    assert set(wanted) == {"b"}
 
 
 def test_the_examples_that_are_missing_are_reckoned_from_the_interval():
@@ -152,6 +190,7 @@ def test_answers_are_judged_against_what_is_learned():
         "default answers 1 rightly that base does not, and 0 the other way round: p = 1, can't tell"
     )
     assert found.lengths["default"] == 2
+    assert found.cut == {"base": 2, "default": found.cut["default"]}
     by_digit = minilora.compare(made, [None, "default"], examples, right=r"(\d)", **asked)
     assert by_digit.right["default"] == 1
     seen = []

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora
+from minilora.cli.chatting import _Session
 from minilora.cli.command import main
 from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
@@ -113,6 +114,14 @@ def test_an_interrupted_answer_keeps_what_was_written():
     assert talk.messages[-1]["content"] == "".join(written)
 
 
+def test_an_empty_answer_is_not_kept():
+    talk = Chat(model(), byte_tokenizer(CHATML), max_new_tokens=30)
+
+    talk.answer = lambda *arguments: ""
+    assert talk.ask("hi") == ""
+    assert talk.messages == []
+
+
 @given(st.text("abc"), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_what_is_streamed_never_has_to_be_taken_back(text, stops):
     """Every longer text, cut at its first stop string, begins with what was certain before."""
@@ -212,6 +221,18 @@ def test_adapters_of_one_name_are_told_apart(folders):
     code, _, err = session(folders, ["/quit"], "--adapter", *adapters)
     assert code == 0
     assert "(base, v1, v1_2, v2); answers of v1." in err
+
+
+def test_again_takes_nothing_back_where_there_is_no_room():
+    tokenizer = byte_tokenizer(CHATML)
+    used = len(tokenizer.encode_chat([USER], add_generation_prompt=True))
+    talk = Chat(model(context=used + 4), tokenizer, max_new_tokens=4)
+    talk.ask("hi")
+    before = list(talk.messages)
+    talk.system = "longer now"
+    with pytest.raises(ValueError, match="must leave room"):
+        _Session(talk, []).take("/again")
+    assert talk.messages == before
 
 
 def test_ab_needs_an_adapter(folders):

@@ -1,6 +1,7 @@
 """The README that a finished run puts beside its adapter: a model card, as the hub shows it."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import minilora
@@ -8,7 +9,7 @@ from minilora.files import one_line, write
 from minilora.peft import CONFIG_FILE, read_config
 from minilora.training import FitResult, TrainConfig
 
-_MARK = "Trained with minilora"
+_SEAL = "<!-- as written: "
 
 
 def write_card(
@@ -19,7 +20,7 @@ def write_card(
     The keys of its head: https://huggingface.co/docs/hub/model-cards.
     """
     file: Path = options.out / "README.md"
-    if file.exists() and _MARK not in file.read_text(encoding="utf-8", errors="replace"):
+    if file.exists() and not _is_ours(file.read_text(encoding="utf-8", errors="replace")):
         return
     stored = read_config(options.out / CONFIG_FILE)
     base = one_line(str(stored.get("base_model_name_or_path")))
@@ -35,9 +36,7 @@ def write_card(
     if result.before is not None and result.best is not None:
         facts["held-out loss"] = f"{result.before.loss:.4f} → {result.best.loss:.4f}"
     rows = "\n".join(f"| {one_line(k)} | {one_line(str(v))} |" for k, v in facts.items())
-    write(
-        file,
-        f"""---
+    text = f"""---
 base_model: {base}
 library_name: peft
 tags:
@@ -47,7 +46,7 @@ tags:
 
 # A LoRA adapter for {base}
 
-{_MARK} {minilora.__version__}. `minilora repeat` runs it again from `run.toml`.
+Trained with minilora {minilora.__version__}. `minilora repeat` runs it again from `run.toml`.
 
 | | |
 |---|---|
@@ -59,5 +58,15 @@ from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")
 ```
-""",
-    )
+"""
+    write(file, f"{text}\n{_SEAL}{_seal(text)} -->\n")
+
+
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_ours(card: str) -> bool:
+    """Whether a card is as it was written, without a word of anybody else's."""
+    text, mark, seal = card.rpartition(f"\n{_SEAL}")
+    return bool(mark) and seal == f"{_seal(text)} -->\n"

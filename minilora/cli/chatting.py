@@ -67,7 +67,7 @@ def chat(options: argparse.Namespace) -> int:
         try:
             if not session.take(line):
                 break
-        except (ValueError, OSError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             _say(str(error))
     return 0
 
@@ -146,8 +146,13 @@ class _Session:
     def again(self, rest: str) -> None:
         """Take the last answer back and give another."""
         self._last()
-        *self.talk.messages, question, _ = self.talk.messages
-        self.ask(question["content"])
+        before = list(self.talk.messages)
+        *self.talk.messages, question, _ = before
+        try:
+            self.ask(question["content"])
+        except BaseException:
+            self.talk.messages = before
+            raise
 
     def base(self, rest: str) -> None:
         """Answer the last question as the base, without keeping it."""

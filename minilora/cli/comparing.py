@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import minilora
-from minilora.cli.arguments import ADAPTER_HELP, DATA_HELP, ENCODING, MODEL, arg, integer, verb
+from minilora.cli.arguments import (
+    ADAPTER_HELP,
+    DATA_HELP,
+    ENCODING,
+    MODEL,
+    arg,
+    integer,
+    positive,
+    verb,
+)
 from minilora.cli.sources import adapter_of, data_files, encode_files, load, names_of
 from minilora.running import BASE
 
@@ -18,6 +27,7 @@ from minilora.running import BASE
     arg("--no-base", action="store_true", help="the first adapter stands for the base"),
     arg("--outside", nargs="+", metavar="FILE", help=f"outside the task: {DATA_HELP}"),
     arg("--train", nargs="+", metavar="FILE", help="data it was trained on, for over-fitting"),
+    arg("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)"),
     arg("--right", metavar="HOW", help="answers too: exact, or a regular expression"),
     "--batch-size",
     arg("--seed", type=integer, default=0, help="of the bootstrap (default: 0)"),
@@ -41,6 +51,7 @@ def compare(options: argparse.Namespace) -> int:
         names if options.no_base else [BASE, *names],
         tokenizer=tokenizer,
         right=options.right,
+        max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         seed=options.seed,
         **examples,

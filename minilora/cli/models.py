@@ -35,6 +35,8 @@ def merge(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_new_folder(options.out, "--out")
     check_gguf(options.gguf, options.ollama)
+    if options.out is None and options.dtype == "stored":
+        options.dtype = "float32"  # rounded once, when the file is written
     model, tokenizer = load(options)
     mode = "dequantize" if quantized_layers(model) else None
     minilora.merge(model, keep=None, mode=mode)

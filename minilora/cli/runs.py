@@ -15,7 +15,7 @@ from minilora.cli.arguments import VERBS, arg, verb
 from minilora.cli.sources import check_new_folder
 from minilora.data import files_in
 from minilora.files import one_line, read_tensors, write
-from minilora.peft import WEIGHTS_FILE
+from minilora.peft import CONFIG_FILE, WEIGHTS_FILE
 from minilora.training import torchrun_number
 
 RUN_FILE = "run.toml"
@@ -24,20 +24,42 @@ RUN_FILE = "run.toml"
 def write_run(options: argparse.Namespace) -> None:
     """Write into a run's folder what it takes to run it again."""
     options.out.mkdir(parents=True, exist_ok=True)
-    hashes = _hashes([*options.data, *(options.valid or ())])
+    hashes = _hashes(_inputs(options))
     lines = [
         "# Read by `minilora resume` and `minilora repeat`.",
-        f"command = {json.dumps(options.argv, ensure_ascii=False)}",
-        f"folder = {json.dumps(os.getcwd(), ensure_ascii=False)}",
+        f"command = [{', '.join(map(_quoted, options.argv))}]",
+        f"folder = {_quoted(os.getcwd())}",
         f"processes = {torchrun_number('WORLD_SIZE', 1)}",
         "",
         "[data]",
-        *(f"{json.dumps(name)} = {json.dumps(found)}" for name, found in hashes.items()),
+        *(f"{_quoted(name)} = {_quoted(found)}" for name, found in hashes.items()),
         "",
         "[versions]",
-        *(f"{name} = {json.dumps(found)}" for name, found in _versions().items()),
+        *(f"{name} = {_quoted(found)}" for name, found in _versions().items()),
     ]
     write(options.out / RUN_FILE, "\n".join(lines) + "\n")
+
+
+def _quoted(text: str) -> str:
+    """Write a string of TOML.
+
+    Raises:
+        ValueError: half a surrogate pair, as in a path that is not UTF-8.
+    """
+    if not text.isprintable() and any("\ud800" <= each <= "\udfff" for each in text):
+        raise ValueError(f"paths and arguments must be UTF-8, found {text!r:.80}; rename the file")
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _inputs(options: argparse.Namespace) -> list[str]:
+    """Return the files that a run's adapter depends on, but for the weights of its base."""
+    names = [*options.data, *(options.valid or ())]
+    more = [options.config]
+    if options.adapter is not None and Path(options.adapter).is_dir():
+        more += [Path(options.adapter) / WEIGHTS_FILE, Path(options.adapter) / CONFIG_FILE]
+    if Path(options.model).is_dir():
+        more.append(Path(options.model) / "config.json")
+    return [*names, *(str(file) for file in more if file is not None and Path(file).is_file())]
 
 
 def _hashes(names: list[str]) -> dict[str, str]:
@@ -127,16 +149,19 @@ def repeat(options: argparse.Namespace) -> int:
     run = _read(out)
     check_new_folder(new, "NEW")
     wanted, _ = read_tensors(out / WEIGHTS_FILE)
+    from minilora.cli.command import build_parser
+
     here = os.getcwd()
     os.chdir(run["folder"] if Path(run["folder"]).is_dir() else here)
     try:
-        other = [
-            name for name, found in _hashes(list(run["data"])).items() if run["data"][name] != found
-        ]
+        now = _hashes(_inputs(build_parser().parse_args(run["command"])))
     finally:
         os.chdir(here)
+    other = sorted(name for name in {*now, *run["data"]} if now.get(name) != run["data"].get(name))
     if other:
-        raise ValueError(f"the data must be as it was, found other content in {', '.join(other)}")
+        raise ValueError(
+            f"data and settings must be as they were, found others in {', '.join(other)}"
+        )
     for name, version in _versions().items():
         if version != run["versions"].get(name):
             print(f"{name} was {run['versions'].get(name)} and is {version}")

@@ -71,6 +71,11 @@ def check_gguf(file: Path | None, ollama: object) -> None:
     """Raise unless a GGUF file that was asked for can be a new one."""
     if file is None and ollama:
         raise ValueError("--ollama goes with --gguf, found none; pass --gguf FILE")
+    if ollama and file is not None and (file.parent / "Modelfile").exists():
+        there = file.parent / "Modelfile"
+        raise ValueError(
+            f"--ollama writes {there}, which is there; remove it, or name another folder"
+        )
     if file is not None and (file.exists() or not file.parent.is_dir()):
         raise ValueError(f"--gguf must name a new file in a folder that is there, found {file}")
 

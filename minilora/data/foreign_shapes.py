@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minilora.data.encoder import Encoder, Row
-from minilora.data.shapes import MESSAGES, QUESTION, Record, Shape, as_messages
+from minilora.data.shapes import MESSAGES, QUESTION, Record, Shape, as_messages, check_string
 
 
 def _foreign(
@@ -30,6 +30,8 @@ def _question(asked: str, answer: str, beside: str = "") -> Shape:
 
     def convert(record: Record) -> Record:
         question, more = record[asked], record.get(beside)
+        if more is not None:
+            check_string(more, beside, may_be_empty=True)
         if isinstance(question, str) and isinstance(more, str) and more:
             question = f"{question}\n\n{more}"
         rest = {k: v for k, v in record.items() if k not in (asked, answer, beside)}

@@ -11,6 +11,7 @@ import gzip
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +58,7 @@ def rows_of(file: Path) -> Iterator[Row]:
             for line, row in reader(opened):
                 empty = False
                 yield f"{file}{line}", row
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"must be a whole gzip file, found: {error}") from None
         if empty:
             raise ValueError("must hold text, found none")

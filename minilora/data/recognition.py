@@ -51,6 +51,13 @@ def _renamed(record: Record, fields: Mapping[str, str]) -> Record:
             f"a record must have the field {lacking[0]!r} that was named, found "
             f"{', '.join(map(str, record)) or 'nothing':.100}"
         )
-    others = {key for shape in (*SHAPES, *FOREIGN) for key in shape.keys}
-    rest = {k: v for k, v in record.items() if k not in others and k not in fields.values()}
+    known = (*SHAPES, *FOREIGN)
+    meant = [shape for shape in known if set(shape.keys) <= set(fields)]
+    others = {key for shape in known for key in shape.keys}
+    others -= {key for shape in meant for key in shape.more}
+    rest = {  # what has the name of another shape's field is reported as unread
+        f"{key} (not named)" if key in others else key: value
+        for key, value in record.items()
+        if key not in fields.values()
+    }
     return rest | {name: record[field] for name, field in fields.items()}

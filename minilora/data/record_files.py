@@ -12,6 +12,7 @@ from minilora.data.encoder import Encoding
 from minilora.data.problems import Problem, listed, refuse
 from minilora.data.readers import READERS, Row, kind_of, rows_of
 from minilora.data.recognition import resolve
+from minilora.files import read_json
 
 _WHOLE = (".txt", ".json")  # read at once
 _SPLITS = "dataset_dict.json"  # of Hugging Face datasets, in a folder with one for each split
@@ -31,12 +32,23 @@ def files_in(paths: Sequence[str | Path]) -> list[Path]:
             found.append(path)
             continue
         folder = path / "train" if (path / _SPLITS).is_file() else path
-        inside = [file for file in sorted(folder.iterdir()) if file.is_file() and _is_data(file)]
+        inside = [file for file in _listed(folder) if file.is_file() and _is_data(file)]
+        tables = [file for file in inside if ".txt" not in file.suffixes]
+        inside = tables or inside  # a text beside records is a licence, or says what they are
         if not inside:
             known = ", ".join(READERS)
             raise ValueError(f"{folder}: a folder must hold files of data ({known}), found none")
         found += inside
     return found
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Return the files of a folder; of one that datasets saved those that it names, no caches."""
+    state = folder / "state.json"
+    if not state.is_file():
+        return sorted(folder.iterdir())
+    names = [each.get("filename") for each in read_json(state).get("_data_files") or []]
+    return [folder / Path(str(name)).name for name in names]
 
 
 def _is_data(file: Path) -> bool:

@@ -37,19 +37,26 @@ class Shape:
     more: tuple[str, ...] = ()
 
 
+def _note_system(encoder: Encoder, name: str) -> None:
+    if encoder.options.system is not None:
+        encoder.note("the system message is not put before what is no conversation (--chat)", name)
+
+
 def _check_text(record: Record) -> None:
     for key in ("text", "document"):
         if key in record:
-            _check_string(record[key], key, may_be_empty=False)
+            check_string(record[key], key, may_be_empty=False)
 
 
 def _encode_text(encoder: Encoder, record: Record, name: str) -> list[Row]:
+    _note_system(encoder, name)
     encoder.ignore(record, ("text",))
     return [encoder.text([record["text"]], name, encoder.options.max_length)]
 
 
 def _encode_document(encoder: Encoder, record: Record, name: str) -> list[Row]:
     """Cut into windows that share one token, so that every token but the first is learned once."""
+    _note_system(encoder, name)
     encoder.ignore(record, ("document",))
     whole, length = (
         encoder.text([record["document"]], name, sys.maxsize),
@@ -67,8 +74,8 @@ def _check_completion(record: Record) -> None:
     if isinstance(record["prompt"], list):
         MESSAGES.check(_joined(record))
         return
-    _check_string(record["prompt"], "prompt", may_be_empty=True)
-    _check_string(record["completion"], "completion", may_be_empty=False)
+    check_string(record["prompt"], "prompt", may_be_empty=True)
+    check_string(record["completion"], "completion", may_be_empty=False)
 
 
 def _encode_completion(encoder: Encoder, record: Record, name: str) -> list[Row]:
@@ -80,6 +87,7 @@ def _encode_completion(encoder: Encoder, record: Record, name: str) -> list[Row]
         messages = [{"role": role, "content": content} for role, content in turns]
         return encoder.chat(messages, record, name)
     encoder.ignore(record, ("prompt", "completion"))
+    _note_system(encoder, name)
     return [encoder.text([asked, answer], name, encoder.options.max_length)]
 
 
@@ -110,7 +118,7 @@ def _check_messages(record: Record) -> None:
             allowed = ", ".join(ROLES)
             raise ValueError(f"messages[{i}]: role must be one of {allowed}, not {role!r:.60}")
         may_be_empty = role != "assistant" or bool(message.get("tool_calls"))
-        _check_string(message.get("content"), f"messages[{i}].content", may_be_empty)
+        check_string(message.get("content"), f"messages[{i}].content", may_be_empty)
         for key in MARKS:
             if message.get(key) not in (None, 0, 1):
                 raise ValueError(
@@ -163,8 +171,8 @@ def _as_message(message: Any, name: str) -> Any:
 
 
 def _check_question(record: Record) -> None:
-    _check_string(record["question"], "question", may_be_empty=False)
-    _check_string(record["answer"], "answer", may_be_empty=False)
+    check_string(record["question"], "question", may_be_empty=False)
+    check_string(record["answer"], "answer", may_be_empty=False)
 
 
 def _encode_question(encoder: Encoder, record: Record, name: str) -> list[Row]:
@@ -177,7 +185,8 @@ def _encode_question(encoder: Encoder, record: Record, name: str) -> list[Row]:
         return encoder.chat(messages, rest, name)
     encoder.note(_NO_TEMPLATE, name)
     encoder.ignore(rest, ("system",))
-    asked = ALPACA.format(system=_before(rest.get("system")), question=question)
+    system = rest.get("system") or encoder.options.system
+    asked = ALPACA.format(system=_before(system), question=question)
     return [encoder.text([asked, answer], name, encoder.options.max_length)]
 
 
@@ -201,7 +210,8 @@ def _encode_tokens(encoder: Encoder, record: Record, name: str) -> list[Row]:
     return [row]
 
 
-def _check_string(value: Any, name: str, may_be_empty: bool) -> None:
+def check_string(value: Any, name: str, may_be_empty: bool) -> None:
+    """Raise ValueError unless a value is text, and not empty where that is asked for."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, found {type(value).__name__}")
     if not value and not may_be_empty:

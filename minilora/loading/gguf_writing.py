@@ -7,6 +7,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; an adapte
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from minilora.quantization import is_finite
 from minilora.text import as_tokenizer, gguf_metadata
 
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type: llama.h's llama_ftype
+# Keys whose values llama.cpp wants in floating point.
+_FLOATS = re.compile(r"freq_base|factor|epsilon|softcapping|(^|[._])scale$")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # which the tokenizer's keys tell
 
 
@@ -62,7 +65,8 @@ def export_gguf(
     tensors: dict[str, Tensor] = {}
     for fqn, (A, B, _) in factors.items():
         name = stored_name(f"{fqn}.weight", own, names)
-        if name is None or fqn == own.embedding_name:
+        tied = fqn == "lm_head" and own.config.tie_word_embeddings  # no tensor of its own there
+        if name is None or fqn == own.embedding_name or tied:
             raise ValueError(
                 f"a GGUF adapter holds linear layers that llama.cpp has a name for, found {fqn}; "
                 "merge the adapter into the model instead (minilora merge)"
@@ -140,7 +144,10 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
 def model_metadata(model: CausalLM, names: GGUFNames) -> dict[str, Any]:
     """Return the keys of a model's configuration."""
     keys = names.required | names.optional | names.equal
-    values = {key: getattr(model.config, field) for key, field in keys.items()}
+    values: dict[str, Any] = {k: getattr(model.config, field) for k, field in keys.items()}
+    for key, value in values.items():
+        if _FLOATS.search(key) and type(value) is int:  # as config.json may have it
+            values[key] = float(value)
     found = {f"{names.architecture}.{k}": v for k, v in values.items() if v is not None}
     return {"general.architecture": names.architecture, **found}
 

@@ -109,7 +109,12 @@ class Gemma2Layer(DecoderLayer):
 
 def _plus(shift: int) -> Any:
     """Store 1 + weight of a norm, as llama.cpp's converter does (1), or undo it (-1)."""
-    return lambda fqn, tensor, _: tensor + shift if fqn.endswith("norm.weight") else tensor
+
+    def moved(fqn: str, tensor: Tensor, config: Any) -> Tensor:
+        # In f32, in which files have norms: bfloat16 has no bits for 1 + 0.003.
+        return tensor.float() + shift if fqn.endswith("norm.weight") else tensor
+
+    return moved
 
 
 def scaled(entries: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from minilora.report.ablation import Ablation, ablate
 from minilora.report.analysis import explain
+from minilora.report.answers import AnswerDifference
 from minilora.report.comparison import (
     Comparison,
     LayerComparison,
@@ -9,7 +10,7 @@ from minilora.report.comparison import (
     subspaces,
     truncate,
 )
-from minilora.report.contest import AnswerDifference, Contest, Difference, compare
+from minilora.report.contest import Contest, Difference, compare
 from minilora.report.explanation import Behaviour, Explanation
 from minilora.report.spectra import LayerReport
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.data import IGNORE, Example, as_examples
+from minilora.data import Example, as_examples
 from minilora.files import short, write_json
 from minilora.lora import Survey
+from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, told
 from minilora.report.tokens import decode, token_losses
-from minilora.running import BASE, generate
+from minilora.running import BASE
+from minilora.text import as_tokenizer
 
 RESAMPLES = 10_000
+FEWEST = 10  # examples from which an interval means something
 SHOWN = 3  # examples that gained, and that lost, most
-Check = Callable[[str, str], bool]  # the answer written, and the one in the data
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes 0, on enough examples for one."""
+        return self.examples >= FEWEST and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
         found = f"{self.change:+.4f} nats a token, 95 % {self.low:+.4f} to {self.high:+.4f}"
@@ -63,30 +64,9 @@ class Difference:
             better, worse = (self.first, self.second)[:: 1 if self.change > 0 else -1]
             return f"{better} is better than {worse}: {found}"
         more = f"; about {self.more} more examples would" if self.more is not None else ""
+        if self.examples < FEWEST:
+            more = f"; fewer than {FEWEST} examples never can"
         return f"{self.first} or {self.second}, can't tell{more}: {found}"
-
-
-@dataclass(frozen=True)
-class AnswerDifference:
-    """Right answers of two contenders to the same questions.
-
-    Attributes:
-        only_first, only_second: questions that only one of them answers rightly.
-        p: how likely at least so uneven a split is if neither is better (McNemar, two-sided).
-    """
-
-    first: str
-    second: str
-    only_first: int
-    only_second: int
-    p: float
-
-    def __str__(self) -> str:
-        verdict = "can't tell" if self.p > 0.05 else "a clear difference"
-        return (
-            f"{self.second} answers {self.only_second} rightly that {self.first} does not, and "
-            f"{self.only_first} the other way round: p = {self.p:.3g}, {verdict}"
-        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +91,7 @@ class Contest:
         right: answers that each got right, where they were asked for.
         answers: how the later contenders' answers differ from the first's.
         lengths: mean tokens of each contender's answers.
+        cut: answers of each that were cut off at `max_new_tokens`.
         gained, lost: examples whose loss fell and rose most, from the first contender to the last.
     """
 
@@ -121,6 +102,7 @@ class Contest:
     right: Mapping[str, int] = dataclasses.field(default_factory=dict)
     answers: tuple[AnswerDifference, ...] = ()
     lengths: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    cut: Mapping[str, int] = dataclasses.field(default_factory=dict)
     gained: tuple[ShownChange, ...] = ()
     lost: tuple[ShownChange, ...] = ()
 
@@ -137,7 +119,8 @@ class Contest:
             for name, gap in self.gaps.items()
         ]
         lines += [
-            f"{name}: {right} of {one.examples} answers right, {self.lengths[name]:.1f} tokens each"
+            f"{name}: {right} of {one.examples} answers right, {self.lengths[name]:.1f} tokens "
+            f"each, {self.cut[name]} cut off"
             for name, right in self.right.items()
         ]
         lines += map(str, self.answers)
@@ -183,9 +166,10 @@ def compare(
         train: examples of the training data, for over-fitting.
         tokenizer: to show texts and to write answers.
         right: also let each contender answer what comes before an example's first learned token,
-            greedily, and count what is right: `"exact"` (the learned text, white space at the ends
-            left out), a regular expression whose first group, or match, must be the same in both,
-            or a function of the answer and the learned text. Needs a tokenizer.
+            greedily, and count what is right: `"exact"` (the learned text, of a conversation the
+            first learned turn, white space at the ends left out), a regular expression whose first
+            group, or match, must be the same in both, or a function of the answer and the learned
+            text. Needs a tokenizer.
         max_new_tokens: of an answer, at most.
         batch_size: examples at a time; changes no more than rounding.
         seed, resamples: of the bootstrap.
@@ -203,7 +187,8 @@ def compare(
     survey.require_unmerged("compare")
     survey.require_finite()
     names = _names(survey, contenders)
-    judge = None if right is None else _judge(right, tokenizer)
+    judge = None if right is None else judge_of(right, tokenizer)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     sets = {"data": data, "outside": outside, "train": train}
     examples = {key: as_examples(some) for key, some in sets.items() if some is not None}
     if any(not some for some in examples.values()):
@@ -213,12 +198,12 @@ def compare(
     with survey.switched():
         for name in names:
             survey.activate(() if name == BASE else (name,))
-            for key, some in examples.items():
-                losses[key][name] = token_losses(model, some, batch_size=batch_size)
-            if judge is not None:
-                answers[name] = _answers(
+            if judge is not None:  # first: a context that is too short is found at once
+                answers[name] = answers_of(
                     model, examples["data"], tokenizer, max_new_tokens, batch_size
                 )
+            for key, some in examples.items():
+                losses[key][name] = token_losses(model, some, batch_size=batch_size)
     draws = _Bootstrap(seed, resamples)
     found = {key: draws.differences(names, each) for key, each in losses.items()}
     change = _per_example(losses["data"][names[0]], losses["data"][names[-1]])
@@ -227,9 +212,12 @@ def compare(
     gaps = {}
     for held, trained in zip(found["data"], found.get("train", ()), strict=False):
         gaps[held.second] = held.change - trained.change
-    told = {}
+    extra: dict[str, Any] = {}
     if judge is not None:
-        told = _told(names, answers, examples["data"], tokenizer, judge)
+        extra = told(names, answers, examples["data"], tokenizer, judge)
+        extra["cut"] = {
+            name: sum(len(ids) == max_new_tokens for ids in each) for name, each in answers.items()
+        }
     return Contest(
         {name: _mean(each) for name, each in losses["data"].items()},
         found["data"],
@@ -237,7 +225,7 @@ def compare(
         gaps,
         gained=tuple(each for each in shown[:SHOWN] if each.change < 0),
         lost=tuple(each for each in shown[::-1][:SHOWN] if each.change > 0),
-        **told,
+        **extra,
     )
 
 
@@ -294,7 +282,10 @@ class _Bootstrap:
         for i in range(self.resamples):
             rows = draw.integers(0, number, number)
             means[i] = sums[rows].sum() / counts[rows].sum()
-        low, high = (float(q) for q in np.quantile(means, (0.025, 0.975)))
+        # Percentiles are too narrow for few examples, by about these two factors.
+        wide = _t975(max(1, number - 1)) / 1.96 * math.sqrt(number / max(1, number - 1))
+        ends = np.quantile(means, (0.025, 0.975))
+        low, high = (change + wide * (float(end) - change) for end in ends)
         more = None
         if low <= 0 <= high and change != 0:  # the interval narrows with the root of the number
             half = max(high - change, change - low)
@@ -302,88 +293,18 @@ class _Bootstrap:
         return Difference(first, second, change, low, high, number, int(counts.sum()), more)
 
 
-# --- answers --------------------------------------------------------------------------------------
-
-
-def _judge(right: str | Check, tokenizer: Any) -> Check:
-    if tokenizer is None:
-        raise ValueError("right=… compares texts and needs a tokenizer, found None")
-    if not isinstance(right, str):
-        return right
-    if right == "exact":
-        return lambda found, wanted: found.strip() == wanted.strip()
-    try:
-        pattern = re.compile(right)
-    except re.error as error:
-        raise ValueError(
-            f"right must be 'exact', a regular expression or a function, found {short(right)}: "
-            f"{error}"
-        ) from None
-
-    def same(found: str, wanted: str) -> bool:
-        both = [pattern.search(text) for text in (found, wanted)]
-        parts = [None if m is None else m[1] if pattern.groups else m[0] for m in both]
-        return parts[0] is not None and parts[0] == parts[1]
-
-    return same
-
-
-def _start(example: Example) -> int:
-    """Return where the first learned token stands."""
-    return next(i for i, label in enumerate(example.labels) if i and label != IGNORE)
-
-
-def _answers(
-    model: nn.Module, examples: Sequence[Example], tokenizer: Any, most: int, batch_size: int
-) -> list[list[int]]:
-    prompts = [list(example.input_ids[: _start(example)]) for example in examples]
-    stops = sorted(tokenizer.stop_ids)
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        rows = prompts[start : start + batch_size]
-        found += generate(model, rows, max_new_tokens=most, stop=stops)
-    return found
-
-
-def _told(
-    names: Sequence[str],
-    answers: Mapping[str, list[list[int]]],
-    examples: Sequence[Example],
-    tokenizer: Any,
-    judge: Check,
-) -> dict[str, Any]:
-    """Return what the answers say of the contenders."""
-    wanted = []
-    for example in examples:
-        ids = [i for i in example.labels[_start(example) :] if i != IGNORE]
-        while ids and ids[-1] in tokenizer.stop_ids:
-            ids.pop()
-        wanted.append(tokenizer.decode(ids))
-    good = {
-        name: [
-            bool(judge(tokenizer.decode(ids), text))
-            for ids, text in zip(answers[name], wanted, strict=True)
-        ]
-        for name in names
-    }
-    first = good[names[0]]
-    differences = []
-    for name in names[1:]:
-        pairs = list(zip(first, good[name], strict=True))
-        mine, theirs = pairs.count((True, False)), pairs.count((False, True))
-        differences.append(AnswerDifference(names[0], name, mine, theirs, mcnemar(mine, theirs)))
-    return {
-        "right": {name: sum(each) for name, each in good.items()},
-        "answers": tuple(differences),
-        "lengths": {name: sum(map(len, answers[name])) / len(examples) for name in names},
-    }
-
-
-def mcnemar(first: int, second: int) -> float:
-    """Return the two-sided p of a split of discordant pairs under p = 1/2, exactly."""
-    both = first + second
-    tail = sum(math.comb(both, k) for k in range(min(first, second) + 1))
-    return min(1.0, 2 * tail / 2**both)
+def _t975(degrees: int) -> float:
+    """Return Student's t at 0.975; Abramowitz and Stegun 1964, 26.7.5, from 6 degrees on."""
+    exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
+    if degrees <= len(exact):
+        return exact[degrees - 1]
+    z = 1.959964
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )
 
 
 def _text(example: Example, tokenizer: Any) -> str:

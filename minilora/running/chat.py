@@ -80,7 +80,8 @@ class Chat:
         """
         turn = {"role": "user", "content": question}
         answer = self.answer([*self.messages, turn], self.adapter, write)
-        self.messages += [turn, {"role": "assistant", "content": answer}]
+        if answer:  # an empty one could not be learned from, nor go on from
+            self.messages += [turn, {"role": "assistant", "content": answer}]
         return answer
 
     def answer(
@@ -108,7 +109,7 @@ class Chat:
         with self._survey.switched():
             self._survey.activate(names)
             with suppress(KeyboardInterrupt):  # what has been written stays
-                generate(
+                text = generate(
                     self.model,
                     [ids],
                     tokenizer=self.tokenizer,

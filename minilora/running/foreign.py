@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora.data import IGNORE, Batch
 from minilora.kernels import linear_cross_entropy
-from minilora.lora import inference
+from minilora.lora import inference, widened
 from minilora.models import is_plain_linear
 from minilora.running.arguments import argument_names
 
@@ -32,7 +32,7 @@ def is_foreign(model: nn.Module) -> bool:
 def _tried(model: nn.Module, what: Callable[[Any], bool]) -> bool:
     known = _known.setdefault(model, {})
     if what.__name__ not in known:
-        with inference(model):
+        with inference(model), widened(model):
             try:
                 known[what.__name__] = what(model)
             except (

@@ -1,6 +1,7 @@
 """The metadata by which a GGUF file describes a tokenizer; `from_gguf` reads it."""
 
 import json
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,12 +33,17 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
             f"a tokenizer written to GGUF must be a byte-level BPE, found {model.get('type')}; "
             "write a folder and convert that with llama.cpp's own convert_hf_to_gguf.py"
         )
+    _check_losses(stored)
     kinds = dict.fromkeys(model["vocab"].values(), _NORMAL)
     names = {id: name for name, id in model["vocab"].items()}
     for token in stored["added_tokens"]:
         names[token["id"]] = token["content"]
         kinds[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
-    count = max(rows, 1 + max(names))
+    if (count := rows) <= max(names):
+        raise ValueError(
+            f"a GGUF file needs a row of the embedding for each token, found {rows} rows and "
+            f"{1 + max(names)} ids; resize the embedding"
+        )
     begin, end = tokenizer.frame()
     found = {
         "tokenizer.ggml.model": "gpt2",
@@ -59,6 +65,25 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     for name, cut in CUTS.items():
         cuts.setdefault(cut, name)
     return found | {"tokenizer.ggml.pre": _cut(tokenizer, found, cuts.values())}
+
+
+def _check_losses(stored: dict[str, Any]) -> None:
+    """Refuse, or say, what llama.cpp does not do with a text."""
+    normalizer = stored.get("normalizer")
+    if normalizer is not None and normalizer["type"] != "NFC":
+        raise ValueError(
+            f"a GGUF file has no key for a tokenizer's normalizer, found {normalizer['type']}; "
+            "write a folder and convert that with llama.cpp's own convert_hf_to_gguf.py"
+        )
+    strips = [
+        token["content"]
+        for token in stored["added_tokens"]
+        if token["lstrip"] or token["rstrip"] or token["single_word"]
+    ]
+    lost = ["text is not brought to NFC"] * (normalizer is not None)
+    lost += [f"{', '.join(strips[:3])} take no space beside them"] * bool(strips)
+    if lost:
+        warnings.warn(f"minilora: in llama.cpp {' and '.join(lost)}", stacklevel=4)
 
 
 def _spelled(merge: Any) -> str:
