@@ -189,19 +189,24 @@ def test_the_command_answers_side_by_side_and_saves_what_was_said(folders):
     saved = folders / "talk.jsonl"
     lines = [
         "/ab", "hi", "/ab", "/again", "/base", f"/save {saved}", "/what", "/reset", "/base",
-        "/use v3", "/use v2", "hi", "/system S", f"/save {saved}", "/save a.txt", "/help", "/quit",
-        "never",
+        "/use v3", "/use v2", "old", "/system S", "hi", f"/save {saved}", "/save a.txt",
+        "/help", "/quit", "never",
     ]  # fmt: skip
     code, out, err = session(folders, lines, "--adapter", folders / "v2" / "v2", model="v1/v1")
     assert code == 0, err
     wanted = [f"[base] {told['base']}", f"[v2] {told['v2']}", f"[v1] {told['v1']}", told["v1"]]
-    wanted += [f"[base] {told['base']}", told["v2"]]
+    old = talks["v2"].answer([{"role": "user", "content": "old"}], "v2")
+    talks["v2"].system = "S"  # a new conversation, as its turns were answered without it
+    wanted += [f"[base] {told['base']}", old, talks["v2"].answer([USER], "v2")]
     assert out == "".join(f"{line}\n" for line in wanted)
     rows = [json.loads(line)["messages"] for line in saved.read_text("utf-8").splitlines()]
     assert rows[0] == [USER, {"role": "assistant", "content": told["v1"]}]
     assert rows[1][:2] == [{"role": "system", "content": "S"}, USER]
     for message in (
         "(base, v1, v2); answers of v1. /help lists",
+        "from now on: answers of base, v1, v2",
+        "from now on: answers of v1",
+        f"the conversation is a row of {saved}",
         "/what is no command; /help lists them",
         "there must be a question before this, found none yet",
         "must be one of base, v1, v2, found 'v3'",

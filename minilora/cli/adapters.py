@@ -1,7 +1,6 @@
 """`minilora export`, `check` and `explain`: verbs on a trained adapter."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ def explain(options: argparse.Namespace) -> int:
         keep=options.keep,
         ablate_examples=options.ablate,
         batch_size=options.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     print(explanation)
     if options.json is not None:

@@ -17,7 +17,7 @@ _HELP = """/reset         begin a new conversation
 /base          the base model's answer to the last question
 /ab            from now on show every answer: the base's and each adapter's (again: stop)
 /use NAME      go on with this adapter's answers, or with base
-/system TEXT   another system message; none: no text
+/system TEXT   begin a new conversation with another system message, or without one
 /save FILE     add the conversation to a .jsonl file, as a row to train on
 /quit          or Ctrl-D"""
 
@@ -170,14 +170,17 @@ class _Session:
         if not self.names:
             raise ValueError("/ab compares adapters with the base, found none; pass --adapter")
         self.side_by_side = not self.side_by_side
+        names = ", ".join([BASE, *self.names] if self.side_by_side else [self.talk.adapter])
+        _say(f"from now on: answers of {names}")
 
     def use(self, name: str) -> None:
         """Go on with another adapter."""
         self.talk.use(name)
 
     def system(self, text: str) -> None:
-        """Set the system message."""
+        """Begin a new conversation under another system message."""
         self.talk.system = text or None
+        self.talk.messages.clear()
 
     def save(self, name: str) -> None:
         """Add the conversation to a file."""
@@ -188,3 +191,4 @@ class _Session:
         row = json.dumps({"messages": [*first, *self.talk.messages]}, ensure_ascii=False)
         with open(name, "a", encoding="utf-8") as file:
             file.write(row + "\n")
+        _say(f"the conversation is a row of {name}")

@@ -145,6 +145,8 @@ def encode_files(data: DataFiles, tokenizer, options: argparse.Namespace) -> lis
     """Encode and say what became of the files; of several processes one does."""
     examples, report = data.encode(tokenizer, getattr(options, "token_cache", None))
     files = ", ".join(data.files)
+    if not report.documents:
+        raise ValueError(f"{files} must hold a row to learn from, found: {'; '.join(report.notes)}")
     if not examples:
         raise ValueError(
             f"{files} must hold something to learn, found none within the first "

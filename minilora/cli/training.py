@@ -102,8 +102,8 @@ def train(options: argparse.Namespace) -> int:
         print(f"held out after:  {result.best} (step {result.best_step})")
     whole_minutes = (time.perf_counter() - begun) / 60
     print(
-        f"{result.steps} steps in {result.minutes:.1f} minutes, {whole_minutes:.1f} with reading "
-        f"and evaluating; adapter in {options.out}"
+        f"{result.steps} steps in {result.minutes:.1f} minutes of training (this call took "
+        f"{whole_minutes:.1f} in all); adapter in {options.out}"
     )
     return 0
 

@@ -133,13 +133,15 @@ def _copies(survey: Survey, adapter: str) -> tuple[CopyReport, ...]:
 
 
 class _Say:
-    """One line on stderr that is written over."""
+    """One line on stderr that is written over in a terminal, and else a line each."""
 
     def __init__(self, progress: bool):
         self.progress, self.width = progress, 0
 
     def __call__(self, line: str) -> None:
-        if self.progress:
+        if self.progress and not sys.stderr.isatty():
+            print(line, end="\n" if line else "", file=sys.stderr, flush=True)
+        elif self.progress:
             print(f"\r{line:<{self.width}}", end="" if line else "\r", file=sys.stderr, flush=True)
             self.width = max(self.width, len(line))
 

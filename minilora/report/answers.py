@@ -65,7 +65,7 @@ def judge_of(right: str | Check, tokenizer: Any) -> Check:
     return same
 
 
-def _start(example: Example) -> int:
+def start_of(example: Example) -> int:
     """Return where the first learned token stands."""
     return next(i for i, label in enumerate(example.labels) if i and label != IGNORE)
 
@@ -74,7 +74,7 @@ def answers_of(
     model: nn.Module, examples: Sequence[Example], tokenizer: Any, most: int, batch_size: int
 ) -> list[list[int]]:
     """Return the ids that a model writes after what precedes the first learned token."""
-    prompts = [list(example.input_ids[: _start(example)]) for example in examples]
+    prompts = [list(example.input_ids[: start_of(example)]) for example in examples]
     stops = sorted(tokenizer.stop_ids)
     found = []
     for start in range(0, len(prompts), batch_size):
@@ -94,7 +94,7 @@ def told(
     wanted = []
     ends = {IGNORE, *tokenizer.stop_ids}  # the next turn, or where writing ends
     for example in examples:
-        learned = example.labels[_start(example) :]
+        learned = example.labels[start_of(example) :]
         ids = list(itertools.takewhile(lambda i: i not in ends, learned))
         wanted.append(tokenizer.decode(ids))
     good = {

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from minilora.data import Example, as_examples
 from minilora.files import short, write_json
 from minilora.lora import Survey
-from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, told
+from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, start_of, told
 from minilora.report.tokens import decode, token_losses
 from minilora.running import BASE
 from minilora.text import as_tokenizer
 
 RESAMPLES = 10_000
 FEWEST = 10  # examples from which an interval means something
+BEFORE = 24  # tokens shown of an example before and after where learning begins
 SHOWN = 3  # examples that gained, and that lost, most
 
 
@@ -308,6 +309,7 @@ def _t975(degrees: int) -> float:
 
 
 def _text(example: Example, tokenizer: Any) -> str:
-    if tokenizer is None:
-        return " ".join(f"<{i}>" for i in example.input_ids)
-    return decode(tokenizer, example.input_ids)
+    """Show what is learned first, and a little of what precedes it."""
+    start = start_of(example)
+    ids = example.input_ids[max(0, start - BEFORE) : start + BEFORE]
+    return " ".join(f"<{i}>" for i in ids) if tokenizer is None else decode(tokenizer, ids)
