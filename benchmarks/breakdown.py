@@ -27,7 +27,7 @@ from train_step import conditions, save
 RESULTS = Path(__file__).parent / "results" / "breakdown.csv"
 NEW, PROMPT = 64, 512
 KINDS = (  # the first whose prefix fits
-    ("products of bytes", ("minilora::int8_blocks", "minilora::int4_blocks")),
+    ("products of bytes", ("minilora::int8_blocks", "minilora::int4_blocks", "aten::_int_mm")),
     ("products", ("aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "minilora::int8_rows",
                   "minilora::int4_rows")),
     ("attention", ("aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product", "aten::_softmax")),
