@@ -1,48 +1,44 @@
 """Matmuls, loss, attention and norms on plain tensors; `reference` says what the matmuls mean."""
 
-if __name__ == "kernels":  # found in a folder on sys.path; operators registered twice crash torch
-    raise ImportError(
-        "this folder is minilora.kernels and has no other name; set PYTHONSAFEPATH=1 (from Python "
-        "3.11 on), or run in another folder"
+# transformers asks whether Hugging Face's `kernels` is there, and in the repository's root finds
+# this folder. Under that name it is empty: operators registered twice crash the process.
+if __name__ != "kernels":
+    from .attention import causal_attention
+    from .cache import cache_folder, make_folder, private_folder
+    from .capped import capped_attention
+    from .cross_entropy import bounds, linear_cross_entropy
+    from .devices import DEVICES, out_of_memory, resolve_device
+    from .dropout import dropout_mask, row_masks
+    from .frozen import frozen_product
+    from .int4 import INT4_CODES, int4_codes
+    from .int8 import (
+        COMPUTE,
+        INT8_CODES,
+        int8_decode,
+        integer_products,
+        quantize_rows,
+        scales_from_bits,
     )
+    from .low_rank import (
+        FrozenLinear,
+        Products,
+        Stored,
+        conv1d_forward,
+        conv1d_grad_x,
+        decoded_products,
+        dense_forward,
+        dense_grad_x,
+        lora_add,
+        lora_linear,
+    )
+    from .nf4 import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products
+    from .probe import fastest_dtype, hardware, int8_is_exact, integer_way, is_slow
+    from .rowwise import geglu, rms_norm, swiglu
+    from .triton import lora_linear as triton_lora_linear
+    from .triton import problem as triton_problem
+    from .workspace import hand_back_freed_memory, hand_back_large_blocks, keep_freed_memory
 
-
-from .attention import causal_attention
-from .cache import cache_folder, make_folder, private_folder
-from .capped import capped_attention
-from .cross_entropy import bounds, linear_cross_entropy
-from .devices import DEVICES, out_of_memory, resolve_device
-from .dropout import dropout_mask, row_masks
-from .frozen import frozen_product
-from .int4 import INT4_CODES, int4_codes
-from .int8 import (
-    COMPUTE,
-    INT8_CODES,
-    int8_decode,
-    integer_products,
-    quantize_rows,
-    scales_from_bits,
-)
-from .low_rank import (
-    FrozenLinear,
-    Products,
-    Stored,
-    conv1d_forward,
-    conv1d_grad_x,
-    decoded_products,
-    dense_forward,
-    dense_grad_x,
-    lora_add,
-    lora_linear,
-)
-from .nf4 import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products
-from .probe import fastest_dtype, hardware, int8_is_exact, integer_way, is_slow
-from .rowwise import geglu, rms_norm, swiglu
-from .triton import lora_linear as triton_lora_linear
-from .triton import problem as triton_problem
-from .workspace import hand_back_freed_memory, hand_back_large_blocks, keep_freed_memory
-
-BACKENDS = ("auto", "torch", "triton")
+    BACKENDS = ("auto", "torch", "triton")
 
 
 def check_backend(backend: str) -> None:

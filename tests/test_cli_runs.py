@@ -94,6 +94,18 @@ def test_settings_and_folders_that_changed_are_named(place, capsys):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_a_run_of_which_nothing_was_kept_begins_anew(place, capsys):
+    """As one does that was killed, or refused, before its first save."""
+    assert main([*TRAIN, "out/a", "--max-steps", "2", "--targets", "q_prj"]) == 2
+    assert {file.name for file in (place / "out" / "a").iterdir()} == {"run.toml"}
+    run = place / "out" / "a" / "run.toml"
+    run.write_text(run.read_text().replace("q_prj", "q_proj"))
+    assert main(["resume", "out/a"]) == 0
+    assert "nothing of the run had been kept; it begins anew" in capsys.readouterr().err
+    assert (place / "out" / "a" / "adapter_config.json").exists()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
 def test_a_stopped_run_goes_on_from_its_folder_alone(place):
     """A real process, interrupted after its second step; the end is that of an unbroken run."""
     words = [

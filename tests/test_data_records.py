@@ -182,7 +182,7 @@ BAD_RECORDS = [
     ("text", "a record must be an object, found str"),
     (
         {},
-        'must have "text", or "document", or "prompt" and "completion", or "messages", or '
+        'must have "text", "document", "prompt" and "completion", "messages", '
         '"question" and "answer", or "input_ids", found nothing; name its fields by --map',
     ),
     ({"content": "a", "id": 1}, 'or "input_ids", found content, id'),

@@ -14,7 +14,7 @@ import minilora
 from minilora.cli.arguments import VERBS, arg, verb
 from minilora.cli.sources import check_new_folder
 from minilora.data import files_in
-from minilora.files import one_line, read_tensors, write
+from minilora.files import leftovers, one_line, read_tensors, write
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE
 from minilora.training import torchrun_number
 
@@ -49,6 +49,14 @@ def _quoted(text: str) -> str:
     if not text.isprintable() and any("\ud800" <= each <= "\udfff" for each in text):
         raise ValueError(f"paths and arguments must be UTF-8, found {text!r:.80}; rename the file")
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def only_written(out: Path) -> bool:
+    """Whether a run ended before anything of it was kept but, in whole or in part, `run.toml`."""
+    if torchrun_number("WORLD_SIZE", 1) > 1 or not out.is_dir():
+        return False
+    there = {file.name for file in out.iterdir()}
+    return bool(there) and there <= {RUN_FILE, *(file.name for file in leftovers(out, RUN_FILE))}
 
 
 def _inputs(options: argparse.Namespace) -> list[str]:

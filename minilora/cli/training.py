@@ -1,6 +1,7 @@
 """`minilora train`."""
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import minilora
 from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
 from minilora.cli.card import write_card
-from minilora.cli.runs import write_run
+from minilora.cli.runs import only_written, write_run
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
 from minilora.data import check_streamed, pack, streamed
 from minilora.files import add_flags, given, read_options
@@ -64,6 +65,9 @@ def train(options: argparse.Namespace) -> int:
     begun = time.perf_counter()
     adapter, config = _settings(options)
     _check(options, adapter, config)
+    if options.resume and only_written(options.out):
+        print("nothing of the run had been kept; it begins anew", file=sys.stderr)
+        options.resume = False
     if torchrun_number("RANK", 0) == 0:  # before the slow part
         check_free(options.out)
         check_out(options.out, options.resume)

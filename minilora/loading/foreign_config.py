@@ -70,7 +70,13 @@ class ForeignConfig:
     def empty(self, dtype: torch.dtype | None = None) -> Any:
         """Return the model on the meta device."""
         with torch.device("meta"), quiet():
-            model = self.family(copy.deepcopy(self.own))
+            try:
+                model = self.family(copy.deepcopy(self.own))
+            except Exception as error:  # whatever its class makes of a damaged value
+                raise ValueError(
+                    f"config.json must describe a {self.family.__name__} as transformers makes "
+                    f"it, found: {type(error).__name__}: {one_line(error, 200)}"
+                ) from error
         return model.to(dtype)
 
 

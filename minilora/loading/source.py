@@ -66,9 +66,15 @@ def family_of(entries: dict[str, Any], file: Path) -> type[CausalLM]:
         kind = NotBuiltError if isinstance(named, str) else ValueError
         raise kind(
             f"'{file}' must name a model_type that is built ({', '.join(sorted(FAMILIES))}), found "
-            f"{short(named)}{nearest(str(named), FAMILIES)}"
+            f"{short(named)}{_nearest(str(named))}"
         )
     return FAMILIES[named]
+
+
+def _nearest(named: str) -> str:
+    """Say which family's name a name begins with, as later versions do, or else is most like."""
+    begun = [family for family in FAMILIES if named.startswith(family)]
+    return f"; nearest: {max(begun, key=len)}" if begun else nearest(named, FAMILIES)
 
 
 def resolve_dtype(
