@@ -38,10 +38,10 @@ def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape
         stray = {key for shape in STRICT if not read & {*shape.keys} for key in shape.keys}
         if not any(key in record for key in stray):
             return whole[0], record
-    *most, last = (" and ".join(f'"{key}"' for key in shape.keys) for shape in SHAPES)
+    *most, last = (" and ".join(shape.keys) for shape in SHAPES)
     found = ", ".join(map(str, record)) or "nothing"
     raise ValueError(
-        f"a record must have {', '.join(most)}, or {last}, found {found:.100}; name its fields by --map"
+        f"a record must have {', '.join(most)}, or {last}, found {found:.100} (--map names fields)"
     )
 
 
