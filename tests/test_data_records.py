@@ -185,11 +185,11 @@ BAD_RECORDS = [
         "must have text, document, prompt and completion, messages, question and answer, or "
         r"input_ids, found nothing \(--map names fields\)",
     ),
-    ({"content": "a", "id": 1}, "or input_ids, found content, id"),
-    ({"prompt": "a"}, "or input_ids, found prompt"),
-    ({"completion": "a"}, "or input_ids, found completion"),
-    ({"text": "a", "completion": "b"}, "found text, completion"),
-    ({"text": "a", "messages": talk("user", "assistant")}, "found text, messages"),
+    ({"content": "a", "id": 1}, "or input_ids, found 'content, id'"),
+    ({"prompt": "a"}, "or input_ids, found 'prompt'"),
+    ({"completion": "a"}, "or input_ids, found 'completion'"),
+    ({"text": "a", "completion": "b"}, "found 'text, completion'"),
+    ({"text": "a", "messages": talk("user", "assistant")}, "found 'text, messages'"),
     ({"text": 3}, "text must be a string, found int"),
     ({"text": None}, "text must be a string, found NoneType"),
     ({"text": ""}, "text must not be empty"),
@@ -435,7 +435,7 @@ def test_a_new_shape_and_a_new_kind_of_file_are_an_entry_each(monkeypatch, tmp_p
     monkeypatch.setitem(READERS, ".new", lambda file: (("", row) for row in json.load(file)))
     file = write(tmp_path, json.dumps([{"asked": "a", "told": "b"}]), "a.new")
     assert read_data(file, byte_tokenizer()) == read_data([RECORDS[2]], byte_tokenizer())
-    with pytest.raises(ValueError, match="or asked and told, found told"):
+    with pytest.raises(ValueError, match="or asked and told, found 'told'"):
         read_data([{"told": "b"}], byte_tokenizer())
 
 

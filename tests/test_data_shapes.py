@@ -148,8 +148,8 @@ BAD = [
         {"conversations": [{"from": "function_call", "value": "x"}]},
         "role must be one of .*, not 'function_call'",
     ),
-    ({"prompt": "a", "response": "b", "messages": TALK}, "found prompt, response, messages"),
-    ({"question": "a", "answer": "b", "text": "c"}, "found question, answer, text"),
+    ({"prompt": "a", "response": "b", "messages": TALK}, "found 'prompt, response, messages'"),
+    ({"question": "a", "answer": "b", "text": "c"}, "found 'question, answer, text'"),
 ]
 
 

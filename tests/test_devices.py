@@ -195,13 +195,14 @@ def test_labels_are_counted_on_the_cpu_and_again_when_they_change(monkeypatch):
 
 
 @pytest.fixture
-def measured(gpus, monkeypatch):
+def measured(gpus, monkeypatch, request):
     """Let the probe find a GPU of 120 TFLOP/s."""
     found = Hardware("cuda:0", "NVIDIA Test", 2, ("sm_80",), 1.5e4, 1.2e5, 2e5, torch.bfloat16,
                      1.2e5, 900.0, 24 * 10**9)  # fmt: skip
     cpu = machines.hardware
     monkeypatch.setattr(machines, "hardware", lambda d="cpu": found if d != "cpu" else cpu())
     monkeypatch.setattr(machines, "process_bytes", lambda: 10**8)
+    request.addfinalizer(machines.calibrate.cache_clear)  # which would keep that
     return found
 
 

@@ -18,6 +18,7 @@ from minilora.kernels import (
     dense_forward,
     dense_grad_x,
     frozen_product,
+    geglu,
     lora_linear,
     rms_norm,
     swiglu,
@@ -26,7 +27,7 @@ from minilora.kernels.attention import _CausalAttention
 from minilora.kernels.cross_entropy import _LinearCrossEntropy
 from minilora.kernels.frozen import _Frozen
 from minilora.kernels.low_rank import _LoRALinear
-from minilora.kernels.rowwise import _RMSNorm, _SwiGLU
+from minilora.kernels.rowwise import _Gated, _RMSNorm
 from minilora.quantization import Quantization
 from minilora.quantization.linear import QuantizedLinear
 
@@ -75,7 +76,10 @@ CASES = {
     _LoRALinear: [lambda kind=kind: lora(kind) for kind in KINDS]
     + [lambda: lora("dense", p=0.5), lambda: lora("dense", torch.bfloat16)],
     _RMSNorm: [lambda: (lambda x, w: rms_norm(x, w, 1e-5), [torch.randn(M, K), torch.randn(K)])],
-    _SwiGLU: [lambda: (swiglu, [torch.randn(M, K), torch.randn(M, K)])],
+    _Gated: [
+        lambda: (swiglu, [torch.randn(M, K), torch.randn(M, K)]),
+        lambda: (geglu, [torch.randn(M, K), torch.randn(M, K)]),
+    ],
     _CausalAttention: [lambda: attention(True), lambda: attention(False)],
     _LinearCrossEntropy: [loss],
 }

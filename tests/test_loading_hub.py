@@ -21,6 +21,7 @@ from minilora.cli.sources import base_of
 from minilora.files import HubName, cached_name, on_hub
 from minilora.loading import load_model, read_config, read_tokenizer
 from minilora.loading.model import read_model
+from minilora.planning import machines
 from minilora.planning.shapes import read_shape
 
 pytestmark = pytest.mark.peers
@@ -208,8 +209,11 @@ def test_an_index_brings_no_pickle(hub, local):
     assert "pytorch_model.bin" not in {path for _, path in hub.served}
 
 
-def test_config_tokenizer_and_plan_fetch_no_weights(hub, local, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("minilora.planning.machines.process_bytes", lambda: 10**8)
+def test_config_tokenizer_and_plan_fetch_no_weights(
+    hub, local, tmp_path, capsys, monkeypatch, request
+):
+    monkeypatch.setattr(machines, "process_bytes", lambda: 10**8)
+    request.addfinalizer(machines.calibrate.cache_clear)  # which would keep that
     assert read_config(NAME) == read_config(local)
     assert [path for _, path in hub.served] == ["config.json"]
     shape = read_shape(NAME)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from minilora.files import one_line
 
 _ROWS, _REASONS = 10, 5  # how many are named in one message
+_LENGTH = 360  # of the reasons together
 
 Problem = tuple[str, str]  # where, and what is wrong there
 
@@ -35,8 +36,11 @@ def listed(problems: Sequence[Problem]) -> str:
         alike = re.sub(r"\d+|'[^']*'", "", reason)
         reasons.setdefault(alike, one_line(reason, 200))
         rows.setdefault(alike, []).append(where)
-    shown = [f"{joined(rows[each])}: {reasons[each]}" for each in list(rows)[:_REASONS]]
-    more = len(rows) - _REASONS
+    said = list(rows)[:_REASONS]
+    while len(said) > 1 and sum(len(reasons[each]) for each in said) > _LENGTH:
+        said.pop()
+    shown = [f"{joined(rows[each])}: {reasons[each]}" for each in said]
+    more = len(rows) - len(said)
     return "; ".join([*shown, *([f"and {more} other kinds of fault"] if more > 0 else [])])
 
 

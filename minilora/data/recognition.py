@@ -39,9 +39,10 @@ def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape
         if not any(key in record for key in stray):
             return whole[0], record
     *most, last = (" and ".join(shape.keys) for shape in SHAPES)
-    found = ", ".join(map(str, record)) or "nothing"
+    # In quotes, in which alike faults may differ: they are said once.
+    found = f"'{', '.join(map(str, record)):.100}'" if record else "nothing"
     raise ValueError(
-        f"a record must have {', '.join(most)}, or {last}, found {found:.100} (--map names fields)"
+        f"a record must have {', '.join(most)}, or {last}, found {found} (--map names fields)"
     )
 
 
