@@ -108,13 +108,8 @@ class Gemma2Layer(DecoderLayer):
 
 
 def _plus(shift: int) -> Any:
-    """Store 1 + weight of a norm, as llama.cpp's converter does (1), or undo it (-1)."""
-
-    def moved(fqn: str, tensor: Tensor, config: Any) -> Tensor:
-        # In f32, in which files have norms: bfloat16 has no bits for 1 + 0.003.
-        return tensor.float() + shift if fqn.endswith("norm.weight") else tensor
-
-    return moved
+    """Store 1 + weight of a norm, as llama.cpp does, or undo it; in f32: bf16 has no 1.003."""
+    return lambda name, t, _: t.float() + shift if name.endswith("norm.weight") else t
 
 
 def scaled(entries: dict[str, Any]) -> dict[str, Any]:
