@@ -259,3 +259,14 @@ def test_explain_reads_transformers_models():
     }  # fmt: skip
     assert [v.shape for v in found.layers[:2]] == [(24, 8), (8, 8)]
     assert len(found.behaviour.attention.after) == 2
+
+
+def test_a_log_gets_a_line_in_so_many_seconds_at_most(capsys, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr("minilora.report.analysis.time.monotonic", lambda: next(now))
+    minilora.explain(causal(), data=sentences(2), progress=5.0)
+    few = [line for line in capsys.readouterr().err.splitlines() if line]
+    minilora.explain(causal(), data=sentences(2), progress=True)
+    whole = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert 0 < len(few) <= len(whole) // 5 + 1
+    assert set(few) < set(whole)

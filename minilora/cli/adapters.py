@@ -1,6 +1,7 @@
 """`minilora export`, `check` and `explain`: verbs on a trained adapter."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def explain(options: argparse.Namespace) -> int:
         keep=options.keep,
         ablate_examples=options.ablate,
         batch_size=options.batch_size,
-        progress=True,
+        progress=sys.stderr.isatty() or 5.0,  # seconds between two lines of a log
     )
     print(explanation)
     if options.json is not None:

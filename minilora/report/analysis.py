@@ -1,6 +1,7 @@
 """`minilora.explain`: check everything, read the weights, then measure on data if there is any."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def explain(
     largest: int = LARGEST,
     batch_size: int = 8,
     pad_id: int = 0,
-    progress: bool = False,
+    progress: bool | float = False,
 ) -> Explanation:
     """Report what an adapter changed, where, and whether it matters.
 
@@ -63,7 +64,7 @@ def explain(
         largest: compare with W's singular vectors where min(N, K) is at most this (an N³ step).
         batch_size: examples at a time.
         pad_id: token id in the padding.
-        progress: say on stderr what is being done.
+        progress: say on stderr what is being done; a number: a line in so many seconds at most.
 
     Returns:
         An `Explanation`: prints as tables; `to_dict`, `to_json(file)`, `to_html(file)`.
@@ -135,13 +136,19 @@ def _copies(survey: Survey, adapter: str) -> tuple[CopyReport, ...]:
 class _Say:
     """One line on stderr that is written over in a terminal, and else a line each."""
 
-    def __init__(self, progress: bool):
+    def __init__(self, progress: bool | float):
         self.progress, self.width = progress, 0
+        self.every = 0.0 if progress is True else float(progress)
+        self.last = time.monotonic()
 
     def __call__(self, line: str) -> None:
-        if self.progress and not sys.stderr.isatty():
+        now = time.monotonic()
+        if not self.progress or now - self.last < self.every:
+            return
+        self.last = now
+        if not sys.stderr.isatty():
             print(line, end="\n" if line else "", file=sys.stderr, flush=True)
-        elif self.progress:
+        else:
             print(f"\r{line:<{self.width}}", end="" if line else "\r", file=sys.stderr, flush=True)
             self.width = max(self.width, len(line))
 
