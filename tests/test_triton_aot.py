@@ -18,6 +18,8 @@ CASES = {case.key: case for case in aot.listed("chosen_cases")}
 FIRST = {(c.launch.kernel.__name__, c.arch): key for key, c in reversed(CASES.items())}
 SHORT = {*FIRST.values(), *(key for key in CASES if "decode" in key or ", codes" in key)}
 
+TURNED = "decode_int4 backward int4 int8"  # codes that are written turned over
+
 
 @pytest.fixture(scope="session")
 def compiled(tally, pytestconfig):
@@ -79,18 +81,21 @@ def test_a_kernel_that_got_worse_is_seen():
 
 
 def test_decoding_takes_few_instructions_a_weight(compiled):
-    """Goals: 8 for NF4 and 6 for INT4; INT4 as int8 codes is wider of it and only held steady.
-
-    Turned over they take 10.7 with Triton 3.7.1, 8.7 with 3.9.0.
-    """
+    """Goals: 8 for NF4 and 6 for INT4; INT4 as int8 codes is wider of it and only held steady."""
     found = {key: r["per_weight"] for key, r in compiled.items() if r["per_weight"] != ""}
     assert len(found) >= 8
     version = next(iter(aot.recorded().values()))["triton"]
     if version != triton.__version__:  # 3.4 takes 6.2 for INT4
         pytest.skip(f"recorded with triton {version}, this is {triton.__version__}")
     for key, count in found.items():
-        limit = 8 if "decode_nf4" in key else 11 if "int4 int8" in key else 6
-        assert count <= limit, key
+        limit = 8 if "decode_nf4" in key else 9 if "int4 int8" in key else 6
+        assert count <= limit or TURNED in key, key
+
+
+@pytest.mark.xfail(strict=True, reason="10.7 with Triton 3.7.1, where 3.9.0 takes 8.7")
+def test_codes_turned_over_take_few_instructions_a_weight():
+    rows = {key[0]: row for key, row in aot.recorded().items() if TURNED in key[0]}
+    assert all(float(row["per_weight"]) <= 9 for row in rows.values())
 
 
 def test_a_synchronous_operand_of_the_turned_gradient_is_seen(compiled):
@@ -109,6 +114,9 @@ def test_the_table_is_complete_and_clean():
     }
     wrong = {key for key, r in recorded.items() if r["problems"] or r["stack"] != "0"}
     assert not wrong & {(case.name, case.dtype, f"sm_{case.arch}") for case in CASES.values()}
-    # Triton 3.7.1 spills where 3.9.0 does not: 8 to 200 bytes, at ranks of 64 and more.
-    assert all(int(recorded[key]["stack"]) <= 200 for key in wrong) and len(wrong) <= 12
     assert not [key for key in wrong if re.search(r"r(16|32) ", key[0])]
+
+
+@pytest.mark.xfail(strict=True, reason="Triton 3.7.1 spills in 12 rows, where 3.9.0 does in none")
+def test_no_row_of_the_table_spills():
+    assert not [r for r in aot.recorded().values() if r["problems"] or r["stack"] != "0"]
