@@ -6,7 +6,7 @@ from pathlib import Path
 import minilora
 from minilora.cli.arguments import ADAPTER_HELP, DTYPE_HELP, DTYPES, arg, positive, verb
 from minilora.cli.sources import check_gguf, check_new_folder, load, write_modelfile
-from minilora.loading import TYPES, save_gguf, save_pretrained
+from minilora.loading import FILE_TYPES, save_gguf, save_pretrained
 from minilora.loading import fetch as fetch_model
 from minilora.lora import sizes
 from minilora.quantization import FORMATS, quantized_layers
@@ -25,7 +25,7 @@ from minilora.quantization import FORMATS, quantized_layers
     arg("--adapter", required=True, type=Path, help=ADAPTER_HELP),
     arg("--out", type=Path, help="a new or empty folder"),
     arg("--gguf", type=Path, metavar="FILE", help="write a GGUF file, for llama.cpp and Ollama"),
-    arg("--type", default="f16", choices=TYPES, help="of its matrices (default: f16)"),
+    arg("--type", default="f16", choices=FILE_TYPES, help="of its matrices (default: f16)"),
     arg("--ollama", action="store_true", help="write a Modelfile beside it"),
 )
 def merge(options: argparse.Namespace) -> int:

@@ -2,12 +2,12 @@
 
 from minilora.loading.fetching import fetch, known_name
 from minilora.loading.foreign_config import ForeignConfig
-from minilora.loading.gguf_writing import TYPES, export_gguf, save_gguf
+from minilora.loading.gguf_writing import FILE_TYPES, export_gguf, save_gguf
 from minilora.loading.model import load_model, read_config, read_tokenizer
 from minilora.loading.saving import save_pretrained
 
 __all__ = [
-    "TYPES",
+    "FILE_TYPES",
     "ForeignConfig",
     "export_gguf",
     "fetch",

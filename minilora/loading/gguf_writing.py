@@ -23,7 +23,7 @@ from minilora.peft import plain_factors
 from minilora.quantization import is_finite
 from minilora.text import as_tokenizer, gguf_metadata
 
-TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type: llama.h's llama_ftype
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type: llama.h's llama_ftype
 # Keys whose values llama.cpp wants in floating point.
 _FLOATS = re.compile(r"freq_base|factor|epsilon|softcapping|(^|[._])scale$")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # which the tokenizer's keys tell
@@ -103,8 +103,8 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
         RuntimeError: the package `gguf` is missing, or the file can't be written.
     """
     _, names = _names(model)
-    if type not in TYPES:
-        raise ValueError(f"type must be one of {', '.join(TYPES)}, found {type!r:.40}")
+    if type not in FILE_TYPES:
+        raise ValueError(f"type must be one of {', '.join(FILE_TYPES)}, found {type!r:.40}")
     config: Any = model.config
     plain = model.__class__(config, device="meta").state_dict()
     state = model.state_dict()
@@ -134,7 +134,7 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
 
     def describe(writer: Any) -> None:
         writer.add_type("model")
-        writer.add_file_type(TYPES[type])
+        writer.add_file_type(FILE_TYPES[type])
         for key, value in metadata.items():
             _add_value(writer, key, value)
 
