@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A bare `kernels` package belongs to Hugging Face: keep this folder off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo explain test test-full aot soak bench bench-quick check format clean
+.PHONY: demo explain docs test test-full aot soak bench bench-quick check format clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,11 +16,21 @@ $(VENV)/dev: $(VENV)/demo
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(VENV)/docs: $(VENV)/demo
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
 
 explain: $(VENV)/demo  # what the demo's adapter changed: out/explain/report.html
 	$(BIN)/python examples/explain.py
+
+# The pages as a site in build/site, each link checked.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 # Two processes of one thread: most tests are too small for two threads. Threads that wait by
 # spinning starve each other as soon as a second process runs.
