@@ -1,65 +1,55 @@
-"""Draw seconds and memory of `real_task.py`'s rows: docs/real_task.png.
+"""Draw seconds and memory of `real_task.py`'s newest rows: docs/real_task.png.
 
-    python benchmarks/real_task_chart.py
+    PYTHONPATH=benchmarks python benchmarks/real_task_chart.py
 
-Of each contender the rows on one processor: the median over seeds at the learning rate that
-reached the loss first.
+Of each contender its fastest learning rate; bars are medians over seeds, lines on them reach from
+the best seed to the worst.
 """
 
-import csv
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+from csv_tables import Row
+from tables_training import fastest, real_task_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).resolve().parent
-CSV = HERE / "results" / "real_task.csv"
-OUT = HERE.parent / "docs" / "real_task.png"
+OUT = Path(__file__).resolve().parents[1] / "docs" / "real_task.png"
 OURS, THEIRS = "#2a6f97", "#b0b7bf"
 
 
-def rows(task: str, processor: str) -> dict[str, tuple[float, float]]:
-    """Return seconds and megabytes of each contender, slowest first."""
-    found: dict[str, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
-    with open(CSV, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["task"] == task and row["processor"] == processor and row["seconds"]:
-                found[row["contender"]][row["lr"]].append(row)
-    result = {}
-    for contender, rates in found.items():
-        medians = [
-            tuple(
-                statistics.median(float(row[key]) for row in some) for key in ("seconds", "peak_mb")
-            )
-            for some in rates.values()
-        ]
-        result[contender] = min(medians)
-    return dict(sorted(result.items(), key=lambda item: -item[1][0]))
+def _values(rows: list[Row], key: str) -> tuple[float, float, float]:
+    """Return median, least and largest."""
+    values = [float(row[key]) for row in rows]
+    return statistics.median(values), min(values), max(values)
 
 
-def _median(rows: list[dict[str, str]], key: str) -> float:
-    return statistics.median(float(row[key]) for row in rows)
-
-
-def draw(found: dict[str, tuple[float, float]]) -> None:
+def draw(found: dict[str, list[Row]]) -> None:
     """Draw two bars for each contender."""
     names = list(found)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.55 * len(names) + 1.0), sharey=True)
-    for axis, part, title, unit in zip(
-        axes, (0, 1), ("seconds of training", "peak memory"), ("{:.0f} s", "{:.1f} GB"), strict=True
-    ):
-        values = [found[name][part] / (1, 1000)[part] for name in names]
+    figure, axes = plt.subplots(1, 2, figsize=(6.5, 0.7 * len(names) + 0.6), sharey=True)
+    for axis, key, scale, title, unit in zip(
+        axes, ("seconds", "peak_mb"), (1, 1000), ("seconds of training", "peak memory"),
+        ("{:.0f} s", "{:.1f} GB"), strict=True,
+    ):  # fmt: skip
+        three = [[value / scale for value in _values(found[name], key)] for name in names]
+        middle = [value[0] for value in three]
+        errors = [[m - low for m, low, _ in three], [high - m for m, _, high in three]]
         colors = [OURS if name.startswith("minilora") else THEIRS for name in names]
-        bars = axis.barh(names, values, color=colors)
-        axis.bar_label(bars, [unit.format(value) for value in values], padding=3, fontsize=9)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlim(0, max(values) * 1.18)
+        rows = range(len(names))
+        axis.barh(rows, middle, 0.5, color=colors, xerr=errors, ecolor="#444444", capsize=3)
+        longest = max(high for _, _, high in three)
+        for i, (m, _, high) in enumerate(three):
+            axis.text(high + 0.02 * longest, i, unit.format(m), va="center", fontsize=10)
+            if key == "seconds":
+                axis.text(0, i - 0.3, names[i], fontsize=10)
+        axis.set_title(title, fontsize=11, loc="left", fontweight="bold")
+        axis.set_xlim(0, longest * 1.25)
         axis.xaxis.set_visible(False)
-        axis.invert_yaxis()
+        axis.yaxis.set_visible(False)
+        axis.set_ylim(-0.75, len(names) - 0.6)
         axis.spines[["top", "right", "bottom", "left"]].set_visible(False)
         axis.tick_params(length=0)
     axes[0].invert_yaxis()
@@ -68,4 +58,4 @@ def draw(found: dict[str, tuple[float, float]]) -> None:
 
 
 if __name__ == "__main__":
-    draw(rows("docstrings", "Intel(R) Xeon(R) Processor family 6"))
+    draw(fastest(real_task_rows()))

@@ -1,4 +1,4 @@
-"""Draw tokens per second of `train_step.py`'s rows, and print them as a table for docs/cpu.md.
+"""Draw tokens per second of `train_step.py`'s rows, and print them as a table.
 
     PYTHONPATH=benchmarks python benchmarks/train_chart.py [--model smollm2-135m]
         [--rows 4] [--tokens 256] [--commit NAME ...]

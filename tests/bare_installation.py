@@ -60,6 +60,7 @@ ANSWERS = {
     "explain": (["adapter", "--model", "model"], TEXT),
     "plan": (["owner/model"], HUB),
     "check": (["adapter"], None),
+    "docs": (["cpu"], None),
     "fetch": (["no-such-model"], None),  # not its name: nothing is downloaded
 }
 others = {"compare", "repeat", "resume"}  # read a model in the same way

@@ -1,7 +1,7 @@
 """A device that is none: its tensors lie in memory and are computed there, under another name.
 
 Where a tensor of the CPU meets one of the device, it is an error, as on a GPU: so a run shows every
-place that forgets to say where it makes a tensor, and its numbers must be the CPU's to the bit.
+place that forgets to say where it makes a tensor.
 `switch_on` is for a process of its own: torch has one such device.
 """
 

@@ -138,7 +138,8 @@ def kept(model, ids):
 
 HEAD = """# Model families
 
-Written by `tests/test_models_checks.py`: what each family reads, and what it passes in the tests.
+The families of models with code of their own, what each reads, and which checks it passes.
+`tests/test_models_checks.py` writes this page.
 
 """
 

@@ -32,6 +32,7 @@ def test_wheel_holds_every_source_file(wheel):
         for file in (ROOT / folder).rglob("*.py"):
             assert f"{prefix}/{file.relative_to(ROOT / folder).as_posix()}" in names
     assert "minilora/py.typed" in names
+    assert {f"minilora/docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= names
     assert not [name for name in names if name.startswith(("kernels/", "tests/"))]
 
 

@@ -14,6 +14,7 @@ from minilora.cli import (  # noqa: F401 - their verbs
     data,
     interrupt,
     models,
+    pages,
     running,
     runs,
     training,

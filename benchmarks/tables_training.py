@@ -1,0 +1,246 @@
+"""Tables of training: the real task, the demo, single steps and what they are made of."""
+
+import statistics
+
+from csv_tables import Row, caption, last_of, machine, newest, read, table
+
+
+def real_task() -> str:
+    rows = real_task_rows()
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["contender"], row["lr"]), []).append(row)
+    lines = []
+    for (name, lr), some in groups.items():
+        seconds = [float(row["seconds"]) for row in some if row["seconds"]]
+        peak = max(float(row["peak_mb"]) for row in some)
+        missed = len(some) - len(seconds)
+        reached = spread(seconds, "{:.0f}") if seconds else "–"
+        if missed:
+            reached += f", {missed} of {len(some)} did not reach it"
+        step = statistics.median(float(row["s_a_step"]) for row in some)
+        lines.append([name, lr, len(some), reached, f"{step:.2f}", f"{peak / 1000:.1f}"])
+    target = rows[-1]["target"]
+    text = f"SmolLM2-135M until the held-out loss is {target}; median, fastest to slowest seed"
+    head = "contender | learning rate | seeds | seconds | seconds a step | largest peak, GB"
+    return caption(text, rows) + table(head, lines)
+
+
+def real_task_rows() -> list[Row]:
+    """Return the newest group of the docstrings task: one processor, one commit."""
+    return newest(read("real_task", task="docstrings"), "processor", "commit")
+
+
+def fastest(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return each contender's rows at its fastest learning rate, slowest contender first.
+
+    The first seed runs at every rate, the others at the one that was fastest then.
+    """
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault(row["contender"], {}).setdefault(row["lr"], []).append(row)
+
+    def middle(some: list[Row]) -> float:
+        return statistics.median(float(row["seconds"] or "inf") for row in some)
+
+    found = {
+        name: min(rates.values(), key=lambda some: (-len(some), middle(some)))
+        for name, rates in groups.items()
+    }
+    return dict(sorted(found.items(), key=lambda item: -middle(item[1])))
+
+
+def real_task_caption() -> str:
+    """Return the caption of docs/real_task.png, with its conditions."""
+    found = fastest(real_task_rows())
+    last, seeds = next(iter(found.values()))[-1], {len(some) for some in found.values()}
+    many = (
+        f"median of {max(seeds)} seeds, lines from the best to the worst"
+        if max(seeds) > 1
+        else ("one seed")
+    )
+    return (
+        "*SmolLM2-135M learns to write docstrings: seconds of training until the held-out loss is "
+        f"{last['target']}, compiling included, and the peak memory. r = 8 on all linears, each "
+        f"program at its fastest learning rate, {many}. {machine(last)}, {last['threads']} "
+        "threads.*\n"
+    )
+
+
+def spread(values: list[float], form: str) -> str:
+    """Return the median of some values, with the least and the largest where they differ."""
+    said = [form.format(f(values)) for f in (statistics.median, min, max)]
+    return said[0] if len(values) == 1 else f"{said[0]} ({said[1]}–{said[2]})"
+
+
+def demo() -> str:
+    head = "processor | dtype | steps of 16 rows | perplexity before | after | minutes in all"
+    rows = [
+        [
+            "Xeon, AMX" if row["processor"].startswith("Intel") else "EPYC, AVX2 alone",
+            row["dtype"],
+            *(row[k] for k in ("steps", "perplexity_before", "perplexity_after", "total_minutes")),
+        ]
+        for row in read("demo")
+    ]
+    return (
+        "*`make demo`: three minutes of training, perplexity over 9413 held-out tokens; "
+        "2 threads, torch 2.13.0, other work on both machines.*\n\n" + table(head, rows)
+    )
+
+
+STEP: Row = {"model": "smollm2-135m", "rows": "4", "tokens": "256", "r": "8", "targets": "all"}
+
+
+def steps(processor: str, flag: str) -> list[Row]:
+    """Return the newest rows of a training step on a kind of processor."""
+    rows = [row for row in read("train_step", **STEP) if processor in row["processor"]]
+    return newest([row for row in rows if flag in row["flags"]], "commit", "flags")
+
+
+def _step(processor: str, flag: str, base: str) -> str:
+    rows = steps(processor, flag)
+    lines = []
+    for name, row in sorted(
+        last_of(rows, "provider").items(), key=lambda item: float(item[1]["seconds"] or 1e9)
+    ):
+        if row["seconds"]:
+            times = f"{float(row['seconds']):.2f}"
+            if row["fastest"]:
+                times += f" ({float(row['fastest']):.2f}–{float(row['slowest']):.2f})"
+        else:
+            times = "not timed: its loss is off"
+        shown = name.replace("limit", "limit: the products alone,")
+        lines.append([shown, times, row[f"to_{base}"], row["peak_mb"], row["loss_10"]])
+    rounds = max(int(row["rounds"] or 0) for row in rows)
+    text = (
+        f"4 × 256 tokens, r = 8 on all linears; median of up to {rounds} interleaved rounds "
+        "(fastest–slowest)"
+    )
+    head = (
+        f"program | seconds a step | times {base.replace('_', ' ')} | peak, MB | "
+        "loss after ten steps"
+    )
+    return caption(text, rows) + table(head, lines)
+
+
+def cpu() -> str:
+    lines = []
+    for processor, flag in (("Intel", "amx"), ("family 25", "avx512_bf16"), ("family 23", "avx2")):
+        rows = steps(processor, flag)
+        found = {name: row for name, row in last_of(rows, "provider").items()
+                 if row["seconds"] and "alone" not in name}  # fmt: skip
+        ours, theirs = (
+            min((row for name, row in found.items() if name.startswith(who)),
+                key=lambda row: float(row["seconds"]))
+            for who in ("minilora", "peft")
+        )  # fmt: skip
+        for row in (ours, theirs):
+            lines.append([machine(row), row["provider"], f"{float(row['seconds']):.1f}",
+                          f"{float(row['peak_mb']) / 1000:.1f}"])  # fmt: skip
+    return (
+        "*4 × 256 tokens, r = 8 on all linears, 2 threads; the fastest settings of each "
+        "program.*\n\n"
+    ) + table("processor | program | seconds a step | peak, GB", lines)
+
+
+def step_amx() -> str:
+    return _step("Intel", "amx", "peft_bf16")
+
+
+def step_avx512() -> str:
+    return _step("family 25", "avx512_bf16", "peft_bf16")
+
+
+def step_avx2() -> str:
+    return _step("family 23", "avx2", "peft_f32")
+
+
+def step_models() -> str:
+    lines, used = [], []
+    for model, tokens in (("gpt2", "256"), ("tinyllama-1.1b", "256"), ("tinyllama-1.1b", "512")):
+        rows = newest(read("train_step", model=model, tokens=tokens), "commit")
+        used += rows
+        for row in rows:
+            name = row["provider"].replace("limit", "its products alone,")
+            lines.append([model, f"{row['rows']} × {tokens}", name, row["seconds"] or "not timed",
+                          row["peak_mb"], row["loss_10"]])  # fmt: skip
+    head = "shape | rows × tokens | program | seconds a step | peak, MB | loss after ten steps"
+    text = "random weights, r = 8 on all linears, median of 3 rounds; losses over 16 tokens a step"
+    return caption(text, used) + table(head, lines)
+
+
+def curves() -> str:
+    lines = []
+    wanted = ("peft f32", "minilora f32 compiled")
+    rows = [row for row in read("train_step", model=STEP["model"], rows="1", commit="d48580f")
+            if row["provider"] in wanted]  # fmt: skip
+    pairs: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        pairs.setdefault((row["tokens"], row["r"], row["targets"]), {})[row["provider"]] = row
+    for setting, found in sorted(pairs.items(), key=lambda item: [int(n) for n in item[0][:2]]):
+        if len(found) < 2:
+            continue
+        theirs, ours = found["peft f32"], found["minilora f32 compiled"]
+        ratio = float(theirs["seconds"]) / float(ours["seconds"])
+        lines.append([*setting, theirs["seconds"], ours["seconds"], f"{ratio:.2f}",
+                      theirs["peak_mb"], ours["peak_mb"]])  # fmt: skip
+    head = "tokens | r | linears | PEFT, s | minilora compiled, s | times | PEFT, MB | minilora, MB"
+    return caption("SmolLM2-135M in float32, one row, median of 3 rounds", rows) + table(
+        head, lines
+    )
+
+
+def breakdown() -> str:
+    lines = []
+    rows = read("breakdown")
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["what"], row["model"], row["name"] + machine(row)), []).append(row)
+    for (what, model, _), some in groups.items():
+        parts = sorted(some, key=lambda row: -float(row["share"]))[:4]
+        said = ", ".join(f"{row['kind']} {100 * float(row['share']):.0f} %" for row in parts)
+        total = sum(float(row["seconds"]) for row in some)
+        lines.append(
+            [f"{what}: {model}, {some[0]['name']}", machine(some[0]), f"{total:.3g}", said]
+        )
+    head = "what | processor | seconds | where they go"
+    return (
+        "*Under torch's profiler, which slows what it watches; a training step, or one token "
+        "written.*\n\n" + table(head, lines)
+    )
+
+
+def loss() -> str:
+    rows = read("loss")
+    lines = [[r["provider"], r["seconds"], f"{r['fastest']}–{r['slowest']}", r["to_bare"]]
+             for r in rows]  # fmt: skip
+    text = "loss and its gradient of 1024 rows of 576 over 49152 words, float32"
+    head = "program | seconds | fastest–slowest | times the two products"
+    return caption(text, rows) + table(head, lines)
+
+
+def waiting() -> str:
+    rows = read("data_wait")
+    lines = [[r["data"], r["seconds"], r["tokens"], r["data_wait_percent"]] for r in rows]
+    text = (
+        "SmolLM2-135M in bfloat16, 16 rows a step, 6 steps, on a machine with other work: "
+        "the shares compare, the seconds do not"
+    )
+    head = "data | seconds | learned tokens | % spent waiting for data"
+    return caption(text, rows) + table(head, lines)
+
+
+def recipes() -> str:
+    """Return a line a recipe, of its newest run."""
+    rows = list(last_of(read("recipes"), "recipe").values())
+    lines = []
+    for row in rows:
+        right = f"{row['right_before']} → {row['right_after']} of {row['examples']}"
+        lines.append([row["recipe"], row["rows"], row["steps"], row["minutes"],
+                      f"{float(row['peak_mb']) / 1000:.1f}",
+                      f"{row['loss_before']} → {row['loss_after']}",
+                      right if row["right_after"] else "–"])  # fmt: skip
+    text = "held-out loss and right answers before and after; other work on the machine"
+    head = "recipe | rows | steps | minutes in all | peak, GB | loss | right answers"
+    return caption(text, rows) + table(head, lines)
