@@ -64,7 +64,7 @@ ANSWERS = {
     "fetch": (["no-such-model"], None),  # not its name: nothing is downloaded
 }
 others = {"compare", "repeat", "resume"}  # read a model in the same way
-assert ANSWERS.keys() | others <= VERBS.keys()
+assert ANSWERS.keys() | others == VERBS.keys()
 for verb, (arguments, extra) in ANSWERS.items():
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):

@@ -49,6 +49,9 @@ def test_cache_is_keyed_by_content_tokenizer_and_options(ask, tmp_path, tokenize
     assert not ask(options=Encoding(8))
     (tmp_path / "b.jsonl").write_text("content")
     assert ask(files=[tmp_path / "b.jsonl"])  # the name does not matter
+    for other in ("a.txt", "a.txt.gz", "a.jsonl.gz"):  # each would be read in another way
+        (tmp_path / other).write_text("content")
+        assert not ask(files=[tmp_path / other])
     (tmp_path / "a.jsonl").write_text("Content")
     assert [ask(), ask()] == [False, True]
 

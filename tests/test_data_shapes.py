@@ -48,7 +48,7 @@ FOREIGN_RECORDS = [
     (
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
         TALK,
-        "conversations are read as messages",
+        "conversations: read as messages",
     ),
     (
         {
@@ -56,10 +56,10 @@ FOREIGN_RECORDS = [
             "system": "Be brief.",
         },
         [SYSTEM, *TALK],
-        "conversations are read as messages",
+        "conversations: read as messages",
     ),
-    ({"conversation": TALK}, TALK, "conversation are read as messages"),
-    ({"conversations": json.dumps(TALK)}, TALK, "conversations are read as messages"),
+    ({"conversation": TALK}, TALK, "conversation: read as messages"),
+    ({"conversations": json.dumps(TALK)}, TALK, "conversations: read as messages"),
 ]
 
 

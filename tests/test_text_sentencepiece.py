@@ -309,11 +309,11 @@ def test_other_tokenizers_are_refused_with_the_line_that_converts_them():
     for tokenizer, message in (
         (
             made("bytes"),
-            r"found Tokenizer; convert it by minilora.models.Tokenizer\(tok",
+            r"found Tokenizer; convert it by minilora.text.Tokenizer\(tok",
         ),
         (
             object(),
-            r"found object; convert it by minilora.models.Tokenizer.from_p",
+            r"found object; convert it by minilora.text.Tokenizer.from_p",
         ),
     ):
         with pytest.raises(TypeError, match=message):

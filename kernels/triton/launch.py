@@ -63,7 +63,7 @@ def architecture(device: torch.device) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """Return what `multiply` is told: see there. f32 follows torch's switch for CUDA's matmuls.
+    """Return the precision to pass to `multiply`. f32 follows torch's switch for CUDA's matmuls.
 
     The switch also knows what `torch.set_float32_matmul_precision` and `allow_tf32` set.
     """

@@ -68,7 +68,7 @@ def _conversation(key: str) -> Shape:
         rest = {k: v for k, v in record.items() if k not in (key, "system")}
         return {**rest, "messages": turns}
 
-    return _foreign(f"{key} are read as messages", MESSAGES, convert, (key,), ("system",))
+    return _foreign(f"{key}: read as messages", MESSAGES, convert, (key,), ("system",))
 
 
 def _spoken(turn: Any) -> Any:

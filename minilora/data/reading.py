@@ -62,7 +62,7 @@ def read_data(
             document. Texts are UTF-8; each may be compressed (`.gz`). `"@docstrings"` (or
             `"@docstrings/valid"`, `"@docstrings/test"`) are functions of this Python's standard
             library and what they do.
-        tokenizer: a `minilora.models.Tokenizer`, or one of transformers'.
+        tokenizer: a `minilora.text.Tokenizer`, or one of transformers'.
         max_length: tokens kept of a record, at least 2; the rest is cut off and counted.
         completion_only: False learns prompts, system and user turns too.
         chat_prompts: put prompt and completion through the chat template as two turns.

@@ -17,7 +17,7 @@ from minilora.data.examples import Example
 from minilora.data.records import EncodeReport
 from minilora.files import CHECKSUMS, UnwritableError, read_tensors, tensor_content, write
 
-_VERSION = 3
+_VERSION = 4
 
 
 def cached(
@@ -32,7 +32,7 @@ def cached(
     Args:
         folder: of the cache; made if missing.
         files: what the examples are made from. Their contents, the tokenizer's files and the
-            options are the key, names and times are not.
+            options are the key, and how the names end; the rest of the names and times are not.
         tokenizer: has a method `save(folder)`.
         options: of the encoding.
         make: encodes the files to unpacked examples.
@@ -44,7 +44,7 @@ def cached(
     key = {
         "version": _VERSION,
         "files": [_file_hash(Path(file)) for file in files],
-        "suffixes": [Path(file).suffix for file in files],
+        "suffixes": [Path(file).suffixes[-2:] for file in files],  # .jsonl.gz is not .txt.gz
         "tokenizer": _tokenizer_hash(tokenizer),
         "options": dataclasses.asdict(options),
     }

@@ -24,7 +24,7 @@ MOST = 2**31 - 1  # of what is counted: rows, steps, epochs
 Check = Callable[[Any, str], Any]
 
 
-def must_be(must: str, holds: Callable[[Any], bool]) -> Check:
+def must_be(must: str, holds: Callable[[Any], object]) -> Check:
     """Return the check that raises ValueError, "NAME must be …", unless `holds` is true."""
 
     def check(value: Any, name: str) -> Any:

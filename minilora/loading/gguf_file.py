@@ -106,7 +106,7 @@ def _config(file: GGUF, family: type[CausalLM], names: GGUFNames) -> ModelConfig
 
 
 def _fqn(name: str, names: GGUFNames, blocks: str) -> str:
-    """Return the name in the model; one that is none of the architecture's stays as it is."""
+    """Return the name in the model; a name that the architecture does not have is unchanged."""
     stem, _, leaf = name.rpartition(".")
     if stem in names.whole:
         return f"{names.whole[stem]}.{leaf}"

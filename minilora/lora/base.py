@@ -72,7 +72,7 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight; of a stored or packed one what it had before, as far as it is known."""
+        """Return the weight's dtype; if it is packed, the one before packing, as far as known."""
         return unpacked_dtype(self.module) if self.packed else self._weight.dtype
 
     @property

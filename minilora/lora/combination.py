@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minilora.files import is_number
 from minilora.lora.adapter import LoRAAdapter
 from minilora.lora.config import as_dtype, check_rank
 from minilora.lora.injection import check_room
@@ -164,9 +165,21 @@ def add_frozen(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> 
         survey.layers[fqn].add(adapter, factors)
 
 
+def finite_factors(survey: Survey, adapter: str, verb: str) -> dict[str, LoRAAdapter]:
+    """Return an adapter's factors by layer; raise unless it is there and all finite."""
+    factors = survey.factors(survey.known(adapter, verb)[0])
+    for fqn, one in factors.items():
+        if not all(p.detach().isfinite().all() for p in one.parameters()):
+            raise ValueError(
+                f"adapter {adapter!r} must be finite, found NaN or Inf on {fqn}; load or train it "
+                f"again"
+            )
+    return factors
+
+
 def check_source(survey: Survey, adapter: str, verb: str) -> dict[str, LoRAAdapter]:
     """Return an adapter's factors, or raise unless all that it does lies in delta weights."""
-    factors = survey.factors(survey.known(adapter, verb)[0])
+    factors = finite_factors(survey, adapter, verb)
     copies = survey.copies_of(adapter)
     if copies:
         raise ValueError(
@@ -179,11 +192,6 @@ def check_source(survey: Survey, adapter: str, verb: str) -> dict[str, LoRAAdapt
             raise ValueError(
                 f"{verb}() makes a product B A, but adapter {adapter!r} also has a lora_bias on "
                 f"{fqn} that is not 0; use an adapter without lora_bias=True, or merge it"
-            )
-        if not all(p.detach().isfinite().all() for p in one.parameters()):
-            raise ValueError(
-                f"adapter {adapter!r} must be finite, found NaN or Inf on {fqn}; load or train it "
-                f"again"
             )
     return factors
 
@@ -213,17 +221,13 @@ def _check_options(method: object, r: object, density: object, seed: object) -> 
             )
     if method not in PRUNING and density is not None:
         raise ValueError(f"density is for {', '.join(PRUNING)}; leave it out with {method!r}")
-    if method in PRUNING and not (_is_number(density) and 0 < density <= 1):  # type: ignore[operator]
+    if method in PRUNING and not (is_number(density) and 0 < density <= 1):  # type: ignore[operator]
         raise ValueError(
             f"method={method!r} needs a density in (0, 1], the share of each delta weight that is "
             f"kept, found {density!r}"
         )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number, found {seed!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_weights(weights: object) -> dict[str, float]:
@@ -234,7 +238,7 @@ def _check_weights(weights: object) -> dict[str, float]:
     if not weights:
         raise ValueError("combine() needs at least one adapter, found an empty mapping")
     for name, weight in weights.items():
-        if not _is_number(weight) or not math.isfinite(weight):
+        if not is_number(weight):
             raise ValueError(
                 f"the weight of adapter {name!r} must be a finite number, found {weight!r}"
             )

@@ -49,7 +49,7 @@ class Kept:
         return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
     def leave_to(self, disk: DiskCopy, name: str, apart: set[tuple[str, str]]) -> None:
-        """Keep the values in the file alone, but for parameters that are others' too."""
+        """Keep the values in the file alone, except parameters shared with other modules."""
         self.disk = disk
         if not self.parameters:  # the whole base
             self.parameters = {k: p for k, p in self.base._parameters.items() if p is not None}

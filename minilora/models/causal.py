@@ -138,7 +138,7 @@ class CausalLM(nn.Module):
         self.windows = {block.window for block in self.blocks}
 
     def outgrows(self, positions: Tensor) -> bool:
-        """Return whether new tokens at `positions` make cached keys wrong, so that all come anew.
+        """Return whether new tokens at `positions` invalidate the cache, so that all must be rerun.
 
         Their documents become longer than LongRoPE's original context, from where on it has other
         frequencies for all keys. With the dynamic rope keys stay as they are, as in transformers.
@@ -172,8 +172,8 @@ class CausalLM(nn.Module):
             self._check_positions(positions, batch, tokens)
         if past and self.outgrows(positions):
             raise ValueError(
-                "the rotary embeddings of documents of this length are others than those of the "
-                "cached keys; set the cache's length to 0 and pass whole sequences"
+                "documents of this length have other rotary embeddings than those that the cached "
+                "keys were made with; set the cache's length to 0 and pass whole sequences"
             )
         masks = self._masks(mask, batch, tokens, past, input_ids.device)
         x, beside = self.begin(input_ids, positions)

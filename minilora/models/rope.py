@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from minilora.files import one_line, short
+from minilora.files import is_number, one_line, short
 from minilora.models.not_built import NotBuiltError
 
 LONGEST = 2**30  # of original_max_position_embeddings
@@ -76,24 +76,20 @@ class Scaling:
         return {"rope_type": self.rope_type, **kept}
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _are_factors(value: Any) -> bool:
-    return isinstance(value, tuple) and all(_is_number(v) and v > 0 for v in value)
+    return isinstance(value, tuple) and all(is_number(v) and v > 0 for v in value)
 
 
-_POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0)
+_POSITIVE = ("a number above 0", lambda value: is_number(value) and value > 0)
 _FACTORS = ("a list of numbers above 0", _are_factors)
 _RULES: dict[str, Any] = {
-    "factor": ("a number of at least 1", lambda value: _is_number(value) and value >= 1),
+    "factor": ("a number of at least 1", lambda value: is_number(value) and value >= 1),
     "original_max_position_embeddings": (
         "an integer above 1",
         lambda value: type(value) is int and 1 < value <= LONGEST,
     ),
-    "mscale": ("a number", _is_number),
-    "mscale_all_dim": ("a number", _is_number),
+    "mscale": ("a number", is_number),
+    "mscale_all_dim": ("a number", is_number),
     "truncate": ("true or false", lambda value: isinstance(value, bool)),
     "short_factor": _FACTORS,
     "long_factor": _FACTORS,
@@ -275,7 +271,6 @@ class LongRope(Scaling):
 SCALINGS: dict[str, type[Scaling]] = {
     each.rope_type: each for each in (Linear, Dynamic, Llama3, Yarn, LongRope)
 }
-# Keys beside a scaling's own. The original length stands in configurations without a scaling, too.
 # Keys beside a scaling's own: the original context may stand beside a type that needs none.
 _OTHER_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | {
     "original_max_position_embeddings"

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.files import cached_name, one_line, read_json, short
+from minilora.files import Check, cached_name, must_be, one_line, read_json, short
 from minilora.lora import (
     AdapterConfig,
     LoRAAdapter,
@@ -36,31 +36,22 @@ MOST_PATTERNS = 4096  # of ranks or alphas: one for each layer of the largest mo
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _TARGETS = "a non-empty list of module names or a regex"
 _OURS = {field.name: field.metadata["check"] for field in fields(AdapterConfig)}
-_Check = Callable[[Any, str], object]
-
-
-def _must(be: str, holds: Callable[[Any], object]) -> _Check:
-    def check(value: Any, key: str) -> None:
-        if not holds(value):
-            raise ValueError(f"{key} must be {be}, found {short(value)}")
-
-    return check
 
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
 
 
-_names = _must("a list of names, a string or null", lambda v: isinstance(v, str) or _are_names(v))
-_parameters = _must("a list of parameter names or null", _are_names)
-_targets = _must(_TARGETS, lambda v: (
+_names = must_be("a list of names, a string or null", lambda v: isinstance(v, str) or _are_names(v))
+_parameters = must_be("a list of parameter names or null", _are_names)
+_targets = must_be(_TARGETS, lambda v: (
     compiled_pattern(v, "target_modules") if isinstance(v, str) else _are_names(v)
 ))  # fmt: skip
-_blocks = _must("a block number, a list of them or null", lambda v: (
+_blocks = must_be("a block number, a list of them or null", lambda v: (
     all(type(number) is int for number in (v if isinstance(v, list) else [v]))
 ))  # fmt: skip
-_flag = _must("true or false", lambda v: isinstance(v, bool))
-_bias = _must("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only"))
+_flag = must_be("true or false", lambda v: isinstance(v, bool))
+_bias = must_be("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only"))
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class _Field:
     key: str
     option: str | None
     default: Any = None
-    check: _Check | None = None
+    check: Check | None = None
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Any] = lambda value: value
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -53,7 +53,7 @@ def settings_of(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any
 class Forecast:
     """Say what a run will take, soon whether it does, and what it took.
 
-    Planned are the batches of the run's own steps, in their order. Where a whole epoch takes more,
+    The plan is of the batches that the run's own steps will see. Where a whole epoch takes more,
     that is said too.
 
     Args:

@@ -17,6 +17,7 @@ from minilora.lora import (
     approximated,
     check_rank,
     check_source,
+    finite_factors,
     plain_adapter,
     stored_dtype,
 )
@@ -113,18 +114,6 @@ def _space(factors: Any) -> tuple[Tensor, Tensor, Tensor] | None:
     U, S, V = small_svd(*factors.product(torch.float64))
     there = S / S[0] > torch.finfo(torch.float32).eps  # the factors are stored in f32
     return (U[:, there], S[there], V[:, there]) if S[0] else None
-
-
-def finite_factors(survey: Survey, adapter: str, verb: str) -> dict[str, Any]:
-    """Return an adapter's factors by layer; raise unless it is there and all finite."""
-    factors = survey.factors(survey.known(adapter, verb)[0])
-    for fqn, one in factors.items():
-        if not all(p.detach().isfinite().all() for p in one.parameters()):
-            raise ValueError(
-                f"adapter {adapter!r} must be finite, found NaN or Inf on {fqn}; load or train it "
-                f"again"
-            )
-    return factors
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:

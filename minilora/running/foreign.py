@@ -114,7 +114,7 @@ def keeps_apart(model: nn.Module) -> bool:
 
 
 def _sees_one_document(model: Any) -> bool:
-    """Whether a second document's logits are those it has alone, whatever the first one is."""
+    """Return whether packing a document after another leaves its logits as they are alone."""
     first, other, second = (1, 7, 2, 6, 3), (5, 4, 6, 2, 7), (2, 7, 1, 5, 3, 6)
     if model.config.vocab_size < 8:
         return False

@@ -50,7 +50,7 @@ def generate(
             token.
             Left as it was, flags, buffers and torch's random state included.
         prompts: a text, several texts, or several lists of token ids.
-        tokenizer: a `minilora.models.Tokenizer`, or one of transformers'; needed for texts and
+        tokenizer: a `minilora.text.Tokenizer`, or one of transformers'; needed for texts and
             stop strings. Its `stop_ids` stop a row.
         max_new_tokens: tokens to write at most, at least 1.
         temperature: 0 takes the likeliest token, whatever `top_k` and `top_p` say; above 0

@@ -61,11 +61,11 @@ def as_tokenizer(tokenizer: Any, stop_ids: Iterable[int] = ()) -> Tokenizer:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
-        line = "minilora.models.Tokenizer.from_pretrained(folder), where tokenizer.json lies"
+        line = "minilora.text.Tokenizer.from_pretrained(folder), where tokenizer.json lies"
         if type(tokenizer).__module__.startswith("tokenizers"):
-            line = 'minilora.models.Tokenizer(tokenizer, eos="…")'
+            line = 'minilora.text.Tokenizer(tokenizer, eos="…")'
         raise TypeError(
-            f"the tokenizer must be a minilora.models.Tokenizer or one of transformers' that has a "
+            f"the tokenizer must be a minilora.text.Tokenizer or one of transformers' that has a "
             f"backend_tokenizer, found {type(tokenizer).__name__}; convert it by {line}"
         )
     named: dict[str, Any] = {}

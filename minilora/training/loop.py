@@ -71,7 +71,7 @@ def fit(
         loss: (model, batch) → (loss summed over tokens, tokens), to train and to evaluate with;
             `minilora.running.token_loss` if None. The counts it returns are what the sums are
             divided by.
-        pad_id: token id put into the padding, of no influence.
+        pad_id: token id of the padding; it does not affect the result.
         quiet: print nothing.
         callbacks: objects with any of the methods on_step, on_eval, on_save, on_log; see
             `minilora.training.Callbacks`. Each process calls its own.

@@ -136,13 +136,13 @@ def read_metrics(file: Path) -> list[dict]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and type(row.get("step")) is int and _is_number(row["step"]):
+            if isinstance(row, dict) and type(row.get("step")) is int and _drawable(row["step"]):
                 rows.append(row)
     return rows
 
 
-def _is_number(value: object) -> bool:
-    """Return whether this is a number that a curve can show."""
+def _drawable(value: object) -> bool:
+    """Return whether a value is a number that a curve can show."""
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     return ok and abs(value) <= 1e30  # type: ignore[arg-type]
 
@@ -181,8 +181,8 @@ def draw_curve(out: Path) -> Path | None:
         RuntimeError: matplotlib is missing.
     """
     rows = read_metrics(out / METRICS_FILE)
-    steps = [(row["step"], row["loss"]) for row in rows if _is_number(row.get("loss"))]
-    evals = [(row["step"], row["eval_loss"]) for row in rows if _is_number(row.get("eval_loss"))]
+    steps = [(row["step"], row["loss"]) for row in rows if _drawable(row.get("loss"))]
+    evals = [(row["step"], row["eval_loss"]) for row in rows if _drawable(row.get("eval_loss"))]
     if not steps and not evals:
         return None
     import_extra("matplotlib", "the curve")
