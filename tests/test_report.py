@@ -12,8 +12,8 @@ from report_models import ALL, Letters, causal, filled, kinds, sentences
 import minilora
 from minilora.data.batches import Batches
 from minilora.lora.layer import lora_layers
-from minilora.report.comparison import truncate
 from minilora.report.explanation import Explanation, median_energy, percent
+from minilora.report.subspace import truncate
 from minilora.running.evaluation import evaluate
 
 

@@ -3,16 +3,16 @@
 from minilora.report.ablation import Ablation, ablate
 from minilora.report.analysis import explain
 from minilora.report.answers import AnswerDifference
-from minilora.report.comparison import (
+from minilora.report.contest import Contest, Difference, compare
+from minilora.report.explanation import Behaviour, Explanation
+from minilora.report.spectra import LayerReport
+from minilora.report.subspace import (
     Comparison,
     LayerComparison,
     check_keep,
     subspaces,
     truncate,
 )
-from minilora.report.contest import Contest, Difference, compare
-from minilora.report.explanation import Behaviour, Explanation
-from minilora.report.spectra import LayerReport
 
 __all__ = [
     "Ablation",

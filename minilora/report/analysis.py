@@ -12,9 +12,9 @@ from minilora.data import Batches, Example, as_examples, learned_labels
 from minilora.lora import Approximation, Survey, finite_factors, split_block
 from minilora.report.ablation import ablate, kinds_of, only
 from minilora.report.attention import Attention, attention_masses, word_ids
-from minilora.report.comparison import check_keep, is_product, subspaces, truncate
 from minilora.report.explanation import Behaviour, CopyReport, Explanation
 from minilora.report.spectra import layer_report
+from minilora.report.subspace import check_keep, is_product, subspaces, truncate
 from minilora.report.tokens import Measured, effects, gap, measured, shown, token_losses
 
 LARGEST = 2048  # the shorter side of a weight whose singular vectors are found

@@ -14,8 +14,8 @@ from minilora.files import write
 from minilora.lora import Approximation
 from minilora.report.ablation import Ablation
 from minilora.report.attention import Attention
-from minilora.report.comparison import Comparison, rank_pattern
 from minilora.report.spectra import LayerReport, truncation_error
+from minilora.report.subspace import Comparison, rank_pattern
 from minilora.report.tokens import Gap, Measured, ShownExample, TokenEffect
 
 ROWS = 12  # of a table in the terminal

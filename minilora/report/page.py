@@ -10,7 +10,6 @@ from typing import Any
 
 from minilora.report.ablation import Ablation
 from minilora.report.attention import Attention
-from minilora.report.comparison import Comparison
 from minilora.report.explanation import (
     LAYER_HEADER,
     Behaviour,
@@ -24,6 +23,7 @@ from minilora.report.explanation import (
 from minilora.report.plots import arrows, bars, heat_map, spectra, two_lines
 from minilora.report.spectra import DIRECTIONS, SIMILAR, LayerReport
 from minilora.report.style import STYLE
+from minilora.report.subspace import Comparison
 from minilora.report.tokens import ShownExample, TokenEffect
 
 STRONG = 3.0  # nats at which a token has its full colour

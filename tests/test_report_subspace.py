@@ -14,7 +14,7 @@ from torch import nn
 import minilora
 from minilora.lora.layer import lora_layers
 from minilora.lora.patterns import pattern_value
-from minilora.report.comparison import principal_angles, rank_pattern, subspaces, truncate
+from minilora.report.subspace import principal_angles, rank_pattern, subspaces, truncate
 
 
 def two(**options):
