@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from training_models import factors, fit, plain, tiny
 
 import minilora
@@ -82,6 +83,20 @@ def test_a_compiled_run_trains_alike_and_leaves_no_trace():
     trained, expected = factors(two), factors(one)
     for name, value in trained.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_all_blocks_share_one_compiled_variant(monkeypatch):
+    """The first one's input, an embedding that is frozen, needs no gradient of its own accord."""
+    whole, counts = torch.compile, []
+    monkeypatch.setattr(compiling, "compile_problem", lambda: None)
+    for layers in ([1], [0, 1]):
+        torch.compiler.reset()
+        counter = CompileCounter()
+        monkeypatch.setattr(torch, "compile", functools.partial(whole, backend=counter))
+        model = minilora.inject(plain(), r=2, alpha=3, layers=layers)
+        fit(model, max_steps=2, schedule="constant", compile=True)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])

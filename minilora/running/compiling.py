@@ -4,12 +4,13 @@ import functools
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.kernels import cache_folder, private_folder
 from minilora.lora import Survey, lora_layers
@@ -126,6 +127,22 @@ def _settings() -> Iterator[None]:
         yield
 
 
+def _as_any_other(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a block's input require gradients while others' do.
+
+    Those of the first block, which come from a frozen embedding, do not. That would be a variant
+    of its own, and compiling it takes as long as compiling the one that all other blocks share.
+    """
+
+    def called(*inputs: Any, **named: Any) -> Any:
+        x, *rest = inputs or (None,)
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_floating_point():
+            inputs = (x if x.requires_grad else x.detach().requires_grad_(), *rest)
+        return forward(*inputs, **named)
+
+    return called
+
+
 @contextmanager
 def compiled(model: nn.Module, wanted: bool, every: bool = False) -> Iterator[None]:
     """Compile the blocks with adapters, or every block, and the loss of our own models.
@@ -138,13 +155,13 @@ def compiled(model: nn.Module, wanted: bool, every: bool = False) -> Iterator[No
     if not wanted:
         yield
         return
-    # A block whose input needs no gradient, evaluation and training are variants of one function.
+    # Evaluation and training are variants of one function.
     blocks = [b for b in Survey(model).blocks.values() if every or lora_layers(b)] or [model]
     targets = [(block, block.__dict__.get("forward")) for block in blocks]
     flag = getattr(model, "compiled_loss", None)
     try:
         for block, _ in targets:
-            block.forward = torch.compile(block.forward, dynamic=True)
+            block.forward = _as_any_other(torch.compile(block.forward, dynamic=True))
         if flag is not None:
             model.compiled_loss = True  # type: ignore[assignment]
         with private_cache(), _settings():  # compilation happens at the first call
