@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from training_models import factors, fit, plain, tiny
 
 import minilora
@@ -75,7 +76,9 @@ def test_a_compiled_run_trains_alike_and_leaves_no_trace():
     one, two = tiny(), tiny()
     before = {name: dict(module.__dict__) for name, module in two.named_modules()}
     eager = fit(one, max_steps=4, schedule="constant")
+    counters.clear()
     quick = fit(two, max_steps=4, schedule="constant", compile=True)
+    assert counters["aot_autograd"]["total"] == counters["stats"]["unique_graphs"] > 0
     after = {name: dict(module.__dict__) for name, module in two.named_modules()}
     assert {n: d.keys() for n, d in after.items()} == {n: d.keys() for n, d in before.items()}
     assert not two.compiled_loss

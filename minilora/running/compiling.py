@@ -111,7 +111,9 @@ def _settings() -> Iterator[None]:
     By default torch keeps whatever a product of the backward pass reads: inputs widened to f32,
     gate times up. That is a third to a half of all that is kept, and saves no time
     (`benchmarks/NOTES.md`). It also leaves a function uncompiled for good after eight variants,
-    which a few models in one process reach. Holds for all that this thread compiles meanwhile.
+    which a few models in one process reach, and takes floats such as a scaling for variables, finds
+    after tracing both passes that no kernel can, and traces them again. Holds for all that this
+    thread compiles meanwhile.
     """
     from torch._dynamo import config as tracing
     from torch._functorch import config as backward
@@ -121,7 +123,11 @@ def _settings() -> Iterator[None]:
         most = "cache_size_limit"  # its name in torch 2.6
     variants = max(64, getattr(tracing, most, 0))
     with ExitStack() as stack:
-        for config, name, value in ((backward, keep, False), (tracing, most, variants)):
+        for config, name, value in (
+            (backward, keep, False),
+            (tracing, most, variants),
+            (tracing, "specialize_float", True),
+        ):
             if hasattr(config, name):  # private, so it may be gone one day
                 stack.enter_context(config.patch({name: value}))
         yield
