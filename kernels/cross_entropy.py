@@ -10,7 +10,8 @@ turns into e and then into the gradient; not that is divided by s but the narrow
 product (in float16, whose range e·W may leave, e itself). Where this CPU multiplies bf16 slowly
 the products and the chunk are in f32, and W is widened panel by panel.
 The label's entry is formed in f32, so that p − 1 does not cancel. Rows whose label is ignored are
-never multiplied. The gradient is formed in the forward pass; backward only scales it. FLOPs:
+never multiplied. The gradient is formed in the forward pass; backward only scales it, by row under
+reduction="none". FLOPs:
 2·N·D·V forward, as much again for grad_h (and for grad_W if asked). Exponents and sums are in f32
 (f64 for f64 input). The idea of fusing the head with the loss: Hsu et al. 2024, "Liger Kernel",
 section 3.2.
@@ -108,13 +109,19 @@ def _panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, fused: bool, cap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        fused: bool,
+        cap: float | None,
+        by_row: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_h, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_w else None
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total = torch.zeros((len(hidden),) if by_row else (), dtype=wide, device=hidden.device)
         exponents = _compiled() if fused else _exponents_by_rows
         compute = product_dtype(hidden)
         # Each chunk widens the head anew, twice, which 256 rows make a twentieth of its products.
@@ -127,7 +134,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for panel, matrix in _panels(weight, compute):
                 torch.mm(h, matrix.t(), out=logits[:, panel])
             sums, losses = exponents(logits, label, cap)
-            total += losses.sum()
+            if by_row:
+                total[start : start + rows] = losses.squeeze(1)
+            else:
+                total += losses.sum()
             if grad_h is not None:
                 grad = torch.zeros_like(h)
                 for panel, matrix in _panels(weight, compute):
@@ -143,11 +153,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w = ctx.saved_tensors
-        if grad_h is not None:
-            grad_h = grad_h * grad_out  # not cast first: 1/N and loss scales leave fp16's range
+        if grad_h is not None:  # not cast first: 1/N and loss scales leave fp16's range
+            by_row = grad_out.dim() == 1
+            grad_h = (grad_h * (grad_out[:, None] if by_row else grad_out)).to(grad_h.dtype)
         if grad_w is not None:
             grad_w = (grad_w * grad_out).to(ctx.weight_dtype)
-        return grad_h, grad_w, None, None, None
+        return grad_h, grad_w, None, None, None, None
 
 
 def bounds(ids: Tensor) -> tuple[int, int]:
@@ -173,19 +184,26 @@ def linear_cross_entropy(
         weight: `[V, D]`, the output head, same dtype as `hidden`.
         labels: `[N]` int64 in `[0, V)`, or `ignore_index` for rows that do not count.
         ignore_index: the label that marks a row to leave out.
-        reduction: `"mean"` over the rows that count, or `"sum"`.
+        reduction: `"mean"` over the rows that count, `"sum"`, or `"none"`: each row's loss, 0 where
+            it does not count, for a head that is frozen.
         fused: run the passes over the logits through `torch.compile`, which must work here.
         cap: above 0: each logit y is `cap · tanh(y / cap)`; None: as it is.
 
     Returns:
-        A 0-dim tensor in f32 (f64 for f64 input).
+        A 0-dim tensor, or `[N]` under `"none"`, in f32 (f64 for f64 input).
 
     Raises:
         ValueError: shapes, dtypes or labels that do not fit, an unknown reduction, or no row that
-            counts under `"mean"` (its value would be 0/0).
+            counts under `"mean"` (its value would be 0/0); under `"none"` a weight that is trained,
+            whose gradient would need each row's factor before the backward pass.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', found {reduction!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', found {reduction!r}")
+    if reduction == "none" and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "reduction='none' needs a frozen weight, found one that requires gradients; compute "
+            "the logits chunk by chunk under torch.utils.checkpoint"
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [N, D] and weight [V, D] with the same D, found "
@@ -210,7 +228,8 @@ def linear_cross_entropy(
             f"at least one label must count, found {len(labels)} rows all equal to ignore_index "
             f"({ignore_index}); leave such a batch out"
         )
-    if len(rows) < len(labels):
+    count = len(labels)
+    if len(rows) < count:
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
     low, high = bounds(labels) if len(rows) else (0, 0)
     if low < 0 or high >= weight.shape[0]:
@@ -219,5 +238,8 @@ def linear_cross_entropy(
             f"{low} to {high}"
         )
     with torch.autocast(hidden.device.type, enabled=False):
-        total = _LinearCrossEntropy.apply(hidden, weight, labels, fused, cap)
+        by_row = reduction == "none"
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, fused, cap, by_row)
+    if by_row:
+        return total.new_zeros(count).index_copy(0, rows, total)
     return total / len(rows) if reduction == "mean" else total

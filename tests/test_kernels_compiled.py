@@ -66,7 +66,13 @@ def loss():
     labels = torch.randint(19, (M,))
     leaves = [torch.randn(M, 8), torch.randn(19, 8)]
     apply = _LinearCrossEntropy.apply
-    return lambda hidden, weight: apply(hidden, weight, labels, False, None), leaves
+    return lambda hidden, weight: apply(hidden, weight, labels, False, None, False), leaves
+
+
+def loss_by_row():
+    labels, weight = torch.randint(19, (M,)), torch.randn(19, 8)
+    apply = _LinearCrossEntropy.apply
+    return lambda hidden: apply(hidden, weight, labels, False, None, True), [torch.randn(M, 8)]
 
 
 KINDS = ["dense", "conv1d", "int8", "int8 dequantize", "nf4", "int4", "int4 dequantize"]
@@ -81,7 +87,7 @@ CASES = {
         lambda: (geglu, [torch.randn(M, K), torch.randn(M, K)]),
     ],
     _CausalAttention: [lambda: attention(True), lambda: attention(False)],
-    _LinearCrossEntropy: [loss],
+    _LinearCrossEntropy: [loss, loss_by_row],
 }
 
 

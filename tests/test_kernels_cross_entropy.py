@@ -72,6 +72,49 @@ def test_linear_cross_entropy_matches_the_dense_oracle(n, d, v, strided, reducti
         torch.testing.assert_close(found.double(), truth, rtol=2e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("nan_memory")
+@settings(max_examples=40)
+@given(
+    n=st.sampled_from([0, 1, 2, 31, 32, 33, 65]),
+    d=st.sampled_from([1, 3, 17]),
+    v=st.sampled_from([2, 7, 40]),
+    cap=st.none() | st.floats(0.5, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_each_rows_loss_and_gradient_are_those_of_the_row_alone(n, d, v, cap, seed):
+    """Each row's gradient is scaled by a factor of its own; ignored rows have a loss of 0."""
+    torch.manual_seed(seed)
+    hidden, weight, labels = case(n, d, v)
+    weight.requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CHUNK_ELEMENTS", 1)
+        found = linear_cross_entropy(hidden, weight, labels, reduction="none", cap=cap)
+    assert found.shape == (n,) and found.dtype == torch.float32
+    factors = torch.randn(n)
+    found.backward(factors)
+    for i in range(n):
+        loss, grad, _ = oracle(hidden[i : i + 1], weight, labels[i : i + 1], "sum", cap=cap)
+        torch.testing.assert_close(found[i].double(), loss, rtol=2e-5, atol=1e-4)
+        wanted = (factors[i] * grad[0]).to(torch.float64)
+        torch.testing.assert_close(hidden.grad[i].double(), wanted, rtol=2e-5, atol=1e-4)
+
+
+def test_losses_by_row_in_narrow_dtypes_and_a_frozen_heads_gradient():
+    """The gradient keeps the input's dtype; a weight that can't get one is no error."""
+    for dtype in (torch.bfloat16, torch.float16):
+        hidden, weight, labels = case(40, 8, 30, dtype, ignored=0)
+        with torch.no_grad():
+            alone = linear_cross_entropy(hidden, weight, labels, reduction="none")
+        weight.requires_grad_(False)
+        found = linear_cross_entropy(hidden, weight, labels, reduction="none")
+        assert torch.equal(alone, found)
+        found.sum().backward()
+        want = oracle(hidden, weight, labels, "sum")
+        assert hidden.grad.dtype == dtype
+        assert float(found.detach().sum()) == pytest.approx(float(want[0]), rel=2e-2)
+        torch.testing.assert_close(hidden.grad.double(), want[1], rtol=5e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("which", ["hidden", "weight", "both"])
 @pytest.mark.parametrize("cap", [None, 2.0])
@@ -236,7 +279,12 @@ H, W, Y = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((H, W, Y), {"reduction": "none"}, "reduction must be 'mean' or 'sum', found 'none'"),
+        ((H, W, Y), {"reduction": "max"}, "must be 'mean', 'sum' or 'none', found 'max'"),
+        (
+            (H, W.clone().requires_grad_(), Y),
+            {"reduction": "none"},
+            "reduction='none' needs a frozen weight, found one that requires gradients; compute",
+        ),
         ((H[0], W, Y), {}, r"hidden must be \[N, D\] and weight \[V, D\] .*\[4\] and \[5, 4\]"),
         ((H, W[:, :2], Y), {}, r"with the same D, found \[3, 4\] and \[5, 2\]"),
         (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora
-from minilora.data.batches import IGNORE, Batches, Example
+from minilora.data import IGNORE, Batches, Example
 from minilora.data.streaming import Stream
 from minilora.models import Llama, LlamaConfig
 from minilora.planning import forecast

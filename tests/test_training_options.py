@@ -20,7 +20,8 @@ FIELDS = dataclasses.fields(TrainConfig)
 OTHERS = {
     "lr": (0.25, "0.25"), "lora_plus_ratio": (16.0, "16"), "schedule": ("linear", "linear"),
     "warmup": (0.5, ".5"), "warmup_steps": (3, "3"), "final_lr_ratio": (0.1, "0.1"),
-    "weight_decay": (0.01, "1e-2"),
+    "weight_decay": (0.01, "1e-2"), "loss": ("dpo", "dpo"), "beta": (0.5, "0.5"),
+    "gamma": (0.3, "0.3"), "kto_weights": ([2.0, 0.5], "2 0.5"),
     "betas": ([0.8, 0.9], "0.8 0.9"), "eps": (1e-6, "1e-6"), "clip": (None, "none"),
     "batch_size": (3, "3"), "accumulate": (2, "2"), "epochs": (0.5, "0.5"),
     "max_steps": (7, "7"), "max_minutes": (1.5, "1.5"), "eval_every": (5, "5"),
@@ -30,6 +31,9 @@ OTHERS = {
     "seed": (2**40, str(2**40)), "patience": (3, "3"), "parallel": ("ddp", "ddp"),
     "max_bad_steps": (2, "2"), "log_every": (1, "1"), "base_name": ("me/base", "me/base"),
 }  # fmt: skip
+# What an option needs beside it.
+BESIDE = {"patience": {"eval_every": 5}, "beta": {"loss": "dpo"}, "gamma": {"loss": "simpo"},
+          "kto_weights": {"loss": "kto"}}  # fmt: skip
 
 
 def table(options, resumed=False):
@@ -83,7 +87,7 @@ def test_each_option_has_a_flag_and_a_key_of_the_file(tmp_path, field):
     assert read_options(tmp_path / "run.toml", {"train": TrainConfig}) == {
         "train": {field.name: value}
     }
-    more = {"eval_every": 5} if field.name == "patience" else {}
+    more = BESIDE.get(field.name, {})
     assert getattr(TrainConfig(**{field.name: value} | more), field.name) == value
 
 

@@ -80,7 +80,8 @@ _MODEL = (
 ADAPTER_HELP = "folder with the adapter's two files, or its name on the hub"
 DATA_HELP = (
     "files, or folders of files: .jsonl, .json, .csv, .tsv or .parquet with text, prompt and "
-    "completion, question and answer, chat messages, or Alpaca's or ShareGPT's fields (also .gz); "
+    "completion, question and answer, chat messages, Alpaca's or ShareGPT's fields, or chosen and "
+    "rejected answers (also .gz); "
     "or .txt, one document a file, cut into windows of --max-length tokens; or @docstrings"
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")

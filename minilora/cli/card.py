@@ -26,6 +26,7 @@ def write_card(
     base = one_line(str(stored.get("base_model_name_or_path")))
     facts = {
         "data": ", ".join(Path(name).name or name for name in options.data),
+        **({} if config.loss == "ce" else {"loss": config.loss}),
         "steps": f"{result.steps} of {config.batch_size * config.accumulate} rows",
         "learned tokens": f"{result.tokens:,}",
         "learning rate": f"{config.lr:g}",

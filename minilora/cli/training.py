@@ -135,6 +135,9 @@ def _check(options: argparse.Namespace, adapter: dict[str, Any], config: TrainCo
             )
     if options.sample and not options.valid:
         raise ValueError("--sample writes at each evaluation, which needs --valid, found none")
+    if config.loss != "ce" and (options.pack or options.plan):
+        flag = "--pack" if options.pack else "--plan"
+        raise ValueError(f"{flag} knows texts, and --loss {config.loss} takes pairs; leave one out")
     if options.plan and options.stream:
         raise ValueError("--plan counts the examples, which --stream does not know; leave one out")
     if options.stream and options.token_cache is not None:

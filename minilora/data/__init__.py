@@ -1,9 +1,10 @@
 """Records in every usual shape, made into examples and batches."""
 
-from minilora.data.batches import Batch, Batches, pad
+from minilora.data.batch import Batch, PairBatch, pad
+from minilora.data.batches import Batches
 from minilora.data.docstrings import docstring_pairs, split
 from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
-from minilora.data.examples import IGNORE, Example, as_examples, learned_labels
+from minilora.data.examples import IGNORE, NOT_ONE_TEXT, Example, Pair, as_examples, learned_labels
 from minilora.data.inspection import duplicates, lengths, shown
 from minilora.data.packing import pack
 from minilora.data.reading import DataFiles, read_data, streamed
@@ -14,11 +15,14 @@ from minilora.data.streaming import Stream, StreamBatches
 __all__ = [
     "ALPACA",
     "IGNORE",
+    "NOT_ONE_TEXT",
     "Batch",
     "Batches",
     "DataFiles",
     "Encoding",
     "Example",
+    "Pair",
+    "PairBatch",
     "Stream",
     "StreamBatches",
     "as_examples",

@@ -1,127 +1,17 @@
-"""Turn examples into batches: pad, order, resume."""
+"""Put examples into batches in an order that can be resumed."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from minilora.data.examples import IGNORE, Example, as_examples
+from minilora.data.batch import Batch, pad
+from minilora.data.examples import Example, Pair, as_examples
 
 POOL = 50  # length grouping sorts pools of this many batches
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Hold examples padded on the right to one length.
-
-    Attributes:
-        input_ids: [B, T] int64.
-        labels: [B, T] int64, -100 on padding and on what is not learned.
-        attention_mask: [B, T] bool, False on padding; None when nothing is padded.
-        documents: [B, T] int64, which of its row's documents a token belongs to, -1 on padding;
-            None where rows are single documents.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor | None = None
-    documents: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.input_ids)
-
-    @property
-    def tokens(self) -> int:
-        """Count the labels that enter the loss: those at index ≥ 1 that are not -100."""
-        return sum(self._row_tokens())
-
-    def _row_tokens(self) -> list[int]:
-        counted = self.__dict__.get("_counts")
-        if counted is None or counted[0] is None or counted[0] != self._version():
-            self._note((self.labels[:, 1:] != IGNORE).sum(1).tolist())
-        return self.__dict__["_counts"][1]
-
-    def _version(self) -> int | None:
-        """Return a number that changes with the labels, None where torch keeps none."""
-        return None if self.labels.is_inference() else self.labels._version
-
-    def _note(self, row_tokens: list[int]) -> Batch:
-        """Keep what was counted, if need be on the CPU: counting on a GPU waits for it."""
-        self.__dict__["_counts"] = self._version(), row_tokens
-        return self
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on `device`; a pinned one is copied without waiting."""
-        copied = self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
-        return copied._note(self._row_tokens())
-
-    def pinned(self) -> Batch:
-        """Return the batch in page-locked memory."""
-        return self._each(torch.Tensor.pin_memory)._note(self._row_tokens())
-
-    def rows(self, start: int, stop: int) -> Batch:
-        """Return some of the rows, padded as they were."""
-        some = self._each(lambda tensor: tensor[start:stop])
-        return some._note(self._row_tokens()[start:stop])
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        found = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Batch(*(None if tensor is None else change(tensor) for tensor in found))  # type: ignore[arg-type]
-
-    def positions(self) -> torch.Tensor:
-        """Return [B, T] positions that restart with each document; of packed rows only."""
-        documents = self._documents()
-        counted = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-        begins = torch.ones_like(documents, dtype=torch.bool)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        return counted - torch.where(begins, counted, 0).cummax(1).values
-
-    def document_mask(self) -> torch.Tensor:
-        """Return [B, 1, T, T] bool: what is before a token in its own document, and itself."""
-        documents = self._documents()
-        own = documents[:, :, None] == documents[:, None, :]
-        return own.tril()[:, None]
-
-    def _documents(self) -> torch.Tensor:
-        if self.documents is None:
-            raise ValueError("the batch must hold packed rows, found single documents")
-        return self.documents
-
-
-def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
-    """Pad examples on the right to the longest of them.
-
-    Args:
-        examples: of none there is a batch without rows, of one column.
-        pad_id: the token id put in the padding, whose labels are -100.
-    """
-    if not examples:
-        return Batch(*torch.zeros(2, 0, 1, dtype=torch.int64))
-    lengths = torch.tensor([len(example.input_ids) for example in examples])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    input_ids = torch.full(mask.shape, pad_id)
-    labels = torch.full(mask.shape, IGNORE)
-    input_ids[mask] = torch.tensor([i for example in examples for i in example.input_ids])
-    labels[mask] = torch.tensor([label for example in examples for label in example.labels])
-    documents = None
-    if any(example.lengths for example in examples):
-        documents = torch.full(mask.shape, -1)
-        documents[mask] = torch.tensor([i for example in examples for i in _numbers(example)])
-    return Batch(input_ids, labels, None if mask.all() else mask, documents)
-
-
-def _numbers(example: Example) -> Iterator[int]:
-    """Yield for each token the number of its document in the row."""
-    for number, length in enumerate(example.lengths or (len(example.input_ids),)):
-        yield from [number] * length
 
 
 class Batches:
@@ -162,7 +52,7 @@ class Batches:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-        self.examples = as_examples(examples)
+        self.examples = as_examples(examples, pairs=True)
         if drop_last and len(self.examples) < batch_size:
             found = f"found {len(self.examples)} for batches of {batch_size}"
             raise ValueError(f"drop_last needs examples to fill one batch, {found}")
@@ -210,11 +100,17 @@ class Batches:
     def about(self) -> str:
         """Say how much there is to learn from."""
         tokens = sum(len(example.input_ids) for example in self.examples)
+        if isinstance(first := self.examples[0], Pair):
+            what = "pairs of answers" if first.wanted is None else "labelled answers"
+            return f"{len(self.examples)} {what}, {tokens} tokens, {self._padding()}"
         packed = sum(len(example.lengths) for example in self.examples)
         rows = f"{packed} documents packed in {len(self.examples)} rows" if packed else (
             f"{len(self.examples)} examples"
         )  # fmt: skip
-        return f"{rows}, {tokens} tokens, {100 * self.padding_share():.1f} % padding"
+        return f"{rows}, {tokens} tokens, {self._padding()}"
+
+    def _padding(self) -> str:
+        return f"{100 * self.padding_share():.1f} % padding"
 
     def padding_share(self) -> float:
         """Return the share of padding among the positions of the current epoch, in [0, 1)."""
@@ -269,10 +165,12 @@ def check_same(state: Mapping[str, Any], identity: Mapping[str, Any], what: str)
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    """Fingerprint ids, labels and lengths."""
+    """Fingerprint ids, labels, lengths, and which answers are wanted."""
     found = hashlib.sha256()
     for example in examples:
         found.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]))
         if example.lengths:
             found.update(array("q", [-len(example.lengths), *example.lengths]))
+        if isinstance(example, Pair):
+            found.update(repr(example.wanted).encode())
     return found.hexdigest()[:16]

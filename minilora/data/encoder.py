@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from minilora.data.examples import IGNORE, learned_labels
+from minilora.data.examples import IGNORE, Example, learned_labels
 from minilora.data.problems import check_skip_bad, joined
 from minilora.data.turns import MARKS, learned_texts
 from minilora.text import Conversation, Tokenizer, as_tokenizer, name_pattern
@@ -104,6 +104,10 @@ class Row:
         """Whether anything is learned."""
         return learned_labels(self.labels) > 0
 
+    def example(self) -> Example:
+        """Return what the row holds."""
+        return Example(tuple(self.ids), tuple(self.labels))
+
 
 class Encoder:
     """Encode one record after another."""
@@ -136,7 +140,9 @@ class Encoder:
 
     def note(self, what: str, name: str) -> None:
         """Remember what there is to say of a record."""
-        self._notes.setdefault(what, []).append(name)
+        names = self._notes.setdefault(what, [])
+        if names[-1:] != [name]:  # as of two answers of one record
+            names.append(name)
 
     def text(self, texts: Sequence[str], name: str, limit: int) -> Row:
         """Encode a text, or a prompt and its completion, and keep up to `limit` tokens."""

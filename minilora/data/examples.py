@@ -18,6 +18,12 @@ IGNORE = -100
 _MASKS = ("loss_mask", "completion_mask", "assistant_masks")  # 1: learned
 _WEIGHTS = ("weight", "weights", "loss_weight", "loss_weights", "sample_weight")
 
+NOT_ONE_TEXT = (
+    "a preference pair; train on it with TrainConfig(loss='dpo') (--loss dpo; kto for labels), or "
+    "read one answer alone: fields={'prompt': 'prompt', 'completion': 'chosen'} "
+    "(--map prompt=prompt completion=chosen)"
+)
+
 Get = Callable[[str], Any]
 
 
@@ -37,12 +43,31 @@ class Example:
     lengths: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class Pair(Example):
+    """Hold two answers to one prompt in one row: the prompt, the first answer, the second one.
+
+    Attributes:
+        lengths: tokens of the three parts. Nothing of the prompt is learned.
+        wanted: None where the first answer is better than the second. Otherwise whether the first
+            one is wanted; the second is then an answer to another prompt (for KTO).
+    """
+
+    wanted: bool | None = None
+
+    @property
+    def longest(self) -> int:
+        """Count the tokens of the prompt with the longer answer."""
+        prompt, first, second = self.lengths
+        return prompt + max(first, second)
+
+
 def learned_labels(labels: Sequence[int]) -> int:
     """Count the labels that enter the loss: the first has no token before it."""
     return sum(label != IGNORE for label in labels[1:])
 
 
-def as_examples(data: Iterable[Any]) -> list[Example]:
+def as_examples(data: Iterable[Any], pairs: bool = False) -> list[Example]:
     """Check token data of any common shape and return it as examples.
 
     Args:
@@ -51,16 +76,25 @@ def as_examples(data: Iterable[Any]) -> list[Example]:
             `loss_mask`, `completion_mask` or `assistant_masks` beside is not learned. A packed row
             has `lengths`, `seq_lengths`, `position_ids` that restart or an `attention_mask`
             that numbers its documents; what begins one of them is not learned.
+        pairs: whether they may be `Pair`s, all of them or none.
 
     Raises:
         TypeError: by index, ids or labels that are missing or not integers in one dimension.
-        ValueError: by index, empty or negative ids, lengths that differ, nothing to learn.
+        ValueError: by index, empty or negative ids, lengths that differ, nothing to learn, a `Pair`
+            where texts must be.
     """
     if isinstance(data, (str, bytes, Mapping)):
         raise TypeError(f"data must be a sequence of examples, found {type(data).__name__}")
-    examples = []
+    examples: list[Example] = []
     for i, item in enumerate(data):
-        examples.append(as_example(item, f"example {i}"))
+        if isinstance(item, Pair) and not pairs:
+            raise ValueError(f"example {i} must be one text, found {NOT_ONE_TEXT}")
+        examples.append(item if isinstance(item, Pair) else as_example(item, f"example {i}"))
+        if isinstance(item, Pair) != isinstance(examples[0], Pair):
+            raise ValueError(
+                f"examples must be all preference pairs or all texts, found both (examples 0 and "
+                f"{i}); train on each in a run of its own"
+            )
         if not learned_labels(examples[-1].labels):
             raise ValueError(
                 f"example {i}: nothing to learn, every label after the first is {IGNORE}"

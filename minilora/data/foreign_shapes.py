@@ -62,7 +62,7 @@ def _conversation(key: str) -> Shape:
         if isinstance(turns, str):
             turns = as_messages(turns)
         if isinstance(turns, list):
-            turns = [_spoken(turn) for turn in turns]
+            turns = [spoken(turn) for turn in turns]
             if record.get("system"):
                 turns = [{"role": "system", "content": record["system"]}, *turns]
         rest = {k: v for k, v in record.items() if k not in (key, "system")}
@@ -71,7 +71,8 @@ def _conversation(key: str) -> Shape:
     return _foreign(f"{key}: read as messages", MESSAGES, convert, (key,), ("system",))
 
 
-def _spoken(turn: Any) -> Any:
+def spoken(turn: Any) -> Any:
+    """Return one of ShareGPT's turns as a message; anything else as it is."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}

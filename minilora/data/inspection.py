@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilora.data.examples import IGNORE, Example, learned_labels
+from minilora.data.examples import IGNORE, Example, Pair, learned_labels
+from minilora.data.pairs import cut
 from minilora.data.problems import joined
 
 _COLORS = ("\033[2m", "\033[1;32m", "\033[0m")  # given, learned, end
@@ -69,8 +70,13 @@ def shown(example: Example, tokenizer: Any, colors: bool) -> str:
     """Write an example as training sees it, control tokens by name.
 
     What is learned stands in bold green, or in ⟦⟧ without colours. The first token never is: none
-    precedes it.
+    precedes it. Of a pair both answers are shown after their prompt.
     """
+    if isinstance(example, Pair):
+        other = "rejected" if example.wanted is None else "an answer to another prompt"
+        name = {None: "chosen", True: "wanted", False: "not wanted"}[example.wanted]
+        texts = [shown(text, tokenizer, colors) for text in cut(example)]
+        return "\n".join(f"{what}: {text}" for what, text in zip((name, other), texts, strict=True))
     before, begin, end = _COLORS if colors else _MARKS
     text = ""
     known = [False, *(label != IGNORE for label in example.labels[1:])]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from minilora.data.examples import IGNORE, Example, as_examples
+from minilora.data.examples import IGNORE, Example, Pair, as_examples
 
 
 def pack(examples: Iterable[Any], length: int) -> list[Example]:
@@ -21,10 +21,15 @@ def pack(examples: Iterable[Any], length: int) -> list[Example]:
         The rows; a row of one document is that document.
 
     Raises:
-        ValueError: a document longer than a row, by index; one that is packed already.
+        ValueError: a document longer than a row, by index; one that is packed already; pairs.
     """
     if length < 2:
         raise ValueError(f"length must be at least 2, found {length}")
+    examples = list(examples)
+    if any(isinstance(example, Pair) for example in examples):
+        raise ValueError(
+            "preference pairs are rows of their own and can't be packed; leave pack (--pack) out"
+        )
     documents = as_examples(examples)
     for i, document in enumerate(documents):
         if len(document.input_ids) > length:

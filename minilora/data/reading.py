@@ -41,7 +41,9 @@ def read_data(
     takes beside. Other usual shapes are read as one of these, and the report says so: Alpaca's
     {"instruction", "input", "output"}, Dolly's {"instruction", "context", "response"}, {"prompt",
     "response"}, ShareGPT's {"conversations": [{"from", "value"}, …]}, and TRL's prompt and
-    completion in messages.
+    completion in messages. Records that say which answer is better ({"prompt", "chosen",
+    "rejected"} and others: docs/preference.md) become `minilora.data.Pair`s, for
+    `TrainConfig(loss="dpo")`.
 
     A text is learned whole, and so is a document, which is cut into windows of max_length that
     share one token; of a prompt and completion the completion is learned. All of these end with the

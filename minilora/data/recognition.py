@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from minilora.data.foreign_shapes import FOREIGN
+from minilora.data.preference_shapes import PREFERENCES
 from minilora.data.shapes import QUESTION, SHAPES, TOKENS, Record, Shape
 
 # A field of one of these beside another shape's says that the record is not understood.
 STRICT = tuple(shape for shape in SHAPES if shape not in (QUESTION, TOKENS))
+
+
+def _known() -> tuple[Shape, ...]:
+    return (*SHAPES, *FOREIGN, *PREFERENCES)
 
 
 def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape, Record]:
@@ -22,8 +27,11 @@ def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape
         raise ValueError(f"a record must be an object, found {type(record).__name__}")
     if fields:
         record = _renamed(record, fields)
-    known = (*SHAPES, *FOREIGN)
-    whole = [shape for shape in known if all(key in record for key in shape.keys)]
+    whole = [
+        shape
+        for shape in _known()
+        if all(key in record for key in shape.keys) and shape.fits(record)
+    ]
     whole = [  # without those whose fields are fields of another one
         shape
         for shape in whole
@@ -38,6 +46,12 @@ def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape
         stray = {key for shape in STRICT if not read & {*shape.keys} for key in shape.keys}
         if not any(key in record for key in stray):
             return whole[0], record
+    if ("chosen" in record) != ("rejected" in record):
+        there, lacking = sorted(("chosen", "rejected"), key=lambda key: key not in record)
+        raise ValueError(
+            f"a preference record must have chosen and rejected, found {there} without {lacking}; "
+            f"add it, or learn {there} alone (--map prompt=prompt completion={there})"
+        )
     *most, last = (" and ".join(shape.keys) for shape in SHAPES)
     # In quotes, in which alike faults may differ: they are said once.
     found = f"'{', '.join(map(str, record)):.100}'" if record else "nothing"
@@ -54,9 +68,8 @@ def _renamed(record: Record, fields: Mapping[str, str]) -> Record:
             f"a record must have the field {lacking[0]!r} that was named, found "
             f"{', '.join(map(str, record)) or 'nothing':.100}"
         )
-    known = (*SHAPES, *FOREIGN)
-    meant = [shape for shape in known if set(shape.keys) <= set(fields)]
-    others = {key for shape in known for key in shape.keys}
+    meant = [shape for shape in _known() if set(shape.keys) <= set(fields)]
+    others = {key for shape in _known() for key in shape.keys}
     others -= {key for shape in meant for key in shape.more}
     rest = {  # what has the name of another shape's field is reported as unread
         f"{key} (not named)" if key in others else key: value

@@ -8,6 +8,7 @@ from typing import Any
 
 from minilora.data.encoder import Encoder, Encoding
 from minilora.data.examples import Example, learned_labels
+from minilora.data.pairs import with_other_answers
 from minilora.data.problems import Problem, listed, refuse
 from minilora.data.recognition import resolve
 
@@ -69,12 +70,13 @@ def encode_rows(
         except ValueError as error:
             problems.append((name, str(error)))
             continue
-        learned = [Example(tuple(row.ids), tuple(row.labels)) for row in found if row.learns()]
+        learned = [row.example() for row in found if row.learns()]
         examples += learned
         masked += not learned
         truncated += any(row.count > options.max_length for row in found)
         longest = max([longest, *(row.count for row in found)])
     refuse(problems, "cannot encode the records", options.skip_bad)
+    examples = with_other_answers(examples, options.max_length)
     left_out = [f"left out: {listed(problems)}"] if problems else []
     return examples, EncodeReport(
         documents=len(rows) - len(bad),

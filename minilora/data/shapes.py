@@ -29,12 +29,14 @@ class Shape:
         check: raises ValueError with what is wrong.
         encode: returns the examples of a record, cut, those without anything to learn too.
         more: keys that it may have, and reads.
+        fits: whether a record with these keys is of it, where keys alone don't tell.
     """
 
     keys: tuple[str, ...]
     check: Callable[[Record], None]
     encode: Callable[[Encoder, Record, str], list[Row]]
     more: tuple[str, ...] = ()
+    fits: Callable[[Record], bool] = lambda record: True
 
 
 def _note_system(encoder: Encoder, name: str) -> None:
@@ -234,10 +236,11 @@ _NO_TEMPLATE = (
 TOKENS = Shape(("input_ids",), _check_tokens, _encode_tokens)
 QUESTION = Shape(("question", "answer"), _check_question, _encode_question, ("system",))
 MESSAGES = Shape(("messages",), _check_messages, _encode_messages)
+COMPLETION = Shape(("prompt", "completion"), _check_completion, _encode_completion)
 SHAPES = (
     Shape(("text",), _check_text, _encode_text),
     Shape(("document",), _check_text, _encode_document),
-    Shape(("prompt", "completion"), _check_completion, _encode_completion),
+    COMPLETION,
     MESSAGES,
     QUESTION,
     TOKENS,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from minilora.data.batches import POOL, Batch, Batches, check_same, pad
+from minilora.data.batch import Batch, pad
+from minilora.data.batches import POOL, Batches, check_same
 from minilora.data.examples import Example, as_examples
 from minilora.data.packing import pack
 
@@ -126,7 +127,7 @@ class StreamBatches:
                 break
             name = f"item {self._read + read} of the stream"
             read += 1
-            examples += self._checked(name, as_examples, self._encoded(item))
+            examples += self._checked(name, _with_pairs, self._encoded(item))
         if self.stream.pack is None or not examples:
             return examples, read
         name = f"items {self._read} to {self._read + read - 1} of the stream"
@@ -153,7 +154,7 @@ class StreamBatches:
         """Return one row, to try something out."""
         for item in self.stream.source:
             if encoded := self._encoded(item):
-                return pad(as_examples(encoded)[:1], self._pad_id)
+                return pad(_with_pairs(encoded)[:1], self._pad_id)
         raise _empty()
 
     def about(self) -> str:
@@ -184,6 +185,10 @@ class StreamBatches:
     def _identity(self) -> dict[str, Any]:
         rest = {"seed": self._seed, "window": self.window}
         return {"stream": True, "pack": self.stream.pack, **self._order, **rest}
+
+
+def _with_pairs(items: list[Any]) -> list[Example]:
+    return as_examples(items, pairs=True)
 
 
 def _changed(how: str) -> ValueError:

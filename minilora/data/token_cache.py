@@ -13,11 +13,11 @@ import torch
 
 from minilora.data.docstrings import built_in
 from minilora.data.encoder import Encoding
-from minilora.data.examples import Example
+from minilora.data.examples import Example, Pair
 from minilora.data.records import EncodeReport
 from minilora.files import CHECKSUMS, UnwritableError, read_tensors, tensor_content, write
 
-_VERSION = 4
+_VERSION = 5
 
 
 def cached(
@@ -79,6 +79,13 @@ def _write(entry: Path, examples: list[Example], report: EncodeReport) -> None:
         "labels": torch.tensor([i for example in examples for i in example.labels]),
         "lengths": torch.tensor([len(example.input_ids) for example in examples]),
     }
+    pairs = [example for example in examples if isinstance(example, Pair)]
+    if pairs and len(pairs) < len(examples):
+        return  # no run takes them together
+    if pairs:
+        tensors["parts"] = torch.tensor([pair.lengths for pair in pairs])
+        labels = [-1 if pair.wanted is None else int(pair.wanted) for pair in pairs]
+        tensors["wanted"] = torch.tensor(labels)
     # A full disk must not keep anyone from training.
     with contextlib.suppress(OSError, UnwritableError):
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -100,4 +107,10 @@ def _read(entry: Path) -> tuple[list[Example], EncodeReport] | None:
     examples = [
         Example(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(ids, labels, strict=True)
     ]
+    if "parts" in tensors:
+        known = zip(tensors["parts"].tolist(), tensors["wanted"].tolist(), strict=True)
+        examples = [
+            Pair(one.input_ids, one.labels, tuple(parts), None if wanted < 0 else wanted > 0)
+            for one, (parts, wanted) in zip(examples, known, strict=True)
+        ]
     return examples, report

@@ -47,23 +47,25 @@ def activate(
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
     """Within the block the model is its base; afterwards the active adapters are back.
 
     The model serves one thread meanwhile: what others ask of it raises.
 
     Args:
         model: a model with adapters.
+        adapter: the only one to leave out, while others that are active stay so; None: all.
 
     Raises:
-        ValueError: a model without adapters.
+        ValueError: a model without adapters, or an unknown name.
         RuntimeError: adapters are merged, or another thread is within `disabled` or `mixed`.
     """
     survey = Survey(model)
     survey.require_layers("disabled")
     survey.require_unmerged("disabled")
+    left_out = survey.adapters if adapter is None else survey.known(adapter, "disabled")
     with survey.switched():
-        survey.activate(())
+        survey.activate([name for name in survey.active if name not in left_out])
         yield
 
 

@@ -6,12 +6,15 @@ from minilora.running.compiling import compiled, settle_compile
 from minilora.running.evaluation import Evaluation, device_of, evaluate, summarize
 from minilora.running.generation import generate
 from minilora.running.loss import Loss, forward_logits, takes_packed, token_loss
+from minilora.running.preference import KINDS, Preference
 
 __all__ = [
     "BASE",
+    "KINDS",
     "Chat",
     "Evaluation",
     "Loss",
+    "Preference",
     "compiled",
     "context_of",
     "device_of",

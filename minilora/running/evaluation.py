@@ -14,6 +14,7 @@ from minilora.data import Batch, Batches, as_examples, pad
 from minilora.files import short
 from minilora.lora import Survey, inference, widened
 from minilora.running.loss import Loss, token_loss
+from minilora.running.preference import Preference
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,24 @@ class Evaluation:
     Attributes:
         loss: mean negative log-likelihood per token, in nats.
         perplexity: exp(loss), inf beyond the range of a float.
-        tokens: labels that entered the mean.
+        tokens: labels that entered the mean; of pairs of answers their number, as `loss` is a mean
+            over pairs.
+        accuracy: of pairs, the share whose better answer has the higher reward; None for texts.
+        margin: of pairs, the mean difference of rewards; None for texts.
     """
 
     loss: float
     perplexity: float
     tokens: int
+    accuracy: float | None = None
+    margin: float | None = None
 
     def __str__(self) -> str:
+        if self.accuracy is not None:
+            return (
+                f"loss {self.loss:.4f}, accuracy {self.accuracy:.3f}, margin {self.margin:.4g} "
+                f"over {self.tokens} pairs"
+            )
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g} over {self.tokens} tokens"
 
 
@@ -61,7 +72,8 @@ def evaluate(
             `Batch`es, taken in their order. Of a `Batches` the examples and the batch size are
             taken, and its position in the data does not move.
         batch_size: examples per batch; more is faster and takes more memory.
-        loss: what to sum, (model, batch) → (sum, tokens); `token_loss` if None.
+        loss: what to sum, (model, batch) → (sum, tokens); `token_loss` if None. For pairs of
+            answers a `minilora.running.Preference`.
         pad_id: token id in the padding, of no influence.
 
     Returns:
@@ -78,16 +90,26 @@ def evaluate(
     survey.require_finite()
     total, tokens = 0.0, 0
     device = device_of(model)
+    preference = loss if isinstance(loss, Preference) else None
+    batches: Iterable[Batch] = _batches(data, batch_size, pad_id, preference is not None)
     with inference(model), widened(model):
-        for batch in _batches(data, batch_size, pad_id):
+        if preference is not None:
+            batches = [batch.to(device) for batch in batches]
+            preference.prepare(model, batches)
+        for batch in batches:
             part, count = (loss or token_loss)(model, batch.to(device))
             total += float(part)
             tokens += count
-    return summarize(total, tokens)
+    return summarize(total, tokens, preference.told() if preference is not None else None)
 
 
-def summarize(total: float, tokens: int) -> Evaluation:
+def summarize(total: float, tokens: int, pairs: dict[str, float] | None = None) -> Evaluation:
     """Return mean and perplexity of a loss summed over tokens.
+
+    Args:
+        total: the sum.
+        tokens: what to divide by.
+        pairs: of a loss over pairs of answers, what `Preference.told` returned.
 
     Raises:
         ValueError: no token.
@@ -99,10 +121,11 @@ def summarize(total: float, tokens: int) -> Evaluation:
         perplexity = math.exp(mean)
     except OverflowError:
         perplexity = math.inf
-    return Evaluation(mean, perplexity, tokens)
+    found = (None, None) if pairs is None else (pairs["accuracy"], pairs["margin"])
+    return Evaluation(mean, perplexity, tokens, *found)
 
 
-def _batches(data: Iterable[Any], batch_size: int, pad_id: int) -> Iterator[Batch]:
+def _batches(data: Iterable[Any], batch_size: int, pad_id: int, pairs: bool) -> Iterator[Batch]:
     """Yield batches in an order that no random number decides."""
     if isinstance(data, Batches):
         examples, batch_size, pad_id = data.examples, data.batch_size, data.pad_id
@@ -111,7 +134,7 @@ def _batches(data: Iterable[Any], batch_size: int, pad_id: int) -> Iterator[Batc
         if data and all(isinstance(item, Batch) for item in data):
             yield from data
             return
-        examples = as_examples(data)
+        examples = as_examples(data, pairs)
     examples = sorted(examples, key=lambda example: len(example.input_ids))
     for i in range(0, len(examples), batch_size):
         yield pad(examples[i : i + batch_size], pad_id)

@@ -47,6 +47,17 @@ def _tried(model: nn.Module, what: Callable[[Any], bool]) -> bool:
 
 def mean_without_logits(model: Any, batch: Batch) -> Tensor | None:
     """Return the mean loss over the labels, or None where it takes the model's own logits."""
+    hidden = read_by_head(model, batch)
+    if hidden is None:
+        return None
+    rows = hidden[:, :-1].flatten(0, 1)
+    target = batch.labels[:, 1:].reshape(-1)
+    weight = model.get_output_embeddings().weight
+    return linear_cross_entropy(rows, weight, target, ignore_index=IGNORE)
+
+
+def read_by_head(model: Any, batch: Batch) -> Tensor | None:
+    """Return what the head reads [B, T, hidden], None where logits take more than a plain head."""
     if not is_foreign(model):
         return None
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
@@ -56,11 +67,9 @@ def mean_without_logits(model: Any, batch: Batch) -> Tensor | None:
         return None
     body = model.base_model
     hidden = body(batch.input_ids, **_beside(body, batch))[0]
-    rows = hidden[:, :-1].flatten(0, 1)
-    if not torch.is_autocast_enabled(rows.device.type):
-        rows = rows.to(head.weight.dtype)
-    target = batch.labels[:, 1:].reshape(-1)
-    return linear_cross_entropy(rows, head.weight, target, ignore_index=IGNORE)
+    if not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(head.weight.dtype)
+    return hidden
 
 
 def own_logits(model: Any, batch: Batch) -> Tensor:

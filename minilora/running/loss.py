@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.data import IGNORE, Batch
+from minilora.data import IGNORE, NOT_ONE_TEXT, Batch, PairBatch
 from minilora.running.arguments import argument_names
 from minilora.running.foreign import is_foreign, keeps_apart, mean_without_logits, own_logits
 
@@ -33,8 +33,10 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         number of labels in it.
 
     Raises:
-        ValueError: no label counts, so that their mean has no meaning.
+        ValueError: no label counts, so that their mean has no meaning; pairs of answers.
     """
+    if isinstance(batch, PairBatch):
+        raise ValueError(f"a batch must hold texts, found {NOT_ONE_TEXT}")
     tokens = batch.tokens
     if tokens == 0:
         raise ValueError(

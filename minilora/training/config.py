@@ -26,6 +26,23 @@ def _two(value: Any) -> bool:
     return listed and all(is_number(beta) and 0 <= beta < 1 for beta in value)
 
 
+def _two_above_0(value: Any) -> bool:
+    listed = isinstance(value, (tuple, list)) and len(value) == 2
+    return listed and all(is_number(x) and math.isfinite(x) and x > 0 for x in value)
+
+
+def _given(value: Any, default: Any) -> bool:
+    return (tuple(value) if isinstance(value, list) else value) != default
+
+
+# Which losses an option acts on.
+_ACTS_ON = {
+    "beta": ("dpo", "ipo", "orpo", "kto", "simpo"),
+    "gamma": ("simpo",),
+    "kto_weights": ("kto",),
+}
+
+
 @described
 @dataclass(frozen=True)
 class TrainConfig:
@@ -68,6 +85,29 @@ class TrainConfig:
         (0.9, 0.999), "AdamW's betas.", must_be("two numbers in [0, 1)", _two), metavar="BETA"
     )
     eps: float = option(1e-8, "AdamW's eps.", _POSITIVE)
+    loss: Literal["ce", "dpo", "ipo", "orpo", "kto", "simpo"] = option(
+        "ce",
+        "What is minimised: `ce` is the cross-entropy of the next token; the others compare "
+        "answers (docs/preference.md) and need rows that say which is better: prompt, chosen and "
+        "rejected, or for `kto` prompt, completion and label.",
+    )
+    beta: float | None = option(
+        None,
+        "How strongly a loss over preferences tells answers apart: β of `dpo`, `ipo`, `kto` and "
+        "`simpo`, the weight λ of the odds in `orpo`. None: 2 for `simpo`, 0.1 for the others.",
+        _POSITIVE_OR_NONE,
+    )
+    gamma: float | None = option(
+        None,
+        "Margin γ that `simpo` asks for. None: 1.",
+        number("a finite number of at least 0", lambda x: x >= 0, none=True),
+    )
+    kto_weights: tuple[float, float] = option(
+        (1.0, 1.0),
+        "Weights of wanted and of unwanted answers in `kto`, for data with more of one.",
+        must_be("two finite numbers above 0", _two_above_0),
+        metavar="WEIGHT",
+    )
     clip: float | None = option(
         1.0, "Largest global gradient norm. None never clips.", _POSITIVE_OR_NONE
     )
@@ -192,10 +232,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        for field in dataclasses.fields(self):
+            value, losses = getattr(self, field.name), _ACTS_ON.get(field.name)
+            if losses and self.loss not in losses and _given(value, field.default):
+                raise ValueError(
+                    f"{field.name} acts on loss={' or '.join(map(repr, losses))} alone, found "
+                    f"{field.name}={value} with loss={self.loss!r}; leave it out, or set loss "
+                    f"(--loss)"
+                )
         if self.patience is not None and self.eval_every is None:
             raise ValueError(
                 f"patience counts evaluations, so it needs eval_every, found patience="
                 f"{self.patience} and eval_every=None; set both"
+            )
+        if self.loss != "ce" and (self.max_memory is not None or self.parallel == "fsdp"):
+            name = "parallel" if self.parallel == "fsdp" else "max_memory"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} knows no loss over pairs of answers, found "
+                f"loss={self.loss!r}; leave {name} out{', or use ddp' * (name == 'parallel')}"
             )
         if self.max_memory is not None and self.parallel == "fsdp":
             raise ValueError(

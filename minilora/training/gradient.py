@@ -52,9 +52,17 @@ class Gradient:
         self.run, self.autocast, self.say = run, autocast, say
 
     def of(self, micro: Sequence[Batch]) -> tuple[float, float, int]:
-        """Return loss per token, gradient norm and tokens; gradients are left on the parameters."""
+        """Return loss per token, gradient norm and tokens; gradients are left on the parameters.
+
+        A loss over pairs of answers counts pairs where others count tokens.
+        """
         run = self.run
         run.optimizer.zero_grad(set_to_none=True)
+        if run.preference is not None:
+            with self.autocast():
+                run.preference.prepare(
+                    run.model, micro, run.rows, run.ranks.merge, run.ranks.all_reduce
+                )
         value, tokens = 0.0, 0
         for index, batch in enumerate(micro):
             part, count = self._micro(batch, index)
@@ -85,6 +93,7 @@ class Gradient:
             return (0.0, 0) if run.ranks.parallel != "fsdp" else self._idle(index)
         while True:
             kept = [None if p.grad is None else p.grad.clone() for p in run.names]
+            told = len(run.preference.seen) if run.preference is not None else 0
             sums = self._parts(batch, size, index)
             if sums is not None:
                 return sums
@@ -93,6 +102,8 @@ class Gradient:
                 torch.cuda.empty_cache()
             for parameter, gradient in zip(run.names, kept, strict=True):
                 parameter.grad = gradient
+            if run.preference is not None:
+                del run.preference.seen[told:]
             if size == 1:
                 raise RuntimeError(
                     f"one row of {batch.input_ids.shape[1]} tokens must fit in memory, and on "

@@ -50,7 +50,8 @@ def fit(
 ) -> FitResult:
     """Train the model's active, trainable adapter with AdamW.
 
-    The step's gradient is that of `Σ loss over tokens / Σ tokens` over all its micro-batches. At
+    The step's gradient is that of `Σ loss over tokens / Σ tokens` over all its micro-batches (of
+    `Σ loss over pairs / pairs` where `config.loss` compares answers). At
     the end the model and `out` hold the adapter of the best evaluation, which may be the one
     before the first step (of the last step without `valid`). A run that was interrupted leaves
     the last step's in the model; `out` has the best of the evaluations so far, if any step's.
@@ -59,7 +60,7 @@ def fit(
         model: with adapters; changed in place. Only what belongs to the active adapter and
             requires gradients is trained.
         train: examples as `minilora.data.as_examples` takes them, none longer than the model's
-            context.
+            context; or `minilora.data.Pair`s, where `config.loss` compares answers.
         valid: held-out examples; evaluated before the first step, every `config.eval_every`, and
             after the last.
         config: settings; `TrainConfig()` if None.
@@ -137,6 +138,11 @@ def fit(
 
 def _forecast(run: Run, monitor: Monitor) -> Forecast:
     """Plan a run that is about to begin, and follow its steps."""
+    if run.preference is not None:
+        raise ValueError(
+            f"plan=True (--plan) knows no loss over pairs of answers, found "
+            f"loss={run.preference.kind!r}; leave it out"
+        )
     if not isinstance(run.batches, Batches):
         raise ValueError("plan=True needs a list of examples, found a stream; plan its size apart")
     config, ranks = run.config, run.ranks
@@ -267,6 +273,10 @@ class _Loop:
         lr, begin = run.rate(), seconds()
         self.health.begin()
         value, norm, tokens = self.gradient.of(micro)
+        pairs = None
+        if run.preference is not None:
+            pairs = run.preference.told(self.ranks.all_reduce)
+            tokens = int(self.ranks.all_reduce(sum(batch.tokens for batch in micro))[0])
         good = math.isfinite(value) and math.isfinite(norm)
         if good:
             for remark in self.health.check():
@@ -297,6 +307,7 @@ class _Loop:
         row: dict[str, Any] = {
             "step": run.step, "loss": value, "lr": lr, "grad_norm": norm, "tokens": tokens,
             "tokens_per_s": tokens / took, "elapsed_s": run.elapsed, "data_wait": waited / took,
+            **(pairs or {}),
         }  # fmt: skip
         if run.step % self.config.log_every == 0:
             row["b_norm"] = b_norms(run)

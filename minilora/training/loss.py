@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minilora.lora import inference, view, widened
-from minilora.running import Loss, device_of, forward_logits, token_loss
+from minilora.running import Loss, Preference, device_of, forward_logits, token_loss
 from minilora.training.config import TrainConfig
 
 
@@ -24,8 +24,18 @@ def losses(config: TrainConfig, own: Loss | None) -> tuple[Loss, Loss]:
         own: the user's loss, which is both.
 
     Raises:
-        ValueError: a loss of the user's where an option needs the model's own.
+        ValueError: a loss of the user's where an option needs the model's own, or asks for another.
     """
+    if config.loss != "ce":
+        if own is not None:
+            raise ValueError(
+                f"a run has one loss, found loss={config.loss!r} in the config and a loss of your "
+                f"own; leave one of them out"
+            )
+        gamma = 1.0 if config.gamma is None else config.gamma
+        weights = (config.kto_weights[0], config.kto_weights[1])
+        preference = Preference(config.loss, config.beta, gamma, weights)
+        return preference, preference  # type: ignore[return-value]
     if own is not None and config.max_memory is not None:
         raise ValueError(
             "max_memory plans what the model's own loss takes, found a loss of your own; leave "

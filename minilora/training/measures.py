@@ -13,16 +13,22 @@ def evaluate(run: Run, valid: Batches, loss: Loss) -> Evaluation:
     ranks = run.ranks
     examples = sorted(valid.examples, key=lambda example: len(example.input_ids))
     total, tokens = 0.0, 0
+    starts = range(0, len(examples), valid.batch_size)
+    parts = [examples[i : i + valid.batch_size][ranks.rank :: ranks.world_size] for i in starts]
+    preference = run.preference
     with inference(run.model):
-        for start in range(0, len(examples), valid.batch_size):
-            rows = examples[start : start + valid.batch_size][ranks.rank :: ranks.world_size]
+        if preference is not None:
+            batches = [pad(rows, valid.pad_id).to(run.device) for rows in parts if rows]
+            preference.prepare(run.model, batches, 0, ranks.merge, ranks.all_reduce)
+        for rows in parts:
             if rows or ranks.parallel == "fsdp":  # sharded: all must compute, even without a row
                 batch = pad(rows or examples[:1], valid.pad_id).to(run.device)
                 part, count = loss(run.model, batch)
                 total += float(part) if rows else 0.0
                 tokens += int(count) if rows else 0
     total, counted = ranks.all_reduce(total, tokens)
-    return summarize(total, int(counted))
+    pairs = preference.told(ranks.all_reduce) if preference is not None else None
+    return summarize(total, int(counted), pairs)
 
 
 def b_norms(run: Run) -> dict[str, float]:

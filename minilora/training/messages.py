@@ -19,6 +19,10 @@ def announcement(run: Run) -> str:
     first = ", whichever ends first" if len(limits) > 1 else ""
     ranks = run.ranks
     processes = f"; {ranks.world_size} processes ({ranks.parallel})" if ranks.parallel else ""
+    if (loss := run.preference) is not None:
+        how += f"; loss {loss.kind}, beta {loss.beta:g}"
+        if loss.has_reference:
+            how += ", reference: the model without this adapter"
     return (
         f"training {parameters:,} parameters of adapter '{run.adapter}' for {' or '.join(limits)}"
         f"{first}; base {base}, {how}; {run.batches.about()}{processes}"

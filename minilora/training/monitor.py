@@ -64,29 +64,31 @@ class Monitor:
         time_left = "" if left is None else f"{left / 60:.1f} min left"
         if self.bar is not None:
             self.bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['tokens_per_s']:,.0f} tok/s, "
-                f"{time_left}",
+                f"loss {row['loss']:.3f},{_of_pairs(row)} lr {row['lr']:.2e}, "
+                f"{row['tokens_per_s']:,.0f} tok/s, {time_left}",
                 refresh=False,
             )
             self.bar.update()
         elif row["step"] % self.every == 0 or row["step"] == self.total or row["step"] == 1:
             of = f"/{self.total}" if self.total else ""
             self.say(
-                f"step {row['step']:>4}{of}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad "
+                f"step {row['step']:>4}{of}  loss {row['loss']:.4f} {_of_pairs(row)} "
+                f"lr {row['lr']:.2e}  grad "
                 f"{row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} learned tokens/s  {time_left}"
             )
 
     def evaluation(self, step: int, measured: Evaluation) -> None:
         """Record one evaluation."""
-        row = {
-            "step": step, "eval_loss": measured.loss, "eval_perplexity": measured.perplexity,
-        }  # fmt: skip
+        row: dict[str, float | None] = {"step": step, "eval_loss": measured.loss}
+        if measured.accuracy is None:
+            row["eval_perplexity"] = measured.perplexity
+            rest = f"perplexity {measured.perplexity:.3f}"
+        else:
+            row |= {"eval_accuracy": measured.accuracy, "eval_margin": measured.margin}
+            rest = f"accuracy {measured.accuracy:.3f}, margin {measured.margin:.3f}"
         self._append(row)
         self.callbacks("on_eval", row)
-        self.say(
-            f"step {step:>4}  held-out loss {measured.loss:.4f}, "
-            f"perplexity {measured.perplexity:.3f}"
-        )
+        self.say(f"step {step:>4}  held-out loss {measured.loss:.4f}, {rest}")
 
     def sample(self, step: int, text: str) -> None:
         """Record what the model wrote."""
@@ -123,6 +125,13 @@ class Monitor:
                 f"{self.file} must take another line, but writing failed: "
                 f"{error.strerror or error}; free space there and go on with resume=True (--resume)"
             ) from error
+
+
+def _of_pairs(row: dict) -> str:
+    """Say what a step over pairs of answers came to; nothing of another."""
+    if "accuracy" not in row:
+        return ""
+    return f" accuracy {row['accuracy']:.2f}  margin {row['margin']:.3f} "
 
 
 def read_metrics(file: Path) -> list[dict]:
@@ -199,7 +208,8 @@ def draw_curve(out: Path) -> Path | None:
     if evals:
         axes.plot(*zip(*evals, strict=True), "o-", color="#c50", label="held out")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per token")
+    of_pairs = any("accuracy" in row or "eval_accuracy" in row for row in rows)
+    axes.set_ylabel("loss, mean of pairs" if of_pairs else "loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     drawn = io.BytesIO()

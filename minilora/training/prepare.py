@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Batch, Batches, Example, Stream, StreamBatches
+from minilora.data import (
+    NOT_ONE_TEXT,
+    Batch,
+    Batches,
+    Example,
+    Pair,
+    Stream,
+    StreamBatches,
+)
 from minilora.kernels import fastest_dtype, hardware, is_slow
 from minilora.lora import (
     LoRALayer,
@@ -18,7 +26,7 @@ from minilora.lora import (
     named_parameters,
     unwrapped,
 )
-from minilora.running import context_of, takes_packed
+from minilora.running import Preference, context_of, takes_packed
 from minilora.training.config import TrainConfig
 
 
@@ -142,13 +150,16 @@ def held_out_in_training(valid: Batches, batches: Batches | StreamBatches) -> li
     ]
 
 
-def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Example, str], None]:
+def example_check(
+    model: nn.Module, pad_id: int, own_loss: bool, preference: Preference | None = None
+) -> Callable[[Example, str], None]:
     """Return what holds an example against the model's context and vocabulary.
 
     Args:
         model: its `config`, if any, says what fits.
         pad_id: of the padding.
         own_loss: whether the user's loss says what labels are, and knows packed rows.
+        preference: the loss where it compares answers.
     """
     config = getattr(model, "config", None)
     context = context_of(model)
@@ -164,10 +175,13 @@ def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Ex
         return own_loss or takes_packed(model)
 
     def check(example: Example, name: str) -> None:
-        if len(example.input_ids) > context:
+        _check_kind(example, name, preference)
+        pair = isinstance(example, Pair)
+        tokens = example.longest if isinstance(example, Pair) else len(example.input_ids)
+        if tokens > context:
             raise ValueError(
                 f"examples must fit the model's context of {context} tokens, but {name} has "
-                f"{len(example.input_ids)}; cut them (--max-length {context}, or "
+                f"{tokens}; cut them (--max-length {context}, or "
                 f"read_data(..., max_length={context}))"
             )
         largest = max(*example.input_ids, *(() if own_loss else example.labels), 0)
@@ -176,13 +190,24 @@ def example_check(model: nn.Module, pad_id: int, own_loss: bool) -> Callable[[Ex
                 f"token ids must lie in [0, {vocabulary}), but {name} holds {largest}; encode the "
                 f"data with this model's own tokenizer"
             )
-        if example.lengths and not apart():
+        if example.lengths and not pair and not apart():
             raise ValueError(
                 f"packed rows need a model that keeps their documents apart, but "
                 f"{type(model).__name__} does not, and {name} is packed; do not pack for it"
             )
 
     return check
+
+
+def _check_kind(example: Example, name: str, preference: Preference | None) -> None:
+    """Refuse a text where pairs of answers are compared, and the other way round."""
+    if preference is None:
+        if isinstance(example, Pair):
+            raise ValueError(f"loss='ce' learns texts, but {name} is {NOT_ONE_TEXT}")
+        return
+    labelled = example.wanted is not None if isinstance(example, Pair) else None
+    if labelled != (preference.kind == "kto"):
+        raise ValueError(preference.refusal(name, labelled))
 
 
 def compute_dtype(

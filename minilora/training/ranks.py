@@ -71,6 +71,14 @@ class Ranks:
         mine = [value if rank == self.rank else 0 for rank in range(self.world_size)]
         return [int(n) for n in self.all_reduce(*mine)]
 
+    def merge(self, new: dict) -> dict:
+        """Return the union of all ranks' entries."""
+        if self.parallel is None or not self.any(bool(new)):
+            return new
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, new)
+        return {key: value for one in found for key, value in one.items()}
+
     def any(self, here: bool) -> bool:
         """Return whether it holds on any rank."""
         return self.all_reduce(here)[0] > 0

@@ -15,7 +15,7 @@ from minilora.files import UnwritableError
 from minilora.lora import Survey, describe, frozen_values
 from minilora.peft import config_of, fingerprint, save_adapter
 from minilora.quantization import quantized_layers
-from minilora.running import Evaluation, Loss, device_of, settle_compile
+from minilora.running import Evaluation, Loss, Preference, device_of, settle_compile
 from minilora.training.config import TrainConfig
 from minilora.training.loss import losses, require_next_token_loss
 from minilora.training.memory_limit import MemoryLimit
@@ -58,6 +58,7 @@ class Run(Progress):
     Attributes:
         loss: what a step minimises.
         eval_loss: what an evaluation reports.
+        preference: the loss where it compares answers, else None.
         names: the trained parameters and their dotted names.
         scale: what the loss is multiplied with before the backward pass.
         rows: rows in a pass, once a micro-batch did not fit; 0 until then.
@@ -86,6 +87,7 @@ class Run(Progress):
         self.model, self.config, self.out, self.ranks = model, config, out, ranks
         self.loss, self.eval_loss = losses(config, loss)
         self.own_loss = loss is not None
+        self.preference = self.loss if isinstance(self.loss, Preference) else None
         self.fallen_back = False
         self.before: Evaluation | None = None
         self.best: Evaluation | None = None
@@ -108,6 +110,8 @@ class Run(Progress):
         if not self.own_loss:
             require_next_token_loss(model)
         self.adapter = trained_adapter(model, self.layers)
+        if self.preference is not None:  # without this one the model is the reference
+            self.preference.adapter = self.adapter
         self.names = trained(model, self.layers, self.adapter)
         self.device = device_of(model)
         self.compile, reason = settle_compile(config.compile)
@@ -120,7 +124,7 @@ class Run(Progress):
     def _take_data(self, train: Iterable[Any], valid: Iterable[Any] | None, pad_id: int) -> None:
         """Make the batches."""
         config, ranks = self.config, self.ranks
-        check = example_check(self.model, pad_id, self.own_loss)
+        check = example_check(self.model, pad_id, self.own_loss, self.preference)
         self.batches: Any = make_batches(
             train,
             "train",
@@ -209,6 +213,8 @@ class Run(Progress):
         tensors |= {f"buffer.{name}": b for name, b in self._buffers().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
         tensors |= optimizer_tensors(self.optimizer, self.names)  # type: ignore[arg-type]
+        if self.preference is not None:
+            tensors |= self.preference.tensors()
         tensors = {key: self.ranks.full(tensor) for key, tensor in tensors.items()}
         facts: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in fields(Counters)
@@ -304,6 +310,9 @@ class Run(Progress):
             self.fallen_back = facts["fallback"] is not None
             fallback = [facts["fallback"]] if self.fallen_back else []
             self.remarks += fallback + check_same_run(out, facts["identity"], self._identity())
+            reference = [tensors.pop(f"reference.{key}", None) for key in ("keys", "values")]
+            if self.preference is not None:
+                self.preference.restore(*reference)
             check_tensors(file, tensors, parameters, buffers)  # type: ignore[arg-type]
             self.batches.load_state_dict(facts["data"])
             for key in (field.name for field in fields(Counters)):

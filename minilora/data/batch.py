@@ -1,0 +1,203 @@
+"""One batch: examples padded to one length, as plain rows, packed rows, or pairs of answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minilora.data.examples import IGNORE, Example, Pair
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Hold examples padded on the right to one length.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        labels: [B, T] int64, -100 on padding and on what is not learned.
+        attention_mask: [B, T] bool, False on padding; None when nothing is padded.
+        documents: [B, T] int64, which of its row's documents a token belongs to, -1 on padding;
+            None where rows are single documents.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Count the labels that enter the loss: those at index ≥ 1 that are not -100."""
+        return sum(self._row_tokens())
+
+    def _row_tokens(self) -> list[int]:
+        counted = self.__dict__.get("_counts")
+        if counted is None or counted[0] is None or counted[0] != self._version():
+            self._note((self.labels[:, 1:] != IGNORE).sum(1).tolist())
+        return self.__dict__["_counts"][1]
+
+    def _version(self) -> int | None:
+        """Return a number that changes with the labels, None where torch keeps none."""
+        return None if self.labels.is_inference() else self.labels._version
+
+    def _note(self, row_tokens: list[int]) -> Batch:
+        """Keep what was counted, if need be on the CPU: counting on a GPU waits for it."""
+        self.__dict__["_counts"] = self._version(), row_tokens
+        return self
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on `device`; a pinned one is copied without waiting."""
+        copied = self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+        return copied._note(self._row_tokens())
+
+    def pinned(self) -> Batch:
+        """Return the batch in page-locked memory."""
+        return self._each(torch.Tensor.pin_memory)._note(self._row_tokens())
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return some of the rows, padded as they were."""
+        some = self._each(lambda tensor: tensor[start:stop])
+        return some._note(self._row_tokens()[start:stop])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        found = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return type(self)(*(None if tensor is None else change(tensor) for tensor in found))  # type: ignore[arg-type]
+
+    def positions(self) -> torch.Tensor:
+        """Return [B, T] positions that restart with each document; of packed rows only."""
+        documents = self._documents()
+        counted = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        return counted - torch.where(begins, counted, 0).cummax(1).values
+
+    def document_mask(self) -> torch.Tensor:
+        """Return [B, 1, T, T] bool: what is before a token in its own document, and itself."""
+        documents = self._documents()
+        own = documents[:, :, None] == documents[:, None, :]
+        return own.tril()[:, None]
+
+    def _documents(self) -> torch.Tensor:
+        if self.documents is None:
+            raise ValueError("the batch must hold packed rows, found single documents")
+        return self.documents
+
+
+def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
+    """Pad examples on the right to the longest of them.
+
+    Args:
+        examples: of none there is a batch without rows, of one column.
+        pad_id: the token id put in the padding, whose labels are -100.
+    """
+    if not examples:
+        return Batch(*torch.zeros(2, 0, 1, dtype=torch.int64))
+    if pairs := [example for example in examples if isinstance(example, Pair)]:
+        return _pad_pairs(pairs, pad_id)
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.full(mask.shape, pad_id)
+    labels = torch.full(mask.shape, IGNORE)
+    input_ids[mask] = torch.tensor([i for example in examples for i in example.input_ids])
+    labels[mask] = torch.tensor([label for example in examples for label in example.labels])
+    documents = None
+    if any(example.lengths for example in examples):
+        documents = torch.full(mask.shape, -1)
+        documents[mask] = torch.tensor([i for example in examples for i in _numbers(example)])
+    return Batch(input_ids, labels, None if mask.all() else mask, documents)
+
+
+def _numbers(example: Example) -> Iterator[int]:
+    """Yield for each token the number of its document in the row."""
+    for number, length in enumerate(example.lengths or (len(example.input_ids),)):
+        yield from [number] * length
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """Hold pairs, each a row: a prompt, and two answers of which neither sees the other.
+
+    Attributes:
+        parts: [B, T] int64, 0 on the prompt, 1 and 2 on the answers, -1 on padding.
+        wanted: [B] int64, `Pair.wanted` as 0 or 1, -1 for None.
+        keys: [B] int64, a fingerprint of the row.
+    """
+
+    parts: torch.Tensor = dataclasses.field(kw_only=True)
+    wanted: torch.Tensor = dataclasses.field(kw_only=True)
+    keys: torch.Tensor = dataclasses.field(kw_only=True)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PairBatch:
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {k: v if v is None else change(v) for k, v in found.items()}
+        return PairBatch(**changed)
+
+    def positions(self) -> torch.Tensor:
+        """Return [B, T] positions, which go on from the prompt in both answers."""
+        first = (self.parts == 1).sum(1, keepdim=True)
+        places = torch.arange(self.parts.shape[1], device=self.parts.device)
+        return places - torch.where(self.parts == 2, first, 0)
+
+    def document_mask(self) -> torch.Tensor:
+        """Return [B, 1, T, T] bool: what is before a token in the prompt and its own answer."""
+        query, key = self.parts[:, :, None], self.parts[:, None, :]
+        return ((key == 0) | (key == query)).tril()[:, None]
+
+    def before(self) -> torch.Tensor:
+        """Return [B, T] the place of the token that each follows; of the first one it is 0."""
+        prompt = (self.parts == 0).sum(1, keepdim=True)
+        places = torch.arange(self.parts.shape[1], device=self.parts.device).expand_as(self.parts)
+        begins = (self.parts == 2).cumsum(1) == 1
+        return (torch.where(begins, prompt, places) - 1).clamp(min=0)
+
+    def apart(self, answers: Sequence[int] = (1, 2)) -> Batch:
+        """Return plain rows: each prompt with its first answer, then with its second one.
+
+        Args:
+            answers: which of the two; of one alone there are B rows, else 2 B.
+        """
+        sides = [(self.parts == 0) | (self.parts == answer) for answer in answers]
+        kept = torch.stack(sides, 1).flatten(0, 1)
+        order = (~kept).byte().argsort(dim=1, stable=True)  # what is kept comes first, as it stood
+        mask = kept.gather(1, order)
+        width = int(mask.sum(1).max())
+        order, mask = order[:, :width], mask[:, :width]
+        ids, labels = (
+            tensor.repeat_interleave(len(answers), 0).gather(1, order).where(mask, filler)
+            for tensor, filler in ((self.input_ids, 0), (self.labels, IGNORE))
+        )
+        return Batch(ids, labels, None if bool(mask.all()) else mask)
+
+
+def _pad_pairs(pairs: Sequence[Pair], pad_id: int) -> PairBatch:
+    """Pad pairs on the right; see `pad`."""
+    rows = pad([Example(pair.input_ids, pair.labels) for pair in pairs], pad_id)
+    parts = torch.full_like(rows.input_ids, -1)
+    for row, pair in zip(parts, pairs, strict=True):
+        row[: len(pair.input_ids)] = torch.tensor(list(_numbers(pair)))
+    wanted = [-1 if pair.wanted is None else int(pair.wanted) for pair in pairs]
+    keys = [_key(pair) for pair in pairs]
+    return PairBatch(
+        rows.input_ids,
+        rows.labels,
+        rows.attention_mask,
+        parts=parts,
+        wanted=torch.tensor(wanted),
+        keys=torch.tensor(keys),
+    )
+
+
+def _key(pair: Pair) -> int:
+    """Return 63 bits that stand for the ids and what of them is learned."""
+    numbers = array("q", [*pair.lengths, *pair.input_ids, *pair.labels])
+    return int.from_bytes(hashlib.sha256(numbers).digest()[:8], "little") >> 1
