@@ -61,6 +61,21 @@ def test_cache_forgets_when_length_is_lowered(family):
         assert_close(model(ids[:, 2:5], cache=cache), model(ids[:, :5])[:, 2:])
 
 
+def test_cache_takes_rows_in_any_order_and_number(family):
+    model = tiny(family)
+    ids = some_ids(model, 3, 7)
+    cache = KVCache(model, 3, 7)
+    with torch.no_grad():
+        model(ids[:, :5], cache=cache)
+        for rows in ([2, 0, 2, 1], [3, 0]):
+            cache.take(rows)
+            ids = ids[rows]
+            assert cache.batch == len(rows)
+            length = cache.length
+            found = model(ids[:, length : length + 1], cache=cache)
+            assert_close(found, model(ids[:, : length + 1])[:, -1:])
+
+
 def test_cache_has_the_dtype_of_the_model(family):
     model = tiny(family).bfloat16()
     cache = KVCache(model, 2, 5)

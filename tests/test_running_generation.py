@@ -30,6 +30,7 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import minilora
+from minilora.lora import lora_layers, mixed
 from minilora.running import compiling
 from minilora.running.compiling import compile_problem
 from minilora.running.generation import generate, pick_token, token_probabilities
@@ -139,6 +140,54 @@ def test_generate_goes_on_while_other_rows_have_stopped():
         wanted = [row[: row.index(stop)] if stop in row else row for row in free]
         assert len({len(row) for row in wanted}) > 1, kind
         assert generate(model, PROMPTS, max_new_tokens=10, stop=stop) == wanted
+
+
+def test_generate_reads_equal_prompts_once():
+    model = llama()
+    shapes = watch(model)
+    prompts = [PROMPTS[2], PROMPTS[0], PROMPTS[2], PROMPTS[2], PROMPTS[0]]
+    found = generate(model, prompts, max_new_tokens=4)
+    assert shapes == [(2, 7), (5, 1), (5, 1), (5, 1)]
+    assert found == [greedy(model, prompt, 4) for prompt in prompts]
+    drawn = generate(model, prompts, max_new_tokens=9, temperature=2.0, seed=1)
+    assert drawn == generate(bare_llama(), prompts, max_new_tokens=9, temperature=2.0, seed=1)
+    assert len(set(map(tuple, drawn))) == 5
+
+
+def test_generate_lets_go_of_rows_that_have_stopped():
+    model = llama()
+    prompts = [[i, 7 - i % 3] for i in range(8)]
+    stops = [i for i in range(VOCAB) if i % 3 == 0]
+    wanted = []
+    for prompt in prompts:
+        free = greedy(model, prompt, 12)
+        wanted.append(free[: next((i for i, t in enumerate(free) if t in stops), 12)])
+    assert len(set(map(len, wanted))) > 2
+    shapes = watch(model)
+    assert generate(model, prompts, max_new_tokens=12, stop=stops) == wanted
+    batches = [shape[0] for shape in shapes]
+    assert batches[0] == 8 and batches == sorted(batches, reverse=True)
+    running = [sum(len(row) >= n for row in wanted) for n in range(len(batches))]
+    assert all(held <= max(2, n / 0.75) for held, n in zip(batches, running, strict=True))
+
+
+def test_generate_keeps_rows_that_have_adapters_of_their_own():
+    model = llama()
+    for seed, name in enumerate(("one", "two")):
+        minilora.inject(model, r=2, alpha=3, adapter=name)
+        torch.manual_seed(seed)
+        for layer in lora_layers(model).values():
+            nn.init.normal_(layer.adapters[name].lora_B, std=0.5)
+    names, prompts = ["one", "two", "base", "one"], [PROMPTS[0]] * 4
+    alone = {}
+    for name in ("one", "two", "base"):
+        minilora.activate(model, [] if name == "base" else name)
+        alone[name] = generate(model, [PROMPTS[0]], max_new_tokens=9)[0]
+    assert len(set(map(tuple, alone.values()))) == 3
+    stop = alone["one"][1]
+    wanted = [alone[n][: alone[n].index(stop)] if stop in alone[n] else alone[n] for n in names]
+    with mixed(model, names):
+        assert generate(model, prompts, max_new_tokens=9, stop=stop) == wanted
 
 
 @pytest.mark.peers

@@ -4,6 +4,7 @@ B sequences, T new tokens, S tokens attended to (cached ones and the new).
 The architecture: Touvron et al. 2023, "LLaMA", section 2.2; rotary embeddings lie in `rotary.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,15 @@ class KVCache:
                 f"the cache holds at most {self.max_length} tokens: {self.length} are in it and "
                 f"{tokens} more do not fit; make a cache with a larger max_length"
             )
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Hold these sequences from now on, by their numbers; one may come more than once."""
+        index = torch.tensor(rows, device=self.keys[0].device)
+        for held in (self.keys, self.values):
+            for i, old in enumerate(held):
+                held[i] = old.new_empty(len(rows), *old.shape[1:])
+                held[i][:, :, : self.length] = old[:, :, : self.length].index_select(0, index)
+        self.batch = len(rows)
 
     def slot(self, layer: int) -> Slot:
         """Return what one layer writes into: its keys, its values, and how many are held.

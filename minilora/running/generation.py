@@ -97,14 +97,14 @@ def generate(
     running = list(range(len(rows)))
     said = [0] * len(rows)  # characters that `stream` has had
     with inference(model), widened(model):
-        step = _step(model, rows, max_new_tokens)
-        logits = step(rows)  # the prompts, uncompiled: they have other lengths, and come once
+        step = _step(model, rows, max_new_tokens, survey)
+        logits = step(rows, running)  # the prompts, uncompiled: of other lengths, and come once
         with compiled(model, wanted and max_new_tokens > 1, every=True):
             while running:
                 found = logits.to("cpu", torch.float32)
-                for i in tuple(running):
+                for i, row in zip(tuple(running), found, strict=True):
                     token = pick_token(
-                        found[i], temperature, top_k=top_k, top_p=top_p, generator=generators[i]
+                        row, temperature, top_k=top_k, top_p=top_p, generator=generators[i]
                     )
                     if token in stop_ids:
                         running.remove(i)
@@ -120,7 +120,7 @@ def generate(
                     if _end(text, stop_strings) >= 0 or len(new[i]) == max_new_tokens:
                         running.remove(i)
                 if running:
-                    logits = step(rows)
+                    logits = step(rows, running)
     if tokenizer is None:
         return new
     texts = [tokenizer.decode_after(*both) for both in zip(asked, new, strict=True)]
@@ -213,12 +213,14 @@ def _generator(seed: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed}/{row}").getrandbits(62))
 
 
-def _step(model: nn.Module, rows: Rows, new: int) -> Callable[[Rows], torch.Tensor]:
-    """Return a function from all ids so far to the logits [B, V] after them."""
+def _step(
+    model: nn.Module, rows: Rows, new: int, survey: Survey
+) -> Callable[[Rows, list[int]], torch.Tensor]:
+    """Return a function from all ids so far, and the rows that run, to their logits [B, V]."""
     if argument_names(model.forward) >= {"positions", "mask", "cache", "last"}:
-        return _Cached(model, rows, new)
-    if (step := cached_steps(model, rows)) is not None:
-        return step
+        bound = (route.rows for layer in survey.layers.values() for route in layer.routes())
+        return _Cached(model, rows, new, any(bound))
+    step = cached_steps(model, rows)
     device = device_of(model)
 
     def recompute(rows: Rows) -> torch.Tensor:
@@ -231,22 +233,48 @@ def _step(model: nn.Module, rows: Rows, new: int) -> Callable[[Rows], torch.Tens
         logits = forward_logits(model, ids, None if even else mask)
         return logits[torch.arange(len(rows), device=device), lengths - 1]
 
-    return recompute
+    every = recompute if step is None else step
+    return lambda rows, running: every(rows)[running]
 
 
 class _Cached:
-    """Feed the prompts padded on the left, then one token a row."""
+    """Feed the prompts padded on the left, equal ones once, then one token a row.
 
-    def __init__(self, model: nn.Module, rows: Rows, new: int):
-        self.model, self.device = model, device_of(model)
+    Rows that have stopped leave the batch when they are a quarter of it, as the cache is copied.
+    Where each row of the batch has an adapter of its own (`bound`) all of them stay.
+    """
+
+    def __init__(self, model: nn.Module, rows: Rows, new: int, bound: bool):
+        self.model, self.device, self.bound = model, device_of(model), bound
+        first = {tuple(row): i for i, row in reversed(list(enumerate(rows)))}
+        self.held = list(range(len(rows)) if bound else sorted(first.values()))
+        self.copies = [self.held.index(i if bound else first[tuple(r)]) for i, r in enumerate(rows)]
         longest = max(len(row) for row in rows)
-        self.cache = KVCache(model, len(rows), longest + new)
+        self.cache = KVCache(model, len(self.held), longest + new)
         self.padding = [longest - len(row) for row in rows]
-        self.pads = torch.tensor(self.padding, device=self.device)
 
-    def __call__(self, rows: Rows) -> torch.Tensor:
-        past, pads = self.cache.length, self.padding  # a list: reading a tensor waits for a GPU
-        if past and self.model.outgrows((past - self.pads)[:, None]):  # type: ignore[operator]
+    def __call__(self, rows: Rows, running: list[int]) -> torch.Tensor:
+        if not self.cache.length:
+            logits = self._forward(rows)
+            self._take(self.copies, running)
+            return logits[self.copies]
+        if not self.bound and 2 <= len(running) <= 0.75 * len(self.held):  # 1 would compile anew
+            self._take([self.held.index(i) for i in running], running)
+        logits = self._forward(rows)
+        return logits[[self.held.index(i) for i in running]]
+
+    def _take(self, copies: list[int], held: list[int]) -> None:
+        """Hold these rows of the cache as the rows of these numbers."""
+        if copies != list(range(self.cache.batch)):
+            self.cache.take(copies)
+        self.held = list(held)
+
+    def _forward(self, rows: Rows) -> torch.Tensor:
+        """Return the logits of the rows held."""
+        pads = [self.padding[i] for i in self.held]  # a list: reading a tensor waits for a GPU
+        rows, past = [rows[i] for i in self.held], self.cache.length
+        padding = torch.tensor(pads, device=self.device)
+        if past and self.model.outgrows((past - padding)[:, None]):  # type: ignore[operator]
             width, past, self.cache.length = past + 1, 0, 0
             fed = [[0] * n + row for n, row in zip(pads, rows, strict=True)]
             fed = [row + [0] * (width - len(row)) for row in fed]  # those that have stopped
@@ -259,9 +287,9 @@ class _Cached:
         if any(pads):
             new = torch.arange(past, past + ids.shape[1], device=self.device)[:, None]  # [T, 1]
             keys = torch.arange(past + ids.shape[1], device=self.device)  # [S]
-            positions = (new.T - self.pads[:, None]).clamp(min=0)
+            positions = (new.T - padding[:, None]).clamp(min=0)
             # A query in the padding sees itself: a row that sees nothing would be NaN.
-            mask = (keys <= new) & (keys >= self.pads[:, None, None]) | (keys == new)
+            mask = (keys <= new) & (keys >= padding[:, None, None]) | (keys == new)
             mask = mask[:, None]  # [B, 1, T, S]
         return self.model(ids, positions=positions, mask=mask, cache=self.cache, last=1)[:, -1]
 
