@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -34,12 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sandbox
 import torch
-from humaneval_data import library_functions, without_overlap
 
 import minilora
 from minilora.report.answers import mcnemar
+
+sys.path.append(str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
+import sandbox
+from humaneval_data import library_functions, without_overlap
 
 MODEL = "smollm2-135m"
 DATA_SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
@@ -280,7 +283,9 @@ def report(out: Path, tasks: list[dict[str, str]]) -> list[dict[str, Any]]:
     found, rows = verdicts(out, tasks), []
     for (who, form, mode), some in found.items():
         reasons = Counter(
-            "passed" if passed else reason.removeprefix('RuntimeError: "').partition(":")[0]
+            "passed"
+            if passed
+            else reason.removeprefix("RuntimeError: ").strip("'\"").partition(":")[0]
             for each in some
             for passed, reason in each
         )
