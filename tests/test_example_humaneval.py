@@ -66,6 +66,14 @@ def test_plain_values_come_back_with_their_types(value):
 
 
 @confined
+def test_a_test_may_call_the_function_by_its_name():
+    """As that of HumanEval/33 does."""
+    test = "def check(candidate):\n    assert twice(2) == 4 == candidate(2)\n"
+    assert judge("    return x + x\n", test) == (True, "passed")
+    assert not judge("    return x\n", test).passed
+
+
+@confined
 def test_what_equals_only_by_its_own_word_fails():
     for base in ("", "(int)", "(list)", "(dict)", "(str)"):
         liar = f"class Liar{base}:\n    def __eq__(self, other): return True\n"
