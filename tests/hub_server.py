@@ -59,6 +59,8 @@ def _handler(hub):
 
         def _answer(self):
             path = unquote(self.path.partition("?")[0])
+            path = path.replace("/datasets/", "/models/", 1) if "/api/" in path else path
+            path = path.removeprefix("/datasets")
             hub.asked.append((self.command, path))
             if hub.status is not None:
                 return self._send(hub.status, {})

@@ -89,7 +89,7 @@ def dtypes(file):
 
 def test_cli_train_and_merge_keep_the_stored_dtype(folder, letters, tmp_path, capsys):
     out = tmp_path / "run"
-    train = ["train", folder, "--data", letters, "--valid", letters, "--out", out]
+    train = ["train", folder, "--data", letters, "--valid", letters, "--allow-shared", "--out", out]
     assert run(*train, "--max-steps", 3, "--max-length", 32, "--lora-plus-ratio", 4) == 0
     assert "held out after" in capsys.readouterr().out
     config = load_state(out)[1]["identity"]["config"]
@@ -286,7 +286,19 @@ def test_cli_train_eval_generate_merge(data, tmp_path, capsys):
     Some 30 s: the real model is read six times, and written once.
     """
     out, merged = tmp_path / "run", tmp_path / "merged"
-    train = ["train", "smollm2-135m", "--data", data, "--valid", data, "--out", out, "--alpha", 16]
+    train = [
+        "train",
+        "smollm2-135m",
+        "--data",
+        data,
+        "--valid",
+        data,
+        "--allow-shared",
+        "--out",
+        out,
+        "--alpha",
+        16,
+    ]
     steps = ["--max-steps", 6, "--lr", "2e-3", "--dtype", "float32", "--batch-size", 4]
     assert run(*train, *steps) == 0
     assert "held out after" in capsys.readouterr().out
@@ -361,7 +373,7 @@ def test_cli_train_packs_streams_and_keeps_tokens(folder, tmp_path, capsys):
     train = ["train", folder, "--data", file, "--max-length", 16, "--max-steps", 2]
     assert run(*train, "--out", tmp_path / "a", "--pack", "--token-cache", tmp_path / "c") == 0
     said = capsys.readouterr().err
-    assert "3 of 3 documents kept: 13 tokens" in said
+    assert "3 of 3 documents kept (text): 13 tokens" in said
     assert "3 documents packed in 1 rows, 13 tokens, 0.0 % padding" in said
     assert run(*train, "--out", tmp_path / "b", "--token-cache", tmp_path / "c") == 0
     assert "0 dropped with nothing left to learn; note: from the cache" in capsys.readouterr().err
@@ -415,7 +427,17 @@ def test_cli_train_on_a_stream_names_the_bad_line(folder, letters, tmp_path, cap
 
 
 def test_cli_train_samples_and_stops_early(folder, letters, tmp_path, capsys):
-    train = ["train", folder, "--data", letters, "--valid", letters, "--max-length", 16]
+    train = [
+        "train",
+        folder,
+        "--data",
+        letters,
+        "--valid",
+        letters,
+        "--allow-shared",
+        "--max-length",
+        16,
+    ]
     more = ["--sample", "a b", "--eval-every", 1, "--patience", 1, "--max-steps", 30, "--lr", 10]
     assert run(*train, *more, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().err
@@ -439,8 +461,8 @@ def test_cli_explain_writes_everything_it_found(trained, letters, tmp_path, caps
     capsys.readouterr()
     assert run(*command, "--json", files["e.json"], "--html", files["e.html"]) == 0
     said = capsys.readouterr()
-    for line in ("adapter default", "default / other", "held-out data: loss", "attention on b",
-                 "outside the task", "over-fitted", f"page in {files['e.html']}",
+    for line in (f"adapter {trained}; base ", "default / other", "held-out data: loss",
+                 "attention on b", "outside the task", "over-fitted", f"page in {files['e.html']}",
                  f"adapter at the suggested ranks in {files['small']}"):  # fmt: skip
         assert line in said.out, line
     assert "reading model" not in said.err  # not a terminal
@@ -526,7 +548,11 @@ def test_cli_quantizes_trains_evaluates_and_merges(letters, tmp_path, capsys, fo
         scores.append(json.loads(capsys.readouterr().out)["loss"])
     assert scores[0] == scores[1]
     assert run("generate", small, "a", "--max-new-tokens", "2") == 0
-    assert run("merge", small, "--adapter", out, "--out", tmp_path / "merged") == 0
+    capsys.readouterr()
+    merge = ["merge", small, "--adapter", out, "--out", tmp_path / "merged"]
+    assert run(*merge) == 2
+    assert "--dtype says in what a merged folder is stored" in capsys.readouterr().err
+    assert run(*merge, "--dtype", "float32") == 0
     assert run("eval", tmp_path / "merged", "--data", letters, "--json") == 0
     assert run("quantize", small, "--format", format, "--out", tmp_path / "twice") == 2
     assert "is quantized already" in capsys.readouterr().err
@@ -607,3 +633,54 @@ def test_an_argument_is_never_shown_in_full_nor_obeyed_by_the_terminal(tmp_path,
     assert run("check", tmp_path / "\x1b[2Jnowhere\nelse") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said[:-1].isprintable() and r"\x1b[2Jnowhere else" in said
+
+
+def test_cli_takes_an_adapters_folder_for_a_model(trained, folder, letters, tmp_path, capsys):
+    """Which names its base: the same as the base and --adapter."""
+    data = ["--data", letters, "--max-length", 32]
+    said = []
+    for model in ([trained], [folder, "--adapter", trained]):
+        capsys.readouterr()
+        assert run("eval", *model, *data, "--json") == 0
+        assert run("generate", *model, "a b", "--max-new-tokens", 4) == 0
+        said.append(capsys.readouterr().out)
+        assert run("merge", *model, "--out", tmp_path / f"merged{len(said)}") == 0
+    assert said[0] == said[1] and json.loads(said[0].splitlines()[0])["loss"] > 0
+    merged = [(tmp_path / f"merged{n}" / "model.safetensors").read_bytes() for n in (1, 2)]
+    assert merged[0] == merged[1]
+    found = []
+    for adapters in ([trained, tmp_path / "v1"], [folder, trained, tmp_path / "v1"]):
+        capsys.readouterr()
+        assert run("compare", *adapters, *data) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+    assert "v0" in found[0] and "v1" in found[0]
+    assert run("data", letters, "--model", trained) == 0
+
+
+def test_cli_says_which_of_two_adapters_or_none_is_meant(
+    trained, folder, letters, no_model, capsys
+):
+    data = ["--data", letters]
+    for words, message in (
+        (["eval", trained, "--adapter", trained, *data], "--adapter goes with a base, found MODEL"),
+        (["compare", folder, *data], "compare needs an adapter's folder, found the model"),
+        (["merge", folder, "--out", folder / "x"], "merge needs an adapter, found the model"),
+    ):
+        assert run(*words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_cli_train_refuses_held_out_rows_that_are_trained_on(folder, letters, tmp_path, capsys):
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text('{"text": "b c d"}\n{"text": "a b c d e"}\n')
+    train = ["train", folder, "--data", letters, "--valid", valid, "--max-length", 32]
+    train += ["--max-steps", 1, "--out", tmp_path / "run"]
+    for more in ([], ["--pack"]):
+        assert run(*train, *more) == 2
+        said = capsys.readouterr().err
+        assert "found 1 of 2 in both (the first is example 1)" in said and "--allow-shared" in said
+        assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.toml"}
+        (tmp_path / "run" / "run.toml").unlink()
+    assert run(*train, "--allow-shared") == 0
+    assert "1 of 2 held-out examples are trained on too" in capsys.readouterr().err

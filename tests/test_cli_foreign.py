@@ -38,7 +38,18 @@ FAST = ("--dtype", "float32", "--batch-size", 4, "--max-length", 32)
 def test_train_eval_generate_merge_explain_plan_quantize(tmp_path, falcon, data, capsys):
     """Some 10 s: ten verbs, each of which reads the model anew; PEFT and transformers judge."""
     out, merged, small = tmp_path / "out", tmp_path / "merged", tmp_path / "small"
-    train = ["train", falcon, "--data", data, "--valid", data, "--out", out, *FAST]
+    train = [
+        "train",
+        falcon,
+        "--data",
+        data,
+        "--valid",
+        data,
+        "--allow-shared",
+        "--out",
+        out,
+        *FAST,
+    ]
     options = ["--max-steps", 6, "--lr", "1e-2", "--targets", "query_key_value", "dense"]
     assert run(*train, *options, "--sample", "3 and") == 0
     said = capsys.readouterr()

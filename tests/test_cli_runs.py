@@ -1,5 +1,6 @@
 """Runs that go on, or are run again, from nothing but their folder."""
 
+import hashlib
 import json
 import os
 import re
@@ -168,10 +169,15 @@ def test_a_finished_run_has_a_card(place):
     words = [*TRAIN, "out/a", "--max-steps", "3", "--valid", "v.jsonl", "--alpha", "5", "--rslora"]
     assert main(words) == 0
     card = (place / "out" / "a" / "README.md").read_text("utf-8")
+
+    def digest(name):
+        return hashlib.sha256((place / name).read_bytes()).hexdigest()[:12]
+
     base = json.loads((place / "out/a/adapter_config.json").read_text())["base_model_name_or_path"]
     assert card.startswith(f"---\nbase_model: {base}\nlibrary_name: peft\n")
     for line in (
-        "| data | train.jsonl |",
+        f"| data | train.jsonl (sha256:{digest('train.jsonl')}) |",
+        f"| held-out data | v.jsonl (sha256:{digest('v.jsonl')}) |",
         "| steps | 3 of 2 rows |",
         "| learning rate | 0.01 |",
         "| lora_alpha | 5.0 |",

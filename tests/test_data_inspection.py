@@ -1,19 +1,24 @@
 """What is said of data before a run: lengths, duplicates, and every learned token."""
 
+import itertools
 import json
 import re
+from collections import Counter
 
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from test_running_generation import spaced_tokenizer
 
 from minilora.cli.command import main
-from minilora.data import Example, duplicates, lengths, read_data, shown
+from minilora.data import Example, duplicates, endless, lengths, read_data, shown
+from minilora.data.duplicates import near_pairs
 from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
 
 TOKENIZER = byte_tokenizer(CHATML)
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
 def examples(*texts):
@@ -43,6 +48,61 @@ def test_many_duplicates_are_counted_and_five_are_named():
     rows = examples(*"abcdefg")
     found = duplicates({"a": rows, "b": rows}, TOKENIZER)
     assert found == ["a and b share 7 examples: 0 = 0, 1 = 1, 2 = 2, 3 = 3, 4 = 4 and 2 more"]
+
+
+WORDS = st.sets(st.sampled_from([f"w{i}" for i in range(14)]), min_size=1)
+
+
+@given(st.lists(WORDS, max_size=12))
+def test_rows_that_are_nearly_the_same_are_those_that_share_four_fifths(rows):
+    """The oracle compares every two."""
+    counts = Counter(word for words in rows for word in words)
+    kept = [{word for word in words if counts[word] <= 10} for words in rows]
+    places = [("a", i) for i in range(len(rows))]
+    wanted = {
+        (places[i], places[j])
+        for i, j in itertools.combinations(range(len(rows)), 2)
+        if min(len(kept[i]), len(kept[j])) >= 4
+        and 5 * len(kept[i] & kept[j]) >= 4 * len(kept[i] | kept[j])
+    }
+    found = list(near_pairs(list(zip(places, rows, strict=True))))
+    assert len(found) == len(set(found)) and set(found) == wanted
+
+
+def test_nearly_the_same_rows_are_said_after_the_same_ones():
+    text = "the quick brown fox jumps over a lazy dog tonight"
+    sets = {
+        "train": examples(text, f"{text} again", "something else", text.upper()),
+        "valid": examples(text.replace("quick", "slow")),
+    }
+    assert duplicates(sets, TOKENIZER) == [
+        "train: 1 examples occur again: 0 = 3",
+        "train: 1 pairs of nearly the same: 0 ~ 1",
+        "train and valid: 1 pairs of nearly the same: 0 ~ 0",
+    ]
+
+
+def test_what_all_rows_say_makes_them_not_alike():
+    asked = "you are a helpful assistant who answers in one word"
+    rows = examples(*(f"{asked} {word}{word}" for word in "abcdefghijklmnopqrst"))
+    assert duplicates({"train": rows}, TOKENIZER) == []
+
+
+def test_answers_without_an_end_are_counted():
+    rows = read_data([{"text": "abc"}, {"text": "a"}], TOKENIZER, max_length=3)[0]
+    assert endless(rows, TOKENIZER.stop_ids) == 1
+    assert endless(read_data([{"messages": TALK}], TOKENIZER)[0], TOKENIZER.stop_ids) == 0
+
+
+def test_what_is_shown_keeps_spaces_and_whole_characters():
+    """Where a part alone would be decoded without its space, or as half a character."""
+    spaced = spaced_tokenizer()
+    ids = spaced.encode("a b é", special=False)
+    for start in range(1, len(ids)):
+        row = Example(ids, [-100] * start + ids[start:])
+        text = shown(row, spaced, colors=False)
+        assert re.sub("[⟦⟧]", "", text) == spaced.decode(ids)
+        assert "\ufffd" not in text
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), min_size=1))
@@ -100,3 +160,14 @@ def test_the_command_refuses_bad_rows(folder, capsys):
     words = ["--map", "prompt:a", "--show", "0"]
     assert main(["data", str(folder / "t.csv"), "--model", str(folder / "model"), *words]) == 2
     assert "--map takes NAME=FIELD, found 'prompt:a'" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_lacking(folder, capsys):
+    """Nothing held out, and answers that are cut."""
+    words = ["data", str(folder / "v.jsonl"), "--model", str(folder / "model"), "--show", "0"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "no --valid: nothing here is held out" in said and "end without" not in said
+    assert main([*words, "--max-length", "25"]) == 0
+    said = capsys.readouterr().out
+    assert "train: 1 of them end without a token that stops generation (cut at" in said

@@ -124,7 +124,8 @@ def test_files_says_each_reason_once_behind_its_places(tmp_path):
         f"cannot read the data: {a}:2: must be JSON: Expecting property name enclosed in double "
         f"quotes (column 2); {a}:4, {c}:3: a record must be an object, found list; {a}:5: text "
         f"must not be empty; {a}:6: must be JSON: Expecting ',' delimiter (column 3); {c}:2: must "
-        "be UTF-8: invalid start byte; mend these rows, or leave them out by skip_bad=6 "
+        "be UTF-8, found the byte ff (invalid start byte), which is 'ÿ' in Windows' cp1252; save "
+        "it as UTF-8 (in Excel: CSV UTF-8); mend these rows, or leave them out by skip_bad=6 "
         "(--skip-bad)"
     )
 
@@ -183,7 +184,7 @@ BAD_RECORDS = [
     (
         {},
         "must have text, document, prompt and completion, messages, question and answer, or "
-        r"input_ids, found nothing \(--map names fields\)",
+        "input_ids, found nothing; --map question=FIELD answer=FIELD says which is which",
     ),
     ({"content": "a", "id": 1}, "or input_ids, found 'content, id'"),
     ({"prompt": "a"}, "or input_ids, found 'prompt'"),
@@ -191,7 +192,7 @@ BAD_RECORDS = [
     ({"text": "a", "completion": "b"}, "found 'text, completion'"),
     ({"text": "a", "messages": talk("user", "assistant")}, "found 'text, messages'"),
     ({"text": 3}, "text must be a string, found int"),
-    ({"text": None}, "text must be a string, found NoneType"),
+    ({"text": None}, "text must be a string, found null"),
     ({"text": ""}, "text must not be empty"),
     ({"prompt": "a", "completion": ""}, "completion must not be empty"),
     ({"prompt": {"a": 1}, "completion": "b"}, "prompt must be a string, found dict"),
@@ -204,7 +205,7 @@ BAD_RECORDS = [
     ),
     ({"messages": [{"content": "x"}]}, r"messages\[0\]: role must be .*, not None"),
     ({"messages": [{"role": ["user"]}]}, r"messages\[0\]: role must be .*, not \['user'\]"),
-    ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content must be a string, found None"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content must be a string, found null"),
     (
         {"messages": [*CONTENT, {"role": "assistant", "content": ""}]},
         r"messages\[1\]\.content must not be empty",
@@ -243,8 +244,11 @@ def test_files_refuses_other_records_by_line(tmp_path, record, message):
         (b'{"text": "a", "text": "b"}', r"the key 'text' is given twice"),
         (b'{"text": "a"} {"text": "b"}', r"must be JSON: Extra data \(column 15\)"),
         (b'\xef\xbb\xbf{"text": "a"}', "must be JSON: Unexpected UTF-8 BOM"),
-        (b'{"text": "\xff"}', "must be UTF-8: invalid start byte"),
-        (b'{"text": "\xed\xa0\xbd"}', "must be UTF-8: invalid continuation byte"),
+        (
+            b'{"text": "\xfc"}',
+            r"must be UTF-8, found the byte fc \(invalid start byte\), which is 'ü' in Windows' cp",
+        ),
+        (b'{"text": "\xed\xa0\xbd"}', r"found the byte ed \(invalid continuation byte"),
         (b"[" * 200_000, "maximum recursion depth|Stack overflow|too deep"),
         (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
     ],
@@ -262,7 +266,35 @@ def test_files_refuses_other_files(tmp_path, name):
         read(file)
 
 
+def test_files_names_a_file_of_another_kind_by_how_it_begins(tmp_path):
+    for content, found in (
+        (b"PAR1....", "a Parquet file; let its name end in .parquet"),
+        (b"\x1f\x8b\x08\0", "a compressed file; let its name end in .gz"),
+        (b"PK\x03\x04", "a zip file or an Excel workbook; unzip it, or save the sheet as CSV"),
+        (b"\xd0\xcf\x11\xe0", "an old Excel workbook; save the sheet as CSV UTF-8"),
+    ):
+        for name in ("a.csv", "a.jsonl", "a.txt"):
+            message = rf"{name}: must be what its name says \({name[1:]}\), found {found}"
+            with pytest.raises(ValueError, match=message):
+                read(write(tmp_path, content, name))
+    with pytest.raises(ValueError, match="or that and .gz.; save the sheet as CSV UTF-8"):
+        read(write(tmp_path, b"PK", "a.xlsx"))
+
+
+def test_files_refuses_a_folder_of_several_sets(tmp_path):
+    for name in ("train-0.jsonl", "my_test.jsonl"):
+        write(tmp_path, lines(RECORDS[0]), name)
+    message = "found by their names test and training data .my_test.jsonl, train-0.jsonl.; name"
+    with pytest.raises(ValueError, match=message):
+        read_data(tmp_path, byte_tokenizer())
+    (tmp_path / "my_test.jsonl").rename(tmp_path / "latest.jsonl")  # no word of its own
+    assert len(read_data(tmp_path, byte_tokenizer())[0]) == 2
+
+
 def test_files_refuses_a_folder_without_data(tmp_path):
+    (tmp_path / "within" / "data").mkdir(parents=True)
+    with pytest.raises(ValueError, match="found none; name one of its folders: data"):
+        read_data(tmp_path / "within", byte_tokenizer())
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(ValueError, match=r"a\.txt: a folder must hold files of data .*found none"):
         read_data(tmp_path / "a.txt", byte_tokenizer())
@@ -277,7 +309,7 @@ def test_files_refuses_an_empty_file(tmp_path, raw, name):
 
 def test_files_names_the_line_of_bad_text(tmp_path):
     file = write(tmp_path, b"\ntwo\nthr\xe9e\nfour", "a.txt")
-    with pytest.raises(ValueError, match=r"a\.txt:3: must be UTF-8: invalid continuation byte"):
+    with pytest.raises(ValueError, match=r"a\.txt:3: must be UTF-8, found the byte e9"):
         read(file)
 
 
@@ -434,7 +466,9 @@ def test_a_new_shape_and_a_new_kind_of_file_are_an_entry_each(monkeypatch, tmp_p
     monkeypatch.setattr(recognition, "SHAPES", (*SHAPES, asked))
     monkeypatch.setitem(READERS, ".new", lambda file: (("", row) for row in json.load(file)))
     file = write(tmp_path, json.dumps([{"asked": "a", "told": "b"}]), "a.new")
-    assert read_data(file, byte_tokenizer()) == read_data([RECORDS[2]], byte_tokenizer())
+    found, report = read_data(file, byte_tokenizer())
+    assert found == read_data([RECORDS[2]], byte_tokenizer())[0]
+    assert report.shapes == ("asked and told",)
     with pytest.raises(ValueError, match="or asked and told, found 'told'"):
         read_data([{"told": "b"}], byte_tokenizer())
 
@@ -484,6 +518,7 @@ def test_read_data_cuts_drops_and_counts(records, max_length):
         fully_masked=len(records) - len(kept),
         longest=max((len(ids) for ids, _ in full), default=0),
         notes=report.notes,
+        shapes=report.shapes,
     )
     assert bool(report.notes) == any(name in str(record) for record in records for name in NAMES)
 
@@ -500,8 +535,8 @@ def test_encode_report_says_what_became_of_the_records():
         [-100, *b"x", END],
     ]
     assert str(report) == (
-        "2 of 3 documents kept: 7 tokens, 4 learned; 2 truncated (the longest had 8), "
-        "1 dropped with nothing left to learn"
+        "2 of 3 documents kept (prompt and completion): 7 tokens, 4 learned; 2 truncated (the "
+        "longest had 8), 1 dropped with nothing left to learn"
     )
 
 

@@ -139,7 +139,8 @@ BAD = [
     ),
     ({"messages": "[{"}, "messages must be JSON, found otherwise"),
     ({"question": "a", "answer": ""}, "answer must not be empty"),
-    ({"question": 3, "answer": "b"}, "question must be a string, found int"),
+    ({"question": 3, "answer": "b"}, "question must be a string, found int 3; write it as text"),
+    ({"question": "a", "answer": None}, "answer must be a string, found null"),
     ({"instruction": "a", "output": 3}, "answer must be a string, found int"),
     ({"instruction": "a", "input": 21, "output": "b"}, "input must be a string, found int"),
     ({"instruction": "a", "context": ["x"], "response": "b"}, "context must be a string, found l"),
@@ -168,6 +169,45 @@ def test_fields_are_named():
     assert learned(record, fields=fields)[0] == learned({"prompt": "a", "completion": "b"})[0]
     with pytest.raises(ValueError, match="must have the field 'Q' that was named, found q, reply"):
         learned(record, fields={"prompt": "Q", "completion": "reply"})
+
+
+def test_names_of_fields_that_are_mistyped_are_told():
+    for fields, message in (
+        ({"prompt": "Ask", "completion": "reply"}, "'Ask' that was named, .*; nearest: asked"),
+        ({"promt": "asked", "completion": "reply"}, "'promt', which is none .*; nearest: prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learned({"asked": "a", "reply": "b"}, fields=fields)
+    with pytest.raises(ValueError, match="as in '--map question=frage answer=antwort'"):
+        learned({"frage": "a", "antwort": "b"})
+
+
+def test_capitals_in_names_do_not_count():
+    record = {"Question": "hi", "ANSWER": "hello", "Id": 3}
+    found, notes = learned(record)
+    assert found == learned({"question": "hi", "answer": "hello"})[0]
+    assert notes[-1] == "ignored fields, with how often they occur: id (1)"
+    alpaca = learned({"Instruction": "Add.", "Input": "1", "Output": "2"})[0]
+    assert alpaca == learned({"instruction": "Add.", "input": "1", "output": "2"})[0]
+    with pytest.raises(ValueError, match="found 'Text, TEXT'"):
+        learned({"Text": "a", "TEXT": "b"})
+
+
+def test_fields_that_are_null_are_not_there():
+    record = {"text": None, "prompt": "a", "completion": "b", "messages": None}
+    assert learned(record)[0] == learned({"prompt": "a", "completion": "b"})[0]
+
+
+def test_what_decides_about_learning_is_said():
+    """Marks of answers, and what the template reads of a row."""
+    marked = [*TALK, TALK[0], {**TALK[1], "weight": 0}]
+    said = "answers that are marked (weight, train, …) are not learned (record 0)"
+    assert said in learned({"messages": marked})[1]
+    assert said not in learned({"messages": [*TALK, *TALK]}, last_turn=True)[1]
+    template = "{{ tools | tojson if tools else '' }}" + CHATML
+    said = "the chat template reads tools (record 0)"
+    assert said in learned({"messages": TALK, "tools": []}, template)[1]
+    assert said not in learned({"messages": TALK}, template)[1]
 
 
 def test_what_is_beside_named_fields_is_read_or_reported():
@@ -256,6 +296,7 @@ CONTAINERS = {
     "array.jsonl": json_text,
     "pretty.jsonl": lambda rows: json_text(rows, indent=1),
     "a.csv": table,
+    "meta.json": lambda rows: json_text({"version": "1", "data": rows, "tags": []}),
     "semicolons.csv": lambda rows: table(rows, ";"),
     "mark.csv": lambda rows: b"\xef\xbb\xbf" + table(rows),
     "a.tsv": lambda rows: table(rows, "\t"),
@@ -291,7 +332,8 @@ def test_nested_tables_leave_out_what_other_rows_have(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet(rows))
     found, report = read_data(tmp_path / "a.parquet", byte_tokenizer(CHATML))
     assert found == read_data([{"messages": marked}, {"messages": TALK}], byte_tokenizer(CHATML))[0]
-    assert report.notes == ("ignored fields, with how often they occur: tools (1)",)
+    assert report.notes[1:] == ("ignored fields, with how often they occur: tools (1)",)
+    assert "answers that are marked" in report.notes[0]
 
 
 def test_a_folder_is_its_files_in_order(tmp_path):
@@ -323,8 +365,13 @@ BAD_FILES = [
     ("a.csv", b"a,a\n1,2\n", "its first line must name each field once, found 'a,a'"),
     ("a.csv", b"text,b\n1,2\n1\n1,2,3\n", r"a\.csv:3, 4: must have the first line's 2 fields"),
     ("a.csv", b'text\n"a"b\n', "must be CSV from line 2 on"),
-    ("a.csv", b"text\n\xff\n", "must be UTF-8: invalid start byte; save it as UTF-8"),
-    ("a.csv", b"text\n", "must hold text, found none"),
+    (
+        "a.csv",
+        "text\nfür\nschön".encode() + b"\nf\xfcr\n",
+        "line 4 must be UTF-8, found the byte fc .invalid start byte., which is 'ü' in Windows'",
+    ),
+    ("a.csv", b"text\n", "must hold a row below its first line, 'text', found none"),
+    ("a.csv", b'a,b\n1,"2\n3,4\n', "CSV from line 2 on: a quote opens there and is never closed"),
     ("a.csv", b" \n", "must hold text, found none"),
     ("a.json", b"3", "must hold an array of records, found int"),
     ("a.json", b'[{"text": "a"},]', r"must be JSON: .* \(column 1[56]\)"),

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import minilora
 from minilora.cli.sources import base_of
+from minilora.data import Encoding, files_in
+from minilora.data.record_files import read_rows
 from minilora.files import HubName, cached_name, on_hub
 from minilora.loading import load_model, read_config, read_tokenizer
 from minilora.loading.model import read_model
@@ -389,3 +391,62 @@ def test_a_run_names_the_base_that_base_name_says(hub, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*train[:-2], "--out", "other", "--base-name", "")
     assert "base_name must be a name or None, found ''" in capsys.readouterr().err
+
+
+# --- data sets ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(hub, tmp_path):
+    """A data set in two languages, and one of a single file."""
+    files = {
+        "many/README.md": b"about it",
+        "many/en/train-0.jsonl": b'{"text": "a"}\n',
+        "many/en/train-1.jsonl": b'{"text": "b"}\n',
+        "many/en/test-0.jsonl": b'{"text": "c"}\n',
+        "many/de/train-0.jsonl": b'{"text": "d"}\n',
+        "one/data.csv": b"question,answer\na,b\n",
+        "one/LICENSE.txt": b"free",
+        "none/script.py": b"pass",
+    }
+    for name, content in files.items():
+        (tmp_path / "sets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sets" / name).write_bytes(content)
+    for name in ("many", "one", "none"):
+        hub.add(f"someone/{name}", tmp_path / "sets" / name)
+    return hub
+
+
+def test_a_data_set_of_the_hub_is_its_training_files(data, offline):
+    """The second time from the cache."""
+    for go_offline in (False, True):
+        if go_offline:
+            offline()
+        rows, problems = read_rows(files_in(["someone/many/en", "someone/one"]), Encoding(9))
+        assert [row for _, row in rows] == [
+            {"text": "a"}, {"text": "b"}, {"question": "a", "answer": "b"}
+        ]  # fmt: skip
+        assert problems == []
+    served = {path for _, path in data.served}
+    assert served == {"en/train-0.jsonl", "en/train-1.jsonl", "data.csv"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("someone/many", "in one place, found them in de, en; name one as OWNER/NAME/FOLDER"),
+        ("someone/none", "in one place, found none of .jsonl"),
+        ("someone/lacking", "the hub has no 'someone/lacking' that you may read"),
+    ],
+)
+def test_another_data_set_is_refused(data, name, message):
+    with pytest.raises(ValueError, match=message):
+        files_in([name])
+
+
+def test_a_file_that_is_not_there_is_not_asked_of_the_hub(data, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a/b.jsonl", "a/b.csv.gz", "sub/b", "alone.csv"):
+        with pytest.raises(FileNotFoundError, match=name):
+            read_rows(files_in([name]), Encoding(9))
+    assert data.asked == []

@@ -26,7 +26,8 @@ def explained(**options):
     minilora.inject(model, r=2, alpha=3, adapter="v2", targets=["q_proj"], dtype=torch.float64)
     filled(model, "v2", seed=2)
     options = {"data": sentences(4), "train": sentences(4, seed=1), "outside": sentences(3, seed=2),
-               "words": ["b"], "tokenizer": Letters(), "against": "v2"} | options  # fmt: skip
+               "words": ["b"], "tokenizer": Letters(), "against": "v2",
+               "about": {"adapter": "out/v1"}} | options  # fmt: skip
     return minilora.explain(model, "default", **options)
 
 
@@ -81,7 +82,8 @@ def test_page_is_well_formed_and_loads_nothing(whole, tmp_path):
 def test_page_shows_every_part(whole):
     text = " ".join("".join(parsed(page(whole)).words).split())
     for words in (
-        "What adapter default changed", "8 layers of rank 3; W is a layer's weight",
+        "What adapter out/v1 changed", "held-out data4 examples",
+        "8 layers of rank 3; W is a layer's weight",
         "The median layer keeps", "at rank 1, 2, …",
         "Loss without and with the adapter", "held out", "training",
         "outside the task", "Where it changed the model", "Singular values of the change",
@@ -149,6 +151,20 @@ def test_heat_map_fills_a_cell_per_value():
     shade = next(float(e.get("fill-opacity")) for e in pale if e.get("class") == "cell")
     assert shade == pytest.approx(0.06 + 0.94 * 0.1), "small beside what would count"
     assert any(e.text == "0 to 0.5" for e in pale)
+
+
+def test_a_few_loud_layers_do_not_set_the_scale():
+    values = {("q", str(i)): 1.0 + i / 100 for i in range(29)} | {("q", "29"): 40.0}
+    columns = [str(i) for i in range(30)]
+    root = ElementTree.fromstring(heat_map("Size", columns, ["q"], values, str, cap=True))
+    cells = [e for e in root if (e.get("class") or "").startswith("cell") and len(e)]
+    outlined = [e[0].text for e in cells if e.get("class") == "cell above"]
+    assert outlined == ["q, 27: 1.27", "q, 28: 1.28", "q, 29: 40.0"]
+    assert min(float(e.get("fill-opacity")) for e in cells) > 0.7
+    (legend,) = [e.text for e in root if (e.text or "").startswith("0 to ")]
+    assert legend == "0 to 1.26; outlined: 3 above, up to 40.0"
+    calm = heat_map("Size", columns, ["q"], values | {("q", "29"): 1.3}, str, cap=True)
+    assert "0 to 1.3<" in calm and "above" not in calm
 
 
 def test_spectra_fall_where_values_fall():

@@ -1,8 +1,11 @@
 """Conversations: what is asked is what training saw, answers stream, nothing is changed."""
 
 import json
+import os
+import select
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -214,6 +217,27 @@ def test_the_command_answers_side_by_side_and_saves_what_was_said(folders):
         "/reset         begin a new conversation",
     ):
         assert message in err
+
+
+def test_a_line_can_be_edited_on_a_terminal():
+    """An arrow key moves within the line; one process that imports torch."""
+    pty = pytest.importorskip("pty")
+    pytest.importorskip("readline")
+    mine, theirs = pty.openpty()
+    code = "from minilora.cli.chatting import _read; print('ready', repr(_read()), repr(_read()))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL
+    ) as child:
+        os.close(theirs)
+        said, keys = b"", [b"ac\x1b[Db\n", b"\x04"]  # left, then b; at the end Ctrl-D
+        with suppress(OSError):  # when the other side is closed
+            while select.select([mine], [], [], 60)[0] and (found := os.read(mine, 1000)):
+                said += found
+                if keys and said.count(b"> ") > 2 - len(keys):  # when it is asked for
+                    os.write(mine, keys.pop(0))
+        os.close(mine)
+    assert child.returncode == 0
+    assert b"ready 'abc' None" in said
 
 
 def test_the_command_refuses_before_it_loads(folders, capsys):

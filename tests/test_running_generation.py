@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import ALPHABET
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from running_models import (
@@ -317,16 +318,19 @@ def test_generate_keeps_the_space_a_text_begins_with_and_finds_it_in_stop_string
     assert generate(model, [[ours.bos_id]], tokenizer=ours, max_new_tokens=3) == ["cd"]
 
 
-@pytest.mark.parametrize("make", [letter_tokenizer, spaced_tokenizer])
+def byte_level_tokenizer():
+    """As GPT-2's: a token a byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, spaced_tokenizer])
 def test_generate_writes_no_part_of_a_character(make):
     """Cut after each token; a stop string of whole characters is found all the same."""
     ours = make()
-    if ours.joins:
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        ours = Tokenizer(backend)
     text = "aé🙂€b"
     ids = ours.encode("b" + text, special=False)[-len(text.encode()) :]
     found = [
@@ -337,6 +341,32 @@ def test_generate_writes_no_part_of_a_character(make):
     assert sorted(set(found), key=len) == [text[:n] for n in range(1, 6)]
     stopped = generate(Script(ids, ours.vocab_size), "b", tokenizer=ours, stop="€")
     assert stopped == ["aé🙂"]
+
+
+BYTES = st.sampled_from([*b"ab", *"é🙂€\ufffd".encode(), 0xFF, 0xC3, 0xF0, 0x80])
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, spaced_tokenizer])
+@settings(max_examples=80)
+@given(written=st.lists(BYTES, min_size=1, max_size=12), stop=st.sampled_from(["", "b", "\ufffda"]))
+def test_what_is_streamed_is_the_text_also_of_bytes_that_are_none(make, written, stop):
+    """The oracle is Python's own decoder; what it would write of a cut character may lack."""
+    ours = make()
+    names = [ALPHABET[byte] if ours.joins else f"<0x{byte:02X}>" for byte in written]
+    ids = [ours._backend.token_to_id(name) for name in names]
+    pieces = []
+    (found,) = generate(
+        Script(ids, ours.vocab_size),
+        "b",
+        tokenizer=ours,
+        max_new_tokens=len(ids),
+        stop=stop or (),
+        stream=lambda row, piece: pieces.append(piece),
+    )
+    assert "".join(pieces) == found
+    whole = bytes(written).decode("utf-8", "replace")
+    whole = whole.partition(stop)[0] if stop else whole
+    assert whole.startswith(found) and whole[len(found) :].strip("\ufffd") == ""
 
 
 def test_generate_warns_of_a_prompt_that_was_put_through_the_template():

@@ -434,7 +434,17 @@ def test_train_reads_the_base_in_parts_and_gives_the_single_processs_adapter(
     """The same with `--parallel fsdp`; docs/many-gpus.md has ddp, under torchrun itself."""
     arguments, expected = command
     out, valid = tmp_path / "run", arguments("")[3]
-    more = ["--parallel", "fsdp", "--valid", valid, "--eval-every", "2", "--sample", "a b"]
+    more = [
+        "--parallel",
+        "fsdp",
+        "--valid",
+        valid,
+        "--allow-shared",
+        "--eval-every",
+        "2",
+        "--sample",
+        "a b",
+    ]
     forks.log.write_text("")
     forks.start_ranks("test_training_ranks:cli", 2, arguments=arguments(out, *more))
     assert forks.codes() == [0, 0], forks.log.read_text()[-3000:]
@@ -443,7 +453,10 @@ def test_train_reads_the_base_in_parts_and_gives_the_single_processs_adapter(
     assert said.count("documents kept") == 2 and said.count("adapter in") == 1
     for key, value in adapters(out)["last"].items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-5)
-    assert main(arguments(out, "--resume", "--max-steps", "6", "--valid", valid)) == 0
+    assert (
+        main(arguments(out, "--resume", "--max-steps", "6", "--valid", valid, "--allow-shared"))
+        == 0
+    )
 
 
 def test_fsdp_refuses_a_start_from_weights_it_never_holds(forks, command, tmp_path):

@@ -24,6 +24,11 @@ from minilora.loading import export_gguf, load_model
 from minilora.peft import adapter_folder, save_adapter
 from minilora.report import check_keep, truncate
 
+_DATA = {
+    "data": "held-out data",
+    "train": "training data",
+    "outside": "outside",
+}  # flags of explain
 _FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
 
 
@@ -111,8 +116,7 @@ def explain(options: argparse.Namespace) -> int:
     """Say what an adapter changed, and whether it matters."""
     _check_explain(options)
     options.model = base_of(options.out, options.model)
-    files = {key: getattr(options, key) for key in ("data", "train", "outside")}
-    data = {key: data_files(names, options) for key, names in files.items() if names}
+    data = {key: data_files(names, options) for key in _DATA if (names := getattr(options, key))}
     if device(options).type == "mps":  # which has no float64
         options.device = "cpu"
     model, tokenizer = load(options)
@@ -120,10 +124,13 @@ def explain(options: argparse.Namespace) -> int:
     if options.against is not None:
         minilora.load(model, options.against, "other")
     examples: dict[str, Any] = {}
+    about = {"adapter": str(options.out), "base": options.model}
     for key, some in data.items():
         rows = encode_files(some, tokenizer, options)
         count = min(len(rows), options.examples)
         examples[key] = [rows[i * len(rows) // count] for i in range(count)]
+        files = ", ".join(some.files)
+        about[_DATA[key]] = f"{files} ({count} of {len(rows)} examples)"
     explanation = minilora.explain(
         model,
         "default",
@@ -135,6 +142,7 @@ def explain(options: argparse.Namespace) -> int:
         ablate_examples=options.ablate,
         batch_size=options.batch_size,
         progress=sys.stderr.isatty() or 5.0,  # seconds between two lines of a log
+        about=about,
     )
     print(explanation)
     if options.json is not None:

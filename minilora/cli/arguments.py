@@ -75,14 +75,16 @@ def _length(text: str) -> int:
 
 _MODEL = (
     "a Hugging Face folder, a .gguf file, a name on the hub (owner/name, @revision or :file.gguf "
-    "may follow), or smollm2-135m; fetched once"
+    "may follow), or smollm2-135m; fetched once; where a model is used, an adapter's folder too, "
+    "which names its base"
 )
 ADAPTER_HELP = "folder with the adapter's two files, or its name on the hub"
 DATA_HELP = (
     "files, or folders of files: .jsonl, .json, .csv, .tsv or .parquet with text, prompt and "
     "completion, question and answer, chat messages, Alpaca's or ShareGPT's fields, or chosen and "
     "rejected answers (also .gz); "
-    "or .txt, one document a file, cut into windows of --max-length tokens; or @docstrings"
+    "or .txt, one document a file, cut into windows of --max-length tokens; or @docstrings; or a "
+    "data set of the hub, owner/name"
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = "auto is the fastest the device multiplies; float32 computes in float32 as well"

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 
 import minilora
+from minilora.cli.runs import file_hashes
 from minilora.files import one_line, write
 from minilora.peft import CONFIG_FILE, read_config
 from minilora.training import FitResult, TrainConfig
@@ -25,7 +26,8 @@ def write_card(
     stored = read_config(options.out / CONFIG_FILE)
     base = one_line(str(stored.get("base_model_name_or_path")))
     facts = {
-        "data": ", ".join(Path(name).name or name for name in options.data),
+        "data": _described(options.data),
+        **({"held-out data": _described(options.valid)} if options.valid else {}),
         **({} if config.loss == "ce" else {"loss": config.loss}),
         "steps": f"{result.steps} of {config.batch_size * config.accumulate} rows",
         "learned tokens": f"{result.tokens:,}",
@@ -47,7 +49,8 @@ tags:
 
 # A LoRA adapter for {base}
 
-Trained with minilora {minilora.__version__}. `minilora repeat` runs it again from `run.toml`.
+Trained with minilora {minilora.__version__}. `minilora chat THIS_FOLDER` talks to it;
+`minilora repeat` runs it again from `run.toml`.
 
 | | |
 |---|---|
@@ -61,6 +64,13 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 ```
 """
     write(file, f"{text}\n{_SEAL}{_seal(text)} -->\n")
+
+
+def _described(names: list[str]) -> str:
+    """Name data files, each with the beginning of its hash; `run.toml` has the whole of it."""
+    hashes = file_hashes(names)
+    said = [f"{Path(name).name} ({found[:19]})" for name, found in hashes.items()]
+    return ", ".join([*said, *(name for name in names if name.startswith("@"))])
 
 
 def _seal(text: str) -> str:

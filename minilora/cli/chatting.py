@@ -1,15 +1,16 @@
 """`minilora chat`."""
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import minilora
 from minilora.cli.arguments import MODEL, arg, integer, positive, verb
-from minilora.cli.sources import adapter_of, base_of, load, names_of
-from minilora.peft import find_pair
+from minilora.cli.sources import adapter_in_place, adapter_of, load, names_of
 from minilora.running import BASE, Chat
 
 _HELP = """/reset         begin a new conversation
@@ -41,11 +42,8 @@ _HELP = """/reset         begin a new conversation
 )
 def chat(options: argparse.Namespace) -> int:
     """Talk to a model, with its adapters or without."""
-    adapters: list[Path] = options.adapter
-    if find_pair(Path(options.model))[0].is_file():  # an adapter's folder, which names its base
-        adapters = [Path(options.model), *adapters]
-        options.model = base_of(adapters[0], None)
-    adapters = [adapter_of(name, "--adapter") for name in adapters]
+    given = [*adapter_in_place(options), *options.adapter]
+    adapters = [adapter_of(name, "--adapter") for name in given]
     options.adapter = None
     model, tokenizer = load(options)
     names = names_of(adapters)
@@ -75,10 +73,8 @@ def chat(options: argparse.Namespace) -> int:
 def _read() -> str | None:
     """Return the next line that says something, None at the end."""
     while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
         try:
-            line = sys.stdin.readline()
+            line = _line()
         except KeyboardInterrupt:  # while nothing is being answered: the end
             print(file=sys.stderr)
             return None
@@ -86,6 +82,20 @@ def _read() -> str | None:
             return None
         if line.strip():
             return line.strip()
+
+
+def _line() -> str:
+    """Return a line with its end, "" after the last; on a terminal it can be edited."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline()
+    with suppress(ImportError):  # not on Windows, whose terminal edits lines itself
+        importlib.import_module("readline")
+    try:
+        return input("> ") + "\n"
+    except EOFError:
+        print(file=sys.stderr)
+        return ""
 
 
 def _say(text: str) -> None:

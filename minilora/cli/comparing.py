@@ -15,14 +15,21 @@ from minilora.cli.arguments import (
     positive,
     verb,
 )
-from minilora.cli.sources import adapter_of, data_files, encode_files, load, names_of
+from minilora.cli.sources import (
+    adapter_in_place,
+    adapter_of,
+    data_files,
+    encode_files,
+    load,
+    names_of,
+)
 from minilora.running import BASE
 
 
 @verb(
     "compare",
     *MODEL,
-    arg("adapters", nargs="+", type=Path, metavar="OUT", help=ADAPTER_HELP),
+    arg("adapters", nargs="*", type=Path, metavar="OUT", help=ADAPTER_HELP),
     "--data",
     arg("--no-base", action="store_true", help="the first adapter stands for the base"),
     arg("--outside", nargs="+", metavar="FILE", help=f"outside the task: {DATA_HELP}"),
@@ -36,7 +43,13 @@ from minilora.running import BASE
 )
 def compare(options: argparse.Namespace) -> int:
     """Say which adapter is better on held-out data, and how sure that is."""
-    folders = [adapter_of(name, "OUT") for name in options.adapters]
+    given = [*adapter_in_place(options), *options.adapters]
+    if not given:
+        raise ValueError(
+            f"compare needs an adapter's folder, found the model {options.model} alone; name one "
+            "or more behind it"
+        )
+    folders = [adapter_of(name, "OUT") for name in given]
     files = {key: getattr(options, key) for key in ("data", "outside", "train")}
     data = {key: data_files(names, options) for key, names in files.items() if names}
     model, tokenizer = load(options)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import minilora
 from minilora.cli.arguments import ADAPTER_HELP, DTYPE_HELP, DTYPES, arg, positive, verb
-from minilora.cli.sources import check_gguf, check_new_folder, load, write_modelfile
-from minilora.loading import FILE_TYPES, save_gguf, save_pretrained
+from minilora.cli.sources import check_gguf, check_new_folder, is_adapter, load, write_modelfile
+from minilora.loading import FILE_TYPES, NAMES, save_gguf, save_pretrained
 from minilora.loading import fetch as fetch_model
 from minilora.lora import sizes
 from minilora.quantization import FORMATS, quantized_layers
@@ -20,9 +20,10 @@ from minilora.quantization import FORMATS, quantized_layers
         "--dtype",
         default="stored",
         choices=("stored", *DTYPES),
-        help=f"of the base; stored (default) is what the model's file has, {DTYPE_HELP}",
+        help="of the folder that is written; stored (default) is what the base's folder has, to be "
+        f"named where that is quantized or a GGUF file; {DTYPE_HELP}",
     ),
-    arg("--adapter", required=True, type=Path, help=ADAPTER_HELP),
+    arg("--adapter", type=Path, help=f"where MODEL is the base: {ADAPTER_HELP}"),
     arg("--out", type=Path, help="a new or empty folder"),
     arg("--gguf", type=Path, metavar="FILE", help="write a GGUF file, for llama.cpp and Ollama"),
     arg("--type", default="f16", choices=FILE_TYPES, help="of its matrices (default: f16)"),
@@ -35,10 +36,23 @@ def merge(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_new_folder(options.out, "--out")
     check_gguf(options.gguf, options.ollama)
+    if options.adapter is None and not is_adapter(options.model):
+        raise ValueError(
+            f"merge needs an adapter, found the model {options.model} alone; pass --adapter, or "
+            "the adapter's folder as MODEL"
+        )
     if options.out is None and options.dtype == "stored":
         options.dtype = "float32"  # rounded once, when the file is written
     model, tokenizer = load(options)
-    mode = "dequantize" if quantized_layers(model) else None
+    few_bits = quantized_layers(model)
+    if options.dtype == "stored" and (
+        few_bits or options.model in NAMES or _is_gguf(options.model)
+    ):
+        raise ValueError(
+            f"--dtype says in what a merged folder is stored, found none and a base in fewer bits "
+            f"({options.model}); pass --dtype bfloat16, or float32 for the exact sum"
+        )
+    mode = "dequantize" if few_bits else None
     minilora.merge(model, keep=None, mode=mode)
     minilora.eject(model)
     if options.out is not None:
@@ -53,6 +67,10 @@ def merge(options: argparse.Namespace) -> int:
         stops = [f'PARAMETER stop "{name}"' for name in ends]
         write_modelfile(options.gguf, f"FROM ./{options.gguf.name}", *stops)
     return 0
+
+
+def _is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
 
 
 @verb(

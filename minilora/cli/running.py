@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import minilora
 from minilora.cli.arguments import ENCODING, MODEL, arg, integer, positive, verb
@@ -44,6 +45,12 @@ def evaluate(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     """Continue a prompt."""
     model, tokenizer = load(options)
+    if tokenizer.chat_template is not None and not options.chat:
+        print(
+            "prompts are continued as they are; --chat asks them through the chat template, as "
+            "questions and conversations are trained on",
+            file=sys.stderr,
+        )
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "system", "compile")
     settings = {name: getattr(options, name) for name in names}
     print(*minilora.generate(model, options.prompts, tokenizer=tokenizer, **settings), sep="\n")

@@ -24,7 +24,7 @@ RUN_FILE = "run.toml"
 def write_run(options: argparse.Namespace) -> None:
     """Write into a run's folder what it takes to run it again."""
     options.out.mkdir(parents=True, exist_ok=True)
-    hashes = _hashes(_inputs(options))
+    hashes = file_hashes(_inputs(options))
     lines = [
         "# Read by `minilora resume` and `minilora repeat`.",
         f"command = [{', '.join(map(_quoted, options.argv))}]",
@@ -70,7 +70,8 @@ def _inputs(options: argparse.Namespace) -> list[str]:
     return [*names, *(str(file) for file in more if file is not None and Path(file).is_file())]
 
 
-def _hashes(names: list[str]) -> dict[str, str]:
+def file_hashes(names: list[str]) -> dict[str, str]:
+    """Return the SHA-256 of each file, and of those in each folder, by its path."""
     found = {}
     for file in files_in(names):
         name = str(file)
@@ -162,7 +163,7 @@ def repeat(options: argparse.Namespace) -> int:
     here = os.getcwd()
     os.chdir(run["folder"] if Path(run["folder"]).is_dir() else here)
     try:
-        now = _hashes(_inputs(build_parser().parse_args(run["command"])))
+        now = file_hashes(_inputs(build_parser().parse_args(run["command"])))
     finally:
         os.chdir(here)
     other = sorted(name for name in {*now, *run["data"]} if now.get(name) != run["data"].get(name))

@@ -58,6 +58,20 @@ def base_of(adapter: Path, model: str | None) -> str:
     return (ours and known_name(named)) or named  # our file has the name of what it was made from
 
 
+def is_adapter(model: str) -> bool:
+    """Whether a folder that stands for a model is an adapter's."""
+    return find_pair(Path(model))[0].is_file()
+
+
+def adapter_in_place(options: argparse.Namespace) -> list[Path]:
+    """Where MODEL is an adapter's folder, put its base there and return the folder, else none."""
+    if not is_adapter(options.model):
+        return []
+    folder = Path(options.model)
+    options.model = base_of(folder, None)
+    return [folder]
+
+
 def check_new_folder(out: Path, what: str) -> None:
     """Raise unless a folder is new or empty."""
     if not is_new(out):
@@ -91,6 +105,14 @@ def load(
 ) -> tuple[Any, Any]:
     """Return the model that the options name, with its adapter, and the tokenizer."""
     adapter = getattr(options, "adapter", None)
+    if hasattr(options, "adapter") and options.command != "train":
+        named = options.model
+        if (found := adapter_in_place(options)) and adapter is not None:
+            raise ValueError(
+                f"--adapter goes with a base, found MODEL {named}, which is an adapter; leave one "
+                f"of them out, or name the base ({options.model})"
+            )
+        adapter = found[0] if found else adapter
     if adapter is not None:
         adapter = adapter_of(adapter, "--adapter")  # before the slow part
     target = device(options)

@@ -14,7 +14,7 @@ from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
 from minilora.cli.card import write_card
 from minilora.cli.runs import only_written, write_run
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
-from minilora.data import check_streamed, pack, streamed
+from minilora.data import Example, check_streamed, pack, streamed
 from minilora.files import add_flags, given, read_options
 from minilora.lora import AdapterConfig
 from minilora.running import context_of
@@ -47,6 +47,11 @@ def _groups(parser: argparse.ArgumentParser) -> None:
     *MODEL,
     "--data",
     arg("--valid", nargs="+", metavar="FILE", help="held-out data, as --data"),
+    arg(
+        "--allow-shared",
+        action="store_true",
+        help="take held-out rows that are trained on too, which are refused otherwise",
+    ),
     arg("--out", required=True, type=Path, help="folder for adapter and metrics"),
     arg(
         "--config",
@@ -160,10 +165,26 @@ def _read_data(options: argparse.Namespace) -> Callable[[Any], tuple[Any, Any]]:
             examples = streamed(options.data, tokenizer, encoding(options), options.pack)
         else:
             examples = encode_files(rows, tokenizer, options)
+        kept = held_out and encode_files(held_out, tokenizer, options)
+        if rows is not None:
+            if kept and not options.allow_shared:
+                _refuse_shared(examples, kept)
             examples = pack(examples, options.max_length) if options.pack else examples
-        return examples, held_out and encode_files(held_out, tokenizer, options)
+        return examples, kept
 
     return encode
+
+
+def _refuse_shared(examples: list[Example], held_out: list[Example]) -> None:
+    """Raise if a held-out example is trained on."""
+    learned = {tuple(example.input_ids) for example in examples}
+    shared = [i for i, example in enumerate(held_out) if tuple(example.input_ids) in learned]
+    if shared:
+        raise ValueError(
+            f"--valid must hold rows that --data does not, found {len(shared)} of "
+            f"{len(held_out)} in both (the first is example {shared[0]}); `minilora data` lists "
+            "them; take them out, or pass --allow-shared"
+        )
 
 
 def _sampler(prompts: list[str], tokenizer: Any) -> Callable[[Any], str]:

@@ -3,9 +3,10 @@
 from minilora.data.batch import Batch, PairBatch, pad
 from minilora.data.batches import Batches
 from minilora.data.docstrings import docstring_pairs, split
+from minilora.data.duplicates import duplicates
 from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
 from minilora.data.examples import IGNORE, NOT_ONE_TEXT, Example, Pair, as_examples, learned_labels
-from minilora.data.inspection import duplicates, lengths, shown
+from minilora.data.inspection import endless, lengths, shown
 from minilora.data.packing import pack
 from minilora.data.reading import DataFiles, read_data, streamed
 from minilora.data.record_files import check_streamed, files_in
@@ -30,6 +31,7 @@ __all__ = [
     "docstring_pairs",
     "duplicates",
     "encode_prompt",
+    "endless",
     "files_in",
     "learned_labels",
     "lengths",

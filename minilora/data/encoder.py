@@ -14,7 +14,7 @@ from typing import Any
 
 from minilora.data.examples import IGNORE, Example, learned_labels
 from minilora.data.problems import check_skip_bad, joined
-from minilora.data.turns import MARKS, learned_texts
+from minilora.data.turns import MARKS, learned_texts, left_out
 from minilora.text import Conversation, Tokenizer, as_tokenizer, name_pattern
 
 _ENDLESS = (
@@ -29,6 +29,7 @@ _NAMED = (
     "names of control tokens are read as text (parse_special=True reads them as tokens, in text, "
     "prompt and completion)"
 )
+_LEFT_OUT = "answers that are marked (weight, train, …) are not learned"
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,12 @@ class Encoder:
     ) -> list[Row]:
         """Encode a conversation, whose template may read other fields of the record."""
         variables = self._variables(record)
+        if variables:
+            self.note(f"the chat template reads {', '.join(variables)}", name)
         if self.options.system is not None and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": self.options.system}, *messages]
+        if any(left_out(m) for m in messages if m["role"] == "assistant"):
+            self.note(_LEFT_OUT, name)
         if self.options.last_turn:
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             messages = [m if i == last else {**m, "weight": 0} for i, m in enumerate(messages)]

@@ -1,17 +1,16 @@
-"""What training will see of examples: lengths, duplicates, and which tokens are learned."""
+"""What training will see of examples: lengths, endings, and which tokens are learned."""
 
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from minilora.data.examples import IGNORE, Example, Pair, learned_labels
 from minilora.data.pairs import cut
-from minilora.data.problems import joined
 
 _COLORS = ("\033[2m", "\033[1;32m", "\033[0m")  # given, learned, end
+_ENDING = 5  # tokens: the one that ends an answer, and what templates write after it
 _MARKS = ("", "⟦", "⟧")  # where there are no colours
 
 
@@ -30,40 +29,9 @@ def lengths(examples: Sequence[Example]) -> str:
     return "; ".join(parts)
 
 
-def duplicates(sets: Mapping[str, Sequence[Example]], tokenizer: Any) -> list[str]:
-    """Say which examples occur more than once, in one set or in two.
-
-    Args:
-        sets: examples by the name that is said of them.
-        tokenizer: decodes them; case and white space do not count.
-
-    Returns:
-        A line for each set with duplicates, and for each two sets that share an example, with the
-        first five pairs of their numbers, from 0.
-    """
-    places = {name: _by_text(examples, tokenizer) for name, examples in sets.items()}
-    said = []
-    for name, rows in places.items():
-        again = [f"{found[0]} = {found[-1]}" for found in rows.values() if len(found) > 1]
-        more = sum(len(found) - 1 for found in rows.values())
-        if again:
-            said.append(f"{name}: {more} examples occur again: {joined(again, 5)}")
-    names = list(places)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            shared = places[first].keys() & places[second].keys()
-            pairs = sorted((places[first][t][0], places[second][t][0]) for t in shared)
-            if pairs:
-                listed = joined([f"{a} = {b}" for a, b in pairs], 5)
-                said.append(f"{first} and {second} share {len(pairs)} examples: {listed}")
-    return said
-
-
-def _by_text(examples: Sequence[Example], tokenizer: Any) -> dict[str, list[int]]:
-    found = defaultdict(list)
-    for i, example in enumerate(examples):
-        found["".join(tokenizer.decode(example.input_ids).casefold().split())].append(i)
-    return found
+def endless(examples: Sequence[Example], stop_ids: Collection[int]) -> int:
+    """Count the examples in whose last learned tokens none ends a text."""
+    return sum(set(stop_ids).isdisjoint(example.labels[-_ENDING:]) for example in examples)
 
 
 def shown(example: Example, tokenizer: Any, colors: bool) -> str:
@@ -78,12 +46,23 @@ def shown(example: Example, tokenizer: Any, colors: bool) -> str:
         texts = [shown(text, tokenizer, colors) for text in cut(example)]
         return "\n".join(f"{what}: {text}" for what, text in zip((name, other), texts, strict=True))
     before, begin, end = _COLORS if colors else _MARKS
-    text = ""
+    text, done = "", 0
+    whole = tokenizer.decode(example.input_ids, skip_special=False)
     known = [False, *(label != IGNORE for label in example.labels[1:])]
     start = 0
     for i in range(1, len(known) + 1):
         if i == len(known) or known[i] != known[start]:
-            part = tokenizer.decode(example.input_ids[start:i], skip_special=False)
-            text += f"{begin}{part}{end}" if known[start] else f"{before}{part}{end * colors}"
+            # By beginnings of the whole: alone, a part may lose its space or half a character.
+            so_far = tokenizer.decode(example.input_ids[:i], skip_special=False)
+            upto = len(whole) if i == len(known) else _alike(whole, so_far)
+            part, done = whole[done:upto], max(done, upto)
+            if part:
+                text += f"{begin}{part}{end}" if known[start] else f"{before}{part}{end * colors}"
             start = i
     return text
+
+
+def _alike(a: str, b: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -19,6 +19,13 @@ from typing import Any, BinaryIO
 from minilora.files import import_extra, unique_keys
 
 _MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
+_OTHERS = {  # how files of other kinds begin, what they are, and what to do
+    b"PAR1": ("a Parquet file", "let its name end in .parquet"),
+    b"\x1f\x8b": ("a compressed file", "let its name end in .gz, as in .jsonl.gz"),
+    b"PK\x03\x04": ("a zip file or an Excel workbook", "unzip it, or save the sheet as CSV UTF-8"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "save the sheet as CSV UTF-8"),
+}
+_TABLES = ("data", "rows", "records", "examples", "items", "train")  # in JSON, beside other keys
 _LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072 characters
 
 Row = tuple[str, Any]  # where it stands, and a record, or the ValueError that says what is wrong
@@ -31,12 +38,13 @@ def kind_of(file: Path) -> tuple[Reader, bool]:
     Raises:
         ValueError: a name that no reader is for.
     """
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    suffix = "".join(suffixes[:-1][-1:] if packed else suffixes[-1:])
+    suffix, packed = _suffix(file), file.suffix.lower() == ".gz"
     if suffix not in READERS:
         known = ", ".join(READERS)
-        raise ValueError(f"must be a file whose name ends in one of {known} (or that and .gz)")
+        more = "; save the sheet as CSV UTF-8" if suffix.startswith((".xls", ".ods")) else ""
+        raise ValueError(
+            f"must be a file whose name ends in one of {known} (or that and .gz){more}"
+        )
     return READERS[suffix], packed
 
 
@@ -46,11 +54,13 @@ def rows_of(file: Path) -> Iterator[Row]:
     Raises:
         ValueError: the whole of it can't be read.
     """
+    file.stat()  # what is not there is said first
     reader, packed = kind_of(file)
     with open(file, "rb") as stored:
         opened: Any = io.BufferedReader(gzip.GzipFile(fileobj=stored)) if packed else stored
         try:
             head = opened.peek(4)[:4]
+            _check_kind(head, _suffix(file))
             if encoding := _other_encoding(head):
                 raise ValueError(f"must be UTF-8, found {encoding}; save it as UTF-8")
             opened.read(len(_MARK) if head.startswith(_MARK) else 0)
@@ -62,6 +72,39 @@ def rows_of(file: Path) -> Iterator[Row]:
             raise ValueError(f"must be a whole gzip file, found: {error}") from None
         if empty:
             raise ValueError("must hold text, found none")
+
+
+def _suffix(file: Path) -> str:
+    """Return what a file's name ends in, before `.gz`, in small letters."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return "".join((suffixes[:-1] if suffixes[-1:] == [".gz"] else suffixes)[-1:])
+
+
+def _check_kind(head: bytes, suffix: str) -> None:
+    """Refuse a file that begins as those of another kind do."""
+    for begin, (found, to_do) in _OTHERS.items():
+        if head.startswith(begin) and (suffix, begin) != (".parquet", b"PAR1"):
+            raise ValueError(f"must be what its name says ({suffix}), found {found}; {to_do}")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    """Say what a byte that is not UTF-8 most likely is."""
+    byte = error.object[error.start : error.start + 1]
+    letter = byte.decode("cp1252", "replace")
+    read_as = f", which is {letter!r} in Windows' cp1252" if letter.isalpha() else ""
+    return (
+        f"must be UTF-8, found the byte {byte.hex()} ({error.reason}){read_as}; save it as UTF-8 "
+        "(in Excel: CSV UTF-8)"
+    )
+
+
+def _undecodable(content: bytes) -> str | None:
+    """Return what to say of content that is not UTF-8, None of what is."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return _not_utf8(error)
+    return None
 
 
 def _other_encoding(head: bytes) -> str | None:
@@ -101,7 +144,8 @@ def _values(content: bytes) -> Iterator[Row]:
         raise value
     if isinstance(value, dict):
         lists = [k for k, v in value.items() if isinstance(v, list) and v and _objects(v)]
-        if len(value) == 1 and lists and lists[0] not in ("messages", "conversations"):
+        lists = [k for k in lists if len(value) == 1 or k in _TABLES]
+        if len(lists) == 1 and lists[0] not in ("messages", "conversations"):
             inside = lists[0]
             value = value[inside]
         else:
@@ -121,7 +165,7 @@ def _parsed(content: bytes) -> Any:
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
-        return ValueError(f"must be UTF-8: {error.reason}")
+        return ValueError(_not_utf8(error))
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return ValueError(f"must be JSON: {error.msg} ({line}column {error.colno})")
@@ -136,25 +180,26 @@ def _document(file: BinaryIO) -> Iterator[Row]:
             yield "", {"document": content.decode("utf-8").replace("\r\n", "\n")}
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield f":{line}", ValueError(f"must be UTF-8: {error.reason}")
+        yield f":{line}", ValueError(_not_utf8(error))
 
 
 def _csv(file: BinaryIO) -> Iterator[Row]:
     """Read a table whose first line names the fields; commas, semicolons or tabs part them."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     csv.field_size_limit(_LARGEST_FIELD)
-    number = 1
+    number, empty = 1, True
     try:
         first = text.readline()
         if not first.strip():
             return
-        part = max(",;\t", key=first.count)
+        part = max("\t;,", key=first.count)  # the rarer in names go first, and last for one column
         table = csv.reader(itertools.chain([first], text), delimiter=part, strict=True)
         names = [name.strip() for name in next(table)]
         if not all(names) or len(set(names)) < len(names):
             raise ValueError(f"its first line must name each field once, found {first.strip()!r}")
         number = table.line_num + 1
         for fields in table:
+            empty = False
             if len(fields) == len(names):
                 yield f":{number}", dict(zip(names, fields, strict=True))
             elif fields:
@@ -166,10 +211,17 @@ def _csv(file: BinaryIO) -> Iterator[Row]:
                     ),
                 )
             number = table.line_num + 1
-    except UnicodeDecodeError as error:
-        raise ValueError(f"must be UTF-8: {error.reason}; save it as UTF-8") from None
+        if empty:
+            raise ValueError(f"must hold a row below its first line, {first.strip()!r}, found none")
+    except UnicodeDecodeError:
+        file.seek(0)  # the line is only known by reading again
+        bad = next((i, found) for i, raw in enumerate(file, 1) if (found := _undecodable(raw)))
+        raise ValueError("line {} {}".format(*bad)) from None
     except csv.Error as error:
-        raise ValueError(f"must be CSV from line {number} on: {error}") from None
+        found = str(error)
+        if found == "unexpected end of data":
+            found = "a quote opens there and is never closed"
+        raise ValueError(f"must be CSV from line {number} on: {found}") from None
     finally:
         text.detach()
 
@@ -203,7 +255,7 @@ def _batches(batches: Any) -> Iterator[Row]:
     number = 0
     for batch in batches:
         for row in batch.to_pylist():
-            yield f"[{number}]", _without_none(row)
+            yield f"[{number}]", {key: _without_none(value) for key, value in row.items()}
             number += 1
 
 

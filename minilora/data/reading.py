@@ -61,9 +61,10 @@ def read_data(
         source: records, or a file, a folder of files, or several: `.jsonl` with a record a line,
             `.json` with an array of records, `.csv` or `.tsv` whose first line names the fields,
             `.parquet`, `.arrow` (as Hugging Face datasets save it), or `.txt`, which is one
-            document. Texts are UTF-8; each may be compressed (`.gz`). `"@docstrings"` (or
-            `"@docstrings/valid"`, `"@docstrings/test"`) are functions of this Python's standard
-            library and what they do.
+            document. Texts are UTF-8; each may be compressed (`.gz`). `"owner/name"`, or a folder
+            in it, is a data set of the Hugging Face hub, of which the training files are read;
+            `"@docstrings"` (or `"@docstrings/valid"`, `"@docstrings/test"`) are functions of this
+            Python's standard library and what they do.
         tokenizer: a `minilora.text.Tokenizer`, or one of transformers'.
         max_length: tokens kept of a record, at least 2; the rest is cut off and counted.
         completion_only: False learns prompts, system and user turns too.

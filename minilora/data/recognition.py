@@ -8,6 +8,7 @@ from typing import Any
 from minilora.data.foreign_shapes import FOREIGN
 from minilora.data.preference_shapes import PREFERENCES
 from minilora.data.shapes import QUESTION, SHAPES, TOKENS, Record, Shape
+from minilora.files import nearest
 
 # A field of one of these beside another shape's says that the record is not understood.
 STRICT = tuple(shape for shape in SHAPES if shape not in (QUESTION, TOKENS))
@@ -27,6 +28,18 @@ def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape
         raise ValueError(f"a record must be an object, found {type(record).__name__}")
     if fields:
         record = _renamed(record, fields)
+    filled = {key: value for key, value in record.items() if value is not None}
+    plain = {str(key).strip().lower(): value for key, value in filled.items()}
+    # Without what a table lacks in this row; else as it is; else with names in capitals, as
+    # tables made by hand have them.
+    for each in (filled, record, plain):
+        if len(each) >= len(filled) and (shape := _shape(each)) is not None:
+            return shape, each
+    raise ValueError(_unknown(record, fields or {}))
+
+
+def _shape(record: Record) -> Shape | None:
+    """Return the one shape whose fields a record has, None of none or several."""
     whole = [
         shape
         for shape in _known()
@@ -45,19 +58,30 @@ def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape
         read = {*whole[0].keys, *whole[0].more}
         stray = {key for shape in STRICT if not read & {*shape.keys} for key in shape.keys}
         if not any(key in record for key in stray):
-            return whole[0], record
+            return whole[0]
+    return None
+
+
+def _unknown(record: Record, fields: Mapping[str, str]) -> str:
+    """Say what a record must have, and how to name the fields it has."""
     if ("chosen" in record) != ("rejected" in record):
         there, lacking = sorted(("chosen", "rejected"), key=lambda key: key not in record)
-        raise ValueError(
+        return (
             f"a preference record must have chosen and rejected, found {there} without {lacking}; "
             f"add it, or learn {there} alone (--map prompt=prompt completion={there})"
         )
     *most, last = (" and ".join(shape.keys) for shape in SHAPES)
     # In quotes, in which alike faults may differ: they are said once.
     found = f"'{', '.join(map(str, record)):.100}'" if record else "nothing"
-    raise ValueError(
-        f"a record must have {', '.join(most)}, or {last}, found {found} (--map names fields)"
-    )
+    known = {key for shape in _known() for key in (*shape.keys, *shape.more)}
+    odd = [name for name in fields if name not in known]
+    hint = f"; --map names {odd[0]!r}, which is none of these" if odd else ""
+    hint += nearest(odd[0], sorted(known)) if odd else ""
+    if not hint and len(record) == 2 and all(str(key).isidentifier() for key in record):
+        hint = "; say which is which, as in '--map question={} answer={}'".format(*record)
+    elif not hint:
+        hint = "; --map question=FIELD answer=FIELD says which is which"
+    return f"a record must have {', '.join(most)}, or {last}, found {found}{hint}"
 
 
 def _renamed(record: Record, fields: Mapping[str, str]) -> Record:
@@ -67,6 +91,7 @@ def _renamed(record: Record, fields: Mapping[str, str]) -> Record:
         raise ValueError(
             f"a record must have the field {lacking[0]!r} that was named, found "
             f"{', '.join(map(str, record)) or 'nothing':.100}"
+            f"{nearest(lacking[0], map(str, record))}"
         )
     meant = [shape for shape in _known() if set(shape.keys) <= set(fields)]
     others = {key for shape in _known() for key in shape.keys}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,22 +14,33 @@ from minilora.data.encoder import Encoding
 from minilora.data.problems import Problem, listed, refuse
 from minilora.data.readers import READERS, Row, kind_of, rows_of
 from minilora.data.recognition import resolve
-from minilora.files import read_json
+from minilora.files import HubName, download_data, on_hub, read_json
 
 _WHOLE = (".txt", ".json")  # read at once
+_SETS = {
+    "train": "training",
+    "test": "test",
+    **dict.fromkeys(("valid", "validation", "dev", "eval"), "validation"),
+}
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")
 _SPLITS = "dataset_dict.json"  # of Hugging Face datasets, in a folder with one for each split
 
 
 def files_in(paths: Sequence[str | Path]) -> list[Path]:
     """Return the files, and for a folder those in it, in order of their names.
 
-    Of a folder that Hugging Face datasets saved with splits, `train` is taken.
+    Of a folder that Hugging Face datasets saved with splits, and of a data set of the hub, `train`
+    is taken.
 
     Raises:
         ValueError: a folder without any.
+        RuntimeError: a data set that can't be downloaded.
     """
     found: list[Path] = []
     for path in map(Path, paths):
+        if hub := _on_hub(path):
+            found += download_data(hub[0], functools.partial(_of_hub, str(path), hub[1]))
+            continue
         if not path.is_dir():
             found.append(path)
             continue
@@ -36,10 +49,58 @@ def files_in(paths: Sequence[str | Path]) -> list[Path]:
         tables = [file for file in inside if ".txt" not in file.suffixes]
         inside = tables or inside  # a text beside records is a licence, or says what they are
         if not inside:
-            known = ", ".join(READERS)
-            raise ValueError(f"{folder}: a folder must hold files of data ({known}), found none")
+            known, within = (
+                ", ".join(READERS),
+                [each.name for each in _listed(folder) if each.is_dir()],
+            )
+            hint = f"; name one of its folders: {', '.join(within[:5])}" if within else ""
+            raise ValueError(
+                f"{folder}: a folder must hold files of data ({known}), found none{hint}"
+            )
+        if len(splits := {split for file in inside if (split := _split(file))}) > 1:
+            named = ", ".join(file.name for file in inside[:6])
+            raise ValueError(
+                f"{folder}: the files of a folder are read as one set, found by their names "
+                f"{' and '.join(sorted(splits))} data ({named}); name the files to read"
+            )
         found += inside
     return found
+
+
+def _on_hub(path: Path) -> tuple[HubName, str] | None:
+    """Return the data set of the hub that a name means, `owner/name` or a folder in it, or None."""
+    first, *rest = path.parts or ("",)
+    if (
+        not rest
+        or path.exists()
+        or Path(first).exists()
+        or path.suffix.lower() in (*READERS, ".gz")
+    ):
+        return None
+    name = on_hub("/".join((first, rest[0])))
+    return None if name is None else (name, "/".join(rest[1:]))
+
+
+def _of_hub(name: str, folder: str, paths: list[str]) -> list[str]:
+    """Return which files of a data set on the hub are read: those of its training split."""
+    inside = [path for path in paths if not folder or path.startswith(f"{folder}/")]
+    data = [path for path in inside if _is_data(Path(path))]
+    data = [path for path in data if ".txt" not in Path(path).suffixes] or data
+    data = [path for path in data if _split(Path(path)) == "training"] or data
+    parents = sorted({Path(path).parent.as_posix() for path in data})
+    if len(parents) != 1:
+        found = f"them in {', '.join(parents[:6])}" if parents else f"none of {', '.join(READERS)}"
+        raise ValueError(
+            f"'{name}' must be a data set of the hub, or a folder of one, with files of data in "
+            f"one place, found {found}; name one as OWNER/NAME/FOLDER"
+        )
+    return sorted(data)
+
+
+def _split(file: Path) -> str | None:
+    """Return the set that a file's name says it is of, None where it says nothing."""
+    words = re.split(r"[^a-z]+", file.name.lower())
+    return next((name for word, name in _SETS.items() if word in words), None)
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -52,8 +113,8 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    # Hugging Face datasets keep two descriptions beside the data.
-    if file.name.startswith(".") or file.name in ("dataset_info.json", "state.json"):
+    # Hugging Face datasets keep descriptions beside the data.
+    if file.name.startswith(".") or file.name in _ABOUT:
         return False
     try:
         return bool(kind_of(file))

@@ -25,6 +25,7 @@ class EncodeReport:
         fully_masked: records dropped because nothing was left to learn.
         longest: tokens of the longest record before the cut.
         notes: what else to know: fields that were ignored, bad records left out, …
+        shapes: the fields that records were read by: "question and answer", …
     """
 
     documents: int
@@ -34,11 +35,13 @@ class EncodeReport:
     fully_masked: int
     longest: int
     notes: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kept = self.documents - self.fully_masked
+        read_as = f" ({'; '.join(self.shapes)})" if self.shapes else ""
         counts = (
-            f"{kept} of {self.documents} documents kept: {self.tokens} tokens, "
+            f"{kept} of {self.documents} documents kept{read_as}: {self.tokens} tokens, "
             f"{self.learned_tokens} learned; {self.truncated} truncated (the longest had "
             f"{self.longest}), {self.fully_masked} dropped with nothing left to learn"
         )
@@ -59,6 +62,7 @@ def encode_rows(
             problems.append((name, str(error)))
     refuse(problems, "cannot encode the records", options.skip_bad)
     bad = {name for name, _ in problems}
+    shapes: dict[str, None] = {}
     examples: list[Example] = []
     truncated = longest = masked = 0
     for name, record in rows:
@@ -67,6 +71,7 @@ def encode_rows(
         try:
             shape, known = resolve(record, options.fields)
             found = shape.encode(encoder, known, name)
+            shapes[" and ".join(shape.keys)] = None
         except ValueError as error:
             problems.append((name, str(error)))
             continue
@@ -86,4 +91,5 @@ def encode_rows(
         fully_masked=masked,
         longest=longest,
         notes=(*encoder.said(), *left_out),
+        shapes=tuple(shapes),
     )

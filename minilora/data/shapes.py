@@ -215,7 +215,9 @@ def _encode_tokens(encoder: Encoder, record: Record, name: str) -> list[Row]:
 def check_string(value: Any, name: str, may_be_empty: bool) -> None:
     """Raise ValueError unless a value is text, and not empty where that is asked for."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a string, found {type(value).__name__}")
+        found = "null" if value is None else type(value).__name__
+        found += f" {value!r:.20}; write it as text" if isinstance(value, (int, float)) else ""
+        raise ValueError(f"{name} must be a string, found {found}")
     if not value and not may_be_empty:
         raise ValueError(f"{name} must not be empty")
     try:

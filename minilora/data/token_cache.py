@@ -99,7 +99,8 @@ def _read(entry: Path) -> tuple[list[Example], EncodeReport] | None:
         if CHECKSUMS not in metadata:
             return None
         stored = json.loads(metadata["report"])
-        report = EncodeReport(**{**stored, "notes": tuple(stored["notes"])})
+        texts = {name: tuple(stored[name]) for name in ("notes", "shapes")}
+        report = EncodeReport(**{**stored, **texts})
         sizes = tensors["lengths"].tolist()
         ids, labels = (tensors[key].split(sizes) for key in ("ids", "labels"))
     except (KeyError, TypeError, ValueError, RuntimeError):

@@ -1,7 +1,7 @@
 """Files and texts: read with one kind of error, written whole or not at all, worded in one line."""
 
 from minilora.files.extras import EXTRAS, import_extra
-from minilora.files.hub import HubName, cached_name, download, on_hub
+from minilora.files.hub import HubName, cached_name, download, download_data, on_hub
 from minilora.files.json_text import parse_json, read_json, unique_keys
 from minilora.files.links import leads_out, open_plain
 from minilora.files.options import (
@@ -53,6 +53,7 @@ __all__ = [
     "check_options",
     "described",
     "download",
+    "download_data",
     "flags_of",
     "given",
     "import_extra",

@@ -6,7 +6,7 @@ and PEFT, and read from there where there is no network. A folder or file of a n
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,37 @@ def download(name: HubName, wanted: Iterable[str], needed: Iterable[str] = ()) -
             f"without a network, in the cache; see {_page(name)}"
         )
     return folder
+
+
+def download_data(name: HubName, choose: Callable[[list[str]], list[str]]) -> list[Path]:
+    """Bring files of a data set into huggingface_hub's cache and return where they are.
+
+    Args:
+        name: of the data set.
+        choose: says which of the paths in it are wanted; those that are there are read from the
+            cache where there is no network.
+
+    Raises:
+        ValueError, RuntimeError: as `download`, and what `choose` raises.
+    """
+    hub = import_extra("huggingface_hub", f"found no file '{name}'; reading it from the hub")
+    where: dict[str, Any] = {"repo_type": "dataset", "revision": name.revision}
+    try:
+        paths = hub.HfApi().list_repo_files(name.repo, **where)
+    except Exception as error:  # its own classes, its HTTP library's and OSError
+        try:  # without a network: what has come before
+            none = {"allow_patterns": ["-"], "local_files_only": True}  # else it must be whole
+            cached = Path(hub.snapshot_download(name.repo, **none, **where))
+        except Exception:
+            raise _explained(name, error) from error
+        paths = [file.relative_to(cached).as_posix() for file in cached.rglob("*")]
+    wanted = choose(paths)
+    patterns = [glob.escape(path) for path in wanted]
+    try:
+        folder = hub.snapshot_download(name.repo, allow_patterns=patterns, **where)
+    except Exception as error:
+        raise _explained(name, error) from error
+    return [Path(folder, path) for path in wanted]
 
 
 def _page(name: HubName) -> str:

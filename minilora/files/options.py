@@ -281,5 +281,6 @@ def read_options(file: Path, tables: Mapping[str, type]) -> dict[str, dict[str, 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return "; nearest: …" with the known word that is most like one, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; nearest: {found[0]}" if found else ""
+    spelled = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
+    return f"; nearest: {spelled[found[0]]}" if found else ""

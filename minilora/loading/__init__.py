@@ -1,6 +1,6 @@
 """From a path or name to a model and its tokenizer, and back to the disk."""
 
-from minilora.loading.fetching import fetch, known_name
+from minilora.loading.fetching import NAMES, fetch, known_name
 from minilora.loading.foreign_config import ForeignConfig
 from minilora.loading.gguf_writing import FILE_TYPES, export_gguf, save_gguf
 from minilora.loading.model import load_model, read_config, read_tokenizer
@@ -8,6 +8,7 @@ from minilora.loading.saving import save_pretrained
 
 __all__ = [
     "FILE_TYPES",
+    "NAMES",
     "ForeignConfig",
     "export_gguf",
     "fetch",

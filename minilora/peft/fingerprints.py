@@ -96,11 +96,18 @@ def _unlike(fqn: str, module: Any, saved_format: str, sample: Any) -> str | None
         same, how = False, f"{len(here)} numbers"
     elif saved_format == base.stored and not base.packed:
         same, how = torch.equal(saved, here), "equal"
+        if not same and base.is_quantized and _rounded(saved) != _rounded(here):
+            same = torch.allclose(saved, here, rtol=2**-7, atol=1e-6)  # computed in another dtype
     else:
         norm = float(saved.norm() * here.norm())
         cosine = float(saved @ here) / norm if norm else float(torch.equal(saved, here))
         same, how = cosine >= _MIN_COSINE, f"alike (cosine {cosine:.3f}, {_MIN_COSINE} needed)"
     return None if same else f"sampled weights of {fqn} must be {how} and are not"
+
+
+def _rounded(values: Tensor) -> bool:
+    """Whether values are such that bfloat16 holds."""
+    return torch.equal(values.bfloat16().to(values.dtype), values)
 
 
 @contextlib.contextmanager

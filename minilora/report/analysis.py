@@ -1,8 +1,9 @@
 """`minilora.explain`: check everything, read the weights, then measure on data if there is any."""
 
+import datetime
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def explain(
     batch_size: int = 8,
     pad_id: int = 0,
     progress: bool | float = False,
+    about: Mapping[str, str] | None = None,
 ) -> Explanation:
     """Report what an adapter changed, where, and whether it matters.
 
@@ -65,6 +67,7 @@ def explain(
         batch_size: examples at a time.
         pad_id: token id in the padding.
         progress: say on stderr what is being done; a number: a line in so many seconds at most.
+        about: what the report is to call adapter, base and data, by the keys of its `about`.
 
     Returns:
         An `Explanation`: prints as tables; `to_dict`, `to_json(file)`, `to_html(file)`.
@@ -120,9 +123,25 @@ def explain(
         adapter, keep, tuple(reports), _copies(survey, adapter), truncation, comparison, behaviour,
         gap(run.loss(seen, "training data"), behaviour.loss) if seen and behaviour else None,
         run.loss(other, "text outside the task") if other else None,
+        _about(model, adapter, {"held-out data": held, "training data": seen, "outside": other})
+        | dict(about or {}),
     )  # fmt: skip
     say("")
     return found
+
+
+def _about(
+    model: nn.Module, adapter: str, data: Mapping[str, list[Example] | None]
+) -> dict[str, str]:
+    """Say what was measured, as far as the model and the examples tell."""
+    named = getattr(model, "name_or_path", None) or type(model).__name__
+    counts = {what: f"{len(some)} examples" for what, some in data.items() if some}
+    return {
+        "adapter": adapter,
+        "base": str(named),
+        **counts,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _copies(survey: Survey, adapter: str) -> tuple[CopyReport, ...]:

@@ -71,6 +71,7 @@ class Explanation:
         behaviour: with `data`.
         gap: with `train` too.
         forgetting: with `outside`: loss on text outside the task.
+        about: what was measured, on what and when, by what it is called: adapter, base, data, date.
     """
 
     adapter: str
@@ -82,6 +83,7 @@ class Explanation:
     behaviour: Behaviour | None
     gap: Gap | None
     forgetting: Measured | None
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def suggestion(self) -> tuple[int, dict[str, int]]:
@@ -256,7 +258,8 @@ def signed(value: float, error: float) -> str:
 def _text(explained: Explanation) -> list[str]:
     layers = sorted(explained.layers, key=lambda v: -v.relative)[:ROWS]
     lines = [
-        f"adapter {explained.adapter}",
+        "; ".join(f"{what} {said}" for what, said in explained.about.items())
+        or f"adapter {explained.adapter}",
         "",
         *table(LAYER_HEADER, [layer_row(v) for v in layers]),
     ]
@@ -289,6 +292,9 @@ def _text(explained: Explanation) -> list[str]:
     lines += ["", *verdicts(explained), ""]
     if not pattern:
         return [*lines, f"suggested: r={r} on every layer"]
-    lines.append(f"suggested: r={r}, rank_pattern={{")
-    lines += [f"    {json.dumps(key)}: {value}," for key, value in pattern.items()] + ["}"]
+    others = "1 layer" if len(pattern) == 1 else f"{len(pattern)} patterns of layers"
+    lines.append(
+        f"suggested: r={r}, and another rank for {others} (--html and --json list them; --truncate "
+        "FOLDER writes the adapter so)"
+    )
     return lines

@@ -31,10 +31,12 @@ STRONG = 3.0  # nats at which a token has its full colour
 
 def page(explained: Explanation) -> str:
     """Return the whole page; it holds no script and its policy forbids loading anything."""
+    name = explained.about.get("adapter", explained.adapter)
     parts = [
-        f"<h1>What adapter {_e(explained.adapter)} changed</h1>", _subtitle(explained.layers),
-        _cards(explained), *_losses(explained), *_size(explained.layers),
-        *_spectra(explained.layers), *_ranks(explained), *_intruders(explained.layers),
+        f"<h1>What adapter {_e(name)} changed</h1>", *_about(explained),
+        _subtitle(explained.layers), _cards(explained), *_losses(explained),
+        *_size(explained.layers), *_spectra(explained.layers), *_ranks(explained),
+        *_intruders(explained.layers),
     ]  # fmt: skip
     if explained.behaviour is not None:
         parts += _ablations(explained.behaviour)
@@ -49,9 +51,15 @@ def page(explained: Explanation) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Adapter {_e(explained.adapter)}</title><style>{STYLE}</style></head>\n"
+        f"<title>Adapter {_e(name)}</title><style>{STYLE}</style></head>\n"
         "<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
+
+
+def _about(explained: Explanation) -> list[str]:
+    said = [(what, told) for what, told in explained.about.items() if what != "adapter"]
+    inside = "".join(f"<dt>{_e(what)}</dt><dd>{_e(told)}</dd>" for what, told in said)
+    return [f'<dl class="about">{inside}</dl>'] if said else []
 
 
 def _subtitle(layers: Sequence[LayerReport]) -> str:
@@ -168,10 +176,12 @@ def _map(
 
 def _size(layers: Sequence[LayerReport]) -> list[str]:
     about = (
-        "Norm of ΔW as a share of its weight's norm, by kind of module (rows) and block (columns)."
+        "Norm of ΔW as a share of its weight's norm, by kind of module (rows) and block (columns). "
+        "Where a few layers changed far more than most, they are outlined and the colours are the "
+        "others'."
     )
     shares = [v.relative for v in layers]
-    drawn = _map("Size of the change", layers, shares, percent)
+    drawn = _map("Size of the change", layers, shares, percent, cap=True)
     return [_section("Where it changed the model", about), drawn]
 
 
@@ -186,8 +196,9 @@ def _spectra(layers: Sequence[LayerReport]) -> list[str]:
         for kind, inside in kinds.items()
     )
     return [
-        _section("Singular values of the change", "One line per layer, on a logarithmic axis: a "
-                 "steep line needs few ranks, a flat one uses all it was given."),
+        _section("Singular values of the change", "One line per layer: σ of ΔW's directions, the "
+                 "largest first, on a logarithmic axis. A steep line needs few ranks, a flat one "
+                 "uses all it was given."),
         f'<p>first block <span class="scale"></span> last block</p><div class="row">{drawn}</div>',
     ]  # fmt: skip
 
@@ -243,7 +254,7 @@ def _ablations(behaviour: Behaviour) -> list[str]:
         ):
             values = [getattr(a, series) for a in some]
             errors = [getattr(a, f"{series}_error") for a in some]
-            drawn += bars(title, names, values, errors, kind, wide=470)
+            drawn += _figure(bars(title, names, values, errors, kind, wide=470))
     about = (
         f"Nats per token over {examples} examples ({tokens} tokens), with standard errors. Left: "
         f"how far the loss falls with this part of the adapter only. Right: how far it rises when "

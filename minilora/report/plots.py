@@ -75,6 +75,7 @@ def heat_map(
     label: Callable[[float], str],
     numbers: bool = False,
     top: float = 0.0,
+    cap: bool = False,
 ) -> str:
     """Draw a value per row and column, darker for more; cells without one stay empty.
 
@@ -85,10 +86,14 @@ def heat_map(
         label: how to write a value.
         numbers: whether to write it into the cell.
         top: the value of the darkest cell, where none is above it; 0: the largest there is.
+        cap: whether a few cells far above the others are outlined, and do not set the scale.
     """
     left, cell = 12 + 7.2 * max(map(len, rows)), max(17.0, min(40.0, 760 / len(columns)))
     tall = 24.0
-    top = max(top, *(v for v in values.values() if math.isfinite(v)), 0.0) or 1.0
+    known = [v for v in values.values() if math.isfinite(v)]
+    largest = max([top, *known]) or 1.0
+    top = _without_outliers(known) if cap and known else largest
+    loud = {place for place, value in values.items() if cap and value > top}
     body = labels(columns, lambda j: left + (j + 0.5) * cell, 13)
     for i, row in enumerate(rows):
         y = 20 + i * tall
@@ -100,7 +105,8 @@ def heat_map(
             shade = 0.06 + (0.5 if numbers else 0.94) * min(1.0, value / top)
             body.append(
                 f'<rect x="{left + j * cell + 1:.1f}" y="{y + 1:.1f}" width="{cell - 2:.1f}" '
-                f'height="{tall - 2:.1f}" rx="3" class="cell" fill-opacity="{shade:.3f}"><title>'
+                f'height="{tall - 2:.1f}" rx="3" class="cell{" above" * ((row, column) in loud)}" '
+                f'fill-opacity="{shade:.3f}"><title>'
                 f"{escape(f'{row}, {column}: {label(value)}')}</title></rect>"
             )
             if numbers:
@@ -113,7 +119,10 @@ def heat_map(
                 f'<rect x="{left + 4 * k:.1f}" y="{bottom + 12:.1f}" width="4" height="9" '
                 f'class="cell" fill-opacity="{0.06 + 0.94 * k / 39:.3f}"/>'
             )
-        body.append(text(left + 168, bottom + 21, f"0 to {label(top)}", kind="small"))
+        legend = f"0 to {label(top)}"
+        if loud:
+            legend += f"; outlined: {len(loud)} above, up to {label(max(values.values()))}"
+        body.append(text(left + 168, bottom + 21, legend, kind="small"))
     most = max(values, key=lambda key: values[key], default=None)
     about = "no values"
     if most is not None:
@@ -122,7 +131,20 @@ def heat_map(
             f"{label(values[most])} at {most[0]}, {most[1]}"
         )
     width = left + len(columns) * cell + 8
-    return svg(max(width, left + 300), bottom + (28 if not numbers else 6), title, about, body)
+    return svg(
+        max(width, left + (440 if loud else 300)),
+        bottom + (28 if not numbers else 6),
+        title,
+        about,
+        body,
+    )
+
+
+def _without_outliers(values: Sequence[float]) -> float:
+    """Return the largest value, or where a few are far above, the one that nine tenths reach."""
+    ordered = sorted(values)
+    most = ordered[math.ceil(0.9 * len(ordered)) - 1]
+    return ordered[-1] if ordered[-1] <= 2 * most else most
 
 
 def blend(share: float) -> str:
@@ -138,7 +160,7 @@ def spectra(title: str, series: Sequence[tuple[str, float, Sequence[float]]]) ->
         title: of the plot.
         series: a name, a depth from 0 (first block) to 1 (last), and the values; zeros end a line.
     """
-    width, height, left, low = 228.0, 180.0, 42.0, 26.0
+    width, height, left, low = 228.0, 196.0, 56.0, 26.0
     found = [v for _, _, values in series for v in values if v > 0]
     if not found:
         return svg(width, 40, title, "all are 0", [text(8, 24, f"{title}: ΔW = 0")])
@@ -152,7 +174,7 @@ def spectra(title: str, series: Sequence[tuple[str, float, Sequence[float]]]) ->
 
     def y(value: float) -> float:
         share = (top - math.log10(value)) / (top - bottom)
-        return low + (height - low - 28) * min(1.0, share)
+        return low + (height - low - 44) * min(1.0, share)
 
     body = [text(left, 14, title, kind="strong")]
     marks = [m * 10.0**e for e in range(-12, 9) for m in (1, 2, 5)]
@@ -160,7 +182,13 @@ def spectra(title: str, series: Sequence[tuple[str, float, Sequence[float]]]) ->
     marks = marks if len(marks) <= 6 else [m for m in marks if f"{m:e}"[0] == "1"]
     body += scale(marks, y, left, width - 12)
     for i in range(0, most, 1 if most <= 10 else math.ceil(most / 8)):
-        body.append(text(x(i), height - 10, str(i + 1), "middle", "small"))
+        body.append(text(x(i), height - 26, str(i + 1), "middle", "small"))
+    middle = (low + height - 44) / 2
+    body += [
+        text((left + width - 12) / 2, height - 8, "direction", "middle", "small"),
+        f'<text transform="translate(12 {middle:.1f}) rotate(-90)" text-anchor="middle" '
+        f'class="small">σ</text>',
+    ]
     for name, depth, values in series:
         points = [(x(i), y(v)) for i, v in enumerate(values) if v > 0]
         joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
@@ -225,42 +253,41 @@ def bars(
 
 
 def arrows(title: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
-    """Draw a loss before and after as an arrow per row, with what to write behind it."""
-    left, wide, step = 12 + 7.2 * max(len(row[0]) for row in rows), 900.0, 34.0
+    """Draw a loss before and after as an arrow per row, below what to write of it."""
+    left, wide, step = 12.0, 560.0, 46.0
     ends = [value for _, a, b, _ in rows for value in (a, b)]
     low, high = min(ends), max(ends)
     margin = 0.06 * (high - low) if high > low else 1
     low, high = low - margin, high + margin
-    right = wide - 12 - 6.6 * max(len(row[3]) for row in rows)
 
     def x(value: float) -> float:
-        return left + (right - left) * (value - low) / (high - low)
+        return left + (wide - 2 * left) * (value - low) / (high - low)
 
     floor, body = 14 + step * len(rows), []
     for mark in ticks(low, high, 6):
         body += [line(x(mark), 8, x(mark), floor),
                  text(x(mark), floor + 16, short(mark), "middle", "small")]  # fmt: skip
+    body.append(text(wide / 2, floor + 34, "nats per token", "middle", "small"))
     for i, (name, before, after, words) in enumerate(rows):
-        y = 8 + step * (i + 0.5)
+        y = 8 + step * (i + 0.72)
         tip = x(after)
         kind, back = ("better", tip + 9) if after <= before else ("worse", tip - 9)
         body += [
-            text(left - 8, y + 4, name, "end"),
+            text(left, y - 13, f"{name}: {words}" if words else name),
             f'<circle cx="{x(before):.1f}" cy="{y:.1f}" r="4" class="{kind} hollow"/>',
             line(x(before), y, tip, y, f"{kind} thick"),
             f'<path d="M{tip:.1f} {y:.1f} L{back:.1f} {y - 5:.1f} L{back:.1f} {y + 5:.1f} Z" '
             f'class="{kind}"/>',
-            text(right + 12, y + 4, words, kind="small"),
         ]
     about = "; ".join(f"{name}: {short(a)} to {short(b)}" for name, a, b, _ in rows)
-    return svg(wide, floor + 24, title, about, body)
+    return svg(wide, floor + 42, title, about, body)
 
 
 def two_lines(
     title: str, before: Sequence[float], after: Sequence[float], even: float, label: Callable
 ) -> str:
     """Draw a share per layer without (hollow) and with the adapter (filled), and an even share."""
-    wide, height, left, low = 900.0, 200.0, 54.0, 14.0
+    wide, height, left, low = 720.0, 200.0, 54.0, 14.0
     top = 1.08 * max(*before, *after, even)
     count = len(before)
 

@@ -12,20 +12,25 @@ body { background: var(--bg); color: var(--fg); font: 15px/1.5 system-ui, sans-s
 main { max-width: 1000px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 34px 0 2px; }
 p { margin: 2px 0 12px; color: var(--muted); max-width: 80ch; }
-svg { display: block; max-width: 100%; height: auto; } figure { margin: 6px 0; overflow-x: auto; }
+svg { display: block; } figure { margin: 6px 0; overflow-x: auto; max-width: 100%; }
 svg text { fill: var(--fg); font: 13px system-ui, sans-serif; }
 svg text.small { font-size: 11.5px; fill: var(--muted); } svg text.number { font-size: 12px; }
 svg text.strong { font-weight: 600; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--muted); }
 .dashed { stroke: var(--muted); stroke-dasharray: 4 4; } .error { stroke: var(--fg); }
 .cell, .accent, .better { fill: var(--accent); } .warm, .worse { fill: var(--warm); }
+.above { stroke: var(--warm); stroke-width: 2; }
 .muted { fill: var(--muted); } .hollow { fill: var(--bg); }
 .better { stroke: var(--accent); } .worse { stroke: var(--warm); } .thick { stroke-width: 3; }
 .curve { fill: none; stroke-width: 1.4; stroke-opacity: .75; }
 .accent-line { stroke: var(--accent); } .muted-line { stroke: var(--muted); }
 .row { display: flex; flex-wrap: wrap; gap: 6px 14px; }
+dl.about { display: grid; grid-template-columns: max-content 1fr; gap: 1px 14px; margin: 4px 0 10px;
+  font-size: 13.5px; } .about dt { color: var(--muted); }
+.about dd { margin: 0; overflow-wrap: anywhere; }
+h1 { overflow-wrap: anywhere; }
 ul.cards { list-style: none; padding: 0; display: grid; gap: 10px; margin: 14px 0 6px;
-  grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(280px, 100%), 1fr)); }
 .cards li { background: var(--card); border: 1px solid var(--grid); border-radius: 10px;
   padding: 10px 14px; } .cards b { display: block; font-size: 21px; line-height: 1.3; }
 .cards span { color: var(--muted); font-size: 13px; }
@@ -42,8 +47,9 @@ pre { background: var(--card); border: 1px solid var(--grid); border-radius: 10p
   padding: 10px 14px; overflow-x: auto; white-space: pre; max-height: 340px; }
 pre.told { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none; line-height: 1.75; }
 .told span { border-radius: 3px; } .told .lost { text-decoration: underline dotted var(--warm); }
+.halves > * { min-width: 0; }
 .halves { display: grid; gap: 8px 24px;
-  grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
 summary { cursor: pointer; color: var(--muted); margin: 8px 0; }
 .scale { display: inline-block; width: 120px; height: 9px; border-radius: 4px; margin: 0 6px;
   background: linear-gradient(90deg, FIRST, LAST); }

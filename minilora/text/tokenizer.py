@@ -5,6 +5,7 @@ is encoded as the characters it is made of.
 """
 
 import functools
+import itertools
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -211,7 +212,8 @@ class Tokenizer:
         """Return the text that `ids` add to what `before` says, without control tokens.
 
         The space that a vocabulary drops at the beginning of a text is kept. A character cut off
-        at the end is left out, so the text of more ids begins with it.
+        at the end is left out, and bytes that are no text are written as U+FFFD, as Python does,
+        so the text of more ids begins with it.
 
         Args:
             before: ids of the text that `ids` go on from; may be empty.
@@ -222,19 +224,48 @@ class Tokenizer:
         """
         silent = set(self.control.values()).issuperset(before)
         anchor = [] if silent else self.encode("a", special=False)[-1:]
-        start, text = self.decode(anchor), ""
-        for end in range(len(ids), max(0, len(ids) - 4), -1):
-            text = self.decode([*anchor, *ids[:end]])
-            text = text[len(start) :] if text.startswith(start) else self.decode(ids[:end])
+        start = self.decode(anchor)
+        ids = [int(i) for i in ids]
+        for end in range(len(ids), 0, -1):
+            written = self._whole_characters(ids[:end])
+            text = self.decode([*anchor, *written])
+            text = text[len(start) :] if text.startswith(start) else self.decode(written)
             if not text.endswith("\ufffd") or self._ends_with_replacement(ids[:end]):
                 return text
-        return text.rstrip("\ufffd")
+        return ""
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, int]:
+        """The bytes that tokens of their own stand for, where characters fall back to those."""
+        decoder = self._backend.decoder
+        if decoder is None or b"ByteFallback" not in decoder.__getstate__():
+            return {}
+        found = {self._backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        return found if len(found) == 256 and None not in found else {}
+
+    def _whole_characters(self, ids: list[int]) -> list[int]:
+        """Replace bytes that are no text by the replacement character's.
+
+        The library would write each byte of a run with a bad one as that character, good ones
+        before it too, so that a text changed that had been streamed already.
+        """
+        if self._bytes.keys().isdisjoint(ids):
+            return ids
+        to_id = {byte: i for i, byte in self._bytes.items()}
+        found: list[int] = []
+        for are_bytes, run in itertools.groupby(ids, key=self._bytes.__contains__):
+            if are_bytes:
+                text = bytes(self._bytes[i] for i in run).decode("utf-8", "replace")
+                found += [to_id[byte] for byte in text.encode("utf-8")]
+            else:
+                found += run
+        return found
 
     def _ends_with_replacement(self, ids: Sequence[int]) -> bool:
         """Whether the replacement character was itself written."""
-        written = self.encode("a\ufffd", special=False)[-3:]  # its three bytes, or one token
-        written = written[-1:] if self.decode(written[-1:]) == "\ufffd" else written
-        return list(ids[-len(written) :]) == written
+        start = len(self.encode("a", special=False))
+        written = self.encode("a\ufffd", special=False)[start:]  # its three bytes, or one token
+        return bool(written) and list(ids[-len(written) :]) == written
 
     def render(
         self,
