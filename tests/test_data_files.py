@@ -87,7 +87,7 @@ GOOD = [
      {"a.csv": table(ASKED[:1]), "b.jsonl": json_lines(ASKED[1:]), "README.md": b"about them"}),
     ("saved/", "what Hugging Face datasets' `save_to_disk` wrote, with splits", SAVED),
     ("long.jsonl", "a row longer than `--max-length`",
-     lines({"question": "Where? " * 150, "answer": "In Köln."}, *ASKED)),
+     lines({"question": "Where?", "answer": "In Köln. " * 150}, *ASKED)),
 ]  # fmt: skip
 BAD = [
     ("empty.csv", "nothing", b""),
