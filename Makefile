@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A bare `kernels` package belongs to Hugging Face: keep this folder off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo explain docs test test-full aot soak bench bench-quick check format clean
+.PHONY: demo explain docs test test-full test-core aot soak bench bench-quick check format clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +43,18 @@ test: $(VENV)/dev
 # The suite, and thousands of damaged files and odd arguments.
 test-full: $(VENV)/dev
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --wide $(ARGS)
+
+# What another version of torch is tried with, in an environment of its own: docs/install.md.
+#   make test-core PYTEST=/path/to/bin/pytest
+PYTEST ?= $(BIN)/pytest
+CORE := $(foreach name,kernels_* quantization* lora_layer lora_injection lora_merging \
+	peft_save_load models_* loading_folder loading_gguf loading_quantized running_compiling \
+	running_evaluation running_generation train_step training training_resume, \
+	$(wildcard tests/test_$(name).py))
+test-core: export OMP_WAIT_POLICY := PASSIVE
+test-core: export OMP_NUM_THREADS := 1
+test-core:
+	$(PYTEST) -p no:cacheprovider $(CORE) $(ARGS)
 
 # Every Triton kernel × tile × dtype for sm_80 and sm_90, without a GPU: benchmarks/results/aot.csv.
 aot: $(VENV)/dev

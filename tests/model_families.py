@@ -37,6 +37,9 @@ from minilora.models import (
     SmolLM3Config,
 )
 
+# Before 5.23 it leaves out the cap on scores where torch's own attention computes them.
+transformers.Gemma2PreTrainedModel._supports_sdpa = False
+
 _DECODER = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -143,8 +146,11 @@ FAMILIES = {
         {
             **_DECODER_SHAPES,
             "wide_heads": {"head_dim": 24},
-            "window": {"sliding_window": 5, "num_hidden_layers": 3},
-            "layers": {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+            "windows": {"sliding_window": 5, "num_hidden_layers": 3},
+            "windows_by_type": {
+                "sliding_window": 4,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
             "no_caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
         },
         Gemma2Config(
@@ -162,13 +168,13 @@ FAMILIES = {
         {
             **{name: shape for name, shape in _DECODER_SHAPES.items() if "theta" not in name},
             "wide_heads": {"head_dim": 24},
-            "window": {"sliding_window": 5},
-            "layers": {
+            "windows": {"sliding_window": 5},
+            "windows_by_type": {
                 "sliding_window": 4,
                 "layer_types": ["full_attention", "sliding_attention", "full_attention"],
             },
             "capped": {"final_logit_softcapping": 3.0},
-            "ropes": {
+            "windows_and_ropes": {
                 "sliding_window": 4,
                 "rope_parameters": {
                     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},

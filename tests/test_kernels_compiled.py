@@ -28,6 +28,7 @@ from minilora.kernels.cross_entropy import _LinearCrossEntropy
 from minilora.kernels.frozen import _Frozen
 from minilora.kernels.low_rank import _LoRALinear
 from minilora.kernels.rowwise import _Gated, _RMSNorm
+from minilora.kernels.triton import OLDEST, version
 from minilora.quantization import Quantization
 from minilora.quantization.linear import QuantizedLinear
 
@@ -120,7 +121,8 @@ def subclasses(kind):
 
 def test_no_function_is_left_out():
     for module in pkgutil.walk_packages(minilora.__path__, "minilora."):
-        if module.name != "minilora.__main__":
+        none = module.name.startswith("minilora.kernels.triton.") and (version() or (0,)) < OLDEST
+        if module.name != "minilora.__main__" and not none:  # which is never imported then
             importlib.import_module(module.name)
     ours = {f for f in subclasses(torch.autograd.Function) if f.__module__.startswith("minilora.")}
     assert {f for f in ours if not f.__name__.endswith("Backward")} == set(CASES)

@@ -4,6 +4,7 @@ python tests/test_models_checks.py    # writes docs/models.md anew
 """
 
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,8 @@ def kept(model, ids):
 
 HEAD = """# Model families
 
-The families of models with code of their own, what each reads, and which checks it passes.
+The families of models with code of their own, what each reads, how long its file is, and
+which checks it passes.
 `tests/test_models_checks.py` writes this page.
 
 """
@@ -161,18 +163,19 @@ def windows_of(config):
 
 def page():
     """Return docs/models.md: options from the configurations, checks from the registry."""
-    for module in ("test_models_causal", "test_models_families"):
+    for module in ("test_models_causal", "test_models_families", "test_loading_gguf_writing"):
         importlib.import_module(module)  # which list their checks
     rows = [
-        "| `model_type` | class | `rope_type`s | windows | GGUF files |",
-        "|---|---|---|---|---|",
+        "| `model_type` | class | `rope_type`s | windows | GGUF files | `rope_type`s | lines |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in FAMILIES.items():
         config, gguf = row.ours.config_class, row.ours.gguf
-        stored = "–" if gguf is None else f"`{gguf.architecture}`"
+        there = ", ".join(["default", *gguf.ropes]) if gguf.ropes else "learned positions"
+        lines = len(inspect.getsource(inspect.getmodule(row.ours)).splitlines())
         rows.append(
             f"| {name} | `{row.ours.__name__}` | {rope_names(config)} | {windows_of(config)} "
-            f"| {stored} |"
+            f"| `{gguf.architecture}` | {there} | {lines} |"
         )
     rows += ["", f"| check | {' | '.join(FAMILIES)} |", f"|---|{'---|' * len(FAMILIES)}"]
     for title in sorted(CHECKS):

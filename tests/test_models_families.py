@@ -79,7 +79,7 @@ def test_windows_hold_for_cached_and_padded_rows(family, shape):
 @pytest.mark.parametrize(("family", "shape"), WINDOWS)
 def test_a_mask_is_made_for_each_window_once_and_only_where_one_is_needed(family, shape):
     ours = our_model(family, their_model(family, **FAMILIES[family].shapes[shape]))
-    for window in ours.windows - {None}:
+    for window in {*ours.windows} - {None}:
         masks = ours._masks(None, 2, window, 0, torch.device("cpu"))
         assert masks[window] is None
         masks = ours._masks(None, 2, window + 1, 0, torch.device("cpu"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minilora.files import beside, import_extra
 from minilora.loading.gguf_file import read_metadata
 from minilora.lora import Approximation, Survey
-from minilora.models import CausalLM, GGUFNames
+from minilora.models import CausalLM, GGUFNames, rotates_alike, written_scaling
 from minilora.peft import plain_factors
 from minilora.quantization import is_finite
 from minilora.text import as_tokenizer, gguf_metadata
@@ -26,6 +26,7 @@ from minilora.text import as_tokenizer, gguf_metadata
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type: llama.h's llama_ftype
 # Keys whose values llama.cpp wants in floating point.
 _FLOATS = re.compile(r"freq_base|factor|epsilon|softcapping|(^|[._])scale$")
+_ROPE = re.compile(r"(no_)?rope_|rotary_|original_max|partial_rotary")  # of config.json
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # which the tokenizer's keys tell
 
 
@@ -122,15 +123,13 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
             raise ValueError(f"a GGUF file has no name for {fqn}; write a folder instead")
         made = names.stored(fqn, value, config)
         tensors[name] = made.mT if names.turns(name) else made
-    metadata = model_metadata(model, names) | gguf_metadata(
-        as_tokenizer(tokenizer), config.vocab_size
-    )
-    told = read_metadata(Path(file), metadata, list(tensors))
-    if told != config.replace(**{key: getattr(told, key) for key in _IDS}):
-        raise ValueError(
-            f"a GGUF file must tell all of the model's configuration, found {config}, of which it "
-            f"tells {told}; write a folder instead"
-        )
+    scaling, rope = written_scaling(config.rope) if names.ropes else ({}, {})
+    tensors |= rope
+    metadata = model_metadata(model, names) | {
+        f"{names.architecture}.{key}": value for key, value in scaling.items()
+    }
+    metadata |= gguf_metadata(as_tokenizer(tokenizer), config.vocab_size)
+    _check_told(config, read_metadata(Path(file), model.__class__, metadata, tensors))
 
     def describe(writer: Any) -> None:
         writer.add_type("model")
@@ -139,6 +138,20 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
             _add_value(writer, key, value)
 
     write_gguf(Path(file), names.architecture, describe, tensors, type)
+
+
+def _check_told(config: Any, told: Any) -> None:
+    """Raise unless a file tells of a configuration all that changes the maths."""
+    entries = [
+        {k: v for k, v in each.to_dict().items() if not (k in _IDS or _ROPE.match(k))}
+        for each in (config, told)
+    ]
+    ropes = [getattr(each, "ropes", ()) for each in (config, told)]
+    if entries[0] != entries[1] or not all(map(rotates_alike, *ropes)):
+        raise ValueError(
+            f"a GGUF file must tell all of the model's configuration, found {config}, of which it "
+            f"tells {told}; write a folder instead"
+        )
 
 
 def model_metadata(model: CausalLM, names: GGUFNames) -> dict[str, Any]:

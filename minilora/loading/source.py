@@ -66,15 +66,15 @@ def family_of(entries: dict[str, Any], file: Path) -> type[CausalLM]:
         kind = NotBuiltError if isinstance(named, str) else ValueError
         raise kind(
             f"'{file}' must name a model_type that is built ({', '.join(sorted(FAMILIES))}), found "
-            f"{short(named)}{_nearest(str(named))}"
+            f"{short(named)}{nearest_of(str(named), FAMILIES)}"
         )
     return FAMILIES[named]
 
 
-def _nearest(named: str) -> str:
-    """Say which family's name a name begins with, as later versions do, or else is most like."""
-    begun = [family for family in FAMILIES if named.startswith(family)]
-    return f"; nearest: {max(begun, key=len)}" if begun else nearest(named, FAMILIES)
+def nearest_of(named: str, known: Iterable[str]) -> str:
+    """Say which known name a name begins with, as later versions do, or else is most like."""
+    begun = [each for each in known if named.startswith(each)]
+    return f"; nearest: {max(begun, key=len)}" if begun else nearest(named, known)
 
 
 def resolve_dtype(

@@ -9,6 +9,13 @@ from minilora.models.config import ModelConfig
 from minilora.models.gemma2 import Gemma2, Gemma2Config
 from minilora.models.gemma3 import Gemma3, Gemma3Config
 from minilora.models.gguf_names import GGUFNames
+from minilora.models.gguf_rope import (
+    ROPE_TENSORS,
+    is_rope_key,
+    read_scaling,
+    rotates_alike,
+    written_scaling,
+)
 from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
 from minilora.models.gpt_neox import GPTNeoX, GPTNeoXConfig
 from minilora.models.granite import Granite, GraniteConfig
@@ -43,6 +50,7 @@ FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
 __all__ = [
     "FAMILIES",
     "GPT2",
+    "ROPE_TENSORS",
     "SCALINGS",
     "CausalLM",
     "Conv1D",
@@ -75,4 +83,8 @@ __all__ = [
     "SmolLM3",
     "SmolLM3Config",
     "is_plain_linear",
+    "is_rope_key",
+    "read_scaling",
+    "rotates_alike",
+    "written_scaling",
 ]

@@ -69,8 +69,9 @@ class CausalLM(nn.Module):
         self.name_or_path: str | None = None
         body = self.body(dtype=dtype, device=device)
         self.add_module(self.norm_name.partition(".")[0], body)
-        self.windows = {block.window for block in self.blocks}
-        self.ropes = {block.rope for block in self.blocks}
+        # Tuples: torch 2.6 traces no loop over a set.
+        self.windows = tuple({block.window for block in self.blocks})
+        self.ropes = tuple({block.rope for block in self.blocks})
         self.lm_head: nn.Module = nn.Linear(
             config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device
         )
@@ -135,7 +136,7 @@ class CausalLM(nn.Module):
         for block in self.blocks:
             if block.window is not None:
                 block.window = window
-        self.windows = {block.window for block in self.blocks}
+        self.windows = tuple({block.window for block in self.blocks})
 
     def outgrows(self, positions: Tensor) -> bool:
         """Return whether new tokens at `positions` invalidate the cache, so that all must be rerun.

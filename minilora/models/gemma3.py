@@ -33,10 +33,6 @@ class Gemma3Config(Gemma2Config):
     final_logit_softcapping: float | None = None
     rope_local_base_freq: float = 10_000.0
 
-    # as GGUF files have it
-    rope_scaling_type = property(lambda self: self.rope_scaling and self.rope_scaling.rope_type)
-    rope_scaling_factor = property(lambda self: getattr(self.rope_scaling, "factor", None))
-
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """Per layer how queries and keys are rotated."""
@@ -86,11 +82,8 @@ class Gemma3Layer(Gemma2Layer):
 
 
 def _completed(entries: dict[str, Any]) -> dict[str, Any]:
-    """Put together what a GGUF file says of the rotary embedding."""
-    kind, factor = (entries.pop(f"rope_scaling_{key}", None) for key in ("type", "factor"))
-    if kind not in (None, "none"):
-        entries["rope_scaling"] = {"rope_type": kind, "factor": factor}
-    return scaled({"sliding_window": None, **entries})  # which is left out where no layer has one
+    """Take it that no layer has a window where none is stated."""
+    return scaled({"sliding_window": None, **entries})
 
 
 class Gemma3(Gemma2):
@@ -109,10 +102,9 @@ class Gemma3(Gemma2):
             "attention.sliding_window": "sliding_window",
             "final_logit_softcapping": "final_logit_softcapping",
             "rope.freq_base_swa": "rope_local_base_freq",
-            "rope.scaling.type": "rope_scaling_type",
-            "rope.scaling.factor": "rope_scaling_factor",
         },
         parts=Gemma2.gguf.parts
         | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
         completed=_completed,
+        ropes=("linear",),  # of the layers without a window
     )

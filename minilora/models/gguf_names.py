@@ -6,6 +6,7 @@ The names: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/consta
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -29,8 +30,8 @@ class GGUFNames(NamedTuple):
         required: metadata keys that must be there, and the fields of the configuration they give.
         optional: keys that may be there, and their fields.
         equal: keys that must agree with a field, as anything else is not built.
-        neutral: keys that must have this value. Any other key of the architecture may change the
-            maths and is refused by name.
+        neutral: keys that must have one of these values. Any other key of the architecture may
+            change the maths and is refused by name.
         biases: tensors whose presence sets a field to True.
         whole: tensors of the whole model, and the modules they belong to.
         parts: tensors of the block `blk.N`, and the modules of `blocks_name` they belong to.
@@ -38,13 +39,14 @@ class GGUFNames(NamedTuple):
         stored: does it; takes the B of an adapter for its layer's weight, too.
         completed: adds to the entries of a `config.json` what llama.cpp knows without a key.
         turned: parts whose matrices the model stores as `[in, out]`.
+        ropes: the `rope_type`s that llama.cpp has for the architecture.
     """
 
     architecture: str
     required: dict[str, str]
     optional: dict[str, str]
     equal: dict[str, str]
-    neutral: dict[str, Any]
+    neutral: dict[str, tuple[Any, ...]]
     biases: dict[str, str]
     whole: dict[str, str]
     parts: dict[str, str]
@@ -52,6 +54,7 @@ class GGUFNames(NamedTuple):
     stored: Callable[[str, Tensor, Any], Tensor] = _as_stored
     completed: Callable[[Entries], Entries] = _as_stated
     turned: tuple[str, ...] = ()
+    ropes: tuple[str, ...] = ()
 
     def turns(self, name: str) -> bool:
         """Whether a tensor of the file is the transpose of the model's."""
@@ -77,12 +80,10 @@ DECODER_NAMES = GGUFNames(
     },
     equal={"rope.dimension_count": "head_dim", "attention.value_length": "head_dim"},
     neutral={
-        "expert_count": 0,
-        "expert_used_count": 0,
-        "rope.scaling.type": "none",
-        "rope.scaling.factor": 1.0,
-        "rope.scale_linear": 1.0,
-        "attention.causal": True,
+        "expert_count": (0,),
+        "expert_used_count": (0,),
+        "rope.scaling.finetuned": (False, True),
+        "attention.causal": (True,),
     },
     biases={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"},
     whole={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
@@ -97,4 +98,20 @@ DECODER_NAMES = GGUFNames(
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
     },
+    ropes=("linear", "yarn"),
+)
+
+
+def rotated_share(entries: Entries) -> Entries:
+    """Add the share of a head that is rotated: all of it, if the file doesn't say how many."""
+    with suppress(TypeError, ZeroDivisionError):  # of a number that from_dict refuses by name
+        width = entries["head_dim"] or entries["hidden_size"] // entries["num_attention_heads"]
+        return entries | {"partial_rotary_factor": entries.get("rotary_dim", width) / width}
+    return entries
+
+
+PART_ROTATED = DECODER_NAMES._replace(
+    optional=DECODER_NAMES.optional | {"rope.dimension_count": "rotary_dim"},
+    equal=DECODER_NAMES.equal | {"rope.dimension_count": "rotary_dim"},
+    completed=rotated_share,
 )

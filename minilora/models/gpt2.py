@@ -244,7 +244,7 @@ _GGUF = GGUFNames(
     },
     optional={"vocab_size": "vocab_size"},
     equal={"attention.head_count_kv": "num_key_value_heads"},
-    neutral={"attention.causal": True},
+    neutral={"attention.causal": (True,)},
     biases={},
     whole={
         "token_embd": "transformer.wte",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minilora.models.blocks import Slot, attend, extend
 from minilora.models.causal import Decoder
 from minilora.models.config import DecoderConfig
+from minilora.models.gguf_names import PART_ROTATED
 from minilora.models.gpt2 import ACTIVATIONS
 from minilora.models.rotary import Rotation, rotate
 
@@ -122,11 +123,50 @@ class Layer(nn.Module):
         return self.mlp(self.post_attention_layernorm(seen)) + attended + x
 
 
+def _regrouped(*groups: int) -> Any:
+    """Change the rows of queries, keys and values from by head to by part, or back."""
+
+    def change(fqn: str, rows: Tensor, config: GPTNeoXConfig) -> Tensor:
+        if ".query_key_value." not in fqn:
+            return rows
+        split = rows.view(*groups, config.head_dim, *rows.shape[1:])
+        return split.transpose(0, 1).reshape(rows.shape)
+
+    return change
+
+
+_GGUF = PART_ROTATED._replace(
+    architecture="gptneox",
+    required={
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+        "use_parallel_residual": "use_parallel_residual",
+        **{key: f for key, f in PART_ROTATED.required.items() if not key.endswith("rms_epsilon")},
+    },
+    biases={},
+    whole={
+        "token_embd": "gpt_neox.embed_in",
+        "output_norm": "gpt_neox.final_layer_norm",
+        "output": "lm_head",
+    },
+    parts={
+        "attn_norm": "input_layernorm",
+        "attn_qkv": "attention.query_key_value",
+        "attn_output": "attention.dense",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_up": "mlp.dense_h_to_4h",
+        "ffn_down": "mlp.dense_4h_to_h",
+    },
+    restored=_regrouped(3, -1),  # llama.cpp has them by part
+    stored=_regrouped(-1, 3),
+)
+
+
 class GPTNeoX(Decoder):
     """Compute next-token logits as Hugging Face's `GPTNeoXForCausalLM` does in evaluation mode."""
 
     embedding_name, blocks_name = "gpt_neox.embed_in", "gpt_neox.layers"
     config_class, norm_name = GPTNeoXConfig, "gpt_neox.final_layer_norm"
+    gguf = _GGUF
 
     def body(self, **made: Any) -> nn.Module:
         """Make the embedding, the layers and the last norm."""

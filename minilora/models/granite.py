@@ -78,6 +78,7 @@ class Granite(Decoder):
             "residual_scale": "residual_multiplier",
             "logit_scale": "logits_scaling",
         },
+        neutral=Llama.gguf.neutral | {"rope.scaling.finetuned": (True,)},  # else nothing is rotated
     )
 
     def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Any]:

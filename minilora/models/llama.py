@@ -46,5 +46,8 @@ class Llama(Decoder):
 
     config_class = LlamaConfig
     gguf = DECODER_NAMES._replace(
-        architecture="llama", restored=_half_rotation, stored=_side_by_side
+        architecture="llama",
+        restored=_half_rotation,
+        stored=_side_by_side,
+        ropes=("linear", "yarn", "llama3", "longrope"),
     )

@@ -1,7 +1,7 @@
 """Mistral: the numbers of Hugging Face's `MistralForCausalLM`.
 
 A Llama with one window for all layers or none (Jiang et al. 2023, "Mistral 7B", section 2). Its
-GGUF files say they are a Llama's, and are read as one.
+GGUF files say they are a Llama's, know no window, and are read as one.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Any
 
 from minilora.models.causal import Decoder
 from minilora.models.config import DecoderConfig
+from minilora.models.llama import Llama
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class MistralConfig(DecoderConfig):
         )
 
 
+_NO_WINDOW = {"sliding_window": None}
+
+
 class Mistral(Decoder):
     """Compute next-token logits as Hugging Face's `MistralForCausalLM` does; see `Decoder`."""
 
     config_class = MistralConfig
+    gguf = Llama.gguf._replace(biases={}, completed=lambda entries: entries | _NO_WINDOW)

@@ -13,7 +13,7 @@ from minilora.kernels import swiglu
 from minilora.models.blocks import Attention, DecoderLayer
 from minilora.models.causal import Decoder
 from minilora.models.config import DecoderConfig
-from minilora.models.gguf_names import DECODER_NAMES, Entries
+from minilora.models.gguf_names import PART_ROTATED, Entries, rotated_share
 from minilora.models.rope import LongRope
 
 
@@ -98,18 +98,16 @@ class Phi3Layer(DecoderLayer):
 
 def _of_gguf(entries: Entries) -> Entries:
     """A window of no tokens means none."""
-    return entries | {"sliding_window": entries.get("sliding_window") or None}
+    return rotated_share(entries) | {"sliding_window": entries.get("sliding_window") or None}
 
 
 class Phi3(Decoder):
     """Compute next-token logits as Hugging Face's `Phi3ForCausalLM` does; see `Decoder`."""
 
     config_class, layer_class = Phi3Config, Phi3Layer
-    gguf = DECODER_NAMES._replace(
+    gguf = PART_ROTATED._replace(
         architecture="phi3",
-        optional=DECODER_NAMES.optional | {"attention.sliding_window": "sliding_window"},
-        equal=DECODER_NAMES.equal
-        | {"rope.scaling.original_context_length": "max_position_embeddings"},
+        optional=PART_ROTATED.optional | {"attention.sliding_window": "sliding_window"},
         biases={},
         parts={
             "attn_norm": "input_layernorm",
@@ -120,4 +118,5 @@ class Phi3(Decoder):
             "ffn_down": "mlp.down_proj",
         },
         completed=_of_gguf,
+        ropes=("longrope",),
     )

@@ -192,7 +192,8 @@ class Yarn(Scaling):
                 f"correct config.json"
             )
 
-    def _factor(self, rope: Rope) -> float:
+    def stretch(self, rope: Rope) -> float:
+        """Return `factor`, or what it is by default."""
         return self.factor or rope.context / self.original_max_position_embeddings
 
     def frequencies(self, rope: Rope, exponents: Tensor, lengths: Tensor) -> Tensor:
@@ -212,13 +213,13 @@ class Yarn(Scaling):
         numbers = torch.arange(rope.dim // 2, dtype=torch.float32, device=exponents.device)
         share = ((numbers - low) / (high - low)).clamp(0, 1)
         powers = rope.theta**exponents
-        return 1.0 / (self._factor(rope) * powers) * share + 1.0 / powers * (1 - share)
+        return 1.0 / (self.stretch(rope) * powers) * share + 1.0 / powers * (1 - share)
 
     def amplitude(self, rope: Rope) -> float:
         """Return `attention_factor`, or what the paper derives from `factor`."""
         if self.attention_factor is not None:
             return self.attention_factor
-        log = math.log(max(1.0, self._factor(rope)))
+        log = math.log(max(1.0, self.stretch(rope)))
         if self.mscale and self.mscale_all_dim:
             return (0.1 * self.mscale * log + 1) / (0.1 * self.mscale_all_dim * log + 1)
         return 0.1 * log + 1

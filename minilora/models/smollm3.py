@@ -11,6 +11,8 @@ from typing import Any
 from minilora.files import short
 from minilora.models.causal import Decoder
 from minilora.models.config import FULL, SLIDING, DecoderConfig
+from minilora.models.gguf_names import DECODER_NAMES, Entries
+from minilora.models.llama import Llama
 from minilora.models.rope import Rope
 
 
@@ -82,7 +84,15 @@ class SmolLM3Config(DecoderConfig):
         return super()._entries() | {"no_rope_layers": rotated}
 
 
+def _every_fourth(entries: Entries) -> Entries:
+    """Leave every fourth layer unrotated, as llama.cpp does, and all without windows."""
+    return entries | {"no_rope_layers": None, "no_rope_layer_interval": 4, "sliding_window": None}
+
+
 class SmolLM3(Decoder):
     """Compute next-token logits as Hugging Face's `SmolLM3ForCausalLM` does; see `Decoder`."""
 
     config_class = SmolLM3Config
+    gguf = Llama.gguf._replace(
+        architecture="smollm3", completed=_every_fourth, ropes=DECODER_NAMES.ropes
+    )

@@ -148,7 +148,7 @@ class SavedBytes:
         sizes = ((B, T), (B + 1, T), (B, 2 * T), (B + 1, 2 * T), (B, 3 * T))
         self.tokens = T
         # Kept masks begin above the window; every run of a case is on one side of it.
-        self.window = min(getattr(self.model, "windows", set()) - {None}, default=None)
+        self.window = min({*getattr(self.model, "windows", ())} - {None}, default=None)
         self.runs: list[list[Saved]] = []  # below the window, and above it where there is one
         for window in (None,) if self.window is None else (1, None):
             if self.window is not None:
