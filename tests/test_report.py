@@ -128,9 +128,10 @@ def test_explanation_prints_tables(found):
         assert line in text, line
     assert re.search(r"^layers\.\d\.\S+ +3 ", text, re.M)
     r, pattern = found.suggestion
+    assert len(pattern) == 1
     assert text.endswith(
-        f"suggested: r={r}, and another rank for {len(pattern)} patterns of layers (--html and "
-        "--json list them; --truncate FOLDER writes the adapter so)"
+        f"suggested: r={r}, and another rank for 1 layer (--html and --json list them; --truncate "
+        "FOLDER writes the adapter so)"
     )
 
 
