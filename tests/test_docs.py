@@ -69,7 +69,9 @@ def place(tmp_path, monkeypatch):
         letters = "abcdefghij"[n:]
         rows = [{"text": " ".join(letters[i % 4 : i % 4 + 3 + i % 2])} for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        rows = [{"prompt": "a b", "chosen": " c" * (i + 1), "rejected": " d"} for i in range(5)]
+        rows = [
+            {"prompt": "a b", "chosen": " c" * (i + 1), "rejected": f" {name[0]}"} for i in range(5)
+        ]
         (tmp_path / f"{name}-pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "other.txt").write_text("h g f e d c b a " * 4)
     return tmp_path

@@ -257,8 +257,9 @@ def test_the_command_trains_on_pairs(tmp_path, capsys):
         json.dumps({"prompt": "a b", "chosen": " c " + "d " * (i % 4), "rejected": " e f"}) + "\n"
         for i in range(9)
     ))  # fmt: skip
-    out = tmp_path / "run"
-    given = ["train", folder, "--data", file, "--valid", file, "--out", out, "--dtype", "float32",
+    held, out = tmp_path / "held.jsonl", tmp_path / "run"
+    held.write_text(file.read_text().replace("e f", "f e"))
+    given = ["train", folder, "--data", file, "--valid", held, "--out", out, "--dtype", "float32",
              "--loss", "dpo", "--beta", "0.5", "--batch-size", "4", "--max-steps", "3"]  # fmt: skip
     assert main([str(x) for x in given]) == 0
     said = capsys.readouterr()
