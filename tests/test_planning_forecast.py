@@ -121,11 +121,11 @@ def test_a_short_run_is_planned_by_what_it_meets(monkeypatch):
 def test_a_time_limit_is_planned_by_the_steps_within_it(monkeypatch):
     seed = next(s for s in range(99) if Batches(LONG, batch_size=2, seed=s).order(0)[0][0] < 30)
     slow = Timing(6.0, 6.0, 6.0, 5)  # of 2 × 12 tokens, the mean
-    said = short_run(monkeypatch, slow, max_steps=None, max_minutes=0.001, seed=seed)
+    said = short_run(monkeypatch, slow, max_steps=None, max_minutes=0.001, seed=seed, epochs=1000)
     assert "the largest batch of this run's 1 steps is 2 × 8 tokens" in said
     assert "a full epoch of 16 steps meets 2 × 64" in said
     quick = Timing(1e-4, 1e-4, 1e-4, 5)
-    said = short_run(monkeypatch, quick, max_steps=None, max_minutes=0.001)
+    said = short_run(monkeypatch, quick, max_steps=None, max_minutes=0.001, epochs=1000)
     found = re.search(r"this run's (\d+) steps is 2 × 64 tokens", said)
     assert int(found[1]) == pytest.approx(0.06 / 1e-4, rel=0.1), "epochs after the first count"
 
@@ -138,6 +138,21 @@ def test_memory_that_the_timed_blocks_took_beyond_the_plan_is_added(monkeypatch)
         peaks.append(0.0 if heap is None else float(heap[1].replace(",", "")))
     assert peaks[1] == pytest.approx(peaks[0] + 50)
     assert peaks[2] == 0, "never below nothing"
+
+
+def test_batches_that_differ_in_size_take_more_of_the_heap(monkeypatch):
+    """The largest of these is as large as all of those."""
+    monkeypatch.setattr(forecast, "timed_step_apart", lambda *_: HALF_A_SECOND)
+    alike = [Example([1] * 64, [1] * 64)] * 32
+    found = []
+    for rows in (LONG, alike):
+        said = "\n".join(trained(True, rows=rows, config={"epochs": 1, "max_steps": None})[1])
+        assert "the largest batch of this run's 16 steps is 2 × 64 tokens" in said
+        names = ("activations", "heap")
+        lines = [re.search(rf"{name}.*?([\d,.]+)$", said, re.MULTILINE) for name in names]
+        found.append([float(line[1].replace(",", "")) for line in lines])
+    (kept, mixed), (same, plain) = found
+    assert kept == same and mixed - plain == pytest.approx(0.2 * kept, abs=0.2)
 
 
 def test_a_time_that_cannot_be_measured_is_told(monkeypatch):

@@ -85,7 +85,7 @@ def test_seconds_from_rates_use_integers_where_they_are_exact():
 def test_steps_are_those_that_fit_makes(examples, epochs, accumulate):
     settings = Settings(batch_size=4, accumulate=accumulate)
     config = TrainConfig(batch_size=4, accumulate=accumulate, epochs=epochs)
-    assert count_steps(examples, epochs, settings) == planned_steps(config, -(-examples // 4))
+    assert count_steps(examples, epochs, settings) == planned_steps(config, examples)
 
 
 def test_hours_follow_the_rows():

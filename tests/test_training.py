@@ -350,7 +350,7 @@ def test_fit_bf16_autocast_learns_what_float32_learns():
 
 
 def test_fit_stops_on_time_and_finishes_the_schedule():
-    result = fit(tiny(), max_minutes=0.005)
+    result = fit(tiny(), max_minutes=0.005, epochs=10_000)
     assert result.stopped == "time" and result.steps >= 1
 
 
@@ -407,7 +407,8 @@ def test_warmup_steps_are_counted_whatever_limits_the_run(tmp_path, limit):
 
 
 def test_warmup_steps_under_a_time_limit_alone(tmp_path):
-    fit(tiny(), out=tmp_path, lr=2.0e-3, warmup=0.0, warmup_steps=4, max_minutes=0.005)
+    fit(tiny(), out=tmp_path, lr=2.0e-3, warmup=0.0, warmup_steps=4, max_minutes=0.005,
+        epochs=10_000)  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [row["lr"] for row in rows][:4]
     assert rates == pytest.approx([0.5e-3, 1e-3, 1.5e-3, 2e-3][: len(rates)])

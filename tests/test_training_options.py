@@ -24,6 +24,7 @@ OTHERS = {
     "gamma": (0.3, "0.3"), "kto_weights": ([2.0, 0.5], "2 0.5"),
     "betas": ([0.8, 0.9], "0.8 0.9"), "eps": (1e-6, "1e-6"), "clip": (None, "none"),
     "batch_size": (3, "3"), "accumulate": (2, "2"), "epochs": (0.5, "0.5"),
+    "log": ("trackio", "trackio"),
     "max_steps": (7, "7"), "max_minutes": (1.5, "1.5"), "eval_every": (5, "5"),
     "eval_batch_size": (2, "2"), "save_every": (9, "9"), "dtype": ("float16", "float16"),
     "checkpointing": (True, ""), "max_memory": (2.5, "2.5"), "compile": ("auto", "-auto"),

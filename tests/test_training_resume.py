@@ -257,8 +257,9 @@ def test_fit_resume_of_a_finished_run_changes_nothing(tmp_path):
 
 
 def test_fit_resume_does_no_step_when_the_time_is_spent(tmp_path):
-    first = fit(tiny(), max_minutes=1e-4, out=tmp_path)
-    again = fit(tiny(), max_minutes=1e-4, out=tmp_path, resume=True)
+    limits = {"max_minutes": 1e-4, "epochs": 10_000}
+    first = fit(tiny(), out=tmp_path, **limits)
+    again = fit(tiny(), out=tmp_path, resume=True, **limits)
     assert again.steps == first.steps >= 1 and again.stopped == "time"
 
 

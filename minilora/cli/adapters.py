@@ -20,6 +20,7 @@ from minilora.cli.sources import (
     load,
     write_modelfile,
 )
+from minilora.files import ticking
 from minilora.loading import export_gguf, load_model
 from minilora.peft import adapter_folder, save_adapter
 from minilora.report import check_keep, truncate
@@ -57,8 +58,9 @@ def export(options: argparse.Namespace) -> int:
         check_new_folder(options.new, "NEW")
     check_gguf(options.gguf, options.ollama)
     folder = adapter_of(options.out, "OUT")
-    model, _ = load_model(base_of(folder, options.model), dtype=None, device="cpu")
-    minilora.load(model, folder)
+    with ticking("loading the model"):
+        model, _ = load_model(base_of(folder, options.model), dtype=None, device="cpu")
+        minilora.load(model, folder)
     how = {"r": options.r, "dtype": getattr(torch, options.dtype)}
     if options.new is not None:
         print(minilora.export(model, options.new, **how))

@@ -1,6 +1,7 @@
 """The command's parser, the arguments that several verbs share, and how a verb names its own."""
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,12 +22,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message, 500)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, and refuse what is left over."""
+        """Parse as argparse does; a flag that it doesn't know is said before what is missing."""
+        if self._subparsers is None:
+            for word in itertools.takewhile(lambda word: word != "--", args or ()):
+                if word.startswith("--") and not self._knows(word.partition("=")[0]):
+                    self._refuse(word)
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            hint = nearest(rest[0].partition("=")[0], self._option_string_actions)
-            self.error(f"unknown argument {short(rest[0])}{hint}")
+            self._refuse(rest[0])
         return found, rest
+
+    def _knows(self, flag: str) -> bool:
+        """Return whether a flag is known, or the beginning of one that is."""
+        return any(known.startswith(flag) for known in self._option_string_actions)
+
+    def _refuse(self, word: str) -> NoReturn:
+        hint = nearest(word.partition("=")[0], self._option_string_actions)
+        self.error(f"unknown argument {short(word)}{hint}")
 
 
 def verb(name: str, *arguments: Any) -> Callable[[Run], Run]:

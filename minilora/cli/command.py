@@ -20,14 +20,15 @@ from minilora.cli import (  # noqa: F401 - their verbs
     training,
 )
 from minilora.cli.arguments import VERBS, Parser, add_arguments, verb
-from minilora.files import one_line
+from minilora.files import one_line, ticking
 from minilora.kernels import out_of_memory
 
 
 @verb("plan", planning.add_arguments)
 def _plan(options: argparse.Namespace) -> int:
     """Do I need a GPU? Memory, time and cost."""
-    plan = planning.from_arguments(options)
+    with ticking("planning"):
+        plan = planning.from_arguments(options)
     print(json.dumps(plan.to_dict()) if options.json else plan)
     return 0
 

@@ -23,6 +23,7 @@ from minilora.cli.sources import (
     load,
     names_of,
 )
+from minilora.files import ticking
 from minilora.running import BASE
 
 
@@ -59,16 +60,17 @@ def compare(options: argparse.Namespace) -> int:
     examples: dict[str, Any] = {
         key: encode_files(some, tokenizer, options) for key, some in data.items()
     }
-    found = minilora.compare(
-        model,
-        names if options.no_base else [BASE, *names],
-        tokenizer=tokenizer,
-        right=options.right,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        **examples,
-    )
+    with ticking("comparing"):
+        found = minilora.compare(
+            model,
+            names if options.no_base else [BASE, *names],
+            tokenizer=tokenizer,
+            right=options.right,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            **examples,
+        )
     print(found)
     if options.json is not None:
         print(f"JSON in {found.to_json(options.json)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import minilora
 from minilora.cli.arguments import ADAPTER_HELP, DTYPE_HELP, DTYPES, arg, positive, verb
 from minilora.cli.sources import check_gguf, check_new_folder, is_adapter, load, write_modelfile
+from minilora.files import ticking
 from minilora.loading import FILE_TYPES, NAMES, save_gguf, save_pretrained
 from minilora.loading import fetch as fetch_model
 from minilora.lora import sizes
@@ -53,14 +54,17 @@ def merge(options: argparse.Namespace) -> int:
             f"({options.model}); pass --dtype bfloat16, or float32 for the exact sum"
         )
     mode = "dequantize" if few_bits else None
-    minilora.merge(model, keep=None, mode=mode)
-    minilora.eject(model)
+    with ticking("merging"):
+        minilora.merge(model, keep=None, mode=mode)
+        minilora.eject(model)
     if options.out is not None:
-        save_pretrained(model, options.out, tokenizer)
+        with ticking("writing"):
+            save_pretrained(model, options.out, tokenizer)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         print(f"merged model in {options.out}, weights in {dtype}")
     if options.gguf is not None:
-        save_gguf(model, options.gguf, tokenizer, type=options.type)
+        with ticking("writing"):
+            save_gguf(model, options.gguf, tokenizer, type=options.type)
         print(f"merged model in {options.gguf}, {options.type}")
     if options.ollama:
         ends = [name for name, i in tokenizer.control.items() if i in tokenizer.stop_ids]
@@ -86,7 +90,8 @@ def quantize(options: argparse.Namespace) -> int:
     """Write a model stored in 8 or 4 bits."""
     check_new_folder(options.out, "--out")
     model, tokenizer = load(options)
-    save_pretrained(model, options.out, tokenizer)
+    with ticking("writing"):
+        save_pretrained(model, options.out, tokenizer)
     print(f"{options.quantize} model in {options.out}: {sizes(model)}")
     return 0
 

@@ -7,6 +7,7 @@ import sys
 import minilora
 from minilora.cli.arguments import ENCODING, MODEL, arg, integer, positive, verb
 from minilora.cli.sources import data_files, encode_files, load
+from minilora.files import ticking
 
 
 @verb(
@@ -23,7 +24,7 @@ def evaluate(options: argparse.Namespace) -> int:
     data = data_files(options.data, options)
     model, tokenizer = load(options)
     examples = encode_files(data, tokenizer, options)
-    result = minilora.evaluate(model, examples, batch_size=options.batch_size)
+    result = minilora.evaluate(model, examples, batch_size=options.batch_size, progress=True)
     print(json.dumps(vars(result)) if options.json else result)
     return 0
 
@@ -53,5 +54,7 @@ def generate(options: argparse.Namespace) -> int:
         )
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "system", "compile")
     settings = {name: getattr(options, name) for name in names}
-    print(*minilora.generate(model, options.prompts, tokenizer=tokenizer, **settings), sep="\n")
+    with ticking("writing"):
+        texts = minilora.generate(model, options.prompts, tokenizer=tokenizer, **settings)
+    print(*texts, sep="\n")
     return 0

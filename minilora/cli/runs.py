@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,25 @@ def write_run(options: argparse.Namespace) -> None:
         *(f"{name} = {_quoted(found)}" for name, found in _versions().items()),
     ]
     write(options.out / RUN_FILE, "\n".join(lines) + "\n")
+
+
+def add_settings(out: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add the settings that a run has, chosen ones too, for people who read the file."""
+    lines = []
+    for table, values in tables.items():
+        lines += ["", f"[{table}]"]
+        lines += [f"{k} = {_value(v)}" for k, v in values.items() if v not in (None, (), {}, [])]
+    file = out / RUN_FILE
+    write(file, file.read_text(encoding="utf-8") + "\n".join(lines) + "\n")
+
+
+def _value(value: Any) -> str:
+    """Write a setting as TOML."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_quoted(k)} = {_value(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    return _quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _quoted(text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 import minilora
 from minilora.data import DataFiles, Encoding, Example
-from minilora.files import is_new, on_hub, short, tensor_file, write
+from minilora.files import is_new, on_hub, short, tensor_file, ticking, write
 from minilora.kernels import resolve_device
 from minilora.loading import known_name, load_model
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, read_config
@@ -124,9 +124,10 @@ def load(
     more: dict[str, Any] = {"prepare": prepare}
     if format is not None:
         more["block_size"] = getattr(options, "block_size", 64)
-    model, tokenizer = load_model(options.model, format, dtype, target, **more)
-    if adapter is not None:
-        minilora.load(model, adapter, trainable=options.command == "train")
+    with ticking(f"loading {options.model}", shown=torchrun_number("RANK", 0) == 0):
+        model, tokenizer = load_model(options.model, format, dtype, target, **more)
+        if adapter is not None:
+            minilora.load(model, adapter, trainable=options.command == "train")
     return model, tokenizer
 
 
@@ -160,12 +161,14 @@ def _fields(given: Sequence[str] | None) -> dict[str, str] | None:
 
 def data_files(files: Sequence[str], options: argparse.Namespace) -> DataFiles:
     """Read data files as the options say."""
-    return DataFiles(files, encoding(options))
+    with ticking("reading the data", shown=torchrun_number("RANK", 0) == 0):
+        return DataFiles(files, encoding(options))
 
 
 def encode_files(data: DataFiles, tokenizer, options: argparse.Namespace) -> list[Example]:
     """Encode and say what became of the files; of several processes one does."""
-    examples, report = data.encode(tokenizer, getattr(options, "token_cache", None))
+    with ticking("encoding the data", shown=torchrun_number("RANK", 0) == 0):
+        examples, report = data.encode(tokenizer, getattr(options, "token_cache", None))
     files = ", ".join(data.files)
     if not report.documents:
         raise ValueError(f"{files} must hold a row to learn from, found: {'; '.join(report.notes)}")

@@ -1,6 +1,7 @@
 """`minilora train`."""
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -12,19 +13,22 @@ import torch
 import minilora
 from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
 from minilora.cli.card import write_card
-from minilora.cli.runs import only_written, write_run
+from minilora.cli.runs import add_settings, only_written, write_run
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
-from minilora.data import Example, check_streamed, pack, streamed
-from minilora.files import add_flags, given, read_options
+from minilora.data import IGNORE, Example, check_streamed, hold_out, pack, streamed
+from minilora.files import add_flags, given, read_options, short
 from minilora.lora import AdapterConfig
 from minilora.running import context_of
 from minilora.training import (
     Ranks,
     TrainConfig,
+    check_board,
     check_free,
     check_out,
+    chosen_epochs,
     leave,
     sharded,
+    spent,
     torchrun_number,
 )
 
@@ -42,6 +46,19 @@ def _groups(parser: argparse.ArgumentParser) -> None:
     add_flags(parser.add_argument_group("run"), TrainConfig)
 
 
+def _share(text: str) -> float:
+    """Read a share (`5%`, `0.05`) or a number of rows (from 1)."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not (0 < value < 1 or (value >= 1 and value.is_integer() and not text.endswith("%"))):
+        raise argparse.ArgumentTypeError(
+            f"must be a share below 100%, as 5%, or a number of rows, found {short(text)}"
+        )
+    return value
+
+
 @verb(
     "train",
     *MODEL,
@@ -51,6 +68,12 @@ def _groups(parser: argparse.ArgumentParser) -> None:
         "--allow-shared",
         action="store_true",
         help="take held-out rows that are trained on too, which are refused otherwise",
+    ),
+    arg(
+        "--hold-out",
+        type=_share,
+        metavar="SHARE",
+        help="instead of --valid: hold out this share of --data, as in 5%%, or so many rows",
     ),
     arg("--out", required=True, type=Path, help="folder for adapter and metrics"),
     arg(
@@ -88,8 +111,18 @@ def train(options: argparse.Namespace) -> int:
     prepare = None if whole else sharded(Ranks("fsdp", device(options)), inject)
     model, tokenizer = load(options, config.parallel, prepare)
     rows, held_out = encode(tokenizer)
+    if torchrun_number("RANK", 0) == 0 and not options.resume:
+        epochs = chosen_epochs(config, len(rows)) if isinstance(rows, list) else config.epochs
+        chosen = {"train": config.to_dict() | {"epochs": epochs}}
+        if options.adapter is None:
+            chosen["adapter"] = dataclasses.asdict(AdapterConfig(**adapter))
+        add_settings(options.out, chosen)
     if whole and options.adapter is None:
         inject(model)
+    sample = None
+    if options.sample:
+        chat = options.chat or is_chat(rows, tokenizer)
+        sample = _sampler(options.sample, tokenizer, chat, options.system)
     result = minilora.fit(  # torchrun ends the others when one fails
         model,
         rows,
@@ -97,7 +130,7 @@ def train(options: argparse.Namespace) -> int:
         config=config,
         out=options.out,
         resume=options.resume,
-        sample=_sampler(options.sample, tokenizer) if options.sample else None,
+        sample=sample,
         plan=options.plan,
     )
     leave()
@@ -111,8 +144,8 @@ def train(options: argparse.Namespace) -> int:
         print(f"held out after:  {result.best} (step {result.best_step})")
     whole_minutes = (time.perf_counter() - begun) / 60
     print(
-        f"{result.steps} steps in {result.minutes:.1f} minutes of training (this call took "
-        f"{whole_minutes:.1f} in all); adapter in {options.out}"
+        f"{result.steps} steps in {spent(result.minutes)} of training (this call took "
+        f"{spent(whole_minutes)} in all); adapter in {options.out}"
     )
     return 0
 
@@ -129,7 +162,8 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], TrainConfig]
 
 
 def _check(options: argparse.Namespace, adapter: dict[str, Any], config: TrainConfig) -> None:
-    """Refuse options that contradict each other."""
+    """Refuse options that contradict each other, or that this installation can't serve."""
+    check_board(config.log, options.out)
     if options.adapter is not None:
         if config.parallel == "fsdp":
             raise ValueError("--adapter is read whole, and --parallel fsdp reads in parts; use ddp")
@@ -138,8 +172,15 @@ def _check(options: argparse.Namespace, adapter: dict[str, Any], config: TrainCo
                 f"--adapter goes on with an adapter as it is, found "
                 f"--{next(iter(adapter)).replace('_', '-')} too; leave out one of them"
             )
-    if options.sample and not options.valid:
-        raise ValueError("--sample writes at each evaluation, which needs --valid, found none")
+    if options.hold_out and (options.valid or options.stream):
+        other = "--valid" if options.valid else "--stream"
+        raise ValueError(
+            f"--hold-out takes rows away from --data, found {other} too; leave one out"
+        )
+    if options.sample and not (options.valid or options.hold_out):
+        raise ValueError(
+            "--sample writes at each evaluation, which needs --valid or --hold-out, found none"
+        )
     if config.loss != "ce" and (options.pack or options.plan):
         flag = "--pack" if options.pack else "--plan"
         raise ValueError(f"{flag} knows texts, and --loss {config.loss} takes pairs; leave one out")
@@ -169,6 +210,11 @@ def _read_data(options: argparse.Namespace) -> Callable[[Any], tuple[Any, Any]]:
         if rows is not None:
             if kept and not options.allow_shared:
                 _refuse_shared(examples, kept)
+            if options.hold_out:
+                every = len(examples)
+                examples, kept = hold_out(examples, options.hold_out)
+                if torchrun_number("RANK", 0) == 0:
+                    print(f"held out: {len(kept)} of {every} examples", file=sys.stderr)
             examples = pack(examples, options.max_length) if options.pack else examples
         return examples, kept
 
@@ -187,13 +233,43 @@ def _refuse_shared(examples: list[Example], held_out: list[Example]) -> None:
         )
 
 
-def _sampler(prompts: list[str], tokenizer: Any) -> Callable[[Any], str]:
-    """Return what continues the prompts, greedily."""
-    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+def _sampler(
+    prompts: list[str], tokenizer: Any, chat: bool, system: str | None
+) -> Callable[[Any], str]:
+    """Return what continues the prompts, or answers them as the chat template asks, greedily."""
+    asked = [
+        tokenizer.encode_chat([{"role": "user", "content": one}]) if chat else tokenizer.encode(one)
+        for one in prompts
+    ]
+    longest = max(map(len, asked)) + (len(tokenizer.encode(system)) if chat and system else 0)
 
     def sample(model: Any) -> str:
         room = int(max(1, min(32, context_of(model) - longest)))
-        texts = minilora.generate(model, prompts, tokenizer=tokenizer, max_new_tokens=room)
-        return " | ".join(f"{a}{b}" for a, b in zip(prompts, texts, strict=True))
+        texts = minilora.generate(
+            model, prompts, tokenizer=tokenizer, max_new_tokens=room, chat=chat,
+            system=system if chat else None,
+        )  # fmt: skip
+        between = " → " if chat else ""
+        return " | ".join(f"{a}{between}{b}" for a, b in zip(prompts, texts, strict=True))
 
     return sample
+
+
+def is_chat(examples: Any, tokenizer: Any) -> bool:
+    """Return whether examples are conversations: answers stand where the chat template puts them.
+
+    That is: the first learned token follows what the template writes before an answer.
+    """
+    if not isinstance(examples, list) or tokenizer.chat_template is None:
+        return False
+    turn = [{"role": "user", "content": "?"}]
+    try:
+        asked = tokenizer.encode_chat(turn, add_generation_prompt=True)
+        before = asked[len(tokenizer.encode_chat(turn, add_generation_prompt=False)) :]
+    except ValueError:  # a template that wants more
+        return False
+    for example in examples[:1]:
+        learned = [label != IGNORE for label in example.labels]
+        at = learned.index(True)
+        return bool(before) and list(example.input_ids[max(0, at - len(before)) : at]) == before
+    return False

@@ -6,6 +6,7 @@ from minilora.data.docstrings import docstring_pairs, split
 from minilora.data.duplicates import duplicates
 from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
 from minilora.data.examples import IGNORE, NOT_ONE_TEXT, Example, Pair, as_examples, learned_labels
+from minilora.data.holding_out import hold_out
 from minilora.data.inspection import endless, lengths, shown
 from minilora.data.packing import pack
 from minilora.data.reading import DataFiles, read_data, streamed
@@ -33,6 +34,7 @@ __all__ = [
     "encode_prompt",
     "endless",
     "files_in",
+    "hold_out",
     "learned_labels",
     "lengths",
     "pack",

@@ -16,19 +16,19 @@ EXTRAS = {
 
 
 def import_extra(package: str, what: str) -> Any:
-    """Import a package of an extra.
+    """Import a package of an extra, or one that is in none of them.
 
     Args:
-        package: a key of `EXTRAS`.
+        package: a key of `EXTRAS`; of any other, its own name is what to install.
         what: what needs it, to begin the message.
 
     Raises:
-        RuntimeError: it cannot be imported; names the extra that brings it.
+        RuntimeError: it cannot be imported; says what to install.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise RuntimeError(
-            f'{what} needs {package} ({error}): pip install "minilora[{EXTRAS[package]}]", or '
-            f'"minilora[all]"'
-        ) from error
+        extra = (
+            f'"minilora[{EXTRAS[package]}]", or "minilora[all]"' if package in EXTRAS else package
+        )
+        raise RuntimeError(f"{what} needs {package} ({error}): pip install {extra}") from error

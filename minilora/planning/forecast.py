@@ -27,7 +27,7 @@ from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import Timing, timed_step_apart
 
 _EARLY = 6  # steps after which a plan is held against the run
-_FAR = 1.5  # factor of time above which the run says so
+_FAR = 1.25  # factor of time above which the run says so
 
 
 def settings_of(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any]:
@@ -65,6 +65,7 @@ class Forecast:
         ranks: processes.
         parallel: None, `"ddp"` or `"fsdp"`.
         say: takes a line.
+        compile: whether the blocks are compiled.
         steps: that are left, None where time alone limits the run.
         minutes: that are left, None without a limit.
         elapsed: seconds that the run has taken before.
@@ -80,6 +81,7 @@ class Forecast:
         ranks: int,
         parallel: str | None,
         say: Callable[[str], None],
+        compile: bool = False,
         steps: int | None = None,
         minutes: float | None = None,
         elapsed: float = 0.0,
@@ -91,6 +93,7 @@ class Forecast:
             "checkpointing": checkpointing,
             "ranks": ranks,
             "parallel": parallel if ranks > 1 else None,
+            "compile": compile,
         }
         # Shards are counted on the shape: a model of them can't be copied.
         sharded = self.settings["parallel"] == "fsdp"
@@ -105,6 +108,7 @@ class Forecast:
         coming = coming_steps(batches, accumulate)  # of a longer run only the first are looked at
         run = list(itertools.islice(coming, min(steps or len(epoch), len(epoch))))
         self.usual = mean_batch(run)
+        self.mixed = len({(one.rows, one.length) for step in run for one in step}) > 1
         self.timing = self._time()
         if minutes is not None and self.timing is not None:
             run, reached = self._within(60 * minutes, run)
@@ -130,7 +134,9 @@ class Forecast:
             process=self.process,
             counted=self.counted,
         )
-        return found if self.timing is None else found.plus(self.timing.beyond)
+        if self.timing is not None:
+            found = found.keeping(self.timing.kept).plus(self.timing.beyond)
+        return found.mixed() if self.mixed and not self.cuda else found
 
     def _time(self) -> Timing | None:
         """Time the run's usual batch; None on a GPU, and with several processes."""

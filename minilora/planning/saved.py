@@ -177,7 +177,7 @@ class SavedBytes:
     def _run(self, rows: int, tokens: int) -> Saved:
         inputs, needed, kept = [], [], []
         shared: list[Tensor] = []  # what several blocks are given, such as rotations
-        with self.mode, _saved() as saved, contextlib.ExitStack() as hooks:
+        with self.mode, saved_storages() as saved, contextlib.ExitStack() as hooks:
             own = [*self.model.parameters(), *self.model.buffers()]
             own.append(torch.zeros(rows, tokens, dtype=torch.int64, device=self.device))
 
@@ -217,7 +217,7 @@ class SavedBytes:
 
 
 @contextlib.contextmanager
-def _saved() -> Iterator[dict[int, Any]]:
+def saved_storages() -> Iterator[dict[int, Any]]:
     """Collect the storages that autograd saves, by address; held, so that none comes twice."""
     found: dict[int, Any] = {}
 

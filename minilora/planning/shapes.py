@@ -281,8 +281,7 @@ class Settings:
         format: of the base's linears: None, `"int8"`, `"nf4"` or `"int4"`.
         dtype: of everything else, and of what is computed.
         r: rank.
-        targets: as for `inject`.
-        exclude: likewise.
+        targets, exclude: as for `inject`.
         batch_size: rows of a micro-batch, over all ranks.
         accumulate: micro-batches of a step.
         length: tokens of a row.
@@ -294,9 +293,9 @@ class Settings:
         double_quant: of nf4.
         autocast: whether an f32 base computes in `dtype` under autocast.
         adapter_dtype: of the factors and their gradients.
-        moment_bytes: of one of AdamW's two moments, an element; None: as the factors (an 8-bit
-            optimizer has 1).
+        moment_bytes: of an element of AdamW's moments; None: as the factors (1 with 8-bit Adam).
         learned: share of the predicted tokens that enters the loss, in (0, 1].
+        compile: whether timed blocks are compiled, as the run's are.
     """
 
     format: str | None = None
@@ -317,6 +316,7 @@ class Settings:
     adapter_dtype: torch.dtype = torch.float32
     moment_bytes: int | None = None
     learned: float = 1.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "accumulate", "length", "ranks"):

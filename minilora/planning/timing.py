@@ -17,9 +17,9 @@ from minilora.kernels import hand_back_freed_memory, hardware, integer_way, keep
 from minilora.lora import Survey
 from minilora.planning.machines import forget_peak, isolated, peak_bytes, resident
 from minilora.planning.memory import count_memory, count_planned
-from minilora.planning.saved import copied
+from minilora.planning.saved import copied, saved_storages
 from minilora.planning.shapes import Settings, Shape, planned_model
-from minilora.running import token_loss
+from minilora.running import compiled, token_loss
 
 AGREE = 1.25  # factor within which the middle half of the repeats must lie
 _REPEATS, _MOST = 5, 15  # timed steps, and how many where they disagree
@@ -103,9 +103,12 @@ def _step(
 
 
 def _steps(
-    shape: Shape, settings: Settings, rows: int, clock: Clock
+    shape: Shape, settings: Settings, rows: int, clock: Clock, kept: list[int]
 ) -> Iterator[tuple[float, float]]:
-    """Time steps of a shallow model without end, after one that warms up: the rest, and a block."""
+    """Time steps of a shallow model without end, after one that warms up: the rest, and a block.
+
+    `kept` gets the bytes that lie between forward and backward, if the blocks are compiled.
+    """
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = random_model(shape, settings, _DEPTH).train()
@@ -118,11 +121,27 @@ def _steps(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     inner = _Inner(model, clock)
-    _step(model, batch, optimizer, settings, inner)
-    while True:
-        total, blocks = _step(model, batch, optimizer, settings, inner)
-        block = blocks / inner.count if inner.count else 0.0
-        yield max(0.0, total - blocks - block), block or total
+    with compiled(model, settings.compile):
+        _step(model, batch, optimizer, settings, inner)
+        if settings.compile and hasattr(model, "hidden"):
+            kept.append(_kept(model, batch, settings))
+            inner.at = {}
+        while True:
+            total, blocks = _step(model, batch, optimizer, settings, inner)
+            block = blocks / inner.count if inner.count else 0.0
+            yield max(0.0, total - blocks - block), block or total
+
+
+def _kept(model: Any, batch: Batch, settings: Settings) -> int:
+    """Return the bytes that a pass through the blocks keeps."""
+    with (
+        saved_storages() as saved,
+        torch.autocast("cpu", dtype=settings.dtype, enabled=settings.autocast),
+    ):
+        model.hidden(batch.input_ids)
+    own = [*model.parameters(), *model.buffers(), batch.input_ids]
+    left_out = {one.untyped_storage()._cdata for one in own}
+    return sum(storage.nbytes() for at, storage in saved.items() if at not in left_out)
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,7 @@ class Timing:
         repeats: how many there were.
         beyond: bytes at the peak above those planned for the timed steps, which a whole model takes
             too (what this machine's libraries hold for products); 0 where that is not known.
+        kept: share of the activations counted that the timed blocks keep, 1 unless compiled.
     """
 
     seconds: float
@@ -143,6 +163,7 @@ class Timing:
     high: float
     repeats: int
     beyond: int = 0
+    kept: float = 1.0
 
     @property
     def steady(self) -> bool:
@@ -171,9 +192,9 @@ class Timing:
         )
 
 
-def _summed_up(found: list[float], beyond: int = 0) -> Timing:
+def _summed_up(found: list[float], beyond: int = 0, kept: float = 1.0) -> Timing:
     low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-    return Timing(middle, low, high, len(found), beyond)
+    return Timing(middle, low, high, len(found), beyond, kept)
 
 
 _known: dict[str, Timing] = {}
@@ -191,17 +212,20 @@ def _timed(shape: Shape, settings: Settings, clock: Clock) -> Timing:
     timed = max(1, min(rows, int(_SECONDS * rate * 1e9 / (6 * flops * settings.length))))
     larger = shape.config.vocab_size / narrow.config.vocab_size
     found: list[float] = []
-    for rest, block in _steps(narrow, settings, timed, clock):
+    bytes_kept: list[int] = []
+    for rest, block in _steps(narrow, settings, timed, clock, bytes_kept):
         found.append((rest * larger + block * depth) * rows / timed)
         if len(found) >= _MOST or (len(found) >= _REPEATS and _summed_up(found).steady):
             break
-    beyond = 0
+    beyond, kept = 0, 1.0
+    if bytes_kept:
+        kept = bytes_kept[0] / few.saved(timed, settings.length).total
     if held:
         run = dataclasses.replace(settings, batch_size=timed, ranks=1, parallel=None)
         planned = count_memory(narrow, run, integer=integer_way(), process=held, counted=few)
-        beyond = peak_bytes() - planned.peak
+        beyond = peak_bytes() - planned.keeping(kept).peak
     hand_back_freed_memory()
-    return _summed_up(found, beyond)
+    return _summed_up(found, beyond, kept)
 
 
 def timed_step(shape: Shape, settings: Settings, clock: Clock = time.perf_counter) -> Timing:

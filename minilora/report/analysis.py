@@ -179,7 +179,7 @@ class _Run:
                  say: Callable):  # fmt: skip
         self.survey, self.model, self.adapter = survey, survey.model, adapter
         self.tokenizer, self.say = tokenizer, say
-        self.options = {"batch_size": batch_size, "pad_id": pad_id}
+        self.options: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id}
         self.names = list(survey.with_adapter(adapter))
 
     def on(self):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.data import IGNORE, Example, pad
+from minilora.files import ticking
 from minilora.lora import inference
 from minilora.running import device_of, forward_logits
 
@@ -70,7 +71,12 @@ class ShownExample:
 
 
 def token_losses(
-    model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_id: int = 0
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int = 0,
+    progress: bool = False,
 ) -> list[Tensor]:
     """Return −log p of each learned token, an f32 tensor per example, in the order given.
 
@@ -79,11 +85,13 @@ def token_losses(
         examples: each with a label that counts.
         batch_size: examples at a time; they are sorted by length first.
         pad_id: token id in the padding.
+        progress: show on stderr how far it is, and the time left.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     device = device_of(model)
-    with inference(model):
+    every = sum(len(example.input_ids) for example in examples)
+    with inference(model), ticking("measuring", every, "tokens", progress) as tick:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = pad([examples[i] for i in rows], pad_id).to(device)
@@ -99,6 +107,7 @@ def token_losses(
             losses = torch.cat(parts).cpu().split(counts.sum(1).tolist())
             for i, loss in zip(rows, losses, strict=True):
                 found[i] = loss
+            tick(sum(len(examples[i].input_ids) for i in rows))
     return found
 
 

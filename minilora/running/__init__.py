@@ -2,7 +2,7 @@
 
 from minilora.running.arguments import context_of
 from minilora.running.chat import BASE, Chat
-from minilora.running.compiling import compiled, settle_compile
+from minilora.running.compiling import CompileClock, compiled, settle_compile
 from minilora.running.evaluation import Evaluation, device_of, evaluate, summarize
 from minilora.running.generation import generate
 from minilora.running.loss import Loss, forward_logits, takes_packed, token_loss
@@ -12,6 +12,7 @@ __all__ = [
     "BASE",
     "KINDS",
     "Chat",
+    "CompileClock",
     "Evaluation",
     "Loss",
     "Preference",

@@ -4,8 +4,9 @@ import functools
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,41 @@ def _as_any_other(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*inputs, **named)
 
     return called
+
+
+class CompileClock:
+    """How long torch.compile works, within a `with` block.
+
+    Attributes:
+        seconds: that it took.
+        began: when the compilation began that is under way, None without one.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.began: float | None = None
+
+    def _start(self, *_: object) -> None:
+        self.began = time.perf_counter()
+
+    def _end(self, *_: object) -> None:
+        if self.began is not None:
+            self.seconds += time.perf_counter() - self.began
+        self.began = None
+
+    def __enter__(self) -> "CompileClock":
+        from torch._dynamo.callback import callback_handler as told
+
+        told.register_start_callback(self._start)
+        told.register_end_callback(self._end)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from torch._dynamo.callback import callback_handler as told
+
+        with suppress(ValueError):  # `torch._dynamo.reset` has removed them
+            told.remove_start_callback(self._start)
+            told.remove_end_callback(self._end)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minilora.data import Batch, Batches, as_examples, pad
-from minilora.files import short
+from minilora.files import short, ticking
 from minilora.lora import Survey, inference, widened
 from minilora.running.loss import Loss, token_loss
 from minilora.running.preference import Preference
@@ -59,6 +59,7 @@ def evaluate(
     batch_size: int = 8,
     loss: Loss | None = None,
     pad_id: int = 0,
+    progress: bool = False,
 ) -> Evaluation:
     """Measure loss and perplexity per token, without dropout and without gradients.
 
@@ -75,6 +76,7 @@ def evaluate(
         loss: what to sum, (model, batch) → (sum, tokens); `token_loss` if None. For pairs of
             answers a `minilora.running.Preference`.
         pad_id: token id in the padding, of no influence.
+        progress: show on stderr how far it is, and the time left.
 
     Returns:
         The numbers as found: a loss that is infinite or not a number is not hidden.
@@ -91,8 +93,9 @@ def evaluate(
     total, tokens = 0.0, 0
     device = device_of(model)
     preference = loss if isinstance(loss, Preference) else None
-    batches: Iterable[Batch] = _batches(data, batch_size, pad_id, preference is not None)
-    with inference(model), widened(model):
+    batches = list(_batches(data, batch_size, pad_id, preference is not None))
+    every = sum(batch.input_ids.numel() for batch in batches)
+    with inference(model), widened(model), ticking("evaluating", every, "tokens", progress) as tick:
         if preference is not None:
             batches = [batch.to(device) for batch in batches]
             preference.prepare(model, batches)
@@ -100,6 +103,7 @@ def evaluate(
             part, count = (loss or token_loss)(model, batch.to(device))
             total += float(part)
             tokens += count
+            tick(batch.input_ids.numel())
     return summarize(total, tokens, preference.told() if preference is not None else None)
 
 

@@ -1,9 +1,12 @@
 """Training: configuration, schedule, the loop, and the state that makes a run resumable."""
 
+from minilora.training.boards import check_board
 from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig, learning_rate
 from minilora.training.lock import check_free
 from minilora.training.loop import fit
+from minilora.training.messages import spent
+from minilora.training.progress import chosen_epochs
 from minilora.training.ranks import Ranks, common_dtype, leave, torchrun_number
 from minilora.training.result import FitResult
 from minilora.training.sharding import sharded
@@ -14,12 +17,15 @@ __all__ = [
     "FitResult",
     "Ranks",
     "TrainConfig",
+    "check_board",
     "check_free",
     "check_out",
+    "chosen_epochs",
     "common_dtype",
     "fit",
     "learning_rate",
     "leave",
     "sharded",
+    "spent",
     "torchrun_number",
 ]

@@ -125,7 +125,8 @@ class TrainConfig:
     )
     epochs: float | None = option(
         None,
-        "Passes over the data; may be a fraction. None: 1, unless another limit is set.",
+        "Passes over the data; may be a fraction. None: as many as make about 100 steps, from 1 to "
+        "10, unless max_steps is set.",
         number(f"a finite number above 0, at most {MOST:,}", lambda x: 0 < x <= MOST, none=True),
         may_differ=True,
     )
@@ -227,7 +228,18 @@ class TrainConfig:
         may_differ=True,
     )
     log_every: int = option(
-        10, "Steps between plain log lines.", whole(), metavar="STEPS", may_differ=True
+        10,
+        "Steps between plain log lines. After five seconds of silence the next step has one too.",
+        whole(),
+        metavar="STEPS",
+        may_differ=True,
+    )
+    log: Literal["tensorboard", "wandb", "trackio"] | None = option(
+        None,
+        "Board that losses, rates and speed go to as well. `tensorboard` writes into out; `wandb` "
+        "and `trackio` into their project `minilora`, the run named as out is. Their packages are "
+        "installed apart.",
+        may_differ=True,
     )
 
     def __post_init__(self) -> None:

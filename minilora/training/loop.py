@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Batch, Batches
+from minilora.data import Batch
 from minilora.files import one_line
 from minilora.lora import inference
-from minilora.planning import Forecast
-from minilora.running import Loss, device_of
+from minilora.running import CompileClock, Loss, device_of
 from minilora.training import messages
+from minilora.training.boards import board, check_board
 from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig
 from minilora.training.feed import Feed
+from minilora.training.forecasting import forecast
 from minilora.training.gradient import Gradient
 from minilora.training.health import Health
 from minilora.training.lock import FolderLock, check_free
@@ -102,6 +103,7 @@ def fit(
     if out == "":
         raise ValueError("out must name a folder, found ''; pass None to leave nothing behind")
     folder = None if out is None else Path(out)
+    check_board(config.log, folder)
     lock = None
     ranks = Ranks(config.parallel, device_of(model))
     if folder is not None and ranks.rank == 0:
@@ -120,42 +122,27 @@ def fit(
     try:
         with interruptible() as interrupted, training(run):
             rank0 = ranks.rank == 0
+            clock = CompileClock()
             monitor = Monitor(
                 run.total, run.step, folder if rank0 else None, config.log_every,
-                quiet or not rank0, told,
+                quiet or not rank0, told, clock,
             )  # fmt: skip
-            with closing(monitor):
-                forecast = _forecast(run, monitor) if plan and rank0 else None
+            log = config.log if rank0 else None
+            with (
+                closing(monitor),
+                clock if run.compile else nullcontext(),
+                board(log, folder, config.to_dict(), run.step) as boards,
+            ):
+                told.objects += boards
+                planned = forecast(run, monitor) if plan and rank0 else None
                 result = _Loop(run, monitor, interrupted, sample).train()
-                if forecast is not None:
-                    forecast.after()
+                if planned is not None:
+                    planned.after()
                 return result
     finally:
         ranks.close()
         if lock is not None:
             lock.release()
-
-
-def _forecast(run: Run, monitor: Monitor) -> Forecast:
-    """Plan a run that is about to begin, and follow its steps."""
-    if run.preference is not None:
-        raise ValueError(
-            f"plan=True (--plan) knows no loss over pairs of answers, found "
-            f"loss={run.preference.kind!r}; leave it out"
-        )
-    if not isinstance(run.batches, Batches):
-        raise ValueError("plan=True needs a list of examples, found a stream; plan its size apart")
-    config, ranks = run.config, run.ranks
-    minutes = config.max_minutes
-    forecast = Forecast(
-        run.model, run.batches, run.dtype, config.accumulate, config.checkpointing,
-        ranks.world_size, ranks.parallel, monitor.say,
-        steps=None if run.total is None else run.total - run.step,
-        minutes=None if minutes is None else minutes - run.elapsed / 60,
-        elapsed=run.elapsed,
-    )  # fmt: skip
-    monitor.callbacks.objects.append(forecast)
-    return forecast
 
 
 class _InterruptedError(Exception):
@@ -180,12 +167,13 @@ class _Loop:
         self.losses: list[float] = []
         self.start = run.step
         self.updating = False
-        self.saved = seconds()
-        self.took = self.waited = 0.0
+        self.saved = self.began = seconds()
+        self.took = self.waited = self.evaluated = 0.0
 
     def train(self) -> FitResult:
         """Step until a limit is reached."""
-        for line in (messages.announcement(self.run), *(f"note: {r}" for r in self.run.remarks)):
+        said = messages.announcement(self.run), messages.choices(self.run)
+        for line in (*said, *(f"note: {r}" for r in self.run.remarks)):
             self.monitor.say(line)
         try:
             try:
@@ -243,6 +231,7 @@ class _Loop:
         return every is not None and step % every == 0 and step != self.run.total
 
     def _save(self) -> None:
+        self.monitor.begin("saving")
         self.run.save()
         self.saved = seconds()
         if self.run.out is not None:
@@ -271,6 +260,7 @@ class _Loop:
         """Do one optimizer step, or skip it where loss or gradient are not finite."""
         run = self.run
         lr, begin = run.rate(), seconds()
+        self.monitor.begin(f"step {run.step + 1}")
         self.health.begin()
         value, norm, tokens = self.gradient.of(micro)
         pairs = None
@@ -340,12 +330,16 @@ class _Loop:
                 raise _InterruptedError
             return run.eval_loss(model, batch)
 
-        with self._autocast():
-            evaluation = evaluate(run, run.valid, loss)
+        begin = seconds()
+        tokens = sum(len(example.input_ids) for example in run.valid.examples)
+        with self._autocast(), self.monitor.evaluating(tokens) as tick:
+            evaluation = evaluate(run, run.valid, loss, tick)
+        self.evaluated += seconds() - begin
         self.monitor.evaluation(run.step, evaluation)
         if run.keep(evaluation) and run.step:
             run.save_adapter()
         if self.sample is not None:
+            self.monitor.begin("sampling")
             with inference(run.model), self._autocast():
                 self.monitor.sample(run.step, self.sample(run.model))
 
@@ -381,11 +375,15 @@ class _Loop:
             except Exception as error:  # whatever it is: the run is whole without it
                 self.monitor.say(one_line(f"{CURVE_FILE} could not be drawn in {run.out}: {error}"))
         waited = self.waited / self.took if self.took else 0.0
-        if (line := messages.conclusion(run, stopped)) is not None:
+        if (line := messages.conclusion(run, stopped, self.start)) is not None:
             self.monitor.say(line)
         if self.took and self.ranks.rank == 0:
             self.monitor.say(f"{waited:.2%} of the training time went into waiting for data")
         for parameter in run.names:
             parameter.grad = None
-        return FitResult(run.step, stopped, run.elapsed / 60, run.tokens, run.skipped, run.before,
-                         run.best, run.best_step, self.losses, waited)  # fmt: skip
+        result = FitResult(run.step, stopped, run.elapsed / 60, run.tokens, run.skipped,
+                           run.before, run.best, run.best_step, self.losses, waited,
+                           self.took / 60, self.evaluated / 60,
+                           self.monitor.clock.seconds / 60)  # fmt: skip
+        self.monitor.say(messages.times(result, (seconds() - self.began) / 60))
+        return result

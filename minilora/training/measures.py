@@ -1,5 +1,7 @@
 """What a run measures besides its losses, on one process or several."""
 
+from collections.abc import Callable
+
 import torch
 
 from minilora.data import Batches, pad
@@ -8,8 +10,11 @@ from minilora.running import Evaluation, Loss, summarize
 from minilora.training.run import Run
 
 
-def evaluate(run: Run, valid: Batches, loss: Loss) -> Evaluation:
-    """Evaluate with each rank taking a part of each batch; sums are over all ranks' tokens."""
+def evaluate(run: Run, valid: Batches, loss: Loss, tick: Callable[[int], None]) -> Evaluation:
+    """Evaluate with each rank taking a part of each batch; sums are over all ranks' tokens.
+
+    `tick` is told of the tokens that were processed, as they are.
+    """
     ranks = run.ranks
     examples = sorted(valid.examples, key=lambda example: len(example.input_ids))
     total, tokens = 0.0, 0
@@ -26,6 +31,7 @@ def evaluate(run: Run, valid: Batches, loss: Loss) -> Evaluation:
                 part, count = loss(run.model, batch)
                 total += float(part) if rows else 0.0
                 tokens += int(count) if rows else 0
+            tick(ranks.world_size * sum(len(example.input_ids) for example in rows))
     total, counted = ranks.all_reduce(total, tokens)
     pairs = preference.told(ranks.all_reduce) if preference is not None else None
     return summarize(total, int(counted), pairs)

@@ -1,5 +1,8 @@
 """What a run says when it begins and when it ends, well or not."""
 
+from minilora.data import Batches
+from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, chosen_epochs
+from minilora.training.result import FitResult
 from minilora.training.run import Run
 from minilora.training.state import LAST, has_state
 
@@ -29,8 +32,42 @@ def announcement(run: Run) -> str:
     ).replace("torch.", "")
 
 
-def conclusion(run: Run, stopped: str) -> str | None:
-    """Return the line that says how a run ended, where there is something to say."""
+def choices(run: Run) -> str:
+    """Return the line that says how a run learns, and why so long where nobody said how long."""
+    config = run.config
+    layer = next(one for one in run.layers.values() if run.adapter in one.adapters)
+    warmup = (
+        f"{config.warmup:.0%}" if config.warmup_steps is None else f"{config.warmup_steps} steps"
+    )
+    said = (
+        f"learning rate {config.lr:g} after {warmup} of warmup, {config.schedule}; scaling "
+        f"{layer.adapters[run.adapter].scaling:g}; {config.batch_size * config.accumulate} rows a "
+        f"step"
+    )
+    if not isinstance(run.batches, Batches):
+        return said
+    rows = len(run.batches.examples)
+    epochs = chosen_epochs(config, rows)
+    if epochs is None:
+        return said
+    why = ""
+    if config.epochs is None:
+        why = f", as a first result takes about {ENOUGH_STEPS} steps (epochs, --epochs)"
+        if epochs in (1, MOST_EPOCHS):
+            why = f", chosen from 1 to {MOST_EPOCHS} by their number (epochs, --epochs)"
+    return f"{said}; {epochs:g} epoch{'' if epochs == 1 else 's'} of {rows:,} rows{why}"
+
+
+def conclusion(run: Run, stopped: str, began: int) -> str | None:
+    """Return the line that says how a run ended, where there is something to say.
+
+    `began` is the step from which this call went on.
+    """
+    if stopped in ("finished", "time", "early") and 0 < run.step == began:
+        return (
+            f"the run was finished already: it had come to its end after step {run.step}, and no "
+            f"step was left; a higher limit (epochs, max_steps, max_minutes) goes on"
+        )
     if stopped == "interrupted" and run.step == 0:
         return "stopped before the first step: nothing was trained or saved"
     if stopped == "interrupted":
@@ -50,6 +87,23 @@ def conclusion(run: Run, stopped: str) -> str | None:
     if run.valid is not None and run.best is None:
         return "no evaluation was finite: the adapter is that of the last step"
     return None
+
+
+def times(result: FitResult, whole: float) -> str:
+    """Return the line that says where a call's time went; `whole` is all of it, in minutes."""
+    parts = [f"training {spent(result.trained)}"]
+    if result.evaluating:
+        parts.append(f"evaluation {spent(result.evaluating)}")
+    if result.compiling:
+        parts.append(f"of both {spent(result.compiling)} compiling")
+    return f"time: {', '.join(parts)}; {spent(whole)} in all"
+
+
+def spent(minutes: float) -> str:
+    """Write a time in the unit that suits it."""
+    if minutes < 2:
+        return f"{60 * minutes:.0f} s" if minutes > 0.15 else f"{60 * minutes:.1f} s"
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def too_many_bad_steps(run: Run, bad: int) -> RuntimeError:

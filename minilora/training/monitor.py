@@ -1,17 +1,27 @@
 """What a run shows and leaves behind: progress, metrics.jsonl and a loss curve."""
 
-import importlib.util
 import io
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from minilora.files import UnwritableError, import_extra, open_plain, write
-from minilora.running import Evaluation
+from minilora.files import (
+    SILENCE,
+    UnwritableError,
+    every_so_often,
+    import_extra,
+    on_terminal,
+    open_plain,
+    print_line,
+    ticking,
+    write,
+)
+from minilora.running import CompileClock, Evaluation
 from minilora.training.callbacks import Callbacks
 
 METRICS_FILE = "metrics.jsonl"
@@ -21,13 +31,16 @@ CURVE_FILE = "loss.png"
 class Monitor:
     """Show progress (a bar on a terminal with tqdm, plain lines otherwise) and append metrics.
 
+    Nothing is silent for more than five seconds: what takes longer is said to be under way.
+
     Args:
         total: steps planned, or None under a time limit alone.
         start: steps already done.
         out: the run's folder, or None to leave nothing behind.
         every: steps between plain lines.
         quiet: show nothing.
-        callbacks: are told what is recorded and said.
+        callbacks: are told what is recorded and said, but not that something is under way.
+        clock: of what is compiled.
     """
 
     def __init__(
@@ -38,14 +51,17 @@ class Monitor:
         every: int,
         quiet: bool = False,
         callbacks: Callbacks | None = None,
+        clock: CompileClock | None = None,
     ):
         self.total, self.every, self.quiet = total, every, quiet
-        self.callbacks = callbacks or Callbacks()
+        self.callbacks, self.clock = callbacks or Callbacks(), clock or CompileClock()
         self.file = None if out is None else out / METRICS_FILE
         if self.file is not None:
             _keep_until(self.file, start)
+        self.doing, self.since = "preparing", seconds()
+        self.said = self.since
         self.bar: Any = None
-        if not quiet and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+        if not quiet and on_terminal():
             from tqdm import tqdm
 
             # Without tqdm's own estimate of the time left, which counts evaluations as steps.
@@ -56,6 +72,36 @@ class Monitor:
                 dynamic_ncols=True,
                 bar_format=f"{done} [{{elapsed}}{{postfix}}]",
             )
+        self._watched = ExitStack()
+        if not quiet:
+            self._watched.enter_context(every_so_often(self._look))
+
+    def begin(self, doing: str) -> None:
+        """Note what is under way from now on."""
+        self.doing, self.since = doing, seconds()
+
+    def _look(self) -> None:
+        """Let the bar's clock go on, or break a silence."""
+        if self.bar is not None:
+            self.bar.refresh()
+        elif seconds() - self.said >= SILENCE:
+            compiling = "" if self.clock.began is None else ", compiling"
+            self._print(f"{self.doing}: {seconds() - self.since:.0f} s so far{compiling}")
+
+    def _print(self, line: str) -> None:
+        self.said = seconds()
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print_line(line)
+
+    @contextmanager
+    def evaluating(self, tokens: int) -> Iterator[Callable[[int], None]]:
+        """Show an evaluation of so many tokens under way; yield what counts those that are done."""
+        self.begin("evaluating")
+        with ticking("evaluating", tokens, "tokens", not self.quiet, self._print) as tick:
+            yield tick
+        self.begin("saving")
 
     def step(self, row: dict, left: float | None) -> None:
         """Record one optimizer step; `left` is the time left in seconds, if known."""
@@ -69,13 +115,19 @@ class Monitor:
                 refresh=False,
             )
             self.bar.update()
-        elif row["step"] % self.every == 0 or row["step"] == self.total or row["step"] == 1:
+        elif self._due(row["step"]):
             of = f"/{self.total}" if self.total else ""
             self.say(
                 f"step {row['step']:>4}{of}  loss {row['loss']:.4f} {_of_pairs(row)} "
                 f"lr {row['lr']:.2e}  grad "
                 f"{row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} learned tokens/s  {time_left}"
             )
+
+    def _due(self, step: int) -> bool:
+        """Return whether a step has a plain line: every so many, or it would be silent too long."""
+        now = seconds()  # the next step takes about as long as this one
+        silent = not self.quiet and now - self.said + now - self.since >= SILENCE
+        return step % self.every == 0 or step in (1, self.total) or silent
 
     def evaluation(self, step: int, measured: Evaluation) -> None:
         """Record one evaluation."""
@@ -98,15 +150,12 @@ class Monitor:
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""
         self.callbacks("on_log", line)
-        if self.quiet:
-            return
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        if not self.quiet:
+            self._print(line)
 
     def close(self) -> None:
         """End the bar."""
+        self._watched.close()
         if self.bar is not None:
             self.bar.close()
 

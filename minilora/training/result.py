@@ -22,6 +22,9 @@ class FitResult:
             evaluation was better than the one before the first step.
         losses: training loss of each step of this call, without the skipped ones.
         data_wait: share of this call's training time spent waiting for batches, in [0, 1].
+        trained: minutes of training in this call alone.
+        evaluating: minutes that this call's evaluations took.
+        compiling: minutes that torch.compile took in this call, in steps and evaluations.
     """
 
     steps: int
@@ -34,3 +37,6 @@ class FitResult:
     best_step: int
     losses: list[float] = field(repr=False)
     data_wait: float = 0.0
+    trained: float = 0.0
+    evaluating: float = 0.0
+    compiling: float = 0.0

@@ -96,10 +96,15 @@ class Run(Progress):
         self._take_data(train, valid, pad_id)
         self._spread()
         self.optimizer = make_optimizer(self.names, config)
-        known = len(self.batches) if isinstance(self.batches, Batches) else None
+        known = len(self.batches.examples) if isinstance(self.batches, Batches) else None
         self.total = planned_steps(config, known)
         if resume:
             self._find_state()
+        if self.valid is None and self.step == 0:
+            self.remarks.append(
+                "nothing is held out, so nothing will say whether the adapter is better on other "
+                "data; valid=… (--valid FILE, --hold-out 5%) does"
+            )
         self.position = self.batches.state_dict()
 
     def _take_model(self) -> None:

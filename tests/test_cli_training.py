@@ -1,0 +1,121 @@
+"""`minilora train`: held-out rows, samples in conversations, boards, and flags that are none."""
+
+import json
+import sys
+
+import pytest
+import test_cli
+from test_cli import run, tiny_folder
+
+from minilora.cli.training import is_chat
+from minilora.data import read_data
+from minilora.loading import read_tokenizer
+
+letters, no_model = test_cli.letters, test_cli.no_model  # fixtures
+
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m.role[0] }} {{ m.content }} <end>{% endfor %}"
+    "{% if add_generation_prompt %}<s> a {% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_folder(tmp_path / "model")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    words = "abcdefgh"
+    texts = [" ".join(words[i % 8 :] + words[: i % 5]) for i in range(20)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.mark.parametrize(("share", "count"), [("10%", 2), ("0.1", 2), ("4", 4)])
+def test_rows_are_held_out_where_asked(folder, rows, tmp_path, capsys, share, count):
+    train = ["train", folder, "--data", rows, "--max-length", 16, "--max-steps", 2]
+    assert run(*train, "--hold-out", share, "--out", tmp_path / "a") == 0
+    said = capsys.readouterr()
+    assert "held out before:" in said.out and "nothing is held out" not in said.err
+    assert "held-out examples are trained on too" not in said.err
+    assert f"held out: {count} of 20 examples" in said.err
+
+
+def test_hold_out_is_a_share_or_a_number_and_stands_alone(rows, tmp_path, capsys, no_model):
+    train = ["train", "model", "--data", rows, "--out", tmp_path / "a"]
+    for word in ("0", "100%", "-5%", "half", "1.5", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            run(*train, f"--hold-out={word}")
+        said = capsys.readouterr().err
+        assert "must be a share below 100%, as 5%, or a number of rows, found" in said
+    for other in (("--valid", rows), ("--stream",)):
+        assert run(*train, "--hold-out", "5%", *other) == 2
+        said = capsys.readouterr().err
+        assert f"--hold-out takes rows away from --data, found {other[0]} too" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "m", "--dta", "x.jsonl", "--out", "o"],
+         "minilora train: unknown argument '--dta'; nearest: --data (see minilora train --help)\n"),
+        (["train", "m", "--data", "x.jsonl", "--out", "o", "--epoch=3", "--learning-rate", "1"],
+         "minilora train: unknown argument '--learning-rate'"),
+        (["chat", "m", "--adaptor", "a"], "unknown argument '--adaptor'; nearest: --adapter"),
+        (["train", "m", "--data", "x"], "the following arguments are required: --out"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_is_none_is_one_line_with_the_nearest(words, said, capsys, no_model):
+    with pytest.raises(SystemExit) as ended:
+        run(*words)
+    found = capsys.readouterr().err
+    assert ended.value.code == 2 and said in found and found.count("\n") == 1
+
+
+def test_a_missing_board_is_said_before_the_model(letters, tmp_path, capsys, no_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    train = ["train", "model", "--data", letters, "--out", tmp_path / "a"]
+    assert run(*train, "--log", "wandb") == 2
+    assert "log='wandb' (--log wandb) needs wandb" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_run_toml_shows_what_was_chosen(folder, rows, tmp_path):
+    train = ["train", folder, "--data", rows, "--max-length", 16, "--minutes", 5]
+    assert run(*train, "--r", 2, "--lr", 1e-3, "--out", tmp_path / "a") == 0
+    import tomllib
+
+    found = tomllib.loads((tmp_path / "a" / "run.toml").read_text())
+    assert found["train"]["epochs"] == 10 and found["train"]["lr"] == 1e-3
+    assert found["train"]["max_minutes"] == 5 and found["adapter"]["r"] == 2
+    assert found["train"]["betas"] == [0.9, 0.999] and "max_steps" not in found["train"]
+
+
+def test_samples_are_asked_as_the_data_is(folder, tmp_path, capsys):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    tokenizer = read_tokenizer(folder)
+    answers = "efghijkl"
+    talk = [
+        {"messages": [{"role": "user", "content": "b c"}, {"role": "assistant", "content": x}]}
+        for x in answers
+    ]
+    plain = [{"prompt": "b c", "completion": f" d {x}"} for x in answers]
+    assert is_chat(read_data(talk, tokenizer)[0], tokenizer)
+    assert not is_chat(read_data(plain, tokenizer)[0], tokenizer)
+    assert is_chat(read_data(plain, tokenizer, chat_prompts=True)[0], tokenizer)
+    for name, records, said in (("talk", talk, "sample: b c → "), ("plain", plain, "sample: b c")):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in records))
+        train = ["train", folder, "--data", file, "--hold-out", 2, "--max-steps", 1]
+        assert run(*train, "--sample", "b c", "--out", tmp_path / name) == 0
+        found = capsys.readouterr().err
+        assert said in found and ("→" in found) == (name == "talk")
+
+
+def test_the_template_reads_no_tokenizer_without_one(folder):
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer.chat_template is None
+    assert not is_chat(read_data([{"text": "a b"}], tokenizer)[0], tokenizer)

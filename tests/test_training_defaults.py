@@ -1,0 +1,82 @@
+"""What a run chooses where nobody says it, and what it says of that."""
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from training_models import examples, fit, tiny
+
+from minilora.training import TrainConfig, chosen_epochs
+from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, planned_steps
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"), [(1, 10), (40, 10), (80, 10), (88, 10), (280, 3), (793, 1), (4000, 1)]
+)
+def test_small_data_is_passed_over_more_often(rows, epochs):
+    assert chosen_epochs(TrainConfig(batch_size=8), rows) == epochs
+
+
+@given(st.integers(1, 10**6), st.integers(1, 64), st.integers(1, 8))
+def test_enough_steps_are_made_where_ten_passes_can(rows, batch_size, accumulate):
+    config = TrainConfig(batch_size=batch_size, accumulate=accumulate)
+    epochs, steps = chosen_epochs(config, rows), planned_steps(config, rows)
+    assert 1 <= epochs <= MOST_EPOCHS and epochs == int(epochs)
+    assert steps == epochs * math.ceil(math.ceil(rows / batch_size) / accumulate)
+    assert steps >= ENOUGH_STEPS or epochs == MOST_EPOCHS
+    assert epochs == 1 or (epochs - 1) * steps / epochs < ENOUGH_STEPS  # and no pass too many
+
+
+def test_what_is_said_goes_before_what_is_chosen():
+    assert chosen_epochs(TrainConfig(epochs=0.5), 40) == 0.5
+    assert chosen_epochs(TrainConfig(max_steps=7), 40) is None
+    assert planned_steps(TrainConfig(max_steps=7), 40) == 7
+    assert planned_steps(TrainConfig(max_steps=7, epochs=1), 40) == 5
+    assert planned_steps(TrainConfig(max_minutes=1), 40) == 50
+    assert planned_steps(TrainConfig(max_minutes=1), None) is None  # a stream
+
+
+def test_a_run_says_what_it_chose_and_why(capsys):
+    fit(tiny(), quiet=False, epochs=None, max_minutes=60, lr=1e-2)
+    said = capsys.readouterr().err
+    assert "learning rate 0.01 after 5% of warmup, cosine; scaling 1.5; 4 rows a step; " in said
+    assert "10 epochs of 23 rows, chosen from 1 to 10 by their number (epochs, --epochs)" in said
+    assert "for 60 steps or 60 minutes, whichever ends first" in said
+    fit(tiny(), examples(100), quiet=False, epochs=None)
+    why = "4 epochs of 100 rows, as a first result takes about 100 steps (epochs, --epochs)"
+    assert why in capsys.readouterr().err
+    fit(tiny(), quiet=False, epochs=1, warmup_steps=2)
+    said = capsys.readouterr().err
+    assert "after 2 steps of warmup" in said and said.count("1 epoch of 23 rows\n") == 1
+    fit(tiny(), quiet=False, max_steps=1)
+    assert re.search(r"4 rows a step\n", capsys.readouterr().err)
+
+
+def test_a_run_without_held_out_data_says_so(capsys):
+    fit(tiny(), quiet=False, max_steps=1)
+    said = capsys.readouterr().err
+    assert said.count("nothing is held out") == 1 and "--hold-out 5%" in said
+    fit(tiny(), valid=examples(3, seed=9), quiet=False, max_steps=1)
+    assert "nothing is held out" not in capsys.readouterr().err
+
+
+def test_a_finished_run_says_that_there_is_nothing_left(tmp_path, capsys):
+    fit(tiny(), max_steps=3, out=tmp_path)
+    fit(tiny(), max_steps=3, out=tmp_path, resume=True, quiet=False)
+    assert "the run was finished already: it had come to its end after step 3" in (
+        capsys.readouterr().err
+    )
+    fit(tiny(), max_steps=4, out=tmp_path, resume=True, quiet=False)
+    assert "finished already" not in capsys.readouterr().err
+
+
+def test_a_run_says_where_its_time_went(tmp_path, capsys):
+    result = fit(tiny(), valid=examples(3, seed=9), quiet=False, max_steps=2)
+    said = capsys.readouterr().err
+    assert re.search(r"time: training [\d.]+ s, evaluation [\d.]+ s; [\d.]+ s in all", said)
+    assert result.evaluating > 0 and 0 < result.trained == pytest.approx(result.minutes)
+    assert result.compiling == 0
+    fit(tiny(), quiet=False, max_steps=1)
+    assert re.search(r"time: training [\d.]+ s; [\d.]+ s in all", capsys.readouterr().err)
