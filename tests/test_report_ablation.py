@@ -9,7 +9,8 @@ from report_models import Causal, causal, filled, sentences
 import minilora
 from minilora.lora.layer import lora_layers
 from minilora.report.ablation import ablate, kinds_of, only, parts_of
-from minilora.report.tokens import measured, token_losses
+from minilora.report.tokens import measured
+from minilora.running.paired import token_losses
 
 PARTS = {
     "whole adapter": "",

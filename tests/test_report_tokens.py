@@ -17,9 +17,9 @@ from minilora.report.tokens import (
     measured,
     pieces,
     shown,
-    token_losses,
 )
 from minilora.running.evaluation import evaluate
+from minilora.running.paired import token_losses
 
 
 def oracle(model, example):
@@ -31,10 +31,16 @@ def oracle(model, example):
     return [-logs[t - 1, y] for t, y in enumerate(example.labels) if t and y != -100]
 
 
+def test_packed_rows_are_refused():
+    """Their documents would see each other."""
+    with pytest.raises(ValueError, match="found 2 packed into example 0; do not pack them"):
+        token_losses(causal(), [Example([1, 2, 3, 4], [1, 2, 3, 4], (2, 2))], batch_size=1)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 @pytest.mark.parametrize("chunk", [2**24, 30])
 def test_token_losses_are_those_of_each_example_alone(batch_size, chunk, monkeypatch):
-    monkeypatch.setattr("minilora.report.tokens.CHUNK", chunk)
+    monkeypatch.setattr("minilora.running.paired.CHUNK", chunk)
     model, examples = causal(), sentences(7)
     model.train()
     found = token_losses(model, examples, batch_size=batch_size, pad_id=3)

@@ -40,6 +40,7 @@ from minilora.running import BASE
     "--batch-size",
     arg("--seed", type=integer, default=0, help="of the bootstrap (default: 0)"),
     arg("--json", type=Path, metavar="FILE", help="write everything as JSON"),
+    arg("--html", type=Path, metavar="FILE", help="write one page with the intervals drawn"),
     *ENCODING,
 )
 def compare(options: argparse.Namespace) -> int:
@@ -74,4 +75,6 @@ def compare(options: argparse.Namespace) -> int:
     print(found)
     if options.json is not None:
         print(f"JSON in {found.to_json(options.json)}")
+    if options.html is not None:
+        print(f"page in {found.to_html(options.html)}")
     return 0

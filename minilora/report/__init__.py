@@ -3,7 +3,7 @@
 from minilora.report.ablation import Ablation, ablate
 from minilora.report.analysis import explain
 from minilora.report.answers import AnswerDifference
-from minilora.report.contest import Contest, Difference, compare
+from minilora.report.contest import Contest, compare
 from minilora.report.explanation import Behaviour, Explanation
 from minilora.report.spectra import LayerReport
 from minilora.report.subspace import (
@@ -13,6 +13,7 @@ from minilora.report.subspace import (
     subspaces,
     truncate,
 )
+from minilora.running import Difference
 
 __all__ = [
     "Ablation",

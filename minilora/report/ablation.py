@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from minilora.data import Example
 from minilora.lora import Survey, split_block
-from minilora.report.tokens import measured, token_losses
+from minilora.report.tokens import measured
+from minilora.running import token_losses
 
 COPIES = "trained copies"
 OUTSIDE = "outside blocks"

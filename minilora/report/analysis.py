@@ -16,7 +16,8 @@ from minilora.report.attention import Attention, attention_masses, word_ids
 from minilora.report.explanation import Behaviour, CopyReport, Explanation
 from minilora.report.spectra import layer_report
 from minilora.report.subspace import check_keep, is_product, subspaces, truncate
-from minilora.report.tokens import Measured, effects, gap, measured, shown, token_losses
+from minilora.report.tokens import Measured, effects, gap, measured, shown
+from minilora.running import token_losses
 
 LARGEST = 2048  # the shorter side of a weight whose singular vectors are found
 SHOWN = 3  # examples told token by token

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from minilora.data import IGNORE, Example
 from minilora.files import short
-from minilora.running import generate
+from minilora.running import FEWEST, generate
 
 Check = Callable[[str, str], bool]  # the answer written, and the one in the data
 
@@ -25,6 +26,9 @@ class AnswerDifference:
     Attributes:
         only_first, only_second: questions that only one of them answers rightly.
         p: how likely at least so uneven a split is if neither is better (McNemar, two-sided).
+        even: the share of these questions that the second would win if both answers were equally
+            long, and the p of its difference from a half; None with too few of them. See
+            `length_controlled`.
     """
 
     first: str
@@ -32,12 +36,17 @@ class AnswerDifference:
     only_first: int
     only_second: int
     p: float
+    even: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         verdict = "can't tell" if self.p > 0.05 else "a clear difference"
+        even = ""
+        if self.even is not None:
+            share, p = self.even
+            even = f"; with answers of one length it would win {share:.0%} of these, p = {p:.3g}"
         return (
             f"{self.second} answers {self.only_second} rightly that {self.first} does not, and "
-            f"{self.only_first} the other way round: p = {self.p:.3g}, {verdict}"
+            f"{self.only_first} the other way round: p = {self.p:.3g}, {verdict}{even}"
         )
 
 
@@ -109,7 +118,13 @@ def told(
     for name in names[1:]:
         pairs = list(zip(first, good[name], strict=True))
         mine, theirs = pairs.count((True, False)), pairs.count((False, True))
-        differences.append(AnswerDifference(names[0], name, mine, theirs, mcnemar(mine, theirs)))
+        both = zip(pairs, answers[names[0]], answers[name], strict=True)
+        apart = [(b, len(after) - len(before)) for (a, b), before, after in both if a != b]
+        differences.append(
+            AnswerDifference(
+                names[0], name, mine, theirs, mcnemar(mine, theirs), length_controlled(apart)
+            )
+        )
     return {
         "right": {name: sum(each) for name, each in good.items()},
         "answers": tuple(differences),
@@ -122,3 +137,41 @@ def mcnemar(first: int, second: int) -> float:
     both = first + second
     tail = sum(math.comb(both, k) for k in range(min(first, second) + 1))
     return min(1.0, 2 * tail / 2**both)
+
+
+def length_controlled(apart: Sequence[tuple[bool, int]]) -> tuple[float, float] | None:
+    """Return how often the second of two answers would win if both were equally long, and a p.
+
+    A logistic regression of who wins on the difference of lengths, at no difference, as in Dubois
+    et al. 2024 (arXiv:2404.04475); p by the ratio of likelihoods with and without the constant.
+
+    Args:
+        apart: of each question that one of two answered rightly: whether the second did, and how
+            many tokens longer its answer is.
+
+    Returns:
+        None for fewer than 10, or where lengths never differ.
+    """
+    lengths = np.array([longer for _, longer in apart], dtype=np.float64)
+    if len(apart) < FEWEST or not lengths.any():
+        return None
+    won = np.array([won for won, _ in apart], dtype=np.float64)
+    slope = np.tanh(lengths / lengths.std()) if lengths.std() > 0 else np.sign(lengths)
+    full, constant = _logistic(np.stack([np.ones_like(slope), slope], 1), won)
+    alone, _ = _logistic(slope[:, None], won)
+    p = math.erfc(math.sqrt(max(0.0, full - alone)))  # of χ² = 2 (full − alone), 1 degree
+    return 1 / (1 + math.exp(-constant)), p
+
+
+def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Fit by Newton's method; return the log-likelihood and the first coefficient.
+
+    A weak penalty keeps coefficients finite where the data would not.
+    """
+    weights, penalty = np.zeros(x.shape[1]), 0.01 * np.eye(x.shape[1])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-x @ weights))
+        curvature = (x.T * (p * (1 - p))) @ x + penalty
+        weights = weights + np.linalg.solve(curvature, x.T @ (y - p) - penalty @ weights)
+    z = x @ weights
+    return float((y * z - np.logaddexp(0, z)).sum()), float(weights[0])

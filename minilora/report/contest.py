@@ -1,7 +1,7 @@
 """Which of several adapters is better on held-out data, with how sure that is.
 
-All are measured on the same examples, so differences count, example by example: intervals from a
-paired bootstrap (Efron and Tibshirani 1993, chapter 13), answers by McNemar's exact test.
+All are measured on the same examples, so differences count, example by example: intervals from
+`running.paired_difference`, answers by McNemar's exact test.
 """
 
 from __future__ import annotations
@@ -14,69 +14,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minilora.data import Example, as_examples
-from minilora.files import short, write_json
+from minilora.files import short, write, write_json
 from minilora.lora import Survey
 from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, start_of, told
-from minilora.report.tokens import decode, token_losses
-from minilora.running import BASE
+from minilora.report.tokens import decode
+from minilora.running import BASE, RESAMPLES, Difference, paired_difference, summed, token_losses
 from minilora.text import as_tokenizer
 
-RESAMPLES = 10_000
-FEWEST = 10  # examples from which an interval means something
 BEFORE = 24  # tokens shown of an example before and after where learning begins
 SHOWN = 3  # examples that gained, and that lost, most
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How the mean loss of one contender differs from another's, in nats per learned token.
+class ShownChange:
+    """An example whose loss changed much.
 
     Attributes:
-        first, second: their names.
-        change: second − first; below 0 the second is better.
-        low, high: 95 % interval of the change.
-        examples, tokens: that it is measured on.
-        more: about how many more examples would make the interval exclude 0; None where it does,
-            or where the change is 0.
+        example: its number in the data.
+        text: what is learned first, and a little of what precedes it.
+        change: from the first contender to the last, in nats per token.
+        answers: what each contender wrote, where answers were asked for.
     """
-
-    first: str
-    second: str
-    change: float
-    low: float
-    high: float
-    examples: int
-    tokens: int
-    more: int | None
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval excludes 0, on enough examples for one."""
-        return self.examples >= FEWEST and (self.low > 0 or self.high < 0)
-
-    def __str__(self) -> str:
-        found = f"{self.change:+.4f} nats a token, 95 % {self.low:+.4f} to {self.high:+.4f}"
-        if self.clear:
-            better, worse = (self.first, self.second)[:: 1 if self.change > 0 else -1]
-            return f"{better} is better than {worse}: {found}"
-        more = f"; about {self.more} more examples would" if self.more is not None else ""
-        if self.examples < FEWEST:
-            more = f"; fewer than {FEWEST} examples never can"
-        return f"{self.first} or {self.second}, can't tell{more}: {found}"
-
-
-@dataclass(frozen=True)
-class ShownChange:
-    """An example whose loss changed much: its number, text, and change in nats per token."""
 
     example: int
     text: str
     change: float
+    answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much of an advantage on training data is missing on held-out data: over-fitting.
+
+    Attributes:
+        change: in nats per token; above 0 some of it is missing.
+        low, high: 95 % interval; the two sets of examples are independent of each other.
+    """
+
+    change: float
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, held: Difference, trained: Difference) -> Gap:
+        """Return the gap of two differences between the same contenders."""
+        change = held.change - trained.change
+        below = math.hypot(held.change - held.low, trained.high - trained.change)
+        above = math.hypot(held.high - held.change, trained.change - trained.low)
+        return cls(change, change - below, change + above)
 
 
 @dataclass(frozen=True)
@@ -86,9 +75,9 @@ class Contest:
     Attributes:
         losses: mean loss of each contender on the data.
         differences: of every later contender from the first.
-        outside: the same on text outside the task.
-        gaps: how much of each contender's advantage over the first on training data is missing on
-            held-out data, in nats per token.
+        among: of the later contenders from each other.
+        outside: of the later contenders from the first, on text outside the task.
+        gaps: the over-fitting of each later contender, where training data was given.
         right: answers that each got right, where they were asked for.
         answers: how the later contenders' answers differ from the first's.
         lengths: mean tokens of each contender's answers.
@@ -98,8 +87,9 @@ class Contest:
 
     losses: Mapping[str, float]
     differences: tuple[Difference, ...]
+    among: tuple[Difference, ...] = ()
     outside: tuple[Difference, ...] = ()
-    gaps: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    gaps: Mapping[str, Gap] = dataclasses.field(default_factory=dict)
     right: Mapping[str, int] = dataclasses.field(default_factory=dict)
     answers: tuple[AnswerDifference, ...] = ()
     lengths: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -112,11 +102,11 @@ class Contest:
         width = max(map(len, self.losses))
         lines = [f"held-out loss over {one.tokens} tokens of {one.examples} examples:"]
         lines += [f"  {name:<{width}}  {loss:.4f}" for name, loss in self.losses.items()]
-        lines += map(str, self.differences)
+        lines += map(str, (*self.differences, *self.among))
         lines += [f"outside the task: {difference}" for difference in self.outside]
         lines += [
-            f"over-fitting: of what {name} gains on training data, {gap:+.4f} nats a token are not "
-            "gained on held-out data"
+            f"over-fitting: of what {name} gains on training data, {gap.change:+.4f} nats a token "
+            f"(95 % {gap.low:+.4f} to {gap.high:+.4f}) are not gained on held-out data"
             for name, gap in self.gaps.items()
         ]
         lines += [
@@ -130,6 +120,12 @@ class Contest:
                 lines.append(f"{title} most, example {each.example}: {each.change:+.3f} a token")
                 lines.append(f"  {short(each.text)}")
         return "\n".join(lines)
+
+    def to_html(self, file: str | Path) -> Path:
+        """Write one page with intervals drawn that needs nothing beside it, and return the path."""
+        from minilora.report.contest_page import contest_page
+
+        return write(file, contest_page(self))
 
     def to_json(self, file: str | Path) -> Path:
         """Write everything as JSON and return the path."""
@@ -205,27 +201,37 @@ def compare(
                 )
             for key, some in examples.items():
                 losses[key][name] = token_losses(model, some, batch_size=batch_size)
-    draws = _Bootstrap(seed, resamples)
-    found = {key: draws.differences(names, each) for key, each in losses.items()}
+    found = {key: _differences(names, each, seed, resamples) for key, each in losses.items()}
     change = _per_example(losses["data"][names[0]], losses["data"][names[-1]])
     order = sorted(range(len(change)), key=lambda i: (change[i], i))
-    shown = [ShownChange(i, _text(examples["data"][i], tokenizer), change[i]) for i in order]
-    gaps = {}
-    for held, trained in zip(found["data"], found.get("train", ()), strict=False):
-        gaps[held.second] = held.change - trained.change
+    gaps = {
+        held.second: Gap.between(held, trained)
+        for held, trained in zip(found["data"], found.get("train", ()), strict=False)
+    }
+    among = [
+        each
+        for i in range(1, len(names) - 1)
+        for each in _differences(names[i:], losses["data"], seed, resamples)
+    ]
     extra: dict[str, Any] = {}
     if judge is not None:
         extra = told(names, answers, examples["data"], tokenizer, judge)
         extra["cut"] = {
             name: sum(len(ids) == max_new_tokens for ids in each) for name, each in answers.items()
         }
+
+    def shown(i: int) -> ShownChange:
+        texts = {name: tokenizer.decode(each[i]) for name, each in answers.items()}
+        return ShownChange(i, _text(examples["data"][i], tokenizer), change[i], texts)
+
     return Contest(
         {name: _mean(each) for name, each in losses["data"].items()},
         found["data"],
+        tuple(among),
         found.get("outside", ()),
         gaps,
-        gained=tuple(each for each in shown[:SHOWN] if each.change < 0),
-        lost=tuple(each for each in shown[::-1][:SHOWN] if each.change > 0),
+        gained=tuple(shown(i) for i in order[:SHOWN] if change[i] < 0),
+        lost=tuple(shown(i) for i in order[::-1][:SHOWN] if change[i] > 0),
         **extra,
     )
 
@@ -251,61 +257,16 @@ def _per_example(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[floa
     return [float((b.double() - a.double()).mean()) for a, b in both]
 
 
-class _Bootstrap:
-    """Intervals by drawing examples with replacement, the same draws for all differences."""
-
-    def __init__(self, seed: int, resamples: int) -> None:
-        self.seed, self.resamples = seed, resamples
-
-    def differences(
-        self, names: Sequence[str], losses: Mapping[str, Sequence[Tensor]]
-    ) -> tuple[Difference, ...]:
-        """Return how all but the first contender differ from the first."""
-        first = losses[names[0]]
-        counts = np.array([len(each) for each in first], dtype=np.float64)
-        return tuple(
-            self._difference(names[0], name, first, losses[name], counts) for name in names[1:]
-        )
-
-    def _difference(
-        self,
-        first: str,
-        second: str,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        counts: np.ndarray,
-    ) -> Difference:
-        both = zip(before, after, strict=True)
-        sums = np.array([float((b.double() - a.double()).sum()) for a, b in both])
-        change, number = float(sums.sum() / counts.sum()), len(sums)
-        draw = np.random.default_rng(self.seed)
-        means = np.empty(self.resamples)
-        for i in range(self.resamples):
-            rows = draw.integers(0, number, number)
-            means[i] = sums[rows].sum() / counts[rows].sum()
-        # Percentiles are too narrow for few examples, by about these two factors.
-        wide = _t975(max(1, number - 1)) / 1.96 * math.sqrt(number / max(1, number - 1))
-        ends = np.quantile(means, (0.025, 0.975))
-        low, high = (change + wide * (float(end) - change) for end in ends)
-        more = None
-        if low <= 0 <= high and change != 0:  # the interval narrows with the root of the number
-            half = max(high - change, change - low)
-            more = max(1, math.ceil(number * ((half / abs(change)) ** 2 - 1)))
-        return Difference(first, second, change, low, high, number, int(counts.sum()), more)
-
-
-def _t975(degrees: int) -> float:
-    """Return Student's t at 0.975; Abramowitz and Stegun 1964, 26.7.5, from 6 degrees on."""
-    exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
-    if degrees <= len(exact):
-        return exact[degrees - 1]
-    z = 1.959964
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
+def _differences(
+    names: Sequence[str], losses: Mapping[str, Sequence[Tensor]], seed: int, resamples: int
+) -> tuple[Difference, ...]:
+    """Return how all but the first contender differ from the first, by the same draws."""
+    first = losses[names[0]]
+    return tuple(
+        paired_difference(names[0], name, summed(first), summed(losses[name]),
+                   [len(each) for each in first], seed=seed, resamples=resamples)
+        for name in names[1:]
+    )  # fmt: skip
 
 
 def _text(example: Example, tokenizer: Any) -> str:

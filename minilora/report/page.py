@@ -4,12 +4,12 @@ A new section, with its chart, is a function here and its position in `page`. A 
 `Explanation` does not hold yet is a field of `LayerReport` (`spectra.py`) or of `Behaviour`.
 """
 
-import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minilora.report.ablation import Ablation
 from minilora.report.attention import Attention
+from minilora.report.elements import boxes, details, document, escaped, figure, section, table
 from minilora.report.explanation import (
     LAYER_HEADER,
     Behaviour,
@@ -22,7 +22,6 @@ from minilora.report.explanation import (
 )
 from minilora.report.plots import arrows, bars, heat_map, spectra, two_lines
 from minilora.report.spectra import DIRECTIONS, SIMILAR, LayerReport
-from minilora.report.style import STYLE
 from minilora.report.subspace import Comparison
 from minilora.report.tokens import ShownExample, TokenEffect
 
@@ -33,7 +32,7 @@ def page(explained: Explanation) -> str:
     """Return the whole page; it holds no script and its policy forbids loading anything."""
     name = explained.about.get("adapter", explained.adapter)
     parts = [
-        f"<h1>What adapter {_e(name)} changed</h1>", *_about(explained),
+        f"<h1>What adapter {escaped(name)} changed</h1>", *_about(explained),
         _subtitle(explained.layers), _cards(explained), *_losses(explained),
         *_size(explained.layers), *_spectra(explained.layers), *_ranks(explained),
         *_intruders(explained.layers),
@@ -46,19 +45,12 @@ def page(explained: Explanation) -> str:
     if explained.comparison is not None:
         parts += _comparison(explained.comparison, explained.layers)
     parts += _tables(explained)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Adapter {_e(name)}</title><style>{STYLE}</style></head>\n"
-        "<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
-    )
+    return document(f"Adapter {name}", parts)
 
 
 def _about(explained: Explanation) -> list[str]:
     said = [(what, told) for what, told in explained.about.items() if what != "adapter"]
-    inside = "".join(f"<dt>{_e(what)}</dt><dd>{_e(told)}</dd>" for what, told in said)
+    inside = "".join(f"<dt>{escaped(what)}</dt><dd>{escaped(told)}</dd>" for what, told in said)
     return [f'<dl class="about">{inside}</dl>'] if said else []
 
 
@@ -69,35 +61,6 @@ def _subtitle(layers: Sequence[LayerReport]) -> str:
     return (
         f"<p>{many} of {r}; W is a layer's weight in the base, ΔW what the adapter adds to it.</p>"
     )
-
-
-def _e(words: object) -> str:
-    return html.escape(str(words))
-
-
-def _section(title: str, about: str) -> str:
-    return f"<h2>{_e(title)}</h2><p>{_e(about)}</p>"
-
-
-def _figure(drawing: str) -> str:
-    return f"<figure>{drawing}</figure>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int | None = None) -> str:
-    """Make a table of text; column `words` is set as text, the first one always."""
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        look = [" class=words" if i == words else "" for i in range(len(cells))]
-        inside = (f"<{tag}{c}>{_e(cell)}</{tag[:2]}>" for c, cell in zip(look, cells, strict=True))
-        return f"<tr>{''.join(inside)}</tr>"
-
-    body = "".join(row("td", cells) for cells in rows)
-    head = row('th scope="col"', header)
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _details(summary: str, inside: str) -> str:
-    return f"<details><summary>{summary}</summary>{inside}</details>"
 
 
 def _cards(explained: Explanation) -> str:
@@ -136,11 +99,7 @@ def _cards(explained: Explanation) -> str:
         count, some, compared = explained.intruders
         words = f"intruder dimensions, in {some} of {compared} layers"
         cards.append((str(count), words, count > 0))
-    items = "".join(
-        f"<li{' class=flag' if flag else ''}><b>{_e(figure)}</b><span>{_e(words)}</span></li>"
-        for figure, words, flag in cards
-    )
-    return f'<ul class="cards">{items}</ul>'
+    return boxes(cards)
 
 
 def _losses(explained: Explanation) -> list[str]:
@@ -158,7 +117,7 @@ def _losses(explained: Explanation) -> list[str]:
         return []
     title = "Loss without and with the adapter"
     about = "Nats per token, from the base (circle) to the adapter (arrow head). Lower is better."
-    return [_section(title, about), _figure(arrows(title, cells))]
+    return [section(title, about), figure(arrows(title, cells))]
 
 
 def _map(
@@ -171,7 +130,7 @@ def _map(
     cells = [(v.kind, "–" if v.block is None else str(v.block)) for v in layers]
     rows = list(dict.fromkeys(v.kind for v in layers))
     cell_values = dict(zip(cells, values, strict=True))
-    return _figure(heat_map(title, columns, rows, cell_values, label, **options))
+    return figure(heat_map(title, columns, rows, cell_values, label, **options))
 
 
 def _size(layers: Sequence[LayerReport]) -> list[str]:
@@ -182,7 +141,7 @@ def _size(layers: Sequence[LayerReport]) -> list[str]:
     )
     shares = [v.relative for v in layers]
     drawn = _map("Size of the change", layers, shares, percent, cap=True)
-    return [_section("Where it changed the model", about), drawn]
+    return [section("Where it changed the model", about), drawn]
 
 
 def _spectra(layers: Sequence[LayerReport]) -> list[str]:
@@ -196,7 +155,7 @@ def _spectra(layers: Sequence[LayerReport]) -> list[str]:
         for kind, inside in kinds.items()
     )
     return [
-        _section("Singular values of the change", "One line per layer: σ of ΔW's directions, the "
+        section("Singular values of the change", "One line per layer: σ of ΔW's directions, the "
                  "largest first, on a logarithmic axis. A steep line needs few ranks, a flat one "
                  "uses all it was given."),
         f'<p>first block <span class="scale"></span> last block</p><div class="row">{drawn}</div>',
@@ -219,9 +178,9 @@ def _ranks(explained: Explanation) -> list[str]:
     suggested = [v.suggested_r for v in explained.layers]
     drawn = _map("Suggested rank", explained.layers, suggested, lambda v: f"{v:.0f}", numbers=True)
     return [
-        _section("Ranks it needs", about),
+        section("Ranks it needs", about),
         drawn,
-        _details("To paste", f"<pre>{_e(call)}</pre>"),
+        details("To paste", f"<pre>{escaped(call)}</pre>"),
     ]
 
 
@@ -237,7 +196,7 @@ def _intruders(layers: Sequence[LayerReport]) -> list[str]:
         f"intruder dimension; here are {new}."
     )
     drawn = _map("Novelty of directions", known, values, lambda v: f"{v:.2f}", top=1 - SIMILAR)
-    return [_section("Directions the base did not have", about), drawn]
+    return [section("Directions the base did not have", about), drawn]
 
 
 def _ablations(behaviour: Behaviour) -> list[str]:
@@ -254,13 +213,13 @@ def _ablations(behaviour: Behaviour) -> list[str]:
         ):
             values = [getattr(a, series) for a in some]
             errors = [getattr(a, f"{series}_error") for a in some]
-            drawn += _figure(bars(title, names, values, errors, kind, wide=470))
+            drawn += figure(bars(title, names, values, errors, kind, wide=470))
     about = (
         f"Nats per token over {examples} examples ({tokens} tokens), with standard errors. Left: "
         f"how far the loss falls with this part of the adapter only. Right: how far it rises when "
         f"only this part is left out; below 0 the rest does better without it."
     )
-    return [_section("Which parts matter", about), f'<div class="halves">{drawn}</div>']
+    return [section("Which parts matter", about), f'<div class="halves">{drawn}</div>']
 
 
 def _effect_rows(effects: Sequence[TokenEffect]) -> list[list[str]]:
@@ -276,7 +235,7 @@ def _spans(example: ShownExample) -> str:
     spans = []
     for token, before, after in zip(example.tokens, example.before, example.after, strict=True):
         if before is None or after is None:
-            spans.append(_e(token))
+            spans.append(escaped(token))
             continue
         change = after - before
         share = min(1.0, abs(change) / STRONG)
@@ -284,7 +243,7 @@ def _spans(example: ShownExample) -> str:
         kind = ' class="lost"' if change > 0.5 else ""
         spans.append(
             f'<span{kind} title="{before:.2f} → {after:.2f}" style="background: color-mix(in srgb, '
-            f'var({colour}) {55 * share:.0f}%, transparent)">{_e(token)}</span>'
+            f'var({colour}) {55 * share:.0f}%, transparent)">{escaped(token)}</span>'
         )
     return f'<pre class="told">{"".join(spans)}</pre>'
 
@@ -296,11 +255,11 @@ def _tokens(behaviour: Behaviour) -> list[str]:
     )
     header = ("token", "nats in all", "times", "most changed", "after")
     tables = "".join(
-        f"<div><h3>{what}</h3>{_table(header, _effect_rows(some), words=4)}</div>"
+        f"<div><h3>{what}</h3>{table(header, _effect_rows(some), words=4)}</div>"
         for what, some in (("Helped most", behaviour.helped), ("Hurt most", behaviour.hurt))
     )
     return [
-        _section("Token by token", about), *map(_spans, behaviour.examples),
+        section("Token by token", about), *map(_spans, behaviour.examples),
         f'<div class="halves">{tables}</div>',
     ]  # fmt: skip
 
@@ -314,7 +273,7 @@ def _attention(attention: Attention) -> list[str]:
     drawn = two_lines(
         "Attention on chosen words", attention.before, attention.after, attention.even, percent
     )
-    return [_section("Attention on chosen words", about), _figure(drawn)]
+    return [section("Attention on chosen words", about), figure(drawn)]
 
 
 def _comparison(comparison: Comparison, layers: Sequence[LayerReport]) -> list[str]:
@@ -328,7 +287,7 @@ def _comparison(comparison: Comparison, layers: Sequence[LayerReport]) -> list[s
     for name, alone in ((first, comparison.only_first), (second, comparison.only_second)):
         if alone:
             about += f" Layers that only {name} changes: {len(alone)}."
-    parts = [_section(f"{first} and {second}", about)]
+    parts = [section(f"{first} and {second}", about)]
     if here:
         shared, layers = [c.shared for c in here], [known[c.name] for c in here]
         parts.append(_map("Shared subspaces", layers, shared, lambda v: f"{v:.2f}"))
@@ -338,21 +297,21 @@ def _comparison(comparison: Comparison, layers: Sequence[LayerReport]) -> list[s
             for c in here
         ]  # fmt: skip
         header = ("module", "cosine", "shared", "angles of outputs", "angles of inputs")
-        parts.append(_details("Angles", _table(header, cells)))
+        parts.append(details("Angles", table(header, cells)))
     return parts
 
 
 def _tables(explained: Explanation) -> list[str]:
-    said = "".join(f"<li>{_e(line)}</li>" for line in verdicts(explained))
+    said = "".join(f"<li>{escaped(line)}</li>" for line in verdicts(explained))
     parts = [
         f"<h2>In words and figures</h2><ul>{said}</ul>",
-        _details(f"All {len(explained.layers)} layers",
-                 _table(LAYER_HEADER, map(layer_row, explained.layers))),
+        details(f"All {len(explained.layers)} layers",
+                 table(LAYER_HEADER, map(layer_row, explained.layers))),
     ]  # fmt: skip
     if explained.copies:
         cells = [[c.name, f"{c.norm:.3g}", f"{c.weight_norm:.3g}"] for c in explained.copies]
         header = ("parameter", "norm of the change", "norm")
-        parts.append(_details("Trained copies of base parameters", _table(header, cells)))
+        parts.append(details("Trained copies of base parameters", table(header, cells)))
     behaviour = explained.behaviour
     if behaviour is not None and behaviour.ablations:
         cells = [
@@ -361,5 +320,5 @@ def _tables(explained: Explanation) -> list[str]:
             for a in behaviour.ablations
         ]  # fmt: skip
         heads = ("part", "layers", "loss without it", "rise", "loss of it alone", "gain")
-        parts.append(_details("All ablations", _table(heads, cells)))
+        parts.append(details("All ablations", table(heads, cells)))
     return parts

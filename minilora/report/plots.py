@@ -313,3 +313,38 @@ def two_lines(
         f"mean over {count} layers {label(means[0])} without, {label(means[1])} with the adapter"
     )
     return svg(wide, height, title, about, body)
+
+
+def intervals(title: str, rows: Sequence[tuple[str, float, float, float, str]]) -> str:
+    """Draw a value with its interval per row about a line at 0, with what to write below it.
+
+    Args:
+        title: of the plot.
+        rows: a name, the value, the ends of its interval, and words.
+    """
+    wide, left, step = 620.0, 16.0, 58.0
+    ends = [0.0, *(end for _, _, low, high, _ in rows for end in (low, high))]
+    low, high = min(ends), max(ends)
+    margin = 0.06 * (high - low) if high > low else 1.0
+    low, high = low - margin, high + margin
+
+    def x(value: float) -> float:
+        return left + (wide - 2 * left) * (value - low) / (high - low)
+
+    floor, body = 14 + step * len(rows), []
+    for mark in ticks(low, high, 6):
+        body += [line(x(mark), 8, x(mark), floor, "axis" if abs(mark) < 1e-12 else "grid"),
+                 text(x(mark), floor + 16, short(mark), "middle", "small")]  # fmt: skip
+    for i, (name, value, start, end, words) in enumerate(rows):
+        y = 8 + step * i + 38
+        kind = "better" if end < 0 else "worse" if start > 0 else "axis"
+        body += [
+            text(left, y - 20, name, kind="strong"),
+            text(wide - left, y - 20, words, "end", "small"),
+            line(x(start), y, x(end), y, f"{kind} thick"),
+            *(line(x(at), y - 5, x(at), y + 5, kind) for at in (start, end)),
+            f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="4.5" '
+            f'class="{"muted" if kind == "axis" else kind}"/>',
+        ]
+    about = "; ".join(f"{name}: {short(a)} to {short(b)}" for name, _, a, b, _ in rows)
+    return svg(wide, floor + 24, title, about, body)

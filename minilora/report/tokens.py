@@ -6,15 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from minilora.data import IGNORE, Example, pad
-from minilora.files import ticking
-from minilora.lora import inference
-from minilora.running import device_of, forward_logits
+from minilora.data import IGNORE, Example
 
-CHUNK = 2**24  # logits widened at a time
 CONTEXT = 12  # tokens shown before the one in question
 
 
@@ -68,47 +63,6 @@ class ShownExample:
     tokens: tuple[str, ...]
     before: tuple[float | None, ...]
     after: tuple[float | None, ...]
-
-
-def token_losses(
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    pad_id: int = 0,
-    progress: bool = False,
-) -> list[Tensor]:
-    """Return −log p of each learned token, an f32 tensor per example, in the order given.
-
-    Args:
-        model: as it is now; without dropout and gradients.
-        examples: each with a label that counts.
-        batch_size: examples at a time; they are sorted by length first.
-        pad_id: token id in the padding.
-        progress: show on stderr how far it is, and the time left.
-    """
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    found: list[Tensor] = [torch.empty(0)] * len(examples)
-    device = device_of(model)
-    every = sum(len(example.input_ids) for example in examples)
-    with inference(model), ticking("measuring", every, "tokens", progress) as tick:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = pad([examples[i] for i in rows], pad_id).to(device)
-            logits = forward_logits(model, batch.input_ids, batch.attention_mask)[:, :-1]
-            labels = batch.labels[:, 1:]
-            counts = labels != IGNORE
-            chosen, wanted = logits[counts], labels[counts]
-            size = max(1, CHUNK // logits.shape[-1])
-            parts = [
-                F.cross_entropy(c.float(), w, reduction="none")
-                for c, w in zip(chosen.split(size), wanted.split(size), strict=True)
-            ]
-            losses = torch.cat(parts).cpu().split(counts.sum(1).tolist())
-            for i, loss in zip(rows, losses, strict=True):
-                found[i] = loss
-            tick(sum(len(examples[i].input_ids) for i in rows))
-    return found
 
 
 def measured(before: Sequence[Tensor], after: Sequence[Tensor]) -> Measured:

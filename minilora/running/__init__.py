@@ -6,13 +6,25 @@ from minilora.running.compiling import CompileClock, compiled, settle_compile
 from minilora.running.evaluation import Evaluation, device_of, evaluate, summarize
 from minilora.running.generation import generate
 from minilora.running.loss import Loss, forward_logits, takes_packed, token_loss
+from minilora.running.paired import (
+    FEWEST,
+    RESAMPLES,
+    Difference,
+    paired_difference,
+    require_unpacked,
+    summed,
+    token_losses,
+)
 from minilora.running.preference import KINDS, Preference
 
 __all__ = [
     "BASE",
+    "FEWEST",
     "KINDS",
+    "RESAMPLES",
     "Chat",
     "CompileClock",
+    "Difference",
     "Evaluation",
     "Loss",
     "Preference",
@@ -22,8 +34,12 @@ __all__ = [
     "evaluate",
     "forward_logits",
     "generate",
+    "paired_difference",
+    "require_unpacked",
     "settle_compile",
     "summarize",
+    "summed",
     "takes_packed",
     "token_loss",
+    "token_losses",
 ]
