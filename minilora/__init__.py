@@ -25,7 +25,7 @@ from minilora.planning import plan
 from minilora.quantization import Quantization
 from minilora.report import compare, explain
 from minilora.running import evaluate, generate
-from minilora.training import TrainConfig, fit
+from minilora.training import TrainConfig, fit, tune
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "save",
     "summary",
     "targets",
+    "tune",
     "unmerge",
 ]
 

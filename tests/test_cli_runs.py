@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on_from_its_folder_alone(place):
     [
         (None, "OUT must be the folder of a run, found no run.toml in"),
         ("command = 3", "run.toml is damaged"),
-        ('command = ["eval"]\nfolder = "x"\n[data]\n[versions]\n', "must be a train command"),
+        ('command = ["eval"]\nfolder = "x"\n[data]\n[versions]\n', "must be train or tune"),
         (
             'command = ["train"]\nfolder = "x"\nprocesses = 2\n[data]\n[versions]\n',
             "the run had 2 processes; give torchrun the command in",

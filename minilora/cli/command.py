@@ -18,6 +18,7 @@ from minilora.cli import (  # noqa: F401 - their verbs
     running,
     runs,
     training,
+    tuning,
 )
 from minilora.cli.arguments import VERBS, Parser, add_arguments, verb
 from minilora.files import one_line, ticking
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=minilora.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    first = ("train", "eval", "generate", "chat")
+    first = ("train", "tune", "eval", "generate", "chat")
     for name in dict.fromkeys((*first, *VERBS)):
         run, arguments = VERBS[name]
         add_arguments(commands.add_parser(name, help=(run.__doc__ or "").rstrip(".")), *arguments)

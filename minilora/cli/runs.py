@@ -129,8 +129,8 @@ def _read(out: Path) -> dict[str, Any]:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
         words, folder, data = found["command"], found["folder"], found["data"]
         strings = [*words, folder, *data, *data.values(), *found["versions"].values()]
-        if words[0] != "train" or not all(isinstance(each, str) for each in strings):
-            raise ValueError("its command must be a train command")
+        if words[0] not in ("train", "tune") or not all(isinstance(each, str) for each in strings):
+            raise ValueError("its command must be train or tune")
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error, 200)}") from None
     if found.get("processes") != 1:
@@ -141,7 +141,7 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 def _again(out: Path, words: list[str], folder: str) -> int:
-    """Run a train command, with `out` as its folder, from where it was given."""
+    """Run a command, with `out` as its folder, from where it was given."""
     from minilora.cli.command import build_parser
 
     if not Path(folder).is_dir():
@@ -153,7 +153,7 @@ def _again(out: Path, words: list[str], folder: str) -> int:
     try:
         options = build_parser().parse_args(words)
         options.out, options.argv = out, words
-        return VERBS["train"][0](options)
+        return VERBS[words[0]][0](options)
     finally:
         os.chdir(here)
 
@@ -176,6 +176,8 @@ def repeat(options: argparse.Namespace) -> int:
     """Run a training again, and say whether the same bits came out."""
     out, new = options.out.absolute(), options.new.absolute()
     run = _read(out)
+    if run["command"][0] == "tune":
+        raise ValueError(f"repeat takes the folder of one run, found a tuning's; name one in {out}")
     check_new_folder(new, "NEW")
     wanted, _ = read_tensors(out / WEIGHTS_FILE)
     from minilora.cli.command import build_parser

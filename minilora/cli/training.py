@@ -33,7 +33,7 @@ from minilora.training import (
 )
 
 
-def _groups(parser: argparse.ArgumentParser) -> None:
+def groups(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that stand in groups of their own."""
     add_arguments(
         parser.add_argument_group("data"),
@@ -41,6 +41,11 @@ def _groups(parser: argparse.ArgumentParser) -> None:
         arg("--pack", action="store_true", help="several documents in a row, kept apart"),
         arg("--stream", action="store_true", help="read .jsonl as needed; needs a limit on steps"),
         arg("--token-cache", type=Path, metavar="FOLDER", help="keep encoded data there"),
+        arg(
+            "--allow-shared",
+            action="store_true",
+            help="take held-out rows that are trained on too, which are refused otherwise",
+        ),
     )
     add_flags(parser.add_argument_group("adapter"), AdapterConfig)
     add_flags(parser.add_argument_group("run"), TrainConfig)
@@ -65,11 +70,6 @@ def _share(text: str) -> float:
     "--data",
     arg("--valid", nargs="+", metavar="FILE", help="held-out data, as --data"),
     arg(
-        "--allow-shared",
-        action="store_true",
-        help="take held-out rows that are trained on too, which are refused otherwise",
-    ),
-    arg(
         "--hold-out",
         type=_share,
         metavar="SHARE",
@@ -86,12 +86,12 @@ def _share(text: str) -> float:
     arg("--adapter", type=Path, help="folder with an adapter to go on with, on any data"),
     arg("--plan", action="store_true", help="say memory and time before, and what they were after"),
     arg("--sample", nargs="+", metavar="PROMPT", help="continue these at each evaluation"),
-    _groups,
+    groups,
 )
 def train(options: argparse.Namespace) -> int:
     """Train an adapter."""
     begun = time.perf_counter()
-    adapter, config = _settings(options)
+    adapter, config = settings(options)
     _check(options, adapter, config)
     if options.resume and only_written(options.out):
         print("nothing of the run had been kept; it begins anew", file=sys.stderr)
@@ -99,7 +99,7 @@ def train(options: argparse.Namespace) -> int:
     if torchrun_number("RANK", 0) == 0:  # before the slow part
         check_free(options.out)
         check_out(options.out, options.resume)
-    encode = _read_data(options)
+    encode = read_data(options)
     if torchrun_number("RANK", 0) == 0 and not options.resume:
         write_run(options)
 
@@ -150,7 +150,7 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], TrainConfig]:
+def settings(options: argparse.Namespace) -> tuple[dict[str, Any], TrainConfig]:
     """Return the adapter's and the run's settings: a flag goes before the file."""
     tables = {"adapter": AdapterConfig, "train": TrainConfig}
     file = read_options(options.config, tables) if options.config else {}
@@ -193,7 +193,7 @@ def _check(options: argparse.Namespace, adapter: dict[str, Any], config: TrainCo
         )
 
 
-def _read_data(options: argparse.Namespace) -> Callable[[Any], tuple[Any, Any]]:
+def read_data(options: argparse.Namespace) -> Callable[[Any], tuple[Any, Any]]:
     """Read the files, before the model; return what encodes them with its tokenizer."""
     if options.stream:
         check_streamed(options.data)

@@ -11,15 +11,24 @@ from minilora.training.ranks import Ranks, common_dtype, leave, torchrun_number
 from minilora.training.result import FitResult
 from minilora.training.sharding import sharded
 from minilora.training.state import check_out
+from minilora.training.trials import RATES, Trial, Tuning
+from minilora.training.tuning import tune
+from minilora.training.tuning_chart import CHART_FILE
+from minilora.training.tuning_record import check_tuning
 
 __all__ = [
+    "CHART_FILE",
+    "RATES",
     "Callbacks",
     "FitResult",
     "Ranks",
     "TrainConfig",
+    "Trial",
+    "Tuning",
     "check_board",
     "check_free",
     "check_out",
+    "check_tuning",
     "chosen_epochs",
     "common_dtype",
     "fit",
@@ -28,4 +37,5 @@ __all__ = [
     "sharded",
     "spent",
     "torchrun_number",
+    "tune",
 ]

@@ -24,6 +24,7 @@ from minilora.training.health import Health
 from minilora.training.lock import FolderLock, check_free
 from minilora.training.measures import b_norms, evaluate
 from minilora.training.monitor import CURVE_FILE, Monitor, draw_curve, seconds
+from minilora.training.progress import check_until
 from minilora.training.ranks import Ranks
 from minilora.training.result import FitResult
 from minilora.training.run import Run
@@ -48,6 +49,7 @@ def fit(
     callbacks: Sequence[Any] = (),
     sample: Callable[[nn.Module], str] | None = None,
     plan: bool = False,
+    until: int | None = None,
 ) -> FitResult:
     """Train the model's active, trainable adapter with AdamW.
 
@@ -81,6 +83,8 @@ def fit(
             without gradients), and the text is said and put into `metrics.jsonl`.
         plan: say first what memory and time are planned (which takes some seconds), and after the
             last step what was measured. For models of minilora.models.
+        until: end this call after that step of the run, with the state saved for `resume`; 0 only
+            evaluates. The learning rates are those of the whole run, so nothing else differs.
 
     Returns:
         A `FitResult`. Ctrl-C or SIGTERM end the run after the step in hand, with the state saved.
@@ -100,6 +104,7 @@ def fit(
             f"sample must be a function that is called with the model at each evaluation, which "
             f"needs valid, found {found}; pass both, or leave it out"
         )
+    check_until(until)
     if out == "":
         raise ValueError("out must name a folder, found ''; pass None to leave nothing behind")
     folder = None if out is None else Path(out)
@@ -114,6 +119,7 @@ def fit(
         if lock is not None and folder is not None:
             check_out(folder, resume, begun=lock.left)  # as another run may just have ended
         run = Run(model, train, valid, config, folder, resume, loss, pad_id, ranks)
+        run.until = until
         run.sweep()
     except BaseException:
         if lock is not None:
@@ -125,7 +131,7 @@ def fit(
             clock = CompileClock()
             monitor = Monitor(
                 run.total, run.step, folder if rank0 else None, config.log_every,
-                quiet or not rank0, told, clock,
+                quiet or not rank0, told, clock, run.evaluated >= 0 or run.step > 0,
             )  # fmt: skip
             log = config.log if rank0 else None
             with (
@@ -180,7 +186,7 @@ class _Loop:
                 stopped = self._steps()
                 if stopped != "interrupted" and 0 < self.run.step == self.run.skipped:
                     raise messages.nothing_trained(self.run)
-                if stopped != "interrupted":
+                if stopped not in messages.UNFINISHED:
                     self._evaluate()
             except _InterruptedError:
                 stopped = "interrupted"
@@ -196,8 +202,8 @@ class _Loop:
         run, config = self.run, self.config
         if run.step == 0 or self._due(config.eval_every):
             self._evaluate()
-        if run.out_of_patience():
-            return "early"
+        if run.out_of_patience() or run.paused():
+            return "paused" if run.paused() else "early"
         with closing(self._groups()) as groups:
             for micro, position in groups:
                 stop, save_now = self._agree()
@@ -215,6 +221,8 @@ class _Loop:
                     self._save()
                 if run.out_of_patience():
                     return "early"
+                if run.paused():
+                    return "paused"
         return "finished"
 
     def _agree(self) -> tuple[bool, bool]:
@@ -361,15 +369,15 @@ class _Loop:
 
     def _finish(self, stopped: str) -> FitResult:
         run = self.run
-        interrupted = stopped == "interrupted"
-        if not interrupted or run.step:
+        unfinished = stopped in messages.UNFINISHED
+        if stopped != "interrupted" or run.step:
             self._save()
-        if not interrupted:
+        if not unfinished:
             self.updating = True  # the model is no longer that of the state, which is saved
             run.restore_best()
-        if not interrupted or (run.step and run.best_step == 0):
+        if not unfinished or (run.step and run.best_step == 0):
             run.save_adapter()
-        if run.out is not None and self.ranks.rank == 0:
+        if run.out is not None and self.ranks.rank == 0 and stopped != "paused":
             try:
                 draw_curve(run.out)
             except Exception as error:  # whatever it is: the run is whole without it

@@ -7,6 +7,7 @@ from minilora.training.run import Run
 from minilora.training.state import LAST, has_state
 
 RESUME = "resume=True (--resume)"
+UNFINISHED = ("interrupted", "paused")  # runs that another call goes on with
 
 
 def announcement(run: Run) -> str:
@@ -68,6 +69,8 @@ def conclusion(run: Run, stopped: str, began: int) -> str | None:
             f"the run was finished already: it had come to its end after step {run.step}, and no "
             f"step was left; a higher limit (epochs, max_steps, max_minutes) goes on"
         )
+    if stopped == "paused":
+        return f"paused after step {run.step}" + (f"; go on with {RESUME}" if run.out else "")
     if stopped == "interrupted" and run.step == 0:
         return "stopped before the first step: nothing was trained or saved"
     if stopped == "interrupted":
@@ -106,20 +109,24 @@ def spent(minutes: float) -> str:
     return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def too_many_bad_steps(run: Run, bad: int) -> RuntimeError:
+class DivergedError(RuntimeError):
+    """Losses or gradients that are not finite ended a run."""
+
+
+def too_many_bad_steps(run: Run, bad: int) -> DivergedError:
     """Return the error for steps in a row that were skipped."""
     saved = f" and saved in {run.out / LAST}" if run.out else ""
     again = f" and {RESUME}" if run.out else ""
-    return RuntimeError(
+    return DivergedError(
         f"{bad} steps in a row had a non-finite loss or gradient; the adapter is as it was "
         f"before them{saved}; go on with a lower lr{again}, or start anew in float32"
     )
 
 
-def nothing_trained(run: Run) -> RuntimeError:
+def nothing_trained(run: Run) -> DivergedError:
     """Return the error for a run of which every step was skipped."""
     scaled = f", the loss scaled by {run.scale.value:g} in the end" if run.scale.growth else ""
-    return RuntimeError(
+    return DivergedError(
         f"a run must do at least one step, found all {run.step} skipped for a non-finite "
         f"loss or gradient{scaled}; nothing was trained: check the base and the adapter for NaN, "
         f"lower lr, or compute in float32"

@@ -41,6 +41,7 @@ class Monitor:
         quiet: show nothing.
         callbacks: are told what is recorded and said, but not that something is under way.
         clock: of what is compiled.
+        begun: whether what is recorded up to `start` stays.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Monitor:
         quiet: bool = False,
         callbacks: Callbacks | None = None,
         clock: CompileClock | None = None,
+        begun: bool = False,
     ):
         self.total, self.every, self.quiet = total, every, quiet
         self.callbacks, self.clock = callbacks or Callbacks(), clock or CompileClock()
         self.file = None if out is None else out / METRICS_FILE
         if self.file is not None:
-            _keep_until(self.file, start)
+            _keep_until(self.file, start if begun else -1)
         self.doing, self.since = "preparing", seconds()
         self.said = self.since
         self.bar: Any = None
@@ -209,7 +211,7 @@ def _keep_until(file: Path, step: int) -> None:
     """Drop what was logged after the state that a resumed run continues from."""
     kept = []
     try:
-        if step and file.exists():
+        if step >= 0 and file.exists():
             kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, "".join(line + "\n" for line in kept))

@@ -39,10 +39,12 @@ class Progress(Counters):
     Attributes:
         config: the run's settings.
         total: optimizer steps planned, None under a time limit alone.
+        until: the step after which a call ends before its run does, None for none.
     """
 
     config: TrainConfig
     total: int | None
+    until: int | None = None
 
     def progress(self) -> float:
         """Return the share of the run that is done, by the limit that is nearest; 1 or above."""
@@ -57,6 +59,10 @@ class Progress(Counters):
             guess = 0.1 * self.config.warmup or 1e-3
             share = max(share, self.progress() / self.step if self.step else guess)
         return learning_rate(self.config, min(1.0, self.progress()), share)
+
+    def paused(self) -> bool:
+        """Return whether this call is to end here, before the run does."""
+        return self.until is not None and self.until <= self.step and self.step != self.total
 
     def out_of_time(self) -> bool:
         """Return whether no further step may begin."""
@@ -90,6 +96,12 @@ def chosen_epochs(config: TrainConfig, rows: int) -> float | None:
 
 def _epoch_steps(config: TrainConfig, rows: int) -> int:
     return math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
+
+
+def check_until(until: int | None) -> None:
+    """Raise ValueError unless this is a step of a run, or None."""
+    if until is not None and (type(until) is not int or until < 0):
+        raise ValueError(f"until must be a step of the run, from 0 on, or None, found {until!r}")
 
 
 def planned_steps(config: TrainConfig, rows: int | None) -> int | None:

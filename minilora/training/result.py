@@ -11,8 +11,8 @@ class FitResult:
 
     Attributes:
         steps: optimizer steps done, over all resumptions, skipped ones included.
-        stopped: `"finished"`, `"time"` (max_minutes), `"early"` (patience) or `"interrupted"`
-            (Ctrl-C, SIGTERM).
+        stopped: `"finished"`, `"time"` (max_minutes), `"early"` (patience), `"interrupted"`
+            (Ctrl-C, SIGTERM) or `"paused"` (until).
         minutes: time spent in training steps; evaluations and saving not counted.
         tokens: learned tokens processed.
         skipped: steps skipped for a non-finite loss or gradient.

@@ -1,0 +1,170 @@
+"""`minilora tune`."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import minilora
+from minilora.cli.arguments import MODEL, arg, verb
+from minilora.cli.card import write_card
+from minilora.cli.runs import only_written, write_run
+from minilora.cli.sources import load
+from minilora.cli.training import groups, read_data, settings
+from minilora.files import given, short
+from minilora.training import (
+    CHART_FILE,
+    RATES,
+    TrainConfig,
+    Trial,
+    Tuning,
+    check_free,
+    check_tuning,
+)
+
+_VARIED = ("r", "alpha", "targets")
+
+
+def _rate(text: str) -> float:
+    try:
+        return TrainConfig(lr=float(text)).lr
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a finite number above 0, found {short(text)}"
+        ) from None
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"must be minutes, above 0, found {short(text)}")
+    return minutes
+
+
+# What `train` does not know; the rest of the words is a train command.
+_OWN: dict[str, dict[str, Any]] = {
+    "--rates": {
+        "nargs": "+", "type": _rate, "default": RATES, "metavar": "LR",
+        "help": f"learning rates to try (default: {' '.join(f'{rate:g}' for rate in RATES)})",
+    },
+    "--vary": {
+        "nargs": "+", "default": [], "metavar": "NAME=VALUES",
+        "help": "try each rate with each of these too, "
+        "as in r=4,8,16 targets=q_proj+v_proj,all-linear",
+    },
+    "--budget": {
+        "type": _minutes, "metavar": "MINUTES",
+        "help": "that the whole should take; decides how many steps a run has",
+    },
+    "--resume": {"action": "store_true", "help": "continue the tuning in --out"},
+    "--out": {"required": True, "type": Path, "help": "folder for the runs, a folder each"},
+}  # fmt: skip
+
+
+def _own_flags(parser: Any) -> None:
+    for flag, told in _OWN.items():
+        parser.add_argument(flag, **told)
+
+
+@verb(
+    "tune",
+    *MODEL,
+    "--data",
+    arg("--valid", required=True, nargs="+", metavar="FILE", help="held-out data, as --data"),
+    arg("--config", type=Path, metavar="FILE", help="TOML with tables [train] and [adapter]"),
+    _own_flags,
+    groups,
+)
+def tune(options: argparse.Namespace) -> int:
+    """Find the learning rate: short runs, of which the better ones go on."""
+    options.adapter = options.hold_out = None
+    adapter, config = settings(options)
+    if "lr" in given(options, TrainConfig):
+        raise ValueError("tune tries --rates, found --lr; leave it out, or use train")
+    if options.stream:
+        raise ValueError("tune reads all data before the first step, found --stream; leave it out")
+    adapters = [adapter | each for each in _variants(options.vary)]
+    _command(options, None)  # every word is one of train's, or of tune alone
+    if options.resume and only_written(options.out):
+        print("nothing of the tuning had been kept; it begins anew", file=sys.stderr)
+        options.resume = False
+    check_free(options.out)
+    check_tuning(options.out, options.resume)
+    encode = read_data(options)
+    if not options.resume:
+        write_run(options)
+    model, tokenizer = load(options)
+    rows, held_out = encode(tokenizer)
+    found = minilora.tune(
+        model, rows, held_out, options.out, rates=options.rates, adapters=adapters, config=config,
+        budget=options.budget, resume=options.resume,
+    )  # fmt: skip
+    for trial in found.trials:
+        _write_run(options, trial, found)
+    if found.result is None or found.chosen is None:
+        return 130
+    print(found)
+    print(f"{found.minutes:.1f} minutes; chart in {options.out / CHART_FILE}")
+    return 0
+
+
+def _variants(varied: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the adapters that `--vary` names: each value of each name with each of the others."""
+    found: list[dict[str, Any]] = [{}]
+    for one in varied:
+        name, _, values = one.partition("=")
+        if name not in _VARIED or not all(values.split(",")):
+            raise ValueError(
+                f"--vary takes {', '.join(_VARIED)} with values, as in r=4,8,16, found {short(one)}"
+            )
+        if any(name in each for each in found):
+            raise ValueError(f"--vary takes each name once, found {name} twice")
+        read = [_value(name, value) for value in values.split(",")]
+        found = [each | {name: value} for each in found for value in read]
+    return found
+
+
+def _value(name: str, text: str) -> Any:
+    if name == "targets":
+        return text if text == "all-linear" else text.split("+")
+    try:
+        return int(text) if name == "r" else float(text)
+    except ValueError:
+        raise ValueError(f"--vary needs numbers for {name}, found {short(text)}") from None
+
+
+def _command(options: argparse.Namespace, trial: Trial | None, steps: int = 0) -> list[str]:
+    """Return the words of `train` that run a trial, or that all of them share."""
+    from minilora.cli.command import build_parser
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _own_flags(own)
+    _, words = own.parse_known_args([word for word in options.argv[1:] if word != "--resume"])
+    words = ["train", *words]
+    if trial is not None:
+        for name in _VARIED:
+            if name in trial.adapter and any(one.startswith(f"{name}=") for one in options.vary):
+                value = trial.adapter[name]
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        words += ["--lr", repr(trial.lr), "--max-steps", str(steps)]
+    build_parser().parse_args([*words, "--out", str(options.out)])  # a flag that was cut short
+    return words
+
+
+def _write_run(options: argparse.Namespace, trial: Trial, found: Tuning) -> None:
+    """Make a trial's folder one that `minilora resume` and `repeat` take."""
+    folder = found.out / trial.name
+    if not folder.is_dir():
+        return
+    words = [*_command(options, trial, found.steps), "--out", str(folder)]
+    mine = argparse.Namespace(**vars(options) | {"out": folder, "argv": words})
+    write_run(mine)
+    if trial is found.chosen and found.result is not None:
+        config = replace(settings(options)[1], lr=trial.lr)
+        write_card(mine, config, found.result, dict(trial.adapter))
