@@ -19,6 +19,7 @@ from minilora.running.compiling import (
     private_cache,
     settle_compile,
 )
+from minilora.training import loop
 from minilora.training.config import TrainConfig
 
 needs_compiler = pytest.mark.skipif(compile_problem() is not None, reason=str(compile_problem()))
@@ -88,18 +89,31 @@ def test_a_compiled_run_trains_alike_and_leaves_no_trace():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
+def test_a_plan_counts_before_blocks_are_compiled(monkeypatch):
+    model, seen = one_block(), []
+
+    def forecast(run, monitor):
+        seen.append("forward" in run.model.model.layers[1].__dict__)
+
+    monkeypatch.setattr(loop, "forecast", forecast)
+    monkeypatch.setattr(compiling, "compile_problem", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    fit(model, max_steps=1, compile=True, plan=True)
+    assert seen == [False]
+
+
 def test_all_blocks_share_one_compiled_variant(monkeypatch):
     """The first one's input, an embedding that is frozen, needs no gradient of its own accord."""
     whole, counts = torch.compile, []
     monkeypatch.setattr(compiling, "compile_problem", lambda: None)
-    for layers in ([1], [0, 1]):
+    for layers in ([1], [1], [0, 1]):  # the loss may be compiled in the first run alone
         torch.compiler.reset()
         counter = CompileCounter()
         monkeypatch.setattr(torch, "compile", functools.partial(whole, backend=counter))
         model = minilora.inject(plain(), r=2, alpha=3, layers=layers)
         fit(model, max_steps=2, schedule="constant", compile=True)
         counts.append(counter.frame_count)
-    assert counts[0] == counts[1] > 0
+    assert counts[1] == counts[2] > 0
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])

@@ -55,7 +55,7 @@ def factors(model):
 
 def fit(model, data=None, **options):
     names = ("valid", "out", "resume", "loss", "pad_id", "callbacks", "sample")
-    given = {"quiet": True} | {n: options.pop(n) for n in (*names, "quiet") if n in options}
+    given = {"quiet": True} | {n: options.pop(n) for n in (*names, "quiet", "plan") if n in options}
     config = TrainConfig(**{"batch_size": 4, "dtype": "float32", **options})
     return minilora.fit(model, examples() if data is None else data, config=config, **given)
 

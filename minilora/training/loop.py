@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minilora.data import Batch
 from minilora.files import one_line
 from minilora.lora import inference
-from minilora.running import CompileClock, Loss, device_of
+from minilora.running import CompileClock, Loss, compiled, device_of
 from minilora.training import messages
 from minilora.training.boards import board, check_board
 from minilora.training.callbacks import Callbacks
@@ -141,7 +141,8 @@ def fit(
             ):
                 told.objects += boards
                 planned = forecast(run, monitor) if plan and rank0 else None
-                result = _Loop(run, monitor, interrupted, sample).train()
+                with compiled(run.model, run.compile):  # after the plan, which counts plain blocks
+                    result = _Loop(run, monitor, interrupted, sample).train()
                 if planned is not None:
                     planned.after()
                 return result

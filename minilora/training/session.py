@@ -13,7 +13,6 @@ from torch import nn
 
 from minilora.kernels import keep_freed_memory
 from minilora.lora import as_found, widened
-from minilora.running import compiled
 from minilora.training.run import Run
 
 _AT_WORK = threading.RLock()
@@ -71,7 +70,6 @@ def training(run: Run) -> Iterator[None]:
         as_found(run.model, buffers=False),
         _checkpointing(run.model, run.config.checkpointing),
         widened(run.model),
-        compiled(run.model, run.compile),
         _in_one_order(run.device),
     ):
         try:
