@@ -74,18 +74,24 @@ def spread(values: list[float], form: str) -> str:
 
 
 def demo() -> str:
-    head = "processor | dtype | steps of 16 rows | perplexity before | after | minutes in all"
+    head = (
+        "processor | base | steps of 16 rows | held-out tokens | perplexity before | after | "
+        "minutes in all"
+    )
     rows = [
         [
             "Xeon, AMX" if row["processor"].startswith("Intel") else "EPYC, AVX2 alone",
-            row["dtype"],
-            *(row[k] for k in ("steps", "perplexity_before", "perplexity_after", "total_minutes")),
+            (row["dtype"] if row["base"] == "plain" else f"{row['base']} in {row['dtype']}")
+            + (", compiled" if row["compiled"] == "True" else ""),
+            *(row[k] for k in ("steps", "test_tokens")),
+            *(f"{float(row[k]):.4g}" for k in ("perplexity_before", "perplexity_after")),
+            f"{float(row['total_minutes']):.3g}",
         ]
         for row in read("demo")
     ]
     return (
-        "*`make demo`: three minutes of training, perplexity over 9413 held-out tokens; "
-        "2 threads, torch 2.13.0, other work on both machines.*\n\n" + table(head, rows)
+        "*`make demo`: three minutes of training; 2 threads, torch 2.13.0, other work on the "
+        "machines.*\n\n" + table(head, rows)
     )
 
 

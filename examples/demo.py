@@ -3,14 +3,17 @@
     python examples/demo.py [--out out/demo] [--minutes 3] [--csv runs.csv]
 
 The data is this Python's own standard library: the source of a function without its docstring is
-the prompt, the docstring's first paragraph is what to write. Memory and time are planned before
-the first step, and measured after the last. Every other number printed is measured in this run:
-held-out perplexity and three docstrings before and after, the same after reloading the adapter in a
-fresh process, and what merging it changes. With --csv they are also added to a table.
+the prompt, the docstring's first paragraph is what to write. The base is stored, and the steps are
+computed, in the way that is fastest on this processor. Memory and time are planned before the first
+step, and measured after the last. Every other number printed is measured in this run: held-out
+perplexity with its standard error and three docstrings before and after, the same after reloading
+the adapter in a fresh process, and what merging it changes. With --csv they are also added to a
+table.
 """
 
 import argparse
 import csv
+import math
 import subprocess
 import sys
 import time
@@ -19,12 +22,17 @@ from pathlib import Path
 import torch
 
 import minilora
-from minilora.data import docstring_pairs, split
+from minilora.data import as_examples, docstring_pairs, split
+from minilora.files import ticking
 from minilora.loading.fetching import fetch
 from minilora.loading.model import load_model
-from minilora.models import Llama
+from minilora.report.tokens import Measured, measured
+from minilora.running import token_losses
 
 MAX_TOKENS = 256
+TEST, VALID, AGAIN = 128, 32, 32  # examples measured on, during the run, and once more at the end
+COMPILE_PAYS = 1.5  # minutes of training from which on half a minute of compiling is repaid
+INT8_PAYS = 1.5  # times the rate of floats from which on INT8 products are faster in a whole step
 
 
 def rows(records, tokenizer, limit=None):
@@ -61,30 +69,67 @@ def add_row(file: Path, row: dict[str, object]) -> None:
         writer.writerow(row)
 
 
+def fastest_way(minutes: float) -> tuple[str | None, bool, str]:
+    """Return the base's format, whether to compile, and why, by the rates measured here."""
+    here = minilora.hardware()
+    name = str(here.dtype).removeprefix("torch.")
+    floats = {"float32": here.float32, "bfloat16": here.bfloat16}.get(name, here.float16)
+    integer = here.int8 >= INT8_PAYS * floats
+    compiled = minutes >= COMPILE_PAYS
+    products = f"int8 products make {here.int8:.0f} GFLOP/s here, {name} ones {floats:.0f}"
+    steps = "compiled: half a minute that the faster steps repay" if compiled else "not compiled"
+    way = f"the base in {'INT8' if integer else name} ({products}), steps {steps}"
+    return ("int8" if integer else None), compiled, way
+
+
+def evenly(items: list, count: int) -> list:
+    """Pick so many, evenly."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def samples(model, tokenizer, records) -> list[str]:
-    texts = minilora.generate(
-        model,
-        [r["prompt"] for r in records],
-        tokenizer=tokenizer,
-        max_new_tokens=40,
-        stop=("\n\n",),
-    )
+    with ticking("writing three docstrings"):
+        texts = minilora.generate(
+            model,
+            [r["prompt"] for r in records],
+            tokenizer=tokenizer,
+            max_new_tokens=40,
+            stop=("\n\n",),
+        )
     return [" ".join(text.split()) for text in texts]
 
 
-def reload_and_evaluate(out: Path, dtype: str) -> None:
-    """Run in a fresh process: the base from its file, the adapter from its, the same test set."""
-    model, tokenizer = load_model("smollm2-135m", dtype=getattr(torch, dtype))
+def losses(model, test) -> list[torch.Tensor]:
+    """Return the loss of every learned token, by example."""
+    return token_losses(model, as_examples(test), batch_size=16, progress=True)
+
+
+def base(format: str | None, dtype: torch.dtype):
+    with ticking("loading the model"):
+        return load_model(fetch("smollm2-135m"), format, dtype=dtype)
+
+
+def test_set(tokenizer) -> tuple[list, list]:
+    """Return examples of modules that are not trained on, and their records."""
+    (test, _), records = rows(split(docstring_pairs())["test"], tokenizer)
+    return evenly(test, TEST), evenly(records, TEST)
+
+
+def reload_and_evaluate(out: Path, way: str) -> None:
+    """Run in a fresh process: the base from its file, the adapter from its, the same examples."""
+    dtype, _, format = way.partition("-")
+    model, tokenizer = base(format or None, getattr(torch, dtype))
     minilora.load(model, out)
-    (test, _), _ = rows(split(docstring_pairs())["test"], tokenizer)
-    say(minilora.evaluate(model, test, batch_size=16).perplexity.hex())
+    test, _ = test_set(tokenizer)
+    say(minilora.evaluate(model, test[:AGAIN], batch_size=16, progress=True).perplexity.hex())
 
 
-def reloaded_perplexity(out: Path, dtype: torch.dtype) -> float:
+def reloaded_perplexity(out: Path, format: str | None, dtype: torch.dtype) -> float:
     """Ask a fresh process for the same number."""
-    name = str(dtype).removeprefix("torch.")
-    command = [sys.executable, __file__, "--out", str(out), "--reload", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    way = f"{str(dtype).removeprefix('torch.')}-{format or ''}"
+    command = [sys.executable, __file__, "--out", str(out), "--reload", way]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float.fromhex(done.stdout.split()[-1])
 
 
@@ -93,7 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--minutes", type=float, default=3.0, help="training time (default 3)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="add the numbers as a row")
-    parser.add_argument("--reload", metavar="DTYPE", help=argparse.SUPPRESS)
+    parser.add_argument("--reload", metavar="WAY", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reload:
         reload_and_evaluate(options.out, options.reload)
@@ -101,29 +146,36 @@ def main() -> None:
     out, began = fresh(options.out), time.perf_counter()
     say(f"hardware: {minilora.hardware()}")
     dtype = minilora.hardware().dtype
-    model, tokenizer = load_model(fetch("smollm2-135m"), dtype=dtype)
-    parts = split(docstring_pairs())
-    (train, report), _ = rows(parts["train"], tokenizer)
-    (valid, _), _ = rows(parts["valid"], tokenizer, limit=200)
-    (test, _), test_records = rows(parts["test"], tokenizer)
+    format, compiled, way = fastest_way(options.minutes)
+    say(f"fastest:  {way}")
+    model, tokenizer = base(format, dtype)
+    with ticking("reading the standard library"):
+        parts = split(docstring_pairs())
+        (train, report), _ = rows(parts["train"], tokenizer)
+        (valid, _), _ = rows(parts["valid"], tokenizer)
+        test, test_records = test_set(tokenizer)
+    valid = evenly(valid, VALID)
     say(f"data: {report}")
     say(f"      {len(valid)} validation and {len(test)} test examples from other modules")
 
-    shown = [test_records[i * len(test_records) // 3 + 7] for i in range(3)]
+    shown = [test_records[i * len(test_records) // 3 + 2] for i in range(3)]
     texts_before = samples(model, tokenizer, shown)
-    before = minilora.evaluate(model, test, batch_size=16)
-    say(f"test before: {before}")
+    before = losses(model, test)
+    start = measured(before, before)
+    say(f"test before: perplexity {math.exp(start.before):.2f} over {start.tokens} tokens")
 
     torch.manual_seed(0)
     minilora.inject(model, r=8, alpha=16)
     config = minilora.TrainConfig(
-        lr=1e-3, batch_size=16, max_minutes=options.minutes, eval_every=100, eval_batch_size=16
-    )
+        lr=1e-3, batch_size=16, max_minutes=options.minutes, eval_batch_size=16,
+        compile="auto" if compiled else False,
+    )  # fmt: skip
     result = minilora.fit(model, train, valid, config=config, out=out, plan=True)
-    after = minilora.evaluate(model, test, batch_size=16)
-    say(f"test after:  {after}")
-    say(f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} in {result.steps} steps, "
-        f"{result.minutes:.1f} minutes")  # fmt: skip
+    found = measured(before, losses(model, test))
+    say(f"test after:  perplexity {math.exp(found.after):.2f}; the loss per token changed by "
+        f"{found.change:+.3f} ± {found.error:.3f} nats")  # fmt: skip
+    say(f"perplexity {math.exp(found.before):.2f} -> {math.exp(found.after):.2f} in {result.steps} "
+        f"steps, {result.minutes:.1f} minutes")  # fmt: skip
     for record, old, new in zip(shown, texts_before, samples(model, tokenizer, shown), strict=True):
         say()
         say("\n".join(record["prompt"].splitlines()[:6]) + "\n    ...")
@@ -132,64 +184,76 @@ def main() -> None:
         say(f"  after:             {new}")
 
     say()
-    reloaded = reloaded_perplexity(out, dtype)
-    same = "the same to the last bit" if reloaded == after.perplexity else "DIFFERENT"
-    say(f"reloaded in a fresh process: perplexity {reloaded:.6f}, {same}")
-    errors = merged_difference(out, model, tokenizer, shown, dtype)
+    here = minilora.evaluate(model, test[:AGAIN], batch_size=16, progress=True).perplexity
+    reloaded = reloaded_perplexity(out, format, dtype)
+    same = "the same to the last bit" if reloaded == here else "DIFFERENT"
+    say(f"reloaded in a fresh process: perplexity of {AGAIN} examples {reloaded:.6f}, {same}")
+    error = merged_difference(out, tokenizer, shown)
     minutes = (time.perf_counter() - began) / 60
     say(f"adapter, metrics and loss curve: {out}/  (total {minutes:.1f} minutes)")
+    say_what_next(out)
     if options.csv:
-        row = table_row(dtype, config, result, before, after, reloaded, errors, minutes)
-        add_row(options.csv, row)
-    if reloaded != after.perplexity or after.perplexity >= before.perplexity:
+        add_row(options.csv, table_row(dtype, format, config, result, found, reloaded == here,
+                                       error, minutes))  # fmt: skip
+    if reloaded != here or found.change >= 0:
         sys.exit("the demo did not do what it says")
 
 
-def table_row(dtype, config, result, before, after, reloaded, errors, minutes) -> dict[str, object]:
+def say_what_next(out: Path) -> None:
+    command = Path(sys.executable).parent / "minilora"
+    if command.is_relative_to(Path.cwd()):
+        command = command.relative_to(Path.cwd())
+    say(f"""
+What to type next:
+  make explain                                       # what the adapter changed, as a page
+  {command} chat smollm2-135m                        # talk to the model
+  {command} train smollm2-135m --data YOURS.jsonl --hold-out 5% --minutes 3 --out out/mine
+  {command} chat out/mine                            # talk to yours; /base: what the model said
+  {command} export out/mine --gguf mine.gguf         # for llama.cpp and Ollama""")
+
+
+def table_row(
+    dtype, format, config, result, found: Measured, same: bool, error: float, minutes: float
+) -> dict[str, object]:
     """Put what was measured beside the conditions it was measured under."""
     return {
         "processor": minilora.hardware().name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
+        "base": format or "plain",
+        "compiled": result.compiling > 0,
         "steps": result.steps,
         "batch_size": config.batch_size,
         "minutes": f"{result.minutes:.2f}",
-        "test_tokens": after.tokens,
-        "perplexity_before": f"{before.perplexity:.4f}",
-        "perplexity_after": f"{after.perplexity:.4f}",
-        "reload_bit_equal": reloaded == after.perplexity,
-        "merge_error_float32": f"{errors[0]:.2e}",
-        "merge_error_dtype": f"{errors[1]:.2e}",
+        "test_tokens": found.tokens,
+        "perplexity_before": f"{math.exp(found.before):.4f}",
+        "perplexity_after": f"{math.exp(found.after):.4f}",
+        "change_error": f"{found.error:.4f}",
+        "reload_bit_equal": same,
+        "merge_error_float32": f"{error:.2e}",
         "total_minutes": f"{minutes:.2f}",
     }
 
 
-def merged_difference(out, model: Llama, tokenizer, records, dtype: torch.dtype) -> list[float]:
-    """Print and return what merging changes in the logits, in float32 and in the model's dtype.
-
-    It is rounding only, and unmerge takes it back.
-    """
-    errors = []
-    wide, _ = load_model("smollm2-135m", dtype=torch.float32)
-    minilora.load(wide, out)
-    for one, name in ((wide, torch.float32), (model, dtype)):
-        one.eval()
-        ids = torch.tensor([tokenizer.encode(records[0]["prompt"])])
-        with torch.no_grad():
-            apart = one(ids).double()
-            minilora.merge(one)
-            together = one(ids).double()
-            minilora.unmerge(one)
-            again = one(ids).double()
-        error = float((together - apart).abs().max() / apart.abs().max())
-        errors.append(error)
-        exact = "restores the very bits" if torch.equal(again, apart) else "DOES NOT RESTORE"
-        say(f"merged, {str(name).removeprefix('torch.')}: logits differ by {error:.1e} relative; "
-            f"unmerge {exact}")  # fmt: skip
-        if name == torch.float32 and error > 1e-5:
-            sys.exit(f"merging in float32 changed the logits by {error:.1e}, more than 1e-5")
-    return errors
+def merged_difference(out: Path, tokenizer, records) -> float:
+    """Print and return what merging changes in the logits: rounding only, and unmerge undoes it."""
+    model, _ = base(None, torch.float32)
+    minilora.load(model, out)
+    model.eval()
+    ids = torch.tensor([tokenizer.encode(records[0]["prompt"])])
+    with torch.no_grad():
+        apart = model(ids).double()
+        minilora.merge(model)
+        together = model(ids).double()
+        minilora.unmerge(model)
+        again = model(ids).double()
+    error = float((together - apart).abs().max() / apart.abs().max())
+    exact = "restores the very bits" if torch.equal(again, apart) else "DOES NOT RESTORE"
+    say(f"merged in float32: logits differ by {error:.1e} relative; unmerge {exact}")
+    if error > 1e-5:
+        sys.exit(f"merging in float32 changed the logits by {error:.1e}, more than 1e-5")
+    return error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import minilora
+from minilora.kernels.probe import Hardware
 from minilora.loading.model import load_model
+from minilora.report.tokens import Measured
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,20 +67,38 @@ def test_demo_never_writes_over_an_earlier_run(tmp_path):
 
 def test_demo_adds_rows_under_one_header(tmp_path):
     file = tmp_path / "results" / "demo.csv"
-    script, measured = demo(), minilora.running.evaluation.Evaluation(1.5, math.exp(1.5), 90)
+    script, found = demo(), Measured(2.0, 1.5, -0.5, 0.01, 90, 8)
     config = minilora.TrainConfig(batch_size=16)
     result = minilora.training.FitResult(64, "time", 3.0, 900, 0, None, None, 64, [])
-    for perplexity in (measured.perplexity, 1.0):
-        script.add_row(file, script.table_row(torch.bfloat16, config, result, measured, measured,
-                                              perplexity, [2e-6, 2e-2], 5.5))  # fmt: skip
+    for same in (True, False):
+        script.add_row(file, script.table_row(torch.bfloat16, "int8", config, result, found, same,
+                                              2e-6, 5.5))  # fmt: skip
     first, second = csv.DictReader(file.open())
     assert first["dtype"] == "bfloat16" and first["merge_error_float32"] == "2.00e-06"
     assert [row["reload_bit_equal"] for row in (first, second)] == ["True", "False"]
+    assert float(first["perplexity_after"]) == pytest.approx(math.exp(1.5), abs=1e-4)
     assert list(first) == [
-        "processor", "threads", "torch", "dtype", "steps", "batch_size", "minutes", "test_tokens",
-        "perplexity_before", "perplexity_after", "reload_bit_equal", "merge_error_float32",
-        "merge_error_dtype", "total_minutes",
+        "processor", "threads", "torch", "dtype", "base", "compiled", "steps", "batch_size",
+        "minutes", "test_tokens", "perplexity_before", "perplexity_after", "change_error",
+        "reload_bit_equal", "merge_error_float32", "total_minutes",
     ]  # fmt: skip
+
+
+def test_demo_takes_the_fastest_way(monkeypatch):
+    script = demo()
+    for float32, bfloat16, int8, dtype, format in (
+        (90, 20, 160, torch.float32, "int8"), (160, 400, 840, torch.bfloat16, "int8"),
+        (160, 700, 800, torch.bfloat16, None), (90, 20, 0, torch.float32, None),
+    ):  # fmt: skip
+        here = Hardware("cpu", "a processor", 2, (), float32, bfloat16, int8, dtype)
+        monkeypatch.setattr(minilora, "hardware", lambda here=here: here)
+        assert script.fastest_way(3.0)[:2] == (format, True)
+        assert script.fastest_way(1.0)[:2] == (format, False)
+
+
+def test_demo_picks_evenly():
+    assert demo().evenly(list(range(10)), 4) == [0, 2, 5, 7]
+    assert demo().evenly([1, 2], 4) == [1, 2]
 
 
 @pytest.mark.real_model
