@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -500,33 +499,6 @@ def test_cli_explain_refuses_options_before_it_loads_the_model(
     (trained / "adapter_config.json").write_text(json.dumps(config))
     assert run("explain", *options) == 2
     assert message in capsys.readouterr().err
-
-
-def test_explain_page_commands_run(trained, letters, tmp_path, monkeypatch, capsys):
-    """Every command and call of docs/explain.md, as it stands there."""
-    text = (Path(__file__).resolve().parents[1] / "docs/explain.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "v0").rename("out/v1")
-    (tmp_path / "v1").rename("out/v2")
-    for name in ("test.jsonl", "train.jsonl"):
-        (tmp_path / name).write_bytes(letters.read_bytes())
-    (tmp_path / "other.txt").write_text("e d c b a " * 3)
-    commands = re.search(r"```sh\n(.*?)```", text, re.S).group(1).splitlines()
-    assert len(commands) == 4
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "minilora" and run(*arguments, "--max-length", 32) == 0, command
-    assert (tmp_path / "report.html").stat().st_size > 20_000
-    assert (tmp_path / "out/v1-small/adapter_model.safetensors").exists()
-    model, tokenizer = load_model(tmp_path / "model")
-    minilora.load(model, "out/v1")
-    rows = [{"input_ids": [2, 3, 4, 5]}] * 3
-    (tmp_path / "report.html").unlink()
-    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
-    names = {"minilora": minilora, "model": model, "tokenizer": tokenizer}
-    exec(code, names | {"test": rows, "train": rows, "other": rows})
-    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4", "int4"])

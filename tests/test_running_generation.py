@@ -304,7 +304,7 @@ def test_generate_takes_tokenizers_of_transformers(make):
     wanted = generate(model, ["ab"], tokenizer=ours, max_new_tokens=len(ids))
     model.told = None
     assert generate(model, ["ab"], tokenizer=theirs, max_new_tokens=len(ids)) == wanted
-    with pytest.raises(TypeError, match="found SimpleNamespace; convert it by minilora.models"):
+    with pytest.raises(TypeError, match="found SimpleNamespace; convert it by minilora.text"):
         generate(model, ["ab"], tokenizer=types.SimpleNamespace(), max_new_tokens=2)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data import Batches, Example, as_examples, learned_labels
-from minilora.lora import Approximation, Survey, finite_factors, split_block
+from minilora.lora import Approximation, Survey, finite_factors, split_block, unwrapped
 from minilora.report.ablation import ablate, kinds_of, only
 from minilora.report.attention import Attention, attention_masses, word_ids
 from minilora.report.explanation import Behaviour, CopyReport, Explanation
@@ -135,7 +135,8 @@ def _about(
     model: nn.Module, adapter: str, data: Mapping[str, list[Example] | None]
 ) -> dict[str, str]:
     """Say what was measured, as far as the model and the examples tell."""
-    named = getattr(model, "name_or_path", None) or type(model).__name__
+    plain = unwrapped(model)
+    named = getattr(plain, "name_or_path", None) or type(plain).__name__
     counts = {what: f"{len(some)} examples" for what, some in data.items() if some}
     return {
         "adapter": adapter,
