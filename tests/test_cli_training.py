@@ -7,6 +7,7 @@ import pytest
 import test_cli
 from test_cli import run, tiny_folder
 
+from minilora.cli.command import build_parser
 from minilora.cli.training import is_chat
 from minilora.data import read_data
 from minilora.loading import read_tokenizer
@@ -72,6 +73,14 @@ def test_a_flag_that_is_none_is_one_line_with_the_nearest(words, said, capsys, n
         run(*words)
     found = capsys.readouterr().err
     assert ended.value.code == 2 and said in found and found.count("\n") == 1
+
+
+def test_a_prompt_may_begin_with_dashes():
+    prompt = "-- select all users"
+    options = build_parser().parse_args(["generate", "m", prompt])
+    assert options.prompts == [prompt]
+    words = ["chat", "m", "--system", "--short answers"]
+    assert build_parser().parse_args(words).system == "--short answers"
 
 
 def test_a_missing_board_is_said_before_the_model(letters, tmp_path, capsys, no_model, monkeypatch):

@@ -106,7 +106,10 @@ def test_a_template_is_given_what_it_reads_with_both_answers():
     template = "{{ mood }}" + CHATML
     (pair,), notes = read({**TALK, "mood": "sad", "left": 1}, template)
     assert all(bytes(text.input_ids[:3]) == b"sad" for text in cut(pair))
-    assert notes == ("ignored fields, with how often they occur: left (1)",)
+    assert notes == (
+        "the chat template reads mood (record 0)",
+        "ignored fields, with how often they occur: left (1)",
+    )
 
 
 @pytest.mark.parametrize(

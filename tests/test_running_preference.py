@@ -200,6 +200,29 @@ def test_the_reference_is_computed_once(monkeypatch):
     assert ours.known == known
 
 
+def test_the_reference_of_another_model_or_adapter_is_forgotten():
+    first, second, data = moved(), moved(seed=1), pairs(5)
+    ours = Preference("dpo", beta=0.7)
+    for model in (first, second, first):
+        want, _ = expected("dpo", model, data, beta=0.7)
+        assert evaluate(model, data, loss=ours).loss == pytest.approx(want / 5, rel=1e-9)
+    shake(minilora.inject(first, r=2, alpha=3, adapter="second").double(), "second", 0.1)
+    minilora.activate(first, ["default", "second"], trainable="second")
+    fresh = Preference("dpo", beta=0.7, adapter="second")
+    ours.adapter = "second"
+    want = float(fresh(first, pad(data))[0].detach())
+    assert float(ours(first, pad(data))[0].detach()) == pytest.approx(want, rel=1e-9)
+
+
+def test_what_was_restored_is_of_the_next_model():
+    model, data, ours, again = moved(), pad(pairs(5)), Preference("dpo"), Preference("dpo")
+    ours.prepare(model, [data])
+    again.prepare(moved(seed=1), [data])
+    again.restore(*ours.tensors().values())
+    again.prepare(model, [data])
+    assert again.known == ours.known
+
+
 def test_before_training_every_margin_is_zero():
     """At equal rewards a pair counts as half right."""
     model = tiny()

@@ -6,10 +6,13 @@ import math
 import sqlite3
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import training_models as models
+from preference_pairs import pairs
 
+import minilora
 from minilora.training import TrainConfig
 from minilora.training.boards import BOARDS
 
@@ -91,3 +94,24 @@ def test_trackio_keeps_every_step(tmp_path, monkeypatch):
         rows = sqlite3.connect(file).execute("SELECT metrics FROM metrics").fetchall()
         losses += [json.loads(m).get("train/loss") for (m,) in rows]
     assert [x for x in losses if x is not None] == pytest.approx([loss for _, loss in told])
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_board_gets_what_runs_over_pairs_measure(kind, monkeypatch):
+    """A stand-in for wandb: what matters is what it is handed."""
+    found = {}
+
+    def log(row, step):
+        found.setdefault(step, {}).update(row)
+
+    board = SimpleNamespace(init=lambda **_: None, finish=lambda: None, log=log)
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    data = pairs(7, kto=kind == "kto")
+    config = TrainConfig(loss=kind, log="wandb", max_steps=1, batch_size=4)
+    minilora.fit(models.tiny(), data, valid=data[:5], config=config, quiet=True)
+    rewards = ("reward", "reward_elsewhere") if kind == "kto" else (
+        "reward_chosen", "reward_rejected")  # fmt: skip
+    assert found[0].keys() == {"eval/loss", "eval/accuracy", "eval/margin"}
+    assert found[1].keys() >= {"eval/margin", "train/loss", "train/lr", "train/accuracy",
+                               "train/margin", *(f"train/{name}" for name in rewards)}  # fmt: skip
+    assert all(math.isfinite(value) for value in found[1].values())

@@ -22,18 +22,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message, 500)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; a flag that it doesn't know is said before what is missing."""
+        """Parse as argparse does; a flag that it doesn't know is said before what is missing.
+
+        A word with white space in it is no flag: a prompt may begin with dashes.
+        """
         if self._subparsers is None:
             for word in itertools.takewhile(lambda word: word != "--", args or ()):
-                if word.startswith("--") and not self._knows(word.partition("=")[0]):
+                if word.startswith("--") and word.split() == [word] and not self._knows(word):
                     self._refuse(word)
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self._refuse(rest[0])
         return found, rest
 
-    def _knows(self, flag: str) -> bool:
-        """Return whether a flag is known, or the beginning of one that is."""
+    def _knows(self, word: str) -> bool:
+        """Return whether a word's flag is known, or the beginning of one that is."""
+        flag = word.partition("=")[0]
         return any(known.startswith(flag) for known in self._option_string_actions)
 
     def _refuse(self, word: str) -> NoReturn:

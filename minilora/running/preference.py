@@ -18,6 +18,7 @@ prompt is computed once, in a row whose answers do not see each other.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -126,7 +127,8 @@ class Preference:
         adapter: the one whose absence makes the reference; None: all adapters go.
 
     Attributes:
-        known: log-probabilities of the reference by `PairBatch.keys`: computed once.
+        known: log-probabilities of the reference by `PairBatch.keys`: computed once for a model
+            and an `adapter`, forgotten where another comes.
         drift: z of kto, over the pairs that `prepare` saw last.
     """
 
@@ -144,6 +146,7 @@ class Preference:
         self.beta = self._of.beta if beta is None else beta
         self.gamma, self.kto_weights, self.adapter = gamma, kto_weights, adapter
         self.known: dict[int, tuple[float, float]] = {}
+        self._known_of: tuple[Any, str | None] | None = None  # model and adapter
         self.drift = 0.0
         self.seen: list[Tensor] = []
 
@@ -161,6 +164,7 @@ class Preference:
     def scores(self, model: nn.Module, batch: PairBatch) -> Scores:
         """Return losses and rewards pair by pair."""
         self.check(batch)
+        self._forget_others(model)
         if self._of.reference and not self.known.keys() >= set(batch.keys.tolist()):
             self.known = self._reference(model, [batch]) | self.known
         answers = (1,) if self.kind == "kto" else (1, 2)
@@ -211,6 +215,7 @@ class Preference:
             add: returns sums over all processes.
         """
         self.seen = []
+        self._forget_others(model)
         parts = [part for batch in batches if len(batch) for part in _parts(batch, rows)]
         for part in parts:
             self.check(part)
@@ -219,6 +224,13 @@ class Preference:
         if self.kind == "kto":
             total, count = add(self._drift(model, parts), sum(map(len, parts)))
             self.drift = max(0.0, total / max(1, count))
+
+    def _forget_others(self, model: nn.Module) -> None:
+        """Forget the reference of another model, or without another adapter."""
+        now = weakref.ref(model), self.adapter
+        if self._known_of not in (None, now):
+            self.known = {}
+        self._known_of = now
 
     def _reference(
         self, model: nn.Module, parts: Sequence[PairBatch]
@@ -280,7 +292,8 @@ class Preference:
         }
 
     def restore(self, keys: Tensor, values: Tensor) -> None:
-        """Take up what `tensors` returned."""
+        """Take up what `tensors` returned; it is of the model that comes next."""
+        self._known_of = None
         pairs = ((a, b) for a, b in values.tolist())
         self.known = dict(zip(keys.tolist(), pairs, strict=True))
 

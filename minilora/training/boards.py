@@ -10,6 +10,9 @@ from minilora.files import import_extra
 BOARDS = ("tensorboard", "wandb", "trackio")
 _PROJECT = "minilora"
 _TRAINING = ("loss", "lr", "grad_norm", "tokens_per_s", "data_wait")
+_PAIRS = (
+    "accuracy", "margin", "reward_chosen", "reward_rejected", "reward", "reward_elsewhere"
+)  # fmt: skip
 
 
 def check_board(name: str | None, out: Path | None) -> None:
@@ -62,9 +65,10 @@ class _Written:
 
     def on_step(self, row: Mapping[str, Any]) -> None:
         """Hand on what a step was."""
-        self.write({f"train/{key}": row[key] for key in _TRAINING}, row["step"])
+        names = (key for key in (*_TRAINING, *_PAIRS) if key in row)
+        self.write({f"train/{key}": row[key] for key in names}, row["step"])
 
     def on_eval(self, row: Mapping[str, Any]) -> None:
         """Hand on what an evaluation found."""
-        found = {"loss": row["eval_loss"], "perplexity": row["eval_perplexity"]}
-        self.write({f"eval/{key}": value for key, value in found.items()}, row["step"])
+        found = {key: value for key, value in row.items() if key.startswith("eval_")}
+        self.write({key.replace("_", "/", 1): value for key, value in found.items()}, row["step"])
