@@ -223,8 +223,8 @@ def read_data(options: argparse.Namespace) -> Callable[[Any], tuple[Any, Any]]:
 
 def _refuse_shared(examples: list[Example], held_out: list[Example]) -> None:
     """Raise if a held-out example is trained on."""
-    learned = {tuple(example.input_ids) for example in examples}
-    shared = [i for i, example in enumerate(held_out) if tuple(example.input_ids) in learned]
+    learned = {example.own_ids for example in examples}
+    shared = [i for i, example in enumerate(held_out) if example.own_ids in learned]
     if shared:
         raise ValueError(
             f"--valid must hold rows that --data does not, found {len(shared)} of "

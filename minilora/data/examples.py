@@ -6,10 +6,11 @@ index 0 never counts. -100 is not learned.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minilora.files import short
@@ -36,11 +37,28 @@ class Example:
         labels: T ids, -100 where nothing is to be learned.
         lengths: of the documents packed into it one after another (`minilora.data.pack`), () for a
             single one.
+        source: number that examples of one record have in common, None where it gave but this one.
     """
 
     input_ids: Sequence[int]
     labels: Sequence[int]
     lengths: Sequence[int] = ()
+    source: int | None = field(default=None, kw_only=True, compare=False, repr=False)
+
+    @property
+    def own_ids(self) -> tuple[int, ...]:
+        """The ids by which it is the same as another."""
+        return tuple(self.input_ids)
+
+    @property
+    def group(self) -> int:
+        """Number that is equal for what must be held out together, made from the content."""
+        return number(self.own_ids) if self.source is None else self.source
+
+
+def number(ids: Sequence[int]) -> int:
+    """Return a number below 2⁶⁰ for token ids: the beginning of their SHA-256."""
+    return int(hashlib.sha256(repr(tuple(ids)).encode()).hexdigest()[:15], 16)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,18 @@ class Pair(Example):
         """Count the tokens of the prompt with the longer answer."""
         prompt, first, second = self.lengths
         return prompt + max(first, second)
+
+    @property
+    def own_ids(self) -> tuple[int, ...]:
+        """The ids without a second answer that is to another prompt."""
+        end = None if self.wanted is None else sum(self.lengths[:2])
+        return tuple(self.input_ids[:end])
+
+    @property
+    def group(self) -> int:
+        """The prompt's number; a first token may be no prompt but what every text begins with."""
+        prompt = self.lengths[0]
+        return number(self.input_ids[:prompt] if prompt > 1 else self.own_ids)
 
 
 def learned_labels(labels: Sequence[int]) -> int:

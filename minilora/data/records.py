@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minilora.data.encoder import Encoder, Encoding
-from minilora.data.examples import Example, learned_labels
+from minilora.data.examples import Example, learned_labels, number
 from minilora.data.pairs import with_other_answers
 from minilora.data.problems import Problem, listed, refuse
 from minilora.data.recognition import resolve
@@ -76,6 +76,9 @@ def encode_rows(
             problems.append((name, str(error)))
             continue
         learned = [row.example() for row in found if row.learns()]
+        if len(learned) > 1:
+            source = number(learned[0].input_ids)
+            learned = [replace(example, source=source) for example in learned]
         examples += learned
         masked += not learned
         truncated += any(row.count > options.max_length for row in found)

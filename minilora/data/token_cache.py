@@ -17,7 +17,7 @@ from minilora.data.examples import Example, Pair
 from minilora.data.records import EncodeReport
 from minilora.files import CHECKSUMS, UnwritableError, read_tensors, tensor_content, write
 
-_VERSION = 5
+_VERSION = 6
 
 
 def cached(
@@ -78,6 +78,7 @@ def _write(entry: Path, examples: list[Example], report: EncodeReport) -> None:
         "ids": torch.tensor([i for example in examples for i in example.input_ids]),
         "labels": torch.tensor([i for example in examples for i in example.labels]),
         "lengths": torch.tensor([len(example.input_ids) for example in examples]),
+        "sources": torch.tensor([-1 if e.source is None else e.source for e in examples]),
     }
     pairs = [example for example in examples if isinstance(example, Pair)]
     if pairs and len(pairs) < len(examples):
@@ -103,10 +104,12 @@ def _read(entry: Path) -> tuple[list[Example], EncodeReport] | None:
         report = EncodeReport(**{**stored, **texts})
         sizes = tensors["lengths"].tolist()
         ids, labels = (tensors[key].split(sizes) for key in ("ids", "labels"))
+        sources = [None if source < 0 else source for source in tensors["sources"].tolist()]
     except (KeyError, TypeError, ValueError, RuntimeError):
         return None
     examples = [
-        Example(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(ids, labels, strict=True)
+        Example(tuple(a.tolist()), tuple(b.tolist()), source=source)
+        for a, b, source in zip(ids, labels, sources, strict=True)
     ]
     if "parts" in tensors:
         known = zip(tensors["parts"].tolist(), tensors["wanted"].tolist(), strict=True)

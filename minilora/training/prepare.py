@@ -140,8 +140,8 @@ def held_out_in_training(valid: Batches, batches: Batches | StreamBatches) -> li
     """Return a remark if held-out examples are not held out."""
     if not isinstance(batches, Batches):
         return []
-    learned = {tuple(example.input_ids) for example in batches.examples}
-    seen = [i for i, e in enumerate(valid.examples) if tuple(e.input_ids) in learned]
+    learned = {example.own_ids for example in batches.examples}
+    seen = [i for i, e in enumerate(valid.examples) if e.own_ids in learned]
     if not seen:
         return []
     return [
