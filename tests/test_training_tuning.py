@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from training_models import examples, factors, plain, same
 
 import minilora
 from minilora.cli.command import main
+from minilora.training import loop
 from minilora.training.trials import FIRST_STEPS, cost, fewest_steps, rungs, trials_of
+from minilora.training.tuning_runs import Runs
 
 CONFIG = minilora.TrainConfig(batch_size=4, dtype="float32", epochs=5, eval_every=10)
 ROWS, HELD = examples(23), examples(12, seed=5)
@@ -147,6 +150,44 @@ def test_adapters_are_tried_with_each_rate(tmp_path):
     config = dataclasses.replace(CONFIG, lr=found.chosen.lr)
     minilora.fit(alone, ROWS, HELD, config=config, quiet=True)
     assert same(factors(model), factors(alone))
+
+
+@pytest.mark.parametrize("every", [None, 1, 3, 6, 7])
+def test_what_a_budget_counts_is_what_is_done(every, tmp_path, monkeypatch):
+    """Trials that can't be told apart, so that none leaves before it must."""
+    done = []
+    real, losses = loop.evaluate, Runs.losses
+    monkeypatch.setattr(loop, "evaluate", lambda *a: done.append("fit") or real(*a))
+    monkeypatch.setattr(Runs, "losses", lambda self: done.append("tune") or losses(self))
+    config = dataclasses.replace(CONFIG, eval_every=every)
+    tune(tmp_path, rates=(1e-30, 2e-30), adapters=[{"r": 2}, {"r": 4}], config=config)
+    assert len(done) == cost(30, 4, 2, every)[1]
+
+
+def test_a_budget_counts_evaluations_within_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(Runs, "_timed", lambda *_: 0.0)
+    monkeypatch.setattr(Runs, "losses", lambda _: [])
+    clock = itertools.count()
+    counted = SimpleNamespace(perf_counter=lambda: next(clock) / 10)  # 0.1 s an evaluation
+    monkeypatch.setattr("minilora.training.tuning_runs.time", counted)
+    trials = trials_of(RATES[:2], [ADAPTER], CONFIG)
+    found = []
+    for every in (None, 1):
+        config = dataclasses.replace(CONFIG, eval_every=every)
+        runs = Runs(plain(), ROWS, minilora.data.as_examples(HELD), tmp_path, config, 0, True)
+        found.append(runs.affordable(4.55 / 0.9 / 60, trials, 60))
+    # 1 + 1 at the ends, 2 at step n / 5, and 2 (n / 5) + (n - 1) - n / 5 within: 45 at n = 35.
+    assert found == [60, 35]
+
+
+def test_only_the_trials_go_to_a_board(tmp_path, monkeypatch):
+    opened = []
+    board = SimpleNamespace(init=lambda **settings: opened.append(settings["name"]),
+                            log=lambda *_, **__: None, finish=lambda: None)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    config = dataclasses.replace(CONFIG, log="wandb")
+    found = tune(tmp_path, rates=RATES[:2], budget=1000, config=config)
+    assert set(opened) == {trial.name for trial in found.trials}
 
 
 def test_a_budget_limits_the_steps(tmp_path):

@@ -163,11 +163,18 @@ def fewest_steps(trials: int) -> int:
     return FIRST_STEPS * LAST * 2 ** (int(math.log2(trials)) - 1)
 
 
-def cost(steps: int, trials: int) -> tuple[int, int]:
-    """Return how many training steps and evaluations a tuning does at most."""
-    total, evaluations, left, before = 0, 2, trials, 0  # before the first step and at the end
+def cost(
+    steps: int, trials: int, adapters: int = 1, eval_every: int | None = None
+) -> tuple[int, int]:
+    """Return how many training steps and evaluations a tuning does at most.
+
+    An adapter is evaluated before its first step, a trial at each comparison and, within its run,
+    every `eval_every` steps, the chosen one at its end.
+    """
+    every = eval_every or steps
+    total, evaluations, left, before = 0, adapters + 1, trials, 0
     for rung in rungs(steps, trials):
         total += left * (rung - before)
-        evaluations += left
+        evaluations += left * (1 + rung // every - before // every)
         left, before = max(1, left // 2), rung
-    return total + steps - before, evaluations
+    return total + steps - before, evaluations + (steps - 1) // every - before // every

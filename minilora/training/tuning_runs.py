@@ -100,11 +100,8 @@ class Runs:
 
     def start(self, trials: Sequence[Trial]) -> None:
         """Make each trial's folder: a run before its first step, once for each adapter, copied."""
-        groups: dict[str, list[Trial]] = {}
-        for trial in trials:
-            groups.setdefault(json.dumps(dict(trial.adapter), default=str), []).append(trial)
         start = self.out / START
-        for group in groups.values():
+        for group in _by_adapter(trials):
             new = [trial for trial in group if not (self.out / trial.name).exists()]
             if not new:
                 continue
@@ -112,9 +109,10 @@ class Runs:
                 shutil.rmtree(start)
             self.holds = None  # drawn anew, as for a run of its own
             self.hold(group[0].adapter)
+            config = replace(self.config, lr=group[0].lr, log=None)
             result = fit(
-                self.model, self.rows, self.held, config=replace(self.config, lr=group[0].lr),
-                out=start, pad_id=self.pad_id, quiet=True, until=0,
+                self.model, self.rows, self.held, config=config, out=start,
+                pad_id=self.pad_id, quiet=True, until=0,
             )  # fmt: skip
             if result.stopped == "interrupted":
                 raise InterruptedTuningError
@@ -131,9 +129,10 @@ class Runs:
         begin = time.perf_counter()
         self.losses()
         evaluation = time.perf_counter() - begin
+        more = len(_by_adapter(trials)), self.config.eval_every
 
         def needed(steps: int) -> float:
-            trained, evaluated = cost(steps, number)
+            trained, evaluated = cost(steps, number, *more)
             return step * trained + evaluation * evaluated
 
         least = fewest_steps(number)
@@ -154,7 +153,9 @@ class Runs:
             def on_step(self, row: dict[str, Any]) -> None:
                 elapsed.append(row["elapsed_s"])
 
-        config = replace(self.config, lr=lr, epochs=None, max_steps=_PROBED + 1, eval_every=None)
+        config = replace(
+            self.config, lr=lr, epochs=None, max_steps=_PROBED + 1, eval_every=None, log=None
+        )
         result = fit(
             self.model, self.rows, config=config, pad_id=self.pad_id, quiet=True,
             callbacks=[Clock()],
@@ -162,3 +163,11 @@ class Runs:
         if result.stopped == "interrupted":
             raise InterruptedTuningError
         return (elapsed[-1] - elapsed[0]) / _PROBED  # the first prepares
+
+
+def _by_adapter(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Return trials in groups that share their adapter's settings."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(json.dumps(dict(trial.adapter), default=str), []).append(trial)
+    return list(groups.values())
