@@ -1,15 +1,29 @@
 """Records that say which answer is better: each shape becomes the same pair, bad ones are named."""
 
 import json
+import re
 
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.data import Batches, DataFiles, Encoding, Pair, pack, pad, read_data, shown, streamed
+from minilora.data import (
+    Batches,
+    DataFiles,
+    Encoding,
+    Pair,
+    as_examples,
+    pack,
+    pad,
+    read_data,
+    shown,
+    streamed,
+)
 from minilora.data.pairs import cut, with_other_answers
 from minilora.data.preference_shapes import PREFERENCES
+from minilora.running import Preference
+from minilora.training.prepare import _check_kind
 
 ASK = [{"role": "user", "content": "hi"}]
 YES, NO = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
@@ -78,6 +92,32 @@ def test_a_prompt_that_is_implicit_ends_before_the_word_that_differs():
     assert notes == ("the prompt is what chosen and rejected begin with alike (record 0)",)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ("Human: ok?\n\nAssistant:", (" Yes", " You")),
+        ("Human: ok?\n\nAssistant:\n", ("Yes", "You")),
+        ("The sky", (" is", "\nwas")),
+        ("Say:\n", ("Yes", "You")),
+    ],
+)
+def test_an_implicit_prompt_is_never_cut_inside_a_word(prompt, answers):
+    chosen, rejected = (prompt + answer for answer in answers)
+    (pair,), _ = read({"chosen": chosen, "rejected": rejected}, None)
+    rows = [{"prompt": prompt, "completion": answer} for answer in answers]
+    assert list(cut(pair)) == texts(*rows, template=None)
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt": "hi"}])
+def test_conversations_that_differ_before_the_answer_are_refused(more):
+    other = [{"role": "user", "content": "hello"}]
+    message = r"record 0: .*alike up to an assistant message, found chosen with another 'user' mes"
+    with pytest.raises(ValueError, match=message):
+        read({"chosen": ASK + YES, "rejected": other + NO, **more})
+    with pytest.raises(ValueError, match=r"found rejected with another 'user' message at \[2\]"):
+        read({"chosen": ASK + YES + YES, "rejected": ASK + YES + other + NO, **more})
+
+
 def test_fields_of_other_names_are_named():
     record = {"instruction": "2+2=", "chosen": " 4", "worse": " 5"}
     fields = {"prompt": "instruction", "chosen": "chosen", "rejected": "worse"}
@@ -100,6 +140,10 @@ def test_earlier_answers_of_a_conversation_are_not_compared():
     (pair,), _ = read({"prompt": before, "chosen": YES, "rejected": NO})
     learned = [i for i, label in enumerate(pair.labels) if label != -100]
     assert min(learned) >= pair.lengths[0]
+    _, notes = read({"prompt": before, "completion": YES})
+    assert notes == ()  # as nobody marked them
+    _, notes = read({"prompt": [*ASK, {**YES[0], "train": False}, *ASK], "completion": YES})
+    assert notes == ("answers that are marked (weight, train, …) are not learned (record 0)",)
 
 
 def test_a_template_is_given_what_it_reads_with_both_answers():
@@ -192,8 +236,38 @@ def test_labels_are_read_where_they_say_yes_or_no():
     assert not isinstance(example, Pair) and "label (1)" in notes[0]
     (one, _), _ = read_data([*LABELLED[2:]], byte_tokenizer())
     assert one.wanted is False
+    for yes, no in ((1.0, 0.0), ("1.0", "0.0"), ("True", "FALSE")):  # as tables hold them
+        rows = [{"prompt": p, "completion": "b", "label": v} for p, v in (("a", yes), ("b", no))]
+        assert [pair.wanted for pair in read_data(rows, byte_tokenizer())[0]] == [True, False]
     with pytest.raises(ValueError, match=r"to two prompts at least, .* found 2 rows with one"):
         read_data(LABELLED[:2], byte_tokenizer())
+
+
+def test_labels_of_classes_are_not_read():
+    """Where one label is no yes or no, 0 and 1 are none either; under kto that is refused."""
+    rows = [{"prompt": "a", "completion": "b", "label": n} for n in (1, 0, 3)]
+    examples, report = read_data(rows, byte_tokenizer())
+    assert examples == texts({"prompt": "a", "completion": "b"}) * 3
+    assert report.notes[0].startswith(
+        "label is not read, as not all are true, false, 1 or 0 (found 3 in record 2)"
+    )
+    with pytest.raises(
+        ValueError, match=r"label \(true, false, 1 or 0 in all\), but a row is a te"
+    ):
+        _check_kind(examples[0], "a row", Preference("kto"))
+
+
+def test_the_way_out_for_answers_with_a_label_works():
+    labelled = read_data(LABELLED, byte_tokenizer())[0]
+    for check in (as_examples, lambda rows: _check_kind(rows[0], "example 0", None)):
+        with pytest.raises(
+            ValueError, match=r"example 0 .* an answer with a label; .*, or"
+        ) as said:
+            check(labelled)
+        words = re.search(r"\(--map (.*)\)", str(said.value))[1].split()
+        fields = dict(word.split("=") for word in words)
+        examples = read_data(LABELLED, byte_tokenizer(), fields=fields)[0]
+        assert examples == texts(*({k: row[k] for k in fields} for row in LABELLED))
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=2, max_size=12))

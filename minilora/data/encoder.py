@@ -183,16 +183,21 @@ class Encoder:
         return parse
 
     def chat(
-        self, messages: list[dict[str, Any]], record: Mapping[str, Any], name: str
+        self, messages: list[dict[str, Any]], record: Mapping[str, Any], name: str, asked: int = 0
     ) -> list[Row]:
-        """Encode a conversation, whose template may read other fields of the record."""
+        """Encode a conversation, whose template may read other fields of the record.
+
+        Of the first `asked` messages nothing is learned: they are the prompt.
+        """
         variables = self._variables(record)
         if variables:
             self.note(f"the chat template reads {', '.join(variables)}", name)
-        if self.options.system is not None and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": self.options.system}, *messages]
         if any(left_out(m) for m in messages if m["role"] == "assistant"):
             self.note(_LEFT_OUT, name)
+        marked = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:asked]]
+        messages = marked + messages[asked:]
+        if self.options.system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": self.options.system}, *messages]
         if self.options.last_turn:
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             messages = [m if i == last else {**m, "weight": 0} for i, m in enumerate(messages)]

@@ -19,11 +19,14 @@ IGNORE = -100
 _MASKS = ("loss_mask", "completion_mask", "assistant_masks")  # 1: learned
 _WEIGHTS = ("weight", "weights", "loss_weight", "loss_weights", "sample_weight")
 
-NOT_ONE_TEXT = (
-    "a preference pair; train on it with TrainConfig(loss='dpo') (--loss dpo; kto for labels), or "
-    "read one answer alone: fields={'prompt': 'prompt', 'completion': 'chosen'} "
-    "(--map prompt=prompt completion=chosen)"
-)
+NOT_ONE_TEXT = {  # by whether it has a label
+    False: "a preference pair; train on it with TrainConfig(loss='dpo') (--loss dpo), or read one "
+    "answer alone: fields={'prompt': 'prompt', 'completion': 'chosen'} "
+    "(--map prompt=prompt completion=chosen)",
+    True: "an answer with a label; train on it with TrainConfig(loss='kto') (--loss kto), or leave "
+    "the label unread: fields={'prompt': 'prompt', 'completion': 'completion'} "
+    "(--map prompt=prompt completion=completion)",
+}
 
 Get = Callable[[str], Any]
 
@@ -118,7 +121,8 @@ def as_examples(data: Iterable[Any], pairs: bool = False) -> list[Example]:
     examples: list[Example] = []
     for i, item in enumerate(data):
         if isinstance(item, Pair) and not pairs:
-            raise ValueError(f"example {i} must be one text, found {NOT_ONE_TEXT}")
+            found = NOT_ONE_TEXT[item.wanted is not None]
+            raise ValueError(f"example {i} must be one text, found {found}")
         examples.append(item if isinstance(item, Pair) else as_example(item, f"example {i}"))
         if isinstance(item, Pair) != isinstance(examples[0], Pair):
             raise ValueError(

@@ -23,7 +23,10 @@ from minilora.data.shapes import (
     check_string,
 )
 
-_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+_LABELS = {
+    **{True: True, "true": True, "1": True, "1.0": True},  # 1 and 1.0 are True here
+    **{False: False, "false": False, "0": False, "0.0": False},
+}
 _ANSWERS = ("chosen", "rejected")
 _PROMPTS = ("instruction", "query", "input", "context", "problem", "source", "user")
 _IMPLICIT = "the prompt is what chosen and rejected begin with alike"
@@ -32,7 +35,7 @@ _IMPLICIT = "the prompt is what chosen and rejected begin with alike"
 def _wanted(label: Any) -> bool | None:
     """Return what a label says, None where it is none."""
     key = label.lower() if isinstance(label, str) else label
-    return _LABELS.get(key) if isinstance(key, (bool, int, str)) else None
+    return _LABELS.get(key) if isinstance(key, (bool, int, float, str)) else None
 
 
 def _answer(value: Any, key: str) -> Any:
@@ -82,8 +85,18 @@ def _cut(first: Any, second: Any) -> tuple[Any, list[Any]]:
         raise ValueError("chosen and rejected must both be texts or both be messages, found each")
     alike = zip(first, second, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], alike))
-    if isinstance(first, str) and first[:shared].endswith(" "):
-        shared -= 1  # which belongs to the word that follows
+    rests = [first[shared:], second[shared:]]
+    if isinstance(first, str) and all(rests):
+        if not all(rest[0].isspace() for rest in rests):  # else a word ends for both
+            shared = max((i + 1 for i in range(shared) if first[i].isspace()), default=0)
+        if first[:shared].endswith(" "):
+            shared -= 1  # which belongs to the word that follows
+    for key, rest in zip(_ANSWERS, rests, strict=True):
+        if isinstance(first, list) and rest and _role(rest[0]) != "assistant":
+            raise ValueError(
+                f"chosen and rejected must be alike up to an assistant message, found {key} with "
+                f"another {_role(rest[0])!r:.60} message at [{shared}]; take out the pair"
+            )
     return first[:shared], [first[shared:], second[shared:]]
 
 
@@ -186,6 +199,12 @@ def _encode_labelled(encoder: Encoder, record: Record, name: str) -> list[Row]:
     return [PairRow(_one(encoder, COMPLETION, rest, name), wanted=_wanted(record["label"]))]
 
 
+LABELLED = Shape(
+    ("prompt", "completion", "label"),
+    _check_labelled,
+    _encode_labelled,
+    fits=lambda record: _wanted(record["label"]) is not None,
+)
 PREFERENCES = (
     _preference(("prompt", *_ANSWERS), _after_prompt, more=("messages",)),
     _preference(_ANSWERS, _implicit, _IMPLICIT),
@@ -207,10 +226,5 @@ PREFERENCES = (
         _of_openai,
         "preferred_output and non_preferred_output are read as chosen and rejected",
     ),
-    Shape(
-        ("prompt", "completion", "label"),
-        _check_labelled,
-        _encode_labelled,
-        fits=lambda record: _wanted(record["label"]) is not None,
-    ),
+    LABELLED,
 )

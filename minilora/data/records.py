@@ -9,8 +9,12 @@ from typing import Any
 from minilora.data.encoder import Encoder, Encoding
 from minilora.data.examples import Example, learned_labels, number
 from minilora.data.pairs import with_other_answers
+from minilora.data.preference_shapes import LABELLED
 from minilora.data.problems import Problem, listed, refuse
 from minilora.data.recognition import resolve
+from minilora.data.shapes import COMPLETION
+
+_CLASSES = "label is not read, as not all are true, false, 1 or 0 (found {})"
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,13 @@ def encode_rows(
     """Encode records that have names; see `read_data`."""
     encoder = Encoder(tokenizer, options)
     problems: list[Problem] = []
+    classes: list[str] = []  # labels that do not say whether an answer is wanted
     for name, record in rows:  # before the slow part
         try:
             shape, known = resolve(record, options.fields)
             shape.check(known)
+            if shape is COMPLETION and known.get("label") is not None:
+                classes.append(f"{known['label']!r:.40} in {name}")
         except ValueError as error:
             problems.append((name, str(error)))
     refuse(problems, "cannot encode the records", options.skip_bad)
@@ -70,6 +77,9 @@ def encode_rows(
             continue
         try:
             shape, known = resolve(record, options.fields)
+            if classes and shape is LABELLED:
+                shape = COMPLETION
+                encoder.note(_CLASSES.format(classes[0]), name)
             found = shape.encode(encoder, known, name)
             shapes[" and ".join(shape.keys)] = None
         except ValueError as error:

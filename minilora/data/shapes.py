@@ -83,7 +83,8 @@ def _check_completion(record: Record) -> None:
 def _encode_completion(encoder: Encoder, record: Record, name: str) -> list[Row]:
     asked, answer = record["prompt"], record["completion"]
     if isinstance(asked, list):
-        return MESSAGES.encode(encoder, _joined(record), name)
+        joined = _joined(record)
+        return encoder.chat(joined["messages"], joined, name, len(asked))
     if encoder.options.chat_prompts:
         turns = (("user", asked), ("assistant", answer))
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -100,12 +101,7 @@ def _joined(record: Record) -> Record:
         answer = [{"role": "assistant", "content": answer}]
     answer = as_messages(answer)
     rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
-    marked = [{**m, "weight": 0} if _is_answer(m) else m for m in asked]
-    return {**rest, "messages": marked + answer if isinstance(answer, list) else answer}
-
-
-def _is_answer(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") == "assistant"
+    return {**rest, "messages": asked + answer if isinstance(answer, list) else answer}
 
 
 def _check_messages(record: Record) -> None:

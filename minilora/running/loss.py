@@ -36,7 +36,8 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         ValueError: no label counts, so that their mean has no meaning; pairs of answers.
     """
     if isinstance(batch, PairBatch):
-        raise ValueError(f"a batch must hold texts, found {NOT_ONE_TEXT}")
+        found = NOT_ONE_TEXT[bool((batch.wanted >= 0).any())]
+        raise ValueError(f"a batch must hold texts, found {found}")
     tokens = batch.tokens
     if tokens == 0:
         raise ValueError(

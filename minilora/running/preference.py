@@ -184,9 +184,9 @@ class Preference:
 
     def refusal(self, name: str, labelled: bool | None) -> str:
         """Return what to say of data of another kind: labelled answers, pairs, or texts (None)."""
-        needed = "prompt, completion and label" if self.kind == "kto" else (
-            "prompt, chosen and rejected"
-        )  # fmt: skip
+        needed = "prompt, chosen and rejected"
+        if self.kind == "kto":
+            needed = "prompt, completion and label (true, false, 1 or 0 in all)"
         found = {
             None: "a text; give such rows, or leave loss (--loss) at 'ce'",
             True: "an answer with a label; use loss='kto' (--loss kto)",

@@ -203,7 +203,8 @@ def _check_kind(example: Example, name: str, preference: Preference | None) -> N
     """Refuse a text where pairs of answers are compared, and the other way round."""
     if preference is None:
         if isinstance(example, Pair):
-            raise ValueError(f"loss='ce' learns texts, but {name} is {NOT_ONE_TEXT}")
+            found = NOT_ONE_TEXT[example.wanted is not None]
+            raise ValueError(f"loss='ce' learns texts, but {name} is {found}")
         return
     labelled = example.wanted is not None if isinstance(example, Pair) else None
     if labelled != (preference.kind == "kto"):
