@@ -305,6 +305,8 @@ def test_texts_and_pairs_are_told_apart():
     model, data, texts = tiny(), pairs(2), examples(2)
     with pytest.raises(ValueError, match="a batch must hold texts, found a preference pair; train"):
         token_loss(model, pad(data))
+    with pytest.raises(ValueError, match="a batch must hold texts, found an answer with a label;"):
+        token_loss(model, pad(pairs(2, kto=True)))
     with pytest.raises(ValueError, match=r"example 0 must be one text, found a preference pair"):
         evaluate(model, data)
     with pytest.raises(ValueError, match=r"loss='dpo' learns from rows with prompt, chosen and"):
