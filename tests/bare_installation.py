@@ -60,10 +60,11 @@ ANSWERS = {
     "explain": (["adapter", "--model", "model"], TEXT),
     "plan": (["owner/model"], HUB),
     "check": (["adapter"], None),
+    "docs": ([], None),
     "docs": (["cpu"], None),
     "fetch": (["no-such-model"], None),  # not its name: nothing is downloaded
 }
-others = {"compare", "repeat", "resume"}  # read a model in the same way
+others = {"compare", "repeat", "resume", "tune"}  # read a model in the same way
 assert ANSWERS.keys() | others == VERBS.keys()
 for verb, (arguments, extra) in ANSWERS.items():
     said = io.StringIO()
