@@ -60,7 +60,6 @@ ANSWERS = {
     "explain": (["adapter", "--model", "model"], TEXT),
     "plan": (["owner/model"], HUB),
     "check": (["adapter"], None),
-    "docs": ([], None),
     "docs": (["cpu"], None),
     "fetch": (["no-such-model"], None),  # not its name: nothing is downloaded
 }
