@@ -4,6 +4,7 @@
 # this folder. Under that name it is empty: operators registered twice crash the process.
 if __name__ != "kernels":
     from .attention import causal_attention
+    from .autocast import without_autocast
     from .cache import cache_folder, make_folder, private_folder
     from .capped import capped_attention
     from .cross_entropy import bounds, linear_cross_entropy
@@ -104,4 +105,5 @@ __all__ = [
     "scales_from_bits",
     "swiglu",
     "triton_lora_linear",
+    "without_autocast",
 ]

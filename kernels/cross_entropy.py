@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .probe import product_dtype
 from .workspace import fresh, workspace
 
@@ -237,7 +238,7 @@ def linear_cross_entropy(
             f"labels must lie in [0, {weight.shape[0]}) or be {ignore_index}, found values from "
             f"{low} to {high}"
         )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         by_row = reduction == "none"
         total = _LinearCrossEntropy.apply(hidden, weight, labels, fused, cap, by_row)
     if by_row:

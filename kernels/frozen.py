@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .low_rank import FrozenLinear
 from .probe import product_dtype
 from .workspace import fresh
@@ -17,7 +18,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        with torch.autocast(grad_out.device.type, enabled=False):
+        with without_autocast(grad_out.device.type):
             wide = grad_out.to(product_dtype(grad_out))
             grad_x = ctx.linear_grad_x(wide, *ctx.saved_tensors).to(grad_out.dtype)
         return grad_x, *[None] * (2 + len(ctx.saved_tensors))
@@ -39,6 +40,6 @@ def frozen_product(x: Tensor, base: FrozenLinear) -> Tensor:
         # A step of decoding is short enough to feel what autograd and autocast cost.
         y = base.linear_forward(flat.to(product_dtype(flat)), *base.tensors).to(x.dtype)
     else:
-        with torch.autocast("cpu" if x.is_meta else device, enabled=False):
+        with without_autocast("cpu" if x.is_meta else device):
             y = _Frozen.apply(flat, base.linear_forward, base.linear_grad_x, *base.tensors)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .autocast import without_autocast
 from .probe import product_dtype
 from .workspace import fresh, workspace
 
@@ -124,7 +125,7 @@ class _LoRALinear(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         narrow, wide = x.dtype, product_dtype(x)
         x, grad_out, s = x.to(wide), grad_out.to(wide), s.to(wide)
-        with torch.autocast(grad_out.device.type, enabled=False):
+        with without_autocast(grad_out.device.type):
             if torch.is_grad_enabled():  # a second derivative needs S as a function of x and A
                 s = torch.mm(_dropped(x, mask, ctx.p), A.to(x.dtype).t())
             grad_s = torch.mm(grad_out, B.to(grad_out.dtype)) * ctx.scaling
@@ -174,7 +175,7 @@ def lora_linear(
         y, _ = _product(flat, A, B, flat_mask, scaling, p, base.linear_forward, base.tensors)
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
     # The caller has settled the dtype; autocast must not cast single products inside the step.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         y = _LoRALinear.apply(
             flat,
             A,
@@ -215,7 +216,7 @@ def lora_add(
     """
     flat = _dropped(x, mask, p).reshape(-1, x.shape[-1])
     flat = flat.to(product_dtype(flat))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         s = torch.mm(flat, A.to(flat.dtype).t())
         out = torch.addmm(
             y.reshape(-1, y.shape[-1]).to(flat.dtype), s, B.to(flat.dtype).t(), alpha=scaling

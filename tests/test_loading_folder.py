@@ -120,9 +120,13 @@ def test_reading_auto_takes_the_fastest_dtype(monkeypatch, folder):
     assert read_model(folder, dtype="auto").lm_head.weight.dtype == torch.float16
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 3])
+def test_reading_takes_the_name_of_a_dtype(folder):
+    assert read_model(folder, dtype="bfloat16").lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, 3])
 def test_reading_refuses_another_dtype(folder, dtype):
-    with pytest.raises(ValueError, match="dtype must be None, 'auto' or one of"):
+    with pytest.raises(ValueError, match="dtype must be a floating-point torch dtype .* or its"):
         read_model(folder, dtype=dtype)
 
 

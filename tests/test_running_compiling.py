@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
 from training_models import factors, fit, plain, tiny
 
 import minilora
@@ -22,6 +24,7 @@ from minilora.running.compiling import (
 from minilora.training import loop
 from minilora.training.config import TrainConfig
 
+ALLOWED = "autograd_cache_allow_custom_autograd_functions"
 needs_compiler = pytest.mark.skipif(compile_problem() is not None, reason=str(compile_problem()))
 
 
@@ -87,6 +90,13 @@ def test_a_compiled_run_trains_alike_and_leaves_no_trace():
     trained, expected = factors(two), factors(one)
     for name, value in trained.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+    if hasattr(functorch, ALLOWED):  # the next process reads it all
+        torch.compiler.reset()
+        counters.clear()
+        fit(tiny(), max_steps=1, compile=True)
+        found = counters["aot_autograd"]
+        assert found["autograd_cache_hit"] == found["total"] > 0
+        assert not getattr(functorch, ALLOWED)
 
 
 def test_a_plan_counts_before_blocks_are_compiled(monkeypatch):
@@ -114,6 +124,33 @@ def test_all_blocks_share_one_compiled_variant(monkeypatch):
         fit(model, max_steps=2, schedule="constant", compile=True)
         counts.append(counter.frame_count)
     assert counts[1] == counts[2] > 0
+
+
+class Times(torch.autograd.Function):
+    """x times 2, with a gradient that is wrong on purpose."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return grad_out * ctx.factor, None
+
+
+@needs_compiler
+def test_two_gradients_of_one_forward_are_two_entries_of_the_cache():
+    found = []
+    for factor in (2, 3, 2):
+        torch.compiler.reset()
+        x = torch.ones(5, requires_grad=True)
+        model = nn.Module()
+        model.forward = lambda x, factor=factor: Times.apply(x, factor)
+        with compiled(model, True):
+            model(x).sum().backward()
+        found.append(x.grad.tolist())
+    assert found == [[2.0] * 5, [3.0] * 5, [2.0] * 5]
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])

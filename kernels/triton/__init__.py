@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..dropout import row_seeds
 from ..int8 import LONGEST
 from ..low_rank import FrozenLinear, conv1d_forward, dense_forward
@@ -110,7 +111,7 @@ def lora_linear(
     _check(x, base)
     seed = row_seeds(x) if p else None
     flat = x.reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         y = _product(flat, base, A, B, scaling, seed, p)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

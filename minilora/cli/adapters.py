@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import minilora
 from minilora.cli.arguments import DATA_HELP, DTYPES, ENCODING, arg, integer, positive, verb
 from minilora.cli.sources import (
@@ -61,7 +59,7 @@ def export(options: argparse.Namespace) -> int:
     with ticking("loading the model"):
         model, _ = load_model(base_of(folder, options.model), dtype=None, device="cpu")
         minilora.load(model, folder)
-    how = {"r": options.r, "dtype": getattr(torch, options.dtype)}
+    how = {"r": options.r, "dtype": options.dtype}
     if options.new is not None:
         print(minilora.export(model, options.new, **how))
         print(minilora.check(options.new))

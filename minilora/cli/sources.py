@@ -116,8 +116,7 @@ def load(
     if adapter is not None:
         adapter = adapter_of(adapter, "--adapter")  # before the slow part
     target = device(options)
-    dtypes: dict[str, Any] = {"auto": "auto", "stored": None}
-    dtype = dtypes[options.dtype] if options.dtype in dtypes else getattr(torch, options.dtype)
+    dtype = None if options.dtype == "stored" else options.dtype
     if dtype == "auto" and target.type == "cpu" and parallel is not None:
         dtype = common_dtype(parallel)
     format = getattr(options, "quantize", None)

@@ -62,7 +62,7 @@ def load_model(
         quantize: `"int8"`, `"nf4"` or `"int4"`, or a `Quantization`, stores linear layers so; None
             as they are.
         dtype: of everything that is not quantized, and of what is computed: `"auto"` the fastest
-            on the device, None as stored, or a floating-point torch dtype.
+            on the device, None as stored, or a floating-point torch dtype or its name.
         device: where the weights go, quantized there: `"auto"` is CUDA where it is there (under
             torchrun the GPU of the process), else Apple's MPS (untested), else the CPU.
         targets, exclude, layers: which layers to quantize, as for `minilora.quantize`.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minilora.files import nearest, short
 from minilora.kernels import fastest_dtype
 from minilora.loading.fetching import hub_name
-from minilora.lora import base_of, check_quantizable, select_targets
+from minilora.lora import as_dtype, base_of, check_quantizable, select_targets
 from minilora.models import FAMILIES, CausalLM, NotBuiltError
 from minilora.quantization import Quantization, QuantizedLinear, is_finite
 
@@ -80,13 +80,10 @@ def nearest_of(named: str, known: Iterable[str]) -> str:
 def resolve_dtype(
     dtype: torch.dtype | str | None, device: torch.device | str = "cpu"
 ) -> torch.dtype | None:
-    """Turn `"auto"` into the fastest dtype there; pass None and floating dtypes through."""
+    """Turn `"auto"` into the fastest dtype there, and a name into its dtype; None stays."""
     if dtype == "auto":
         return fastest_dtype(torch.device(device))
-    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in FLOATS):
-        return dtype
-    names = ", ".join(str(each) for each in FLOATS)
-    raise ValueError(f"dtype must be None, 'auto' or one of {names}, found {dtype!r}")
+    return None if dtype is None else as_dtype(dtype)
 
 
 def make_model(

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels import FrozenLinear, dropout_mask, lora_add, lora_linear, triton_lora_linear
+from minilora.kernels import (
+    FrozenLinear,
+    dropout_mask,
+    lora_add,
+    lora_linear,
+    triton_lora_linear,
+    without_autocast,
+)
 from minilora.lora.adapter import LoRAAdapter, ModuleDict, Pair, rescaled, stacked
 from minilora.lora.base import Base, base_of, view
 from minilora.lora.routes import Route
@@ -247,7 +254,7 @@ class LoRALayer(nn.Module):
         y = self.base(x)
         x, dtype = self.branch_input(x)
         out = y.to(torch.promote_types(y.dtype, dtype))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for pair in pairs:
                 mask = dropout_mask(x, pair.dropout) if pair.dropout else None
                 if self.view.family == "linear":

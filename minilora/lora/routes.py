@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minilora.kernels import dropout_mask
+from minilora.kernels import dropout_mask, without_autocast
 from minilora.lora.adapter import LoRAAdapter, Pair, rescaled, stacked
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class PerRow(Route):
         owner = owner.to(x.device)
         x, dtype = layer.branch_input(x)
         seen, drops = self._dropped(x, owner, [one.pairs(layer.training) for one in adapters])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             branch = self._branch(layer, seen, owner, adapters, dtype)
             if any(one.magnitude is not None for one in adapters):
                 W, one = layer.view.matrix(), torch.ones(layer.view.out_features, device=x.device)

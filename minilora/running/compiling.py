@@ -113,8 +113,9 @@ def _settings() -> Iterator[None]:
     gate times up. That is a third to a half of all that is kept, and saves no time
     (`benchmarks/NOTES.md`). It also leaves a function uncompiled for good after eight variants,
     which a few models in one process reach, and takes floats such as a scaling for variables, finds
-    after tracing both passes that no kernel can, and traces them again. Holds for all that this
-    thread compiles meanwhile.
+    after tracing both passes that no kernel can, and traces them again. Its cache keeps no function
+    with an autograd step of one's own unless told to; what such a step computes is part of the key.
+    Holds for all that this thread compiles meanwhile.
     """
     from torch._dynamo import config as tracing
     from torch._functorch import config as backward
@@ -128,6 +129,7 @@ def _settings() -> Iterator[None]:
             (backward, keep, False),
             (tracing, most, variants),
             (tracing, "specialize_float", True),
+            (backward, "autograd_cache_allow_custom_autograd_functions", True),
         ):
             if hasattr(config, name):  # private, so it may be gone one day
                 stack.enter_context(config.patch({name: value}))
