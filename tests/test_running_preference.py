@@ -214,6 +214,17 @@ def test_the_reference_of_another_model_or_adapter_is_forgotten():
     assert float(ours(first, pad(data))[0].detach()) == pytest.approx(want, rel=1e-9)
 
 
+def test_the_reference_of_other_weights_is_forgotten():
+    model, data, ours = moved(), pad(pairs(5)), Preference("dpo", beta=0.7)
+    ours(model, data)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.mul_(1.5)
+    want = float(Preference("dpo", beta=0.7)(model, data)[0].detach())
+    assert float(ours(model, data)[0].detach()) == pytest.approx(want, rel=1e-9)
+
+
 def test_what_was_restored_is_of_the_next_model():
     model, data, ours, again = moved(), pad(pairs(5)), Preference("dpo"), Preference("dpo")
     ours.prepare(model, [data])

@@ -21,6 +21,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +115,14 @@ KINDS = {
 }
 
 
+def _frozen_state(model: nn.Module) -> int:
+    """Return a number that changes when what is frozen is written to or replaced."""
+    tensors = [t for t in chain(model.parameters(), model.buffers()) if not t.requires_grad]
+    if any(hasattr(t, "full_tensor") for t in tensors):  # FSDP2 puts others there all the time
+        return 0
+    return hash(tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors))
+
+
 class Preference:
     """A loss over pairs: (model, `PairBatch`) → (loss summed over pairs, pairs).
 
@@ -128,7 +137,7 @@ class Preference:
 
     Attributes:
         known: log-probabilities of the reference by `PairBatch.keys`: computed once for a model
-            and an `adapter`, forgotten where another comes.
+            and an `adapter`, forgotten where another comes or frozen weights change.
         drift: z of kto, over the pairs that `prepare` saw last.
     """
 
@@ -146,7 +155,7 @@ class Preference:
         self.beta = self._of.beta if beta is None else beta
         self.gamma, self.kto_weights, self.adapter = gamma, kto_weights, adapter
         self.known: dict[int, tuple[float, float]] = {}
-        self._known_of: tuple[Any, str | None] | None = None  # model and adapter
+        self._known_of: tuple[Any, str | None, int] | None = None  # model, adapter, weights
         self.drift = 0.0
         self.seen: list[Tensor] = []
 
@@ -226,8 +235,8 @@ class Preference:
             self.drift = max(0.0, total / max(1, count))
 
     def _forget_others(self, model: nn.Module) -> None:
-        """Forget the reference of another model, or without another adapter."""
-        now = weakref.ref(model), self.adapter
+        """Forget the reference of another model, of other weights, or without another adapter."""
+        now = weakref.ref(model), self.adapter, _frozen_state(model)
         if self._known_of not in (None, now):
             self.known = {}
         self._known_of = now
