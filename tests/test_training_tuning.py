@@ -356,6 +356,7 @@ def test_the_command_leaves_ordinary_runs(place, tmp_path, monkeypatch, capsys):
     ("more", "message"),
     [
         (["--lr", "1e-3"], "tune tries --rates, found --lr"),
+        (["--loss", "dpo"], "tune compares the loss of the next token, found --loss dpo; leave"),
         (["--stream"], "reads all data before the first step, found --stream"),
         (["--vary", "dropout=1"], "--vary takes r, alpha, targets with values"),
         (["--vary", "r=2", "r=4"], "--vary takes each name once, found r twice"),

@@ -87,6 +87,10 @@ def tune(options: argparse.Namespace) -> int:
     adapter, config = settings(options)
     if "lr" in given(options, TrainConfig):
         raise ValueError("tune tries --rates, found --lr; leave it out, or use train")
+    if config.loss != "ce":
+        raise ValueError(
+            f"tune compares the loss of the next token, found --loss {config.loss}; leave it out"
+        )
     if options.stream:
         raise ValueError("tune reads all data before the first step, found --stream; leave it out")
     adapters = [adapter | each for each in _variants(options.vary)]
