@@ -3,7 +3,7 @@
 from minilora.report.ablation import Ablation, ablate
 from minilora.report.analysis import explain
 from minilora.report.answers import AnswerDifference
-from minilora.report.contest import Contest, compare
+from minilora.report.comparing import AdapterComparison, compare
 from minilora.report.explanation import Behaviour, Explanation
 from minilora.report.spectra import LayerReport
 from minilora.report.subspace import (
@@ -17,10 +17,10 @@ from minilora.running import Difference
 
 __all__ = [
     "Ablation",
+    "AdapterComparison",
     "AnswerDifference",
     "Behaviour",
     "Comparison",
-    "Contest",
     "Difference",
     "Explanation",
     "LayerComparison",

@@ -21,8 +21,8 @@ from minilora.cli.command import main
 from minilora.data import IGNORE, read_data
 from minilora.loading.saving import save_pretrained
 from minilora.report.answers import AnswerDifference, length_controlled, mcnemar
-from minilora.report.contest import Gap, ShownChange
-from minilora.report.contest_page import contest_page
+from minilora.report.comparing import Gap, ShownChange
+from minilora.report.comparing_page import comparing_page
 from minilora.report.plots import intervals
 from minilora.running.paired import Difference, paired_difference, t975
 
@@ -311,7 +311,7 @@ def test_the_page_shows_verdicts_intervals_answers_and_examples(tmp_path):
 def test_the_page_escapes_what_comes_from_outside():
     found = minilora.compare(model(["v1"]), [None, "v1"], DATA)
     evil = ShownChange(0, "<script>alert('&')</script>", -1.0, {"<b>": "<i>&"})
-    text = contest_page(dataclasses.replace(found, gained=(evil,)))
+    text = comparing_page(dataclasses.replace(found, gained=(evil,)))
     parsed(text)
     assert "&lt;script&gt;alert(" in text and "&lt;b&gt; wrote" in text and "&lt;i&gt;&amp;" in text
     assert "<script" not in text and "<b> wrote" not in text
@@ -365,7 +365,7 @@ def test_the_command_prints_and_writes_the_same(tmp_path, capsys):
     out = capsys.readouterr().out
     files = f"JSON in {tmp_path / 'c.json'}\npage in {tmp_path / 'c.html'}\n"
     assert out == f"{found}\n{files}"
-    assert (tmp_path / "c.html").read_text() == contest_page(found)
+    assert (tmp_path / "c.html").read_text() == comparing_page(found)
     stored = json.loads((tmp_path / "c.json").read_text())
     assert stored["losses"] == found.losses
     assert stored["differences"][0]["second"] == "v2"

@@ -2,32 +2,32 @@
 
 from collections.abc import Iterable, Sequence
 
-from minilora.report.contest import Contest, ShownChange
+from minilora.report.comparing import AdapterComparison, ShownChange
 from minilora.report.elements import boxes, document, escaped, figure, section, table
 from minilora.report.plots import intervals
 from minilora.running import Difference
 
 
-def contest_page(contest: Contest) -> str:
+def comparing_page(compared: AdapterComparison) -> str:
     """Return the whole page; it holds no script and its policy forbids loading anything."""
-    one, names = contest.differences[0], list(contest.losses)
+    one, names = compared.differences[0], list(compared.losses)
     parts = [
         f"<h1>{escaped(', '.join(names))}: which is better?</h1>",
         f"<p>Measured on the same {one.examples} held-out examples, {one.tokens} learned tokens. "
         f"Intervals are of 95 %, from drawing examples anew.</p>",
-        boxes(_cards(contest)), *_losses(contest),
-        *_intervals("Difference of the held-out loss", contest.differences + contest.among,
+        boxes(_cards(compared)), *_losses(compared),
+        *_intervals("Difference of the held-out loss", compared.differences + compared.among,
                     "Nats per learned token. Left of 0 the one named last is better; an interval "
                     "across 0 can't tell."),
-        *_intervals("Outside the task", contest.outside,
+        *_intervals("Outside the task", compared.outside,
                     "The same on text outside the task: right of 0 something was forgotten."),
-        *_gaps(contest), *_answers(contest), *_examples(contest),
+        *_gaps(compared), *_answers(compared), *_examples(compared),
     ]  # fmt: skip
     return document(f"{', '.join(names)}: which is better?", parts)
 
 
-def _cards(contest: Contest) -> Iterable[tuple[str, str, bool]]:
-    for each in contest.differences:
+def _cards(compared: AdapterComparison) -> Iterable[tuple[str, str, bool]]:
+    for each in compared.differences:
         found = f"{each.change:+.4f} nats a token ({each.low:+.4f} to {each.high:+.4f})"
         if each.clear:
             better, worse = (each.first, each.second)[:: 1 if each.change > 0 else -1]
@@ -35,14 +35,14 @@ def _cards(contest: Contest) -> Iterable[tuple[str, str, bool]]:
         else:
             verdict, _, reason = str(each).partition(": ")[0].partition(", can't tell")
             yield "can't tell", f"{verdict}: {found}{reason}", False
-    for each in contest.outside:
+    for each in compared.outside:
         if each.clear and each.change > 0:
             words = f"outside the task {each.second} lost this much a token"
             yield f"{each.change:+.4f}", words, True
 
 
-def _losses(contest: Contest) -> list[str]:
-    rows = [(name, f"{loss:.4f}") for name, loss in contest.losses.items()]
+def _losses(compared: AdapterComparison) -> list[str]:
+    rows = [(name, f"{loss:.4f}") for name, loss in compared.losses.items()]
     about = "Mean over all learned tokens, in nats. Lower is better."
     return [section("Held-out loss", about), table(("contender", "loss"), rows)]
 
@@ -65,8 +65,8 @@ def _intervals(title: str, differences: Sequence[Difference], about: str) -> lis
     return [section(title, about), figure(drawn), table(header, rows)]
 
 
-def _gaps(contest: Contest) -> list[str]:
-    if not contest.gaps:
+def _gaps(compared: AdapterComparison) -> list[str]:
+    if not compared.gaps:
         return []
     about = (
         "Of what was gained on training data: nats per token that held-out data did not gain. "
@@ -74,35 +74,35 @@ def _gaps(contest: Contest) -> list[str]:
     )
     rows = [
         (name, gap.change, gap.low, gap.high, f"{gap.change:+.4f}")
-        for name, gap in contest.gaps.items()
+        for name, gap in compared.gaps.items()
     ]
     return [section("Over-fitting", about), figure(intervals("Over-fitting", rows))]
 
 
-def _answers(contest: Contest) -> list[str]:
-    if not contest.right:
+def _answers(compared: AdapterComparison) -> list[str]:
+    if not compared.right:
         return []
-    number = contest.differences[0].examples
+    number = compared.differences[0].examples
     about = f"Each contender wrote an answer to {number} questions, greedily."
     rows = [
-        (name, str(right), f"{right / number:.1%}", f"{contest.lengths[name]:.1f}",
-         str(contest.cut[name]))
-        for name, right in contest.right.items()
+        (name, str(right), f"{right / number:.1%}", f"{compared.lengths[name]:.1f}",
+         str(compared.cut[name]))
+        for name, right in compared.right.items()
     ]  # fmt: skip
     header = ("contender", "right", "share", "tokens of an answer", "cut off")
-    said = "".join(f"<li>{escaped(each)}</li>" for each in contest.answers)
+    said = "".join(f"<li>{escaped(each)}</li>" for each in compared.answers)
     return [section("Answers", about), table(header, rows), f"<ul>{said}</ul>"]
 
 
-def _examples(contest: Contest) -> list[str]:
-    names = list(contest.losses)
+def _examples(compared: AdapterComparison) -> list[str]:
+    names = list(compared.losses)
     about = (
         f"The examples whose loss changed most from {names[0]} to {names[-1]}, in nats per token: "
         f"a little of what was given, and of what is to be written."
     )
     halves = "".join(
         f"<div><h3>{title}</h3>{''.join(map(_shown, some)) or '<p>none</p>'}</div>"
-        for title, some in (("Worst regressions", contest.lost), ("Best gains", contest.gained))
+        for title, some in (("Worst regressions", compared.lost), ("Best gains", compared.gained))
     )
     return [section("Examples", about), f'<div class="halves">{halves}</div>']
 

@@ -69,7 +69,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Contest:
+class AdapterComparison:
     """What `minilora.compare` found; prints as text.
 
     Attributes:
@@ -123,9 +123,9 @@ class Contest:
 
     def to_html(self, file: str | Path) -> Path:
         """Write one page with intervals drawn that needs nothing beside it, and return the path."""
-        from minilora.report.contest_page import contest_page
+        from minilora.report.comparing_page import comparing_page
 
-        return write(file, contest_page(self))
+        return write(file, comparing_page(self))
 
     def to_json(self, file: str | Path) -> Path:
         """Write everything as JSON and return the path."""
@@ -146,7 +146,7 @@ def compare(
     batch_size: int = 8,
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> Contest:
+) -> AdapterComparison:
     """Compare adapters, or the base, on the same held-out examples.
 
     >>> print(minilora.compare(model, [None, "v1", "v2"], examples))
@@ -224,7 +224,7 @@ def compare(
         texts = {name: tokenizer.decode(each[i]) for name, each in answers.items()}
         return ShownChange(i, _text(examples["data"][i], tokenizer), change[i], texts)
 
-    return Contest(
+    return AdapterComparison(
         {name: _mean(each) for name, each in losses["data"].items()},
         found["data"],
         tuple(among),
