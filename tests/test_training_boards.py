@@ -14,7 +14,8 @@ from preference_pairs import pairs
 
 import minilora
 from minilora.training import TrainConfig
-from minilora.training.boards import BOARDS
+
+BOARDS = ("tensorboard", "wandb", "trackio")
 
 
 def has(package):

@@ -172,9 +172,9 @@ def percent(share: float | None) -> str:
     return f"{100 * share:,.0f} %" if 10 <= share < math.inf else f"{100 * share:.3g} %"
 
 
-def median_energy(layers: Sequence[LayerReport], most: int = 8) -> list[float]:
-    """Return the share of ‖ΔW‖² kept at rank 1, 2, …, its median over layers; `most` at most."""
-    count = min(most, max(len(layer.energy) for layer in layers))
+def median_energy(layers: Sequence[LayerReport]) -> list[float]:
+    """Return the share of ‖ΔW‖² kept at rank 1 to 8, its median over layers."""
+    count = min(8, max(len(layer.energy) for layer in layers))
     return [
         statistics.median(v.energy[min(k, len(v.energy) - 1)] for v in layers) for k in range(count)
     ]

@@ -252,21 +252,29 @@ def bars(
     return svg(wide, height, title, about, body)
 
 
-def arrows(title: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
-    """Draw a loss before and after as an arrow per row, below what to write of it."""
-    left, wide, step = 12.0, 560.0, 46.0
-    ends = [value for _, a, b, _ in rows for value in (a, b)]
-    low, high = min(ends), max(ends)
-    margin = 0.06 * (high - low) if high > low else 1
+def _across(
+    values: Sequence[float], left: float, wide: float, floor: float
+) -> tuple[Callable[[float], float], list[str]]:
+    """Return where values lie from left to right, and vertical lines with numbers at `floor`."""
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) if high > low else 1.0
     low, high = low - margin, high + margin
 
     def x(value: float) -> float:
         return left + (wide - 2 * left) * (value - low) / (high - low)
 
-    floor, body = 14 + step * len(rows), []
+    lines: list[str] = []
     for mark in ticks(low, high, 6):
-        body += [line(x(mark), 8, x(mark), floor),
-                 text(x(mark), floor + 16, short(mark), "middle", "small")]  # fmt: skip
+        lines += [line(x(mark), 8, x(mark), floor, "axis" if abs(mark) < 1e-12 else "grid"),
+                  text(x(mark), floor + 16, short(mark), "middle", "small")]  # fmt: skip
+    return x, lines
+
+
+def arrows(title: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
+    """Draw a loss before and after as an arrow per row, below what to write of it."""
+    left, wide, step = 12.0, 560.0, 46.0
+    floor = 14 + step * len(rows)
+    x, body = _across([value for _, a, b, _ in rows for value in (a, b)], left, wide, floor)
     body.append(text(wide / 2, floor + 34, "nats per token", "middle", "small"))
     for i, (name, before, after, words) in enumerate(rows):
         y = 8 + step * (i + 0.72)
@@ -323,18 +331,9 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float, str]]) 
         rows: a name, the value, the ends of its interval, and words.
     """
     wide, left, step = 620.0, 16.0, 58.0
+    floor = 14 + step * len(rows)
     ends = [0.0, *(end for _, _, low, high, _ in rows for end in (low, high))]
-    low, high = min(ends), max(ends)
-    margin = 0.06 * (high - low) if high > low else 1.0
-    low, high = low - margin, high + margin
-
-    def x(value: float) -> float:
-        return left + (wide - 2 * left) * (value - low) / (high - low)
-
-    floor, body = 14 + step * len(rows), []
-    for mark in ticks(low, high, 6):
-        body += [line(x(mark), 8, x(mark), floor, "axis" if abs(mark) < 1e-12 else "grid"),
-                 text(x(mark), floor + 16, short(mark), "middle", "small")]  # fmt: skip
+    x, body = _across(ends, left, wide, floor)
     for i, (name, value, start, end, words) in enumerate(rows):
         y = 8 + step * i + 38
         kind = "better" if end < 0 else "worse" if start > 0 else "axis"

@@ -7,7 +7,6 @@ from typing import Any
 
 from minilora.files import import_extra
 
-BOARDS = ("tensorboard", "wandb", "trackio")
 _PROJECT = "minilora"
 _TRAINING = ("loss", "lr", "grad_norm", "tokens_per_s", "data_wait")
 _PAIRS = (

@@ -222,12 +222,12 @@ def _keep_until(file: Path, step: int) -> None:
         ) from error
 
 
-def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Return the exponential moving averages of values, without bias towards the first.
 
     As Adam's moments: m ← decay · m + (1 − decay) · value, divided by 1 − decay^count.
     """
-    mean, result = 0.0, []
+    mean, result, decay = 0.0, [], 0.9
     for count, value in enumerate(values, 1):
         mean = decay * mean + (1 - decay) * value
         result.append(mean / (1 - decay**count))
