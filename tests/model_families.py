@@ -21,6 +21,7 @@ from minilora.models import (
     GPTNeoXConfig,
     Granite,
     GraniteConfig,
+    KVCache,
     Llama,
     LlamaConfig,
     Mistral,
@@ -404,3 +405,30 @@ def assert_rounded(found, theirs, ids):
     noise = (copy.deepcopy(theirs).float()(ids).logits - wanted).abs().max()
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() <= 4 * noise + 1e-6 * wanted.abs().max()
+
+
+def assert_equal_in_parts(family, batch, chunks, tolerance=None, **changes):
+    """Logits in one pass equal transformers', and those with a cache in chunks; also the loss.
+
+    Of a model in f64, with these changes of the family's configuration. The tolerance is for norms
+    or rotary frequencies that theirs computes in f32; without one `assert_rounded` judges. Returns
+    the model.
+    """
+    theirs = their_model(family, torch.float64, **changes)
+    ours = our_model(family, theirs)
+    ids = some_ids(ours, batch, sum(chunks))
+    cache = KVCache(ours, batch, sum(chunks))
+    with torch.no_grad():
+        whole = ours(ids)
+        if tolerance is None:
+            assert_rounded(whole, theirs, ids)
+        else:
+            assert_close(whole, theirs(ids).logits, tolerance)
+        parts = [ours(part, cache=cache) for part in ids.split(chunks, dim=1)]
+        assert_close(torch.cat(parts, dim=1), whole, 1e-10)
+        if sum(chunks) > 1:
+            wanted = torch.nn.functional.cross_entropy(
+                whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            )
+            assert_close(ours.loss(ids, ids), wanted, 1e-10)
+    return ours

@@ -2,24 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from small_models import Conv1D
 from torch import nn
 
 import minilora
 from minilora.data.batches import Example
 from minilora.lora.layer import lora_layers
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear, by the name and attribute that it is recognised by."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 class Kinds(nn.Module):

@@ -7,6 +7,19 @@ import minilora
 from minilora.lora.layer import lora_layers
 
 
+class Conv1D(nn.Module):
+    """GPT-2's linear, weight `[in, out]`, by the name and attribute that it is recognised by."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
 class Net(nn.Module):
     def __init__(self, k=12, n=20):
         super().__init__()

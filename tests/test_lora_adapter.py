@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import Conv1D
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,18 +18,6 @@ from minilora.lora.base import base_of
 from minilora.lora.config import AdapterConfig
 
 F64 = torch.float64
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear: weight `[in, out]`."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 KINDS = ("linear", "conv1d", "embedding", "conv2d")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report_models import ALL, Kinds
 from small_models import net, shake
 from torch import nn
 
@@ -19,37 +20,6 @@ from minilora.lora.serving import mixed, prepare_switching
 F64 = torch.float64
 
 
-class Conv1D(nn.Module):
-    """GPT-2's linear, by the name and attribute that it is recognised by."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
-
-class Kinds(nn.Module):
-    """One layer of each kind that takes an adapter."""
-
-    def __init__(self, width=6):
-        super().__init__()
-        self.embed = nn.Embedding(11, width)
-        self.linear = nn.Linear(width, 9)
-        self.turned = Conv1D(8, 9)
-        self.conv = nn.Conv2d(2, 5, (3, 1), padding=(1, 0))
-        self.out = nn.Linear(20, 3)
-
-    def forward(self, ids):
-        x = self.turned(torch.tanh(self.linear(self.embed(ids))))
-        x = self.conv(x.reshape(-1, 2, 4, 1))
-        return self.out(x.flatten(1))
-
-
-ALL = ["embed", "linear", "turned", "conv", "out"]
 IDS = torch.arange(14) * 5 % 11
 
 

@@ -3,26 +3,14 @@
 import re
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import Conv1D
 from torch import nn
 
 import minilora
 from minilora.lora.layer import lora_layers
 from minilora.lora.selection import TargetList, matrix_shape, select_targets
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear: weight `[in, out]`."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 class Attention(nn.Module):

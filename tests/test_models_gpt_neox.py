@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_families import assert_close, our_model, some_ids, their_model
+from model_families import assert_equal_in_parts, our_model, their_model
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig as TheirConfig
 
@@ -12,7 +12,7 @@ import minilora
 from minilora.loading.model import read_model
 from minilora.loading.saving import save_pretrained
 from minilora.lora import lora_layers
-from minilora.models import GPTNeoX, GPTNeoXConfig, KVCache
+from minilora.models import GPTNeoX, GPTNeoXConfig
 
 pytestmark = pytest.mark.peers
 
@@ -31,14 +31,15 @@ BASE |= {"num_attention_heads": 2, "num_hidden_layers": 2}
     act=st.sampled_from(["gelu", "gelu_new", "relu", "silu"]),
     chunks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
 )
-def test_forward_equals_transformers_for_any_shape(
+def test_forward_and_loss_equal_transformers_for_any_shape(
     heads, half, share, inner, parallel, bias, act, chunks
 ):
-    """In one pass, and with a cache in chunks of any length."""
     rotated = 2 * max(1, round(half * share))
-    theirs = their_model(
+    assert_equal_in_parts(
         "gpt_neox",
-        torch.float64,
+        2,
+        chunks,
+        1e-6,
         num_attention_heads=heads,
         hidden_size=heads * 2 * half,
         intermediate_size=inner,
@@ -47,14 +48,6 @@ def test_forward_equals_transformers_for_any_shape(
         hidden_act=act,
         rope_parameters={"rope_type": "default", "partial_rotary_factor": rotated / (2 * half)},
     )
-    ours = our_model("gpt_neox", theirs)
-    ids = some_ids(ours, 2, sum(chunks))
-    cache = KVCache(ours, 2, sum(chunks))
-    with torch.no_grad():
-        wanted = theirs(ids).logits
-        assert_close(ours(ids), wanted, 1e-6)  # rotary frequencies are f32 in theirs
-        parts = [ours(part, cache=cache) for part in ids.split(chunks, dim=1)]
-        assert_close(torch.cat(parts, dim=1), wanted, 1e-6)
 
 
 def test_checkpoints_call_the_head_embed_out_and_hold_masks(tmp_path):

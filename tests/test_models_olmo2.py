@@ -1,13 +1,12 @@
 """What OLMo 2 has beside what every family has: any shape, its configuration."""
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_families import assert_close, assert_rounded, our_model, some_ids, their_model
+from model_families import assert_equal_in_parts
 from transformers import Olmo2Config as TheirConfig
 
-from minilora.models import KVCache, Olmo2Config
+from minilora.models import Olmo2Config
 
 pytestmark = pytest.mark.peers
 
@@ -25,27 +24,19 @@ BASE |= {"num_attention_heads": 4}
     batch=st.integers(1, 3),
     chunks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
 )
-def test_forward_equals_transformers_for_any_shape(
+def test_forward_and_loss_equal_transformers_for_any_shape(
     groups, kv_heads, half, size, bias, batch, chunks
 ):
-    """In one pass, and with a cache in chunks of any length."""
-    theirs = their_model(
+    assert_equal_in_parts(
         "olmo2",
-        torch.float64,
+        batch,
+        chunks,
         num_attention_heads=groups * kv_heads,
         num_key_value_heads=kv_heads,
         head_dim=2 * half,
         hidden_size=size,
         attention_bias=bias,
     )
-    ours = our_model("olmo2", theirs)
-    ids = some_ids(ours, batch, sum(chunks))
-    cache = KVCache(ours, batch, sum(chunks))
-    with torch.no_grad():
-        whole = ours(ids)
-        assert_rounded(whole, theirs, ids)
-        parts = [ours(part, cache=cache) for part in ids.split(chunks, dim=1)]
-        assert_close(torch.cat(parts, dim=1), whole, 1e-10)
 
 
 def test_config_defaults_are_those_of_transformers():
