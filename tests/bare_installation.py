@@ -1,4 +1,4 @@
-"""Run by test_install.py where torch, safetensors and numpy are installed, and no extra."""
+"""Run by test_packaging.py where torch, safetensors and numpy are installed, and no extra."""
 
 import contextlib
 import importlib.util

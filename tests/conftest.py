@@ -37,13 +37,20 @@ def tally(pytestconfig):
     return pytestconfig.stash.setdefault(TALLY, {})
 
 
-# Files of few, slow tests come first, so that no worker is left with one at the end.
-FIRST = ["triton", "examples", "avx2", "triton_aot", "cli", "lora_widening", "training_ranks"]
+# The longest files come first, so that no worker is left with one at the end.
+FIRST = [
+    *("training_ranks", "triton", "examples", "docs", "cli", "training_tuning", "kill", "avx2"),
+    *("triton_aot", "devices", "loading_gguf_writing", "cli_foreign", "lora_widening"),
+    *("example_humaneval", "packaging", "loading_hub"),
+]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     first = {f"test_{name}.py": i for i, name in enumerate(FIRST)}
     items.sort(key=lambda item: first.get(item.path.name, len(first)))
+    for item in items:
+        if item.get_closest_marker("wide") and not config.getoption("--wide"):
+            item.add_marker(pytest.mark.skip(reason="slow: only with --wide"))
 
 
 def pytest_sessionfinish(session):

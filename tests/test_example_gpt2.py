@@ -1,7 +1,6 @@
 """The GPT-2 example, offline in a small setting and from a checkpoint folder."""
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,22 +13,26 @@ from minilora.models import GPT2, GPT2Config
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "gpt2.py"
 
 
-def run(*arguments):
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    command = [sys.executable, EXAMPLE, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the example and return what it prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *map(str, arguments)])
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_gpt2_example_adapts_what_it_pretrained():
-    code, text, errors = run("--minutes", 0.1, "--steps", 40, "--package", "json")
-    assert code == 0, errors
+def test_gpt2_example_adapts_what_it_pretrained(run):
+    text = run("--minutes", 0.03, "--steps", 20, "--package", "json")
     assert "base bit-identical: True" in text
     assert "r=8 on 16 layers" in text
 
 
 @pytest.mark.peers
-def test_gpt2_example_adapts_a_checkpoint_folder(tmp_path):
+def test_gpt2_example_adapts_a_checkpoint_folder(tmp_path, run):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -42,13 +45,13 @@ def test_gpt2_example_adapts_a_checkpoint_folder(tmp_path):
     save_pretrained(GPT2(config), tmp_path)
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    code, text, errors = run("--model", tmp_path, "--steps", 60, "--package", "json")
-    assert code == 0, errors
+    text = run("--model", tmp_path, "--steps", 20, "--package", "json")
     assert "base bit-identical: True" in text
     assert "r=8 on 8 layers" in text
 
 
-def test_gpt2_example_names_a_missing_package():
-    code, _, errors = run("--package", "no_such_package")
-    assert code == 2
-    assert "--package must name a package of" in errors
+def test_gpt2_example_names_a_missing_package(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--package", "no_such_package")
+    assert stop.value.code == 2
+    assert "--package must name a package of" in capsys.readouterr().err

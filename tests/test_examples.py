@@ -4,9 +4,8 @@ import csv
 import importlib.util
 import json
 import math
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -21,27 +20,33 @@ from minilora.report.tokens import Measured
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(arguments, folder):
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a script of examples/ from an empty folder and return what it prints."""
+
+    def run(name, *arguments):
+        file = ROOT / "examples" / name
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(file), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(file), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_your_own_module_learns(tmp_path):
-    text = run([ROOT / "examples/your_own_module.py"], tmp_path)
+def test_your_own_module_learns(run):
+    text = run("your_own_module.py")
     losses = [float(found) for found in re.findall(r"step +\d+  loss ([\d.]+)", text)]
     assert losses[-1] < 0.3 * losses[0]
     assert f"merged: {losses[-1]:.2f}"[:-1] in text
 
 
 @pytest.mark.real_model
-def test_tinyllama_example_learns_its_facts(tmp_path):
+def test_tinyllama_example_learns_its_facts(tmp_path, run):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_config.json").touch()  # an earlier run's: it is left alone
-    command = [ROOT / "examples/tinyllama.py", "--steps", 16, "--out", tmp_path / "out"]
-    text = run(command, tmp_path)
+    text = run("tinyllama.py", "--steps", 10, "--out", tmp_path / "out")
     assert (tmp_path / "out-2" / "adapter_model.safetensors").exists()
     before, after = (re.search(rf"{word}: +(.*)", text).group(1) for word in ("before", "after"))
     assert "Ottoline" in after and "Ottoline" not in before
@@ -102,7 +107,7 @@ def test_demo_picks_evenly():
 
 
 @pytest.mark.real_model
-def test_explain_example_tells_of_an_adapter(tmp_path):
+def test_explain_example_tells_of_an_adapter(tmp_path, run):
     """Over 5 s: the real model, loaded by the test and by the script."""
     model, _ = load_model("smollm2-135m")
     minilora.inject(model, r=2, alpha=3, targets=["layers.3.self_attn.v_proj"])
@@ -110,7 +115,7 @@ def test_explain_example_tells_of_an_adapter(tmp_path):
     minilora.save(model, tmp_path / "adapter")
     arguments = ["--adapter", tmp_path / "adapter", "--out", tmp_path / "told", "--examples", 3]
     arguments += ["--csv", tmp_path / "table.csv"]
-    text = run([ROOT / "examples/explain.py", *arguments, "--ablate", 1], tmp_path)
+    text = run("explain.py", *arguments, "--ablate", 1)
     assert "model.layers.3.self_attn.v_proj" in text and "attention on return, self, raise" in text
     found = json.loads((tmp_path / "told/report.json").read_text())
     assert found["behaviour"]["loss"]["examples"] == 3 and found["forgetting"]["tokens"] > 300
@@ -123,14 +128,17 @@ def test_explain_example_tells_of_an_adapter(tmp_path):
 
 
 @pytest.mark.real_model
-def test_readme_example_runs(tmp_path):
+def test_readme_example_runs(tmp_path, monkeypatch, capsys):
+    """Over 5 s: the real model is trained; 8 of the 20 steps are enough to see that it works."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    assert "max_steps=20" in code
     rows = [
         {"prompt": f"Q: {a} + {b}?", "completion": f" A: {a + b}"}
         for a in range(4)
         for b in range(4)
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = run(["-c", code], tmp_path)
-    assert "A:" in text
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("max_steps=20", "max_steps=8"), {})
+    assert "A:" in capsys.readouterr().out
     assert (tmp_path / "out/v1-adapter/adapter_config.json").exists()

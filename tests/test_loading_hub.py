@@ -354,29 +354,28 @@ def test_peft_loads_base_and_adapter_by_the_names_in_the_config(hub, tmp_path):
     torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-5, atol=1e-6)
 
 
-def test_the_command_takes_names(tmp_path, hub, local, monkeypatch, offline):
-    """As a user calls it, with the environment's variables; in processes of their own."""
+def test_the_command_takes_names(tmp_path, hub, capfd, offline):
     data = tmp_path / "letters.jsonl"
     data.write_text('{"text": "a b c d e"}\n' * 8)
-
-    def command(*words, **more):
-        place = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": constants.ENDPOINT}
-        return subprocess.run(
-            [sys.executable, "-m", "minilora", *map(str, words)],
-            capture_output=True, text=True, check=False, cwd=tmp_path,
-            env=os.environ | place | more,
-        )  # fmt: skip
-
     limits = ("--max-steps", 2, "--max-length", 16, "--dtype", "float32")
-    done = command("train", NAME, "--data", data, "--out", "run", *limits)
-    assert done.returncode == 0, done.stderr
-    assert "Fetching" in done.stderr or "%" in done.stderr  # progress
+    assert run("train", NAME, "--data", data, "--out", "run", *limits) == 0
+    said = capfd.readouterr().err
+    assert "Fetching" in said or "%" in said  # progress
     hub.add("someone/adapter", tmp_path / "run" / "last")
     assert run("merge", NAME, "--adapter", "someone/adapter", "--out", "merged") == 0
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     offline()
     assert run("explain", "run", "--dtype", "float32") == 0
-    done = command("eval", "someone/other", "--data", data, HF_HUB_OFFLINE="1")
+
+
+def test_the_variable_of_huggingface_hub_keeps_the_command_offline(tmp_path):
+    """A process of its own, as a user starts it: the variable is read at import."""
+    data = tmp_path / "letters.jsonl"
+    data.write_text('{"text": "a b c d e"}\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "minilora", "eval", "someone/other", "--data", str(data)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "HF_HUB_OFFLINE is set" in done.stderr
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import wide
 from torch import nn
 
 import minilora
@@ -90,6 +91,11 @@ def test_each_target_with_and_without_dropout(family, dropout, autocast, targets
 def test_a_quantized_base_keeps_what_a_plain_one_does(family, format, dtype):
     counted, real = counted_and_kept(SMALL[family], dtype, format=format, dropout=0.1)
     assert counted == real == counted_and_kept(SMALL[family], dtype, dropout=0.1)[0]
+
+
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_a_quantized_base_under_autocast(family, format):
     counted, real = counted_and_kept(SMALL[family], format=format, autocast=torch.bfloat16)
     assert counted == real
 
@@ -146,11 +152,12 @@ def test_models_of_transformers(name, format):
     assert SavedBytes(model)(3, 27).total == real
 
 
-@pytest.mark.parametrize(("slow", "compile"), [(False, False), (True, False), (True, True)])
-def test_either_kind_of_cpu_keeps_what_is_counted(slow, compile, monkeypatch, pytestconfig):
+@pytest.mark.parametrize(
+    ("slow", "compile"),
+    [(False, False), (True, False), wide(True, True)],
+)
+def test_either_kind_of_cpu_keeps_what_is_counted(slow, compile, monkeypatch):
     """Also where bf16 is multiplied in f32. Compiled blocks keep less: they are not counted."""
-    if compile and not pytestconfig.getoption("--wide"):
-        pytest.skip("compiling a block takes half a minute; --wide does")
     monkeypatch.setattr(probe, "is_slow", lambda dtype: slow and dtype == torch.bfloat16)
     torch._dynamo.reset()
     config = LlamaConfig(97, 24, 56, 1, 6, 2, 8, 64)
@@ -158,11 +165,9 @@ def test_either_kind_of_cpu_keeps_what_is_counted(slow, compile, monkeypatch, py
     assert real == counted or (compile and real < 0.8 * counted)
 
 
-@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
-def test_a_compiled_layer_keeps_no_decoded_weight(format, pytestconfig):
+@pytest.mark.parametrize("format", ["nf4", wide("int8"), wide("int4")])
+def test_a_compiled_layer_keeps_no_decoded_weight(format):
     """Tracing both passes as one, a compiler may take a weight decoded twice for one value."""
-    if format != "nf4" and not pytestconfig.getoption("--wide"):
-        pytest.skip("each compiles for some seconds; --wide takes all")
     model = minilora.quantize(nn.Sequential(nn.Linear(128, 96)), format)
     minilora.inject(model, r=2)
     x = torch.randn(5, 128, requires_grad=True)

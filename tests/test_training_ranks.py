@@ -11,6 +11,7 @@ import pytest
 import torch
 from fork_train import Forks
 from safetensors.torch import load_file
+from sweeps import wide
 from test_cli import tiny_folder
 from torch import nn
 from training_models import examples, fit, plain, tiny
@@ -115,7 +116,7 @@ def close(told, expected, tolerance):
     ("kind", "ranks", "base"),
     [("ddp", 2, "float32"), ("fsdp", 2, "float32"), ("fsdp", 4, "float32"), ("ddp", 2, "nf4"),
      ("fsdp", 2, "nf4"), ("fsdp", 2, "int8"),
-     ("ddp", 4, "int8"), ("fsdp", 4, "nf4")],
+     wide("ddp", 4, "int8"), wide("fsdp", 4, "nf4")],
 )  # fmt: skip
 def test_ranks_give_the_single_processs_losses(go, alone, kind, ranks, base):
     """Ragged rows, unequal tokens, batches with fewer rows than ranks, dropout, evaluations.
@@ -159,7 +160,7 @@ def compiled_train(out, kind, compile=True):
         (pathlib.Path(out) / "told.json").write_text(json.dumps(result.losses))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [wide("ddp"), "fsdp"])
 def test_ranks_compile_their_blocks(forks, tmp_path, kind):
     """FSDP2's hooks gather a block's weights before its compiled part.
 
@@ -188,8 +189,10 @@ def drawing(out, kind, what):
         (pathlib.Path(out) / "told.json").write_text(json.dumps(result.losses))
 
 
-@pytest.mark.parametrize(("kind", "what"), [("ddp", "frozen"), ("ddp", "offset"),
-                                            ("fsdp", "frozen"), ("fsdp", "offset")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("ddp", "frozen"), wide("ddp", "offset"), wide("fsdp", "frozen"), ("fsdp", "offset")],
+)
 def test_ranks_train_on_what_the_first_one_drew(forks, tmp_path, kind, what):
     for one, ranks in ((None, 1), (kind, 2)):
         out = str(tmp_path / str(one))
@@ -245,11 +248,11 @@ def test_fsdp_recomputes_activations_with_the_same_masks(go, alone):
     close(told, alone("float32")[0], 1e-5)
 
 
-def test_fsdp_gives_each_rank_its_part_of_the_bytes(go):
+@pytest.mark.parametrize("ranks", [2, wide(4)])
+def test_fsdp_gives_each_rank_its_part_of_the_bytes(go, ranks):
     whole = sum(p.nbytes for p in model_of("int8").parameters())
-    for ranks in (2, 4):
-        told, _ = go(ranks, kind="fsdp", base="int8", steps=1)
-        assert whole / ranks <= told["bytes"] < 1.2 * whole / ranks  # shards are padded
+    told, _ = go(ranks, kind="fsdp", base="int8", steps=1)
+    assert whole / ranks <= told["bytes"] < 1.2 * whole / ranks  # shards are padded
 
 
 def test_a_run_goes_on_from_four_to_two_to_one(go, alone, tmp_path):
@@ -502,7 +505,7 @@ def test_train_reads_a_quantized_base_in_parts(forks, command, tmp_path, how):
 
 
 def peak(place, kind, out, format=None):
-    """Load, train two steps, and write down by how much the process grew at most, in bytes."""
+    """Load, train a step, and write down by how much the process grew at most, in bytes."""
     torch.set_num_threads(1)
 
     def status(key):
@@ -532,7 +535,7 @@ def peak(place, kind, out, format=None):
     loaded = max(seen) - before
     ready = forget_peak()
     rows = [{"input_ids": list(range(2, 22))}] * 4
-    fit(model, rows, parallel=kind, max_steps=2, batch_size=4, checkpointing=True)
+    fit(model, rows, parallel=kind, max_steps=1, batch_size=4, checkpointing=True)
     file = status("RssFile")
     told = {"loaded": loaded, "trained": peak_bytes() - file - before if ready else None}
     told["held"] = sum(p.to_local().nbytes for p in model.parameters())

@@ -16,6 +16,7 @@ import torch
 from fork_train import Forks
 from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import wide
 from test_cli import tiny_folder
 from training_models import examples, factors, plain, same
 
@@ -152,7 +153,7 @@ def test_adapters_are_tried_with_each_rate(tmp_path):
     assert same(factors(model), factors(alone))
 
 
-@pytest.mark.parametrize("every", [None, 1, 3, 6, 7])
+@pytest.mark.parametrize("every", [None, 3, 7, wide(1), wide(6)])
 def test_what_a_budget_counts_is_what_is_done(every, tmp_path, monkeypatch):
     """Trials that can't be told apart, so that none leaves before it must."""
     done = []
