@@ -181,7 +181,7 @@ def with_their_gelu(model):
     found = copy.deepcopy(model)
     for module in found.modules():
         name = type(module).__name__
-        if isinstance(model, (GPT2, GPTNeoX)) and name == "MLP":
+        if name == "PlainMLP":
             module.act = _table
         elif isinstance(model, (Gemma2, Gemma3)) and name.endswith("MLP"):
             module.forward = lambda x, m=module: m.down_proj(_table(m.gate_proj(x)) * m.up_proj(x))
@@ -223,6 +223,15 @@ def test_llama_cpp_writes_the_same_text(tmp_path, family):
     minilora.eject(model)
     save_gguf(model, tmp_path / "merged.gguf", tokenizer, type="f32")
     assert agree(theirs(tmp_path / "merged.gguf"), model, tokenizer) == both[0]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", ["gpt_neox", "olmo2", "llama"])
+def test_llama_cpp_reads_a_head_that_is_the_embedding(tmp_path, family):
+    """Of some architectures it asks for a head's tensor all the same."""
+    model, tokenizer = writer(family, tie_word_embeddings=True)
+    save_gguf(model, tmp_path / "a.gguf", tokenizer, type="f32")
+    agree(theirs(tmp_path / "a.gguf"), model, tokenizer)
 
 
 ROPES = {
@@ -295,6 +304,8 @@ def test_a_model_is_read_again(tmp_path, family, tied):
     save_gguf(model, tmp_path / "a.gguf", tokenizer, type="f32")
     read, words = minilora.load_model(tmp_path / "a.gguf", dtype=None)
     told = dataclasses.asdict(read.config)
+    if model.gguf.own_head:  # a copy of the embedding, as llama.cpp asks for one
+        told["tie_word_embeddings"] = tied
     for field, value in dataclasses.asdict(model.config).items():
         if isinstance(value, float):  # the file has f32, or nothing of what is by default
             assert told[field] in (value, np.float32(value)), field

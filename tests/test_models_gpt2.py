@@ -20,7 +20,7 @@ import minilora
 from minilora.loading.model import load_model, read_model
 from minilora.loading.saving import save_pretrained
 from minilora.models import GPT2, Conv1D, GPT2Config
-from minilora.models.gpt2 import ACTIVATIONS
+from minilora.models.gpt_blocks import ACTIVATIONS
 
 pytestmark = pytest.mark.peers
 

@@ -114,7 +114,8 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
             "a GGUF file is written of a plain model in floating point, found adapters or "
             "quantized layers; merge and eject them first (minilora merge)"
         )
-    if config.tie_word_embeddings:
+    tied = config.tie_word_embeddings and not names.own_head
+    if tied:
         state.pop("lm_head.weight")
     tensors: dict[str, Tensor] = {}
     for fqn, value in state.items():
@@ -129,7 +130,8 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
         f"{names.architecture}.{key}": value for key, value in scaling.items()
     }
     metadata |= gguf_metadata(as_tokenizer(tokenizer), config.vocab_size)
-    _check_told(config, read_metadata(Path(file), model.__class__, metadata, tensors))
+    told = read_metadata(Path(file), model.__class__, metadata, tensors)
+    _check_told(config.replace(tie_word_embeddings=tied), told)
 
     def describe(writer: Any) -> None:
         writer.add_type("model")

@@ -16,7 +16,8 @@ from minilora.models.gguf_rope import (
     rotates_alike,
     written_scaling,
 )
-from minilora.models.gpt2 import GPT2, Conv1D, GPT2Config
+from minilora.models.gpt2 import GPT2, GPT2Config
+from minilora.models.gpt_blocks import Conv1D
 from minilora.models.gpt_neox import GPTNeoX, GPTNeoXConfig
 from minilora.models.granite import Granite, GraniteConfig
 from minilora.models.llama import Llama, LlamaConfig

@@ -190,7 +190,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Add attention and then the SwiGLU block to the residual stream, each after a norm.
 
-    A family with other parts names them in a subclass, its `Decoder.layer_class`; one that norms
+    A family with other parts names them in a subclass, its `CausalLM.layer_class`; one that norms
     elsewhere also has its own `forward`.
 
     Attributes:
@@ -212,7 +212,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = self.attention_class(config, **made)
         self.mlp = self.mlp_class(config, **made)
         for name in self.norms:
-            norm = self.norm_class(config.hidden_size, config.rms_norm_eps, **made)
+            norm = self.norm_class(config.hidden_size, config.norm_eps, **made)
             self.add_module(name, norm)
 
     def forward(
@@ -221,18 +221,3 @@ class DecoderLayer(nn.Module):
         """Return `[B, T, hidden]`."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, slot)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Body(nn.Module):
-    """What Hugging Face's checkpoints call `model`: everything but the head."""
-
-    def __init__(
-        self, config: DecoderConfig, layer_class: type[DecoderLayer], *, dtype=None, device=None
-    ) -> None:
-        super().__init__()
-        made = {"dtype": dtype, "device": device}
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **made)
-        self.layers = nn.ModuleList(
-            layer_class(config, layer, **made) for layer in range(config.num_hidden_layers)
-        )
-        self.norm = layer_class.norm_class(config.hidden_size, config.rms_norm_eps, **made)

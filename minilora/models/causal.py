@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels import bounds, linear_cross_entropy
-from minilora.models.blocks import Body, DecoderLayer, KVCache
+from minilora.models.blocks import DecoderLayer, KVCache
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
 from minilora.models.rotary import outgrows, rotation_at
@@ -38,6 +38,10 @@ class CausalLM(nn.Module):
         gguf: its names in GGUF files, or None where those are not read.
         embedding_name, blocks_name, norm_name: dotted names of the embedding, of the list of
             blocks and of the last norm.
+        layer_class: what each block is; the last norm is of its `norm_class`.
+        positions_name: dotted name of an embedding of positions, which is added; or None.
+        head_name: what checkpoints call the head's weight.
+        passed_over: endings of names in checkpoints that belong to no weights.
         end_of_text: the token that ends a text where the tokenizer's files name none, or None.
         gradient_checkpointing: when True, each block is run again in the backward pass instead of
             keeping its activations; acts in training mode with gradients on.
@@ -52,6 +56,10 @@ class CausalLM(nn.Module):
     embedding_name: ClassVar[str] = "model.embed_tokens"
     blocks_name: ClassVar[str] = "model.layers"
     norm_name: ClassVar[str] = "model.norm"
+    positions_name: ClassVar[str | None] = None
+    head_name: ClassVar[str] = "lm_head.weight"
+    layer_class: ClassVar[Any] = DecoderLayer
+    passed_over: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
     end_of_text: ClassVar[str | None] = None
 
     def __init__(
@@ -84,26 +92,42 @@ class CausalLM(nn.Module):
                 nn.init.normal_(parameter, std=self._deviation(name))
         self.tie_weights()
 
-    @staticmethod
-    def stored_fqn(name: str) -> str | None:
+    @classmethod
+    def stored_fqn(cls, name: str) -> str | None:
         """Return the dotted name in the model of a tensor in a checkpoint, None to pass it over."""
-        return name
+        if name.endswith(cls.passed_over):
+            return None
+        return "lm_head.weight" if name == cls.head_name else name
 
-    @staticmethod
-    def written_fqn(name: str) -> str:
+    @classmethod
+    def written_fqn(cls, name: str) -> str:
         """Return the dotted name in a checkpoint of a tensor in the model."""
-        return name
+        return cls.head_name if name == "lm_head.weight" else name
 
     def body(self, **made: Any) -> nn.Module:
         """Make everything but the head, with the dtype and on the device of `made`."""
-        raise AttributeError(f"{type(self).__name__} must say what it is made of")
+        config, layer, body = self.config, self.layer_class, nn.Module()
+        width, layers = config.hidden_size, range(config.num_hidden_layers)
+
+        def add(name: str, module: nn.Module) -> None:
+            body.add_module(name.partition(".")[2], module)
+
+        add(self.embedding_name, nn.Embedding(config.vocab_size, width, **made))
+        if self.positions_name is not None:
+            add(self.positions_name, nn.Embedding(config.context_length, width, **made))
+        add(self.blocks_name, nn.ModuleList(layer(config, i, **made) for i in layers))
+        add(self.norm_name, layer.norm_class(width, config.norm_eps, **made))
+        return body
 
     def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, dict[Any, tuple]]:
         """Return the first hidden state, and by `block.rope` what a block takes beside it.
 
         A block is called as `block(x, *beside[block.rope], mask, slot of the cache)`.
         """
-        raise AttributeError(f"{type(self).__name__} must say how its ids are embedded")
+        x = self.get_input_embeddings()(ids)
+        if self.positions_name is not None:
+            x = x + self.get_submodule(self.positions_name)(positions.long())
+        return x, {rope: (rotation_at(rope, positions, x.dtype),) for rope in self.ropes}
 
     def end(self, x: Tensor) -> Tensor:
         """Return what the head reads of what the last norm returns."""
@@ -359,27 +383,3 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether reading the weight does all that calling the module would."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return type(module) is nn.Linear and module.bias is None and not hooks
-
-
-class Decoder(CausalLM):
-    """A decoder with rotary embeddings, RMS norms and a gated MLP, as its `DecoderConfig` says.
-
-    Attributes:
-        layer_class: what each layer is.
-    """
-
-    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
-
-    def body(self, **made: Any) -> nn.Module:
-        """Make the embedding, the layers and the last norm."""
-        return Body(self.config, self.layer_class, **made)
-
-    @staticmethod
-    def stored_fqn(name: str) -> str | None:
-        """Pass over the rotary frequencies that old checkpoints store."""
-        return None if name.endswith(".rotary_emb.inv_freq") else name
-
-    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, dict[Any, tuple]]:
-        """Embed the ids; a block takes the rotation at the positions by its rope."""
-        x = self.get_input_embeddings()(ids)
-        return x, {rope: (rotation_at(rope, positions, x.dtype),) for rope in self.ropes}

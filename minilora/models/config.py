@@ -267,6 +267,8 @@ class DecoderConfig(ModelConfig):
                 f"correct config.json"
             )
 
+    norm_eps = property(lambda self: self.rms_norm_eps)
+
     @property
     def attention_scale(self) -> float:
         """What a query times a key is multiplied by."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minilora.kernels import geglu
 from minilora.models.blocks import MLP, DecoderLayer, RMSNorm, Rotation, Slot
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import FULL, SLIDING, DecoderConfig
 from minilora.models.gguf_names import DECODER_NAMES
 
@@ -119,8 +119,8 @@ def scaled(entries: dict[str, Any]) -> dict[str, Any]:
     return entries | {"query_pre_attn_scalar": own}
 
 
-class Gemma2(Decoder):
-    """Compute next-token logits as Hugging Face's `Gemma2ForCausalLM` does; see `Decoder`."""
+class Gemma2(CausalLM):
+    """Compute next-token logits as Hugging Face's `Gemma2ForCausalLM` does; see `CausalLM`."""
 
     config_class, layer_class = Gemma2Config, Gemma2Layer
     gguf = DECODER_NAMES._replace(

@@ -87,7 +87,7 @@ def _completed(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 class Gemma3(Gemma2):
-    """Compute next-token logits as Hugging Face's `Gemma3ForCausalLM` does; see `Decoder`."""
+    """Compute next-token logits as Hugging Face's `Gemma3ForCausalLM` does; see `CausalLM`."""
 
     config_class, layer_class = Gemma3Config, Gemma3Layer
     gguf = Gemma2.gguf._replace(

@@ -40,6 +40,7 @@ class GGUFNames(NamedTuple):
         completed: adds to the entries of a `config.json` what llama.cpp knows without a key.
         turned: parts whose matrices the model stores as `[in, out]`.
         ropes: the `rope_type`s that llama.cpp has for the architecture.
+        own_head: whether llama.cpp asks for a head's tensor where that is the embedding's, too.
     """
 
     architecture: str
@@ -55,6 +56,7 @@ class GGUFNames(NamedTuple):
     completed: Callable[[Entries], Entries] = _as_stated
     turned: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ()
+    own_head: bool = False
 
     def turns(self, name: str) -> bool:
         """Whether a tensor of the file is the transpose of the model's."""
@@ -100,6 +102,24 @@ DECODER_NAMES = GGUFNames(
     },
     ropes=("linear", "yarn"),
 )
+
+
+# Of architectures with layer norms, whose epsilon has another key.
+LAYER_NORMED = {
+    key: field for key, field in DECODER_NAMES.required.items() if not key.endswith("rms_epsilon")
+}
+
+
+def whole_names(embedding: str, norm: str, positions: str | None = None) -> dict[str, str]:
+    """Return the `whole` of a model with these modules and a head."""
+    names = {"token_embd": embedding, "output_norm": norm, "output": "lm_head"}
+    return names if positions is None else names | {"position_embd": positions}
+
+
+def joint_parts(*modules: str) -> dict[str, str]:
+    """Return the `parts` of a block with one projection for q, k and v: two norms, four maps."""
+    names = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+    return dict(zip(names, modules, strict=True))
 
 
 def rotated_share(entries: Entries) -> Entries:

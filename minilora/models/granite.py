@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from minilora.models.blocks import DecoderLayer, Rotation, Slot
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.llama import Llama
 
@@ -61,8 +61,8 @@ class GraniteLayer(DecoderLayer):
         return x + self.mlp(self.post_attention_layernorm(x)) * self.multiplier
 
 
-class Granite(Decoder):
-    """Compute next-token logits as Hugging Face's `GraniteForCausalLM` does; see `Decoder`.
+class Granite(CausalLM):
+    """Compute next-token logits as Hugging Face's `GraniteForCausalLM` does; see `CausalLM`.
 
     What the head reads is divided by `logits_scaling`, and so are the logits, wherever they are
     formed.

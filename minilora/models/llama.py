@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.gguf_names import DECODER_NAMES
 
@@ -41,8 +41,8 @@ def _side_by_side(fqn: str, rows: Tensor, config: LlamaConfig) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-class Llama(Decoder):
-    """Compute next-token logits as Hugging Face's `LlamaForCausalLM` does; see `Decoder`."""
+class Llama(CausalLM):
+    """Compute next-token logits as Hugging Face's `LlamaForCausalLM` does; see `CausalLM`."""
 
     config_class = LlamaConfig
     gguf = DECODER_NAMES._replace(

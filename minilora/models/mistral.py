@@ -7,7 +7,7 @@ GGUF files say they are a Llama's, know no window, and are read as one.
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.llama import Llama
 
@@ -35,8 +35,8 @@ class MistralConfig(DecoderConfig):
 _NO_WINDOW = {"sliding_window": None}
 
 
-class Mistral(Decoder):
-    """Compute next-token logits as Hugging Face's `MistralForCausalLM` does; see `Decoder`."""
+class Mistral(CausalLM):
+    """Compute next-token logits as Hugging Face's `MistralForCausalLM` does; see `CausalLM`."""
 
     config_class = MistralConfig
     gguf = Llama.gguf._replace(biases={}, completed=lambda entries: entries | _NO_WINDOW)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from minilora.models.blocks import Attention, DecoderLayer, RMSNorm, Rotation, Slot
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.gguf_names import DECODER_NAMES
 
@@ -72,8 +72,8 @@ class Olmo2Layer(DecoderLayer):
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-class Olmo2(Decoder):
-    """Compute next-token logits as Hugging Face's `Olmo2ForCausalLM` does; see `Decoder`."""
+class Olmo2(CausalLM):
+    """Compute next-token logits as Hugging Face's `Olmo2ForCausalLM` does; see `CausalLM`."""
 
     config_class, layer_class = Olmo2Config, Olmo2Layer
     gguf = DECODER_NAMES._replace(
@@ -86,4 +86,5 @@ class Olmo2(Decoder):
             "post_attention_norm": "post_attention_layernorm",
             "post_ffw_norm": "post_feedforward_layernorm",
         },
+        own_head=True,
     )

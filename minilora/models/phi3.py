@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from minilora.kernels import swiglu
 from minilora.models.blocks import Attention, DecoderLayer
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
-from minilora.models.gguf_names import PART_ROTATED, Entries, rotated_share
+from minilora.models.gguf_names import PART_ROTATED, Entries, joint_parts, rotated_share
 from minilora.models.rope import LongRope
 
 
@@ -101,22 +101,22 @@ def _of_gguf(entries: Entries) -> Entries:
     return rotated_share(entries) | {"sliding_window": entries.get("sliding_window") or None}
 
 
-class Phi3(Decoder):
-    """Compute next-token logits as Hugging Face's `Phi3ForCausalLM` does; see `Decoder`."""
+class Phi3(CausalLM):
+    """Compute next-token logits as Hugging Face's `Phi3ForCausalLM` does; see `CausalLM`."""
 
     config_class, layer_class = Phi3Config, Phi3Layer
     gguf = PART_ROTATED._replace(
         architecture="phi3",
         optional=PART_ROTATED.optional | {"attention.sliding_window": "sliding_window"},
         biases={},
-        parts={
-            "attn_norm": "input_layernorm",
-            "attn_qkv": "self_attn.qkv_proj",
-            "attn_output": "self_attn.o_proj",
-            "ffn_norm": "post_attention_layernorm",
-            "ffn_up": "mlp.gate_up_proj",
-            "ffn_down": "mlp.down_proj",
-        },
+        parts=joint_parts(
+            "input_layernorm",
+            "self_attn.qkv_proj",
+            "self_attn.o_proj",
+            "post_attention_layernorm",
+            "mlp.gate_up_proj",
+            "mlp.down_proj",
+        ),
         completed=_of_gguf,
         ropes=("longrope",),
     )

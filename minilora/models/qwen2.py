@@ -7,7 +7,7 @@ section 2.2.1). With `use_sliding_window`, layers from `max_window_layers` on ha
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.gguf_names import DECODER_NAMES
 
@@ -28,8 +28,8 @@ class Qwen2Config(DecoderConfig):
         return super()._completed({"sliding_window": 4096, **values}, entries)
 
 
-class Qwen2(Decoder):
-    """Compute next-token logits as Hugging Face's `Qwen2ForCausalLM` does; see `Decoder`."""
+class Qwen2(CausalLM):
+    """Compute next-token logits as Hugging Face's `Qwen2ForCausalLM` does; see `CausalLM`."""
 
     config_class = Qwen2Config
     gguf = DECODER_NAMES._replace(architecture="qwen2", biases={})

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from minilora.models.blocks import Attention, DecoderLayer, RMSNorm
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.gguf_names import DECODER_NAMES
 
@@ -55,8 +55,8 @@ class Qwen3Layer(DecoderLayer):
     attention_class = NormedAttention
 
 
-class Qwen3(Decoder):
-    """Compute next-token logits as Hugging Face's `Qwen3ForCausalLM` does; see `Decoder`."""
+class Qwen3(CausalLM):
+    """Compute next-token logits as Hugging Face's `Qwen3ForCausalLM` does; see `CausalLM`."""
 
     config_class, layer_class = Qwen3Config, Qwen3Layer
     gguf = DECODER_NAMES._replace(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora.files import short
-from minilora.models.causal import Decoder
+from minilora.models.causal import CausalLM
 from minilora.models.config import FULL, SLIDING, DecoderConfig
 from minilora.models.gguf_names import DECODER_NAMES, Entries
 from minilora.models.llama import Llama
@@ -89,8 +89,8 @@ def _every_fourth(entries: Entries) -> Entries:
     return entries | {"no_rope_layers": None, "no_rope_layer_interval": 4, "sliding_window": None}
 
 
-class SmolLM3(Decoder):
-    """Compute next-token logits as Hugging Face's `SmolLM3ForCausalLM` does; see `Decoder`."""
+class SmolLM3(CausalLM):
+    """Compute next-token logits as Hugging Face's `SmolLM3ForCausalLM` does; see `CausalLM`."""
 
     config_class = SmolLM3Config
     gguf = Llama.gguf._replace(
