@@ -9,11 +9,12 @@ import warnings
 
 import pytest
 import torch
+from model_families import their_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_files import every_kill, needs_fork
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
@@ -522,9 +523,12 @@ def _words(count):
     return backend
 
 
-def test_a_tokenizer_that_is_larger_than_its_model_is_told(folder):
+def test_control_tokens_and_ends_beyond_the_embedding_are_told(folder):
+    """As a padding token that was added and never trained."""
     (folder / "generation_config.json").unlink()
-    _words(54).save(str(folder / "tokenizer.json"))
+    words = _words(53)
+    words.add_special_tokens(["<pad>"])
+    words.save(str(folder / "tokenizer.json"))
     _edit(folder / "config.json", eos_token_id=10**9)
     message = "its tokenizer has 54 ids, and the model can't compute 53 and more"
     with (
@@ -540,3 +544,44 @@ def test_a_tokenizer_that_is_larger_than_its_model_is_told(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(folder)
+
+
+def _framed(words):
+    words.add_special_tokens(["<s>"])
+    words.post_processor = processors.TemplateProcessing(
+        single=["<s>", "$A"], special_tokens=[("<s>", 53)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "change", "found"),
+    [
+        (55, lambda words: None, "beyond the 53 rows of the embedding: 'w53', 'w54'; use the"),
+        (53, lambda words: words.add_tokens(["added"]), "rows of the embedding: 'added'; use"),
+        (53, _framed, "rows of the embedding: '<s>'; use"),
+    ],
+)
+def test_a_tokenizer_whose_texts_leave_the_embedding_is_refused(folder, count, change, found):
+    words = _words(count)
+    change(words)
+    words.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=found):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("qwen2", r"found unexpected: model.layers.0.self_attn.k_proj.bias, "),
+        ("phi3", r"found missing: .*gate_proj.weight, .*; unexpected: .*gate_up_proj.weight"),
+        ("olmo2", r"found missing: .*input_layernorm.weight, .*; unexpected: .*k_norm.weight"),
+        ("gpt2", r"found missing: .*embed_tokens.weight, .*; unexpected: transformer\.h\.0"),
+    ],
+)
+def test_a_configuration_of_another_family_is_refused(tmp_path, weights, message):
+    sizes = {"vocab_size": 61, "num_hidden_layers": 2}
+    their_model("llama", **sizes).save_pretrained(tmp_path / "llama")
+    their_model(weights, **({} if weights == "gpt2" else sizes)).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "llama")
+    with pytest.raises(ValueError, match=message + ".*do not belong together"):
+        read_model(tmp_path / "llama")

@@ -265,6 +265,14 @@ def test_without_transformers_the_nearest_family_is_named(tmp_path, monkeypatch)
         _load(tmp_path)
 
 
+def test_a_model_that_nobody_knows_is_refused_with_the_nearest_family(tmp_path):
+    foreign_folder("falcon", tmp_path)
+    _edit(tmp_path / "config.json", model_type="qwen2_new")
+    found = r"built \(.*\), found 'qwen2_new'; nearest: qwen2; transformers .* not know it either"
+    with pytest.raises(ValueError, match=found):
+        _load(tmp_path)
+
+
 def test_reading_in_parts_is_for_models_that_are_built(tmp_path):
     foreign_folder("falcon", tmp_path)
     with pytest.raises(ValueError, match="read in parts .* found a FalconForCausalLM in"):

@@ -24,6 +24,7 @@ from minilora.loading.source import (
     family_of,
     make_model,
     resolve_dtype,
+    some,
 )
 from minilora.models import FAMILIES, CausalLM, NotBuiltError
 from minilora.peft import CONFIG_FILE
@@ -208,10 +209,17 @@ def _gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _check_tokenizer(source: Source | ForeignSource, tokenizer: Tokenizer) -> None:
-    """Warn where a tokenizer's ids are not those of the model's embedding."""
+    """Refuse a tokenizer whose texts have ids beyond the embedding, and warn of other such ids."""
     rows, ids = source.config.vocab_size, tokenizer.vocab_size
     problems = []
     if ids > rows:
+        if beyond := tokenizer.tokens_from(rows):
+            raise ValueError(
+                f"a tokenizer must give ids that its model has, found in '{source.path}' beyond "
+                f"the {rows} rows of the embedding: {some([short(token) for token in beyond])}; "
+                f"use the tokenizer that the model was trained with, or save the model with more "
+                f"rows (transformers, resize_token_embeddings)"
+            )
         problems.append(f"its tokenizer has {ids} ids, and the model can't compute {rows} and more")
     if tokenizer.stop_ids and min(tokenizer.stop_ids) >= rows:
         stop = min(tokenizer.stop_ids)

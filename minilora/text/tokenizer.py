@@ -184,6 +184,17 @@ class Tokenizer:
                 return whole[:start], whole[start + len(inner) :]
         return self._backend.encode("", add_special_tokens=True).ids, []
 
+    def tokens_from(self, first: int) -> list[str]:
+        """Return the tokens that texts may have from an id on, in the order of their ids.
+
+        Control tokens are among them where they begin or end each document.
+        """
+        framing = {i for ids in self._around for i in ids}
+        control = {i for i in self.control.values() if i not in framing}
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        found = ((i, token) for token, i in vocabulary.items() if i >= first and i not in control)
+        return [token for _, token in sorted(found)]
+
     @functools.cached_property
     def joins(self) -> bool:
         """Whether texts that are encoded apart read as one text.
