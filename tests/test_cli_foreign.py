@@ -1,5 +1,6 @@
 """The command on folders of models that are not built here, from training to the merged model."""
 
+import io
 import json
 import re
 
@@ -35,8 +36,12 @@ def falcon(tmp_path):
 FAST = ("--dtype", "float32", "--batch-size", 4, "--max-length", 32)
 
 
-def test_train_eval_generate_merge_explain_plan_quantize(tmp_path, falcon, data, capsys):
-    """Some 10 s: ten verbs, each of which reads the model anew; PEFT and transformers judge."""
+def test_every_verb_on_an_architecture_of_transformers_alone(
+    tmp_path, falcon, data, capsys, monkeypatch
+):
+    """Some 12 s: ten verbs, each of which reads the model anew; PEFT and transformers judge."""
+    assert run("plan", falcon, "--examples", 20, "--max-length", 32, "--untimed") == 0
+    assert f"minilora train {falcon}" in capsys.readouterr().out
     out, merged, small = tmp_path / "out", tmp_path / "merged", tmp_path / "small"
     train = [
         "train",
@@ -64,6 +69,12 @@ def test_train_eval_generate_merge_explain_plan_quantize(tmp_path, falcon, data,
     ask = ("--max-new-tokens", 6, "--dtype", "float32")
     assert run("generate", falcon, "3 and", "12 and 12", "--adapter", out, *ask) == 0
     text = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("3 and\n/base\n/quit\n"))
+    assert run("chat", falcon, "--adapter", out, *ask) == 0
+    said = capsys.readouterr()
+    assert "(base, out); answers of out" in said.err
+    tuned, base = said.out.split("[base] ")
+    assert tuned.strip() and base.strip() and tuned != base
     assert run("merge", falcon, "--adapter", out, "--out", merged, "--dtype", "float32") == 0
     assert capsys.readouterr().out.endswith("weights in float32\n")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)

@@ -5,6 +5,7 @@ python tests/test_models_checks.py    # writes docs/models.md anew
 
 import importlib
 import inspect
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,31 @@ which checks it passes.
 
 """
 
+# The commit that brought a family, and how many files it touched: in all, and of the package.
+ADDED = {
+    "llama": ("51c75b5", 37, 27),
+    "gpt2": ("fb20dcf", 11, 9),
+    "qwen2": ("53887c1", 10, 3),
+    "phi3": ("3e65a07", 7, 2),
+    "qwen3": ("e35593b", 11, 3),
+    "granite": ("26f3c6c", 14, 6),
+    "olmo2": ("26f3c6c", 14, 6),
+    "mistral": ("994fd75", 22, 8),
+    "smollm3": ("994fd75", 22, 8),
+    "gemma2": ("78d4522", 35, 13),
+    "gemma3_text": ("78d4522", 35, 13),
+    "gpt_neox": ("78d4522", 35, 13),
+}
+COUNTED = """
+**files** is how many the commit touched that brought the family, and how many of them are of the
+package; the others are tests and pages. Llama came with the first tree. A family that shared parts
+can express takes two or three files of the package. Granite and OLMo 2 came in one commit, Mistral
+and SmolLM3 in another, the Gemmas and GPT-NeoX in a third, each with what the shared parts lacked:
+norms that stand elsewhere, a plan by layer, norms with an offset.
+
+"""
+LONGEST = 150  # lines of a family's file
+
 
 def rope_names(config):
     """The `rope_type`s of a family; an older name of one is not listed."""
@@ -161,23 +187,33 @@ def windows_of(config):
     return "all layers" if "layer_types" in left_out else "by layer"
 
 
+def lines_of(model_class):
+    """How long a family's file is."""
+    return len(inspect.getsource(inspect.getmodule(model_class)).splitlines())
+
+
 def page():
     """Return docs/models.md: options from the configurations, checks from the registry."""
     for module in ("test_models_causal", "test_models_families", "test_loading_gguf_writing"):
         importlib.import_module(module)  # which list their checks
     rows = [
-        "| `model_type` | class | `rope_type`s | windows | GGUF files | `rope_type`s | lines |",
-        "|---|---|---|---|---|---|---|",
+        "| family | class | rope_types | windows | GGUF files | rope_types there | lines | files |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in FAMILIES.items():
         config, gguf = row.ours.config_class, row.ours.gguf
         there = ", ".join(["default", *gguf.ropes]) if gguf.ropes else "learned positions"
-        lines = len(inspect.getsource(inspect.getmodule(row.ours)).splitlines())
+        _, touched, package = ADDED[name]
         rows.append(
             f"| {name} | `{row.ours.__name__}` | {rope_names(config)} | {windows_of(config)} "
-            f"| `{gguf.architecture}` | {there} | {lines} |"
+            f"| `{gguf.architecture}` | {there} | {lines_of(row.ours)} | {touched}, {package} |"
         )
-    rows += ["", f"| check | {' | '.join(FAMILIES)} |", f"|---|{'---|' * len(FAMILIES)}"]
+    rows += [
+        COUNTED.rstrip(),
+        "",
+        f"| check | {' | '.join(FAMILIES)} |",
+        f"|---|{'---|' * len(FAMILIES)}",
+    ]
     for title in sorted(CHECKS):
         cells = ["✓" if title not in WIDE or name in WIDE[title] else "✓*" for name in FAMILIES]
         rows.append(f"| {title} | {' | '.join(cells)} |")
@@ -186,6 +222,29 @@ def page():
 
 def test_docs_show_this_table():
     assert PAGE.read_text(encoding="utf-8") == page(), "python tests/test_models_checks.py"
+
+
+def test_the_file_of_a_family_is_short():
+    assert FAMILIES.keys() == ADDED.keys()
+    for name, row in FAMILIES.items():
+        assert lines_of(row.ours) <= LONGEST, name
+
+
+@pytest.mark.parametrize("family", ADDED)
+def test_the_commits_of_the_families_touched_these_files(family):
+    """Held against git where the history is there."""
+    commit, touched, package = ADDED[family]
+    asked = ["git", "show", "--name-only", "--format=", "--diff-merges=off", commit]
+    try:
+        told = subprocess.run(asked, cwd=PAGE.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if told.returncode:
+        pytest.skip("no history with that commit")
+    files = told.stdout.split()
+    file = Path(inspect.getfile(FAMILIES[family].ours)).name
+    assert f"minilora/models/{file}" in files
+    assert (len(files), sum(f.startswith("minilora/") for f in files)) == (touched, package)
 
 
 if __name__ == "__main__":

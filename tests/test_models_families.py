@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import minilora
 from minilora.loading.model import read_model
 from minilora.loading.saving import save_pretrained
+from minilora.lora import lora_layers
 from minilora.models import KVCache
 
 pytestmark = pytest.mark.peers
@@ -217,8 +218,8 @@ def test_a_family_is_trained_over_quantized_layers(family):
     assert minilora.evaluate(model, rows).loss < before
 
 
-@every_family("PEFT both ways")
-def test_peft_and_minilora_read_each_others_adapters(tmp_path, family):
+@every_family("PEFT out")
+def test_peft_reads_our_adapter(tmp_path, family):
     peft = pytest.importorskip("peft")
     theirs = their_model(family)
     ours = minilora.inject(our_model(family, theirs), r=3, alpha=4).eval()
@@ -228,12 +229,33 @@ def test_peft_and_minilora_read_each_others_adapters(tmp_path, family):
         for name, parameter in ours.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape) * 0.3)
-        minilora.save(ours, tmp_path / "ours")
-        wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+        minilora.save(ours, tmp_path)
+        wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
         assert (ours(ids) - plain).abs().max() > 0.1
         assert_close(ours(ids), wrapped(ids).logits)
-        wrapped.save_pretrained(tmp_path / "theirs")
-        again = minilora.load(our_model(family, their_model(family)), tmp_path / "theirs")
-        assert_close(again(ids), ours(ids))
-    wanted = {name for name, _ in ours.named_parameters() if "lora_" in name}
-    assert {name for name, _ in again.named_parameters() if "lora_" in name} == wanted
+    assert _adapted(wrapped) == set(lora_layers(ours))
+
+
+@every_family("PEFT in")
+def test_we_read_an_adapter_that_peft_made(tmp_path, family):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(their_model(family), config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        wrapped.save_pretrained(tmp_path)
+        ours = our_model(family, their_model(family))
+        ids = some_ids(ours, 2, 9)
+        plain = ours(ids)
+        minilora.load(ours, tmp_path)
+        assert (ours(ids) - plain).abs().max() > 0.1
+        assert_close(ours(ids), wrapped(ids).logits)
+    assert _adapted(wrapped) == set(lora_layers(ours))
+
+
+def _adapted(wrapped):
+    """The layers of a model of PEFT that carry an adapter."""
+    names = {name for name, _ in wrapped.named_parameters() if ".lora_A." in name}
+    return {name.removeprefix("base_model.model.").split(".lora_A.")[0] for name in names}

@@ -19,7 +19,7 @@ BASE |= {"num_attention_heads": 8}
     groups=st.integers(1, 3),
     kv_heads=st.integers(1, 2),
     half=st.integers(1, 5),
-    size=st.integers(1, 30),
+    size=st.integers(5, 30),
     window=st.none() | st.integers(1, 12),
     batch=st.integers(1, 3),
     chunks=st.lists(st.integers(1, 5), min_size=1, max_size=4),

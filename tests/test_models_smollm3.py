@@ -17,7 +17,7 @@ BASE = {"model_type": "smollm3", "vocab_size": 9, "hidden_size": 32, "intermedia
 @given(
     groups=st.integers(1, 3),
     half=st.integers(1, 5),
-    size=st.integers(1, 30),
+    size=st.integers(5, 30),
     rotated=st.lists(st.integers(0, 1), min_size=1, max_size=4),
     window=st.none() | st.integers(1, 12),
     batch=st.integers(1, 3),
