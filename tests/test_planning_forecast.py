@@ -69,6 +69,21 @@ def test_planned_first_and_measured_after(monkeypatch, format):
     assert "disagree" not in text
 
 
+def test_compiling_is_no_part_of_a_steps_time(monkeypatch):
+    """Steps that compile for a minute each take what they would without it."""
+    on_step = forecast.Forecast.on_step
+
+    def compiling(self, row):
+        self.clock.seconds += 60
+        on_step(self, row | {"elapsed_s": row["elapsed_s"] + self.clock.seconds})
+
+    monkeypatch.setattr(forecast.Forecast, "on_step", compiling)
+    monkeypatch.setattr(forecast, "timed_step_apart", lambda *_: HALF_A_SECOND)
+    text = "\n".join(trained(True)[1])
+    found = re.search(r"measured: (.*) s a step over 3 steps beside 180 s of compiling", text)
+    assert float(found.group(1)) < 10
+
+
 @given(
     lengths=st.lists(st.integers(2, 20), min_size=1, max_size=12),
     batch_size=st.integers(1, 5),

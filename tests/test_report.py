@@ -237,9 +237,13 @@ def test_explain_needs_finite_unmerged_adapters():
 def test_explain_says_on_stderr_what_it_does(capsys):
     minilora.explain(causal(), data=sentences(2), progress=True)
     said = capsys.readouterr().err
-    for line in ("reading layers.1.q_proj", "measuring held-out data without the adapter",
-                 "ablation 3 of 7", "measuring the adapter at the suggested ranks"):  # fmt: skip
-        assert line in said
+    for line in (
+        r"reading layers.1.q_proj, layer \d+ of \d+\n",
+        r"held-out data without the adapter; about \d",
+        r"ablation 3 of 7; about \d+ s left\n", "the adapter at the suggested ranks\n",
+        r"ablation 7 of 7; about 0 s left\n",
+    ):  # fmt: skip
+        assert re.search(line, said), line
     minilora.explain(causal(), data=Batches(sentences(2), batch_size=1))
     assert capsys.readouterr().err == ""
 
@@ -266,10 +270,11 @@ def test_explain_reads_transformers_models():
 
 def test_a_log_gets_a_line_in_so_many_seconds_at_most(capsys, monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr("minilora.report.analysis.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
     minilora.explain(causal(), data=sentences(2), progress=5.0)
     few = [line for line in capsys.readouterr().err.splitlines() if line]
     minilora.explain(causal(), data=sentences(2), progress=True)
     whole = [line for line in capsys.readouterr().err.splitlines() if line]
     assert 0 < len(few) <= len(whole) // 5 + 1
-    assert set(few) < set(whole)
+    told, all_told = ({line.split(";")[0] for line in lines} for lines in (few, whole))
+    assert told < all_told

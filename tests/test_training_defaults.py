@@ -6,9 +6,9 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from training_models import examples, fit, tiny
+from training_models import examples, factors, fit, same, tiny
 
-from minilora.training import TrainConfig, chosen_epochs
+from minilora.training import TrainConfig, chosen_epochs, chosen_lr
 from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, planned_steps
 
 
@@ -27,6 +27,29 @@ def test_enough_steps_are_made_where_ten_passes_can(rows, batch_size, accumulate
     assert steps == epochs * math.ceil(math.ceil(rows / batch_size) / accumulate)
     assert steps >= ENOUGH_STEPS or epochs == MOST_EPOCHS
     assert epochs == 1 or (epochs - 1) * steps / epochs < ENOUGH_STEPS  # and no pass too many
+
+
+def test_larger_models_and_preferences_take_lower_rates():
+    config = TrainConfig()
+    assert [chosen_lr(config, n) for n in (1, 135_000_000, 540_000_000)] == [2e-3, 2e-3, 1e-3]
+    assert chosen_lr(config, 8_000_000_000) == 2.6e-4
+    assert chosen_lr(TrainConfig(loss="dpo"), 1) == 5e-4
+    assert chosen_lr(TrainConfig(lr=0.1), 8_000_000_000) == 0.1
+
+
+def test_a_run_learns_at_the_rate_that_is_chosen(tmp_path, capsys):
+    """Its bits are those of a run that is given the rate, and its state holds the rate."""
+    model, other = tiny(), tiny()
+    fit(model, max_steps=3, out=tmp_path / "chosen", quiet=False)
+    assert "learning rate 0.002, chosen by the model's size (lr, --lr), after" in (
+        capsys.readouterr().err
+    )
+    fit(other, max_steps=3, lr=2e-3, quiet=False)
+    assert "learning rate 0.002 after" in capsys.readouterr().err
+    assert same(factors(model), factors(other))
+    options = {"max_steps": 4, "out": tmp_path / "chosen", "resume": True, "quiet": False}
+    fit(tiny(), lr=2e-3, **options)
+    assert "lr was" not in capsys.readouterr().err
 
 
 def test_what_is_said_goes_before_what_is_chosen():

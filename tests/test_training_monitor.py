@@ -99,6 +99,21 @@ def test_a_long_step_says_that_it_is_under_way(capsys, quick):
     assert capsys.readouterr().err == "" and heard == []
 
 
+def test_a_step_that_takes_no_longer_than_the_last_one_is_not_under_way(capsys, monkeypatch):
+    shown = Monitor(None, 0, None, 1000)
+    shown.close()
+    now = 0.0
+    monkeypatch.setattr(monitor, "seconds", lambda: now)
+    shown.since = shown.said = 0.0
+    now = 8.0
+    shown.step(ROW, None)
+    shown.begin("step 2")
+    capsys.readouterr()
+    for now in (14.0, 23.0, 24.5):
+        shown._look()
+        assert bool(capsys.readouterr().err) == (now == 24.5), now
+
+
 def test_steps_that_would_be_silent_too_long_have_a_line(capsys, monkeypatch):
     shown = Monitor(None, 0, None, 1000)
     monkeypatch.setattr(shown, "_look", lambda: None)

@@ -268,7 +268,7 @@ def test_fit_resume_says_what_the_new_limits_and_rate_do(tmp_path, capsys):
     options = {"save_every": 2, "out": tmp_path, "resume": True, "quiet": False}
     fit(tiny(), max_steps=8, lr=1e-3, **options)
     said = capsys.readouterr().err
-    assert "note: lr was 0.0005 and is 0.001 from here on" in said
+    assert "note: lr was 0.002 and is 0.001 from here on" in said
     assert "the learning rate goes on at" in said
     fit(tiny(), max_steps=8, lr=1e-3, **options)
     assert "note:" not in capsys.readouterr().err

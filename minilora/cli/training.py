@@ -26,6 +26,7 @@ from minilora.training import (
     check_free,
     check_out,
     chosen_epochs,
+    chosen_lr,
     leave,
     sharded,
     spent,
@@ -111,14 +112,15 @@ def train(options: argparse.Namespace) -> int:
     prepare = None if whole else sharded(Ranks("fsdp", device(options)), inject)
     model, tokenizer = load(options, config.parallel, prepare)
     rows, held_out = encode(tokenizer)
+    if whole and options.adapter is None:
+        inject(model)
+    lr = chosen_lr(config, minilora.summary(model).parameters)
     if torchrun_number("RANK", 0) == 0 and not options.resume:
         epochs = chosen_epochs(config, len(rows)) if isinstance(rows, list) else config.epochs
-        chosen = {"train": config.to_dict() | {"epochs": epochs}}
+        chosen = {"train": config.to_dict() | {"epochs": epochs, "lr": lr}}
         if options.adapter is None:
             chosen["adapter"] = dataclasses.asdict(AdapterConfig(**adapter))
         add_settings(options.out, chosen)
-    if whole and options.adapter is None:
-        inject(model)
     sample = None
     if options.sample:
         chat = options.chat or is_chat(rows, tokenizer)
@@ -138,7 +140,7 @@ def train(options: argparse.Namespace) -> int:
         return 130
     if torchrun_number("RANK", 0) > 0:
         return 0
-    write_card(options, config, result, adapter)
+    write_card(options, dataclasses.replace(config, lr=lr), result, adapter)
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
         print(f"held out after:  {result.best} (step {result.best_step})")

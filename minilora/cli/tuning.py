@@ -30,7 +30,9 @@ _VARIED = ("r", "alpha", "targets")
 
 def _rate(text: str) -> float:
     try:
-        return TrainConfig(lr=float(text)).lr
+        rate = float(text)
+        TrainConfig(lr=rate)  # checks
+        return rate
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"must be a finite number above 0, found {short(text)}"

@@ -25,6 +25,7 @@ from minilora.planning.machines import calibrate, forget_peak, peak_bytes, resid
 from minilora.planning.memory import Counted, Memory, count_memory, memory_table
 from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import Timing, timed_step_apart
+from minilora.running import CompileClock
 
 _EARLY = 6  # steps after which a plan is held against the run
 _FAR = 1.25  # factor of time above which the run says so
@@ -69,6 +70,7 @@ class Forecast:
         steps: that are left, None where time alone limits the run.
         minutes: that are left, None without a limit.
         elapsed: seconds that the run has taken before.
+        clock: of what is compiled during steps, which is no part of a step's time.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class Forecast:
         steps: int | None = None,
         minutes: float | None = None,
         elapsed: float = 0.0,
+        clock: CompileClock | None = None,
     ):
         self.say, self.elapsed = say, elapsed
+        self.clock, self.compiling = clock or CompileClock(), 0.0
         self.shape = read_shape(model)
         self.settings = settings_of(model, autocast) | {
             "accumulate": accumulate,
@@ -194,8 +198,9 @@ class Forecast:
         if self.timing is None:
             return
         took, planned = row["elapsed_s"] - self.elapsed, self._seconds(next(self.coming))
+        compiling, self.compiling = self.clock.seconds - self.compiling, self.clock.seconds
         self.elapsed = row["elapsed_s"]
-        self.pairs.append((took, planned))
+        self.pairs.append((max(1e-9, took - compiling), planned))
         if len(self.pairs) != _EARLY:
             return
         far = statistics.median(took / planned for took, planned in self.pairs[1:])
@@ -218,8 +223,9 @@ class Forecast:
         if self.pairs:
             one, planned = (sum(each) / len(self.pairs) for each in zip(*self.pairs, strict=True))
             found |= {"planned_seconds": planned, "measured_seconds": one}
+            beside = f" beside {self.compiling:.0f} s of compiling" if self.compiling else ""
             self.say(
-                f"measured: {one:.3g} s a step over {len(self.pairs)} steps, planned {planned:.3g} "
-                f"({planned / one - 1:+.1%}) on {hardware().name}"
+                f"measured: {one:.3g} s a step over {len(self.pairs)} steps{beside}, planned "
+                f"{planned:.3g} ({planned / one - 1:+.1%}) on {hardware().name}"
             )
         return found

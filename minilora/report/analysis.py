@@ -1,7 +1,6 @@
 """`minilora.explain`: check everything, read the weights, then measure on data if there is any."""
 
 import datetime
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from minilora.data import Batches, Example, as_examples, learned_labels
 from minilora.lora import Approximation, Survey, finite_factors, split_block, unwrapped
-from minilora.report.ablation import ablate, kinds_of, only
+from minilora.report.ablation import ablate, kinds_of, only, parts_of
 from minilora.report.attention import Attention, attention_masses, word_ids
 from minilora.report.explanation import Behaviour, CopyReport, Explanation
+from minilora.report.progress import Progress, tokens_of
 from minilora.report.spectra import layer_report
 from minilora.report.subspace import check_keep, is_product, subspaces, truncate
 from minilora.report.tokens import Measured, effects, gap, measured, shown
@@ -67,7 +67,8 @@ def explain(
         largest: compare with W's singular vectors where min(N, K) is at most this (an N³ step).
         batch_size: examples at a time.
         pad_id: token id in the padding.
-        progress: say on stderr what is being done; a number: a line in so many seconds at most.
+        progress: say on stderr what is being done, and soon the time left; a number: a line in so
+            many seconds at most.
         about: what the report is to call adapter, base and data, by the keys of its `about`.
 
     Returns:
@@ -105,16 +106,18 @@ def explain(
         for some in (data, train, outside)
     )
     patterns = word_ids([words] if isinstance(words, str) else words, tokenizer) if words else []
-    say = _Say(progress)
+    say = Progress(progress)
     comparison = None if against is None else subspaces(survey, adapter, against)
     mine = survey.with_adapter(adapter)
     kinds = kinds_of(list(mine))
     reports = []
-    for name, layer in mine.items():
-        say(f"reading {name}")
+    for count, (name, layer) in enumerate(mine.items(), 1):
+        say(f"reading {name}, layer {count} of {len(mine)}")
         block = split_block(name)[1]
         reports.append(layer_report(name, block, kinds[name], layer, adapter, keep, largest))
     run = _Run(survey, adapter, tokenizer, batch_size, pad_id, say)
+    say.tokens = (3 + 2 * bool(patterns)) * tokens_of(held)
+    say.tokens += 2 * (tokens_of(seen) + tokens_of(other))
     ranks = {report.name: report.suggested_r for report in reports}
     truncation, cut_loss = run.truncated(ranks, held)
     behaviour = None
@@ -154,26 +157,6 @@ def _copies(survey: Survey, adapter: str) -> tuple[CopyReport, ...]:
     return tuple(norms(*item) for item in survey.copies_of(adapter).items())
 
 
-class _Say:
-    """One line on stderr that is written over in a terminal, and else a line each."""
-
-    def __init__(self, progress: bool | float):
-        self.progress, self.width = progress, 0
-        self.every = 0.0 if progress is True else float(progress)
-        self.last = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        now = time.monotonic()
-        if not self.progress or now - self.last < self.every:
-            return
-        self.last = now
-        if not sys.stderr.isatty():
-            print(line, end="\n" if line else "", file=sys.stderr, flush=True)
-        else:
-            print(f"\r{line:<{self.width}}", end="" if line else "\r", file=sys.stderr, flush=True)
-            self.width = max(self.width, len(line))
-
-
 class _Run:
     """The measurements on data, each with the adapter alone, or without any."""
 
@@ -194,11 +177,10 @@ class _Run:
 
     def both(self, examples: Sequence[Example], what: str):
         """Return the token losses without and with the adapter."""
-        self.say(f"measuring {what} without the adapter")
-        with self.off():
+        count = tokens_of(examples)
+        with self.say.measuring(f"measuring {what} without the adapter", count), self.off():
             before = token_losses(self.model, examples, **self.options)
-        self.say(f"measuring {what} with the adapter")
-        with self.on():
+        with self.say.measuring(f"measuring {what} with the adapter", count), self.on():
             return before, token_losses(self.model, examples, **self.options)
 
     def loss(self, examples: Sequence[Example], what: str) -> Measured:
@@ -218,8 +200,11 @@ class _Run:
         try:
             if examples is None:
                 return fit, None
-            self.say("measuring the adapter at the suggested ranks")
-            with only(self.survey, name, self.names):
+            line = "measuring the adapter at the suggested ranks"
+            with (
+                self.say.measuring(line, tokens_of(examples)),
+                only(self.survey, name, self.names),
+            ):
                 losses = token_losses(self.model, examples, **self.options)
         finally:
             for layer in self.survey.with_adapter(name).values():
@@ -241,18 +226,26 @@ class _Run:
         some = [held[i] for i in _spread(len(held), ablated)]
         ablations: tuple = ()
         if some:
-            ablations = ablate(
-                self.survey, self.adapter, some, **self.options,
-                say=lambda done, total: self.say(f"ablation {done} of {total}"),
-            )  # fmt: skip
+            begun, count = time.monotonic(), 2 * tokens_of(some)  # two passes for each part
+
+            def say(done: int, total: int) -> None:
+                nonlocal begun
+                now = time.monotonic()
+                if done:
+                    self.say.took(count, now - begun)
+                begun = now
+                self.say(f"ablation {done} of {total}")
+
+            self.say.tokens += count * len(parts_of(self.survey, self.adapter))
+            ablations = ablate(self.survey, self.adapter, some, **self.options, say=say)
         attention = None
         if patterns:
-            self.say("measuring attention")
-            with self.off():
+            count = tokens_of(held)
+            with self.say.measuring("measuring attention", count), self.off():
                 old, even, tokens, queries = attention_masses(
                     self.model, held, patterns, **self.options
                 )
-            with self.on():
+            with self.say.measuring("measuring attention with the adapter", count), self.on():
                 new = attention_masses(self.model, held, patterns, **self.options)[0]
             words = (words,) if isinstance(words, str) else tuple(words)
             attention = Attention(words, old, new, even, tokens, queries)

@@ -95,6 +95,7 @@ def heat_map(
     top = _without_outliers(known) if cap and known else largest
     loud = {place for place, value in values.items() if cap and value > top}
     body = labels(columns, lambda j: left + (j + 0.5) * cell, 13)
+    body.append(text(left - 8, 13, "block", "end", "small"))
     for i, row in enumerate(rows):
         y = 20 + i * tall
         body.append(text(left - 8, y + tall / 2 + 4, row, "end"))
@@ -214,7 +215,7 @@ def bars(
     kind: str = "accent",
     wide: float = 560.0,
 ) -> str:
-    """Draw a bar per name with its standard error; bars of less than 0 hang down."""  # fmt: skip
+    """Draw nats per token, a bar per name with its standard error; below 0 they hang down."""
     height, left, low = 210.0, 54.0, 28.0
     longest = max(map(len, names))
     step = (wide - left - 8) / len(names)
@@ -231,6 +232,7 @@ def bars(
         return left + (i + 0.5) * step
 
     body = [text(left, 14, title, kind="strong"), *scale(ticks(bottom, top), y, left, wide - 8)]
+    body.append(text(wide - 8, 14, "nats per token", "end", "small"))
     for i, (name, value, error) in enumerate(zip(names, values, errors, strict=True)):
         x, width = x_of(i), max(2.0, min(36.0, 0.66 * step))
         upper, lower = y(max(0.0, value)), y(min(0.0, value))
@@ -316,6 +318,7 @@ def two_lines(
             body.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" class="{kind}"><title>'
                         f"{escape(said)}</title></circle>")  # fmt: skip
     body += labels([str(i) for i in range(count)], x, height - 12)
+    body.append(text(wide - 84, height - 12, "layer", kind="small"))
     means = [sum(side) / count for side in (before, after)]
     about = (
         f"mean over {count} layers {label(means[0])} without, {label(means[1])} with the adapter"
@@ -345,5 +348,6 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float, str]]) 
             f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="4.5" '
             f'class="{"muted" if kind == "axis" else kind}"/>',
         ]
+    body.append(text(wide / 2, floor + 34, "nats per token", "middle", "small"))
     about = "; ".join(f"{name}: {short(a)} to {short(b)}" for name, _, a, b, _ in rows)
-    return svg(wide, floor + 24, title, about, body)
+    return svg(wide, floor + 42, title, about, body)

@@ -14,7 +14,7 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 34px 0 2p
 p { margin: 2px 0 12px; color: var(--muted); max-width: 80ch; }
 svg { display: block; } figure { margin: 6px 0; overflow-x: auto; max-width: 100%; }
 svg text { fill: var(--fg); font: 13px system-ui, sans-serif; }
-svg text.small { font-size: 11.5px; fill: var(--muted); } svg text.number { font-size: 12px; }
+svg text.small { font-size: 12px; fill: var(--muted); } svg text.number { font-size: 12px; }
 svg text.strong { font-weight: 600; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--muted); }
 .dashed { stroke: var(--muted); stroke-dasharray: 4 4; } .error { stroke: var(--fg); }

@@ -2,7 +2,7 @@
 
 from minilora.training.boards import check_board
 from minilora.training.callbacks import Callbacks
-from minilora.training.config import TrainConfig, learning_rate
+from minilora.training.config import TrainConfig, chosen_lr, learning_rate
 from minilora.training.lock import check_free
 from minilora.training.loop import fit
 from minilora.training.messages import spent
@@ -30,6 +30,7 @@ __all__ = [
     "check_out",
     "check_tuning",
     "chosen_epochs",
+    "chosen_lr",
     "common_dtype",
     "fit",
     "learning_rate",

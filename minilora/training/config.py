@@ -35,6 +35,8 @@ def _given(value: Any, default: Any) -> bool:
     return (tuple(value) if isinstance(value, list) else value) != default
 
 
+_BEST_LR, _MEASURED = 2e-3, 135_000_000  # the rate, and the parameters of the model it is of
+
 # Which losses an option acts on.
 _ACTS_ON = {
     "beta": ("dpo", "ipo", "orpo", "kto", "simpo"),
@@ -48,7 +50,14 @@ _ACTS_ON = {
 class TrainConfig:
     """Settings of `minilora.fit`."""
 
-    lr: float = option(5e-4, "Peak learning rate of AdamW.", _POSITIVE, may_differ=True)
+    lr: float | None = option(
+        None,
+        "Peak learning rate of AdamW. None: chosen by the model's size, 2e-3 up to 135 million "
+        "parameters and less for more of them; a quarter of that for losses over preferences "
+        "(docs/training.md).",
+        _POSITIVE_OR_NONE,
+        may_differ=True,
+    )
     lora_plus_ratio: float = option(
         1.0,
         "`lora_B` learns at this multiple of lr (LoRA+). 1 is plain LoRA; Hayou et al. 2024, "
@@ -275,6 +284,18 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+def chosen_lr(config: TrainConfig, parameters: int) -> float:
+    """Return the peak rate of a run on a model of so many parameters.
+
+    Where the config does not say, it is what did best on small tasks with SmolLM2-135M
+    (benchmarks/NOTES.md). Larger models take less, by the root of their parameters.
+    """
+    if config.lr is not None:
+        return config.lr
+    best = _BEST_LR if config.loss == "ce" else _BEST_LR / 4
+    return float(f"{best * min(1.0, math.sqrt(_MEASURED / max(1, parameters))):.1e}")
+
+
 def learning_rate(config: TrainConfig, progress: float, step_share: float = 0.0) -> float:
     """Return the rate of the step that starts at `progress`.
 
@@ -288,10 +309,11 @@ def learning_rate(config: TrainConfig, progress: float, step_share: float = 0.0)
         The learning rate.
     """
     warmup = config.warmup if config.warmup_steps is None else config.warmup_steps * step_share
+    peak = chosen_lr(config, 0)
     if progress < warmup:
-        return config.lr * min(1.0, (progress + step_share) / warmup)
+        return peak * min(1.0, (progress + step_share) / warmup)
     if config.schedule == "constant":
-        return config.lr
+        return peak
     done = min(1.0, (progress - warmup) / (1 - warmup))
     falling = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * falling)
+    return peak * (config.final_lr_ratio + (1 - config.final_lr_ratio) * falling)

@@ -24,6 +24,7 @@ def forecast(run: Run, monitor: Monitor) -> Forecast:
         steps=None if run.total is None else run.total - run.step,
         minutes=None if minutes is None else minutes - run.elapsed / 60,
         elapsed=run.elapsed,
+        clock=monitor.clock,
     )  # fmt: skip
     monitor.callbacks.objects.append(found)
     return found

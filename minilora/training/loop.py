@@ -137,7 +137,7 @@ def fit(
             with (
                 closing(monitor),
                 clock if run.compile else nullcontext(),
-                board(log, folder, config.to_dict(), run.step) as boards,
+                board(log, folder, run.config.to_dict(), run.step) as boards,
             ):
                 told.objects += boards
                 planned = forecast(run, monitor) if plan and rank0 else None

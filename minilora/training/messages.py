@@ -40,8 +40,11 @@ def choices(run: Run) -> str:
     warmup = (
         f"{config.warmup:.0%}" if config.warmup_steps is None else f"{config.warmup_steps} steps"
     )
+    lr = f"{config.lr:g}"
+    if run.lr_is_chosen:
+        lr += ", chosen by the model's size (lr, --lr),"
     said = (
-        f"learning rate {config.lr:g} after {warmup} of warmup, {config.schedule}; scaling "
+        f"learning rate {lr} after {warmup} of warmup, {config.schedule}; scaling "
         f"{layer.adapters[run.adapter].scaling:g}; {config.batch_size * config.accumulate} rows a "
         f"step"
     )

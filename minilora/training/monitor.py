@@ -31,7 +31,8 @@ CURVE_FILE = "loss.png"
 class Monitor:
     """Show progress (a bar on a terminal with tqdm, plain lines otherwise) and append metrics.
 
-    Nothing is silent for more than five seconds: what takes longer is said to be under way.
+    Nothing is silent for more than five seconds: what takes longer is said to be under way. Of a
+    step that is said only when it takes twice as long as the last one.
 
     Args:
         total: steps planned, or None under a time limit alone.
@@ -62,6 +63,7 @@ class Monitor:
             _keep_until(self.file, start if begun else -1)
         self.doing, self.since = "preparing", seconds()
         self.said = self.since
+        self.usual = 0.0  # seconds of the last step
         self.bar: Any = None
         if not quiet and on_terminal():
             from tqdm import tqdm
@@ -86,9 +88,13 @@ class Monitor:
         """Let the bar's clock go on, or break a silence."""
         if self.bar is not None:
             self.bar.refresh()
-        elif seconds() - self.said >= SILENCE:
+        elif seconds() - self.said >= SILENCE and not self._is_usual():
             compiling = "" if self.clock.began is None else ", compiling"
             self._print(f"{self.doing}: {seconds() - self.since:.0f} s so far{compiling}")
+
+    def _is_usual(self) -> bool:
+        """Return whether a step is under way that takes no longer than steps do."""
+        return self.doing.startswith("step") and seconds() - self.since < 2 * self.usual
 
     def _print(self, line: str) -> None:
         self.said = seconds()
@@ -108,6 +114,7 @@ class Monitor:
     def step(self, row: dict, left: float | None) -> None:
         """Record one optimizer step; `left` is the time left in seconds, if known."""
         self._append(row)
+        self.usual = seconds() - self.since
         self.callbacks("on_step", row)
         time_left = "" if left is None else f"{left / 60:.1f} min left"
         if self.bar is not None:

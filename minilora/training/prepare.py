@@ -105,7 +105,6 @@ def make_optimizer(names: dict[Tensor, str], config: TrainConfig) -> torch.optim
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         fused=fused,
-        lr=config.lr,
         betas=tuple(config.betas),  # type: ignore[arg-type]
         eps=config.eps,
         weight_decay=config.weight_decay,

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from minilora.data import Batches, Stream
 from minilora.files import UnwritableError
-from minilora.lora import Survey, describe, frozen_values
+from minilora.lora import Survey, describe, frozen_values, summary
 from minilora.peft import config_of, fingerprint, save_adapter
 from minilora.quantization import quantized_layers
 from minilora.running import Evaluation, Loss, Preference, device_of, settle_compile
-from minilora.training.config import TrainConfig
+from minilora.training.config import TrainConfig, chosen_lr
 from minilora.training.loss import losses, require_next_token_loss
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (
@@ -67,6 +67,7 @@ class Run(Progress):
         limit: what passes are held to before they run, None without `max_memory`.
         ranks: the processes of the run.
         position: in the data, after the last complete step.
+        lr_is_chosen: whether nobody gave a learning rate.
         remarks: what the run should say before it begins.
         fallen_back: whether it goes on from the state before the newest one.
     """
@@ -112,6 +113,8 @@ class Run(Progress):
         model, config = self.model, self.config
         self.layers = Survey(model).require_layers("fit")
         check_model(model, self.layers)
+        self.lr_is_chosen = config.lr is None
+        self.config = replace(config, lr=chosen_lr(config, summary(model).parameters))
         if not self.own_loss:
             require_next_token_loss(model)
         self.adapter = trained_adapter(model, self.layers)
