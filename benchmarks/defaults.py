@@ -1,6 +1,7 @@
 """Learning rate, scaling, batch and epochs on four small tasks, by held-out loss: the defaults.
 
-    python benchmarks/defaults.py [--base bf16|int8] [--only grid,epochs,...] [--seconds 2700]
+    python benchmarks/defaults.py [--base bf16|int8] [--only grid,epochs,...] [--tasks ...]
+        [--rates ...] [--seconds 2700]
 
 Tasks, all made by a seed from this Python's own standard library and small tables:
 
@@ -259,6 +260,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", choices=("bf16", "f32", "int8"), default="bf16")
     parser.add_argument("--only", default=PARTS)
+    parser.add_argument("--tasks", nargs="+", help="of these alone")
+    parser.add_argument("--rates", nargs="+", type=float, help="of these alone")
     parser.add_argument("--seconds", type=float, default=2700)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
@@ -270,6 +273,10 @@ def main() -> None:
     began, known = time.perf_counter(), {}
     for part in options.only.split(","):
         for settings in wanted(part, options.base):
+            if options.tasks and settings["task"] not in options.tasks:
+                continue
+            if options.rates and settings["lr"] not in options.rates:
+                continue
             if key(settings) in done() or time.perf_counter() - began > options.seconds:
                 continue
             row = {"part": part} | run(model, tokenizer, settings | beside, known)

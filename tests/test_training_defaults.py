@@ -13,14 +13,14 @@ from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, planned_steps
 
 
 @pytest.mark.parametrize(
-    ("rows", "epochs"), [(1, 10), (40, 10), (80, 10), (88, 10), (280, 3), (793, 1), (4000, 1)]
+    ("rows", "epochs"), [(1, 20), (40, 20), (80, 10), (88, 10), (280, 3), (793, 1), (4000, 1)]
 )
 def test_small_data_is_passed_over_more_often(rows, epochs):
     assert chosen_epochs(TrainConfig(batch_size=8), rows) == epochs
 
 
 @given(st.integers(1, 10**6), st.integers(1, 64), st.integers(1, 8))
-def test_enough_steps_are_made_where_ten_passes_can(rows, batch_size, accumulate):
+def test_enough_steps_are_made_where_twenty_passes_can(rows, batch_size, accumulate):
     config = TrainConfig(batch_size=batch_size, accumulate=accumulate)
     epochs, steps = chosen_epochs(config, rows), planned_steps(config, rows)
     assert 1 <= epochs <= MOST_EPOCHS and epochs == int(epochs)
@@ -57,16 +57,16 @@ def test_what_is_said_goes_before_what_is_chosen():
     assert chosen_epochs(TrainConfig(max_steps=7), 40) is None
     assert planned_steps(TrainConfig(max_steps=7), 40) == 7
     assert planned_steps(TrainConfig(max_steps=7, epochs=1), 40) == 5
-    assert planned_steps(TrainConfig(max_minutes=1), 40) == 50
+    assert planned_steps(TrainConfig(max_minutes=1), 40) == 100
     assert planned_steps(TrainConfig(max_minutes=1), None) is None  # a stream
 
 
 def test_a_run_says_what_it_chose_and_why(capsys):
-    fit(tiny(), quiet=False, epochs=None, max_minutes=60, lr=1e-2)
+    fit(tiny(), examples(8), quiet=False, epochs=None, max_minutes=60, lr=1e-2)
     said = capsys.readouterr().err
     assert "learning rate 0.01 after 5% of warmup, cosine; scaling 1.5; 4 rows a step; " in said
-    assert "10 epochs of 23 rows, chosen from 1 to 10 by their number (epochs, --epochs)" in said
-    assert "for 60 steps or 60 minutes, whichever ends first" in said
+    assert "20 epochs of 8 rows, chosen from 1 to 20 by their number (epochs, --epochs)" in said
+    assert "for 40 steps or 60 minutes, whichever ends first" in said
     fit(tiny(), examples(100), quiet=False, epochs=None)
     why = "4 epochs of 100 rows, as a first result takes about 100 steps (epochs, --epochs)"
     assert why in capsys.readouterr().err

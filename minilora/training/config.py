@@ -135,7 +135,7 @@ class TrainConfig:
     epochs: float | None = option(
         None,
         "Passes over the data; may be a fraction. None: as many as make about 100 steps, from 1 to "
-        "10, unless max_steps is set.",
+        "20, unless max_steps is set.",
         number(f"a finite number above 0, at most {MOST:,}", lambda x: 0 < x <= MOST, none=True),
         may_differ=True,
     )
