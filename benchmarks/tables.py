@@ -22,6 +22,7 @@ TABLES = {
     "real task": tables_training.real_task,
     "recipes": tables_training.recipes,
     "real task caption": tables_training.real_task_caption,
+    "defaults": tables_training.defaults,
     "demo": tables_training.demo,
     "cpu": tables_training.cpu,
     "step amx": tables_training.step_amx,

@@ -237,6 +237,28 @@ def waiting() -> str:
     return caption(text, rows) + table(head, lines)
 
 
+def defaults() -> str:
+    """Return a line a task and length, a column a rate: held-out loss and learned answers."""
+    rows = [row for row in read("defaults", base="bf16") if row["scaling"] == "1"]
+    runs: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        run = runs.setdefault((row["task"], row["rows"], row["steps"], row["before"]), {})
+        run[row["lr"]] = f"{float(row['after']):.2f}"
+        if row["whole_learned"]:
+            run[row["lr"]] += f" ({float(row['whole_learned']):.0%})"
+    rates = sorted({row["lr"] for row in rows}, key=float)
+    lines = [
+        [task, count, steps, f"{float(before):.2f}", *(run.get(rate, "–") for rate in rates)]
+        for (task, count, steps, before), run in sorted(runs.items())
+    ]
+    head = " | ".join(["task", "rows", "steps", "before", *rates])
+    text = "held-out loss by learning rate, and the learned answers that are written whole; r = 8, "
+    text += "scaling 1, 8 rows a step, one seed, SmolLM2-135M in bf16"
+    return f"*{text[:1].upper()}{text[1:]}; {machine(rows[-1])}, 1 thread.*\n\n" + table(
+        head, lines
+    )
+
+
 def recipes() -> str:
     """Return a line a recipe, of its newest run."""
     rows = list(last_of(read("recipes"), "recipe").values())

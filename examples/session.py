@@ -1,9 +1,10 @@
 """Record docs/session.md anew: run every command that the page shows, and write what it printed.
 
-    python examples/session.py
+    python examples/session.py [--folder FOLDER] [--blocks N ...]
 
-A command stands in a block of text behind `$ `; all run in one empty folder that holds the files of
-examples/. Nothing is edited but long lines, which are folded. It needs `pip install xllamacpp`.
+A command stands in a block of text behind `$ `; all run in one folder that begins with the files of
+examples/. With --folder it is kept, and --blocks runs some blocks alone, counted from 1. Nothing is
+edited but long lines, which are folded. It needs `pip install xllamacpp`.
 """
 
 import argparse
@@ -44,17 +45,20 @@ def recorded(commands: str, folder: Path) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    text = PAGE.read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--blocks", type=int, nargs="+", metavar="N")
+    options = parser.parse_args()
+    parts = re.split(r"(?<=^```text\n)(.*?)(?=^```$)", PAGE.read_text("utf-8"), flags=re.M | re.S)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = (options.folder or Path(name)).absolute()
+        folder.mkdir(exist_ok=True)
         for file in FILES:
             shutil.copy(HERE / file, folder)
-        text = re.sub(
-            r"(?<=^```text\n)(.*?)(?=^```$)", lambda block: recorded(block.group(1), folder), text,
-            flags=re.M | re.S,
-        )  # fmt: skip
-    PAGE.write_text(text, encoding="utf-8")
+        for n in range(1, len(parts), 2):
+            if options.blocks is None or (n + 1) // 2 in options.blocks:
+                parts[n] = recorded(parts[n], folder)
+    PAGE.write_text("".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":
