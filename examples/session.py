@@ -58,7 +58,7 @@ def main() -> None:
         for n in range(1, len(parts), 2):
             if options.blocks is None or (n + 1) // 2 in options.blocks:
                 parts[n] = recorded(parts[n], folder)
-    PAGE.write_text("".join(parts), encoding="utf-8")
+                PAGE.write_text("".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":
