@@ -2,7 +2,7 @@
 
 import datetime
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,9 @@ def explain(
     run = _Run(survey, adapter, tokenizer, batch_size, pad_id, say)
     say.tokens = (3 + 2 * bool(patterns)) * tokens_of(held)
     say.tokens += 2 * (tokens_of(seen) + tokens_of(other))
+    if held is not None:  # two passes for each part
+        ablated = [held[i] for i in _spread(len(held), ablate_examples)]
+        say.tokens += 2 * len(parts_of(survey, adapter)) * tokens_of(ablated)
     ranks = {report.name: report.suggested_r for report in reports}
     truncation, cut_loss = run.truncated(ranks, held)
     behaviour = None
@@ -161,7 +164,7 @@ class _Run:
     """The measurements on data, each with the adapter alone, or without any."""
 
     def __init__(self, survey: Survey, adapter: str, tokenizer: Any, batch_size: int, pad_id: int,
-                 say: Callable):  # fmt: skip
+                 say: Progress):  # fmt: skip
         self.survey, self.model, self.adapter = survey, survey.model, adapter
         self.tokenizer, self.say = tokenizer, say
         self.options: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id}
@@ -226,7 +229,7 @@ class _Run:
         some = [held[i] for i in _spread(len(held), ablated)]
         ablations: tuple = ()
         if some:
-            begun, count = time.monotonic(), 2 * tokens_of(some)  # two passes for each part
+            begun, count = time.monotonic(), 2 * tokens_of(some)
 
             def say(done: int, total: int) -> None:
                 nonlocal begun
@@ -236,7 +239,6 @@ class _Run:
                 begun = now
                 self.say(f"ablation {done} of {total}")
 
-            self.say.tokens += count * len(parts_of(self.survey, self.adapter))
             ablations = ablate(self.survey, self.adapter, some, **self.options, say=say)
         attention = None
         if patterns:
