@@ -97,7 +97,7 @@ def test_run_toml_shows_what_was_chosen(folder, rows, tmp_path):
     import tomllib
 
     found = tomllib.loads((tmp_path / "a" / "run.toml").read_text())
-    assert found["train"]["epochs"] == 10 and found["train"]["lr"] == 1e-3
+    assert found["train"]["epochs"] == 20 and found["train"]["lr"] == 1e-3
     assert found["train"]["max_minutes"] == 5 and found["adapter"]["r"] == 2
     assert found["train"]["betas"] == [0.9, 0.999] and "max_steps" not in found["train"]
 

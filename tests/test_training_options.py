@@ -105,8 +105,8 @@ def test_help_shows_the_first_sentence_and_the_default(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lr", "0"], "argument --lr: lr must be a finite number above 0, found 0.0"),
-        (["--lr", "fast"], "lr must be a finite number above 0, found 'fast'"),
+        (["--lr", "0"], "argument --lr: lr must be a finite number above 0, or None, found 0.0"),
+        (["--lr", "fast"], "lr must be a finite number above 0, or None, found 'fast'"),
         (["--minutes", "nan"], "max_minutes must be a finite number above 0, or None, found nan"),
         (["--schedule", "x"], "schedule must be 'cosine', 'linear' or 'constant', found 'x'"),
         (["--lora-plus-rate", "3"], "argument '--lora-plus-rate'; nearest: --lora-plus-ratio"),
@@ -130,8 +130,8 @@ def test_a_bad_flag_is_one_line(words, message, capsys):
         ("train = 3", r"must hold the tables \[train\] alone, found 'train'"),
         ("[train]\nlearn = 1", r"run.toml: \[train\] has no option 'learn'"),
         ("[train]\nmax_step = 1", r"\[train\] has no option 'max_step'; nearest: max_steps"),
-        ("[train]\nlr = '1'", "run.toml: lr must be a finite number above 0, found '1'"),
-        ("[train]\nlr = 'none'", "run.toml: lr must be a finite number above 0, found 'none'"),
+        ("[train]\nlr = '1'", "run.toml: lr must be a finite number above 0, or None, found '1'"),
+        ("[train]\neps = 'none'", "run.toml: eps must be a finite number above 0, found 'none'"),
     ],
 )
 def test_a_bad_config_file_is_named_with_the_option(tmp_path, text, message):

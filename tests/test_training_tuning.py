@@ -204,7 +204,7 @@ def test_a_budget_limits_the_steps(tmp_path):
         ({"held": []}, "compares by held-out examples, found 23 to train on and 0 held out"),
         ({"rates": [1e-3]}, "needs two or more rates to choose from, found"),
         ({"rates": [1e-3, 0.001]}, "what tune.. tries must differ, found lr-0.001 twice"),
-        ({"rates": [1e-3, -1]}, "lr must be a finite number above 0, found -1"),
+        ({"rates": [1e-3, -1]}, "lr must be a finite number above 0, or None, found -1"),
         ({"adapters": [{"r": 0}, {"r": 2}]}, "r must be a whole number of at least 1, found 0"),
         ({"adapters": [{"r": 2**17}]}, "r must be at most 65,536, found 131072"),
         ({"adapters": [{"r": 2, "targets": ["nope"]}]}, "nope"),
