@@ -4,7 +4,7 @@
 
 A command stands in a block of text behind `$ `; all run in one folder that begins with the files of
 examples/. With --folder it is kept, and --blocks runs some blocks alone, counted from 1. Nothing is
-edited but long lines, which are folded. It needs `pip install xllamacpp`.
+edited, but of the lines of steps every tenth is kept, and long lines are folded. It needs `pip install xllamacpp`.
 """
 
 import argparse
@@ -38,6 +38,8 @@ def recorded(commands: str, folder: Path) -> str:
             sys.exit(f"{command} ended with {done.returncode}")
         lines.append(f"$ {command}")
         for line in done.stdout.rstrip().splitlines():
+            if re.match(r"step +\d*[1-9]/", line) and not line.startswith("step    1/"):
+                continue
             lines += textwrap.wrap(
                 line, WIDTH, subsequent_indent="  ", replace_whitespace=False
             ) or [""]
