@@ -4,7 +4,8 @@
 
 A command stands in a block of text behind `$ `; all run in one folder that begins with the files of
 examples/. With --folder it is kept, and --blocks runs some blocks alone, counted from 1. Nothing is
-edited, but of the lines of steps every tenth is kept, and long lines are folded. It needs `pip install xllamacpp`.
+edited, but of the lines of steps every tenth is kept, and long lines are folded. It needs
+`pip install xllamacpp`.
 """
 
 import argparse
