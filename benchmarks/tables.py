@@ -24,6 +24,7 @@ TABLES = {
     "real task caption": tables_training.real_task_caption,
     "defaults": tables_training.defaults,
     "demo": tables_training.demo,
+    "gguf answers": tables_training.gguf_answers,
     "cpu": tables_training.cpu,
     "step amx": tables_training.step_amx,
     "step avx512": tables_training.step_avx512,

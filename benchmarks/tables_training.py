@@ -259,6 +259,22 @@ def defaults() -> str:
     )
 
 
+def gguf_answers() -> str:
+    """Return a line a program and file: right answers, and those that are float32's."""
+    rows = list({(row["program"], row["file"]): row for row in read("gguf_answers")}.values())
+    lines = [
+        [
+            row["program"],
+            row["file"],
+            *(f"{row[k]} of {row['questions']}" for k in ("right", "as_f32")),
+        ]
+        for row in rows
+    ]
+    head = "program | base and adapter | right answers | as in float32 here"
+    text = "*The learned questions of the recorded session, greedily; SmolLM2-135M, a Q4_1 file"
+    return f"{text}; {machine(rows[-1])}, {rows[-1]['date']}.*\n\n" + table(head, lines)
+
+
 def recipes() -> str:
     """Return a line a recipe, of its newest run."""
     rows = list(last_of(read("recipes"), "recipe").values())
