@@ -23,13 +23,12 @@ SECONDS = 10  # for one
 class Reader:
     """A process that reads mutants; started again after one that ended it."""
 
-    def __init__(self):
-        self.process = None
+    def __init__(self, script):
+        self.process, self.script = None, script
 
     def start(self):
-        script = Path(__file__).with_name("mutants.py")
         self.process = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, self.script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self.lines = queue.Queue()
@@ -69,7 +68,7 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def reader():
-    reader = Reader()
+    reader = Reader(Path(__file__).with_name("mutants.py"))
     yield reader
     reader.stop()
 
@@ -86,7 +85,20 @@ def test_mutants_are_read_or_refused_in_a_line(reader, subject, pytestconfig, ta
     tally["mutants read or refused"] = tally.get("mutants read or refused", 0) + len(seeds)
 
 
-def test_the_reader_itself_is_watched(reader):
-    """A subject that is not there ends the process, and the next mutant has a new one."""
+STAND_IN = """
+import sys
+print('"ready"', flush=True)
+for line in sys.stdin:
+    if line.startswith("nothing"):
+        sys.exit(1)
+    print('"read"', flush=True)
+"""
+
+
+def test_the_reader_itself_is_watched(tmp_path):
+    """A subject that ends the process is told, and the next mutant has a new one."""
+    (tmp_path / "reads.py").write_text(STAND_IN)
+    reader = Reader(tmp_path / "reads.py")
     assert reader.read("nothing", 0).startswith("ended the process (1)")
     assert reader.read("metrics", 0) == "read"
+    reader.stop()

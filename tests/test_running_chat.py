@@ -1,5 +1,6 @@
 """Conversations: what is asked is what training saw, answers stream, nothing is changed."""
 
+import io
 import json
 import os
 import select
@@ -173,19 +174,20 @@ def folders(tmp_path):
     return tmp_path
 
 
-def session(folder, lines, *arguments, model="model"):
-    words = [
-        sys.executable, "-m", "minilora", "chat", str(folder / model), "--dtype", "float32",
-        "--max-new-tokens", "6", *map(str, arguments),
-    ]  # fmt: skip
-    done = subprocess.run(
-        words, input="\n".join(lines), capture_output=True, text=True, timeout=120, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def session(folders, monkeypatch, capsys):
+    """Hold a conversation with the command; return its exit code and what it wrote."""
+
+    def hold(lines, *arguments, model="model"):
+        words = ["chat", folders / model, "--dtype", "float32", "--max-new-tokens", 6, *arguments]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        capsys.readouterr()
+        return main(list(map(str, words))), *capsys.readouterr()
+
+    return hold
 
 
-def test_the_command_answers_side_by_side_and_saves_what_was_said(folders):
-    """One process of some seconds: everything a session can do."""
+def test_the_command_answers_side_by_side_and_saves_what_was_said(folders, session):
     made, tokenizer = model(["v1", "v2"]), byte_tokenizer(CHATML)
     talks = {name: Chat(made, tokenizer, max_new_tokens=6) for name in ("base", "v1", "v2")}
     told = {name: talk.answer([USER], name) for name, talk in talks.items()}
@@ -195,7 +197,7 @@ def test_the_command_answers_side_by_side_and_saves_what_was_said(folders):
         "/use v3", "/use v2", "old", "/system S", "hi", f"/save {saved}", "/save a.txt",
         "/help", "/quit", "never",
     ]  # fmt: skip
-    code, out, err = session(folders, lines, "--adapter", folders / "v2" / "v2", model="v1/v1")
+    code, out, err = session(lines, "--adapter", folders / "v2" / "v2", model="v1/v1")
     assert code == 0, err
     wanted = [f"[base] {told['base']}", f"[v2] {told['v2']}", f"[v1] {told['v1']}", told["v1"]]
     old = talks["v2"].answer([{"role": "user", "content": "old"}], "v2")
@@ -245,9 +247,9 @@ def test_the_command_refuses_before_it_loads(folders, capsys):
     assert "--adapter must name a folder with adapter_config.json" in capsys.readouterr().err
 
 
-def test_adapters_of_one_name_are_told_apart(folders):
+def test_adapters_of_one_name_are_told_apart(folders, session):
     adapters = [folders / "v1" / "v1", folders / "v1" / ".." / "v1" / "v1", folders / "v2" / "v2"]
-    code, _, err = session(folders, ["/quit"], "--adapter", *adapters)
+    code, _, err = session(["/quit"], "--adapter", *adapters)
     assert code == 0
     assert "(base, v1, v1_2, v2); answers of v1." in err
 
@@ -264,7 +266,7 @@ def test_again_takes_nothing_back_where_there_is_no_room():
     assert talk.messages == before
 
 
-def test_ab_needs_an_adapter(folders):
-    code, out, err = session(folders, ["/ab"])
+def test_ab_needs_an_adapter(session):
+    code, out, err = session(["/ab"])
     assert (code, out) == (0, "")
     assert "/ab compares adapters with the base, found none; pass --adapter" in err

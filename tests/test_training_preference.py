@@ -10,6 +10,7 @@ import torch
 from fork_train import Forks
 from preference_pairs import pair, pairs
 from safetensors.torch import load_file
+from sweeps import wide
 from test_cli import tiny_folder
 from training_models import examples, factors, same, tiny
 
@@ -170,7 +171,7 @@ def forks(tmp_path_factory):
     made.close()
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("kind", [wide("dpo"), "kto"])
 def test_ranks_give_the_single_processs_numbers(kind, forks, tmp_path):
     """Two processes, batches of three: one has two pairs, the other one."""
     told = []

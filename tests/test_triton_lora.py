@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sweeps import examples
+from sweeps import examples, wide
 from triton_cases import DEVICE, DTYPES, assert_as_exact, needs_kernels, operand, seed_tensor
 
 needs_kernels()
@@ -82,8 +82,13 @@ def test_lora_linear_matches_float64(dtype, m, n, k, r, p, bias, layout):
     compare(*make(m, n, k, r, dtype, bias, layout), 2.5, seeds, p, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("r", [4, 64, 256])
+SHORT = {(torch.float32, 4), (torch.bfloat16, 64), (torch.float16, 256)}  # each once
+
+
+@pytest.mark.parametrize(
+    ("dtype", "r"),
+    [(d, r) if (d, r) in SHORT else wide(d, r) for r in (4, 64, 256) for d in DTYPES],
+)
 @pytest.mark.usefixtures("nan_memory")
 def test_lora_linear_matches_float64_over_several_tiles(dtype, r):
     # 84,000 elements: of fewer, the rounding of one row of S can decide the largest error.

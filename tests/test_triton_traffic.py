@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sweeps import wide
 from triton_cases import INTERPRETED, needs_kernels
 
 needs_kernels()
@@ -16,8 +17,11 @@ def real(*shape, dtype=torch.float32):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="loads are counted in the interpreter")
-@pytest.mark.parametrize("format", [None, "int8", "nf4", "int4"])
-@pytest.mark.parametrize("M", [5, 130])
+@pytest.mark.parametrize(
+    ("M", "format"),
+    [(5, None), (5, "int8"), (5, "nf4"), (5, "int4"), (130, None), (130, "nf4"),
+     wide(130, "int8"), wide(130, "int4")],
+)  # fmt: skip
 def test_issued_bytes_are_what_an_interpreted_launch_moves(monkeypatch, format, M):
     import aot
 
