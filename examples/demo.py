@@ -165,9 +165,9 @@ def main() -> None:
     say(f"test before: perplexity {math.exp(start.before):.2f} over {start.tokens} tokens")
 
     torch.manual_seed(0)
-    minilora.inject(model, r=8, alpha=16)
+    minilora.inject(model)
     config = minilora.TrainConfig(
-        lr=1e-3, batch_size=16, max_minutes=options.minutes, eval_batch_size=16,
+        batch_size=16, max_minutes=options.minutes, eval_batch_size=16,
         compile="auto" if compiled else False,
     )  # fmt: skip
     result = minilora.fit(model, train, valid, config=config, out=out, plan=True)
