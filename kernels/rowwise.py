@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .workspace import fresh
+
 
 def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return u and ρ, in f32 or wider."""
@@ -31,7 +33,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: int | None) -> Tens
     unit = _unit(x, eps)[0]
     if offset is None:
         return weight * unit.to(x.dtype)
-    return (unit * (weight.to(unit.dtype) + offset)).to(x.dtype)
+    return fresh((unit * (weight.to(unit.dtype) + offset)).to(x.dtype))
 
 
 def _silu_backward(grad_out: Tensor, gate: Tensor) -> Tensor:
