@@ -373,7 +373,7 @@ def test_fit_deepcopied_model_trains_alike():
         ("seed", -1, "at least 0"), ("weight_decay", -1, "at least 0"), ("eps", 0, "above 0"),
         ("betas", 0.9, "two"), ("shuffle", "no", "True or False"), ("seed", True, "at least 0"),
         ("checkpointing", "false", "True or False"), ("group_by_length", None, "True or False"),
-        ("lr", 10**400, "above 0, found 1000"), ("max_minutes", 10**400, "or None"),
+        ("lr", 10**400, "above 0, or None, found 1000"), ("max_minutes", 10**400, "or None"),
         ("weight_decay", 10**400, "at least 0"), ("seed", 10**400, "854,775,807, found 1"),
         ("batch_size", 10**30, "at most 2,147,483,647"), ("epochs", 1e300, "at most 2,147"),
         ("max_steps", 10**400, "or None, found 1000"),
