@@ -12,13 +12,18 @@ SPLITS = ("train", "valid", "test")
 _SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 
 
-def docstring_pairs() -> dict[str, list[dict[str, str]]]:
-    """Collect prompt and completion per top-level module of the standard library."""
+def docstring_pairs(part: str | None = None) -> dict[str, list[dict[str, str]]]:
+    """Collect prompt and completion per top-level module of the standard library.
+
+    Args:
+        part: one of `SPLITS`: read its modules alone. None: all.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     pairs: dict[str, list[dict[str, str]]] = {}
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
-        if _SKIP.intersection(parts):
+        module = parts[0].removesuffix(".py")
+        if _SKIP.intersection(parts) or part not in (None, _part_of(module)):
             continue
         try:
             text = file.read_text(encoding="utf-8")
@@ -31,7 +36,7 @@ def docstring_pairs() -> dict[str, list[dict[str, str]]]:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 pair = docstring_pair(node)
                 if pair is not None:
-                    pairs.setdefault(parts[0].removesuffix(".py"), []).append(pair)
+                    pairs.setdefault(module, []).append(pair)
     return pairs
 
 
@@ -47,19 +52,23 @@ def docstring_pair(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, st
     return {"prompt": ast.unparse(node) + "\n\n# What it does:", "completion": " " + paragraph}
 
 
+def _part_of(module: str) -> str:
+    draw = hashlib.sha256(module.encode()).digest()[0] % 10
+    return "test" if draw == 0 else "valid" if draw == 1 else "train"
+
+
 def split(pairs: dict[str, list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
     """Put whole top-level modules into train, valid or test, by a hash of their names."""
-    parts: dict[str, list[dict[str, str]]] = {"train": [], "valid": [], "test": []}
+    parts: dict[str, list[dict[str, str]]] = {part: [] for part in SPLITS}
     for module, records in sorted(pairs.items()):
-        draw = hashlib.sha256(module.encode()).digest()[0] % 10
-        parts["test" if draw == 0 else "valid" if draw == 1 else "train"] += records
+        parts[_part_of(module)] += records
     return parts
 
 
 @functools.cache
 def docstring_rows(part: str) -> tuple[dict[str, str], ...]:
     """Return questions and answers of one of `SPLITS`: what does this function do?"""
-    pairs = split(docstring_pairs())[part]
+    pairs = split(docstring_pairs(part))[part]
     return tuple(
         {
             "question": f"What does this Python function do?\n\n{code}",
