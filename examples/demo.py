@@ -32,7 +32,7 @@ from minilora.running import token_losses
 MAX_TOKENS = 256
 TEST, VALID, AGAIN = 128, 32, 32  # examples measured on, during the run, and once more at the end
 COMPILE_PAYS = 5.0  # minutes of training from which on a minute of compiling is repaid
-INT8_PAYS = 1.5  # times the rate of floats from which on INT8 products are faster in a whole step
+INT8_PAYS = 1.5  # times the rate of floats from which on INT8 is faster in a compiled step
 
 
 def rows(records, tokenizer, limit=None):
@@ -74,8 +74,8 @@ def fastest_way(minutes: float) -> tuple[str | None, bool, str]:
     here = minilora.hardware()
     name = str(here.dtype).removeprefix("torch.")
     floats = {"float32": here.float32, "bfloat16": here.bfloat16}.get(name, here.float16)
-    integer = here.int8 >= INT8_PAYS * floats
     compiled = minutes >= COMPILE_PAYS
+    integer = compiled and here.int8 >= INT8_PAYS * floats  # eager steps are slower over codes
     products = f"int8 products make {here.int8:.0f} GFLOP/s here, {name} ones {floats:.0f}"
     steps = "compiled, which the faster steps repay" if compiled else "not compiled"
     way = f"the base in {'INT8' if integer else name} ({products}), steps {steps}"
