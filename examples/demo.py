@@ -31,7 +31,7 @@ from minilora.running import token_losses
 
 MAX_TOKENS = 256
 TEST, VALID, AGAIN = 128, 32, 32  # examples measured on, during the run, and once more at the end
-COMPILE_PAYS = 5.0  # minutes of training from which on a minute of compiling is repaid
+COMPILE_PAYS = 5.0  # minutes; chosen: in 3 compiling was not repaid (benchmarks/NOTES.md)
 INT8_PAYS = 1.5  # times the rate of floats from which on INT8 is faster in a compiled step
 
 

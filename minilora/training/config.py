@@ -287,8 +287,9 @@ class TrainConfig:
 def chosen_lr(config: TrainConfig, parameters: int) -> float:
     """Return the peak rate of a run on a model of so many parameters.
 
-    Where the config does not say, it is what did best on small tasks with SmolLM2-135M
-    (benchmarks/NOTES.md). Larger models take less, by the root of their parameters.
+    Where the config does not say, it is a rate that learned small tasks with SmolLM2-135M whole
+    (twice that did better in short runs: benchmarks/NOTES.md). Larger models take less, by the root
+    of their parameters, which is published and was not measured here (docs/training.md).
     """
     if config.lr is not None:
         return config.lr
