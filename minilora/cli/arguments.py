@@ -156,6 +156,10 @@ _SHARED: dict[str, dict[str, Any]] = {
         "help": "read names of control tokens in texts as tokens (default: where a text begins as "
         "the chat template's do)",
     },
+    "--temperature": {"type": float, "default": 0.0, "help": "0 (default) is greedy"},
+    "--top-k": {"type": positive, "help": "draw from that many of the likeliest tokens"},
+    "--top-p": {"type": float, "help": "draw from the likeliest tokens of that probability"},
+    "--seed": {"type": integer, "help": "of what is drawn (default: another each time)"},
 }
 MODEL = ("model", "--device", "--dtype", "--quantize", "--block-size")
 ENCODING = (
@@ -168,3 +172,4 @@ ENCODING = (
     "--skip-bad",
     "--parse-special",
 )
+SAMPLING = ("--temperature", "--top-k", "--top-p", "--seed")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import minilora
-from minilora.cli.arguments import MODEL, arg, integer, positive, verb
+from minilora.cli.arguments import MODEL, SAMPLING, arg, positive, verb
 from minilora.cli.sources import adapter_in_place, adapter_of, load, names_of
 from minilora.running import BASE, Chat
 
@@ -35,10 +35,7 @@ _HELP = """/reset         begin a new conversation
     ),
     arg("--system", metavar="TEXT", help="system message"),
     arg("--max-new-tokens", type=positive, default=512, help="of an answer (default: 512)"),
-    arg("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
-    arg("--top-k", type=positive),
-    arg("--top-p", type=float),
-    arg("--seed", type=integer),
+    *SAMPLING,
 )
 def chat(options: argparse.Namespace) -> int:
     """Talk to a model, with its adapters or without."""

@@ -5,7 +5,7 @@ import json
 import sys
 
 import minilora
-from minilora.cli.arguments import ENCODING, MODEL, arg, integer, positive, verb
+from minilora.cli.arguments import ENCODING, MODEL, SAMPLING, arg, positive, verb
 from minilora.cli.sources import data_files, encode_files, load
 from minilora.files import ticking
 
@@ -35,10 +35,7 @@ def evaluate(options: argparse.Namespace) -> int:
     "--adapter",
     arg("prompts", nargs="+", metavar="PROMPT"),
     arg("--max-new-tokens", type=positive, default=64, help="(default: 64)"),
-    arg("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
-    arg("--top-k", type=positive),
-    arg("--top-p", type=float),
-    arg("--seed", type=integer),
+    *SAMPLING,
     arg("--chat", action="store_true", help="ask through the chat template"),
     "--system",
     arg("--compile", action="store_true", help="faster tokens after some ten seconds; needs g++"),

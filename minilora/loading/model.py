@@ -124,13 +124,12 @@ def _quantization(quantize: str | Quantization, options: dict[str, Any]) -> Quan
 def read_model(
     source: str | Path,
     dtype: torch.dtype | str | None = None,
-    device: torch.device | str = "cpu",
     prepare: Prepare | None = None,
 ) -> CausalLM:
     """Read a model without its tokenizer, by default as it is stored."""
-    dtype = resolve_dtype(dtype, device)
+    dtype = resolve_dtype(dtype, "cpu")
     opened: Any = _opened(_path(source), dtype)
-    return make_model(opened, dtype, device, prepare=prepare)
+    return make_model(opened, dtype, "cpu", prepare=prepare)
 
 
 def read_config(source: str | Path) -> Any:

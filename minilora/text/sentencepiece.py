@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from minilora.text.special_tokens import tokenizers_library
 
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # the types of pieces, in GGUF files too
+CONTROL, USER_DEFINED = 3, 4  # the types of pieces, in GGUF files too
 _SPACE = "▁"
 
 
