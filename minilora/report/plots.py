@@ -341,8 +341,7 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float, str]]) 
         y = 8 + step * i + 38
         kind = "better" if end < 0 else "worse" if start > 0 else "axis"
         body += [
-            text(left, y - 20, name, kind="strong"),
-            text(wide - left, y - 20, words, "end", "small"),
+            text(left, y - 20, f"{name}: {words}", kind="strong"),
             line(x(start), y, x(end), y, f"{kind} thick"),
             *(line(x(at), y - 5, x(at), y + 5, kind) for at in (start, end)),
             f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="4.5" '

@@ -15,7 +15,7 @@ p { margin: 2px 0 12px; color: var(--muted); max-width: 80ch; }
 svg { display: block; } figure { margin: 6px 0; overflow-x: auto; max-width: 100%; }
 svg text { fill: var(--fg); font: 13px system-ui, sans-serif; }
 svg text.small { font-size: 12px; fill: var(--muted); } svg text.number { font-size: 12px; }
-svg text.strong { font-weight: 600; }
+svg text.strong { font-weight: 600; paint-order: stroke; stroke: var(--bg); stroke-width: 5px; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--muted); }
 .dashed { stroke: var(--muted); stroke-dasharray: 4 4; } .error { stroke: var(--fg); }
 .cell, .accent, .better { fill: var(--accent); } .warm, .worse { fill: var(--warm); }
