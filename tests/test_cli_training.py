@@ -122,6 +122,12 @@ def test_samples_are_asked_as_the_data_is(folder, tmp_path, capsys):
         assert run(*train, "--sample", "b c", "--out", tmp_path / name) == 0
         found = capsys.readouterr().err
         assert said in found and ("→" in found) == (name == "talk")
+        train = ["train", folder, "--data", file, "--stream", "--valid", file, "--max-steps", 1]
+        with pytest.warns(UserWarning, match="held-out examples are trained on too"):
+            assert run(*train, "--sample", "b c", "--out", tmp_path / f"{name} streamed") == 0
+        found = capsys.readouterr().err
+        assert said in found and ("→" in found) == (name == "talk")
+        assert f"{file}: 8 of 8 documents kept" in found
 
 
 def test_the_template_reads_no_tokenizer_without_one(folder):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.cli.training import _refuse_shared
-from minilora.data import Batches, DataFiles, Encoding, Example, hold_out, read_data
-from minilora.training.prepare import held_out_in_training
+from minilora.data import DataFiles, Encoding, Example, hold_out, read_data
+from minilora.training.prepare import HeldOut
 
 ROWS = st.lists(st.integers(0, 50), min_size=2, max_size=60, unique=True)
 
@@ -121,6 +121,5 @@ def test_an_answer_with_a_label_is_the_same_beside_any_other():
     assert train[1].input_ids != valid[1].input_ids
     with pytest.raises(ValueError, match=r"found 1 of 3 in both \(the first is example 1\)"):
         _refuse_shared(train, valid)
-    loaders = [Batches(rows, batch_size=1) for rows in (valid, train)]
-    (said,) = held_out_in_training(*loaders)
+    (said,) = HeldOut(valid).found(train)
     assert said.startswith("1 of 3 held-out examples are trained on too (first: example 1 of")

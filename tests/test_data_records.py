@@ -153,7 +153,9 @@ def test_files_leaves_out_as_many_bad_rows_as_are_allowed(tmp_path):
     with pytest.raises(ValueError, match=r"skip_bad=2 \(--skip-bad\)"):
         read_data(file, byte_tokenizer(), skip_bad=1)
     with pytest.warns(UserWarning, match="a bad row was left out"):
-        assert list(StreamedFiles([file], Encoding(2, skip_bad=2))) == [RECORDS[0]] * 3
+        stream = StreamedFiles([file], Encoding(2, skip_bad=2))
+        assert [row for _, row in stream] == [RECORDS[0]] * 3
+    assert [where[-2:] for where, _ in stream] == [":1", ":3", ":5"]  # nothing is said again
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=":2: .*; .*:4: must be JSON"):
         list(StreamedFiles([file], Encoding(2, skip_bad=1)))
     for bad in (-1, 1.0, True):

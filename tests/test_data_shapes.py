@@ -415,6 +415,47 @@ def test_rows_are_streamed(tmp_path, name):
     assert found == read_data(ROWS, byte_tokenizer(CHATML), max_length=64)[0]
 
 
+def stream_of(folder, rows, **options):
+    (folder / "a.jsonl").write_bytes(json_lines(rows))
+    template = "{{ tools | tojson if tools }}" + CHATML
+    return streamed([folder / "a.jsonl"], byte_tokenizer(template), Encoding(48, **options))
+
+
+def test_a_stream_leaves_out_what_encoding_finds_bad_as_reading_at_once_does(tmp_path):
+    """Line 2 is bad when it is encoded, line 3 already when it is read."""
+    rows = [{"messages": TALK}, {"messages": TALK, "tools": "{"}, {"text": 3}, {"text": "b"}]
+    with pytest.warns(UserWarning, match="a bad row was left out") as said:
+        stream = stream_of(tmp_path, rows, skip_bad=2)
+        for _ in range(2):  # in a second epoch nothing is counted anew
+            found = [example for row in stream.source for example in stream.encode(row)]
+    template = byte_tokenizer("{{ tools | tojson if tools }}" + CHATML)
+    assert found == read_data(tmp_path / "a.jsonl", template, max_length=48, skip_bad=2)[0]
+    assert [str(each.message).partition("a.jsonl:")[2][:2] for each in said] == ["2:", "3:"]
+    assert stream.source.report.documents == 2
+    stream = stream_of(tmp_path, rows[:2])
+    message = r"a\.jsonl:2: tools must be JSON, .* leave them out by skip_bad=1 \(--skip-bad\)"
+    with pytest.raises(ValueError, match=message):
+        [stream.encode(row) for row in stream.source]
+
+
+def test_a_stream_says_what_is_dropped_and_cut_and_counts_it_once(tmp_path):
+    """Of rows 1 and 3 nothing of the answer is left, of row 4 a part."""
+    long = {"prompt": "p" * 60, "completion": "c"}
+    rows = [long, {"text": "b"}, long, {"prompt": "p", "completion": "c" * 60}]
+    with pytest.warns(UserWarning) as said:
+        stream = stream_of(tmp_path, rows)
+        for _ in range(2):
+            found = [example for row in stream.source for example in stream.encode(row)]
+    said = [str(each.message).partition(f" ({tmp_path}/a.jsonl:") for each in said]
+    assert [(message, place[0]) for message, _, place in said] == [
+        ("in the stream: a row with nothing left to learn within 48 tokens is dropped", "1"),
+        ("in the stream: a row is cut at 48 tokens", "1"),
+    ]
+    whole, report = read_data(tmp_path / "a.jsonl", byte_tokenizer(), max_length=48)
+    assert found == whole and stream.source.report == report
+    assert (report.documents, report.fully_masked, report.truncated) == (4, 2, 3)
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.txt", "a.txt.gz", "a.md"])
 def test_what_is_read_at_once_is_not_streamed(tmp_path, name):
     (tmp_path / name).write_bytes(b"[]")

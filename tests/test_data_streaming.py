@@ -212,6 +212,19 @@ def test_fit_on_a_stream_resumes_bit_equal_over_epochs(tmp_path):
     assert same(factors(whole), factors(again))
 
 
+def test_fit_on_a_stream_says_which_held_out_examples_are_trained_on(capsys):
+    valid, options = [{"input_ids": [9, 2, 3]}, DATA[2]], {"max_steps": 2, "quiet": False}
+    with pytest.warns(
+        UserWarning, match=r"are trained on too, the first is item 2 of the str"
+    ) as a:
+        fit(tiny(), Stream(Source(DATA[:5]), window=5), valid=valid, **options)
+    assert len(a) == 1
+    said = capsys.readouterr().err
+    assert "note: 1 of 2 held-out examples are trained on too (first: example 1 of valid)" in said
+    fit(tiny(), Stream(Source(DATA[:5]), window=5), valid=valid[:1], **options)
+    assert "trained on too" not in capsys.readouterr().err
+
+
 def test_fit_on_a_stream_refuses_what_it_can_not_do():
     with pytest.raises(ValueError, match="no known length, so a run on it needs max_steps"):
         fit(tiny(), Stream(Source()))

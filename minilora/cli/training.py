@@ -45,7 +45,8 @@ def groups(parser: argparse.ArgumentParser) -> None:
         arg(
             "--allow-shared",
             action="store_true",
-            help="take held-out rows that are trained on too, which are refused otherwise",
+            help="take held-out rows that are trained on too, which are refused otherwise (with "
+            "--stream they are said)",
         ),
     )
     add_flags(parser.add_argument_group("adapter"), AdapterConfig)
@@ -123,7 +124,7 @@ def train(options: argparse.Namespace) -> int:
         add_settings(options.out, chosen)
     sample = None
     if options.sample:
-        chat = options.chat or is_chat(rows, tokenizer)
+        chat = options.chat or is_chat(held_out if options.stream else rows, tokenizer)
         sample = _sampler(options.sample, tokenizer, chat, options.system)
     result = minilora.fit(  # torchrun ends the others when one fails
         model,
@@ -135,6 +136,8 @@ def train(options: argparse.Namespace) -> int:
         sample=sample,
         plan=options.plan,
     )
+    if options.stream and torchrun_number("RANK", 0) == 0:
+        print(f"{', '.join(options.data)}: {rows.source.report}", file=sys.stderr)
     leave()
     if result.stopped == "interrupted":
         return 130

@@ -13,6 +13,18 @@ _LENGTH = 360  # of the reasons together
 Problem = tuple[str, str]  # where, and what is wrong there
 
 
+class BadRowsError(ValueError):
+    """Rows that are bad, more than may be left out.
+
+    Attributes:
+        problems: where they stand, and what is wrong with each.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
 def check_skip_bad(skip_bad: int) -> None:
     """Refuse a number of rows that is none."""
     if type(skip_bad) is not int or skip_bad < 0:
@@ -20,12 +32,12 @@ def check_skip_bad(skip_bad: int) -> None:
 
 
 def refuse(problems: Sequence[Problem], what: str, skip_bad: int | None = None) -> None:
-    """Raise ValueError if there are more problems than may be skipped; None: than none."""
+    """Raise BadRowsError if there are more problems than may be skipped; None: than none."""
     if len(problems) > (skip_bad or 0):
         way_out = "" if skip_bad is None else (
             f"; mend these rows, or leave them out by skip_bad={len(problems)} (--skip-bad)"
         )  # fmt: skip
-        raise ValueError(f"{what}: {listed(problems)}{way_out}")
+        raise BadRowsError(f"{what}: {listed(problems)}{way_out}", problems)
 
 
 def listed(problems: Sequence[Problem]) -> str:

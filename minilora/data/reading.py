@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minilora.data.encoder import Encoding
 from minilora.data.examples import Example
-from minilora.data.problems import listed
+from minilora.data.problems import BadRowsError, listed
+from minilora.data.readers import Row
 from minilora.data.record_files import StreamedFiles, files_in, read_rows
 from minilora.data.records import EncodeReport, encode_rows
 from minilora.data.streaming import Stream
@@ -137,19 +138,47 @@ def streamed(
 ) -> Stream:
     """Return the files' records as a stream that is encoded, and packed, in the background.
 
-    What there is to say of the records is a warning, once each.
+    What there is to say of the records is a warning, once each. `report` of the stream's source
+    counts what became of those that were encoded so far.
     """
-    tokenizer = as_tokenizer(tokenizer)
-    strict = dataclasses.replace(options, skip_bad=0)
-    said: set[str] = set()
+    source = _Streamed(files, tokenizer, options)
+    return Stream(source, source.encode, pack=options.max_length if packed else None)
 
-    def encode(record: dict[str, Any]) -> list[Example]:
-        examples, report = encode_rows([("a record", record)], tokenizer, strict)
-        for note in (each.removesuffix(" (a record)") for each in report.notes):
-            if note not in said:
-                said.add(note)
-                warnings.warn(f"in a record of the stream: {note}", stacklevel=2)
+
+class _Streamed(StreamedFiles):
+    """Numbered records of files, what encodes them, and what became of them."""
+
+    def __init__(self, files: Sequence[str], tokenizer: Any, options: Encoding) -> None:
+        super().__init__(files, options)
+        self._tokenizer = as_tokenizer(tokenizer)
+        self._strict = dataclasses.replace(options, skip_bad=0)
+        self._said: set[str] = set()
+        self._counted = 0
+        self.report = EncodeReport(0, 0, 0, 0, 0, 0)
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:  # type: ignore[override]
+        return enumerate(super().__iter__())
+
+    def encode(self, item: tuple[int, Row]) -> list[Example]:
+        number, (where, record) = item
+        try:
+            examples, report = encode_rows([(where, record)], self._tokenizer, self._strict)
+        except BadRowsError as error:
+            self.leave_out(error.problems)
+            return []
+        self._say(report, where)
+        if number >= self._counted:  # not again in a later epoch
+            self._counted = number + 1
+            self.report += dataclasses.replace(report, notes=())
         return examples
 
-    source = StreamedFiles(files, options)
-    return Stream(source, encode, pack=options.max_length if packed else None)
+    def _say(self, report: EncodeReport, where: str) -> None:
+        most = self._options.max_length
+        dropped = f"a row with nothing left to learn within {most} tokens is dropped ({where})"
+        cut = f"a row is cut at {most} tokens ({where})"
+        counted = [dropped] * report.fully_masked + [cut] * report.truncated
+        for note in (*report.notes, *counted):
+            alike = note.removesuffix(f" ({where})")
+            if alike not in self._said:
+                self._said.add(alike)
+                warnings.warn(f"in the stream: {note}", stacklevel=2)

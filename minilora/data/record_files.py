@@ -163,7 +163,7 @@ def _checked(file: Path, options: Encoding) -> Iterator[Row]:
 
 
 class StreamedFiles:
-    """The records of files, read one by one, from the first file on by every iteration.
+    """The records of files with their places, read one by one, from the first on by each iteration.
 
     A warning names each bad row; the one beyond `skip_bad` raises ValueError when it is reached.
     """
@@ -171,24 +171,33 @@ class StreamedFiles:
     def __init__(self, files: Sequence[str | Path], options: Encoding) -> None:
         check_streamed(files)
         self._files, self._options = files_in(files), options
+        self._bad: dict[str, str] = {}  # what is wrong, by the place
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        problems: list[Problem] = []
-        most = self._options.skip_bad
+    def __iter__(self) -> Iterator[Row]:
         for file in self._files:
-            try:
-                for where, row in _checked(file, self._options):
-                    if not isinstance(row, ValueError):
-                        yield row
-                        continue
-                    problems.append((where, str(row)))
-                    if len(problems) > most:
-                        break
-                    left_out = listed(problems[-1:])
-                    warnings.warn(f"a bad row was left out: {left_out}", stacklevel=2)
-            except ValueError as error:
-                refuse([(str(file), str(error))], "cannot read the data")
-            refuse(problems, "cannot read the data", most)
+            for where, row in self._rows(file):
+                if isinstance(row, ValueError):
+                    self.leave_out([(where, str(row))])
+                else:
+                    yield where, row
+
+    def _rows(self, file: Path) -> Iterator[Row]:
+        try:
+            yield from _checked(file, self._options)
+        except ValueError as error:
+            refuse([(str(file), str(error))], "cannot read the data")
+
+    def leave_out(self, problems: Sequence[Problem]) -> None:
+        """Count bad rows, each once however often it is read, or raise ValueError at one too many.
+
+        Rows that only encoding finds bad are counted with those that can't be read.
+        """
+        new = {where: reason for where, reason in problems if where not in self._bad}
+        refuse([*self._bad.items(), *new.items()], "cannot read the data", self._options.skip_bad)
+        self._bad |= new
+        if new:
+            left_out = listed(list(new.items()))
+            warnings.warn(f"a bad row was left out: {left_out}", stacklevel=2)
 
 
 def check_streamed(files: Sequence[str | Path]) -> None:

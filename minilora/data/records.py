@@ -41,6 +41,18 @@ class EncodeReport:
     notes: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
 
+    def __add__(self, other: EncodeReport) -> EncodeReport:
+        return EncodeReport(
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.learned_tokens + other.learned_tokens,
+            self.truncated + other.truncated,
+            self.fully_masked + other.fully_masked,
+            max(self.longest, other.longest),
+            tuple(dict.fromkeys(self.notes + other.notes)),
+            tuple(dict.fromkeys(self.shapes + other.shapes)),
+        )
+
     def __str__(self) -> str:
         kept = self.documents - self.fully_masked
         read_as = f" ({'; '.join(self.shapes)})" if self.shapes else ""

@@ -384,7 +384,7 @@ class _Loop:
             except Exception as error:  # whatever it is: the run is whole without it
                 self.monitor.say(one_line(f"{CURVE_FILE} could not be drawn in {run.out}: {error}"))
         waited = self.waited / self.took if self.took else 0.0
-        if (line := messages.conclusion(run, stopped, self.start)) is not None:
+        for line in messages.conclusions(run, stopped, self.start):
             self.monitor.say(line)
         if self.took and self.ranks.rank == 0:
             self.monitor.say(f"{waited:.2%} of the training time went into waiting for data")

@@ -62,7 +62,14 @@ def choices(run: Run) -> str:
     return f"{said}; {epochs:g} epoch{'' if epochs == 1 else 's'} of {rows:,} rows{why}"
 
 
-def conclusion(run: Run, stopped: str, began: int) -> str | None:
+def conclusions(run: Run, stopped: str, began: int) -> list[str]:
+    """Return what there is to say of a run's data and of its end; `began` as in `_conclusion`."""
+    shared = [] if run.held_out is None else [f"note: {each}" for each in run.held_out.found()]
+    ended = _conclusion(run, stopped, began)
+    return shared if ended is None else [*shared, ended]
+
+
+def _conclusion(run: Run, stopped: str, began: int) -> str | None:
     """Return the line that says how a run ended, where there is something to say.
 
     `began` is the step from which this call went on.

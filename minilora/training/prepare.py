@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -135,18 +136,39 @@ def make_batches(
     return batches
 
 
-def held_out_in_training(valid: Batches, batches: Batches | StreamBatches) -> list[str]:
-    """Return a remark if held-out examples are not held out."""
-    if not isinstance(batches, Batches):
-        return []
-    learned = {example.own_ids for example in batches.examples}
-    seen = [i for i, e in enumerate(valid.examples) if e.own_ids in learned]
-    if not seen:
-        return []
-    return [
-        f"{len(seen)} of {len(valid.examples)} held-out examples are trained on too (first: "
-        f"example {seen[0]} of valid); their loss says nothing of other data"
-    ]
+class HeldOut:
+    """Held-out examples, and which of them have been met in the training data.
+
+    Args:
+        valid: the held-out examples.
+    """
+
+    def __init__(self, valid: Sequence[Example]) -> None:
+        self._ids = [example.own_ids for example in valid]
+        self._known, self._met = set(self._ids), set[tuple[int, ...]]()
+
+    def meet(self, example: Example, name: str) -> None:
+        """Note an example of a stream; warn of the first that is held out."""
+        if example.own_ids not in self._known:
+            return
+        if not self._met:
+            warnings.warn(
+                f"held-out examples are trained on too, the first is {name}; the end of the run "
+                "says how many",
+                stacklevel=2,
+            )
+        self._met.add(example.own_ids)
+
+    def found(self, examples: Iterable[Example] = ()) -> list[str]:
+        """Note training examples; return a remark if held-out ones were among all noted so far."""
+        self._met |= self._known.intersection(example.own_ids for example in examples)
+        seen = [i for i, ids in enumerate(self._ids) if ids in self._met]
+        if not seen:
+            return []
+        return [
+            f"{len(seen)} of {len(self._ids)} held-out examples are trained on too (first: "
+            f"example {seen[0]} of valid); their loss says nothing of other data"
+        ]
 
 
 def example_check(

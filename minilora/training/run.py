@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Batches, Stream
+from minilora.data import Batches, Example, Stream
 from minilora.files import UnwritableError
 from minilora.lora import Survey, describe, frozen_values, summary
 from minilora.peft import config_of, fingerprint, save_adapter
@@ -20,10 +20,10 @@ from minilora.training.config import TrainConfig, chosen_lr
 from minilora.training.loss import losses, require_next_token_loss
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (
+    HeldOut,
     check_model,
     compute_dtype,
     example_check,
-    held_out_in_training,
     make_batches,
     make_optimizer,
     slow_dtype,
@@ -69,6 +69,7 @@ class Run(Progress):
         position: in the data, after the last complete step.
         lr_is_chosen: whether nobody gave a learning rate.
         remarks: what the run should say before it begins.
+        held_out: what meets a stream's examples, None without a stream or held-out ones.
         fallen_back: whether it goes on from the state before the newest one.
     """
 
@@ -132,11 +133,18 @@ class Run(Progress):
     def _take_data(self, train: Iterable[Any], valid: Iterable[Any] | None, pad_id: int) -> None:
         """Make the batches."""
         config, ranks = self.config, self.ranks
+        self.held_out: HeldOut | None = None
         check = example_check(self.model, pad_id, self.own_loss, self.preference)
+
+        def check_train(example: Example, name: str) -> None:
+            check(example, name)
+            if self.held_out is not None:
+                self.held_out.meet(example, name)
+
         self.batches: Any = make_batches(
             train,
             "train",
-            check,
+            check_train,
             batch_size=config.batch_size,
             shuffle=config.shuffle,
             group_by_length=config.group_by_length,
@@ -150,7 +158,11 @@ class Run(Progress):
             if isinstance(valid, Stream):
                 raise TypeError("valid must be a list of examples, found a Stream; read it first")
             self.valid = make_batches(valid, "valid", check, batch_size=size, pad_id=pad_id)
-            self.remarks += held_out_in_training(self.valid, self.batches)
+            held_out = HeldOut(self.valid.examples)
+            if isinstance(self.batches, Batches):
+                self.remarks += held_out.found(self.batches.examples)
+            else:
+                self.held_out = held_out
         elif config.patience is not None:
             raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
         elif config.eval_every is not None:
