@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ import minilora
 from minilora.cli.command import main
 from minilora.training import loop
 from minilora.training.trials import FIRST_STEPS, cost, fewest_steps, rungs, trials_of
-from minilora.training.tuning_runs import Runs
+from minilora.training.tuning_runs import InterruptedTuningError, Runs
 
 CONFIG = minilora.TrainConfig(batch_size=4, dtype="float32", epochs=5, eval_every=10)
 ROWS, HELD = examples(23), examples(12, seed=5)
@@ -61,7 +62,6 @@ def test_the_chosen_run_has_the_bits_of_one_that_was_never_paused(tuned, tmp_pat
                     for folder in (out / found.chosen.name, tmp_path / "alone"))  # fmt: skip
         assert one.read_bytes() == two.read_bytes()
     assert (found.result.best, found.result.best_step) == (result.best, result.best_step)
-    assert found.chosen.losses[found.steps] == result.best.loss
     rows = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (out / found.chosen.name, tmp_path / "alone")
@@ -98,7 +98,52 @@ def test_what_leaves_is_clearly_worse_or_cannot_be_told_and_halved(tuned):
     text = str(found)
     assert text.startswith(f"held-out loss over {found.tokens} tokens of 12 examples, ")
     assert all(trial.name in text for trial in found.trials)
-    assert text.endswith(f"chosen: {found.chosen.name}, in {found.out / found.chosen.name}")
+    best = f"{found.result.best.loss:.4f} after step {found.result.best_step}"
+    assert text.endswith(f"chosen: {found.chosen.name}, {best}, in {found.out / found.chosen.name}")
+
+
+def test_a_best_loss_in_the_middle_of_a_run_is_told_with_its_step(tmp_path):
+    """Where a run's best evaluation is not its last, no loss is filed under a later step."""
+    config = dataclasses.replace(
+        CONFIG, epochs=None, max_steps=60, eval_every=5, schedule="constant", warmup=0.0
+    )
+    found = minilora.tune(
+        plain(), ROWS[:16], HELD, tmp_path, rates=(3e-2, 5e-2), adapters=[{"r": 4}],
+        config=config, quiet=True,
+    )  # fmt: skip
+    rows = map(json.loads, (tmp_path / found.chosen.name / "metrics.jsonl").open())
+    evaluated = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    best = min(evaluated, key=evaluated.get)
+    assert 12 < best < 60 and evaluated[best] < evaluated[60] - 0.1
+    assert [set(trial.losses) for trial in found.trials] == [{12}, {12}]
+    head, *_, last = str(found).splitlines()[1:]
+    assert head.split() == ["step", "12"]
+    assert f"{found.chosen.name}, {evaluated[best]:.4f} after step {best}, in" in last
+
+
+def test_a_run_that_went_on_by_itself_is_not_compared_as_of_an_earlier_step(tmp_path, monkeypatch):
+    """As with `minilora resume` on a trial of a tuning that was stopped."""
+    stop = SimpleNamespace(times=0)
+    real = Runs.losses
+
+    def losses(self):
+        stop.times += 1
+        if stop.times == 2:
+            raise InterruptedTuningError
+        return real(self)
+
+    monkeypatch.setattr(Runs, "losses", losses)
+    found = tune(tmp_path, rates=RATES[:2])
+    assert found.stopped == "interrupted" and RATES[1] == found.trials[1].lr
+    config = dataclasses.replace(CONFIG, lr=RATES[1])
+    model = minilora.inject(plain(), **ADAPTER)
+    where = tmp_path / found.trials[1].name
+    minilora.fit(model, ROWS, HELD, config=config, out=where, resume=True, quiet=True)
+    with pytest.raises(ValueError, match=r"lr-0.001 must be compared after step 6, but .* step 30"):
+        tune(tmp_path, rates=RATES[:2], resume=True)
+    shutil.rmtree(where)
+    again, fresh = tune(tmp_path, rates=RATES[:2], resume=True), tune(tmp_path / "b", RATES[:2])
+    assert (again.trials, again.result.best) == (fresh.trials, fresh.result.best)
 
 
 def test_the_folder_holds_runs_a_chart_and_what_was_measured(tuned, tmp_path):

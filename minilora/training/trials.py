@@ -25,7 +25,7 @@ class Trial:
         name: of the run's folder.
         lr: the rate.
         adapter: keywords of `inject`.
-        losses: held-out loss in nats per token, by steps done.
+        losses: held-out loss in nats per token at each comparison, by steps done.
         against: how that differs from the best one's at the same step.
         left: why it left; None for the one that was chosen.
     """
@@ -49,7 +49,7 @@ class Tuning:
         steps: of a whole run.
         before: held-out loss before training, None where the tuning was interrupted before.
         examples, tokens: held-out ones.
-        result: of the run that was chosen, None before it ended.
+        result: of the run that was chosen, with its best evaluation; None before it ended.
         minutes: that this call took.
     """
 
@@ -90,7 +90,10 @@ class Tuning:
                 f"left by their mean loss alone"
             )
         if self.chosen is not None:
-            lines.append(f"chosen: {self.chosen.name}, in {self.out / self.chosen.name}")
+            best = ""
+            if self.result is not None and self.result.best is not None:
+                best = f", {self.result.best.loss:.4f} after step {self.result.best_step}"
+            lines.append(f"chosen: {self.chosen.name}{best}, in {self.out / self.chosen.name}")
         return "\n".join(line.rstrip() for line in lines)
 
     def to_json(self, file: str | Path) -> Path:

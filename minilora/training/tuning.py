@@ -202,7 +202,13 @@ class _Race:
     def _measured(self, trial: Trial, rung: int) -> None:
         """Bring one trial up to a step and keep its held-out losses."""
         try:
-            self._train(trial, rung)
+            steps = self._train(trial, rung).steps
+            if steps != rung:
+                raise ValueError(
+                    f"{trial.name} must be compared after step {rung}, but {self.runs.out} has it "
+                    f"at step {steps}: its run went on by itself; remove the folder {trial.name} "
+                    f"and the tuning trains it anew"
+                )
             losses = self.runs.losses()
         except DivergedError as error:
             self._diverge(trial, str(error).partition(";")[0])
@@ -266,8 +272,6 @@ class _Race:
             left = self.left.get(trial.name)
             if trial.name in self.record.diverged:
                 left = f"diverged: {self.record.diverged[trial.name]}"
-            if trial.name == self.chosen and result is not None and result.best is not None:
-                losses[self.record.steps] = result.best.loss
             against = self.against[trial.name]
             trials.append(replace(trial, losses=losses, against=against, left=left))
         chosen = next((trial for trial in trials if trial.name == self.chosen), None)

@@ -48,15 +48,16 @@ def _panel(axes, found: Tuning, trials: list[Trial], steps: list[int]) -> None:
     for i, step in enumerate(steps):
         here = [trial for trial in trials if step in trial.losses]
         colour = _COLOURS[min(i, len(_COLOURS) - 1)]
-        last = step == found.steps
         rates, losses = [t.lr for t in here], [t.losses[step] for t in here]
-        label = f"step {step}" + ", the end" * last
-        axes.plot(rates, losses, "*" if last else "o-", ms=13 if last else 5,
-                  color="#c50" if last else colour, lw=1.2, label=label)  # fmt: skip
+        axes.plot(rates, losses, "o-", ms=5, color=colour, lw=1.2, label=f"step {step}")
         for trial, loss in zip(here, losses, strict=True):
             if (gap := trial.against.get(step)) is not None:
                 ends = [loss - gap.change + gap.low, loss - gap.change + gap.high]
                 axes.plot([trial.lr] * 2, ends, color=colour, lw=2.5, alpha=0.5)
+    result, chosen = found.result, found.chosen
+    if chosen in trials and chosen and result and result.best:
+        label = f"the chosen one's best, step {result.best_step}"
+        axes.plot([chosen.lr], [result.best.loss], "*", ms=13, color="#c50", label=label)
     gone = [trial.lr for trial in trials if (trial.left or "").startswith("diverged")]
     if gone:  # at the upper edge, whatever the axis
         axes.plot(gone, [1.0] * len(gone), "x", color="#b00", ms=9, label="diverged",
