@@ -179,6 +179,25 @@ def test_explanation_writes_json_that_holds_everything(found, tmp_path):
     assert "token_losses" not in read["behaviour"]
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_explain_is_sure_of_nothing_on_a_few_examples(number, model, tmp_path):
+    some = sentences(3 * number)
+    found = minilora.explain(
+        model, "default", data=some[:number], train=some[number : 2 * number],
+        outside=some[2 * number :],
+    )  # fmt: skip
+    assert found.forgetting.change != 0 and not found.forgetting.clear
+    assert not found.gap.overfitted
+    text = str(found)
+    assert "outside the task (can't tell): loss" in text
+    assert "over-fitted or not, can't tell: the gap" in text
+    assert "can&#x27;t tell" in found.to_html(tmp_path / "a.html").read_text()
+    assert ("± inf" in text) == (number == 1)
+    read = json.loads(found.to_json(tmp_path / "a.json").read_text())
+    assert read["forgetting"]["clear"] is False
+    assert (read["forgetting"]["error"] is None) == (number == 1)
+
+
 def test_explanation_writes_null_for_what_is_infinite():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
     model[0].weight.data.zero_()

@@ -10,7 +10,7 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
 from minilora.data.batches import Example
-from minilora.models import Llama, LlamaConfig
+from minilora.models import Llama, LlamaConfig, Qwen2, Qwen2Config
 from minilora.report.attention import AttentionMass, attention_masses, occurrences, word_ids
 
 
@@ -42,9 +42,75 @@ def test_attention_masses_are_the_weights_on_the_chosen_tokens():
             mass = weights_of(q, k)[..., marks].sum(-1)[0].mean(0)
             sums[i] += float(mass[sees].sum())
             x = block(x)
-    assert (tokens, queries) == (chosen, count)
+    assert (tokens, queries) == (chosen, (count, count))
     assert found == pytest.approx([s / count for s in sums], rel=1e-5)
-    assert even == pytest.approx(shares / count, rel=1e-6)
+    assert even == pytest.approx([shares / count] * 2, rel=1e-6)
+
+
+class Fixed(nn.Module):
+    """Attends without a preference, under a mask."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.weight, self.mask = nn.Parameter(torch.zeros(1)), mask
+
+    def forward(self, ids):
+        q = torch.zeros(*ids.shape, 2, 4).transpose(1, 2)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, self.mask)
+        return torch.zeros(*ids.shape, 13)
+
+
+def masked(kind):
+    """bool `[2 heads, 9, 9]`: what each sees, both heads the same but for "heads"."""
+    i, j = torch.arange(9)[:, None], torch.arange(9)
+    causal = (j <= i).expand(2, 9, 9)
+    return {
+        "window": causal & (i - j < 3),
+        "both ways": torch.ones(2, 9, 9).bool(),
+        "blocks": causal & (i // 4 == j // 4),
+        "heads": torch.stack([causal[0], causal[0] & (i - j < 2)]),
+    }[kind]
+
+
+@pytest.mark.parametrize("form", ["bool", "-inf", "least"])
+@pytest.mark.parametrize("kind", ["window", "both ways", "blocks", "heads"])
+def test_even_attention_has_the_even_share_under_any_mask(kind, form):
+    """An adapter that changes nothing does not read as one that avoids or seeks a word."""
+    seen = masked(kind)
+    least = -torch.inf if form == "-inf" else torch.finfo(torch.float32).min
+    mask = seen if form == "bool" else torch.zeros(2, 9, 9).masked_fill(~seen, least)
+    ids = [1, 2, 5, 2, 2, 6, 2, 2, 2]
+    found, even, tokens, queries = attention_masses(
+        Fixed(mask), [Example(ids, ids)], [[5], [6]], batch_size=1
+    )
+    marks = torch.tensor(ids) > 4
+    shares = [[float(head[t][marks].sum() / head[t].sum()) for head in seen] for t in range(9)]
+    sees = [any(share) for share in shares]
+    wanted = sum(sum(share) / 2 for share in shares) / sum(sees)
+    assert (tokens, queries) == (2, (sum(sees),))
+    assert even == pytest.approx([wanted], rel=1e-6)
+    assert found == pytest.approx(even, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_window_counts_what_lies_within_it():
+    """Layers with a window and without one, each with its own even share and queries."""
+    config = Qwen2Config.from_dict(
+        SHAPE | {"model_type": "qwen2", "sliding_window": 3, "use_sliding_window": True,
+                 "max_window_layers": 2, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+                 "rope_theta": 1e4, "tie_word_embeddings": True}
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2(config).eval()
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name:
+            parameter.zero_()
+    ids = [1, 5, 2, 3, 4, 6, 7, 8]
+    found, even, _, queries = attention_masses(model, [Example(ids, ids)], [[5]], batch_size=1)
+    assert queries == (7, 7, 3)  # the tokens from the chosen one on; within its window
+    full, near = sum(1 / n for n in range(2, 9)) / 7, (1 / 2 + 1 / 3 + 1 / 3) / 3
+    assert even == pytest.approx([full, full, near], rel=1e-6)
+    assert found == pytest.approx(even, rel=1e-5)
 
 
 SHAPE = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3,
@@ -90,14 +156,16 @@ def test_attention_mass_follows_masks_and_scale():
     added = torch.zeros(4, 4).masked_fill(~allowed, -torch.inf)
     for options in ({"is_causal": True}, {"attn_mask": allowed}, {"attn_mask": added},
                     {"is_causal": True, "scale": 3**-0.5}):  # fmt: skip
-        assert mode.mass(q, k, k, **options) == pytest.approx(plain, rel=1e-5)
+        assert mode.mass(q, k, k, **options)[0] == pytest.approx(plain, rel=1e-5)
     free = weights_of(q, k, causal=False)[..., chosen[0]].sum(-1).mean(1).sum().item()
-    assert mode.mass(q, k, k) == pytest.approx(free, rel=1e-5)
+    assert mode.mass(q, k, k)[0] == pytest.approx(free, rel=1e-5)
     twice = weights_of(2 * q, k)[..., chosen[0]].sum(-1).mean(1).sum().item()
-    assert mode.mass(q, k, k, is_causal=True, scale=2 * 3**-0.5) == pytest.approx(twice, rel=1e-5)
+    assert mode.mass(q, k, k, is_causal=True, scale=2 * 3**-0.5)[0] == pytest.approx(
+        twice, rel=1e-5
+    )
     with mode:
         torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True)
-    assert mode.sums == pytest.approx([plain], rel=1e-5)
+    assert mode.sums[0][0] == pytest.approx(plain, rel=1e-5)
     with pytest.raises(ValueError, match=r"needs self-attention \[batch, heads, tokens, size\]"):
         mode.mass(q[:, :, :1], k, k)
 

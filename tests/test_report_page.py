@@ -199,10 +199,11 @@ def test_arrows_point_from_before_to_after():
 
 
 def test_two_lines_draw_both_sides():
-    root = ElementTree.fromstring(two_lines("share", (0.1, 0.2), (0.2, 0.1), 0.15, str))
-    before, after = (e.get("points").split() for e in root if e.tag == "polyline")
+    root = ElementTree.fromstring(two_lines("share", (0.1, 0.2), (0.2, 0.1), (0.1, 0.2), str))
+    even, before, after = (e.get("points").split() for e in root if e.tag == "polyline")
+    assert even == before
     assert before[0].split(",")[1] == after[1].split(",")[1] != before[1].split(",")[1]
-    ElementTree.fromstring(two_lines("share", (0.1,), (0.2,), 0.15, str))
+    ElementTree.fromstring(two_lines("share", (0.1,), (0.2,), (0.15,), str))
 
 
 @pytest.mark.parametrize("ends", [(0, 1), (-0.03, 0.021), (1234, 5678), (0, 1e-9), (-7, -5)])

@@ -63,28 +63,55 @@ def test_measured_error_is_that_of_independent_examples():
     means = [(a - b).double().mean().item() for b, a in zip(before, after, strict=True)]
     assert found.change == pytest.approx(np.mean(means))
     assert found.error == pytest.approx(np.std(means, ddof=1) / math.sqrt(50))
-    assert found.clear and measured(before[:1], after[:1]).error == 0
-
-
-def losses(before, after, error=0.01):
-    return Measured(before, after, after - before, error, 100, 10)
+    assert found.clear
 
 
 @pytest.mark.parametrize(
-    ("train", "valid", "share", "overfitted"),
+    ("number", "t"), [(1, None), (2, 12.706), (9, 2.306), (10, 2.262), (11, 2.228), (40, 2.0227)]
+)
+def test_a_change_is_clear_where_students_interval_excludes_zero(number, t):
+    """With examples of one length it is the paired t-test (t from a table), from 10 on."""
+    generator = torch.Generator().manual_seed(number)
+    noise = torch.randn(number, 4, generator=generator)
+    before = torch.rand(number, 4, generator=generator)
+    seen = set()
+    for shift in (0.01, 0.1, 0.2, 0.35, 0.5, 3.0):
+        found = measured(list(before), list(before + noise + shift))
+        if number == 1:
+            assert found.error == math.inf and not found.clear
+            continue
+        means = (noise + shift).double().mean(1).numpy()
+        half = t * means.std(ddof=1) / math.sqrt(number)
+        assert found.half == pytest.approx(half, rel=1e-3)
+        assert found.clear == (number >= 10 and abs(means.mean()) > half)
+        seen.add(found.clear)
+    assert seen == ({True, False} if number >= 10 else {False} if number > 1 else set())
+
+
+def losses(before, after, error=0.01, examples=10):
+    return Measured(before, after, after - before, error, 100, examples)
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "share", "verdict"),
     [
-        ((4, 2), (4, 2.1), 0.05, False),
-        ((4, 2), (4, 3.5), 0.75, True),
-        ((4, 2), (4, 4.5), 1.25, True),
-        ((4, 3), (4, 4.5, 0.9), 1.5, False),  # may be chance
-        ((4, 4), (4, 3.9), 0, False),
-        ((4, 5), (4, 5), 0, False),  # a bad run, but not by memorising
+        ((4, 2), (4, 2.1), 0.05, "not over-fitted"),
+        ((4, 2), (4, 3.5), 0.75, "over-fitted"),
+        ((4, 2), (4, 4.5), 1.25, "over-fitted"),
+        ((4, 3), (4, 4.5, 0.9), 1.5, "over-fitted or not, can't tell"),  # may be chance
+        ((4, 3), (4, 3.9, 0.42), 0.9, "over-fitted or not, can't tell"),  # 2 errors, but not t's
+        ((4, 2), (4, 3.5, 0.01, 9), 0.75, "over-fitted or not, can't tell"),
+        ((4, 2, 0.01, 9), (4, 2.1), 0.05, "over-fitted or not, can't tell"),
+        ((4, 3, 0.01, 9), (4, 4.5), 1.5, "over-fitted or not, can't tell"),
+        ((4, 4), (4, 3.9), 0, "not over-fitted"),
+        ((4, 5), (4, 5), 0, "not over-fitted"),  # a bad run, but not by memorising
     ],
 )
-def test_gap_flags_what_was_memorised(train, valid, share, overfitted):
+def test_gap_flags_what_was_memorised(train, valid, share, verdict):
     found = gap(losses(*train), losses(*valid))
     assert found.share == pytest.approx(share)
-    assert found.overfitted == overfitted
+    assert found.verdict == verdict
+    assert found.overfitted == (verdict == "over-fitted")
     assert found.error > found.valid.error
 
 

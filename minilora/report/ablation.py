@@ -26,7 +26,8 @@ class Ablation:
         without, alone: the loss with all of the adapter but this part, and with this part only.
         rise: what leaving it out costs, without − the whole adapter's loss.
         gain: what it brings by itself, the base's loss − alone.
-        rise_error, gain_error: their standard errors, from the differences between examples.
+        rise_error, gain_error: their standard errors, from the differences between
+            examples; inf for one.
     """
 
     part: str

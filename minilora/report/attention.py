@@ -25,17 +25,17 @@ class Attention:
 
     Attributes:
         before, after: per attention layer in the order they run, without and with the adapter.
-        even: the share if every visible token got as much.
+        even: per layer, the share if every token that its mask shows got as much.
         tokens: how many of the data's tokens are chosen ones.
-        queries: how many tokens see a chosen one.
+        queries: per layer, how many tokens see a chosen one.
     """
 
     words: tuple[str, ...]
     before: tuple[float, ...]
     after: tuple[float, ...]
-    even: float
+    even: tuple[float, ...]
     tokens: int
-    queries: int
+    queries: tuple[int, ...]
 
 
 class AttentionMass(TorchFunctionMode):
@@ -43,13 +43,13 @@ class AttentionMass(TorchFunctionMode):
 
     Args:
         chosen: bool `[B, T]`, the keys.
-        counted: bool `[B, T]`, the queries to sum over.
+        real: bool `[B, T]`, the queries that are no padding.
     """
 
-    def __init__(self, chosen: Tensor, counted: Tensor):
+    def __init__(self, chosen: Tensor, real: Tensor):
         super().__init__()
-        self.chosen, self.counted = chosen, counted
-        self.sums: list[float] = []
+        self.chosen, self.real = chosen, real
+        self.sums: list[tuple[float, float, int]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Look at attention calls and leave every call as it is."""
@@ -58,8 +58,12 @@ class AttentionMass(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def mass(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *,
-             scale=None, enable_gqa=False) -> float:  # fmt: skip
-        """Return the summed share of one call: q `[B, H, T, d]`, k `[B, H or fewer, T, d]`."""
+             scale=None, enable_gqa=False) -> tuple[float, float, int]:  # fmt: skip
+        """Return what falls on the chosen keys in one call, and what would if all got as much.
+
+        Both are summed over the queries that see a chosen key; their number comes third. q is
+        `[B, H, T, d]`, k `[B, H or fewer, T, d]`.
+        """
         width = self.chosen.shape[1]
         if query.dim() != 4 or (query.shape[2], key.shape[2]) != (width, width):
             raise ValueError(
@@ -70,17 +74,22 @@ class AttentionMass(TorchFunctionMode):
         k = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         scores = (query.float() * scale) @ k.transpose(2, 3)
-        T, S = scores.shape[2:]
+        visible = torch.ones(width, width, dtype=torch.bool, device=scores.device)
         if is_causal:
-            future = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
+            visible = visible.tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        elif attn_mask is not None:
+            visible = visible & attn_mask
+        elif attn_mask is not None:  # instead of -inf some have the dtype's least value
             scores = scores + attn_mask.float()
-        weights = scores.softmax(3).mean(1)  # [B, T, S]
-        mass = (weights * self.chosen[:, None]).sum(2)
-        return float(mass[self.counted].double().sum())
+            visible = visible & (attn_mask > torch.finfo(attn_mask.dtype).min / 2)
+        shape = torch.broadcast_shapes(visible.shape, (len(query), 1, width, width))
+        visible = visible.expand(shape)
+        chosen = visible & self.chosen[:, None, None]
+        sees = self.real & chosen.any(3).any(1)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(3)
+        mass = (weights * chosen).sum(3).mean(1)[sees]
+        even = (chosen.sum(3) / visible.sum(3)).mean(1)[sees]
+        return float(mass.double().sum()), float(even.double().sum()), int(sees.sum())
 
 
 def occurrences(ids: Sequence[int], patterns: Sequence[Sequence[int]]) -> list[bool]:
@@ -116,12 +125,12 @@ def attention_masses(
     *,
     batch_size: int,
     pad_id: int = 0,
-) -> tuple[tuple[float, ...], float, int, int]:
+) -> tuple[tuple[float, ...], tuple[float, ...], int, tuple[int, ...]]:
     """Measure how much attention falls on the patterns, with the model as it is now.
 
     Returns:
         The mean share per attention layer, the share if attention were even, chosen tokens, and
-        tokens that see one.
+        tokens that see one, per layer as well.
 
     Raises:
         ValueError: none of the patterns occurs, or the model does not attend through
@@ -133,8 +142,8 @@ def attention_masses(
         raise ValueError(
             "words must occur in the data, found none of them; check their spelling and case"
         )
-    totals: list[float] = []
-    even, tokens, queries = 0.0, 0, 0
+    totals: list[tuple[float, float, int]] = []
+    tokens = 0
     with inference(model):
         for start in range(0, len(marked), batch_size):
             rows = marked[start : start + batch_size]
@@ -142,13 +151,9 @@ def attention_masses(
             width = batch.input_ids.shape[1]
             chosen = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in rows])
             real = torch.ones_like(chosen) if batch.attention_mask is None else batch.attention_mask
-            seen = chosen.cumsum(1)
-            counted = real.to(chosen.device) & (seen > 0)
-            share = seen / torch.arange(1, width + 1)
-            even += float(share[counted].double().sum())
-            tokens, queries = tokens + int(chosen.sum()), queries + int(counted.sum())
+            tokens += int(chosen.sum())
             device = batch.input_ids.device
-            with AttentionMass(chosen.to(device), counted.to(device)) as mode:
+            with AttentionMass(chosen.to(device), real.to(device)) as mode:
                 forward_logits(model, batch.input_ids, batch.attention_mask)
             if not mode.sums:
                 raise ValueError(
@@ -156,6 +161,15 @@ def attention_masses(
                     "torch.nn.functional.scaled_dot_product_attention, found no call of it; load "
                     'transformers\' models with attn_implementation="sdpa", or leave words out'
                 )
-            totals = [a + b for a, b in zip(totals or [0.0] * len(mode.sums), mode.sums,
-                                            strict=True)]  # fmt: skip
-    return tuple(total / queries for total in totals), even / queries, tokens, queries
+            before = totals or [(0.0, 0.0, 0)] * len(mode.sums)
+            totals = [
+                (mass + m, even + e, queries + q)
+                for (mass, even, queries), (m, e, q) in zip(before, mode.sums, strict=True)
+            ]
+    masses, evens, queries = zip(*totals, strict=True)
+    return (
+        tuple(mass / max(1, n) for mass, n in zip(masses, queries, strict=True)),
+        tuple(even / max(1, n) for even, n in zip(evens, queries, strict=True)),
+        tokens,
+        queries,
+    )

@@ -138,7 +138,8 @@ class Explanation:
 
 _DERIVED = {  # what else is written of an object
     LayerReport: ("relative", "spectral_norm", "effective_rank", "energy", "intruders"),
-    Gap: ("share", "overfitted"),
+    Measured: ("clear",),
+    Gap: ("share", "overfitted", "verdict"),
 }
 
 
@@ -230,22 +231,21 @@ def verdicts(explained: Explanation) -> list[str]:
             lines.append(f"held-out loss at the suggested ranks: {behaviour.truncated:.4f}")
         lines.append(f"{percent(behaviour.better)} of the tokens got likelier")
     if explained.gap is not None:
-        word = "over-fitted" if explained.gap.overfitted else "not over-fitted"
         lines.append(
-            f"{word}: the gap to the training loss changed by "
+            f"{explained.gap.verdict}: the gap to the training loss changed by "
             f"{signed(explained.gap.growth, explained.gap.error)}; training data gained "
             f"{-explained.gap.train.change:.4f}"
         )
     if explained.forgetting is not None:
         lost = explained.forgetting
-        word = "within the error" if not lost.clear else "forgot" if lost.change > 0 else "gained"
+        word = "can't tell" if not lost.clear else "forgot" if lost.change > 0 else "gained"
         lines.append(measured_line(f"outside the task ({word})", lost))
     if behaviour is not None and behaviour.attention is not None:
         a = behaviour.attention
-        before, after = (sum(side) / len(side) for side in (a.before, a.after))
+        before, after, even = (sum(side) / len(side) for side in (a.before, a.after, a.even))
         lines.append(
             f"attention on {', '.join(a.words)}: {percent(before)} → {percent(after)} "
-            f"(even: {percent(a.even)})"
+            f"(even: {percent(even)})"
         )
     return lines
 

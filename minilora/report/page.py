@@ -72,15 +72,15 @@ def _cards(explained: Explanation) -> str:
             f"held-out loss, nats per token (change {loss.change:+.3f} ± {loss.error:.3f}); "
             f"{percent(behaviour.better)} of {loss.tokens} tokens got likelier"
         )
-        cards.append((f"{loss.before:.3f} → {loss.after:.3f}", words, loss.change > 0))
+        cards.append(
+            (f"{loss.before:.3f} → {loss.after:.3f}", words, loss.clear and loss.change > 0)
+        )
     if gap is not None:
         words = (
             f"the gap to the training loss changed by {gap.growth:+.3f} ± {gap.error:.3f}; "
             f"training data gained {-gap.train.change:.3f}"
         )
-        cards.append(
-            ("over-fitted" if gap.overfitted else "not over-fitted", words, gap.overfitted)
-        )
+        cards.append((gap.verdict, words, gap.overfitted))
     if lost is not None:
         words = f"loss on text outside the task ({lost.change:+.3f} ± {lost.error:.3f})"
         forgot = lost.clear and lost.change > 0
@@ -265,9 +265,11 @@ def _tokens(behaviour: Behaviour) -> list[str]:
 
 
 def _attention(attention: Attention) -> list[str]:
+    fewest, most = min(attention.queries), max(attention.queries)
+    queries = str(most) if fewest == most else f"{fewest} to {most}"  # where windows differ
     about = (
         f"Share of the attention that falls on {', '.join(attention.words)} "
-        f"({attention.tokens} tokens), per layer, over {attention.queries} tokens that see one: "
+        f"({attention.tokens} tokens), per layer, over {queries} tokens that see one: "
         f"grey without, blue with the adapter; dashed if every visible token got as much."
     )
     drawn = two_lines(

@@ -221,7 +221,8 @@ def bars(
     step = (wide - left - 8) / len(names)
     turned = longest * 7 > step and longest > 3
     foot = 14 + (6.3 * longest * 0.75 if turned else 8)
-    ends = [v + s * e for v, e in zip(values, errors, strict=True) for s in (-1, 1)]
+    drawn = [e if math.isfinite(e) else 0.0 for e in errors]  # of one example it is infinite
+    ends = [v + s * e for v, e in zip(values, drawn, strict=True) for s in (-1, 1)]
     bottom, top = min(0.0, *ends), max(0.0, *ends)
     top, bottom = (top, bottom) if top > bottom else (1.0, 0.0)
 
@@ -241,7 +242,7 @@ def bars(
             f'<rect x="{x - width / 2:.1f}" y="{upper:.1f}" width="{width:.1f}" '
             f'height="{max(0.8, lower - upper):.1f}" class="{kind}"><title>{said}</title></rect>'
         )
-        body.append(line(x, y(value - error), x, y(value + error), "error"))
+        body.append(line(x, y(value - drawn[i]), x, y(value + drawn[i]), "error"))
         if turned:
             at = f"{x + 4:.1f} {height - foot + 14:.1f}"
             body.append(
@@ -294,11 +295,15 @@ def arrows(title: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
 
 
 def two_lines(
-    title: str, before: Sequence[float], after: Sequence[float], even: float, label: Callable
+    title: str,
+    before: Sequence[float],
+    after: Sequence[float],
+    even: Sequence[float],
+    label: Callable,
 ) -> str:
     """Draw a share per layer without (hollow) and with the adapter (filled), and an even share."""
     wide, height, left, low = 720.0, 200.0, 54.0, 14.0
-    top = 1.08 * max(*before, *after, even)
+    top = 1.08 * max(*before, *after, *even)
     count = len(before)
 
     def x(i: int) -> float:
@@ -308,11 +313,11 @@ def two_lines(
         return low + (height - low - 30) * (1 - value / top)
 
     body = scale(ticks(0, top), y, left, wide - 90, label)
-    body += [line(left, y(even), wide - 90, y(even), "dashed"),
-             text(wide - 84, y(even) + 4, "even", kind="small")]  # fmt: skip
-    for values, kind in ((before, "muted"), (after, "accent")):
+    body.append(text(wide - 84, y(even[-1]) + 4, "even", kind="small"))
+    for values, kind in ((even, "dashed"), (before, "muted-line"), (after, "accent-line")):
         path = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values))
-        body.append(f'<polyline points="{path}" class="curve {kind}-line"/>')
+        body.append(f'<polyline points="{path}" class="curve {kind}"/>')
+    for values, kind in ((before, "muted"), (after, "accent")):
         for i, value in enumerate(values):
             said = f"layer {i}: {label(before[i])} → {label(after[i])}"
             body.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" class="{kind}"><title>'

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minilora.data import IGNORE, Example
+from minilora.running import FEWEST, t975
 
 CONTEXT = 12  # tokens shown before the one in question
 
@@ -19,7 +20,7 @@ class Measured:
 
     Attributes:
         change: after − before.
-        error: standard error of the change, from the differences between examples (0 for one).
+        error: standard error of the change, from the differences between examples; inf for one.
     """
 
     before: float
@@ -30,9 +31,14 @@ class Measured:
     examples: int
 
     @property
+    def half(self) -> float:
+        """Half of the 95 % interval of the change, by Student's t."""
+        return t975(max(1, self.examples - 1)) * self.error
+
+    @property
     def clear(self) -> bool:
-        """Whether the change is more than two standard errors."""
-        return abs(self.change) > 2 * self.error
+        """Whether the 95 % interval excludes 0, on enough examples for one."""
+        return self.examples >= FEWEST and abs(self.change) > self.half
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def measured(before: Sequence[Tensor], after: Sequence[Tensor]) -> Measured:
     sums = [float((a - b).double().sum()) for b, a in zip(before, after, strict=True)]
     spread = math.fsum((s - change * len(b)) ** 2 for s, b in zip(sums, before, strict=True))
     count = len(before)
-    error = math.sqrt(spread * count / max(1, count - 1)) / tokens
+    error = math.sqrt(spread * count / (count - 1)) / tokens if count > 1 else math.inf
     return Measured(old / tokens, new / tokens, change, error, tokens, count)
 
 
@@ -99,9 +105,23 @@ class Gap:
 
     @property
     def overfitted(self) -> bool:
-        """Whether, beyond two standard errors, over half was lost or held-out data suffered."""
-        suffered = self.valid.change > 2 * self.valid.error and self.train.change < 0
-        return suffered or (self.share > 0.5 and self.growth > 2 * self.error)
+        """Whether, beyond the 95 % interval, over half was lost or held-out data suffered."""
+        suffered = self.valid.clear and self.valid.change > 0 and self.train.change < 0
+        half = math.hypot(self.train.half, self.valid.half)
+        return self._enough and (suffered or (self.share > 0.5 and self.growth > half))
+
+    @property
+    def verdict(self) -> str:
+        """What that comes to in words, "can't tell" among them."""
+        if self.overfitted:
+            return "over-fitted"
+        looks_so = self.share > 0.5 or (self.valid.change > 0 > self.train.change)
+        sure = self._enough and not looks_so
+        return "not over-fitted" if sure else "over-fitted or not, can't tell"
+
+    @property
+    def _enough(self) -> bool:
+        return min(self.train.examples, self.valid.examples) >= FEWEST
 
 
 def gap(train: Measured, valid: Measured) -> Gap:

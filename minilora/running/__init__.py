@@ -13,6 +13,7 @@ from minilora.running.paired import (
     paired_difference,
     require_unpacked,
     summed,
+    t975,
     token_losses,
 )
 from minilora.running.preference import KINDS, Preference
@@ -39,6 +40,7 @@ __all__ = [
     "settle_compile",
     "summarize",
     "summed",
+    "t975",
     "takes_packed",
     "token_loss",
     "token_losses",
