@@ -18,10 +18,11 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
+        tensors = ctx.saved_tensors  # under checkpointing they can be asked for once
         with without_autocast(grad_out.device.type):
             wide = grad_out.to(product_dtype(grad_out))
-            grad_x = ctx.linear_grad_x(wide, *ctx.saved_tensors).to(grad_out.dtype)
-        return grad_x, *[None] * (2 + len(ctx.saved_tensors))
+            grad_x = ctx.linear_grad_x(wide, *tensors).to(grad_out.dtype)
+        return grad_x, *[None] * (2 + len(tensors))
 
 
 def frozen_product(x: Tensor, base: FrozenLinear) -> Tensor:

@@ -618,3 +618,14 @@ def test_a_copied_bias_is_no_option_of_that_name(tmp_path):
     model.load_state_dict(model.state_dict(), assign=True)
     minilora.save(model, tmp_path)
     assert Survey(model).copies["default"].modules_to_save == ["1"]
+
+
+def test_copies_of_a_part_stay_trainable_when_the_whole_gets_an_adapter():
+    model = Tied()
+    whole = nn.Sequential(model)
+    minilora.inject(model, r=2, adapter="a", targets=["mid"], modules_to_save=["norm"])
+    minilora.inject(whole, r=2, adapter="b", targets=["0.mid"])
+    minilora.activate(whole, "a")
+    model(IDS).square().sum().backward()
+    assert model.norm.weight.requires_grad
+    assert model.norm.weight.grad.abs().sum() > 0

@@ -159,3 +159,22 @@ def test_targets_finds_the_head():
     tied.out.weight = tied.embed.weight
     assert [t.name for t in minilora.targets(tied) if t.is_head] == ["out"]
     assert [t.name for t in minilora.targets(net()) if t.is_head] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({}, {"compute_dtype": "float32"}, r"share its compute_dtype, found torch.float32 for .*"
+         r"which has None from an adapter before; pass that, or leave compute_dtype out"),
+        ({"backend": "torch"}, {"backend": "triton"}, "share its backend, found triton for "),
+    ],
+)  # fmt: skip
+def test_adapters_of_a_layer_share_how_it_computes(first, then, message, monkeypatch):
+    monkeypatch.setattr("minilora.lora.injection.check_backend", lambda _: None)
+    model = minilora.inject(net(), r=2, **first)
+    before = bits(model)
+    with pytest.raises(ValueError, match=message):
+        minilora.inject(model, r=2, adapter="b", **then)
+    assert list(bits(model)) == list(before)
+    minilora.inject(model, r=2, adapter="b", **first)
+    minilora.inject(model, r=2, adapter="c")

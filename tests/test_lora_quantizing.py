@@ -47,6 +47,7 @@ def gpt2():
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])
 BLOCK = {"int8": 64, "nf4": 64, "int4": 32}
+HALF = {"int8": {}, "nf4": {}, "int4": {"block_size": 32}}  # what divides Small's widths
 
 
 def quantized(format, **options):
@@ -501,3 +502,46 @@ def test_adapters_of_a_quantized_conv1d_fit_the_plain_one_and_back(tmp_path, for
     plain = minilora.load(gpt2(), tmp_path / "a")
     minilora.save(plain, tmp_path / "c")
     minilora.load(minilora.quantize(gpt2(), format), tmp_path / "c")
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_trained_bias_of_a_quantized_layer_has_its_gradient(format, after):
+    model = small()
+    if not after:
+        minilora.quantize(model, format, **HALF[format])
+    minilora.inject(model, r=2, alpha=3, targets=["up", "down"], bias="lora_only")
+    if after:
+        minilora.quantize(model, format, **HALF[format])
+    y, bias = model(IDS), model.up.bias
+    y.square().sum().backward()
+    up, down = (getattr(model, n).base for n in ("up", "down"))
+    x = model.embed(IDS).detach()
+    h = torch.tanh(up(x).detach())
+    grad_h = (2 * y.detach() @ model.lm_head.weight.detach()) @ down.weight
+    wanted = (grad_h * (1 - h**2)).flatten(0, 1).sum(0)
+    torch.testing.assert_close(bias.grad, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"targets": ["up"]}, {"targets": "all-linear", "dora": True}])
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantized_layers_are_recomputed_whether_adapted_or_not(format, options):
+    """A checkpoint lets what a step kept be asked for once."""
+    plain, again = (
+        minilora.inject(minilora.quantize(small(), format, **HALF[format]), r=2, alpha=3, **options)
+        for _ in range(2)
+    )
+    plain(IDS).square().sum().backward()
+    torch.utils.checkpoint.checkpoint(again, IDS, use_reentrant=False).square().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
+
+
+def test_whole_copies_of_codes_are_refused(snapshot, same):
+    model = minilora.quantize(small(), "nf4", targets=["down"])
+    before = snapshot(model)
+    message = r"train copies of floating-point parameters, found torch\.uint8 in down\..*quantized"
+    with pytest.raises(ValueError, match=message):
+        minilora.inject(model, targets=["up"], modules_to_save=["down"])
+    same(snapshot(model), before)

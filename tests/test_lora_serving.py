@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import net, two_adapters
+from small_models import net, shake, two_adapters
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -268,6 +268,22 @@ def test_prepare_switching_refuses_and_ends():
     minilora.inject(model, r=2, adapter="whole", targets=["0"], bias="lora_only")
     with pytest.raises(ValueError, match="'whole' brings trained copies"):
         prepare_switching(model, 16)
+
+
+def test_slots_are_as_wide_as_the_widest_adapter(tmp_path):
+    model = minilora.inject(net(), r=4, alpha=6, dtype=torch.bfloat16)
+    model = shake(shake(minilora.inject(model, r=2, alpha=5, adapter="b")), "b").eval()
+    minilora.save(model, tmp_path, "b")
+    x = torch.randn(5, 12)
+    with torch.no_grad():
+        wanted = model(x)
+        prepare_switching(model, 8)
+        torch.testing.assert_close(model(x), wanted, rtol=1e-6, atol=1e-6)
+        end_switching(model)
+        minilora.delete(model, "b")
+        prepare_switching(model, 8)
+        minilora.load(model, tmp_path / "b", "b")
+        torch.testing.assert_close(model(x), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_a_state_dict_reaches_the_slots():

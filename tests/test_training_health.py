@@ -72,6 +72,16 @@ def test_fit_health_reports_a_layer_without_tokens(capsys):
     assert "1 adapted layers saw no token (first: first)" in capsys.readouterr().err
 
 
+def test_fit_health_reports_trained_copies_without_gradient(capsys):
+    class Unused(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(3)
+
+    fit(adapted(Unused, modules_to_save=["norm"]), max_steps=2, quiet=False)
+    assert "2 trained copies had no gradient (first: norm.weight)" in capsys.readouterr().err
+
+
 def test_fit_health_knows_the_layers_of_a_compiled_model(capsys):
     model = tiny()
     model.compile(backend="eager")

@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_models import factors, fit, same, tiny
 
+import minilora
+from minilora.training.adamw import AdamW
 from minilora.training.state import (
     PREVIOUS_FILE,
     STATE_FILE,
@@ -26,7 +28,6 @@ from minilora.training.state import (
     check_out,
     has_state,
     load_state,
-    restore_optimizer,
     save_state,
     settle_state,
 )
@@ -89,10 +90,11 @@ def test_load_state_refuses_two_damaged_ones(tmp_path):
 def test_restore_optimizer_puts_the_step_where_the_kernel_reads_it(fused, where):
     """A fused kernel on an accelerator reads it there; a meta tensor stands in for one."""
     parameter = torch.empty(3, device="meta")
-    optimizer = torch.optim.AdamW([parameter], fused=fused)
+    optimizer = AdamW({parameter: "p"}, minilora.TrainConfig(max_steps=1))
+    optimizer.defaults["fused"] = fused
     kept = {"step": torch.tensor(2.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
     tensors = {f"optimizer.{key}.p": value for key, value in kept.items()}
-    restore_optimizer(optimizer, {parameter: "p"}, tensors, lambda p, v: v.to(p.device))
+    optimizer.restore(tensors, lambda p, v: v.to(p.device))
     assert optimizer.state[parameter]["step"].device.type == where
     assert optimizer.state[parameter]["exp_avg"].device.type == "meta"
 

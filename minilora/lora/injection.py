@@ -111,6 +111,13 @@ def _copied_parameters(survey: Survey, names: list[str], bias: str, whole: list[
                 f"modules within it that have none"
             )
         chosen += inside[hit]
+    for name in chosen:
+        if not (value := survey.original(name)).is_floating_point():
+            raise ValueError(
+                f"bias and modules_to_save train copies of floating-point parameters, found "
+                f"{value.dtype} in {name}, which is quantized; name modules that are not, or load "
+                f"the base without quantizing this one"
+            )
     return list(dict.fromkeys(chosen))
 
 
@@ -303,6 +310,7 @@ def attach(
     survey = Survey.of(model)
     root, layers = survey.root, survey.layers
     check_room(survey, adapter, new)
+    _check_way(survey, new, compute_dtype, backend)
     if not hasattr(root, "_minilora_trainable"):
         _freeze(survey)
     for name, factors in new.items():
@@ -333,9 +341,26 @@ def check_room(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> 
             raise ValueError(f"adapter {adapter!r} on {name} {reason}")
 
 
+def _check_way(
+    survey: Survey, names: Iterable[str], compute_dtype: torch.dtype | None, backend: str
+) -> None:
+    """Raise where a layer that has adapters already computes otherwise than is asked for."""
+    for name in names:
+        if (layer := survey.layers.get(name)) is None:
+            continue
+        for what, asked, usual in (("compute_dtype", compute_dtype, None),
+                                   ("backend", backend, "auto")):  # fmt: skip
+            if asked not in (usual, found := getattr(layer, what)):
+                raise ValueError(
+                    f"the adapters of a layer share its {what}, found {asked} for {name}, which "
+                    f"has {found} from an adapter before; pass that, or leave {what} out"
+                )
+
+
 def _freeze(survey: Survey) -> None:
-    """Let nothing but factors require gradients; `eject` brings the flags back."""
+    """Let nothing but factors and copies require gradients; `eject` brings the flags back."""
     factors = {p for layer in survey.layers.values() for p in layer.adapters.parameters()}
+    factors |= {p for copies in survey.copies.values() for p in copies.by_name.values()}
     every = named_parameters(survey.model)  # a tied one under all its names
     others = {name: p for name, p in every if p not in factors}
     lazy = next((name for name, p in others.items() if nn.parameter.is_lazy(p)), None)

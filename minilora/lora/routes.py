@@ -1,5 +1,6 @@
 """What a layer does instead of adding its active adapters, as one value: `layer.route`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,10 @@ class Slot(Route):
 
     @torch.no_grad()
     def refill(self, layer: "LoRALayer") -> None:
-        """Copy the active adapters into the slot."""
+        """Copy the active adapters into the slot, in the widest dtype of the layer's adapters."""
+        dtypes = (factor.dtype for factor in layer.adapters.parameters())
+        dtype = functools.reduce(torch.promote_types, dtypes, self.A.dtype)
+        self.A, self.B = self.A.to(dtype), self.B.to(dtype)
         self.A.zero_()
         self.B.zero_()
         start = 0

@@ -156,7 +156,7 @@ class Counted:
     Attributes:
         sizes: bytes of all weights.
         blocks: their number; `block_bytes` of one's base, and `linears` in it.
-        trained: elements that are trained, and `trained_bytes`.
+        trained: elements that are trained, `trained_bytes`, and AdamW's `optimizer_bytes`.
         weights: elements of the matrices in all blocks.
         matrices: `[N, K]` of the linears that have an adapter or are stored as codes.
         head: `[V, h]`: vocabulary, and width of the residual stream.
@@ -182,6 +182,11 @@ class Counted:
         trained = [(p, n) for part, n in more for p in part.parameters() if p.requires_grad]
         self.trained = sum(n * p.numel() for p, n in trained)
         self.trained_bytes = sum(n * p.nbytes for p, n in trained)
+        # Two moments; of what is narrower than f32 they and a copy are kept in f32.
+        self.optimizer_bytes = sum(
+            n * (2 * p.nbytes if p.dtype.itemsize >= _F32 else 3 * _F32 * p.numel())
+            for p, n in trained
+        )
         inside = [_linears(block) for block in blocks]
         self.linears = len(inside[-1])
         self.weights = sum(n * N * K for n, found in zip(times, inside, strict=True)
@@ -267,7 +272,7 @@ def count_memory(
     kept = found.saved(settings.rows, settings.length)
     held, again = (kept.inputs, kept.block) if settings.checkpointing else (kept.total, 0)
     share = settings.ranks if settings.parallel == "fsdp" else 1
-    moments = 2 * found.trained_bytes
+    moments = found.optimizer_bytes
     if settings.moment_bytes is not None:
         moments = 2 * found.trained * settings.moment_bytes
     # The loss keeps its gradient for the head's input.

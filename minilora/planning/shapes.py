@@ -293,7 +293,7 @@ class Settings:
         double_quant: of nf4.
         autocast: whether an f32 base computes in `dtype` under autocast.
         adapter_dtype: of the factors and their gradients.
-        moment_bytes: of an element of AdamW's moments; None: as the factors (1 with 8-bit Adam).
+        moment_bytes: of an element of AdamW's moments; None: 4 (1 with 8-bit Adam).
         learned: share of the predicted tokens that enters the loss, in (0, 1].
         compile: whether timed blocks are compiled, as the run's are.
     """

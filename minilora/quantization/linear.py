@@ -139,7 +139,12 @@ class QuantizedLinear(nn.Module):
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        return frozen_product(x, self.frozen())
+        frozen = self.frozen()
+        if self.bias is None or not self.bias.requires_grad:
+            return frozen_product(x, frozen)
+        # The product gives its own tensors no gradient, so a bias that is trained is added to it.
+        y = frozen_product(x, frozen._replace(tensors=(*self.parts, None)))
+        return y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse=True):
         # A cast reaches no parameter but the bias: what it does to the weight's dtype is asked

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from minilora.lora import LoRALayer, lora_layers
+from minilora.lora import LoRALayer, Survey, lora_layers
 
 PATIENCE = 5  # of a layer's own steps
 
@@ -22,7 +22,8 @@ class Health:
       A resumed run may have learned its data to the last bit, so there it is none.
     - A factor that began at 0 has left it four updates after its first gradient.
 
-    A layer that saw no token is reported, not failed.
+    A layer that saw no token is reported, not failed, and so is a trained copy of a parameter
+    (`bias=`, `modules_to_save=`) that had no gradient.
     """
 
     def __init__(self, model: nn.Module, resumed: bool = False):
@@ -31,6 +32,13 @@ class Health:
             name: layer
             for name, layer in lora_layers(model).items()
             if any(p.requires_grad for n in layer.active for p in layer.adapters[n].parameters())
+        }
+        survey = Survey(model)
+        self.copies = {
+            name: one
+            for adapter in survey.in_place
+            for name, one in survey.copies_of(adapter).items()
+            if one.requires_grad
         }
         self.zeros: dict[str, int] = {}  # own steps in which a factor's gradient was 0
         self.alive: dict[str, int] = {}  # own steps since a factor's first gradient
@@ -68,6 +76,7 @@ class Health:
         if zero and not learning:
             raise _no_gradient(zero[0], "only zeros, as all others did")
         unseen = {n: m for n, m in self.layers.items() if self.first and n not in called}
+        still = [n for n, one in self.copies.items() if self.first and one.grad is None]
         self.first = False
         self.layers = {  # go on with those that have not shown all of it
             name: layer
@@ -85,6 +94,10 @@ class Health:
         if idle:
             remarks.append(
                 f"{len(idle)} adapted layers saw no token (first: {idle[0]}) in the first step"
+            )
+        if still:
+            remarks.append(
+                f"{len(still)} trained copies had no gradient (first: {still[0]}) in the first step"
             )
         return remarks
 

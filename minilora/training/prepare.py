@@ -28,7 +28,6 @@ from minilora.lora import (
     unwrapped,
 )
 from minilora.running import Preference, context_of, takes_packed
-from minilora.training.config import TrainConfig
 
 
 def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
@@ -91,25 +90,6 @@ def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dic
                 f"float32, and with bias= or modules_to_save= the base as well"
             )
     return trained
-
-
-def make_optimizer(names: dict[Tensor, str], config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the parameters; each group's `ratio` multiplies the learning rate."""
-    fast = [p for p, name in names.items() if name.endswith(".lora_B")]
-    rest = [p for p, name in names.items() if not name.endswith(".lora_B")]
-    groups: list[dict[str, Any]] = [
-        {"params": rest, "ratio": 1.0},
-        {"params": fast, "ratio": config.lora_plus_ratio},
-    ]
-    # One pass over each parameter instead of ten; not for sharded ones (tensor subclasses).
-    fused = all(type(p) is nn.Parameter and p.device.type in ("cpu", "cuda") for p in names)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        fused=fused,
-        betas=tuple(config.betas),  # type: ignore[arg-type]
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
 
 
 def make_batches(

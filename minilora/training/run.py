@@ -16,6 +16,7 @@ from minilora.lora import Survey, describe, frozen_values, summary
 from minilora.peft import config_of, fingerprint, save_adapter
 from minilora.quantization import quantized_layers
 from minilora.running import Evaluation, Loss, Preference, device_of, settle_compile
+from minilora.training.adamw import AdamW
 from minilora.training.config import TrainConfig, chosen_lr
 from minilora.training.loss import losses, require_next_token_loss
 from minilora.training.memory_limit import MemoryLimit
@@ -25,7 +26,6 @@ from minilora.training.prepare import (
     compute_dtype,
     example_check,
     make_batches,
-    make_optimizer,
     slow_dtype,
     trained,
     trained_adapter,
@@ -41,8 +41,6 @@ from minilora.training.state import (
     damaged,
     has_state,
     load_state,
-    optimizer_tensors,
-    restore_optimizer,
     resumable,
     save_state,
     settle_state,
@@ -97,7 +95,7 @@ class Run(Progress):
         self._take_model()
         self._take_data(train, valid, pad_id)
         self._spread()
-        self.optimizer = make_optimizer(self.names, config)
+        self.optimizer = AdamW(self.names, config)
         known = len(self.batches.examples) if isinstance(self.batches, Batches) else None
         self.total = planned_steps(config, known)
         if resume:
@@ -232,7 +230,7 @@ class Run(Progress):
         tensors = {f"parameter.{name}": p for p, name in self.names.items()}
         tensors |= {f"buffer.{name}": b for name, b in self._buffers().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_values.items()}
-        tensors |= optimizer_tensors(self.optimizer, self.names)  # type: ignore[arg-type]
+        tensors |= self.optimizer.tensors()
         if self.preference is not None:
             tensors |= self.preference.tensors()
         tensors = {key: self.ranks.full(tensor) for key, tensor in tensors.items()}
@@ -353,7 +351,7 @@ class Run(Progress):
                 self.best_values[name] = best
         for name, buffer in buffers.items():
             ranks.put(buffer, tensors[f"buffer.{name}"])
-        restore_optimizer(self.optimizer, self.names, tensors, ranks.shard_like)
+        self.optimizer.restore(tensors, ranks.shard_like)
         old_minutes = facts["identity"]["config"].get("max_minutes")
         moved = (old_total, old_minutes) != (self.total, self.config.max_minutes)
         if moved and self.config.schedule != "constant" and self.step and self.progress() < 1:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.training.adamw import ADAM, is_narrow
 from minilora.training.config import TrainConfig
-from minilora.training.state import ADAM
 
 
 def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -76,7 +76,8 @@ def check_tensors(
     Args:
         file: named in the message.
         tensors: `parameter.<name>` and `buffer.<name>` of all; `best.<name>` of all parameters or
-            none; `optimizer.<key>.<name>` of the parameters that have had a gradient.
+            none; `optimizer.<key>.<name>` of the parameters that have had a gradient, and
+            `optimizer.wide.<name>` of those that are trained by a copy.
         trained: the adapter's parameters by name.
         buffers: what is frozen of it.
     """
@@ -85,8 +86,11 @@ def check_tensors(
     if any(key.startswith("best.") for key in tensors):
         wanted |= {f"best.{name}": p for name, p in trained.items()}
     for name, p in trained.items():
+        wide = torch.empty(p.shape, device="meta") if is_narrow(p) else p
+        if is_narrow(p):
+            wanted[f"optimizer.wide.{name}"] = wide
         if f"optimizer.step.{name}" in tensors:
-            wanted |= {f"optimizer.{key}.{name}": p for key in ADAM[1:]}
+            wanted |= {f"optimizer.{key}.{name}": wide for key in ADAM[1:]}
             wanted[f"optimizer.step.{name}"] = torch.zeros(())
     for key in sorted(tensors.keys() | wanted.keys()):
         found, must = (

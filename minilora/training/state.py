@@ -6,10 +6,8 @@ one before it is kept, so a newest one that a crash or a bad disk damaged costs 
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from minilora.files import CHECKSUMS, UnwritableError, beside, read_tensors, tensor_content
@@ -20,7 +18,6 @@ from minilora.training.monitor import CURVE_FILE, METRICS_FILE, read_metrics
 STATE_FILE = "state.safetensors"
 PREVIOUS_FILE = "state.previous.safetensors"
 LAST = "last"  # the folder of the newest adapter
-ADAM = ("step", "exp_avg", "exp_avg_sq")
 _VERSION = 5
 
 
@@ -174,33 +171,3 @@ def damaged(file: Path, why: object) -> ValueError:
         f"{file} must be a state that minilora wrote, but reading it failed ({why!r:.200}); start "
         f"anew in another folder"
     )
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
-) -> dict[str, Tensor]:
-    """Return the optimizer's per-parameter tensors as `optimizer.<key>.<parameter's name>`."""
-    return {
-        f"optimizer.{key}.{names[parameter]}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: dict[Tensor, str],
-    tensors: dict[str, Tensor],
-    like: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    """Put back what `optimizer_tensors` returned; `like` lays a value out as a parameter is."""
-    # Fused kernels read the step on the parameter's device; the others keep it on the processor.
-    fused = optimizer.defaults["fused"]
-    for parameter, name in names.items():
-        if f"optimizer.step.{name}" in tensors:
-            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ADAM}
-            at = parameter.device if fused else torch.device("cpu")
-            optimizer.state[parameter] = {
-                key: value.to(at, copy=True) if key == "step" else like(parameter, value)
-                for key, value in state.items()
-            }
