@@ -127,6 +127,51 @@ def test_a_stopped_run_goes_on_from_its_folder_alone(place, monkeypatch):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_a_run_with_raised_limits_goes_on_to_them(place, monkeypatch, capsys):
+    """Interrupted after `--resume` had raised them; `repeat` then runs the whole of it."""
+    words = [*TRAIN, "out/a", "--schedule", "constant", "--warmup", "0", "--save-every", "1"]
+    assert main([*words, "--max-steps", "2"]) == 0
+    real = Run.save
+
+    def save(self, *given, **options):
+        real(self, *given, **options)
+        if self.step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", save)
+        assert main([*words, "--max-steps", "5", "--resu"]) == 130
+    text = (place / "out" / "a" / "run.toml").read_text("utf-8")
+    assert '"5"]' in text and "max_steps = 5" in text and "--resu" not in text
+    assert re.search(r'^began = \[.*"2"\]$', text, re.M)
+    capsys.readouterr()
+    assert main(["resume", "out/a"]) == 0
+    assert capsys.readouterr().out.startswith("5 steps in ")
+    assert main(["repeat", "out/a", "out/b"]) == 0
+    assert "bit-equal: the adapter" in capsys.readouterr().out
+    # A resumption that is refused leaves the file as it is.
+    assert main([*words, "--max-steps", "9", "--seed", "7", "--resume"]) == 2
+    assert (place / "out" / "a" / "run.toml").read_text("utf-8") == text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_a_base_or_tokenizer_that_changed_is_named(place, capsys):
+    assert main([*TRAIN, "out/a", "--max-steps", "2"]) == 0
+    assert main([*TRAIN, "out/a", "--max-steps", "3", "--resume"]) == 0
+    weights = place / "model" / "model.safetensors"
+    save_file({k: v * 1.25 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    capsys.readouterr()
+    assert main(["repeat", "out/a", "b"]) == 1
+    said = capsys.readouterr().out
+    assert "the base is not what it was: weights that were sampled differ" in said
+    assert "it was resumed with other words than it began with" in said
+    tokenizer = place / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert main(["repeat", "out/a", "c"]) == 2
+    assert "found others in model/tokenizer.json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
 @pytest.mark.parametrize(
     ("text", "message"),
     [

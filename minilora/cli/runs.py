@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,70 @@ from minilora.cli.arguments import VERBS, arg, verb
 from minilora.cli.sources import check_new_folder
 from minilora.data import files_in
 from minilora.files import leftovers, one_line, read_tensors, write
+from minilora.loading import TOKENIZER_FILES
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE
 from minilora.training import torchrun_number
 
 RUN_FILE = "run.toml"
 
 
-def write_run(options: argparse.Namespace) -> None:
-    """Write into a run's folder what it takes to run it again."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    hashes = file_hashes(_inputs(options))
-    lines = [
-        "# Read by `minilora resume` and `minilora repeat`.",
-        f"command = [{', '.join(map(_quoted, options.argv))}]",
-        f"folder = {_quoted(os.getcwd())}",
-        f"processes = {torchrun_number('WORLD_SIZE', 1)}",
-        "",
-        "[data]",
-        *(f"{_quoted(name)} = {_quoted(found)}" for name, found in hashes.items()),
-        "",
-        "[versions]",
-        *(f"{name} = {_quoted(found)}" for name, found in _versions().items()),
-    ]
-    write(options.out / RUN_FILE, "\n".join(lines) + "\n")
+class RunFile:
+    """What it takes to run a command again, in `run.toml`; of a resumed run, also what it began as.
+
+    As a callback of `fit` it is written with a run's first line: the run, or its resumption, has
+    been accepted.
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        self.file, self.settings = options.out / RUN_FILE, {}
+        command = f"command = [{', '.join(map(_quoted, without_resume(options.argv)))}]"
+        began = (options.resume and _began(self.file)) or command
+        self.lines = [
+            "# Read by `minilora resume` and `minilora repeat`.",
+            *([] if began == command else [f"began{began.removeprefix('command')}"]),
+            command,
+            f"folder = {_quoted(os.getcwd())}",
+            f"processes = {torchrun_number('WORLD_SIZE', 1)}",
+            "",
+            "[data]",
+            *(f"{_quoted(k)} = {_quoted(v)}" for k, v in file_hashes(_inputs(options)).items()),
+            "",
+            "[versions]",
+            *(f"{name} = {_quoted(found)}" for name, found in _versions().items()),
+        ]
+        self.accepted = False
+
+    def write(self) -> None:
+        """Replace the file, whole."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write(self.file, "\n".join([*self.lines, *_lines(self.settings)]) + "\n")
+
+    def on_log(self, line: str) -> None:
+        """Write it once."""
+        if not self.accepted:
+            self.accepted = True
+            self.write()
 
 
-def add_settings(out: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add the settings that a run has, chosen ones too, for people who read the file."""
+def _lines(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the settings that a run has, chosen ones too, for people who read the file."""
     lines = []
-    for table, values in tables.items():
+    for table, values in settings.items():
         lines += ["", f"[{table}]"]
         lines += [f"{k} = {_value(v)}" for k, v in values.items() if v not in (None, (), {}, [])]
-    file = out / RUN_FILE
-    write(file, file.read_text(encoding="utf-8") + "\n".join(lines) + "\n")
+    return lines
+
+
+def without_resume(words: Sequence[str]) -> list[str]:
+    """Return a command without `--resume`, which may be cut short."""
+    return [word for word in words if not (len(word) > 3 and "--resume".startswith(word))]
+
+
+def _began(file: Path) -> str | None:
+    """Return the line with the command that a run began with, as `command = …`, or None."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found = [line for line in lines if line.startswith(("began = ", "command = "))]
+    return f"command{found[0].removeprefix('began').removeprefix('command')}" if found else None
 
 
 def _value(value: Any) -> str:
@@ -80,13 +111,13 @@ def only_written(out: Path) -> bool:
 
 
 def _inputs(options: argparse.Namespace) -> list[str]:
-    """Return the files that a run's adapter depends on, but for the weights of its base."""
+    """Return the files that a run's adapter depends on; a sample of its base is in the adapter."""
     names = [*options.data, *(options.valid or ())]
     more = [options.config]
     if options.adapter is not None and Path(options.adapter).is_dir():
         more += [Path(options.adapter) / WEIGHTS_FILE, Path(options.adapter) / CONFIG_FILE]
     if Path(options.model).is_dir():
-        more.append(Path(options.model) / "config.json")
+        more += [Path(options.model) / name for name in ("config.json", *TOKENIZER_FILES)]
     return [*names, *(str(file) for file in more if file is not None and Path(file).is_file())]
 
 
@@ -163,8 +194,7 @@ def resume(options: argparse.Namespace) -> int:
     """Continue a stopped run, as its folder says."""
     out = options.out.absolute()
     run = _read(out)
-    words = [word for word in run["command"] if word != "--resume"]
-    return _again(out, [*words, "--resume"], run["folder"])
+    return _again(out, [*without_resume(run["command"]), "--resume"], run["folder"])
 
 
 @verb(
@@ -179,7 +209,7 @@ def repeat(options: argparse.Namespace) -> int:
     if run["command"][0] == "tune":
         raise ValueError(f"repeat takes the folder of one run, found a tuning's; name one in {out}")
     check_new_folder(new, "NEW")
-    wanted, _ = read_tensors(out / WEIGHTS_FILE)
+    wanted, were = read_tensors(out / WEIGHTS_FILE)
     from minilora.cli.command import build_parser
 
     here = os.getcwd()
@@ -196,11 +226,13 @@ def repeat(options: argparse.Namespace) -> int:
     for name, version in _versions().items():
         if version != run["versions"].get(name):
             print(f"{name} was {run['versions'].get(name)} and is {version}")
-    words = [word for word in run["command"] if word != "--resume"]
+    words = without_resume(run["command"])
     code = _again(new, words, run["folder"])
     if code != 0:
         return code
-    found, _ = read_tensors(new / WEIGHTS_FILE)
+    found, facts = read_tensors(new / WEIGHTS_FILE)
+    if any(facts.get(key) != were.get(key) for key in ("minilora_base", "minilora_rest")):
+        print("the base is not what it was: weights that were sampled differ")
     if found.keys() != wanted.keys():
         print("the adapters have other layers")
         return 1
@@ -208,6 +240,7 @@ def repeat(options: argparse.Namespace) -> int:
         print(f"bit-equal: the adapter in {new} is that in {out}")
         return 0
     largest = max(float((found[name] - value).abs().max()) for name, value in wanted.items())
-    limit = "; --minutes ties a run to the clock" if "--minutes" in words else ""
-    print(f"not bit-equal: the adapters differ by up to {largest:.3g}{limit}")
+    why = ["--minutes ties a run to the clock"] * ("--minutes" in words)
+    why += ["it was resumed with other words than it began with"] * ("began" in run)
+    print("; ".join([f"not bit-equal: the adapters differ by up to {largest:.3g}", *why]))
     return 1

@@ -13,7 +13,7 @@ import torch
 import minilora
 from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
 from minilora.cli.card import write_card
-from minilora.cli.runs import add_settings, only_written, write_run
+from minilora.cli.runs import RunFile, only_written
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
 from minilora.data import IGNORE, Example, check_streamed, hold_out, pack, streamed
 from minilora.files import add_flags, given, read_options, short
@@ -102,8 +102,9 @@ def train(options: argparse.Namespace) -> int:
         check_free(options.out)
         check_out(options.out, options.resume)
     encode = read_data(options)
-    if torchrun_number("RANK", 0) == 0 and not options.resume:
-        write_run(options)
+    file = RunFile(options) if torchrun_number("RANK", 0) == 0 else None
+    if file is not None and not options.resume:
+        file.write()
 
     def inject(model: Any) -> None:
         torch.manual_seed(config.seed)
@@ -116,12 +117,11 @@ def train(options: argparse.Namespace) -> int:
     if whole and options.adapter is None:
         inject(model)
     lr = chosen_lr(config, minilora.summary(model).parameters)
-    if torchrun_number("RANK", 0) == 0 and not options.resume:
+    if file is not None:
         epochs = chosen_epochs(config, len(rows)) if isinstance(rows, list) else config.epochs
-        chosen = {"train": config.to_dict() | {"epochs": epochs, "lr": lr}}
+        file.settings["train"] = config.to_dict() | {"epochs": epochs, "lr": lr}
         if options.adapter is None:
-            chosen["adapter"] = dataclasses.asdict(AdapterConfig(**adapter))
-        add_settings(options.out, chosen)
+            file.settings["adapter"] = dataclasses.asdict(AdapterConfig(**adapter))
     sample = None
     if options.sample:
         chat = options.chat or is_chat(held_out if options.stream else rows, tokenizer)
@@ -133,6 +133,7 @@ def train(options: argparse.Namespace) -> int:
         config=config,
         out=options.out,
         resume=options.resume,
+        callbacks=[] if file is None else [file],
         sample=sample,
         plan=options.plan,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import minilora
 from minilora.cli.arguments import MODEL, arg, verb
 from minilora.cli.card import write_card
-from minilora.cli.runs import only_written, write_run
+from minilora.cli.runs import RunFile, only_written, without_resume
 from minilora.cli.sources import load
 from minilora.cli.training import groups, read_data, settings
 from minilora.files import given, short
@@ -103,14 +103,16 @@ def tune(options: argparse.Namespace) -> int:
     check_free(options.out)
     check_tuning(options.out, options.resume)
     encode = read_data(options)
+    file = RunFile(options)
     if not options.resume:
-        write_run(options)
+        file.write()
     model, tokenizer = load(options)
     rows, held_out = encode(tokenizer)
     found = minilora.tune(
         model, rows, held_out, options.out, rates=options.rates, adapters=adapters, config=config,
         budget=options.budget, resume=options.resume,
     )  # fmt: skip
+    file.write()
     for trial in found.trials:
         _write_run(options, trial, found)
     if found.result is None or found.chosen is None:
@@ -151,7 +153,7 @@ def _command(options: argparse.Namespace, trial: Trial | None, steps: int = 0) -
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _own_flags(own)
-    _, words = own.parse_known_args([word for word in options.argv[1:] if word != "--resume"])
+    _, words = own.parse_known_args(without_resume(options.argv[1:]))
     words = ["train", *words]
     if trial is not None:
         for name in _VARIED:
@@ -170,7 +172,7 @@ def _write_run(options: argparse.Namespace, trial: Trial, found: Tuning) -> None
         return
     words = [*_command(options, trial, found.steps), "--out", str(folder)]
     mine = argparse.Namespace(**vars(options) | {"out": folder, "argv": words})
-    write_run(mine)
+    RunFile(mine).write()
     if trial is found.chosen and found.result is not None:
         config = replace(settings(options)[1], lr=trial.lr)
         write_card(mine, config, found.result, dict(trial.adapter))

@@ -2,6 +2,7 @@
 
 from minilora.loading.fetching import NAMES, fetch, known_name
 from minilora.loading.foreign_config import ForeignConfig
+from minilora.loading.from_hub import TOKENIZER_FILES
 from minilora.loading.gguf_writing import FILE_TYPES, export_gguf, save_gguf
 from minilora.loading.model import load_model, read_config, read_tokenizer
 from minilora.loading.saving import save_pretrained
@@ -9,6 +10,7 @@ from minilora.loading.saving import save_pretrained
 __all__ = [
     "FILE_TYPES",
     "NAMES",
+    "TOKENIZER_FILES",
     "ForeignConfig",
     "export_gguf",
     "fetch",

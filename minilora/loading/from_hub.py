@@ -8,7 +8,7 @@ from minilora.loading.gguf_reader import shard_names
 from minilora.loading.quantized import LAYERS, QUANTIZED
 
 # Never pickles (.bin, .pt) and never code (.py).
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
     "vocab.txt", "spiece.model", "tekken.json",
@@ -22,7 +22,7 @@ def fetch_model(name: HubName) -> Path:
     """
     if name.file:
         return download(name, (), shard_names(name.file)) / name.file
-    folder = download(name, (*_TOKENIZER, WEIGHTS, INDEX, LAYERS, QUANTIZED), [CONFIG])
+    folder = download(name, (*TOKENIZER_FILES, WEIGHTS, INDEX, LAYERS, QUANTIZED), [CONFIG])
     if (folder / WEIGHTS).is_file() or (folder / QUANTIZED).is_file():
         return folder
     if not (folder / INDEX).is_file():
@@ -37,7 +37,7 @@ def fetch_model(name: HubName) -> Path:
 
 def fetch_tokenizer(name: HubName) -> Path:
     """Return the folder of a model without its weights, or its GGUF file."""
-    return fetch_model(name) if name.file else download(name, _TOKENIZER, [CONFIG])
+    return fetch_model(name) if name.file else download(name, TOKENIZER_FILES, [CONFIG])
 
 
 def fetch_config(name: HubName) -> Path:
