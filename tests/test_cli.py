@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
+from transformers import GenerationConfig
 
 import minilora
 from minilora.cli.arguments import VERBS
 from minilora.cli.command import main
-from minilora.loading.model import load_model
+from minilora.loading.model import load_model, read_tokenizer
 from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
 from minilora.text.tokenizer import Tokenizer
@@ -276,6 +277,18 @@ def test_cli_help_names_every_command(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert [name for name in VERBS if f"    {name} " not in text] == []
+
+
+def test_what_ends_a_text_goes_with_the_model(folder, tmp_path):
+    """Merged or quantized: generation_config.json may state more ends than config.json."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    model, _ = minilora.load_model(folder)
+    minilora.save(minilora.inject(model, r=2), tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", "--out", tmp_path / "m") == 0
+    assert run("quantize", folder, "--format", "int8", "--out", tmp_path / "q") == 0
+    for made in (tmp_path / "m", tmp_path / "q"):
+        assert GenerationConfig.from_pretrained(made).eos_token_id == [1, 5]
+        assert read_tokenizer(made).stop_ids == {1, 5}
 
 
 @pytest.mark.real_model

@@ -127,8 +127,11 @@ def test_saved_folders_are_read_again(tmp_path, kind):
         save_pretrained(model, tmp_path / "merged")
     small = _load(tmp_path / "model", "int8")[0]
     save_pretrained(small, tmp_path / "small", tokenizer)
-    again = _load(tmp_path / "small", compute="dequantize")[0]
+    again, words = _load(tmp_path / "small", compute="dequantize")
     assert _equal(again, small)
+    assert words.stop_ids == tokenizer.stop_ids
+    stored = transformers.GenerationConfig.from_pretrained(tmp_path / "small")
+    assert stored.eos_token_id == [256, 7]
     assert {m.spec.compute for m in quantized_layers(again).values()} == {"dequantize"}
 
 

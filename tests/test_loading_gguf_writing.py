@@ -16,7 +16,7 @@ from byte_tokenizer import ALPHABET, CHATML, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from model_families import FAMILIES, every_family, tiny
-from tokenizers import AddedToken, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from torch import nn
 
@@ -223,6 +223,77 @@ def test_llama_cpp_writes_the_same_text(tmp_path, family):
     minilora.eject(model)
     save_gguf(model, tmp_path / "merged.gguf", tokenizer, type="f32")
     assert agree(theirs(tmp_path / "merged.gguf"), model, tokenizer) == both[0]
+
+
+ENDING = ("<|endoftext|>", "<|end|>", "<end_of_turn>", "<|x|>", "<|y|>", "<|z|>")  # from 256 on
+ENDS = """
+import json, sys, xllamacpp
+asked = xllamacpp.CommonParams()
+asked.model.path, asked.n_ctx, asked.n_parallel, asked.verbosity = sys.argv[1], 64, 1, 0
+asked.cpuparams.n_threads, asked.warmup = 1, False
+server, found = xllamacpp.Server(asked), {}
+for letter in "abcdef":
+    told = {"prompt": letter, "temperature": 0, "max_tokens": 3}
+    found[letter] = server.handle_completions(told)["usage"]["completion_tokens"]
+print("\\n" + json.dumps(found), flush=True)
+"""
+
+
+def byte_level(vocabulary, merges):
+    """A byte-level BPE that does not cut text."""
+    backend = Backend(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _ending(stop_ids):
+    """A model that writes the first of ENDING after a, the second after b, … and its tokenizer."""
+    letters = [*ALPHABET.values(), *ENDING, "ab"]
+    backend = byte_level({letter: i for i, letter in enumerate(letters)}, [("a", "b")])
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in ENDING])
+    tokenizer = Tokenizer(backend, eos="<|endoftext|>", stop_ids=stop_ids)
+    changes = {"vocab_size": len(letters), "eos_token_id": 256, "tie_word_embeddings": False}
+    model = Llama(FAMILIES["llama"].tiny.replace(hidden_size=64, **changes)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+        embedding = model.model.embed_tokens.weight.normal_()
+        model.lm_head.weight.zero_()
+        for letter, i in zip(b"abcdef", range(256, 262), strict=True):
+            model.lm_head.weight[i] = embedding[letter]
+    return model, tokenizer
+
+
+@pytest.mark.peers
+def test_llama_cpp_ends_a_text_where_we_do(tmp_path):
+    """Two ends it knows by their names, as we do, and two by the keys that the file has for it."""
+    model, tokenizer = _ending([259, 260])
+    assert tokenizer.stop_ids == {256, 257, 258, 259, 260}
+    save_gguf(model, tmp_path / "a.gguf", tokenizer, type="f32")
+    assert minilora.load_model(tmp_path / "a.gguf")[1].stop_ids == tokenizer.stop_ids
+    written = {}
+    for letter in "abcdef":
+        ids = tokenizer.encode(letter)
+        (found,) = minilora.generate(model, [ids], max_new_tokens=3, stop=tokenizer.stop_ids)
+        written[letter] = min(3, len(found) + 1)  # the one that ends it counts too
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("xllamacpp is not installed")
+    words = [sys.executable, "-c", ENDS, str(tmp_path / "a.gguf")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == written
+    assert [written[letter] for letter in "abcde"] == [1] * 5 and written["f"] > 1
+
+
+def test_ends_that_a_gguf_file_has_no_key_for_are_named(tmp_path):
+    model, tokenizer = _ending([259, 260, 261, 10**9])
+    message = r"two more ends of a text than eos, found 3; in llama.cpp <\|z\|> will not end one"
+    with pytest.warns(UserWarning, match=message):
+        save_gguf(model, tmp_path / "a.gguf", tokenizer)
+    assert minilora.load_model(tmp_path / "a.gguf")[1].stop_ids == {*range(256, 261)}
 
 
 @pytest.mark.peers

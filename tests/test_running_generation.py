@@ -308,6 +308,21 @@ def test_generate_takes_tokenizers_of_transformers(make):
         generate(model, ["ab"], tokenizer=types.SimpleNamespace(), max_new_tokens=2)
 
 
+@pytest.mark.parametrize("where", ["config", "generation_config", "folder"])
+def test_what_ends_a_text_of_the_model_does_with_transformers_tokenizer(tmp_path, where):
+    ours = letter_tokenizer()
+    b, c, d = ours.encode("bcd", special=False)
+    model = Script([b, c, d], ours.vocab_size)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=ours._backend)
+    if where == "folder":
+        theirs.save_pretrained(tmp_path)
+        (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [900, {d}]}}')
+        theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    else:
+        setattr(model, where, types.SimpleNamespace(eos_token_id=[900, d]))
+    assert generate(model, "a", tokenizer=theirs, max_new_tokens=3) == [ours.decode([b, c])]
+
+
 def test_generate_keeps_the_space_a_text_begins_with_and_finds_it_in_stop_strings():
     ours = spaced_tokenizer()
     ids = ours.encode("ab cd ef", special=False)[3:]  # behind "ab"

@@ -152,6 +152,14 @@ def test_from_pretrained_gathers_stop_ids_and_templates(tmp_path):
     assert ours.render(USER) == "yes"
 
 
+def test_a_part_of_an_answer_does_not_end_it():
+    """`<|end|>` ends a turn of Phi, but only a part of a turn of gpt-oss."""
+    for names, ends in ((["<|end|>"], {0}), (["<|end|>", "<|return|>"], set())):
+        backend = Backend(models.WordLevel({name: i for i, name in enumerate(names)}, "<|end|>"))
+        backend.add_special_tokens(names)
+        assert Tokenizer(backend).stop_ids == ends
+
+
 def test_pad_id_falls_back_to_eos(tmp_path):
     _backend().save(str(tmp_path / "tokenizer.json"))
     bare = Tokenizer.from_pretrained(tmp_path)

@@ -31,7 +31,8 @@ class RunFile:
     """
 
     def __init__(self, options: argparse.Namespace):
-        self.file, self.settings = options.out / RUN_FILE, {}
+        self.file = options.out / RUN_FILE
+        self.settings: dict[str, Mapping[str, Any]] = {}
         command = f"command = [{', '.join(map(_quoted, without_resume(options.argv)))}]"
         began = (options.resume and _began(self.file)) or command
         self.lines = [

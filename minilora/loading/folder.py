@@ -15,6 +15,7 @@ from minilora.files import Checksums, leads_out, read_json, tensor_file
 from minilora.loading.source import HEAD, Source, family_of, some
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 _MAPPED = 2**24  # bytes of a file read through one mapping
 FLOAT_NAMES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -21,6 +21,7 @@ from minilora.loading.fetching import hub_name
 from minilora.loading.folder import (
     CONFIG,
     FLOAT_NAMES,
+    GENERATION,
     Place,
     Places,
     find_tensors,
@@ -35,8 +36,6 @@ from minilora.lora import Survey, base_of, check_quantizable, select_targets
 from minilora.lora import quantize as quantize_layers
 from minilora.models import FAMILIES, NotBuiltError
 from minilora.quantization import Quantization, QuantizedLinear, is_finite
-
-GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from minilora.files import is_new, sync, tensor_content, whole_folder, write, write_json
-from minilora.loading.folder import CONFIG
-from minilora.loading.foreign import GENERATION
+from minilora.loading.folder import CONFIG, GENERATION
 from minilora.loading.foreign_config import quiet
 from minilora.loading.quantized import LAYERS, QUANTIZED, layer_rows
 from minilora.lora import lora_layers
@@ -44,6 +43,8 @@ def save_foreign(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
             tensors = _tensors(model)
             write(made / QUANTIZED, tensor_content(tensors, {"format": "pt"}))
             write_json(made / LAYERS, layer_rows(small))
+            if (options := getattr(model, "generation_config", None)) is not None:
+                write(made / GENERATION, options.to_json_string())
         else:
             _save_whole(model, made)
         for file in made.iterdir():

@@ -129,7 +129,7 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
     metadata = model_metadata(model, names) | {
         f"{names.architecture}.{key}": value for key, value in scaling.items()
     }
-    metadata |= gguf_metadata(as_tokenizer(tokenizer), config.vocab_size)
+    metadata |= gguf_metadata(as_tokenizer(tokenizer, model), config.vocab_size)
     told = read_metadata(Path(file), model.__class__, metadata, tensors)
     _check_told(config.replace(tie_word_embeddings=tied), told)
 

@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from minilora.files import is_new, read_json, tensor_content, whole_folder, write, write_json
-from minilora.loading.folder import CONFIG, WEIGHTS
+from minilora.loading.folder import CONFIG, GENERATION, WEIGHTS
 from minilora.loading.foreign_saving import is_transformers, save_foreign
 from minilora.loading.quantized import LAYERS, QUANTIZED, layer_rows
 from minilora.loading.source import FLOATS, HEAD, some
 from minilora.models import FAMILIES, CausalLM
 from minilora.quantization import QuantizedLinear
-from minilora.text import as_tokenizer
+from minilora.text import Tokenizer, as_tokenizer
 
 _FOREIGN = (
     "*.safetensors",
@@ -48,7 +48,7 @@ def save_pretrained(model: Any, folder: str | Path, tokenizer: Any = None) -> No
         RuntimeError: the folder can't be written.
     """
     folder = Path(folder)
-    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer, model)
     if is_transformers(model):
         save_foreign(model, folder, tokenizer)
         return
@@ -78,15 +78,26 @@ def save_pretrained(model: Any, folder: str | Path, tokenizer: Any = None) -> No
         write(made / (QUANTIZED if small else WEIGHTS), tensor_content(tensors, {"format": "pt"}))
         if small:
             write_json(made / LAYERS, layer_rows(small))
-        elif model.config.eos_token_id is not None:
-            ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
-            generation = {key: value for key, value in ids.items() if value is not None}
-            write_json(made / "generation_config.json", generation)
+        if generation := _generation(config, tokenizer):
+            write_json(made / GENERATION, generation)
         write_json(made / CONFIG, config)
         if tokenizer is not None:
             tokenizer.save(made)
             if tokenizer.chat_template is None:  # or that of an earlier tokenizer would be read
                 (folder / "chat_template.jinja").unlink(missing_ok=True)
+
+
+def _generation(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return what `generate` of transformers reads: the special ids, with all that end a text."""
+    end = config.get("eos_token_id")
+    ends = [*end] if isinstance(end, list) else [end] * (end is not None)
+    if tokenizer is not None:
+        ends += sorted(tokenizer.stop_ids.difference(ends))
+    if not ends:
+        return {}
+    ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _tensors(model: CausalLM, small: dict[str, QuantizedLinear]) -> dict[str, Tensor]:

@@ -185,7 +185,7 @@ def compare(
     survey.require_finite()
     names = _names(survey, contenders)
     judge = None if right is None else judge_of(right, tokenizer)
-    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer, model)
     sets = {"data": data, "outside": outside, "train": train}
     examples = {key: as_examples(some) for key, some in sets.items() if some is not None}
     if any(not some for some in examples.values()):

@@ -44,7 +44,7 @@ class Chat:
         max_new_tokens: int = 512,
         **options: Any,
     ) -> None:
-        self.model, self.tokenizer = model, as_tokenizer(tokenizer)
+        self.model, self.tokenizer = model, as_tokenizer(tokenizer, model)
         self.system, self.max_new_tokens, self.options = system, max_new_tokens, options
         self.messages: list[dict[str, str]] = []
         self._survey = Survey(model)

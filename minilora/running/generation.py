@@ -51,7 +51,8 @@ def generate(
             Left as it was, flags, buffers and torch's random state included.
         prompts: a text, several texts, or several lists of token ids.
         tokenizer: a `minilora.text.Tokenizer`, or one of transformers'; needed for texts and
-            stop strings. Its `stop_ids` stop a row.
+            stop strings. Its `stop_ids` stop a row; with one of transformers', so do the
+            `eos_token_id`s of its folder, of `model.config` and of `model.generation_config`.
         max_new_tokens: tokens to write at most, at least 1.
         temperature: 0 takes the likeliest token, whatever `top_k` and `top_p` say; above 0
             samples from softmax(logits / temperature).
@@ -80,7 +81,7 @@ def generate(
         RuntimeError: the model's logits are not numbers; `compile=True` without a compiler.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, compile)
-    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer, model)
     wanted = settle_compile(compile)[0]
     stop_ids, stop_strings = _stops(stop, tokenizer)
     rows = _encode(prompts, tokenizer, chat, system)

@@ -1,11 +1,10 @@
 """Tokenizers of transformers: taken wherever our own are, and for files that only it reads."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from minilora.files import one_line
-from minilora.text.from_folder import stop_ids
+from minilora.text.from_folder import ids_in, stop_ids
 from minilora.text.tokenizer import Tokenizer
 
 _FILES = ("*.model", "vocab.*", "vocab-*", "*.tiktoken", "tekken.json")  # of vocabularies
@@ -38,20 +37,22 @@ def read_folder_tokenizer(folder: Path, end: str | None = None) -> Tokenizer:
             theirs = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            return as_tokenizer(theirs, stop_ids=stop_ids(folder))
+            return as_tokenizer(theirs)
         except Exception as other:  # of many libraries
             raise ValueError(
                 f"{error}; transformers' AutoTokenizer can't read it either: {one_line(other, 200)}"
             ) from other
 
 
-def as_tokenizer(tokenizer: Any, stop_ids: Iterable[int] = ()) -> Tokenizer:
+def as_tokenizer(tokenizer: Any, model: Any = None) -> Tokenizer:
     """Return a tokenizer as ours.
+
+    Of one of transformers', what its folder and the model say ends a text goes with it.
 
     Args:
         tokenizer: a `Tokenizer`, which is returned, or one of transformers', whose vocabulary is
             shared. Its chat template is the one named "default" where it has several.
-        stop_ids: at which generation ends too, of one of transformers'.
+        model: the one it is used with, or None.
 
     Raises:
         TypeError: anything else, with the line that converts it.
@@ -75,4 +76,8 @@ def as_tokenizer(tokenizer: Any, stop_ids: Iterable[int] = ()) -> Tokenizer:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
-    return Tokenizer(backend, **named, stop_ids=stop_ids, chat_template=template)
+    folder = getattr(tokenizer, "name_or_path", None)
+    ends = stop_ids(Path(folder)) if folder and Path(folder).is_dir() else set()
+    for name in ("config", "generation_config"):
+        ends |= ids_in(getattr(getattr(model, name, None), "eos_token_id", None))
+    return Tokenizer(backend, **named, stop_ids=ends, chat_template=template)

@@ -61,9 +61,13 @@ def stop_ids(folder: Path) -> set[int]:
     stops: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            ids = read_json(folder / name).get("eos_token_id")
-            stops |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+            stops |= ids_in(read_json(folder / name).get("eos_token_id"))
     return stops
+
+
+def ids_in(stated: Any) -> set[int]:
+    """Return the ids in one id, a list of them, or None."""
+    return {i for i in (stated if isinstance(stated, list) else [stated]) if type(i) is int}
 
 
 def _template(folder: Path, stated: Any) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from minilora.text.cuts import CUTS, Cut
-from minilora.text.tokenizer import Tokenizer
+from minilora.text.tokenizer import ENDS, Tokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 # Two tokenizers that encode this alike cut text alike: numbers, contractions, cases, marks, spaces.
@@ -54,10 +54,12 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         "tokenizer.ggml.add_eos_token": end,
     }
     pad = None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": pad}
-    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-    if others:
-        ids["eot"] = others[0]
+    ids = {
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "padding": pad,
+        **_ends(tokenizer, names),
+    }
     found |= {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
     if tokenizer.chat_template is not None:
         found["tokenizer.chat_template"] = tokenizer.chat_template
@@ -65,6 +67,25 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     for name, cut in CUTS.items():
         cuts.setdefault(cut, name)
     return found | {"tokenizer.ggml.pre": _cut(tokenizer, found, cuts.values())}
+
+
+def _ends(tokenizer: Tokenizer, names: dict[int, str]) -> dict[str, int]:
+    """Return what ends a text beside eos, by the keys that the format has for it.
+
+    Those that llama.cpp does not know by their names go first; of more than two, say so.
+    """
+    ids = sorted(tokenizer.stop_ids & names.keys() - {tokenizer.eos_id})
+    others = {names[i]: i for i in ids}
+    unknown = [name for name in others if name not in ENDS]
+    if lost := unknown[2:]:
+        warnings.warn(
+            f"minilora: a GGUF file has keys for two more ends of a text than eos, found "
+            f"{len(unknown)}; in llama.cpp {', '.join(lost)} will not end one: pass them to it as "
+            f"stop strings",
+            stacklevel=4,
+        )
+    order = [*unknown, *(name for name in ENDS if name in others)]
+    return {key: others[name] for key, name in zip(("eot", "eom"), order, strict=False)}
 
 
 def _check_losses(stored: dict[str, Any]) -> None:

@@ -27,8 +27,12 @@ from minilora.text.special_tokens import (
     tokenizers_library,
 )
 
-# Control tokens that end a turn or a document in any model; llama.cpp stops at them too.
-_ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>")
+# Control tokens that end a turn or a document in any model; llama.cpp stops at them too, and looks
+# for a turn's end in this order (its `llama-vocab.cpp`).
+ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+    "</s>", "<|eom_id|>",
+)  # fmt: skip
 
 
 class Tokenizer:
@@ -78,7 +82,9 @@ class Tokenizer:
         backend.no_padding()
         make_special(backend, self._named.values())
         self.control: dict[str, int] = control_tokens(backend)
-        ends = {self.control[text] for text in _ENDS if text in self.control}
+        ends = {self.control[text] for text in ENDS if text in self.control}
+        if self.control.keys() & {"<|return|>", "<|call|>"}:  # gpt-oss: <|end|> ends a part
+            ends.discard(self.control.get("<|end|>"))
         if self.eos_id is not None:
             ends.add(self.eos_id)
         self.stop_ids: frozenset[int] = frozenset(ends | set(stop_ids))
