@@ -309,6 +309,36 @@ def test_fit_resume_refuses_another_run(tmp_path, make, options, message):
     assert before == {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
 
 
+def beside(seed=1, alpha=6, copies=()):
+    """A model that trains an adapter on top of a frozen one."""
+    model = plain()
+    torch.manual_seed(seed)
+    minilora.inject(model, r=4, alpha=alpha, adapter="first", modules_to_save=copies)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B") or (parameter.requires_grad and "lora" not in name):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    torch.manual_seed(7)
+    minilora.inject(model, r=4, alpha=6, adapter="new")
+    minilora.activate(model, ["first", "new"], trainable="new")
+    return model
+
+
+@pytest.mark.parametrize("copies", [(), ["lm_head"]], ids=["factors", "copies"])
+def test_fit_resume_refuses_another_adapter_beside_its_own(tmp_path, copies):
+    whole, again = beside(copies=copies), beside(copies=copies)
+    fit(whole, max_steps=4, schedule="constant")
+    fit(beside(copies=copies), max_steps=2, schedule="constant", out=tmp_path)
+    for other in (beside(2, copies=copies), beside(alpha=8, copies=copies)):
+        with pytest.raises(ValueError, match="run beside another adapter 'first': its factors or"):
+            fit(other, max_steps=4, schedule="constant", out=tmp_path, resume=True)
+    fit(again, max_steps=4, schedule="constant", out=tmp_path, resume=True)
+    assert same(whole.state_dict(), again.state_dict())
+    here = load_state(tmp_path)[1]["identity"]
+    old = {key: value for key, value in here.items() if key != "others"}
+    assert check_same_run(tmp_path, old, here) == []
+
+
 def test_fit_resume_refuses_held_out_examples_where_there_were_none(tmp_path):
     fit(tiny(), max_steps=2, out=tmp_path)
     with pytest.raises(ValueError, match="valid was None and is"):

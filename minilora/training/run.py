@@ -32,7 +32,7 @@ from minilora.training.prepare import (
 )
 from minilora.training.progress import Counters, Progress, planned_steps
 from minilora.training.ranks import Ranks
-from minilora.training.same_run import check_same_run, check_tensors
+from minilora.training.same_run import check_same_run, check_tensors, digest
 from minilora.training.scaling import LossScale, loss_scale
 from minilora.training.sharding import is_sharded, shard, whole_factors
 from minilora.training.state import (
@@ -65,6 +65,7 @@ class Run(Progress):
         limit: what passes are held to before they run, None without `max_memory`.
         ranks: the processes of the run.
         position: in the data, after the last complete step.
+        others: a hash of each other active adapter, by name.
         lr_is_chosen: whether nobody gave a learning rate.
         remarks: what the run should say before it begins.
         held_out: what meets a stream's examples, None without a stream or held-out ones.
@@ -120,6 +121,12 @@ class Run(Progress):
         if self.preference is not None:  # without this one the model is the reference
             self.preference.adapter = self.adapter
         self.names = trained(model, self.layers, self.adapter)
+        survey = Survey(model)
+        self.others = {  # they are frozen, so once is enough
+            name: digest(survey, name, self.ranks.full)
+            for name in survey.active
+            if name != self.adapter
+        }
         self.device = device_of(model)
         self.compile, reason = settle_compile(config.compile)
         self.compile = not self.ranks.any(not self.compile)  # all, or none
@@ -295,6 +302,7 @@ class Run(Progress):
             "compute": [str(self.dtype), *sorted({str(v.compute_dtype) for v in mine.values()})],
             "adapter": {k: v for k, v in adapter.items() if k not in _ANY_BASE}
             | {"active adapters": list(survey.active)},
+            "others": self.others,
             "base": json.loads(fingerprint(self.layers)),
             "rest": json.loads(describe(rest)),
             "valid": None if self.valid is None else self.valid.digest,

@@ -1,15 +1,38 @@
 """Compare a saved run with the one that is to continue it: settings, adapter, base and data."""
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minilora.files import checksum
+from minilora.lora import Survey
 from minilora.training.adamw import ADAM, is_narrow
 from minilora.training.config import TrainConfig
+
+
+def digest(survey: Survey, adapter: str, whole: Callable[[Tensor], Tensor]) -> str:
+    """Return a hash of an adapter's options, factors and trained copies.
+
+    Args:
+        survey: of the model.
+        adapter: its name.
+        whole: gathers a tensor that may be sharded.
+    """
+    factors = survey.factors(adapter)
+    values: dict[str, Tensor] = {
+        f"{fqn}.{key}": value
+        for fqn, one in factors.items()
+        for key, value in one.state_dict().items()
+    } | dict(survey.copies_of(adapter))
+    rows = [[fqn, one.options()] for fqn, one in factors.items()]
+    rows += [[name, checksum(whole(value))] for name, value in values.items()]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
 
 def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -43,6 +66,13 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
             raise ValueError(
                 f"{folder} holds the state of another adapter: {key} was {old!r} and is {new!r}; "
                 f"inject as for the first run"
+            )
+    others = saved.get("others", here["others"])  # which older states have not
+    for name, value in here["others"].items():
+        if others.get(name) != value:
+            raise ValueError(
+                f"{folder} holds the state of a run beside another adapter {name!r}: its factors "
+                f"or options are not what they were; load the same one"
             )
     rest = here["rest"] if saved["rest"] else {}  # which a state of FSDP2 has not
     for fqn, row in (here["base"] | rest).items():
