@@ -80,6 +80,23 @@ def test_each_adapter_and_the_base_answer_and_nothing_is_changed():
         talk.use("v3")
 
 
+def test_adapters_may_come_and_be_merged_during_a_conversation():
+    tokenizer, made = byte_tokenizer(CHATML), model()
+    talk = Chat(made, tokenizer, max_new_tokens=9)
+    base = talk.answer([USER], "base")
+    minilora.inject(made, r=4, alpha=12, adapter="v1")
+    with torch.no_grad():
+        for fqn, parameter in made.named_parameters():
+            if ".v1." in fqn:
+                parameter.normal_(std=0.4)
+    assert talk.answer([USER], "base") == base
+    talk.use("v1")
+    assert talk.ask("hi") == asked(tokenizer, made, [USER], max_new_tokens=9) != base
+    minilora.merge(made)
+    with pytest.raises(RuntimeError, match=r"chat\(\) needs unmerged weights"):
+        talk.answer([USER], "base")
+
+
 def test_without_a_template_a_question_is_asked_as_it_is_learned():
     tokenizer, made = byte_tokenizer(None), model()
     talk = Chat(made, tokenizer, system="S", max_new_tokens=5)

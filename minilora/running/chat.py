@@ -47,8 +47,6 @@ class Chat:
         self.model, self.tokenizer = model, as_tokenizer(tokenizer, model)
         self.system, self.max_new_tokens, self.options = system, max_new_tokens, options
         self.messages: list[dict[str, str]] = []
-        self._survey = Survey(model)
-        self._survey.require_unmerged("chat")
         self.use(adapter)
 
     def use(self, adapter: str) -> None:
@@ -57,13 +55,17 @@ class Chat:
         Raises:
             ValueError: no adapter of that name.
         """
-        self.adapter = self._known(adapter)
+        self._survey(adapter)
+        self.adapter = adapter
 
-    def _known(self, adapter: str) -> str:
-        names = [BASE, *self._survey.adapters]
+    def _survey(self, adapter: str) -> Survey:
+        """Survey the model as it is now: adapters come and go during a conversation."""
+        survey = Survey(self.model)
+        survey.require_unmerged("chat")
+        names = [BASE, *survey.adapters]
         if adapter not in names:
             raise ValueError(f"an adapter must be one of {', '.join(names)}, found {adapter!r:.60}")
-        return adapter
+        return survey
 
     def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> str:
         """Answer a question and keep both.
@@ -105,9 +107,9 @@ class Chat:
             text.append(piece)
             write(piece)
 
-        names = () if self._known(adapter) == BASE else (adapter,)
-        with self._survey.switched():
-            self._survey.activate(names)
+        survey = self._survey(adapter)
+        with survey.switched():
+            survey.activate(() if adapter == BASE else (adapter,))
             with suppress(KeyboardInterrupt):  # what has been written stays
                 text = generate(
                     self.model,
