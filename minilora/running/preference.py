@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.data import PairBatch
-from minilora.lora import disabled, inference
+from minilora.lora import Survey, disabled, inference
 from minilora.running.log_probs import pair_log_probs
 
 
@@ -115,12 +115,30 @@ KINDS = {
 }
 
 
-def _frozen_state(model: nn.Module) -> int:
-    """Return a number that changes when what is frozen is written to or replaced."""
-    tensors = [t for t in chain(model.parameters(), model.buffers()) if not t.requires_grad]
+def _state_without(model: nn.Module, adapter: str | None) -> int:
+    """Return a number that changes with the model as it is without an adapter, or without any.
+
+    That is when another adapter becomes active, or when any tensor but the adapter's own is
+    written to or replaced.
+    """
+    survey = Survey(model)
+    left_out = survey.adapters if adapter is None else [adapter]
+    own: set[Tensor] = set()
+    for name in left_out:
+        own.update(survey.copies_of(name).values())
+        for factors in survey.factors(name).values():
+            own.update(chain(factors.parameters(), factors.buffers()))
+    rest = [
+        (fqn, name, layer.adapters[name].scaling)
+        for fqn, layer in survey.layers.items()
+        for name in layer.active
+        if name not in left_out
+    ]
+    tensors = [t for t in chain(model.parameters(), model.buffers()) if t not in own]
     if any(hasattr(t, "full_tensor") for t in tensors):  # FSDP2 puts others there all the time
-        return 0
-    return hash(tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors))
+        tensors = []
+    written = ((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+    return hash((*rest, *written))
 
 
 class Preference:
@@ -137,7 +155,8 @@ class Preference:
 
     Attributes:
         known: log-probabilities of the reference by `PairBatch.keys`: computed once for a model
-            and an `adapter`, forgotten where another comes or frozen weights change.
+            and an `adapter`, forgotten where another comes, where weights other than the
+            adapter's change, or what else is active.
         drift: z of kto, over the pairs that `prepare` saw last.
     """
 
@@ -235,8 +254,8 @@ class Preference:
             self.drift = max(0.0, total / max(1, count))
 
     def _forget_others(self, model: nn.Module) -> None:
-        """Forget the reference of another model, of other weights, or without another adapter."""
-        now = weakref.ref(model), self.adapter, _frozen_state(model)
+        """Forget the reference of another model or state, or without another adapter."""
+        now = weakref.ref(model), self.adapter, _state_without(model, self.adapter)
         if self._known_of not in (None, now):
             self.known = {}
         self._known_of = now
