@@ -181,6 +181,26 @@ def test_mixed_refuses():
         mixed(Net(), ["base"]).__enter__()
 
 
+def test_what_mixed_would_ignore_is_refused():
+    """Its rows decide: a base that is asked for must not be something else."""
+    model, x = two_adapters().eval(), torch.randn(3, 12)
+    with mixed(model, ["default", "b", "base"]):
+        y = model(x)
+        for call, verb in (
+            (lambda: minilora.disabled(model).__enter__(), "a verb that switches adapters"),
+            (lambda: minilora.disabled(model, "b").__enter__(), "a verb that switches adapters"),
+            (lambda: minilora.activate(model, "b"), r"activate\(\)"),
+            (lambda: minilora.merge(model), r"merge\(\)"),
+        ):
+            with pytest.raises(RuntimeError, match=f"^{verb} must be called outside of mixed"):
+                call()
+        assert torch.equal(model(x), y)
+    with minilora.disabled(model):
+        assert not torch.equal(model(x), y)
+        with mixed(model, ["default", "b", "base"]):
+            assert torch.equal(model(x), y)
+
+
 def ranked():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), Conv1D(5, 12))

@@ -123,11 +123,12 @@ def merge(
         ValueError: unknown names, nothing to merge, a weight shared with another module, a base
             of another kind, a quantized base without `mode`, a rounding error above the
             tolerance, a result that is not finite; the model is unchanged.
-        RuntimeError: adapters are merged already.
+        RuntimeError: adapters are merged already, or a block of `mixed` is open.
     """
     survey = Survey(model)
     layers = survey.require_layers("merge")
     survey.require_unmerged("merge")
+    survey.require_unmixed("merge()")
     keep = None if keep is False else keep
     if keep not in ("memory", "disk", None):
         raise ValueError(f"keep must be 'memory', 'disk' or None, found {keep!r}")

@@ -21,7 +21,8 @@ def mixed(model: nn.Module, rows: Sequence[str]) -> Iterator[None]:
     rows' adapters masked; rows equal running each adapter alone, in inference and in training.
 
     Args:
-        model: a model with adapters; what is active does not matter within the block.
+        model: a model with adapters. What is active does not matter within the block; verbs that
+            switch adapters or sort rows (`disabled`, `evaluate` of examples, `fit`) are refused.
         rows: an adapter's name per row (the first dimension of every layer's input), or `"base"`
             for none.
 

@@ -199,6 +199,7 @@ class Survey:
     def switched(self) -> Iterator[None]:
         """After the block the adapters that were active are so again; it is for one thread."""
         with claimed(self.layers.values()):
+            self.require_unmixed("a verb that switches adapters")
             before, names = {n: layer.active for n, layer in self.layers.items()}, self.active
             try:
                 yield
@@ -224,6 +225,15 @@ class Survey:
             raise RuntimeError(
                 f"{verb}() needs unmerged weights, but {', '.join(self.merged)} is merged into the "
                 f"base; call minilora.unmerge(model) first"
+            )
+
+    def require_unmixed(self, verb: str) -> None:
+        """Raise within `mixed`, where the rows decide and not what is active."""
+        if any(route.rows for layer in self.layers.values() for route in layer.routes()):
+            raise RuntimeError(
+                f"{verb} must be called outside of mixed(), which gives each row of a batch its "
+                f"own adapter, whatever is active and in whatever order rows come; end the block "
+                f"first"
             )
 
     def require_values(self, verb: str) -> None:

@@ -26,13 +26,14 @@ def activate(
 
     Raises:
         ValueError: an unknown or repeated name, or a model without adapters.
-        RuntimeError: adapters are merged.
+        RuntimeError: adapters are merged, or a block of `mixed` is open.
     """
     survey = Survey(model)
     survey.require_layers("activate")
     names = () if adapters is None else survey.known(adapters, "activate")
     train = None if trainable is None else survey.known(trainable, "activate")
     survey.require_unmerged("activate")
+    survey.require_unmixed("activate()")
     survey.require_compatible(names)
     for fqn, layer in survey.layers.items():
         room, used = layer.room, layer.rank(names)
@@ -58,7 +59,8 @@ def disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
 
     Raises:
         ValueError: a model without adapters, or an unknown name.
-        RuntimeError: adapters are merged, or another thread is within `disabled` or `mixed`.
+        RuntimeError: adapters are merged, a block of `mixed` is open, or another thread is within
+            `disabled`.
     """
     survey = Survey(model)
     survey.require_layers("disabled")

@@ -65,7 +65,9 @@ def evaluate(
 
     loss = Σ over all batches of the summed loss, in float64, / Σ of the tokens
 
-    The same for every batch size up to rounding, and the same bits for the same batches.
+    The same for every batch size up to rounding, and the same bits for the same batches; but for
+    models of transformers' own classes with a dynamic or LongRoPE rotary embedding, where a batch
+    has the frequencies of its longest row.
 
     Args:
         model: left as it was, flags, buffers and torch's random state included.
@@ -84,6 +86,7 @@ def evaluate(
     Raises:
         ValueError: data that is empty, malformed or without a label to learn; an adapter with NaN.
         TypeError: data that is no examples or batches.
+        RuntimeError: within `mixed` data that is no list of `Batch`es: sorting exchanges its rows.
     """
     if not 1 <= batch_size < 2**31:
         raise ValueError(f"batch_size must be at least 1, found {short(batch_size)}")
@@ -93,7 +96,7 @@ def evaluate(
     total, tokens = 0.0, 0
     device = device_of(model)
     preference = loss if isinstance(loss, Preference) else None
-    batches = list(_batches(data, batch_size, pad_id, preference is not None))
+    batches = list(_batches(survey, data, batch_size, pad_id, preference is not None))
     every = sum(batch.input_ids.numel() for batch in batches)
     with inference(model), widened(model), ticking("evaluating", every, "tokens", progress) as tick:
         if preference is not None:
@@ -129,7 +132,9 @@ def summarize(total: float, tokens: int, pairs: dict[str, float] | None = None) 
     return Evaluation(mean, perplexity, tokens, *found)
 
 
-def _batches(data: Iterable[Any], batch_size: int, pad_id: int, pairs: bool) -> Iterator[Batch]:
+def _batches(
+    survey: Survey, data: Iterable[Any], batch_size: int, pad_id: int, pairs: bool
+) -> Iterator[Batch]:
     """Yield batches in an order that no random number decides."""
     if isinstance(data, Batches):
         examples, batch_size, pad_id = data.examples, data.batch_size, data.pad_id
@@ -139,6 +144,7 @@ def _batches(data: Iterable[Any], batch_size: int, pad_id: int, pairs: bool) -> 
             yield from data
             return
         examples = as_examples(data, pairs)
+    survey.require_unmixed("evaluate() of examples, which it sorts,")
     examples = sorted(examples, key=lambda example: len(example.input_ids))
     for i in range(0, len(examples), batch_size):
         yield pad(examples[i : i + batch_size], pad_id)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minilora.data import IGNORE, Example, pad
 from minilora.files import ticking
-from minilora.lora import inference
+from minilora.lora import Survey, inference
 from minilora.running.evaluation import device_of
 from minilora.running.loss import forward_logits
 
@@ -81,7 +81,9 @@ def token_losses(
 
     Raises:
         ValueError: packed rows, whose documents this would not keep apart.
+        RuntimeError: a block of `mixed` is open, whose rows sorting would exchange.
     """
+    Survey(model).require_unmixed("a verb that sorts examples by length")
     require_unpacked(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     found: list[Tensor] = [torch.empty(0)] * len(examples)

@@ -41,7 +41,9 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     check_whole(model, "fit")
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
-    Survey(model).require_finite()
+    survey = Survey(model)
+    survey.require_unmixed("fit()")
+    survey.require_finite()
 
 
 def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
