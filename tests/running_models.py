@@ -4,9 +4,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
+from minilora.models import GPT2, SCALINGS, GPT2Config, Llama, LlamaConfig
 
 VOCAB, CONTEXT = 24, 32
+BY_LENGTH = {  # rotary embeddings that are others in rows of over 5 or 4 tokens
+    "longrope": {"rope_scaling": SCALINGS["longrope"]((1.0, 2.0), (3.0, 5.0), 5)},
+    "dynamic": {"rope_scaling": SCALINGS["dynamic"](4.0), "max_position_embeddings": 4},
+}
 
 
 class Plain(nn.Module):
@@ -49,19 +53,19 @@ def _drawn(model, dtype):
     return model.eval().to(dtype)
 
 
-def llama(dtype=torch.float64):
+def llama(dtype=torch.float64, **options):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=CONTEXT,
-    )
-    return _drawn(Llama(config), dtype)
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "max_position_embeddings": CONTEXT,
+    }
+    return _drawn(Llama(LlamaConfig(**shape | options)), dtype)
 
 
 def gpt2(dtype=torch.float64):

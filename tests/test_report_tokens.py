@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from report_models import Letters, causal, sentences
+from running_models import BY_LENGTH, llama
 
 from minilora.data.batches import Example
 from minilora.report.tokens import (
@@ -52,6 +53,14 @@ def test_token_losses_are_those_of_each_example_alone(batch_size, chunk, monkeyp
     assert mean.before == mean.after == pytest.approx(whole.loss, rel=1e-6)
     assert (mean.tokens, mean.examples, mean.change, mean.error) == (whole.tokens, 7, 0, 0)
     assert not mean.clear
+
+
+@pytest.mark.parametrize("kind", sorted(BY_LENGTH))
+def test_padding_is_no_part_of_a_length_that_rotary_embeddings_depend_on(kind):
+    model = llama(torch.float32, **BY_LENGTH[kind])
+    examples = [Example(row, row) for row in ([1, 2, 3], [5, 4, 3, 2, 1, 0, 1, 7, 9], [6, 6])]
+    for example, losses in zip(examples, token_losses(model, examples, batch_size=3), strict=True):
+        assert losses.tolist() == pytest.approx(oracle(model, example), rel=1e-5)
 
 
 def test_measured_error_is_that_of_independent_examples():

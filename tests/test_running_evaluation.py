@@ -1,7 +1,9 @@
 """Held-out numbers: the same as a float64 oracle's, whatever the batches and the padding."""
 
+import copy
 import math
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,16 +11,19 @@ import running_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running_models import VOCAB, Bare, Masked, Plain, model_logits, plain_logits
+from running_models import BY_LENGTH, VOCAB, Bare, Masked, Plain, model_logits, plain_logits
 from torch import nn
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
 import minilora
 from minilora.data.batches import Batch, Batches, Example, pad
+from minilora.data.examples import as_examples
+from minilora.lora import mixed as serve_mixed
 from minilora.lora.modes import inference
 from minilora.running.evaluation import Evaluation, device_of, evaluate
 from minilora.running.loss import argument_names, forward_logits, token_loss
+from minilora.running.paired import token_losses
 
 ROUNDING = 64  # in units of the dtype's eps; plain torch is off by up to 15 on these logits
 
@@ -41,7 +46,9 @@ def bare_llama(dtype=torch.float32):
     return running_models.bare_llama(dtype)
 
 
-MODELS = {"plain": plain, "llama": llama, "bare llama": bare_llama}
+MODELS = {"plain": plain, "llama": llama, "bare llama": bare_llama} | {
+    kind: partial(running_models.llama, **options) for kind, options in BY_LENGTH.items()
+}
 
 
 def summed(logits, labels):
@@ -104,7 +111,7 @@ def test_evaluate_of_a_plain_module_equals_the_oracle(rows, size):
 
 
 @settings(max_examples=25)
-@given(ragged(8), st.integers(1, 9), st.sampled_from(["llama", "bare llama"]))
+@given(ragged(8), st.integers(1, 9), st.sampled_from(["llama", "bare llama", *BY_LENGTH]))
 def test_evaluate_of_llama_equals_the_oracle(rows, size, kind):
     """Through `Llama.loss` and through bare logits."""
     model = MODELS[kind](torch.float64)
@@ -284,6 +291,37 @@ def test_evaluate_refuses_fully_masked_data():
     message = "data must hold a label to learn, found none: loss counted 0 tokens"
     with pytest.raises(ValueError, match=message):
         evaluate(plain(), [batch], loss=lambda *_: (torch.zeros(()), 0))
+
+
+def test_mixed_rows_keep_their_order_or_are_refused():
+    """Sorted by length they would get each other's adapters."""
+    model, rows = llama(), [{"input_ids": [3, 4, 5, 6, 7, 8]}, {"input_ids": [1, 2, 3]}]
+    alone = []
+    for name, row in zip("ab", rows, strict=True):
+        minilora.inject(model, r=4, alpha=6, adapter=name)
+        for fqn, p in model.named_parameters():
+            if fqn.endswith(f".{name}.lora_B"):
+                nn.init.normal_(p, std=0.5)
+        alone.append(evaluate(model, [row]))
+    base = evaluate(minilora.eject(copy.deepcopy(model)), rows[1:])
+    assert abs(base.loss - alone[1].loss) > 0.01
+    batch = pad(as_examples(rows))
+    contenders = {"contenders": ["a", "b"], "data": rows}
+    with serve_mixed(model, ["a", "b"]):
+        mean = sum(each.loss * each.tokens for each in alone) / batch.tokens
+        assert evaluate(model, [batch]).loss == near(mean, torch.float32)
+        for call, verb in (
+            (lambda: evaluate(model, rows), r"evaluate\(\) of examples, which it sorts,"),
+            (
+                lambda: evaluate(model, Batches(as_examples(rows), batch_size=2)),
+                r"evaluate\(\) of examples",
+            ),
+            (lambda: token_losses(model, as_examples(rows), batch_size=2), "that sorts examples"),
+            (lambda: minilora.compare(model, **contenders), "that switches adapters"),
+            (lambda: minilora.fit(model, rows), r"fit\(\)"),
+        ):
+            with pytest.raises(RuntimeError, match=f"{verb}.* must be called outside of mixed"):
+                call()
 
 
 def test_evaluate_refuses_what_is_no_data():

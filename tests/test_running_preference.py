@@ -8,13 +8,14 @@ from foreign_models import foreign
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preference_pairs import drift, log_probs, loss, pair, pairs
+from running_models import BY_LENGTH, llama
 from small_models import shake
 from training_models import CONFIG, examples, tiny
 
 import minilora
 from minilora.data import Batches, PairBatch, pad
 from minilora.lora.layer import lora_layers
-from minilora.models import GPT2, SCALINGS, GPT2Config, Llama, Mistral, MistralConfig
+from minilora.models import GPT2, GPT2Config, Llama, Mistral, MistralConfig
 from minilora.running import KINDS, Preference, evaluate
 from minilora.running.log_probs import pair_log_probs, shares_prompts
 from minilora.running.loss import token_loss
@@ -126,10 +127,18 @@ def test_a_prompt_is_shared_where_that_is_exact(make, shared):
     check("dpo", model, data, beta=0.7)
 
 
+@pytest.mark.parametrize("kind", sorted(BY_LENGTH))
+def test_rotary_embeddings_that_depend_on_the_length_of_an_answer_alone(kind):
+    """The oracle runs each prompt and answer in a row without padding."""
+    model = minilora.inject(llama(**BY_LENGTH[kind]), r=4, alpha=6)
+    model = shake(model.double(), scale=0.1)
+    data = [pair([1, 2], [3], [4, 5, 6, 7, 8, 9]), *pairs(3, vocabulary=24, longest=6)]
+    assert not shares_prompts(model, pad(data))
+    check("dpo", model, data, beta=0.7)
+
+
 def test_a_row_of_both_answers_may_be_longer_than_the_context():
-    """Then each answer gets a row; so with rotary embeddings that depend on its length."""
-    rope = dataclasses.replace(CONFIG, rope_scaling=SCALINGS["dynamic"](factor=2.0))
-    assert not shares_prompts(Llama(rope), pad(pairs(2)))
+    """Then each answer gets a row."""
     torch.manual_seed(0)
     short = dataclasses.replace(CONFIG, max_position_embeddings=9)
     model = shake(minilora.inject(Llama(short), r=4, alpha=6).double(), scale=0.1)
@@ -223,6 +232,34 @@ def test_the_reference_of_other_weights_is_forgotten():
                 parameter.mul_(1.5)
     want = float(Preference("dpo", beta=0.7)(model, data)[0].detach())
     assert float(ours(model, data)[0].detach()) == pytest.approx(want, rel=1e-9)
+
+
+def test_the_reference_beside_other_adapters_is_forgotten():
+    """Also where they are trainable: in a loop of one's own both may be."""
+    model, data, ours = moved(), pad(pairs(5)), Preference("dpo", beta=0.7, adapter="second")
+    shake(minilora.inject(model, r=2, alpha=3, adapter="second").double(), "second", 0.1)
+    seen = set()
+
+    def scaled():
+        for layer in lora_layers(model).values():
+            layer.adapters["default"].alpha *= 2
+
+    for change in (
+        lambda: minilora.activate(model, ["default", "second"], trainable=["default", "second"]),
+        lambda: minilora.activate(model, "second"),
+        lambda: minilora.activate(model, ["default", "second"]),
+        lambda: shake(model, "default", 0.2),
+        scaled,
+    ):
+        change()
+        want = float(Preference("dpo", beta=0.7, adapter="second")(model, data)[0].detach())
+        assert float(ours(model, data)[0].detach()) == pytest.approx(want, rel=1e-9)
+        seen.add(round(want, 9))
+    assert len(seen) == 4  # the third is the first
+    before = ours.known
+    shake(model, "second", 0.2)
+    ours(model, data)
+    assert ours.known is before  # a step of its own adapter changes nothing of it
 
 
 def test_what_was_restored_is_of_the_next_model():

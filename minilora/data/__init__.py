@@ -1,6 +1,6 @@
 """Records in every usual shape, made into examples and batches."""
 
-from minilora.data.batch import Batch, PairBatch, pad
+from minilora.data.batch import Batch, PairBatch, pad, positions_in
 from minilora.data.batches import Batches
 from minilora.data.docstrings import docstring_pairs, split
 from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
@@ -39,6 +39,7 @@ __all__ = [
     "lengths",
     "pack",
     "pad",
+    "positions_in",
     "read_data",
     "shown",
     "split",

@@ -75,11 +75,7 @@ class Batch:
 
     def positions(self) -> torch.Tensor:
         """Return [B, T] positions that restart with each document; of packed rows only."""
-        documents = self._documents()
-        counted = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-        begins = torch.ones_like(documents, dtype=torch.bool)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        return counted - torch.where(begins, counted, 0).cummax(1).values
+        return positions_in(self._documents())
 
     def document_mask(self) -> torch.Tensor:
         """Return [B, 1, T, T] bool: what is before a token in its own document, and itself."""
@@ -91,6 +87,18 @@ class Batch:
         if self.documents is None:
             raise ValueError("the batch must hold packed rows, found single documents")
         return self.documents
+
+
+def positions_in(documents: torch.Tensor) -> torch.Tensor:
+    """Return [B, T] positions that restart where a row's next document, or padding, begins.
+
+    Args:
+        documents: [B, T] of any dtype, one value on each document and another one beside it.
+    """
+    counted = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return counted - torch.where(begins, counted, 0).cummax(1).values
 
 
 def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:

@@ -162,6 +162,11 @@ class CausalLM(nn.Module):
                 block.window = window
         self.windows = tuple({block.window for block in self.blocks})
 
+    @property
+    def by_length(self) -> bool:
+        """Whether a token's rotary embeddings depend on the length of its document."""
+        return any(rope and rope.scaling and rope.scaling.by_length for rope in self.ropes)
+
     def outgrows(self, positions: Tensor) -> bool:
         """Return whether new tokens at `positions` invalidate the cache, so that all must be rerun.
 

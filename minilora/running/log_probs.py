@@ -11,7 +11,7 @@ from minilora.data import IGNORE, Batch, PairBatch
 from minilora.kernels import linear_cross_entropy
 from minilora.models import CausalLM, is_plain_linear
 from minilora.running.foreign import is_foreign, own_logits, read_by_head
-from minilora.running.loss import forward_logits
+from minilora.running.loss import beside_padding, forward_logits
 
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where a head is wrapped or trained
 
@@ -52,7 +52,7 @@ def shares_prompts(model: nn.Module, batch: PairBatch) -> bool:
     return (
         tokens <= model.config.context_length
         and all(window is None or window >= tokens for window in model.windows)
-        and not any(rope and rope.scaling and rope.scaling.by_length for rope in model.ropes)
+        and not model.by_length
     )
 
 
@@ -75,7 +75,8 @@ def _in_rows(model: nn.Module, rows: Batch) -> tuple[Tensor, Tensor]:
     learned = labels != IGNORE
     owners = learned.nonzero(as_tuple=True)[0]
     if isinstance(model, CausalLM):
-        read = model.hidden(rows.input_ids)[:, :-1][learned]
+        beside = beside_padding(model, rows.attention_mask)
+        read = model.hidden(rows.input_ids, **beside)[:, :-1][learned]
         return _own_head(model, read, labels[learned]), owners
     if (hidden := read_by_head(model, rows)) is not None:
         head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]

@@ -4,12 +4,13 @@ Models of `minilora.models` compute it themselves (`models/causal.py`, `kernels/
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.data import IGNORE, NOT_ONE_TEXT, Batch, PairBatch
+from minilora.data import IGNORE, NOT_ONE_TEXT, Batch, PairBatch, positions_in
 from minilora.running.arguments import argument_names
 from minilora.running.foreign import is_foreign, keeps_apart, mean_without_logits, own_logits
 
@@ -52,7 +53,11 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         )
     known = argument_names(getattr(type(model), "loss", None))
     if known >= {"input_ids", "labels"}:
-        beside = {"positions": batch.positions(), "mask": batch.document_mask()} if packed else {}
+        beside = (
+            {"positions": batch.positions(), "mask": batch.document_mask()}
+            if packed
+            else beside_padding(model, batch.attention_mask)
+        )
         mean = model.loss(batch.input_ids, batch.labels, **beside)  # type: ignore[operator]
         return _full(mean) * tokens, tokens
     if (mean := mean_without_logits(model, batch)) is not None:
@@ -78,6 +83,16 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def beside_padding(model: Any, attention_mask: torch.Tensor | None) -> dict[str, Any]:
+    """Return the positions that one of our models needs lest padding count into a row's length.
+
+    Rotary embeddings of some types depend on that; with others positions need not be given.
+    """
+    if attention_mask is None or not getattr(model, "by_length", False):
+        return {}
+    return {"positions": positions_in(attention_mask)}
+
+
 def forward_logits(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -92,7 +107,7 @@ def forward_logits(
     Returns:
         [B, T, V] in the model's dtype.
     """
-    kwargs = {}
+    kwargs = beside_padding(model, attention_mask)
     if attention_mask is not None and "attention_mask" in argument_names(model.forward):
         kwargs["attention_mask"] = attention_mask.long()
     output = model(input_ids, **kwargs)
