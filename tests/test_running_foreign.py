@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from foreign_models import KINDS, foreign
 from small_models import shake
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
 import minilora
 from minilora.data import IGNORE, Example, pack, pad
@@ -107,6 +109,34 @@ def test_packed_documents_are_kept_apart_or_packing_is_refused(kind):
     config = minilora.TrainConfig(max_steps=1, dtype="float32")
     with pytest.raises(ValueError, match=r"apart, but .* does not, and example \d of train is"):
         minilora.fit(model, rows, config=config, quiet=True)
+
+
+def _one_row_apart(module, q, k, v, attention_mask, position_ids=None, scaling=None, **_):
+    """Attend as flash attention does in transformers 5, which asks this of the positions."""
+    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    if _is_packed_sequence(position_ids, len(q)):
+        document = (position_ids[0] == 0).cumsum(0)
+        mask = mask & (document[:, None] == document)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def test_attention_that_keeps_documents_apart_in_batches_of_one_row_alone_is_found_out():
+    """Also where it comes after the model has been tried with another one."""
+    AttentionInterface.register("one_row_apart", _one_row_apart)
+    AttentionMaskInterface.register("one_row_apart", lambda *_, **__: None)
+    fresh, tried = foreign("llama"), foreign("llama")
+    assert takes_packed(tried)
+    for model in (fresh, tried):
+        model.set_attn_implementation("one_row_apart")
+        first = torch.tensor([_rows((11,))[0]])
+        changed = torch.cat(((first[:, :5] + 1) % 256, first[:, 5:]), 1)
+        positions = torch.tensor([[*range(5), *range(6)]])
+        one, two = (model(ids, position_ids=positions).logits[:, 5:] for ids in (first, changed))
+        assert torch.equal(one, two)  # one row is fine
+        assert not takes_packed(model)
+        model.set_attn_implementation("sdpa")
+        assert takes_packed(model)
 
 
 @pytest.mark.parametrize("kind", sorted(APART))

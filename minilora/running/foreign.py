@@ -1,7 +1,8 @@
 """Causal language models of transformers: their loss without logits, and text through their cache.
 
 Each class has a forward of its own. So whether its logits are the head's output and nothing else,
-and whether it keeps documents in one row apart, is tried on a few tokens, once for each model.
+and whether it keeps documents in one row apart, is tried on a few tokens, once for each model and
+implementation of its attention.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from minilora.running.arguments import argument_names
 Rows = list[list[int]]
 _CACHES = ("past_key_values", "cache_params")  # names of what a model takes and returns
 _LEAK = 1e-3  # of the difference that another document makes where nothing keeps it apart
-_known: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], bool]] = WeakKeyDictionary()
 
 
 def is_foreign(model: nn.Module) -> bool:
@@ -29,17 +30,17 @@ def is_foreign(model: nn.Module) -> bool:
     return hasattr(config, "to_json_string") and hasattr(model, "base_model")
 
 
-def _tried(model: nn.Module, what: Callable[[Any], bool]) -> bool:
+def _tried(model: Any, what: Callable[[Any], bool]) -> bool:
     known = _known.setdefault(model, {})
-    if what.__name__ not in known:
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    key = what.__name__, attention  # which `set_attn_implementation` changes
+    if key not in known:
         with inference(model), widened(model):
             try:
-                known[what.__name__] = what(model)
-            except (
-                Exception
-            ):  # whatever a stranger raises: it is run as a whole, and may raise then
-                known[what.__name__] = False
-    return known[what.__name__]
+                known[key] = what(model)
+            except Exception:  # a stranger's: the model is run as a whole, and may raise then
+                known[key] = False
+    return known[key]
 
 
 # --- loss
@@ -89,9 +90,9 @@ def _beside(module: nn.Module, batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
-def _ids(model: Any, *ids: int) -> Tensor:
+def _ids(model: Any, *rows: tuple[int, ...]) -> Tensor:
     device = next(model.parameters()).device
-    return torch.tensor([ids], device=device) % model.config.vocab_size
+    return torch.tensor(rows, device=device) % model.config.vocab_size
 
 
 def _head_is_all(model: Any) -> bool:
@@ -106,7 +107,7 @@ def _head_is_all(model: Any) -> bool:
         body.register_forward_hook(lambda _, __, output: hidden.append(output[0])),
     )
     try:
-        logits = model(_ids(model, 1, 3, 2, 5)).logits
+        logits = model(_ids(model, (1, 3, 2, 5))).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -123,26 +124,27 @@ def keeps_apart(model: nn.Module) -> bool:
 
 
 def _sees_one_document(model: Any) -> bool:
-    """Return whether packing a document after another leaves its logits as they are alone."""
+    """Return whether packing a document after another leaves its logits as they are alone.
+
+    In two rows: flash attention in transformers 5 reads documents off the positions of one alone.
+    """
     first, other, second = (1, 7, 2, 6, 3), (5, 4, 6, 2, 7), (2, 7, 1, 5, 3, 6)
     if model.config.vocab_size < 8:
         return False
     restart = _positions(model, len(first), len(second))
 
-    def logits(*ids: int, **options: Any) -> Tensor:
-        found = model(_ids(model, *ids), use_cache=False, **options).logits
-        return found[0, -len(second) :].double()
+    def logits(*rows: tuple[int, ...], **options: Any) -> Tensor:
+        found = model(_ids(model, *rows), use_cache=False, **options).logits
+        return found[:, -len(second) :].double()
 
-    packed = logits(*first, *second, position_ids=restart)
-    moved = (packed - logits(*other, *second, position_ids=restart)).abs().max()
-    alone = logits(*second)
-    shifted = (packed - alone).abs().max()
-    mixed = [logits(*document, *second) for document in (first, other)]
+    rows = (first + second, other + second)
+    packed = logits(*rows, position_ids=restart.repeat(2, 1))
+    mixed, alone = logits(*rows), logits(second)
     eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
     near = max(_LEAK, 4 * eps)  # experts, and GEMMs of other sizes, round otherwise
     return bool(
-        moved <= near * (mixed[0] - mixed[1]).abs().max()
-        and shifted <= near * (mixed[0] - alone).abs().max()
+        (packed[0] - packed[1]).abs().max() <= near * (mixed[0] - mixed[1]).abs().max()
+        and (packed - alone).abs().max() <= near * (mixed - alone).abs().max()
     )
 
 
