@@ -18,6 +18,7 @@ from byte_tokenizer import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 import minilora
 from minilora.data import Encoding, Example, as_examples, encode_prompt, read_data, recognition
@@ -325,20 +326,23 @@ def test_files_of_a_missing_file_says_so(tmp_path):
 texts = st.text(st.sampled_from("ab <|>\n\té🙂"), min_size=1, max_size=12) | st.sampled_from(
     ["<|endoftext|>", "a<|im_end|>b", "<|begin|>"]
 )
+answers = texts.filter(str.strip)
 
 
-@given(texts, texts | st.just(""), st.booleans(), st.booleans(), st.booleans())
-def test_read_data_learns_texts_and_completions(text, prompt, begin, close, completion_only):
+@given(texts, texts | st.just(""), answers, st.booleans(), st.booleans(), st.booleans())
+def test_read_data_learns_texts_and_completions(
+    text, prompt, answer, begin, close, completion_only
+):
     """Framed once, whatever the tokenizer puts around; names of control tokens stay text."""
     tokenizer = byte_tokenizer(begin=begin, close=close)
     first = [(BEGIN, True)] if begin else []
     found, _ = encode_one({"text": text}, tokenizer, completion_only=completion_only)
     assert found == pieces(*first, (text, True), (END, True))
-    record = {"prompt": prompt, "completion": text}
+    record = {"prompt": prompt, "completion": answer}
     found, _ = encode_one(record, tokenizer, completion_only=completion_only)
     own = not completion_only
     first = [(BEGIN, own)] if begin else []
-    assert found == pieces(*first, (prompt, own), (text, True), (END, True))
+    assert found == pieces(*first, (prompt, own), (answer, True), (END, True))
 
 
 @given(texts | st.just(""), st.booleans(), st.booleans())
@@ -363,11 +367,11 @@ def test_read_data_refuses_a_tokenizer_without_an_end():
 # --- encoding conversations ---------------------------------------------------------------------
 
 messages = st.lists(
-    st.tuples(st.sampled_from(["user", "assistant", "system"]), texts), min_size=0, max_size=5
+    st.tuples(st.sampled_from(["user", "assistant", "system"]), answers), min_size=0, max_size=5
 )
 
 
-@given(st.sampled_from(["user", "system"]), texts, messages, texts, messages, st.booleans())
+@given(st.sampled_from(["user", "system"]), texts, messages, answers, messages, st.booleans())
 def test_read_data_learns_assistant_turns(role, text, before, answer, after, completion_only):
     turns = [(role, text), *before, ("assistant", answer), *after]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -381,8 +385,8 @@ def test_read_data_learns_assistant_turns(role, text, before, answer, after, com
     assert found == (ids, labels if completion_only else ids)
 
 
-def test_read_data_learns_a_token_that_straddles_the_start():
-    """A token of the prompt's last character and the answer's first is the answer's."""
+def test_an_answer_is_learned_behind_the_tokens_it_will_be_asked_with():
+    """Encoded as one text, the prompt's last character and the answer's first were one token."""
     tokenizer = byte_tokenizer(PLAIN, merges=[(":", "x")])
     merged = tokenizer.encode(":x")
     assert len(merged) == 1 and merged[0] > STOP
@@ -390,12 +394,28 @@ def test_read_data_learns_a_token_that_straddles_the_start():
         "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "xy"}]
     }
     found, _ = encode_one(record, tokenizer)
-    assert found == pieces(
-        ("u", False), (merged[0], False), ("\na", False), (merged[0], True), ("y\n", True)
-    )
+    assert found == pieces(("u", False), (merged[0], False), ("\na:", False), ("xy\n", True))
+    asked = tokenizer.encode_chat(record["messages"][:1])
+    assert found[0][: len(asked)] == asked and found[1][len(asked)] == ord("x")
+    whole, _ = encode_one(record, tokenizer, completion_only=False)
+    assert whole[0].count(merged[0]) == 2  # learned whole, it is one text
 
 
-@given(texts, texts, st.booleans())
+@pytest.mark.parametrize("talk", [True, False])
+@pytest.mark.parametrize(("answer", "inside"), [("yes", True), (" yes", False)])
+def test_an_answer_within_a_token_of_its_prompt_is_named(answer, inside, talk):
+    """Where the vocabulary puts a space before each text, so that it is encoded as one."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    record = {"messages": turns} if talk else {"prompt": "a:", "completion": answer}
+    tokenizer = byte_tokenizer(PLAIN, merges=[(":", "y")])
+    backend = tokenizer._backend
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    assert not tokenizer.joins
+    notes = encode_one(record, tokenizer)[1].notes
+    assert any("an answer begins inside a token of its prompt" in note for note in notes) == inside
+
+
+@given(texts, answers, st.booleans())
 def test_read_data_puts_prompts_through_the_chat_template(prompt, completion, only):
     tokenizer = byte_tokenizer(CHATML)
     record = {"prompt": prompt, "completion": completion}
@@ -483,13 +503,13 @@ def test_read_data_is_in_the_public_interface():
 
 kinds = st.one_of(
     st.builds(lambda a: {"text": a}, texts),
-    st.builds(lambda a, b: {"prompt": a, "completion": b}, texts | st.just(""), texts),
+    st.builds(lambda a, b: {"prompt": a, "completion": b}, texts | st.just(""), answers),
     st.builds(
         lambda a, b: {
             "messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
         },
         texts,
-        texts,
+        answers,
     ),
 )
 

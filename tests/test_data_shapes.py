@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, talk
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from minilora.data import DataFiles, Encoding, Stream, read_data, streamed
 from minilora.data.docstrings import SPLITS, built_in, docstring_rows
 from minilora.data.foreign_shapes import FOREIGN
-from minilora.data.record_files import check_streamed
+from minilora.data.record_files import check_streamed, files_in
 
 ASKED = [{"role": "user", "content": "hi"}]
 TALK = [*ASKED, {"role": "assistant", "content": "hello"}]
@@ -106,7 +108,10 @@ def test_of_a_conversation_cut_in_two_the_completion_alone_is_learned():
     assert found != learned({"messages": [*prompt, answer]})[0]
 
 
-@given(st.sampled_from(["", "System."]), st.text(min_size=1), st.text(min_size=1))
+said = st.text().filter(str.strip)
+
+
+@given(st.sampled_from(["", "System."]), said, said)
 def test_without_a_chat_template_a_question_has_alpacas_form(system, question, answer):
     record = {"question": question, "answer": answer, **({"system": system} if system else {})}
     before = f"{system}\n\n" if system else ""
@@ -130,6 +135,46 @@ def test_calls_of_tools_are_answers():
     written = '[{"name": "add"}]'
     as_text = [*ASKED, {"role": "assistant", "content": written}, *messages[2:]]
     assert learned({"messages": messages}, TOOLS)[0] == learned({"messages": as_text}, TOOLS)[0]
+
+
+WRITTEN = {  # arguments: how a template writes them, and whether it wants an object
+    "{{ call.arguments | tojson }}": True,
+    "{{ call | tojson(indent=1) }}": True,
+    "{% for key, value in call.arguments.items() %}{{ key ~ '=' ~ value }}{% endfor %}": True,
+    "{{ '```' + call.arguments + '```' }}": False,
+    "{{ call.arguments if call.arguments is string else call.arguments | tojson }}": False,
+}
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_arguments_of_calls_as_text_are_read_as_the_template_wants_them(written, within):
+    """Judge: transformers' text of what the template wants, object or string."""
+    transformers = pytest.importorskip("transformers")
+    template = TOOLS.replace(
+        "(m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>\n' }}",
+        "'' }}{% for c in m.tool_calls or [] %}{% set call = c.function or c %}"
+        + written + "{% endfor %}{{ '<|im_end|>\n' }}",
+    )  # fmt: skip
+    assert template != TOOLS
+
+    def messages(arguments):
+        call = {"name": "add", "arguments": arguments}
+        call = {"type": "function", "function": call} if within else call
+        return [*ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    given = '{"a": "é \\"x\\"", "b": {"c": [1]}}'
+    wants = json.loads(given) if WRITTEN[written] else given
+    tokenizer = byte_tokenizer(template)
+    (example,), report = read_data([{"messages": messages(given)}], tokenizer)
+    judge = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend)
+    text = judge.apply_chat_template(messages(wants), chat_template=template, tokenize=False)
+    assert tokenizer.decode(example.input_ids, skip_special=False) == text
+    assert any("are read as objects" in note for note in report.notes) == WRITTEN[written]
+    assert example == read_data([{"messages": messages(wants)}], tokenizer)[0][0]
+    for other in ("three", "[1]", ""):  # no object: stays text
+        found = read_data([{"messages": messages(other)}], byte_tokenizer(TOOLS))[0][0]
+        assert json.dumps(other) in tokenizer.decode(found.input_ids)
 
 
 BAD = [
@@ -239,6 +284,75 @@ def test_a_system_message_is_put_before_conversations_that_have_none():
     assert found == learned({"messages": [SYSTEM, *TALK]})[0]
 
 
+def test_a_prompts_own_answers_are_learned_with_all_tokens():
+    messages = talk("user", "assistant", "user", "assistant")
+    record = {"prompt": messages[:3], "completion": messages[3:]}
+    whole = learned({"messages": messages}, completion_only=False)[0]
+    assert learned(record, completion_only=False)[0] == whole
+    alone = [{**messages[1], "weight": 0} if i == 1 else m for i, m in enumerate(messages)]
+    assert learned(record)[0] == learned({"messages": alone})[0]
+
+
+def test_the_last_turn_alone_and_all_tokens_exclude_each_other():
+    with pytest.raises(ValueError, match=r"\(--last-turn\) learns .* \(--all-tokens\) .*leave one"):
+        learned({"messages": TALK}, last_turn=True, completion_only=False)
+
+
+BLANKS = ["\n", " ", "\t \u3000"]
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"question": "hi", "answer": ...}, "answer"),
+        ({"question": ..., "answer": "hi"}, "question"),
+        ({"instruction": ..., "input": ..., "output": "hi"}, "question"),
+        ({"prompt": "hi", "completion": ...}, "completion"),
+        ({"messages": [*ASKED, {"role": "assistant", "content": ...}]}, r"messages\[1\].content"),
+        ({"prompt": "hi", "chosen": ..., "rejected": "a"}, "chosen"),
+        ({"question": "hi", "chosen": "a", "rejected": ...}, "rejected"),
+        ({"question": ..., "chosen": "a", "rejected": "b"}, "question"),
+    ],
+)
+def test_white_space_says_nothing(record, name, blank):
+    record = json.loads(json.dumps(record, default=lambda _: blank))
+    empty = {"instruction": "must not be empty"}  # as nothing is joined
+    said = next((empty[key] for key in record if key in empty), "must say something, found only")
+    with pytest.raises(ValueError, match=f"{name} {said}"):
+        learned(record)
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_white_space_is_text_and_may_be_asked_with(blank):
+    assert (
+        learned({"text": blank * 2})[0] == learned({"input_ids": [*(blank * 2).encode(), 256]})[0]
+    )
+    assert learned({"prompt": blank, "completion": "b"})[0]
+    call = {"role": "assistant", "content": blank, "tool_calls": [{"name": "add"}]}
+    assert learned({"messages": [*ASKED, call]}, TOOLS)[0]
+
+
+def test_only_what_says_something_of_a_question_is_joined():
+    wanted = learned({"question": "1+1", "answer": "2"})[0]
+    for empty in ("", " "):
+        assert learned({"instruction": empty, "input": "1+1", "output": "2"})[0] == wanted
+        assert learned({"instruction": "1+1", "context": empty, "response": "2"})[0] == wanted
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_conversation_gets_one_system_message(role):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    own = [{"from": role, "value": "Be brief."}, *turns]
+    wanted = learned({"conversations": own})[0]
+    assert learned({"conversations": own, "system": "Be brief."})[0] == wanted
+    assert learned({"conversations": own, "system": ""})[0] == wanted
+    with pytest.raises(
+        ValueError, match=r"found another one .* \('Mine.'\) than .* \('Be brief.'\)"
+    ):
+        learned({"conversations": own, "system": "Mine."})
+
+
 def test_only_the_last_turn_is_learned():
     messages = talk("user", "assistant", "user", "assistant")
     wanted = [{**m, "weight": 0} if i == 1 else m for i, m in enumerate(messages)]
@@ -342,6 +456,87 @@ def test_a_folder_is_its_files_in_order(tmp_path):
     (tmp_path / "README.md").write_text("no data")
     (tmp_path / "LICENSE.txt").write_text("no data either, beside tables")
     assert read_data(tmp_path, byte_tokenizer())[0] == read_data(ROWS, byte_tokenizer())[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["test.jsonl", "rows.jsonl"], "other and test"),
+        (["my_validation.csv", "a.jsonl", "train.jsonl"], "other and training and validation"),
+        (["dev-0.jsonl", "test-0.jsonl"], "test and validation"),
+        (["train.jsonl", "test.jsonl"], "test and training"),
+        (["train.jsonl", "more.jsonl"], None),
+        (["test-0.jsonl", "test-1.jsonl"], None),
+        (["latest.jsonl", "rows.jsonl"], None),
+    ],
+)
+def test_a_folders_held_out_files_are_not_read_with_others(tmp_path, names, found):
+    for name in names:
+        (tmp_path / name).write_bytes((table if name.endswith("csv") else json_lines)(ROWS))
+    if found is None:
+        assert [Path(each).name for each in files_in([tmp_path])] == sorted(names)
+    else:
+        message = rf"found by their names {found} data \({', '.join(sorted(names))}\); name the"
+        with pytest.raises(ValueError, match=message):
+            files_in([tmp_path])
+
+
+def test_what_a_folder_holds_beside_its_data_is_named(tmp_path):
+    """Not what is hidden or describes a data set."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.jsonl", "b.xlsx", "LICENSE.txt", ".hidden", "dataset_info.json", "sub/c.jsonl"):
+        (tmp_path / name).write_bytes(json_lines(ROWS))
+    said = f"not read: {tmp_path}/LICENSE.txt, {tmp_path}/b.xlsx, {tmp_path}/sub"
+    assert read_data([tmp_path], byte_tokenizer(CHATML))[1].notes == (said,)
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        streamed([tmp_path], byte_tokenizer(CHATML), Encoding(64))
+    assert not read_data([tmp_path / "a.jsonl"], byte_tokenizer(CHATML))[1].notes
+
+
+@pytest.mark.parametrize("key", ["examples", "data", "train"])
+def test_a_record_that_holds_a_list_is_a_record(tmp_path, key):
+    """And of an object that is none, what is left out is said."""
+    (tmp_path / "a.json").write_bytes(json_text({**ROWS[0], key: ROWS[1:]}))
+    found, report = read_data(tmp_path / "a.json", byte_tokenizer(CHATML))
+    assert found == read_data(ROWS[:1], byte_tokenizer(CHATML))[0]
+    assert report.notes == (f"ignored fields, with how often they occur: {key} (1)",)
+    for name in ("b.json", "b.jsonl"):
+        (tmp_path / name).write_bytes(json_text({key: ROWS, "test": ROWS[:1], "v": 1}, indent=1))
+        found, report = read_data(tmp_path / name, byte_tokenizer(CHATML))
+        assert found == read_data(ROWS, byte_tokenizer(CHATML))[0]
+        assert report.notes == (f"{tmp_path / name}: {key} is read, not test, v",)
+    with pytest.warns(UserWarning, match=f"b.jsonl: {key} is read, not test, v"):
+        assert (
+            len(list(streamed([tmp_path / "b.jsonl"], byte_tokenizer(), Encoding(9)).source)) == 2
+        )
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_twice_is_refused(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = [pyarrow.array([text]) for text in ("q", "first", "second")]
+    twice = pyarrow.Table.from_arrays(columns, names=["question", "answer", "answer"])
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        parquet.write_table(twice, file)
+    else:
+        with pyarrow.ipc.new_stream(file, twice.schema) as stream:
+            stream.write_table(twice)
+    message = f"a.{kind}: must name each column once, found question, answer, answer"
+    with pytest.raises(ValueError, match=message):
+        read_data(file, byte_tokenizer(CHATML))
+
+
+def test_a_table_may_begin_with_blank_lines(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\n \r\n" + table(ROWS))
+    assert (
+        read_data(tmp_path / "a.csv", byte_tokenizer())[0] == read_data(ROWS, byte_tokenizer())[0]
+    )
+    (tmp_path / "b.csv").write_bytes(b"\n\ntext,b\na,b\n1\n")
+    with pytest.raises(ValueError, match=r"b\.csv:5: must have the first line's 2 fields"):
+        read_data(tmp_path / "b.csv", byte_tokenizer())
 
 
 @pytest.mark.parametrize("split", [True, False])

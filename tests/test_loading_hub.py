@@ -407,11 +407,13 @@ def data(hub, tmp_path):
         "one/data.csv": b"question,answer\na,b\n",
         "one/LICENSE.txt": b"free",
         "none/script.py": b"pass",
+        "mixed/rows.csv": b"question,answer\na,b\n",
+        "mixed/test.csv": b"question,answer\nc,d\n",
     }
     for name, content in files.items():
         (tmp_path / "sets" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sets" / name).write_bytes(content)
-    for name in ("many", "one", "none"):
+    for name in ("many", "one", "none", "mixed"):
         hub.add(f"someone/{name}", tmp_path / "sets" / name)
     return hub
 
@@ -421,7 +423,7 @@ def test_a_data_set_of_the_hub_is_its_training_files(data, offline):
     for go_offline in (False, True):
         if go_offline:
             offline()
-        rows, problems = read_rows(files_in(["someone/many/en", "someone/one"]), Encoding(9))
+        rows, problems, _ = read_rows(files_in(["someone/many/en", "someone/one"]), Encoding(9))
         assert [row for _, row in rows] == [
             {"text": "a"}, {"text": "b"}, {"question": "a", "answer": "b"}
         ]  # fmt: skip
@@ -434,6 +436,7 @@ def test_a_data_set_of_the_hub_is_its_training_files(data, offline):
     ("name", "message"),
     [
         ("someone/many", "in one place, found them in de, en; name one as OWNER/NAME/FOLDER"),
+        ("someone/mixed", r"names other and test data \(rows.csv, test.csv\); download them, and"),
         ("someone/none", "in one place, found none of .jsonl"),
         ("someone/lacking", "the hub has no 'someone/lacking' that you may read"),
     ],

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 from minilora.data.examples import IGNORE, Example, learned_labels
@@ -28,6 +29,14 @@ _PARSED = (
 _NAMED = (
     "names of control tokens are read as text (parse_special=True reads them as tokens, in text, "
     "prompt and completion)"
+)
+_INSIDE = (
+    "an answer begins inside a token of its prompt, so it is learned behind other tokens than it "
+    "will be asked with; begin it elsewhere"
+)
+_PARSED_CALLS = (
+    "the arguments of calls are JSON as text, and are read as objects, since the chat template "
+    "writes them as JSON"
 )
 _LEFT_OUT = "answers that are marked (weight, train, …) are not learned"
 
@@ -48,6 +57,11 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
+        if self.last_turn and not self.completion_only:
+            raise ValueError(
+                "last_turn=True (--last-turn) learns one answer alone, found completion_only=False "
+                "(--all-tokens) too, which learns all; leave one out"
+            )
         check_skip_bad(self.skip_bad)
 
 
@@ -84,6 +98,32 @@ def _openers(tokenizer: Tokenizer) -> set[str]:
 def _begin(tokenizer: Tokenizer) -> list[int]:
     begin = tokenizer.encode("")[:1]
     return begin if begin == [tokenizer.bos_id] else []
+
+
+def _with_objects(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return messages with calls' arguments that are a JSON object as text parsed, and the texts.
+
+    A call has them itself, or in its `function`.
+    """
+    texts: list[str] = []
+
+    def parsed(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        call = {**call, "function": parsed(call["function"])} if "function" in call else call
+        with contextlib.suppress(ValueError, RecursionError, TypeError):
+            found = json.loads(text := call.get("arguments"))
+            if isinstance(found, dict):
+                texts.append(text)
+                return {**call, "arguments": found}
+        return call
+
+    found = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        made = {"tool_calls": [parsed(call) for call in calls]} if isinstance(calls, list) else {}
+        found.append({**message, **made})
+    return found, texts
 
 
 class Row:
@@ -162,8 +202,12 @@ class Encoder:
                     row.add(ids, ids if learned else None)
         else:  # as one text: vocabularies that begin each with a space, or mark what goes on
             start = len(texts[0]) if only and texts[0] else -1
+            reached = {-1}
             for ids, ends in tokenizer.pieces(whole, parse_special=parse):
+                reached.update(ends)
                 row.add(ids, [i if e > start else IGNORE for i, e in zip(ids, ends, strict=True)])
+            if start not in reached:
+                self.note(_INSIDE, name)
         stops = [text for text, i in tokenizer.control.items() if i in tokenizer.stop_ids]
         if not (parse and whole.rstrip().endswith(tuple(stops))):
             row.add([tokenizer.eos_id], [tokenizer.eos_id])
@@ -187,15 +231,18 @@ class Encoder:
     ) -> list[Row]:
         """Encode a conversation, whose template may read other fields of the record.
 
-        Of the first `asked` messages nothing is learned: they are the prompt.
+        The first `asked` messages are the prompt: their answers are learned as other turns are.
         """
         variables = self._variables(record)
         if variables:
             self.note(f"the chat template reads {', '.join(variables)}", name)
         if any(left_out(m) for m in messages if m["role"] == "assistant"):
             self.note(_LEFT_OUT, name)
-        marked = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:asked]]
-        messages = marked + messages[asked:]
+        if self.options.completion_only:
+            unlearned = [
+                {**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:asked]
+            ]
+            messages = unlearned + messages[asked:]
         if self.options.system is not None and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": self.options.system}, *messages]
         if self.options.last_turn:
@@ -203,6 +250,7 @@ class Encoder:
             messages = [m if i == last else {**m, "weight": 0} for i, m in enumerate(messages)]
         for message in messages:
             self._ignore_of(message)
+        messages = self._objects(messages, variables, name)
         talk = Conversation(self.tokenizer, messages, variables)
         texts, notes = learned_texts(talk, messages, self.options.completion_only)
         for note in [_NAMED] * talk.names_control + notes:
@@ -210,7 +258,7 @@ class Encoder:
         rows, ended = [], False
         for text, ranges in texts:
             rows.append(row := Row(self.options.max_length))
-            for ids, ends in talk.pieces(text):
+            for ids, ends in self._asked(talk, text, ranges, name):
                 learned = [bisect_left(ranges, end) % 2 == 1 for end in ends]
                 labels = [i if known else IGNORE for i, known in zip(ids, learned, strict=True)]
                 ended |= not self.tokenizer.stop_ids.isdisjoint(labels)
@@ -218,6 +266,45 @@ class Encoder:
         if rows and not ended:
             self.note(_ENDLESS, name)
         return rows
+
+    def _asked(
+        self, talk: Conversation, text: str, ranges: Sequence[int], name: str
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the ids of a text and the character after each, each answer's from its own start.
+
+        It will be asked for behind its prompt alone, whose last token must not reach into it.
+        """
+        starts = list(ranges[::2]) if self.options.completion_only else []
+        cuts = [0, *starts, len(text)] if self.tokenizer.joins else [0, len(text)]
+        reached = {0}
+        for begin, end in pairwise(cuts):
+            for ids, ends in talk.pieces(text[begin:end]):
+                within = [begin + each for each in ends]
+                reached.update(within)
+                yield ids, within
+        if not reached.issuperset(starts):
+            self.note(_INSIDE, name)
+
+    def _objects(
+        self, messages: list[dict[str, Any]], variables: Mapping[str, Any], name: str
+    ) -> list[dict[str, Any]]:
+        """Return messages with the arguments of calls as the chat template wants them.
+
+        OpenAI's are JSON as text. A template that writes JSON would write such a text in quotes,
+        or fails.
+        """
+        parsed, texts = _with_objects(messages)
+        if not texts:
+            return messages
+        try:
+            written = self.tokenizer.render(messages, add_generation_prompt=False, **variables)
+        except ValueError:
+            written = None
+        quoted = [json.dumps(text, ensure_ascii=asc) for text in texts for asc in (True, False)]
+        if written is not None and not any(each in written for each in quoted):
+            return messages
+        self.note(_PARSED_CALLS, name)
+        return parsed
 
     def _variables(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a record that the chat template reads."""

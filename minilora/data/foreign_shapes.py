@@ -7,6 +7,7 @@ from typing import Any
 
 from minilora.data.encoder import Encoder, Row
 from minilora.data.shapes import MESSAGES, QUESTION, Record, Shape, as_messages, check_string
+from minilora.files import short
 
 
 def _foreign(
@@ -32,8 +33,8 @@ def _question(asked: str, answer: str, beside: str = "") -> Shape:
         question, more = record[asked], record.get(beside)
         if more is not None:
             check_string(more, beside, may_be_empty=True)
-        if isinstance(question, str) and isinstance(more, str) and more:
-            question = f"{question}\n\n{more}"
+        if isinstance(question, str) and isinstance(more, str):
+            question = "\n\n".join(part for part in (question, more) if part.strip())
         rest = {k: v for k, v in record.items() if k not in (asked, answer, beside)}
         return {**rest, "question": question, "answer": record[answer]}
 
@@ -54,6 +55,9 @@ _SPEAKERS = {
 }
 
 
+_SYSTEM = ("system", "developer")
+
+
 def _conversation(key: str) -> Shape:
     """Return the shape of ShareGPT's conversations: a list of {"from", "value"}, or of messages."""
 
@@ -62,13 +66,26 @@ def _conversation(key: str) -> Shape:
         if isinstance(turns, str):
             turns = as_messages(turns)
         if isinstance(turns, list):
-            turns = [spoken(turn) for turn in turns]
-            if record.get("system"):
-                turns = [{"role": "system", "content": record["system"]}, *turns]
+            turns = as_messages([spoken(turn) for turn in turns])
+            turns = _with_system(record.get("system"), turns)
         rest = {k: v for k, v in record.items() if k not in (key, "system")}
         return {**rest, "messages": turns}
 
     return _foreign(f"{key}: read as messages", MESSAGES, convert, (key,), ("system",))
+
+
+def _with_system(system: Any, turns: list[Any]) -> list[Any]:
+    """Return a conversation with the message of a record's field `system`, unless it has it."""
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    if not system or (first.get("role") in _SYSTEM and first.get("content") == system):
+        return turns
+    if first.get("role") in _SYSTEM:
+        raise ValueError(
+            f"a conversation must have one system message, found another one in the field system "
+            f"({short(system)}) than in the first turn ({short(first.get('content'))}); take one "
+            "out"
+        )
+    return [{"role": "system", "content": system}, *turns]
 
 
 def spoken(turn: Any) -> Any:

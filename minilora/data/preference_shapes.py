@@ -20,6 +20,7 @@ from minilora.data.shapes import (
     Record,
     Shape,
     as_messages,
+    check_said,
     check_string,
 )
 
@@ -41,7 +42,7 @@ def _wanted(label: Any) -> bool | None:
 def _answer(value: Any, key: str) -> Any:
     """Return an answer as a text or a list of messages."""
     if isinstance(value, str):
-        check_string(value, key, may_be_empty=False)
+        check_said(value, key)
         return value
     value = as_messages([spoken(value)] if isinstance(value, dict) else value)
     if not isinstance(value, list) or not value:
@@ -111,10 +112,10 @@ def _after_messages(key: str) -> Callable[[Record], tuple[Any, list[Any]]]:
 
 
 def _after_question(record: Record) -> tuple[Any, list[Any]]:
-    check_string(record["question"], "question", may_be_empty=False)
+    check_said(record["question"], "question")
     answers = [record[key] for key in _ANSWERS]
     for key, answer in zip(_ANSWERS, answers, strict=True):
-        check_string(answer, key, may_be_empty=False)
+        check_said(answer, key)
     return record["question"], answers
 
 

@@ -6,6 +6,7 @@ A reader takes an open binary file at its beginning. It yields the position of e
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from minilora.data.recognition import resolve
 from minilora.files import import_extra, unique_keys
 
 _MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
@@ -28,7 +30,8 @@ _OTHERS = {  # how files of other kinds begin, what they are, and what to do
 _TABLES = ("data", "rows", "records", "examples", "items", "train")  # in JSON, beside other keys
 _LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072 characters
 
-Row = tuple[str, Any]  # where it stands, and a record, or the ValueError that says what is wrong
+# Where it stands, and a record, the ValueError that says what is wrong, or a UserWarning to say.
+Row = tuple[str, Any]
 Reader = Callable[[BinaryIO], Iterator[Row]]
 
 
@@ -142,18 +145,25 @@ def _values(content: bytes) -> Iterator[Row]:
     value, inside = _parsed(content), ""
     if isinstance(value, ValueError):
         raise value
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not _is_record(value):
         lists = [k for k, v in value.items() if isinstance(v, list) and v and _objects(v)]
         lists = [k for k in lists if len(value) == 1 or k in _TABLES]
-        if len(lists) == 1 and lists[0] not in ("messages", "conversations"):
+        if len(lists) == 1:
             inside = lists[0]
+            if rest := [key for key in value if key != inside]:
+                yield "", UserWarning(f"{inside} is read, not {', '.join(rest)[:100]}")
             value = value[inside]
-        else:
-            value = [value]
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise ValueError(f"must hold an array of records, found {type(value).__name__}")
     for i, record in enumerate(value):
         yield f":{inside}[{i}]", record
+
+
+def _is_record(value: dict[str, Any]) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(resolve(value))
+    return False
 
 
 def _objects(values: list[Any]) -> bool:
@@ -187,17 +197,19 @@ def _csv(file: BinaryIO) -> Iterator[Row]:
     """Read a table whose first line names the fields; commas, semicolons or tabs part them."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     csv.field_size_limit(_LARGEST_FIELD)
-    number, empty = 1, True
+    blank, empty = 0, True  # lines above the first one
+    number = 1
     try:
-        first = text.readline()
-        if not first.strip():
+        while (first := text.readline()) and not first.strip():
+            blank += 1
+        if not first:
             return
         part = max("\t;,", key=first.count)  # the rarer in names go first, and last for one column
         table = csv.reader(itertools.chain([first], text), delimiter=part, strict=True)
         names = [name.strip() for name in next(table)]
         if not all(names) or len(set(names)) < len(names):
             raise ValueError(f"its first line must name each field once, found {first.strip()!r}")
-        number = table.line_num + 1
+        number = blank + table.line_num + 1
         for fields in table:
             empty = False
             if len(fields) == len(names):
@@ -210,7 +222,7 @@ def _csv(file: BinaryIO) -> Iterator[Row]:
                         "quote a field that holds the separator"
                     ),
                 )
-            number = table.line_num + 1
+            number = blank + table.line_num + 1
         if empty:
             raise ValueError(f"must hold a row below its first line, {first.strip()!r}, found none")
     except UnicodeDecodeError:
@@ -232,7 +244,7 @@ def _parquet(file: BinaryIO) -> Iterator[Row]:
 
     try:
         table = parquet.ParquetFile(file)
-        yield from _batches(table.iter_batches(1024))
+        yield from _batches(table.schema_arrow.names, table.iter_batches(1024))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"must be a Parquet file, found: {error}") from None
 
@@ -242,7 +254,7 @@ def _arrow(file: BinaryIO) -> Iterator[Row]:
     pyarrow = _pyarrow()
     try:
         with pyarrow.ipc.open_stream(file) as batches:
-            yield from _batches(batches)
+            yield from _batches(batches.schema.names, batches)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"must be an Arrow stream, found: {error}") from None
 
@@ -251,7 +263,9 @@ def _pyarrow() -> Any:
     return import_extra("pyarrow", "a Parquet or Arrow file")
 
 
-def _batches(batches: Any) -> Iterator[Row]:
+def _batches(names: list[str], batches: Any) -> Iterator[Row]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"must name each column once, found {', '.join(names)[:100]}")
     number = 0
     for batch in batches:
         for row in batch.to_pylist():

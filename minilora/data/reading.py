@@ -11,9 +11,9 @@ from typing import Any
 
 from minilora.data.encoder import Encoding
 from minilora.data.examples import Example
-from minilora.data.problems import BadRowsError, listed
+from minilora.data.problems import BadRowsError, joined, listed
 from minilora.data.readers import Row
-from minilora.data.record_files import StreamedFiles, files_in, read_rows
+from minilora.data.record_files import StreamedFiles, files_in, read_rows, unread_in
 from minilora.data.records import EncodeReport, encode_rows
 from minilora.data.streaming import Stream
 from minilora.data.token_cache import cached
@@ -116,8 +116,12 @@ class DataFiles:
     def __init__(self, files: Sequence[str | Path], options: Encoding) -> None:
         found = files_in(files)
         self.files = [str(file) for file in found]
-        self._rows, bad = read_rows(found, options)
-        self._notes = (f"left out: {listed(bad)}",) if bad else ()
+        self._rows, bad, notes = read_rows(found, options)
+        if unread := unread_in(files, found):
+            notes.append(f"not read: {joined(unread)}")
+        if bad:
+            notes.append(f"left out: {listed(bad)}")
+        self._notes = tuple(notes)
         self._options = dataclasses.replace(options, skip_bad=options.skip_bad - len(bad))
 
     def encode(

@@ -11,7 +11,7 @@ from typing import Any
 
 from minilora.data.docstrings import built_in
 from minilora.data.encoder import Encoding
-from minilora.data.problems import Problem, listed, refuse
+from minilora.data.problems import Problem, joined, listed, refuse
 from minilora.data.readers import READERS, Row, kind_of, rows_of
 from minilora.data.recognition import resolve
 from minilora.files import HubName, download_data, on_hub, read_json
@@ -57,14 +57,33 @@ def files_in(paths: Sequence[str | Path]) -> list[Path]:
             raise ValueError(
                 f"{folder}: a folder must hold files of data ({known}), found none{hint}"
             )
-        if len(splits := {split for file in inside if (split := _split(file))}) > 1:
-            named = ", ".join(file.name for file in inside[:6])
-            raise ValueError(
-                f"{folder}: the files of a folder are read as one set, found by their names "
-                f"{' and '.join(sorted(splits))} data ({named}); name the files to read"
-            )
+        _check_one_set(str(folder), inside, "name the files to read")
         found += inside
     return found
+
+
+def unread_in(paths: Sequence[str | Path], found: Sequence[Path]) -> list[str]:
+    """Return what `files_in` left out of folders, but for hidden files and descriptions."""
+    read = [file.parts for file in found]
+    return [
+        str(each)
+        for path in map(Path, paths)
+        if path.is_dir()
+        for each in sorted(path.iterdir())
+        if not each.name.startswith(".") and each.name not in (*_ABOUT, _SPLITS)
+        if not any(file[: len(each.parts)] == each.parts for file in read)
+    ]
+
+
+def _check_one_set(name: str, files: Sequence[Path], to_do: str) -> None:
+    """Refuse files of which some are held out by their names, and others are not."""
+    splits = {_split(file) or "other" for file in files}
+    if len(splits) > 1 and splits - {"training", "other"}:
+        named = ", ".join(file.name for file in files[:6])
+        raise ValueError(
+            f"{name}: the files of a folder are read as one set, found by their names "
+            f"{' and '.join(sorted(splits))} data ({named}); {to_do}"
+        )
 
 
 def _on_hub(path: Path) -> tuple[HubName, str] | None:
@@ -94,6 +113,7 @@ def _of_hub(name: str, folder: str, paths: list[str]) -> list[str]:
             f"'{name}' must be a data set of the hub, or a folder of one, with files of data in "
             f"one place, found {found}; name one as OWNER/NAME/FOLDER"
         )
+    _check_one_set(name, list(map(Path, data)), "download them, and name the files to read")
     return sorted(data)
 
 
@@ -124,8 +144,8 @@ def _is_data(file: Path) -> bool:
 
 def read_rows(
     paths: Sequence[str | Path], options: Encoding
-) -> tuple[list[tuple[str, dict[str, Any]]], list[Problem]]:
-    """Return the records of files with their places, and the rows that were left out.
+) -> tuple[list[tuple[str, dict[str, Any]]], list[Problem], list[str]]:
+    """Return the records of files with their places, the rows that were left out, and notes.
 
     Raises:
         ValueError: more bad rows than may be skipped, by place and reason, or a file of another
@@ -135,18 +155,21 @@ def read_rows(
     rows: list[tuple[str, dict[str, Any]]] = []
     problems: list[Problem] = []
     unreadable: list[Problem] = []
+    notes: list[str] = []
     for file in map(Path, paths):
         try:
             for where, row in _checked(file, options):
                 if isinstance(row, ValueError):
                     problems.append((where, str(row)))
+                elif isinstance(row, UserWarning):
+                    notes.append(f"{where}: {row}")
                 else:
                     rows.append((where, row))
         except ValueError as error:
             unreadable.append((str(file), str(error)))
     refuse(unreadable, "cannot read the data")
     refuse(problems, "cannot read the data", options.skip_bad)
-    return rows, problems
+    return rows, problems, notes
 
 
 def _checked(file: Path, options: Encoding) -> Iterator[Row]:
@@ -154,7 +177,7 @@ def _checked(file: Path, options: Encoding) -> Iterator[Row]:
     name = str(file)
     for where, row in built_in(name) if name.startswith("@") else rows_of(file):
         try:
-            if not isinstance(row, ValueError):
+            if not isinstance(row, (ValueError, UserWarning)):
                 shape, record = resolve(row, options.fields)
                 shape.check(record)
             yield where, row
@@ -172,12 +195,16 @@ class StreamedFiles:
         check_streamed(files)
         self._files, self._options = files_in(files), options
         self._bad: dict[str, str] = {}  # what is wrong, by the place
+        if unread := unread_in(files, self._files):
+            warnings.warn(f"not read: {joined(unread)}", stacklevel=2)
 
     def __iter__(self) -> Iterator[Row]:
         for file in self._files:
             for where, row in self._rows(file):
                 if isinstance(row, ValueError):
                     self.leave_out([(where, str(row))])
+                elif isinstance(row, UserWarning):
+                    warnings.warn(f"{where}: {row}", stacklevel=2)
                 else:
                     yield where, row
 

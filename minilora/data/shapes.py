@@ -77,7 +77,7 @@ def _check_completion(record: Record) -> None:
         MESSAGES.check(_joined(record))
         return
     check_string(record["prompt"], "prompt", may_be_empty=True)
-    check_string(record["completion"], "completion", may_be_empty=False)
+    check_said(record["completion"], "completion")
 
 
 def _encode_completion(encoder: Encoder, record: Record, name: str) -> list[Row]:
@@ -115,8 +115,10 @@ def _check_messages(record: Record) -> None:
         if role not in ROLES:
             allowed = ", ".join(ROLES)
             raise ValueError(f"messages[{i}]: role must be one of {allowed}, not {role!r:.60}")
-        may_be_empty = role != "assistant" or bool(message.get("tool_calls"))
-        check_string(message.get("content"), f"messages[{i}].content", may_be_empty)
+        if role != "assistant" or message.get("tool_calls"):
+            check_string(message.get("content"), f"messages[{i}].content", may_be_empty=True)
+        else:
+            check_said(message.get("content"), f"messages[{i}].content")
         for key in MARKS:
             if message.get(key) not in (None, 0, 1):
                 raise ValueError(
@@ -169,8 +171,8 @@ def _as_message(message: Any, name: str) -> Any:
 
 
 def _check_question(record: Record) -> None:
-    check_string(record["question"], "question", may_be_empty=False)
-    check_string(record["answer"], "answer", may_be_empty=False)
+    check_said(record["question"], "question")
+    check_said(record["answer"], "answer")
 
 
 def _encode_question(encoder: Encoder, record: Record, name: str) -> list[Row]:
@@ -222,6 +224,13 @@ def check_string(value: Any, name: str, may_be_empty: bool) -> None:
         raise ValueError(
             f"{name} must be text, found half a surrogate pair at character {error.start}"
         ) from None
+
+
+def check_said(value: Any, name: str) -> None:
+    """Raise ValueError unless a value is text that says something, as a question or an answer."""
+    check_string(value, name, may_be_empty=False)
+    if not value.strip():
+        raise ValueError(f"{name} must say something, found only white space")
 
 
 # What a question becomes without a chat template: the form of Stanford's Alpaca.
