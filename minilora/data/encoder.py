@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -126,6 +126,14 @@ def _with_objects(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, An
     return found, texts
 
 
+def _is_inside(
+    start: int, tokens: list[tuple[int, int]], text: str, encode: Callable[[str], Iterator[Any]]
+) -> bool:
+    """Whether what a text's tokens (ids and ends) are before a character is other ids alone."""
+    alone = [i for ids, _ in encode(text[:start]) for i in ids]
+    return alone != [i for i, end in tokens if end <= start]
+
+
 class Row:
     """Ids and labels of one example, kept up to a limit and counted beyond."""
 
@@ -202,11 +210,12 @@ class Encoder:
                     row.add(ids, ids if learned else None)
         else:  # as one text: vocabularies that begin each with a space, or mark what goes on
             start = len(texts[0]) if only and texts[0] else -1
-            reached = {-1}
-            for ids, ends in tokenizer.pieces(whole, parse_special=parse):
-                reached.update(ends)
+            encode = functools.partial(tokenizer.pieces, parse_special=parse)
+            tokens: list[tuple[int, int]] = []
+            for ids, ends in encode(whole):
+                tokens += zip(ids, ends, strict=True)
                 row.add(ids, [i if e > start else IGNORE for i, e in zip(ids, ends, strict=True)])
-            if start not in reached:
+            if start > 0 and _is_inside(start, tokens, whole, encode):
                 self.note(_INSIDE, name)
         stops = [text for text, i in tokenizer.control.items() if i in tokenizer.stop_ids]
         if not (parse and whole.rstrip().endswith(tuple(stops))):
@@ -274,15 +283,17 @@ class Encoder:
 
         It will be asked for behind its prompt alone, whose last token must not reach into it.
         """
-        starts = list(ranges[::2]) if self.options.completion_only else []
-        cuts = [0, *starts, len(text)] if self.tokenizer.joins else [0, len(text)]
-        reached = {0}
-        for begin, end in pairwise(cuts):
-            for ids, ends in talk.pieces(text[begin:end]):
-                within = [begin + each for each in ends]
-                reached.update(within)
-                yield ids, within
-        if not reached.issuperset(starts):
+        starts = ranges[::2] if self.options.completion_only else []
+        if self.tokenizer.joins:
+            for begin, end in pairwise([0, *starts, len(text)]):
+                for ids, ends in talk.pieces(text[begin:end]):
+                    yield ids, [begin + each for each in ends]
+            return
+        tokens: list[tuple[int, int]] = []
+        for ids, ends in talk.pieces(text):
+            tokens += zip(ids, ends, strict=True)
+            yield ids, ends
+        if any(_is_inside(start, tokens, text, talk.pieces) for start in starts):
             self.note(_INSIDE, name)
 
     def _objects(
