@@ -148,10 +148,9 @@ def train(options: argparse.Namespace) -> int:
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
         print(f"held out after:  {result.best} (step {result.best_step})")
-    whole_minutes = (time.perf_counter() - begun) / 60
     print(
         f"{result.steps} steps in {spent(result.minutes)} of training (this call took "
-        f"{spent(whole_minutes)} in all); adapter in {options.out}"
+        f"{spent((time.perf_counter() - begun) / 60)} in all); adapter in {options.out}"
     )
     return 0
 
