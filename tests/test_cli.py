@@ -481,7 +481,15 @@ def test_cli_explain_writes_everything_it_found(trained, letters, tmp_path, caps
         (["missing"], "OUT must name a folder with adapter_config.json"),
         ([".", "--against", "missing"], "--against must name a folder with adapter_config.json"),
         ([".", "--keep", 2], "keep must lie in (0, 1]"),
-        ([".", "--html", "missing/e.html"], "must lie in a folder that is there, found no missing"),
+        (
+            [".", "--html", "missing/e.html"],
+            "--html must name a file in a folder that is there, found no folder missing",
+        ),
+        (
+            [".", "--html", "run.toml"],
+            "--html must name a new file, found run.toml, which is there",
+        ),
+        ([".", "--json", "e", "--html", "../v0/e"], "--json and --html must name different files"),
         ([".", "--truncate", "."], "--truncate must be a new or empty folder, found files at ."),
         (["."], "must name its base, found none; pass --model"),
         ([".", "--model", "x", "--data", "missing.txt"], "missing.txt"),
@@ -634,6 +642,8 @@ def test_cli_says_which_of_two_adapters_or_none_is_meant(
     for words, message in (
         (["eval", trained, "--adapter", trained, *data], "--adapter goes with a base, found MODEL"),
         (["compare", folder, *data], "compare needs an adapter's folder, found the model"),
+        (["compare", folder, trained, *data, "--json", letters], "--json must name a new file"),
+        (["compare", trained, *data, "--html", "none/x"], "found no folder none; make it"),
         (["merge", folder, "--out", folder / "x"], "merge needs an adapter, found the model"),
     ):
         assert run(*words) == 2

@@ -66,6 +66,25 @@ def test_hold_out_is_a_share_or_a_number_and_stands_alone(rows, tmp_path, capsys
          "minilora train: unknown argument '--learning-rate'"),
         (["chat", "m", "--adaptor", "a"], "unknown argument '--adaptor'; nearest: --adapter"),
         (["train", "m", "--data", "x"], "the following arguments are required: --out"),
+        (["generate", "m", "x", "--system", "a", "--sys=b"],
+         "--system must be given once, found it twice; leave out one"),
+        (["train", "m", "--data", "x", "--out", "o", "--rank", "8", "--r", "4"],
+         "--r must be given once, found it twice; leave out one"),
+        (["train", "m", "--data", "x", "--out", "o", "--rslora", "--no-rslora"],
+         "--no-rslora contradicts what was given before it; leave one out"),
+        (["train", "m", "--data", "x", "--out", "o", "--block-size", "32"],
+         "--block-size does nothing without --quantize, found none; pass one of them, or leave"),
+        (["generate", "m", "x", "--top-k", "4"], "--top-k does nothing without --temperature"),
+        (["chat", "m", "--top-p", "0.5"], "--top-p does nothing without --temperature"),
+        (["generate", "m", "x", "--system", "a"], "--system does nothing without --chat"),
+        (["merge", "m", "--out", "o", "--type", "q8_0"], "--type does nothing without --gguf"),
+        (["compare", "m", "o", "--data", "x", "--max-new-tokens", "4"],
+         "--max-new-tokens does nothing without --right"),
+        (["explain", "o", "--train", "x", "--ablate", "4"], "--ablate does nothing without --data"),
+        (["explain", "o", "--words", "x"], "--words does nothing without --data"),
+        (["explain", "o", "--examples", "4"],
+         "--examples does nothing without --data or --train or --outside"),
+        (["plan", "m", "--block-size", "32"], "--block-size does nothing without --quantize"),
     ],
 )  # fmt: skip
 def test_a_flag_that_is_none_is_one_line_with_the_nearest(words, said, capsys, no_model):
@@ -73,6 +92,29 @@ def test_a_flag_that_is_none_is_one_line_with_the_nearest(words, said, capsys, n
         run(*words)
     found = capsys.readouterr().err
     assert ended.value.code == 2 and said in found and found.count("\n") == 1
+
+
+def test_a_list_that_is_given_in_parts_is_added_up():
+    text = "train m --out o --data a --valid v w --dat b c --sample p --valid u --sample q "
+    text += "--targets q_proj --map prompt=a --targets k_proj v_proj --map completion=b"
+    words, parser = text.split(), build_parser()
+    for _ in range(2):  # each time anew
+        found = parser.parse_args(words)
+        assert (found.data, found.valid, found.sample) == (list("abc"), list("vwu"), list("pq"))
+        assert vars(found)["AdapterConfig.targets"] == ["q_proj", "k_proj", "v_proj"]
+        assert found.map == ["prompt=a", "completion=b"]
+    words = "tune m --out o --data a --valid v --rates 1 --rates 2 3 --vary r=1 --vary alpha=2"
+    found = parser.parse_args(words.split())
+    assert found.rates == [1, 2, 3] and found.vary == ["r=1", "alpha=2"]
+    words = "chat m --adapter a b --adapter c"
+    assert [*map(str, parser.parse_args(words.split()).adapter)] == list("abc")
+
+
+def test_what_a_format_does_not_read_is_not_passed_on(folder, tmp_path):
+    words = ["quantize", folder, "--format", "nf4", "--out"]
+    assert run(*words, tmp_path / "a", "--block-size", 32) == 0
+    rows = json.loads((tmp_path / "a" / "quantization.json").read_text())["layers"]
+    assert {row["block_size"] for row in rows.values()} == {32}
 
 
 def test_a_prompt_may_begin_with_dashes():

@@ -160,6 +160,9 @@ def test_the_command_refuses_bad_rows(folder, capsys):
     words = ["--map", "prompt:a", "--show", "0"]
     assert main(["data", str(folder / "t.csv"), "--model", str(folder / "model"), *words]) == 2
     assert "--map takes NAME=FIELD, found 'prompt:a'" in capsys.readouterr().err
+    words = ["--map", "prompt=a", "--map", "prompt=b"]
+    assert main(["data", str(folder / "t.csv"), "--model", str(folder / "model"), *words]) == 2
+    assert "--map takes each name once, found 'prompt' twice" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_lacking(folder, capsys):

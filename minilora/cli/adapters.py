@@ -11,6 +11,7 @@ from minilora.cli.sources import (
     adapter_of,
     base_of,
     check_gguf,
+    check_new_files,
     check_new_folder,
     data_files,
     device,
@@ -28,6 +29,7 @@ _DATA = {
     "train": "training data",
     "outside": "outside",
 }  # flags of explain
+_SETS = tuple(f"--{name}" for name in _DATA)
 _FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
 
 
@@ -82,9 +84,7 @@ def check(options: argparse.Namespace) -> int:
 def _check_explain(options: argparse.Namespace) -> None:
     """Refuse what would fail after the slow part; put folders in the place of adapters' names."""
     check_keep(options.keep)
-    for file in (options.json, options.html):
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{file} must lie in a folder that is there, found no {file.parent}")
+    check_new_files({"--json": options.json, "--html": options.html})
     if options.truncate is not None:
         check_new_folder(options.truncate, "--truncate")
     options.out = adapter_of(options.out, "OUT")
@@ -101,9 +101,28 @@ def _check_explain(options: argparse.Namespace) -> None:
     arg("--data", help=f"held-out data: {DATA_HELP}", **_FILES),
     arg("--train", help="data it was trained on", **_FILES),
     arg("--outside", help="text outside the task", **_FILES),
-    arg("--examples", type=positive, default=200, help="of each, evenly picked (default: 200)"),
-    arg("--ablate", type=integer, default=32, help="examples to ablate on, or 0 (default: 32)"),
-    arg("--words", nargs="+", default=(), metavar="WORD", help="whose attention to measure"),
+    arg(
+        "--examples",
+        type=positive,
+        default=200,
+        needs=_SETS,
+        help="of each, evenly picked (default: 200)",
+    ),
+    arg(
+        "--ablate",
+        type=integer,
+        default=32,
+        needs=("--data",),
+        help="examples to ablate on, or 0 (default: 32)",
+    ),
+    arg(
+        "--words",
+        nargs="+",
+        default=(),
+        metavar="WORD",
+        needs=("--data",),
+        help="whose attention to measure",
+    ),
     arg("--against", type=Path, metavar="OUT", help="another adapter's folder"),
     arg("--keep", type=float, default=0.95, help="energy to keep (default: 0.95)"),
     "--batch-size",

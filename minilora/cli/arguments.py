@@ -14,8 +14,33 @@ Run = Callable[[argparse.Namespace], int]
 VERBS: dict[str, tuple[Run, tuple[Any, ...]]] = {}
 
 
+class _Store(argparse.Action):
+    """Store a value; a flag that is given again adds to its list, and one of one value must not.
+
+    `needs` names the flags of which one must be given for this one to have an effect.
+    """
+
+    def __init__(self, *args: Any, needs: tuple[str, ...] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.needs = needs
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if option_string is not None and self.dest in parser.given:
+            if self.nargs not in ("+", "*"):
+                parser.error(f"{option_string} must be given once, found it twice; leave out one")
+            values = [*getattr(namespace, self.dest), *values]
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the nearest flag."""
+    """A parser whose errors are one line, with the nearest flag; no value given is dropped."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for action in (None, "store"):
+            self.register("action", action, _Store)
+        self.given: set[str] = set()
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 after one line of readable length, whatever was typed."""
@@ -26,6 +51,7 @@ class Parser(argparse.ArgumentParser):
 
         A word with white space in it is no flag: a prompt may begin with dashes.
         """
+        self.given.clear()
         if self._subparsers is None:
             for word in itertools.takewhile(lambda word: word != "--", args or ()):
                 if word.startswith("--") and word.split() == [word] and not self._knows(word):
@@ -33,7 +59,19 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self._refuse(rest[0])
+        for action in self._actions:
+            needs = getattr(action, "needs", ())
+            if action.dest in self.given and needs and not self._has_one(found, needs):
+                self.error(
+                    f"{action.option_strings[0]} does nothing without {' or '.join(needs)}, found "
+                    f"none; pass one of them, or leave it out"
+                )
         return found, rest
+
+    def _has_one(self, found: argparse.Namespace, flags: tuple[str, ...]) -> bool:
+        """Return whether one of some flags is on: its value is not the default."""
+        names = [flag[2:].replace("-", "_") for flag in flags]
+        return any(getattr(found, name) != self.get_default(name) for name in names)
 
     def _knows(self, word: str) -> bool:
         """Return whether a word's flag is known, or the beginning of one that is."""
@@ -119,7 +157,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--quantize": {"choices": FORMATS, "help": "store the base's linears in fewer bits"},
     "--block-size": {
         "type": integer,
-        "default": 64,
+        "needs": ("--quantize",),
         "help": "weights that share a scale (default: 64)",
     },
     "--adapter": {"type": Path, "help": ADAPTER_HELP},
@@ -157,8 +195,16 @@ _SHARED: dict[str, dict[str, Any]] = {
         "the chat template's do)",
     },
     "--temperature": {"type": float, "default": 0.0, "help": "0 (default) is greedy"},
-    "--top-k": {"type": positive, "help": "draw from that many of the likeliest tokens"},
-    "--top-p": {"type": float, "help": "draw from the likeliest tokens of that probability"},
+    "--top-k": {
+        "type": positive,
+        "needs": ("--temperature",),
+        "help": "draw from that many of the likeliest tokens",
+    },
+    "--top-p": {
+        "type": float,
+        "needs": ("--temperature",),
+        "help": "draw from the likeliest tokens of that probability",
+    },
     "--seed": {"type": integer, "help": "of what is drawn (default: another each time)"},
 }
 MODEL = ("model", "--device", "--dtype", "--quantize", "--block-size")

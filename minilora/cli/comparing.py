@@ -18,6 +18,7 @@ from minilora.cli.arguments import (
 from minilora.cli.sources import (
     adapter_in_place,
     adapter_of,
+    check_new_files,
     data_files,
     encode_files,
     load,
@@ -35,7 +36,13 @@ from minilora.running import BASE
     arg("--no-base", action="store_true", help="the first adapter stands for the base"),
     arg("--outside", nargs="+", metavar="FILE", help=f"outside the task: {DATA_HELP}"),
     arg("--train", nargs="+", metavar="FILE", help="data it was trained on, for over-fitting"),
-    arg("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)"),
+    arg(
+        "--max-new-tokens",
+        type=positive,
+        default=64,
+        needs=("--right",),
+        help="of an answer (default: 64)",
+    ),
     arg("--right", metavar="HOW", help="answers too: exact, or a regular expression"),
     "--batch-size",
     arg("--seed", type=integer, default=0, help="of the bootstrap (default: 0)"),
@@ -51,6 +58,7 @@ def compare(options: argparse.Namespace) -> int:
             f"compare needs an adapter's folder, found the model {options.model} alone; name one "
             "or more behind it"
         )
+    check_new_files({"--json": options.json, "--html": options.html})
     folders = [adapter_of(name, "OUT") for name in given]
     files = {key: getattr(options, key) for key in ("data", "outside", "train")}
     data = {key: data_files(names, options) for key, names in files.items() if names}

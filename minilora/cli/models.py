@@ -27,7 +27,13 @@ from minilora.quantization import FORMATS, quantized_layers
     arg("--adapter", type=Path, help=f"where MODEL is the base: {ADAPTER_HELP}"),
     arg("--out", type=Path, help="a new or empty folder"),
     arg("--gguf", type=Path, metavar="FILE", help="write a GGUF file, for llama.cpp and Ollama"),
-    arg("--type", default="f16", choices=FILE_TYPES, help="of its matrices (default: f16)"),
+    arg(
+        "--type",
+        default="f16",
+        choices=FILE_TYPES,
+        needs=("--gguf",),
+        help="of its matrices (default: f16)",
+    ),
     arg("--ollama", action="store_true", help="write a Modelfile beside it"),
 )
 def merge(options: argparse.Namespace) -> int:

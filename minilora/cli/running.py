@@ -37,7 +37,7 @@ def evaluate(options: argparse.Namespace) -> int:
     arg("--max-new-tokens", type=positive, default=64, help="(default: 64)"),
     *SAMPLING,
     arg("--chat", action="store_true", help="ask through the chat template"),
-    "--system",
+    arg("--system", metavar="TEXT", needs=("--chat",), help="system message"),
     arg("--compile", action="store_true", help="faster tokens after some ten seconds; needs g++"),
 )
 def generate(options: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
 """Model, data and folders as the command line names them."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,30 @@ def check_new_folder(out: Path, what: str) -> None:
         )
 
 
+def check_new_files(files: Mapping[str, Path | None]) -> None:
+    """Raise unless each file that a flag names can be a new one, and none is named twice."""
+    named = {flag: file for flag, file in files.items() if file is not None}
+    for flag, file in named.items():
+        if not file.parent.is_dir():
+            raise ValueError(
+                f"{flag} must name a file in a folder that is there, found no folder "
+                f"{file.parent}; make it"
+            )
+        if os.path.lexists(file):
+            raise ValueError(
+                f"{flag} must name a new file, found {file}, which is there; nothing is "
+                f"overwritten, so name another one"
+            )
+    if len({file.resolve() for file in named.values()}) < len(named):
+        raise ValueError(f"{' and '.join(named)} must name different files, found {file} twice")
+
+
 def check_gguf(file: Path | None, ollama: object) -> None:
     """Raise unless a GGUF file that was asked for can be a new one."""
     if file is None and ollama:
         raise ValueError("--ollama goes with --gguf, found none; pass --gguf FILE")
-    if ollama and file is not None and (file.parent / "Modelfile").exists():
-        there = file.parent / "Modelfile"
-        raise ValueError(
-            f"--ollama writes {there}, which is there; remove it, or name another folder"
-        )
-    if file is not None and (file.exists() or not file.parent.is_dir()):
-        raise ValueError(f"--gguf must name a new file in a folder that is there, found {file}")
+    modelfile = file.parent / "Modelfile" if file is not None and ollama else None
+    check_new_files({"--gguf": file, "--ollama": modelfile})
 
 
 def write_modelfile(file: Path, *lines: str) -> None:
@@ -121,8 +135,8 @@ def load(
         dtype = common_dtype(parallel)
     format = getattr(options, "quantize", None)
     more: dict[str, Any] = {"prepare": prepare}
-    if format is not None:
-        more["block_size"] = getattr(options, "block_size", 64)
+    if (block_size := getattr(options, "block_size", None)) is not None:
+        more["block_size"] = block_size
     with ticking(f"loading {options.model}", shown=torchrun_number("RANK", 0) == 0):
         model, tokenizer = load_model(options.model, format, dtype, target, **more)
         if adapter is not None:
@@ -151,11 +165,14 @@ def encoding(options: argparse.Namespace) -> Encoding:
 
 def _fields(given: Sequence[str] | None) -> dict[str, str] | None:
     """Return the fields that `--map` names."""
-    pairs = [one.partition("=") for one in given or ()]
-    for name, sign, field in pairs:
+    fields: dict[str, str] = {}
+    for name, sign, field in (one.partition("=") for one in given or ()):
         if not (name and sign and field):
             raise ValueError(f"--map takes NAME=FIELD, found {short(name + sign + field)}")
-    return {name: field for name, _, field in pairs} or None
+        if name in fields:
+            raise ValueError(f"--map takes each name once, found {short(name)} twice")
+        fields[name] = field
+    return fields or None
 
 
 def data_files(files: Sequence[str], options: argparse.Namespace) -> DataFiles:

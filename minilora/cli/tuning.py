@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from minilora.cli.card import write_card
 from minilora.cli.runs import RunFile, only_written, without_resume
 from minilora.cli.sources import load
 from minilora.cli.training import groups, read_data, settings
-from minilora.files import given, short
+from minilora.files import flags_of, given, short
+from minilora.lora import AdapterConfig
 from minilora.training import (
     CHART_FILE,
     RATES,
@@ -26,6 +27,7 @@ from minilora.training import (
 )
 
 _VARIED = ("r", "alpha", "targets")
+_FLAGS = {field.name: flags_of(field) for field in fields(AdapterConfig)}
 
 
 def _rate(text: str) -> float:
@@ -96,7 +98,6 @@ def tune(options: argparse.Namespace) -> int:
     if options.stream:
         raise ValueError("tune reads all data before the first step, found --stream; leave it out")
     adapters = [adapter | each for each in _variants(options.vary)]
-    _command(options, None)  # every word is one of train's, or of tune alone
     if options.resume and only_written(options.out):
         print("nothing of the tuning had been kept; it begins anew", file=sys.stderr)
         options.resume = False
@@ -147,22 +148,19 @@ def _value(name: str, text: str) -> Any:
         raise ValueError(f"--vary needs numbers for {name}, found {short(text)}") from None
 
 
-def _command(options: argparse.Namespace, trial: Trial | None, steps: int = 0) -> list[str]:
-    """Return the words of `train` that run a trial, or that all of them share."""
-    from minilora.cli.command import build_parser
-
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _command(options: argparse.Namespace, trial: Trial, steps: int) -> list[str]:
+    """Return the words of `train` that run a trial."""
+    own = argparse.ArgumentParser(add_help=False)  # what is not train's, or the trial's to say
     _own_flags(own)
+    varied = [name for name in _VARIED if any(v.startswith(f"{name}=") for v in options.vary)]
+    own.add_argument("--max-steps")
+    for name in varied:
+        own.add_argument(*_FLAGS[name], nargs="+" if name == "targets" else None)
     _, words = own.parse_known_args(without_resume(options.argv[1:]))
-    words = ["train", *words]
-    if trial is not None:
-        for name in _VARIED:
-            if name in trial.adapter and any(one.startswith(f"{name}=") for one in options.vary):
-                value = trial.adapter[name]
-                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        words += ["--lr", repr(trial.lr), "--max-steps", str(steps)]
-    build_parser().parse_args([*words, "--out", str(options.out)])  # a flag that was cut short
-    return words
+    for name in varied:
+        value = trial.adapter[name]
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return ["train", *words, "--lr", repr(trial.lr), "--max-steps", str(steps)]
 
 
 def _write_run(options: argparse.Namespace, trial: Trial, found: Tuning) -> None:

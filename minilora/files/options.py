@@ -225,7 +225,10 @@ class _Switch(argparse.Action):
         return " | ".join(self.option_strings)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, self.spelled[option_string])
+        value = self.spelled[option_string]
+        if getattr(namespace, self.dest, value) != value:
+            parser.error(f"{option_string} contradicts what was given before it; leave one out")
+        setattr(namespace, self.dest, value)
 
 
 def given(namespace: argparse.Namespace, options: type) -> dict[str, Any]:

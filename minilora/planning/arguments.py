@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--accumulate", type=int, default=1, help="default 1")
     add("--checkpointing", action="store_true")
     add("--quantize", choices=FORMATS)
-    add("--block-size", type=int, default=64)
+    add("--block-size", type=int, needs=("--quantize",))
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--ranks", type=int, default=1, help="processes (default 1)")
     add("--parallel", choices=("ddp", "fsdp"))
@@ -80,6 +80,8 @@ def from_arguments(options: argparse.Namespace) -> Plan:
         data, report = read_data(options.data, tokenizer, max_length=options.length)
         print(f"{', '.join(options.data)}: {report}", file=sys.stderr)
     asked = {name: getattr(options, name) for name in _PASSED}
+    if options.block_size is None:  # that of the format
+        del asked["block_size"]
     prices, timed = _prices(options), not options.untimed
     found = plan(options.model, data, prices=prices, timed=timed, **asked)
     if not options.data:
