@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from pretend_gpu import NAME, switch_on
+from small_models import read_by
 from test_cli import tiny_folder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_models import CONFIG, examples, fit
@@ -37,8 +38,8 @@ def made(device, format, **options):
     model.lm_head.weight.data.mul_(20)
     model.to(device)
     if format is not None:  # as elsewhere than on a CPU
-        rest = {} if format == "nf4" else {"compute": "dequantize", "grad_compute": "dequantize"}
-        minilora.quantize(model, format, block_size=32, **rest)
+        how = {"block_size": 32, "compute": "dequantize", "grad_compute": "dequantize"}
+        minilora.quantize(model, format, **read_by(format, **how))
     return minilora.inject(model, r=4, alpha=6, **options)
 
 

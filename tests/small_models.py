@@ -5,6 +5,7 @@ from torch import nn
 
 import minilora
 from minilora.lora.layer import lora_layers
+from minilora.quantization import FORMATS
 
 
 class Conv1D(nn.Module):
@@ -57,3 +58,8 @@ def unchanged(model, before, flags):
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def read_by(format, **options):
+    """Return those of the options of `quantize` that a format reads."""
+    return {name: value for name, value in options.items() if name in FORMATS[format].reads}

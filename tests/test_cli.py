@@ -536,6 +536,9 @@ def test_cli_quantizes_trains_evaluates_and_merges(letters, tmp_path, capsys, fo
     assert run("train", folder, *train, "--out", tmp_path / "x", "--quantize", "nf4",
                "--block-size", "65") == 2  # fmt: skip
     assert "block_size of nf4 must be one of" in capsys.readouterr().err
+    assert run("train", folder, *train, "--out", tmp_path / "x", "--quantize", "int8",
+               "--block-size", "32") == 2  # fmt: skip
+    assert "block_size acts on format='nf4' or 'int4' alone" in capsys.readouterr().err
 
 
 def test_cli_train_goes_on_with_an_adapter(folder, letters, tmp_path, capsys):

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from small_models import read_by
 from test_cli import ROWS, tiny_folder
 from training_models import CONFIG, examples, factors, fit
 
@@ -41,7 +42,7 @@ def made(format=None, **options):
     model = Llama(dataclasses.replace(CONFIG, **shape))
     model.lm_head.weight.data.mul_(20)  # as drawn, no adapter could move the loss much
     if format is not None:
-        minilora.quantize(model, format, block_size=32)
+        minilora.quantize(model, format, **read_by(format, block_size=32))
     return minilora.inject(model, r=4, alpha=6, **options).to("cuda")
 
 

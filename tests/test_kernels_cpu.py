@@ -11,6 +11,7 @@ import torch
 from blocks_oracle import half_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import read_by
 
 import minilora
 from minilora.kernels import NF4_TABLE, cpu, int4, int4_codes, nf4, private_folder, reference
@@ -185,7 +186,8 @@ def test_int4_weights_are_codes_times_steps(library, N, group, groups, seed):
 def test_layers_decode_alike_in_c_and_in_torch(monkeypatch, format):
     """Both products to the bit, compiled ones to f32's rounding; and they are right."""
     model = torch.nn.Sequential(torch.nn.Linear(192, 40, bias=False))
-    (layer,) = minilora.quantize(model, format, compute="dequantize", grad_compute="dequantize")
+    how = read_by(format, compute="dequantize", grad_compute="dequantize")
+    (layer,) = minilora.quantize(model, format, **how)
     x, G, frozen, decoded = torch.randn(33, 192), torch.randn(33, 40), layer.frozen(), []
 
     @torch.no_grad()

@@ -9,13 +9,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from small_models import read_by
 
 import minilora
 from minilora.files import read_tensors
 from minilora.loading.model import load_model
+from minilora.loading.quantized import LAYERS
 from minilora.loading.saving import save_pretrained
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
-from minilora.quantization import Quantization, QuantizedLinear
+from minilora.quantization import Quantization, QuantizedLinear, quantized_layers
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -223,13 +225,46 @@ def test_flipped_bits_of_a_quantized_folder_are_refused(tmp_path):
     assert torch.equal(load_model(tmp_path / "q")[0](IDS), before)
 
 
+def test_stored_layers_are_multiplied_as_asked_where_their_format_reads_it(tmp_path):
+    model = llama()
+    minilora.quantize(model, "int8", targets=["q_proj"])
+    minilora.quantize(model, "nf4", targets=["v_proj"])
+    save_pretrained(model, tmp_path / "two")
+    folder = _with_tokenizer(tmp_path / "two")
+    found = quantized_layers(load_model(folder, compute="dequantize")[0])
+    assert {(m.spec.format, m.spec.compute) for m in found.values()} == {
+        ("int8", "dequantize"), ("nf4", "auto")}  # fmt: skip
+    save_pretrained(minilora.quantize(llama(), "nf4"), tmp_path / "one")
+    folder = _with_tokenizer(tmp_path / "one")
+    with pytest.raises(ValueError, match="outliers acts on format='int8' or 'int4' alone"):
+        load_model(folder, outliers=4)
+
+
+def test_a_folder_may_name_what_its_format_does_not_read(tmp_path):
+    """As it was written while such options were taken."""
+    save_pretrained(minilora.quantize(llama(), "int8"), tmp_path)
+    _with_tokenizer(tmp_path)
+    file = tmp_path / LAYERS
+    told = json.loads(file.read_text())
+    for row in told["layers"].values():
+        row |= {"block_size": 32, "double_quant": False}
+    expected = load_model(tmp_path)[0](IDS)
+    file.write_text(json.dumps(told))
+    assert torch.equal(load_model(tmp_path)[0](IDS), expected)
+
+
 def test_other_errors_of_quantized_folders(tmp_path):
     save_pretrained(llama(), tmp_path / "full")
     full = _with_tokenizer(tmp_path / "full")
     with pytest.raises(ValueError, match="block_size say how .* is quantized, found"):
         load_model(full, block_size=32)
+    with pytest.raises(ValueError, match="targets, layers say how .* found '.*' without quantize"):
+        load_model(full, targets=["q_proj"], layers=[0])
     model, tokenizer = load_model(full, "int8")
     save_pretrained(model, tmp_path / "q", tokenizer)
+    for options in ({"block_size": 32}, {"double_quant": False}, {"exclude": ["q_proj"]}):
+        with pytest.raises(ValueError, match="say how a model is quantized, .* already; leave th"):
+            load_model(tmp_path / "q", **options)
     with pytest.raises(ValueError, match="is quantized already; load it without quantize"):
         load_model(tmp_path / "q", "nf4")
     with pytest.raises(ValueError, match="needs a new or empty folder, found files"):
@@ -311,10 +346,11 @@ def in_parts(folder, format=None, **options):
 @pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
 def test_a_model_read_in_parts_gets_the_same_codes(folder, tmp_path, format):
     """While quantizing, and from a folder: every parameter once, in a model of shapes."""
-    whole, tokenizer = load_model(folder, format, block_size=32, dtype=torch.float32)
+    blocks = read_by(format, block_size=32)
+    whole, tokenizer = load_model(folder, format, **blocks, dtype=torch.float32)
     save_pretrained(whole, tmp_path / "q", tokenizer)
     expected = dict(whole.named_parameters())
-    for model, given in (in_parts(folder, format, block_size=32), in_parts(tmp_path / "q")):
+    for model, given in (in_parts(folder, format, **blocks), in_parts(tmp_path / "q")):
         assert {n: p.shape for n, p in model.named_parameters()} == {
             n: p.shape for n, p in expected.items()
         }

@@ -51,6 +51,23 @@ REFUSED = [
 ]
 
 
+def test_dropout_of_embeddings_alone_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="dropout acts on the input of linear layers and convolut"):
+        minilora.inject(model, r=2, targets=["0"], dropout=0.1)
+    minilora.inject(model, r=2, targets=["0", "1"], dropout=0.1)
+
+
+def test_values_swapped_in_do_not_change_how_a_layer_computes(tmp_path):
+    model = minilora.inject(net(), r=2, alpha=3, compute_dtype="float32")
+    minilora.save(shake(model), tmp_path)
+    before = bits(model)
+    with pytest.raises(ValueError, match="share its backend, found torch for q_proj, which has au"):
+        minilora.load(model, tmp_path, replace=True, backend="torch")
+    assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+    minilora.load(model, tmp_path, replace=True, compute_dtype=torch.float32)
+
+
 @pytest.mark.parametrize(("options", "error", "text"), REFUSED)
 def test_inject_refuses_and_leaves_the_model_as_it_was(options, error, text):
     model = net()
@@ -92,6 +109,13 @@ def test_inject_selection():
     found = {n: layer.adapters["default"] for n, layer in lora_layers(ranks).items()}
     assert [f.r for f in found.values()] == [4, 4, 2, 2]
     assert [f.scaling for f in found.values()] == [2.0, 1.5, 3.0, 3.0]
+    for options, scalings in (
+        ({}, [1, 1, 1, 1]), ({"rslora": True}, [2**0.5, 8**0.5, 8**0.5, 8**0.5]),
+        ({"alpha": 8}, [4, 1, 1, 1]), ({"alpha_pattern": {"v_proj": 4}}, [1, 0.5, 1, 1]),
+    ):  # fmt: skip
+        ranks = minilora.inject(net(), 8, rank_pattern={"q_proj": 2}, **options)
+        found = [layer.adapters["default"].scaling for layer in lora_layers(ranks).values()]
+        assert found == pytest.approx(scalings)
     text = str(minilora.targets(net(), ["q_proj"], r=3))
     assert "1 of 5 linear layers (q_proj 1), 96 adapter parameters" in text and "head" in text
 

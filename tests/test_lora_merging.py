@@ -331,11 +331,23 @@ def test_merging_leaves_every_module_in_its_mode(mode):
     for i, module in enumerate(model.modules()):
         module.training = bool(i % 2)
     before = {name: module.training for name, module in model.named_modules()}
-    sample = torch.randn(3, 12) if mode == "requantize" else None
-    for verb in (lambda: minilora.merge(model, mode=mode, tolerance=None, sample=sample),
+    more = {"tolerance": None, "sample": torch.randn(3, 12)} if mode == "requantize" else {}
+    for verb in (lambda: minilora.merge(model, mode=mode, **more),
                  lambda: minilora.unmerge(model)):  # fmt: skip
         verb()
         assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("mode", [None, "dequantize"])
+def test_what_only_requantizing_reads_is_refused(mode):
+    model = net() if mode is None else minilora.quantize(net(), "int8")
+    shake(minilora.inject(model, r=2, alpha=3))
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"sample measures .* goes with mode='requantize', found"):
+        minilora.merge(model, mode=mode, sample=torch.randn(3, 12))
+    with pytest.raises(ValueError, match=r"tolerance measures what rounding anew costs"):
+        minilora.merge(model, mode=mode, tolerance=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
 
 
 def test_merging_below_a_slot_brings_the_slot_back():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import read_by
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -50,8 +51,8 @@ BLOCK = {"int8": 64, "nf4": 64, "int4": 32}
 HALF = {"int8": {}, "nf4": {}, "int4": {"block_size": 32}}  # what divides Small's widths
 
 
-def quantized(format, **options):
-    return minilora.quantize(small().eval(), format, block_size=BLOCK[format], **options)
+def quantized(format, seed=0, **options):
+    return minilora.quantize(small(seed).eval(), format, block_size=BLOCK[format], **options)
 
 
 def dense(model):
@@ -113,7 +114,7 @@ def test_every_gradient_is_that_of_the_dense_oracle(format, r, alpha, bf16, seed
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = minilora.quantize(
         small(seed, dtype), format, block_size=BLOCK[format],
-        compute="dequantize", grad_compute="dequantize",
+        **read_by(format, compute="dequantize", grad_compute="dequantize"),
     )  # fmt: skip
     torch.manual_seed(seed)
     minilora.inject(model, r=r, alpha=alpha)
@@ -167,7 +168,7 @@ def test_backward_keeps_codes_x_and_its_product_with_a(format, compute, monkeypa
     """No decoded weight, no quantized input, no second copy of x."""
     monkeypatch.setattr("minilora.quantization.options.int8_is_exact", lambda: True)
     layer = nn.Sequential(nn.Linear(64, 96))
-    minilora.quantize(layer, format, compute=compute, grad_compute=compute)
+    minilora.quantize(layer, format, **read_by(format, compute=compute, grad_compute=compute))
     minilora.inject(layer, r=3, alpha=5)
     x = torch.randn(40, 64, requires_grad=True)
     kept = []
@@ -235,7 +236,7 @@ def test_adapters_move_between_quantized_and_plain_bases(format, tmp_path):
     plain = minilora.load(small(), tmp_path / "a")
     assert torch.equal(plain.up.adapters["default"].lora_B, model.up.adapters["default"].lora_B)
     with pytest.raises(ValueError, match="was trained on another base"):
-        minilora.load(minilora.quantize(small(seed=3), format, block_size=32), tmp_path / "a")
+        minilora.load(quantized(format, seed=3), tmp_path / "a")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -250,9 +251,8 @@ def test_merge_dequantized_and_back(format, keep, lora_bias):
         nn.init.normal_(model.up.adapters["default"].lora_bias)
     codes = {n: p.clone() for n, p in model.named_parameters()}
     for layer in (model.up.base, model.down if lora_bias else model.down.base):
-        layer.spec = dataclasses.replace(
-            layer.spec, compute="dequantize"
-        )  # so that merging changes rounding only
+        how = read_by(format, compute="dequantize")  # so that merging changes rounding only
+        layer.spec = dataclasses.replace(layer.spec, **how)
     before = model(IDS)
     assert minilora.merge(model, mode="dequantize", keep=keep) is None
     assert type(model.up.base) is nn.Linear

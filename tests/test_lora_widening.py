@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from small_models import read_by
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -298,7 +299,7 @@ def test_compiled_steps_are_the_eager_ones(slow, format):
         )
         model = Llama(wider).to(BF16)
         if format is not None:
-            minilora.quantize(model, format, block_size=32)
+            minilora.quantize(model, format, **read_by(format, block_size=32))
         minilora.inject(model, r=2, alpha=3)
         config = TrainConfig(max_steps=3, lr=1e-2, compile=compile)
         losses.append(fit(model, ROWS, config=config).losses)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import net, shake
+from small_models import net, read_by, shake
 from test_lora_combination import F64, IDS, add, agree, best, dense, kinds
 
 import minilora
@@ -233,7 +233,7 @@ def test_export_from_a_quantized_base(tmp_path, format, dora):
     def base():
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64))
-        return minilora.quantize(net, format, block_size=32)
+        return minilora.quantize(net, format, **read_by(format, block_size=32))
 
     model = shake(minilora.inject(base(), r=3, alpha=5, dora=dora))
     report = export(model, tmp_path, r=64 if dora else None)

@@ -161,6 +161,27 @@ def test_peft_loads_what_save_wrote(tmp_path, kind, option):
     torch.testing.assert_close(run(ours, kind), expected, **F32)
 
 
+def test_ranks_without_an_alpha_have_scaling_1_in_peft_too(tmp_path):
+    """With one alpha PEFT's scalings are those of ours; without one, the file names each."""
+    base, pattern = made("linear"), {"q_proj": 2, "layers.1.mlp.up_proj": 3}
+    for alpha in (None, 6):
+        ours = minilora.inject(copy.deepcopy(base), r=4, alpha=alpha, rank_pattern=pattern)
+        shake(p for p in ours.parameters() if p.requires_grad)
+        folder = minilora.save(ours, tmp_path / str(alpha))
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        scalings = {n.removeprefix("base_model.model."): m.scaling["default"]
+                    for n, m in theirs.named_modules() if hasattr(m, "lora_A")}  # fmt: skip
+        config = peft.LoraConfig(
+            r=4, lora_alpha=6, rank_pattern=pattern, target_modules="all-linear"
+        )
+        made_there = peft.get_peft_model(copy.deepcopy(base), config)
+        wanted = {n.removeprefix("base_model.model."): m.scaling["default"] if alpha else 1.0
+                  for n, m in made_there.named_modules() if hasattr(m, "lora_A")}  # fmt: skip
+        assert scalings == wanted and len(scalings) == 14
+        assert len(set(scalings.values())) == (3 if alpha else 1)
+        torch.testing.assert_close(run(theirs, "linear"), run(ours, "linear"), **F32)
+
+
 @pytest.mark.parametrize(("kind", "option"), [c for c in CELLS if OPTIONS[c[1]][1] is not None])
 def test_load_reads_what_peft_wrote(tmp_path, kind, option):
     base = made(kind)

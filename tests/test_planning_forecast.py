@@ -233,7 +233,9 @@ def test_ranks_autocast_and_dropout_are_read_from_the_model():
     counted = Counted(model, torch.bfloat16)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     assert (counted.trained, counted.trained_bytes) == (sum(trained), 4 * sum(trained))
-    nf4 = minilora.inject(minilora.quantize(Llama(CONFIG), "nf4", block_size=128), r=4)
+    wide = minilora.quantize(Llama(CONFIG), "nf4", block_size=128, double_quant=False)
+    nf4 = minilora.inject(wide, r=4)
     settings = forecast.settings_of(nf4, None)
-    assert (settings["format"], settings["block_size"]) == ("nf4", 128)
+    named = settings["format"], settings["block_size"], settings["double_quant"]
+    assert named == ("nf4", 128, False)
     assert not settings["autocast"]

@@ -266,6 +266,8 @@ def test_a_run_costs_its_hours_at_the_price():
     assert found.cost == pytest.approx(0.01 * found.speed.hours)
     assert json.loads(json.dumps(found.to_dict()))["cost"] == found.cost
     assert plan().cost is None
+    here = plan(device="cpu", prices={"cpu": 0.5})
+    assert here.cost == pytest.approx(0.5 * here.speed.hours) == plan(prices=0.5).cost
     for price in (-1, float("nan"), "3", True):
         with pytest.raises(ValueError, match="the price of an hour on rtx-4090 must be at least 0"):
             plan(device="rtx-4090", prices=price)
@@ -279,6 +281,17 @@ def test_examples_are_measured():
     assert found.settings.length == 40
     assert plan(data=rows, length=4).data == advice.Data(3, 4, 4, learned=8 / 9)
     assert plan(data=rows).data.longest == 32
+
+
+def test_a_block_size_is_of_the_formats_that_have_one():
+    """Of those that are compared with what was asked, too."""
+    for asked in ("nf4", None):
+        found = {one.settings.format: one.memory for one in plan(quantize=asked).options}
+        wide = {
+            one.settings.format: one.memory for one in plan(quantize=asked, block_size=128).options
+        }
+        assert found["int8"].scales == wide["int8"].scales > 0
+        assert found["nf4"].scales > wide["nf4"].scales > 0
 
 
 def test_what_is_learned_decides_the_heads_time():
@@ -341,9 +354,11 @@ def test_auto_is_what_is_fastest_there(machine):
         ({"r": 64}, "r=64 is above what .*k_proj can use"),
         ({"length": 65}, "length must fit the context"),
         ({"quantize": "int5"}, "format must be one of"),
+        ({"quantize": "int8", "block_size": 32}, "block_size acts on format='nf4' or 'int4' alone"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), found 1.0"),
         ({"memory_gb": 0}, "memory_gb must be a number above 0, found 0"),
         ({"device": "rtx-4090", "ranks": 2, "parallel": "ddp"}, "rtx-4090 has 1 GPUs, found ran"),
+        ({"prices": {"rtx-4091": 1}}, "device must be 'auto', .*found 'rtx-4091'"),
         ({"dtype": "int8"}, "dtype must be a floating-point torch dtype"),
     ],
 )  # fmt: skip

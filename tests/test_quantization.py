@@ -13,8 +13,10 @@ from blocks_oracle import half_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_models import read_by
 from torch import nn
 
+import minilora
 from minilora.kernels import DYNAMIC_CODE, cpu, int8_is_exact, quantize_rows
 from minilora.quantization import FORMATS, Quantization
 from minilora.quantization.linear import QuantizedLinear
@@ -150,9 +152,7 @@ def test_quantize_errs_by_half_a_step_at_most(spec, N, groups, dtype, seed):
 def test_dequantized_products_match_the_dense_oracle(
     spec, M, N, groups, bias, strided, dtype, seed
 ):
-    options = {} if spec.format == "nf4" else dict.fromkeys(
-        ("compute", "grad_compute"), "dequantize"
-    )  # fmt: skip
+    options = read_by(spec.format, compute="dequantize", grad_compute="dequantize")
     K = groups * spec.block_size
     _, module = make(N, K, spec, dtype, bias, seed, **options)
     W = decoded(module)
@@ -515,7 +515,7 @@ def test_few_rows_are_multiplied_from_the_codes(spec, M, N, groups, bias, dtype,
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=name_of)
 def test_second_derivatives_are_right(spec):
     """Decoded weights are then kept by autograd, so they must not lie in the reused buffer."""
-    ways = dict.fromkeys(("compute", "grad_compute"), "dequantize")
+    ways = read_by(spec.format, compute="dequantize", grad_compute="dequantize")
     _, module = make(5, 64, spec, torch.float64, **ways)
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: torch.tanh(module(x)), x)
@@ -586,6 +586,52 @@ def test_workspace_is_not_shared_with_results():
 def test_unknown_formats_and_blocks(arguments, message):
     with pytest.raises(ValueError, match=message):
         Quantization(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "message"),
+    [
+        ("int8", {"block_size": 32}, "block_size acts on format='nf4' or 'int4' alone, found bl"),
+        ("int8", {"double_quant": False}, "double_quant acts on format='nf4' alone, found double"),
+        ("int4", {"double_quant": False}, "double_quant=False with format='int4'; leave it out"),
+        ("nf4", {"compute": "dequantize"}, "compute acts on format='int8' or 'int4' alone, found"),
+        ("nf4", {"grad_compute": "dequantize"}, "grad_compute acts on format='int8' or 'int4' al"),
+        (
+            "nf4",
+            {"outliers": 4},
+            "outliers acts on format='int8' or 'int4' alone, found outliers=4",
+        ),
+        ("int8", {"outliers": 4, "compute": "dequantize"}, "compute='dequantize' has none of, fou"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(format, options, message):
+    with pytest.raises(ValueError, match=message):
+        Quantization(format, **options)
+    with pytest.raises(ValueError, match=message):
+        minilora.quantize(nn.Sequential(nn.Linear(64, 4)), format, targets=["0"], **options)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_option_that_a_format_reads_changes_it(format):
+    """And the repr shows it."""
+    others = {"block_size": 128, "double_quant": False, "compute": "dequantize",
+              "grad_compute": "dequantize", "outliers": 4}  # fmt: skip
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 128, requires_grad=True)
+
+    def made(**options):
+        module = QuantizedLinear.from_weight(weight, Quantization(format, **options))
+        module._integer = "int8"
+        y = module(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        return module, y, grad
+
+    _, y, grad = made()
+    for name in FORMATS[format].reads:
+        module, other, other_grad = made(**{name: others[name]})
+        assert not (torch.equal(y, other) and torch.equal(grad, other_grad)), name
+        assert f"{name}={others[name]}" in repr(module)
+    assert FORMATS[format].reads
 
 
 def test_double_quant_must_be_a_flag():

@@ -94,6 +94,10 @@ def test_quantize_takes_the_options_as_one_value():
         m.spec for m in quantized_layers(other).values()
     ]
     assert torch.equal(one(IDS), other(IDS))
+    with pytest.raises(ValueError, match="one by one or in a Quantization, found .* beside it"):
+        minilora.quantize(model(), minilora.Quantization("nf4"), block_size=32)
+    with pytest.raises(ValueError, match="compute acts on format='int8' or 'int4' alone"):
+        minilora.quantize(model(), minilora.Quantization("nf4"), compute="dequantize")
 
 
 def test_a_new_format_has_no_kernels_on_triton():

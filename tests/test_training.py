@@ -362,6 +362,16 @@ def test_fit_deepcopied_model_trains_alike():
     assert same(factors(model), factors(twin))
 
 
+def test_train_config_refuses_what_it_would_ignore():
+    with pytest.raises(ValueError, match="a share .warmup. or steps .*, found warmup=0.2 and warm"):
+        TrainConfig(warmup=0.2, warmup_steps=5)
+    with pytest.raises(
+        ValueError, match="'constant' does not fall, found final_lr_ratio=0.1; leave"
+    ):
+        TrainConfig(schedule="constant", final_lr_ratio=0.1)
+    TrainConfig(warmup=0.0, warmup_steps=5)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import read_by
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from triton_cases import DEVICE, needs_kernels
@@ -127,7 +128,7 @@ def test_a_row_has_its_mask_whatever_lies_beside_it(format, parts):
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(128, 20)).to(DEVICE)
     if format:
-        compute = {} if format == "nf4" else {"compute": "dequantize"}
+        compute = read_by(format, compute="dequantize")
         minilora.quantize(model, format, targets=["0"], exclude=[], **compute)
     minilora.inject(model, r=3, alpha=7, targets=["0"], exclude=[], dropout=0.5, backend="triton")
     model[0].adapters["default"].lora_B.data.normal_()

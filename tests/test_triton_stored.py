@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import read_by
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +32,7 @@ FORMATS = {
 
 def stored(spec, n, k, dtype, compute, bias=True):
     weight = operand(n, k, scale=k**-0.5).to(dtype)
-    spec = dataclasses.replace(spec, compute=compute, grad_compute=compute)
+    spec = dataclasses.replace(spec, **read_by(spec.format, compute=compute, grad_compute=compute))
     return QuantizedLinear.from_weight(weight, spec, bias=operand(n, dtype=dtype) if bias else None)
 
 
@@ -191,7 +192,8 @@ def gradients(model, x):
 
 @pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
 def test_quantized_layers_match_the_torch_path(shake, format):
-    plain, ours = quantized_pair(shake, format, compute="dequantize", grad_compute="dequantize")
+    how = read_by(format, compute="dequantize", grad_compute="dequantize")
+    plain, ours = quantized_pair(shake, format, **how)
     x = torch.randn(2, 7, 64, device=DEVICE)
     for found, expected in zip(gradients(ours, x), gradients(plain, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -158,7 +158,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--block-size": {
         "type": integer,
         "needs": ("--quantize",),
-        "help": "weights that share a scale (default: 64)",
+        "help": "weights that share a scale in nf4 and int4 (default: 64)",
     },
     "--adapter": {"type": Path, "help": ADAPTER_HELP},
     "--out": {"required": True, "type": Path, "help": "a new or empty folder"},

@@ -19,6 +19,7 @@ from minilora.loading.gguf_file import open_gguf
 from minilora.loading.gguf_reader import read_gguf
 from minilora.loading.quantized import described_layers, is_quantized, open_quantized
 from minilora.loading.source import (
+    Layers,
     Prepare,
     Source,
     family_of,
@@ -92,19 +93,16 @@ def load_model(
             f"'{path}' is quantized already; load it without quantize, or quantize the model it "
             f"was made from"
         )
-    if not opened.layers and spec is None and options:
-        raise ValueError(
-            f"{', '.join(options)} say how a model is quantized, found '{path}' without quantize; "
-            f"pass one of {', '.join(FORMATS)}"
-        )
-    stored = {name: (replace(how, **options), bias) for name, (how, bias) in opened.layers.items()}
-    opened = replace(opened, layers=stored)
+    chosen = targets, exclude, layers
+    if spec is None:
+        named = zip(("targets", "exclude", "layers"), chosen, ("all-linear", (), None), strict=True)
+        _check_options(path, opened.layers, [*options, *(n for n, a, b in named if a != b)])
+    opened = replace(opened, layers=_multiplied_as(opened.layers, options))
     if opened.metadata is None:
         tokenizer = read_folder_tokenizer(path, opened.end_of_text)
     else:
         tokenizer = _gguf_tokenizer(path, opened.metadata)
     _check_tokenizer(opened, tokenizer)
-    chosen = targets, exclude, layers
     if isinstance(opened, ForeignSource):
         if prepare is not None:
             raise ValueError(
@@ -119,6 +117,31 @@ def _quantization(quantize: str | Quantization, options: dict[str, Any]) -> Quan
     if isinstance(quantize, Quantization):
         return replace(quantize, **options)
     return Quantization(quantize, **options)
+
+
+def _check_options(path: Path, layers: Layers, given: list[str]) -> None:
+    """Refuse options of a quantization where nothing is quantized."""
+    if given and not layers:
+        raise ValueError(
+            f"{', '.join(given)} say how a model is quantized, found '{path}' without quantize; "
+            f"pass one of {', '.join(FORMATS)}"
+        )
+    fixed = [name for name in given if name not in ("compute", "grad_compute", "outliers")]
+    if fixed:
+        raise ValueError(
+            f"{', '.join(fixed)} say how a model is quantized, found '{path}', which is quantized "
+            f"already; leave them out"
+        )
+
+
+def _multiplied_as(layers: Layers, options: dict[str, Any]) -> Layers:
+    """Return how stored layers are asked to be multiplied, each by what its format reads."""
+    known = {name for how, _ in layers.values() for name in how.storage.reads}
+    found = {}
+    for name, (how, bias) in layers.items():
+        own = {*how.storage.reads, *(options.keys() - known)}  # what no layer reads is refused
+        found[name] = replace(how, **{key: options[key] for key in options if key in own}), bias
+    return found
 
 
 def read_model(

@@ -61,10 +61,7 @@ def described_layers(folder: Path) -> Layers | None:
         if entries["version"] != 1:
             raise ValueError(f"version 1 is read, found {short(entries['version'])}")
         return {
-            name: (
-                Quantization(row["format"], row["block_size"], row["double_quant"]),
-                bool(row["bias"]),
-            )
+            name: (Quantization.of_stored(row), bool(row["bias"]))
             for name, row in entries["layers"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:

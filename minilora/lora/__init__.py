@@ -25,7 +25,7 @@ from minilora.lora.config import (
 )
 from minilora.lora.copies import TrainedCopies, is_copy
 from minilora.lora.figures import summary
-from minilora.lora.injection import attach, inject, write_pretrained_by
+from minilora.lora.injection import attach, check_way, inject, write_pretrained_by
 from minilora.lora.layer import LoRALayer, lora_layers
 from minilora.lora.merging import merge, unmerge
 from minilora.lora.modes import as_found, inference
@@ -74,6 +74,7 @@ __all__ = [
     "check_quantizable",
     "check_rank",
     "check_source",
+    "check_way",
     "check_whole",
     "combine",
     "compiled_pattern",

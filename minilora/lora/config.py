@@ -112,7 +112,9 @@ class AdapterConfig:
     """Settings of `inject`; each is checked, and brought to one form, when it is made."""
 
     r: int = option(8, "Rank, at least 1.", check_rank, flags=("--r", "--rank"))
-    alpha: float | None = option(None, "Numerator of the scaling, alpha / r. None is r.", _alpha)
+    alpha: float | None = option(
+        None, "Numerator of the scaling, alpha / r. None is each layer's r.", _alpha
+    )
     targets: tuple[str, ...] | str = option(
         "all-linear", 'Names of modules, or one regex. "all-linear": all linears but the head.'
     )
@@ -163,11 +165,9 @@ class AdapterConfig:
 
     def factor_options(self, name: str) -> dict[str, Any]:
         """Return the options of one layer's `LoRAAdapter`, by the layer's dotted name."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return {option: getattr(self, option) for option in _OF_FACTORS} | {
-            "r": pattern_value(name, self.rank_pattern, self.r),
-            "alpha": pattern_value(name, self.alpha_pattern, alpha),
-        }
+        r = pattern_value(name, self.rank_pattern, self.r)
+        alpha = pattern_value(name, self.alpha_pattern, r if self.alpha is None else self.alpha)
+        return {option: getattr(self, option) for option in _OF_FACTORS} | {"r": r, "alpha": alpha}
 
 
 _OF_FACTORS = {field.name for field in fields(AdapterConfig)} & set(

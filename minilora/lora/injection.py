@@ -37,6 +37,11 @@ def _warn_wide_ranks(chosen: dict[str, tuple[Base, int]]) -> None:
 
 def _check_start(config: AdapterConfig, chosen: dict[str, tuple[Base, int]]) -> None:
     """Raise where layers of this type or rank can't start as the config says, or have no bias."""
+    if config.dropout and all(base.family == "embedding" for base, _ in chosen.values()):
+        raise ValueError(
+            f"dropout acts on the input of linear layers and convolutions, found dropout="
+            f"{config.dropout} and embeddings alone; leave it out"
+        )
     for name, (base, r) in chosen.items():
         init = config.init
         if config.lora_bias and base.family == "embedding":
@@ -177,14 +182,17 @@ def inject(
     Args:
         model: any module with linear layers; changed in place.
         r: rank, at least 1 (above min(in, out) of a layer: a warning).
-        alpha: numerator of the scaling; None means r, so that scaling is 1 (PEFT's default).
+        alpha: numerator of the scaling. None means the r of each layer, so that scaling is 1 (√r
+            with rslora); a number is that of all layers, as in PEFT, whatever r rank_pattern
+            gives them.
         targets: `"all-linear"` (every Linear and Conv1D but the head), a list of dotted names or
             whole-segment endings (`["q_proj", "mlp.up_proj"]`), or one regex that must match whole
             dotted names. Every entry has to match. Embeddings and 2-D convolutions have to be
             named.
         exclude: list or regex in the same form, taken away from `targets`.
         layers: block numbers to keep, read from the first number in a dotted name.
-        dropout: on the branch's input while training, in [0, 1).
+        dropout: on the branch's input while training, in [0, 1). Embeddings, which read ids, have
+            none, as in PEFT.
         rslora: scaling = alpha / sqrt(r).
         dora: train each row's length apart from its direction (Liu et al. 2024, arXiv:2402.09353).
         bias: `"none"`, `"lora_only"` (a trained copy of the targets' biases) or `"all"` (of every
@@ -200,7 +208,7 @@ def inject(
         adapter: its name: letters, digits, `_`, `-`.
         dtype: of the factors.
         compute_dtype: of the branch; None computes in the input's dtype, `"float32"` is what PEFT
-            does on a bf16 base.
+            does on a bf16 base. All adapters of a layer have the same, and the same backend.
         backend: `"auto"`, `"torch"` or `"triton"`; an explicit choice that can't run raises.
 
     Returns:
@@ -310,7 +318,7 @@ def attach(
     survey = Survey.of(model)
     root, layers = survey.root, survey.layers
     check_room(survey, adapter, new)
-    _check_way(survey, new, compute_dtype, backend)
+    check_way(survey, new, compute_dtype, backend)
     if not hasattr(root, "_minilora_trainable"):
         _freeze(survey)
     for name, factors in new.items():
@@ -341,7 +349,7 @@ def check_room(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> 
             raise ValueError(f"adapter {adapter!r} on {name} {reason}")
 
 
-def _check_way(
+def check_way(
     survey: Survey, names: Iterable[str], compute_dtype: torch.dtype | None, backend: str
 ) -> None:
     """Raise where a layer that has adapters already computes otherwise than is asked for."""

@@ -137,6 +137,11 @@ def merge(
     quantized = {n: layer for n, layer in chosen.items() if layer.view.is_quantized}
     _check_mode(quantized, mode)
     _check_tolerance(tolerance)
+    if mode != "requantize" and (sample is not None or tolerance != 1.0):
+        raise ValueError(
+            f"{'tolerance' if sample is None else 'sample'} measures what rounding anew costs, so "
+            f"it goes with mode='requantize', found mode={mode!r}; leave it out"
+        )
     before, own = survey.in_place, survey.originals
     survey.install(names)
     disk = outputs = None

@@ -40,12 +40,13 @@ def quantize(
         model: any module with linear layers; changed in place.
         format: `"int8"` (a scale per output), `"nf4"` (QLoRA's, codes as bitsandbytes writes
             them) or `"int4"` (groups with small integer steps, multiplied through INT8); or a
-            `Quantization`, which has all of the options below.
+            `Quantization`, which has all of the options from block_size on.
         targets: as for `inject`: every Linear and Conv1D but the head, unless named. A head named
             here is unshared from its embedding, which stays as it is.
         exclude, layers: as for `inject`.
         block_size: weights that share a scale: 32 to 4096 in powers of two for nf4; 32, 64 or 128
-            for int4, dividing the layer's inputs. int8 has none.
+            for int4, dividing the layer's inputs. An option that a format does not read is
+            refused, as this one is for int8.
         double_quant: store nf4's scales in 8 bits.
         compute: how int8 and int4 multiply in the forward: `"int8"` (rows of the input are
             quantized too), `"dequantize"` or `"auto"`: int8 on a CPU with VNNI or AMX, or with
@@ -59,16 +60,25 @@ def quantize(
         The same model.
 
     Raises:
-        ValueError: an unknown format, a block size that does not fit, NaN or Inf, a layer that is
-            quantized already or no plain Linear or Conv1D; the model is unchanged.
+        ValueError: an unknown format, an option it does not read, a block size that does not fit,
+            NaN or Inf, a layer that is quantized already or no plain Linear or Conv1D; the model
+            is unchanged.
         TypeError: model or targets of another type.
         RuntimeError: adapters are merged, or `compute="int8"` where integers can't be multiplied.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize() needs an nn.Module, found {type(model).__name__}")
-    spec = format
-    if not isinstance(spec, Quantization):
-        spec = Quantization(spec, block_size, double_quant, compute, grad_compute, outliers)
+    spec = Quantization(
+        format.format if isinstance(format, Quantization) else format,
+        block_size, double_quant, compute, grad_compute, outliers,
+    )  # fmt: skip
+    if isinstance(format, Quantization):
+        if spec != Quantization(format.format):
+            raise ValueError(
+                f"quantize() takes options one by one or in a Quantization, found {format} and "
+                f"others beside it; put them into it"
+            )
+        spec = format
     survey = Survey(model)
     if survey.merged:
         raise RuntimeError("quantize() needs unmerged weights; call minilora.unmerge(model) first")

@@ -18,6 +18,7 @@ from minilora.lora import (
     base_of,
     check_adapter_name,
     check_open,
+    check_way,
     compiled_pattern,
     select_targets,
     true_name,
@@ -58,7 +59,8 @@ def load(
         adapter: the name to give it here.
         trainable: whether its parameters require gradients; other adapters keep theirs.
         replace: when an adapter of this name is there, put the file's values into its parameters
-            (a hot swap: what is active and trainable stays; ranks and layers must be the same).
+            (a hot swap: what is active and trainable stays, and the dtype; ranks and layers must
+            be the same).
         dtype: of the factors here; None is float32.
         compute_dtype: as for `inject`.
         backend: as for `inject`.
@@ -91,6 +93,7 @@ def load(
     with survey.originals_in_place():
         factors, copies = _Files(survey, folder, verify).read(dtype, verify)
     if present:
+        check_way(survey, factors, compute, backend)
         _swap(survey, adapter, factors, copies.by_name)
     else:
         attach(survey, factors, adapter, copies, compute_dtype=compute, backend=backend)

@@ -47,7 +47,7 @@ def settings_of(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any
     }
     if quantized:
         spec = quantized[0].spec
-        settings |= {"format": spec.format, "block_size": spec.block_size}
+        settings |= spec.stored
     return settings
 
 

@@ -34,6 +34,7 @@ from minilora.planning.machines import (
 from minilora.planning.memory import Memory, count_memory, memory_table
 from minilora.planning.shapes import COUNT, Settings, Shape, read_shape
 from minilora.planning.speed import duration
+from minilora.quantization import Quantization
 
 _ROWS = whole(1, 10**12)
 BUSY = 0.2  # share of the processor above which times are worth a warning
@@ -314,8 +315,8 @@ def plan(
         ranks: processes.
         parallel: None, `"ddp"` or `"fsdp"`.
         dropout: of the adapters.
-        block_size: of nf4 and int4.
-        double_quant: of nf4.
+        block_size: of nf4 and int4, compared ones too.
+        double_quant: of nf4, compared ones too.
         memory_gb: GB (10⁹) of the machine that may be used; default: what is free, or the table.
         prices: of an hour on that machine, or by device name.
         timed: time blocks here; False takes the measured rates alone (faster, rougher).
@@ -336,6 +337,8 @@ def plan(
     if chosen.name == HERE:
         here = dataclasses.replace(here, memory=chosen.memory)
     wanted = best_dtype(chosen) if dtype == "auto" else as_dtype(dtype)
+    if quantize is not None:
+        Quantization(quantize, block_size, double_quant)  # checks
     settings = Settings(
         quantize, wanted, r, targets, exclude, batch_size, accumulate, size.longest, checkpointing,
         check_dropout(dropout), ranks, parallel, block_size, double_quant,
@@ -364,10 +367,11 @@ def plan(
 
 
 def _prices(prices: float | Mapping[str, float] | None, name: str) -> dict[str, float]:
-    """Return what an hour costs by device name; one number is of the device that is named."""
-    found = (
-        dict(prices) if isinstance(prices, Mapping) else {} if prices is None else {name: prices}
-    )
+    """Return what an hour costs by known device; one number is of the device that is named."""
+    if isinstance(prices, Mapping):
+        found = {name_of(key): price for key, price in prices.items()}
+    else:
+        found = {} if prices is None else {name: prices}
     for key, price in found.items():
         if not is_number(price) or price < 0:
             raise ValueError(f"the price of an hour on {key} must be at least 0, found {price!r}")

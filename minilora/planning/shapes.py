@@ -347,9 +347,7 @@ class Settings:
     @property
     def spec(self) -> Quantization | None:
         """How the base's linears are stored, None as they are."""
-        if self.format is None:
-            return None
-        return Quantization(self.format, self.block_size, self.double_quant)
+        return None if self.format is None else Quantization.of_stored(vars(self))
 
     @property
     def base_dtype(self) -> torch.dtype:

@@ -27,14 +27,16 @@ class Format:
 
     Attributes:
         block_sizes: those the format has; empty where weights share no scale in blocks.
-        integer: whether the codes can be multiplied as integers, so that `compute`,
-            `grad_compute` and `outliers` mean something.
-        shown: the options that a layer shows.
+        reads: the options that mean something to it; others are refused.
     """
 
     block_sizes: tuple[int, ...] = ()
-    integer = False
-    shown: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+    @property
+    def integer(self) -> bool:
+        """Whether the codes can be multiplied as integers."""
+        return "compute" in self.reads
 
     def problem(self, spec: "Quantization", N: int, K: int) -> str | None:
         """Return why a weight `[N, K]` can't be stored so, or None."""

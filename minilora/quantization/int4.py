@@ -13,8 +13,7 @@ class INT4(Format):
     """0.5 + 1/block + 4/K bytes a weight; see `kernels/int4.py`."""
 
     block_sizes = (32, 64, 128)
-    integer = True
-    shown = ("block_size", "compute", "grad_compute")
+    reads = ("block_size", "compute", "grad_compute", "outliers")
 
     def problem(self, spec, N, K):
         """Groups must divide a row."""

@@ -9,8 +9,7 @@ from minilora.quantization.format import Format, bits_of, panels
 class INT8(Format):
     """1 + 4/K bytes a weight; see `kernels/int8.py`."""
 
-    integer = True
-    shown = ("compute", "grad_compute")
+    reads = ("compute", "grad_compute", "outliers")
 
     def layout(self, spec, N, K):
         """Codes `[N, K]` and a scale for each row."""

@@ -163,7 +163,7 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Show shape, format and how it multiplies."""
         spec = self.spec
-        shown = [*spec.storage.shown, *(["outliers"] if spec.outliers else [])]
+        shown = [name for name in spec.storage.reads if name != "outliers" or spec.outliers]
         return ", ".join(
             [
                 f"in_features={self.in_features}, out_features={self.out_features}, "

@@ -18,7 +18,7 @@ class NF4(Format):
     """
 
     block_sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes has
-    shown = ("block_size", "double_quant")
+    reads = ("block_size", "double_quant")
 
     def layout(self, spec, N, K):
         """Two codes a byte, and a scale for each block of the line that the matrix is."""

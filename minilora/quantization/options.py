@@ -1,6 +1,7 @@
 """The options of a quantized weight, and the registry of formats: one line each."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Quantization:
     block_size: int = option(
         64,
         "weights that share a scale: 32 to 4096 in powers of two for nf4; 32, 64 or 128 for int4, "
-        "dividing the layer's inputs; int8 has none",
+        "dividing the layer's inputs; refused for int8, which has a scale per output",
         whole(),
     )
     double_quant: bool = option(True, "store nf4's scales in 8 bits")
@@ -75,6 +76,20 @@ class Quantization:
 
     def __post_init__(self) -> None:
         check_options(self)
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name not in ("format", *self.storage.reads) and value != field.default:
+                readers = [repr(one) for one, storage in FORMATS.items() if name in storage.reads]
+                raise ValueError(
+                    f"{name} acts on format={' or '.join(readers)} alone, found {name}={value!r} "
+                    f"with format={self.format!r}; leave it out, or choose another format"
+                )
+        if self.outliers and self.compute == "dequantize":
+            raise ValueError(
+                f"outliers are channels kept out of the product of integers, which "
+                f"compute='dequantize' has none of, found outliers={self.outliers}; leave one of "
+                f"them out"
+            )
         sizes = self.storage.block_sizes or (self.block_size,)
         if self.block_size not in sizes:
             raise ValueError(
@@ -91,6 +106,12 @@ class Quantization:
     def stored(self) -> dict[str, Any]:
         """The options that say what the bytes mean, as a folder of a quantized model has them."""
         return {name: getattr(self, name) for name in ("format", "block_size", "double_quant")}
+
+    @classmethod
+    def of_stored(cls, values: Mapping[str, Any]) -> "Quantization":
+        """Return it from what `stored` names, without what the format does not read."""
+        spec = cls(values["format"])
+        return replace(spec, **{n: values[n] for n in spec.stored if n in spec.storage.reads})
 
     def problem(self, N: int, K: int) -> str | None:
         """Return why a weight `[N, K]` can't be stored so, or None."""

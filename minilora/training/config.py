@@ -38,6 +38,7 @@ def _given(value: Any, default: Any) -> bool:
 _BEST_LR, _MEASURED = 2e-3, 135_000_000  # the rate, and the parameters of the model it is of
 
 # Which losses an option acts on.
+_WARMUP = 0.05
 _ACTS_ON = {
     "beta": ("dpo", "ipo", "orpo", "kto", "simpo"),
     "gamma": ("simpo",),
@@ -70,7 +71,7 @@ class TrainConfig:
         "final_lr_ratio · lr; `constant` stays at lr.",
     )
     warmup: float = option(
-        0.05,
+        _WARMUP,
         "Share of the run over which the rate rises linearly to lr.",
         number("a number in [0, 1)", lambda x: 0 <= x < 1),
     )
@@ -261,6 +262,16 @@ class TrainConfig:
                     f"{field.name}={value} with loss={self.loss!r}; leave it out, or set loss "
                     f"(--loss)"
                 )
+        if self.warmup_steps is not None and self.warmup not in (0, _WARMUP):
+            raise ValueError(
+                f"the warmup is a share (warmup) or steps (warmup_steps), found warmup="
+                f"{self.warmup} and warmup_steps={self.warmup_steps}; leave one of them out"
+            )
+        if self.schedule == "constant" and self.final_lr_ratio:
+            raise ValueError(
+                f"schedule='constant' does not fall, found final_lr_ratio={self.final_lr_ratio}; "
+                f"leave it out, or take 'linear' or 'cosine'"
+            )
         if self.patience is not None and self.eval_every is None:
             raise ValueError(
                 f"patience counts evaluations, so it needs eval_every, found patience="
