@@ -252,6 +252,86 @@ def test_special_tokens_that_tokenizer_json_does_not_list_are_control_tokens(tmp
     assert 2 in ours.stop_ids
 
 
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+NEW = {"content": "<new>", "special": True, **FLAGS}
+IN_CONFIG = {  # what tokenizer_config.json names and tokenizer.json lacks, or has otherwise
+    "additional": {"additional_special_tokens": ["<new>", "<|im_end|>", "<b>"]},
+    "extra": {"extra_special_tokens": ["<new>"], "additional_special_tokens": ["<b>"]},
+    "named": {"extra_special_tokens": {"image_token": "<new>"}, "call_token": "<b>"},
+    "decoder": {"added_tokens_decoder": {"+0": NEW, "+1": {**NEW, "content": "<b>"}}},
+    "text": {"added_tokens_decoder": {"+0": {**NEW, "special": False}}},
+    "flags": {"added_tokens_decoder": {"+0": {**NEW, "rstrip": True, "lstrip": True}}},
+    "changed": {"added_tokens_decoder": {"1": {**NEW, "content": "<|im_start|>", "rstrip": True}}},
+    "both": {"added_tokens_decoder": {"+0": NEW}, "additional_special_tokens": ["<new>", "<b>"]},
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", IN_CONFIG)
+def test_tokens_that_only_the_configuration_names_get_transformers_ids(tmp_path, name):
+    backend = _backend()
+    size = backend.get_vocab_size()
+    stated = IN_CONFIG[name]
+    if "added_tokens_decoder" in stated:
+        decoder = stated["added_tokens_decoder"].items()
+        numbered = {str(size + int(i)) if i[0] == "+" else i: token for i, token in decoder}
+        stated = {**stated, "added_tokens_decoder": numbered}
+    backend.save(str(tmp_path / "tokenizer.json"))
+    entries = {"tokenizer_class": "PreTrainedTokenizerFast", **stated}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["a <new> b<b>c<new>", "<|im_start|>\n a<|im_end|> <new>", "<b><new>"]
+    for text in texts:
+        assert ours.encode(text, parse_special=True) == theirs.encode(text)
+    assert ours.control == {
+        t.content: i for i, t in theirs.added_tokens_decoder.items() if t.special
+    }
+    again = ours.save(tmp_path / "saved") or Tokenizer.from_pretrained(tmp_path / "saved")
+    assert [again.encode(t, parse_special=True) for t in texts] == [*map(theirs.encode, texts)]
+
+
+def test_a_token_under_another_id_than_its_file_states_is_refused(tmp_path):
+    _backend().save(str(tmp_path / "tokenizer.json"))
+    entries = {"added_tokens_decoder": {"5000": NEW}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    with pytest.raises(
+        ValueError, match="'<new>' must get the id 5000 .* tokenizer.json is of ano"
+    ):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("spaced", [True, False, None])
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    "family", ["GPT2TokenizerFast", "GPTNeoXTokenizer", "PreTrainedTokenizerFast"]
+)
+def test_a_space_before_a_text_is_put_where_transformers_class_puts_it(
+    tmp_path, family, stored, spaced
+):
+    backend = _backend()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=stored)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    entries = {
+        "tokenizer_class": family,
+        **({} if spaced is None else {"add_prefix_space": spaced}),
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("x y", " x", "", "a<|im_end|>b"):
+        assert ours.encode(text, parse_special=True) == theirs.encode(text)
+
+
+def test_a_space_that_the_file_has_no_place_for_is_refused(tmp_path):
+    backend = _backend()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    entries = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="add_prefix_space .* needs a ByteLevel .* leave it out"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 # --- text and control tokens --------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 Those are GPT-2's vocab.json and merges.txt, and SentencePiece's tokenizer.model.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ _END, _PIECES = "<|endoftext|>", "tokenizer.model"
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 _GEMMA = ("GemmaTokenizer", "GemmaTokenizerFast")
 _ANY = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+_SPACED = [  # classes that build ByteLevel anew, with add_prefix_space of tokenizer_config.json
+    f"{family}Tokenizer{fast}"
+    for family in ("GPT2", "GPTNeoX", "Qwen2", "CodeGen")
+    for fast in ("", "Fast")
+]
 _NAMES = ("bos", "eos", "pad", "unk")
 
 
@@ -34,18 +40,17 @@ def folder_parts(folder: Path, end: str | None) -> dict[str, Any]:
     stated = (folder / "tokenizer.json").is_file()
     if not stated and any((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         backend = _gpt2_backend(folder, entries)
-        make_special(backend, [*special_texts(entries), _END])
+        make_special(backend, [_END])
         if _END in control_tokens(backend):
             named |= {name: _END for name in ("bos", "eos", "unk") if named[name] is None}
     elif not stated and (folder / _PIECES).is_file():
         backend, own = _sentencepiece_backend(folder, entries)
         named |= {name: text for name, text in own.items() if named[name] is None}
-        make_special(backend, special_texts(entries))
     else:
         backend, stated = _backend(folder, entries), True
-        make_special(backend, special_texts(entries))
         if end in control_tokens(backend) and named["eos"] is None:
             named |= {name: end for name in ("bos", "eos", "unk") if named[name] is None}
+    make_special(backend, special_texts(entries), add=True)
     frame = bool(entries.get("add_bos_token")), bool(entries.get("add_eos_token"))
     return {
         "backend": backend,
@@ -95,7 +100,30 @@ def _backend(folder: Path, entries: dict[str, Any]) -> Any:
         ) from error
     if entries.get("tokenizer_class") in _LLAMA and _prepends(stored.get("normalizer")):
         _begin_once(backend, entries)
+    if entries.get("tokenizer_class") in _SPACED:
+        backend = _spaced(folder, stored, backend, bool(entries.get("add_prefix_space")))
+    _add(backend, folder, entries, file.name)
     return backend
+
+
+def _spaced(folder: Path, stored: dict[str, Any], backend: Any, spaced: bool) -> Any:
+    """Put a space before a text or not, as transformers' class does whatever the file says."""
+    steps = stored.get("pre_tokenizer") or {}
+    levels = [
+        step
+        for step in steps.get("pretokenizers", [steps])
+        if isinstance(step, dict) and step.get("type") == "ByteLevel"
+    ]
+    if spaced and not levels:
+        raise ValueError(
+            f"'{folder}': add_prefix_space of tokenizer_config.json needs a ByteLevel "
+            "pre-tokenizer in tokenizer.json, found none; leave it out"
+        )
+    if all(level["add_prefix_space"] == spaced for level in levels):
+        return backend
+    for level in levels:
+        level["add_prefix_space"] = spaced
+    return type(backend).from_str(json.dumps(stored))
 
 
 def _prepends(normalizer: Any) -> bool:
@@ -174,9 +202,12 @@ def _add(backend: Any, folder: Path, entries: dict[str, Any], file: str) -> None
     """Add the tokens that were added after training, under the ids that the files state."""
     library = tokenizers_library()
     for wanted, token in _added(folder, entries):
+        known = file == "tokenizer.json" and backend.token_to_id(token["content"]) is not None
+        if known and "special" not in token:
+            continue  # of added_tokens.json, which does not say how it is matched
         backend.add_tokens([library.AddedToken(**token)])
         found = backend.token_to_id(token["content"])
-        if found != wanted:
+        if found != wanted and not known:
             raise ValueError(
                 f"'{folder}': added token {token['content']!r} must get the id {wanted} that the "
                 f"files state, found {found}; {file} is of another model"

@@ -7,6 +7,8 @@ from typing import Any
 
 from minilora.files import import_extra
 
+_STANDARD = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
 Encoded = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
 
 
@@ -21,15 +23,16 @@ def text_of(token: Any) -> str | None:
 
 
 def special_texts(entries: dict[str, Any]) -> list[str]:
-    """Return the control tokens that tokenizer_config.json names beside bos, eos, pad and unk."""
-    found = []
-    for prefix in ("additional", "extra"):
-        tokens = entries.get(f"{prefix}_special_tokens") or ()
-        found += [text_of(t) for t in (tokens.values() if isinstance(tokens, dict) else tokens)]
-    stated = entries.get("added_tokens_decoder")
-    for token in stated.values() if isinstance(stated, dict) else ():
-        if isinstance(token, dict) and token.get("special"):
-            found.append(token.get("content"))
+    """Return the control tokens that tokenizer_config.json names beside bos, eos, pad and unk.
+
+    The order is transformers': those under names of their own, then the others.
+    """
+    extra = entries.get("extra_special_tokens") or entries.get("additional_special_tokens") or ()
+    named = entries.get("model_specific_special_tokens") or {}
+    own = [v for k, v in entries.items() if k.endswith("_token") and k not in _STANDARD]
+    found: list[Any] = [token for token in own if isinstance(token, str)]  # as "image_token"
+    for tokens in (named, extra):
+        found += map(text_of, tokens.values() if isinstance(tokens, dict) else tokens)
     return [text for text in found if isinstance(text, str)]
 
 
@@ -39,14 +42,20 @@ def control_tokens(backend: Any) -> dict[str, int]:
     return {token.content: i for i, token in added.items() if token.special}
 
 
-def make_special(backend: Any, texts: Iterable[str]) -> None:
-    """Make control tokens of entries of the vocabulary that are none yet, as transformers does."""
+def make_special(backend: Any, texts: Iterable[str], add: bool = False) -> None:
+    """Make control tokens of texts that are none yet, as transformers does.
+
+    Args:
+        backend: is changed.
+        texts: of the tokens.
+        add: put those behind the vocabulary that it lacks; else they are left out.
+    """
     known = control_tokens(backend)
     backend.add_special_tokens(
         [
             tokenizers_library().AddedToken(text, normalized=False)
             for text in dict.fromkeys(texts)
-            if text not in known and backend.token_to_id(text) is not None
+            if text not in known and (add or backend.token_to_id(text) is not None)
         ]
     )
 

@@ -111,7 +111,8 @@ class Tokenizer:
         `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, `config.json`
         and `generation_config.json` are read where they are there.
         `tokenizer.json` states which tokens frame a text; as in transformers 5, `add_bos_token` and
-        `add_eos_token` don't override it (and count where there is no such file).
+        `add_eos_token` don't override it (and count where there is no such file). Control tokens
+        that `tokenizer_config.json` alone names are added behind the vocabulary.
 
         Args:
             folder: path of the folder.
