@@ -67,7 +67,16 @@ def test_a_split_says_so_where_the_model_drops_by_itself(capsys):
     model.model.layers[0].mlp.register_module("drop", torch.nn.Dropout(0.1))
     fit(model, examples(4), loss=limited(2), batch_size=4, max_steps=1, quiet=False)
     said = capsys.readouterr().err
-    assert "in passes of 2, with the same gradient but for the masks of the model's own" in said
+    assert "same gradient but for the masks of the model's own dropout\n" in said
+
+
+def test_a_split_says_so_where_the_head_drops(capsys):
+    """It reads the learned tokens of all rows, so that their masks move with a split."""
+    for targets, said in ((["q_proj", "lm_head"], " but for the masks of dropout on the head"),
+                          (["q_proj"], "")):  # fmt: skip
+        model = tiny(dropout=0.3, targets=targets)
+        fit(model, examples(4), loss=limited(2), batch_size=4, max_steps=1, quiet=False)
+        assert f"in passes of 2, with the same gradient{said}\n" in capsys.readouterr().err
 
 
 def test_split_is_bit_equal_over_a_resumption(tmp_path):

@@ -40,7 +40,7 @@ def pair_log_probs(
     return sums.view(-1, len(answers)), tokens.view(-1, len(answers))
 
 
-def shares_prompts(model: nn.Module, batch: PairBatch) -> bool:
+def shares_prompts(model: nn.Module, batch: Batch) -> bool:
     """Return whether one row for prompt and both answers computes what two rows would.
 
     A window counts places in the row, and some rotary embeddings depend on a row's length, so that

@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.data import PairBatch
+from minilora.data import Batch, PairBatch
 from minilora.lora import Survey, disabled, inference
-from minilora.running.log_probs import pair_log_probs
+from minilora.running.log_probs import pair_log_probs, shares_prompts
 
 
 class Scores(NamedTuple):
@@ -209,6 +209,10 @@ class Preference:
             raise ValueError(self.refusal("a batch", None))
         if bool(((batch.wanted >= 0) != (self.kind == "kto")).any()):
             raise ValueError(self.refusal("a batch", self.kind != "kto"))
+
+    def rows_per_pair(self, model: nn.Module, batch: Batch) -> int:
+        """Return how many rows of the model's input a pair is learned in."""
+        return 1 if self.kind == "kto" or shares_prompts(model, batch) else 2
 
     def refusal(self, name: str, labelled: bool | None) -> str:
         """Return what to say of data of another kind: labelled answers, pairs, or texts (None)."""

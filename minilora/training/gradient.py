@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from minilora.data import Batch
 from minilora.kernels import out_of_memory, row_masks
+from minilora.lora import LoRALayer
+from minilora.models import CausalLM
 from minilora.training.run import Run
 
 # What else makes one row fit, by where the memory is.
@@ -34,7 +36,7 @@ class Gradient:
 
     A micro-batch that does not fit in memory is split in halves, down to one row, and the split is
     remembered. The gradient stays the same: sums are divided once, at the end, and dropout's masks
-    depend on (seed, step, row).
+    depend on (seed, step, row), but for those of `_masks_by_batch`.
 
     Args:
         run: what is trained; its `rows` is the split (0: none so far), its `limit` says before a
@@ -115,10 +117,11 @@ class Gradient:
     def _smaller(self, batch: Batch, size: int, why: str) -> int:
         """Halve the passes from here on, and say so."""
         size = self.run.rows = math.ceil(size / 2)
-        own = "" if not _drops(self.run.model) else " but for the masks of the model's own dropout"
+        masks = _masks_by_batch(self.run.model)
+        but = f" but for the masks of {' and '.join(masks)}" if masks else ""
         self.say(
             f"a micro-batch of {len(batch)} rows {why}: from here on in passes of {size}, with the "
-            f"same gradient{own}"
+            f"same gradient{but}"
         )
         return size
 
@@ -144,8 +147,11 @@ class Gradient:
         # the same masks. On every rank and in every part a row has the number it has in the step.
         first, ranks = index * run.config.batch_size, run.ranks
         rows = [first + ranks.rank + ranks.world_size * (start + i) for i in range(len(batch))]
+        seeds = [mix_seed(seed + 1, run.step, row) for row in rows]
+        if run.preference is not None and run.preference.rows_per_pair(run.model, batch) == 2:
+            seeds = [mix_seed(one, run.step, answer) for one in seeds for answer in (1, 2)]
         torch.manual_seed(mix_seed(seed, run.step, index))
-        with row_masks([mix_seed(seed + 1, run.step, row) for row in rows]):
+        with row_masks(seeds):
             with self.autocast():
                 total, count = _checked(run.loss(run.model, batch))
             (total * run.scale.value).backward()
@@ -161,10 +167,18 @@ class Gradient:
         return 0.0, 0
 
 
-def _drops(model: nn.Module) -> bool:
-    """Return whether the model drops anything itself; such masks follow the batch, not the row."""
+def _masks_by_batch(model: nn.Module) -> list[str]:
+    """Name the dropout whose masks follow the batch and not the row.
+
+    Our models' head reads the learned tokens of all rows, chunk by chunk.
+    """
     dropouts = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-    return any(isinstance(module, dropouts) and module.p > 0 for module in model.modules())
+    own = any(isinstance(module, dropouts) and module.p > 0 for module in model.modules())
+    found = ["the model's own dropout"] if own else []
+    head = model.lm_head if isinstance(model, CausalLM) else None
+    if isinstance(head, LoRALayer) and any(head.adapters[name].dropout for name in head.active):
+        found.append("dropout on the head")
+    return found
 
 
 def _checked(result: Any) -> tuple[Tensor, int]:
