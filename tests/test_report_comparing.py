@@ -99,6 +99,14 @@ def test_the_interval_of_over_fitting_is_that_of_two_independent_sets():
     assert gap.change == pytest.approx(0.4)
     assert gap.low == pytest.approx(0.4 - math.sqrt(0.1**2 + 0.1**2))
     assert gap.high == pytest.approx(0.4 + math.sqrt(0.2**2 + 0.4**2))
+    assert (gap.examples, gap.caveat) == (20, "")
+
+
+def test_over_fitting_on_a_few_examples_is_said_to_be_untold(tmp_path):
+    for data, few in ((DATA, True), (DATA * 2, False)):
+        found = minilora.compare(model(["v1"]), [None, "v1"], data, train=data, resamples=99)
+        for text in (str(found), found.to_html(tmp_path / "a.html").read_text()):
+            assert ("fewer than 10 examples never can tell" in text) == few
 
 
 def test_equal_seeds_give_equal_numbers_and_the_model_stays():
@@ -340,6 +348,11 @@ def test_an_interval_is_drawn_where_it_lies():
         ([None, "v9"], {}, "v9"),
         ([None, "v1"], {"right": "exact"}, "needs a tokenizer, found None"),
         ([None, "v1"], {"right": "(", "tokenizer": TOKENIZER}, "right must be 'exact', a regular"),
+        (
+            [None, "v1"],
+            {"max_new_tokens": 8},
+            "max_new_tokens is of answers, .*=8 without it; pass",
+        ),
         ([None, "v1"], {"outside": []}, "data must hold at least one example, found none"),
     ],
 )

@@ -22,7 +22,15 @@ from minilora.files import short, write, write_json
 from minilora.lora import Survey
 from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, start_of, told
 from minilora.report.tokens import decode
-from minilora.running import BASE, RESAMPLES, Difference, paired_difference, summed, token_losses
+from minilora.running import (
+    BASE,
+    FEWEST,
+    RESAMPLES,
+    Difference,
+    paired_difference,
+    summed,
+    token_losses,
+)
 from minilora.text import as_tokenizer
 
 BEFORE = 24  # tokens shown of an example before and after where learning begins
@@ -53,11 +61,13 @@ class Gap:
     Attributes:
         change: in nats per token; above 0 some of it is missing.
         low, high: 95 % interval; the two sets of examples are independent of each other.
+        examples: of the smaller set.
     """
 
     change: float
     low: float
     high: float
+    examples: int
 
     @classmethod
     def between(cls, held: Difference, trained: Difference) -> Gap:
@@ -65,7 +75,14 @@ class Gap:
         change = held.change - trained.change
         below = math.hypot(held.change - held.low, trained.high - trained.change)
         above = math.hypot(held.high - held.change, trained.change - trained.low)
-        return cls(change, change - below, change + above)
+        fewer = min(held.examples, trained.examples)
+        return cls(change, change - below, change + above, fewer)
+
+    @property
+    def caveat(self) -> str:
+        """Say where the interval means nothing."""
+        few = self.examples < FEWEST
+        return f"; fewer than {FEWEST} examples never can tell" if few else ""
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,7 @@ class AdapterComparison:
         lines += [
             f"over-fitting: of what {name} gains on training data, {gap.change:+.4f} nats a token "
             f"(95 % {gap.low:+.4f} to {gap.high:+.4f}) are not gained on held-out data"
+            f"{gap.caveat}"
             for name, gap in self.gaps.items()
         ]
         lines += [
@@ -167,7 +185,7 @@ def compare(
             first learned turn, white space at the ends left out), a regular expression whose first
             group, or match, must be the same in both, or a function of the answer and the learned
             text. Needs a tokenizer.
-        max_new_tokens: of an answer, at most.
+        max_new_tokens: of an answer, at most; refused without `right`.
         batch_size: examples at a time; changes no more than rounding.
         seed, resamples: of the bootstrap.
 
@@ -185,6 +203,11 @@ def compare(
     survey.require_finite()
     names = _names(survey, contenders)
     judge = None if right is None else judge_of(right, tokenizer)
+    if judge is None and max_new_tokens != 64:
+        raise ValueError(
+            f"max_new_tokens is of answers, which right asks for, found max_new_tokens="
+            f"{max_new_tokens!r} without it; pass right, or leave it out"
+        )
     tokenizer = None if tokenizer is None else as_tokenizer(tokenizer, model)
     sets = {"data": data, "outside": outside, "train": train}
     examples = {key: as_examples(some) for key, some in sets.items() if some is not None}

@@ -73,7 +73,7 @@ def _gaps(compared: AdapterComparison) -> list[str]:
         "Right of 0 the adapter has learned some of its data by heart."
     )
     rows = [
-        (name, gap.change, gap.low, gap.high, f"{gap.change:+.4f}")
+        (name, gap.change, gap.low, gap.high, f"{gap.change:+.4f}{gap.caveat}")
         for name, gap in compared.gaps.items()
     ]
     return [section("Over-fitting", about), figure(intervals("Over-fitting", rows))]
