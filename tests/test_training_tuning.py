@@ -123,6 +123,7 @@ def test_a_best_loss_in_the_middle_of_a_run_is_told_with_its_step(tmp_path):
 
 def test_a_run_that_went_on_by_itself_is_not_compared_as_of_an_earlier_step(tmp_path, monkeypatch):
     """As with `minilora resume` on a trial of a tuning that was stopped."""
+    short = dataclasses.replace(CONFIG, epochs=None, max_steps=15)
     stop = SimpleNamespace(times=0)
     real = Runs.losses
 
@@ -133,16 +134,19 @@ def test_a_run_that_went_on_by_itself_is_not_compared_as_of_an_earlier_step(tmp_
         return real(self)
 
     monkeypatch.setattr(Runs, "losses", losses)
-    found = tune(tmp_path, rates=RATES[:2])
+    found = tune(tmp_path, RATES[:2], config=short)
     assert found.stopped == "interrupted" and RATES[1] == found.trials[1].lr
-    config = dataclasses.replace(CONFIG, lr=RATES[1])
+    config = dataclasses.replace(short, lr=RATES[1])
     model = minilora.inject(plain(), **ADAPTER)
     where = tmp_path / found.trials[1].name
     minilora.fit(model, ROWS, HELD, config=config, out=where, resume=True, quiet=True)
-    with pytest.raises(ValueError, match=r"lr-0.001 must be compared after step 6, but .* step 30"):
-        tune(tmp_path, rates=RATES[:2], resume=True)
+    with pytest.raises(ValueError, match=r"lr-0.001 must be compared after step 3, but .* step 15"):
+        tune(tmp_path, RATES[:2], config=short, resume=True)
     shutil.rmtree(where)
-    again, fresh = tune(tmp_path, rates=RATES[:2], resume=True), tune(tmp_path / "b", RATES[:2])
+    again, fresh = (
+        tune(tmp_path, RATES[:2], config=short, resume=True),
+        tune(tmp_path / "b", RATES[:2], config=short),
+    )
     assert (again.trials, again.result.best) == (fresh.trials, fresh.result.best)
 
 
