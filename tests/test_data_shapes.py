@@ -255,6 +255,15 @@ def test_what_decides_about_learning_is_said():
     assert said not in learned({"messages": TALK}, template)[1]
 
 
+def test_a_row_does_not_say_whether_an_answer_follows():
+    """The template reads it, and each rendering sets it."""
+    found, notes = learned(
+        {"messages": TALK, "chat_template_kwargs": {"add_generation_prompt": True}}
+    )
+    assert found == learned({"messages": TALK})[0]
+    assert notes == ("ignored fields, with how often they occur: add_generation_prompt (1)",)
+
+
 def test_what_is_beside_named_fields_is_read_or_reported():
     """The shape's own further fields are read; another shape's fields are said to be left."""
     record = {"task": "Double it", "input": "21", "reply": "42", "text": "T"}

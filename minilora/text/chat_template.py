@@ -85,7 +85,8 @@ class ChatTemplate:
         with _one_error("is not valid"):
             self._template = self._sandbox.compiled(source)
             free = meta.find_undeclared_variables(self._sandbox.parse(source))
-        self.variables = frozenset(free) - {"messages", *self._sandbox.globals}
+        own = {"messages", "add_generation_prompt", *self._sandbox.globals}
+        self.variables = frozenset(free) - own
 
     def render(self, messages: list[dict[str, Any]], **values: Any) -> str:
         """Return the text of a conversation.
