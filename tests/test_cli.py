@@ -279,6 +279,38 @@ def test_cli_help_names_every_command(capsys):
     assert [name for name in VERBS if f"    {name} " not in text] == []
 
 
+def test_a_head_that_shares_its_weight_is_merged_apart_where_asked(tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=28, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tiny_folder(tmp_path / "model", config=config)
+    model, _ = load_model(folder, dtype="float32")
+    minilora.inject(model, r=2, alpha=3, targets=["embed_tokens"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.manual_seed(0))
+    minilora.save(model, tmp_path / "adapter")
+    merge = ["merge", tmp_path / "adapter", "--out", tmp_path / "merged"]
+    assert run(*merge) == 2
+    assert "both share one weight; pass untie=True (--untie)" in capsys.readouterr().err
+    assert run(*merge, "--untie") == 0
+    ids = torch.arange(28)[None]
+    found = load_model(tmp_path / "merged", dtype="float32")[0](ids)
+    assert (found - model(ids)).abs().max() < 1e-5
+
+
+def test_all_linear_is_a_target_on_the_command_line(folder, letters, tmp_path, capsys):
+    assert run("targets", folder, "--targets", "all-linear") == 0
+    named = capsys.readouterr().out
+    assert run("targets", folder) == 0
+    assert capsys.readouterr().out == named and "down_proj" in named
+    train = ["train", folder, "--data", letters, "--max-length", 32, "--max-steps", 1]
+    assert run(*train, "--targets", "all-linear", "--out", tmp_path / "a") == 0
+    stored = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+    assert len(stored) == 14
+
+
 def test_what_ends_a_text_goes_with_the_model(folder, tmp_path):
     """Merged or quantized: generation_config.json may state more ends than config.json."""
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')

@@ -25,6 +25,11 @@ from minilora.quantization import FORMATS, quantized_layers
         f"named where that is quantized or a GGUF file; {DTYPE_HELP}",
     ),
     arg("--adapter", type=Path, help=f"where MODEL is the base: {ADAPTER_HELP}"),
+    arg(
+        "--untie",
+        action="store_true",
+        help="where the adapter changes one of two layers that share a weight: give each its own",
+    ),
     arg("--out", type=Path, help="a new or empty folder"),
     arg("--gguf", type=Path, metavar="FILE", help="write a GGUF file, for llama.cpp and Ollama"),
     arg(
@@ -61,7 +66,7 @@ def merge(options: argparse.Namespace) -> int:
         )
     mode = "dequantize" if few_bits else None
     with ticking("merging"):
-        minilora.merge(model, keep=None, mode=mode)
+        minilora.merge(model, keep=None, mode=mode, untie=options.untie)
         minilora.eject(model)
     if options.out is not None:
         with ticking("writing"):

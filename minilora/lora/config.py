@@ -106,6 +106,11 @@ def _pattern(check: Callable[[object, str], float]) -> Callable[[object, str], d
     return checked
 
 
+def one_word(targets: Any) -> Any:
+    """Return "all-linear" for a list of that word alone, which a command line has; else targets."""
+    return "all-linear" if targets in (["all-linear"], ("all-linear",)) else targets
+
+
 @described
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -116,7 +121,9 @@ class AdapterConfig:
         None, "Numerator of the scaling, alpha / r. None is each layer's r.", _alpha
     )
     targets: tuple[str, ...] | str = option(
-        "all-linear", 'Names of modules, or one regex. "all-linear": all linears but the head.'
+        "all-linear",
+        'Names of modules, or one regex. "all-linear": all linears but the head.',
+        lambda value, name: one_word(value),
     )
     exclude: tuple[str, ...] | str = option((), "Names or a regex, taken away from targets.")
     layers: tuple[int, ...] | None = option(None, "Numbers of the blocks to adapt. None: all.")

@@ -106,7 +106,7 @@ def check_mergeable(
         if not untie:
             raise ValueError(
                 f"merging into {name} would change {owner} too, because both share one {key}; "
-                f"pass untie=True to give {name} a {key} of its own"
+                f"pass untie=True (--untie) to give {name} a {key} of its own"
             )
         apart.add((name, key))
     copied = {p for copies in survey.copies.values() for p in copies.by_name.values()}

@@ -10,7 +10,7 @@ from torch import nn
 from minilora.files import one_line, short
 from minilora.lora.bare_parameters import bare_match, unreached
 from minilora.lora.base import base_of, view
-from minilora.lora.config import AdapterConfig
+from minilora.lora.config import AdapterConfig, one_word
 from minilora.lora.layer import LoRALayer
 from minilora.lora.patterns import after_dots, compiled_pattern, nearest
 from minilora.lora.survey import Survey, parents, split_block
@@ -173,6 +173,7 @@ def select_targets(
             "the model itself is a single layer and has no parent to hold the wrapped one; put it "
             "into an nn.Sequential"
         )
+    targets = one_word(targets)
     chosen = _Selection(survey, "targets").of(targets)
     if layers is not None:
         chosen = _in_layers(chosen, layers, layers_pattern, targets)
@@ -260,6 +261,7 @@ def targets(
     Raises:
         ValueError: what `inject` would refuse.
     """
+    targets = one_word(targets)
     if not isinstance(targets, str):
         targets = string_list(targets, "targets")
     survey = Survey(model)
