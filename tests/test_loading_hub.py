@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -380,6 +381,25 @@ def test_the_variable_of_huggingface_hub_keeps_the_command_offline(tmp_path):
     assert "HF_HUB_OFFLINE is set" in done.stderr
 
 
+def test_a_folder_is_not_taken_for_a_name_on_the_hub(hub, tmp_path, local, monkeypatch, capsys):
+    """`models/tiny`, seen from another folder; a name of that form is asked for, and said."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(local, tmp_path / "models" / "tiny")
+    model = minilora.inject(load_model("models/tiny", dtype=None)[0], r=2)
+    out = minilora.save(model, tmp_path / "out")
+    assert base_of(out, None) == "./models/tiny"
+    other = minilora.save(model, tmp_path / "other", base_name="models/tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"by the path ./models/tiny, found nothing there from"):
+        base_of(out, None)
+    capsys.readouterr()
+    assert base_of(other, None) == "models/tiny"
+    said = "the base, models/tiny, is no folder here; the hub is asked for it\n"
+    assert capsys.readouterr().err == said
+    assert not hub.asked
+
+
 def test_a_run_names_the_base_that_base_name_says(hub, tmp_path, capsys):
     data = tmp_path / "letters.jsonl"
     data.write_text('{"text": "a b c d e"}\n' * 8)
@@ -388,7 +408,7 @@ def test_a_run_names_the_base_that_base_name_says(hub, tmp_path, capsys):
     entries = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert (entries["base_model_name_or_path"], entries["revision"]) == ("me/base", None)
     with pytest.raises(SystemExit):
-        run(*train[:-2], "--out", "other", "--base-name", "")
+        run(*train, "--base-name", "")
     assert "base_name must be a name or None, found ''" in capsys.readouterr().err
 
 

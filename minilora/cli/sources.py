@@ -51,12 +51,20 @@ def base_of(adapter: Path, model: str | None) -> str:
         raise ValueError(f"{adapter / CONFIG_FILE} must name its base, found none; pass --model")
     name = on_hub(named)
     if name is None:
+        if named.startswith((".", "/")) and not os.path.exists(named):
+            raise ValueError(
+                f"{adapter / CONFIG_FILE} names its base by the path {named}, found nothing there "
+                f"from {os.getcwd()}; go where it was trained, or pass the base, as --model does"
+            )
         return named
     if revision:
         return str(name._replace(revision=str(revision)))
     with tensor_file(weights) as opened:
         ours = "minilora_base" in (opened.metadata() or {})
-    return (ours and known_name(named)) or named  # our file has the name of what it was made from
+    known = known_name(named) if ours else None  # our file has the name of what it was made from
+    if ours and known is None:  # as base_name says, or a folder's that an older version wrote
+        print(f"the base, {named}, is no folder here; the hub is asked for it", file=sys.stderr)
+    return known or named
 
 
 def is_adapter(model: str) -> bool:

@@ -1,7 +1,7 @@
 """Files and texts: read with one kind of error, written whole or not at all, worded in one line."""
 
 from minilora.files.extras import EXTRAS, import_extra
-from minilora.files.hub import HubName, cached_name, download, download_data, on_hub
+from minilora.files.hub import HubName, cached_name, download, download_data, on_hub, plain_path
 from minilora.files.json_text import parse_json, read_json, unique_keys
 from minilora.files.links import leads_out, open_plain
 from minilora.files.options import (
@@ -76,6 +76,7 @@ __all__ = [
     "open_plain",
     "option",
     "parse_json",
+    "plain_path",
     "print_line",
     "read_json",
     "read_options",

@@ -45,6 +45,11 @@ def on_hub(source: str | Path) -> HubName | None:
     return HubName(*found.groups())
 
 
+def plain_path(source: str) -> str:
+    """Return a path that from no folder is taken for a name on the hub, as `models/tiny` would."""
+    return f"./{source}" if _NAME.fullmatch(source) and Path(source).exists() else source
+
+
 def cached_name(path: str | Path) -> HubName | None:
     """Return the name on the hub of a folder or GGUF file in huggingface_hub's cache."""
     found = _CACHED.search(str(path))

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.files import Check, cached_name, must_be, one_line, read_json, short
+from minilora.files import Check, cached_name, must_be, one_line, plain_path, read_json, short
 from minilora.lora import (
     AdapterConfig,
     LoRAAdapter,
@@ -254,7 +254,7 @@ def _base_name(root: nn.Module) -> tuple[str | None, str | None]:
     name = getattr(root, "name_or_path", None) or None
     cached = cached_name(str(name))
     if cached is None:
-        return name, None
+        return (None if name is None else plain_path(str(name))), None
     return str(cached._replace(revision=None)), cached.revision
 
 

@@ -41,7 +41,8 @@ def save(
         folder: made if missing; the two files in it are replaced.
         adapter: which one; None when there is only one, or only one is active.
         base_name: what the config names as the base; None is where the model came from, of a
-            model from the hub its name there.
+            model from the hub its name there. A relative path begins with `./` or `../`, so that it
+            is not taken for a name on the hub elsewhere.
 
     Returns:
         The folder that holds the two files.
