@@ -308,7 +308,7 @@ def test_all_linear_is_a_target_on_the_command_line(folder, letters, tmp_path, c
     train = ["train", folder, "--data", letters, "--max-length", 32, "--max-steps", 1]
     assert run(*train, "--targets", "all-linear", "--out", tmp_path / "a") == 0
     stored = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
-    assert len(stored) == 14
+    assert len(stored) == 7
 
 
 def test_what_ends_a_text_goes_with_the_model(folder, tmp_path):
@@ -554,8 +554,13 @@ def test_cli_quantizes_trains_evaluates_and_merges(letters, tmp_path, capsys, fo
     scores = []
     for model in ([folder, "--quantize", format], [small]):
         assert run("eval", *model, "--adapter", out, "--data", letters, "--json") == 0
-        scores.append(json.loads(capsys.readouterr().out)["loss"])
+        said = capsys.readouterr()
+        scores.append(json.loads(said.out)["loss"])
+        assert "was trained on a base in" not in said.err
     assert scores[0] == scores[1]
+    assert run("eval", folder, "--adapter", out, "--data", letters) == 0
+    said = f"{out} was trained on a base in {format} (--quantize {format}), and this one is in floa"
+    assert said in capsys.readouterr().err
     assert run("generate", small, "a", "--max-new-tokens", "2") == 0
     capsys.readouterr()
     merge = ["merge", small, "--adapter", out, "--out", tmp_path / "merged"]

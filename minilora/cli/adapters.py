@@ -17,6 +17,7 @@ from minilora.cli.sources import (
     device,
     encode_files,
     load,
+    load_adapter,
     write_modelfile,
 )
 from minilora.files import ticking
@@ -139,9 +140,9 @@ def explain(options: argparse.Namespace) -> int:
     if device(options).type == "mps":  # which has no float64
         options.device = "cpu"
     model, tokenizer = load(options)
-    minilora.load(model, options.out)
+    load_adapter(model, options.out)
     if options.against is not None:
-        minilora.load(model, options.against, "other")
+        load_adapter(model, options.against, "other")
     examples: dict[str, Any] = {}
     about = {"adapter": str(options.out), "base": options.model}
     for key, some in data.items():

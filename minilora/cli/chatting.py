@@ -8,9 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import minilora
 from minilora.cli.arguments import MODEL, SAMPLING, arg, positive, verb
-from minilora.cli.sources import adapter_in_place, adapter_of, load, names_of
+from minilora.cli.sources import adapter_in_place, adapter_of, load, load_adapter, names_of
 from minilora.running import BASE, Chat
 
 _HELP = """/reset         begin a new conversation
@@ -45,7 +44,7 @@ def chat(options: argparse.Namespace) -> int:
     model, tokenizer = load(options)
     names = names_of(adapters)
     for name, folder in zip(names, adapters, strict=True):
-        minilora.load(model, folder, name)
+        load_adapter(model, folder, name)
     settings = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "system")
     talk = Chat(
         model,

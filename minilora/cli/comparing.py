@@ -22,6 +22,7 @@ from minilora.cli.sources import (
     data_files,
     encode_files,
     load,
+    load_adapter,
     names_of,
 )
 from minilora.files import ticking
@@ -65,7 +66,7 @@ def compare(options: argparse.Namespace) -> int:
     model, tokenizer = load(options)
     names = names_of(folders)
     for name, folder in zip(names, folders, strict=True):
-        minilora.load(model, folder, name)
+        load_adapter(model, folder, name)
     examples: dict[str, Any] = {
         key: encode_files(some, tokenizer, options) for key, some in data.items()
     }

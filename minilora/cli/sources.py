@@ -14,7 +14,16 @@ from minilora.data import DataFiles, Encoding, Example
 from minilora.files import is_new, on_hub, short, tensor_file, ticking, write
 from minilora.kernels import resolve_device
 from minilora.loading import known_name, load_model
-from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, read_config
+from minilora.lora import lora_layers
+from minilora.peft import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_folder,
+    base_formats,
+    find_pair,
+    read_config,
+)
+from minilora.quantization import FORMATS
 from minilora.running import BASE
 from minilora.training import common_dtype, torchrun_number
 
@@ -54,7 +63,7 @@ def base_of(adapter: Path, model: str | None) -> str:
         if named.startswith((".", "/")) and not os.path.exists(named):
             raise ValueError(
                 f"{adapter / CONFIG_FILE} names its base by the path {named}, found nothing there "
-                f"from {os.getcwd()}; go where it was trained, or pass the base, as --model does"
+                f"from {os.getcwd()}; go where it was trained, or name the base"
             )
         return named
     if revision:
@@ -148,8 +157,27 @@ def load(
     with ticking(f"loading {options.model}", shown=torchrun_number("RANK", 0) == 0):
         model, tokenizer = load_model(options.model, format, dtype, target, **more)
         if adapter is not None:
-            minilora.load(model, adapter, trainable=options.command == "train")
+            load_adapter(model, adapter, trainable=options.command == "train")
     return model, tokenizer
+
+
+def load_adapter(model: Any, folder: Path, name: str = "default", trainable: bool = False) -> None:
+    """Load an adapter, and say where its base was stored in other bits than this one."""
+    minilora.load(model, folder, name, trainable=trainable)
+    layers, formats = lora_layers(model), base_formats(folder)
+    was = {format for format in formats.values() if format in FORMATS}
+    here = {layers[fqn].stored for fqn in formats if fqn in layers} & set(FORMATS)
+    if was != here and torchrun_number("RANK", 0) == 0:
+        flags = "".join(f" (--quantize {format})" for format in sorted(was))
+        print(
+            f"{folder} was trained on a base in {_listed(was)}{flags}, and this one is in "
+            f"{_listed(here)}",
+            file=sys.stderr,
+        )
+
+
+def _listed(formats: set[str]) -> str:
+    return " and ".join(sorted(formats)) or "floating point"
 
 
 def device(options: argparse.Namespace) -> torch.device:

@@ -4,7 +4,7 @@ import minilora.peft.pretrained  # noqa: F401 - transformers models write by it
 from minilora.peft.checking import check
 from minilora.peft.config import config_of, read_config
 from minilora.peft.files import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, settle_pair
-from minilora.peft.fingerprints import fingerprint
+from minilora.peft.fingerprints import base_formats, fingerprint
 from minilora.peft.loading import load
 from minilora.peft.portable import export, plain_factors, to_lora
 from minilora.peft.saving import save, save_adapter
@@ -13,6 +13,7 @@ __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "adapter_folder",
+    "base_formats",
     "check",
     "config_of",
     "export",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.files import parse_json
+from minilora.files import parse_json, tensor_file
 from minilora.lora import (
     LoRALayer,
     Survey,
@@ -21,7 +21,7 @@ from minilora.lora import (
     frozen_values,
     weight_sample,
 )
-from minilora.peft.files import WEIGHTS_FILE
+from minilora.peft.files import WEIGHTS_FILE, find_pair
 
 # A base of the same storage format must agree exactly; another format only this closely, and one
 # that another library packs (bitsandbytes rounds its scales anew for some CPUs).
@@ -46,6 +46,15 @@ def fingerprint(layers: dict[str, LoRALayer], own: Mapping[str, Tensor] | None =
             "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
         }
     return json.dumps(rows)
+
+
+def base_formats(folder: Path) -> dict[str, str]:
+    """Return how each base layer was stored when an adapter was saved; of PEFT's files nothing."""
+    with tensor_file(find_pair(folder)[1]) as opened:
+        metadata = opened.metadata() or {}
+    with _readable(folder, "minilora_base"):
+        rows = parse_json(metadata.get("minilora_base", "{}"), "it")
+        return {fqn: row["format"] for fqn, row in rows.items()}
 
 
 def check_base(
