@@ -293,7 +293,8 @@ class Encoder:
         for ids, ends in talk.pieces(text):
             tokens += zip(ids, ends, strict=True)
             yield ids, ends
-        if any(_is_inside(start, tokens, text, talk.pieces) for start in starts):
+        ended = {end for _, end in tokens}  # encoding each prompt again takes as long
+        if any(_is_inside(s, tokens, text, talk.pieces) for s in starts if s not in ended):
             self.note(_INSIDE, name)
 
     def _objects(
