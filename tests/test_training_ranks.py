@@ -408,8 +408,8 @@ def command_in(place):
     ]
     (place / "train.jsonl").write_text("\n".join(lines))
 
-    def arguments(out, *more):
-        options = ["--max-steps", "5", "--batch-size", "3", "--lr", "0.01", "--dropout", "0.1"]
+    def arguments(out, *more, steps="5"):
+        options = ["--max-steps", steps, "--batch-size", "3", "--lr", "0.01", "--dropout", "0.1"]
         given = ["train", place / "model", "--data", place / "train.jsonl", "--out", out]
         return [str(x) for x in (*given, *options, "--dtype", "float32", "--rank", "4", *more)]
 
@@ -456,10 +456,8 @@ def test_train_reads_the_base_in_parts_and_gives_the_single_processs_adapter(
     assert said.count("documents kept") == 2 and said.count("adapter in") == 1
     for key, value in adapters(out)["last"].items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-5)
-    assert (
-        main(arguments(out, "--resume", "--max-steps", "6", "--valid", valid, "--allow-shared"))
-        == 0
-    )
+    again = ["--resume", "--valid", valid, "--allow-shared"]
+    assert main(arguments(out, *again, steps="6")) == 0
 
 
 def test_fsdp_refuses_a_start_from_weights_it_never_holds(forks, command, tmp_path):
@@ -487,8 +485,8 @@ def test_train_reads_a_quantized_base_in_parts(forks, command, tmp_path, how):
     else:
         place = arguments("")[1]
 
-    def train(out, *more):
-        given = arguments(out, *options, *more)
+    def train(out, *more, steps="5"):
+        given = arguments(out, *options, *more, steps=steps)
         return [given[0], place, *given[2:]]
 
     assert main(train(tmp_path / "alone")) == 0
@@ -501,7 +499,7 @@ def test_train_reads_a_quantized_base_in_parts(forks, command, tmp_path, how):
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-5)
     same = [load_state(tmp_path / name)[1]["identity"]["base"] for name in ("run", "alone")]
     assert same[0] == same[1]  # so that either may go on from the other's state
-    assert main(train(out, "--resume", "--max-steps", "6")) == 0
+    assert main(train(out, "--resume", steps="6")) == 0
 
 
 def peak(place, kind, out, format=None):
