@@ -225,7 +225,7 @@ def injections(draw, tied):
     options["alpha"] = draw(st.sampled_from([0.5, 3.5, 7, -2.5]))
     options["rslora"] = draw(st.booleans())
     options["dora"] = draw(st.integers(0, 3)) == 0
-    options["dropout"] = draw(st.sampled_from([0.0, 0.25]))
+    options["dropout"] = 0.0 if names == ["embed"] else draw(st.sampled_from([0.0, 0.25]))
     if simple and not options["dora"]:
         options["lora_bias"] = "embed" not in names and draw(st.booleans())
     if any(n.endswith("down") for n in names) and draw(st.integers(0, 3)) == 0:
@@ -244,6 +244,7 @@ BAD_OPTIONS = [
     ({"targets": ["down"], "modules_to_save": ["layers.0"]}, "name it in one of the two"),
     ({"targets": ["down"], "modules_to_save": ["nothing"]}, "'nothing' matches none"),
     ({"targets": ["embed"], "bias": "lora_only"}, "must find a bias to train, found none"),
+    ({"targets": ["embed"], "dropout": 0.25}, "dropout acts on the input of linear layers"),
     ({"targets": ["embed"], "lora_bias": True}, "not for embeddings, and embed is one"),
     ({"targets": ["conv"], "init": "pissa"}, "is for linear layers, but conv is a Conv2d"),
     ({"targets": ["c_fc"], "dora": True, "lora_bias": True}, "has no meaning with dora"),
