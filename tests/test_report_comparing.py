@@ -326,17 +326,22 @@ def test_the_page_escapes_what_comes_from_outside():
 
 
 def test_an_interval_is_drawn_where_it_lies():
-    rows = [("a", -0.5, -0.75, -0.25, "x"), ("b", 0.25, -0.25, 0.75, "y"), ("c", 1, 0.5, 1.5, "z")]
+    rows = [
+        ("a", -0.5, -0.75, -0.25, "x", True),
+        ("b", 0.25, -0.25, 0.75, "y", False),
+        ("c", 1, 0.5, 1.5, "z", True),
+        ("of one example", 1, 1, 1, "?", False),
+    ]
     root = ElementTree.fromstring(intervals("T", rows))
     dots = [float(c.get("cx")) for c in root.iter("circle")]
     step = (dots[2] - dots[0]) / 1.5
     assert dots[1] - dots[0] == pytest.approx(0.75 * step, abs=0.2)
     lines = [c for c in root.iter("line") if "thick" in c.get("class")]
-    for line, (_, _, low, high, _) in zip(lines, rows, strict=True):
+    for line, (_, _, low, high, *_) in zip(lines, rows, strict=True):
         width = float(line.get("x2")) - float(line.get("x1"))
         assert width == pytest.approx((high - low) * step, abs=0.2)
-    assert [c.get("class").split()[0] for c in lines] == ["better", "axis", "worse"]
-    assert intervals("T", [("same", 0.0, 0.0, 0.0, "")])
+    assert [c.get("class").split()[0] for c in lines] == ["better", "axis", "worse", "axis"]
+    assert intervals("T", [("same", 0.0, 0.0, 0.0, "", False)])
 
 
 @pytest.mark.parametrize(

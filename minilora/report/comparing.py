@@ -79,6 +79,11 @@ class Gap:
         return cls(change, change - below, change + above, fewer)
 
     @property
+    def clear(self) -> bool:
+        """Whether the interval excludes 0, on enough examples for one."""
+        return self.examples >= FEWEST and (self.low > 0 or self.high < 0)
+
+    @property
     def caveat(self) -> str:
         """Say where the interval means nothing."""
         few = self.examples < FEWEST

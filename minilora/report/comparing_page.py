@@ -52,7 +52,7 @@ def _intervals(title: str, differences: Sequence[Difference], about: str) -> lis
         return []
     drawn = intervals(
         title,
-        [(f"{d.first} → {d.second}", d.change, d.low, d.high, f"{d.change:+.4f}")
+        [(f"{d.first} → {d.second}", d.change, d.low, d.high, f"{d.change:+.4f}", d.clear)
          for d in differences],
     )  # fmt: skip
     rows = [
@@ -73,7 +73,7 @@ def _gaps(compared: AdapterComparison) -> list[str]:
         "Right of 0 the adapter has learned some of its data by heart."
     )
     rows = [
-        (name, gap.change, gap.low, gap.high, f"{gap.change:+.4f}{gap.caveat}")
+        (name, gap.change, gap.low, gap.high, f"{gap.change:+.4f}{gap.caveat}", gap.clear)
         for name, gap in compared.gaps.items()
     ]
     return [section("Over-fitting", about), figure(intervals("Over-fitting", rows))]

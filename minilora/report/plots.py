@@ -331,20 +331,20 @@ def two_lines(
     return svg(wide, height, title, about, body)
 
 
-def intervals(title: str, rows: Sequence[tuple[str, float, float, float, str]]) -> str:
+def intervals(title: str, rows: Sequence[tuple[str, float, float, float, str, bool]]) -> str:
     """Draw a value with its interval per row about a line at 0, with what to write below it.
 
     Args:
         title: of the plot.
-        rows: a name, the value, the ends of its interval, and words.
+        rows: a name, the value, the ends of its interval, words, and whether it is clear.
     """
     wide, left, step = 620.0, 16.0, 58.0
     floor = 14 + step * len(rows)
-    ends = [0.0, *(end for _, _, low, high, _ in rows for end in (low, high))]
+    ends = [0.0, *(end for _, _, low, high, *_ in rows for end in (low, high))]
     x, body = _across(ends, left, wide, floor)
-    for i, (name, value, start, end, words) in enumerate(rows):
+    for i, (name, value, start, end, words, clear) in enumerate(rows):
         y = 8 + step * i + 38
-        kind = "better" if end < 0 else "worse" if start > 0 else "axis"
+        kind = "axis" if not clear else "better" if value < 0 else "worse"
         body += [
             text(left, y - 20, f"{name}: {words}", kind="strong"),
             line(x(start), y, x(end), y, f"{kind} thick"),
@@ -353,5 +353,5 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float, str]]) 
             f'class="{"muted" if kind == "axis" else kind}"/>',
         ]
     body.append(text(wide / 2, floor + 34, "nats per token", "middle", "small"))
-    about = "; ".join(f"{name}: {short(a)} to {short(b)}" for name, _, a, b, _ in rows)
+    about = "; ".join(f"{name}: {short(a)} to {short(b)}" for name, _, a, b, *_ in rows)
     return svg(wide, floor + 42, title, about, body)
