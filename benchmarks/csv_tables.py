@@ -59,7 +59,8 @@ def caption(text: str, rows: list[Row]) -> str:
     last = rows[-1]
     parts = [
         text[:1].upper() + text[1:],
-        f"{machine(last)}, {last['threads']} threads, torch {last['torch']}",
+        f"{machine(last)}, {last['threads']} thread{'s' * (last['threads'] != '1')}, torch "
+        f"{last['torch']}",
     ]
     if last.get("commit"):
         parts.append("commit " + " and ".join(dict.fromkeys(row["commit"] for row in rows)))

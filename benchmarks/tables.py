@@ -23,6 +23,7 @@ TABLES = {
     "recipes": tables_training.recipes,
     "real task caption": tables_training.real_task_caption,
     "defaults": tables_training.defaults,
+    "tune": tables_training.tune,
     "demo": tables_training.demo,
     "gguf answers": tables_training.gguf_answers,
     "cpu": tables_training.cpu,

@@ -289,3 +289,24 @@ def recipes() -> str:
     text = "held-out loss and right answers before and after; other work on the machine"
     head = "recipe | rows | steps | minutes in all | peak, GB | loss | right answers"
     return caption(text, rows) + table(head, lines)
+
+
+def tune() -> str:
+    """Return what tunings found, beside the best of the whole runs that they stand for."""
+    rows = [row for row in read("tune") if row["share"]]
+    lines = []
+    for row in rows:
+        whole = [one for one in read("tune", task=row["task"]) if not one["share"]]
+        best = next(one["lr"] for one in whole if one["whole run"] == row["whole run"])
+        lines.append([row["task"], row["held-out tokens"], row["before"],
+                      f"{row['tuning']} at {float(row['lr']):g}",
+                      f"{row['whole run']} at {float(best):g}", row["above the best"],
+                      row["share of processor time"]])  # fmt: skip
+    text = (
+        f"SmolLM2-135M, bf16, r=8, {rows[-1]['steps of a run']} steps, six rates from 1e-4 to 5e-3"
+    )
+    head = (
+        "task | held-out tokens | loss before | tuned | best of six whole runs | above the best | "
+        "share of their processor time"
+    )
+    return caption(text, rows) + table(head, lines)

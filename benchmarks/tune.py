@@ -1,6 +1,7 @@
 """A tuning against the full grid it stands for: held-out loss and time, on two tasks.
 
-    python benchmarks/tune.py [--task docstrings topics] [--steps 40] [--held 32] [--keep FOLDER]
+    PYTHONPATH=benchmarks python benchmarks/tune.py [--task docstrings topics] [--steps 40]
+        [--held 32] [--keep FOLDER]
 
 SmolLM2-135M, r=8, rows of at most 64 tokens by eight, six rates. `docstrings` is the demo's task: a
 function's source is given, its docstring is learned. `topics` is plain text, windows of Python's
@@ -20,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from train_step import commit, processor
 
 import minilora
 from minilora.data import docstring_pairs, split
@@ -97,7 +99,12 @@ def measure(task, rows, held, model, config, work):
     found = json.loads((work / "found.json").read_text())
     grid = {rate: once(work / f"grid-{rate:g}.json", lambda r=rate: run(r)) for rate in RATES}
     shutil.copy(work / "tuned" / "tune.png", RESULTS / f"tune_{task}.png")
-    same = {"task": task, "steps of a run": found["steps"], "held-out tokens": found["tokens"]}
+    same = {
+        "task": task, "steps of a run": found["steps"], "held-out tokens": found["tokens"],
+        "processor": processor(), "flags": " ".join(minilora.hardware().flags),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
     table = []
     for trial in found["trials"]:
         compared = [f"{step}:{loss:.4f}" for step, loss in trial["losses"].items()]
