@@ -73,7 +73,7 @@ def test_hold_out_is_a_share_or_a_number_and_stands_alone(rows, tmp_path, capsys
         (["train", "m", "--data", "x", "--out", "o", "--rslora", "--no-rslora"],
          "--no-rslora contradicts what was given before it; leave one out"),
         (["train", "m", "--data", "x", "--out", "o", "--block-size", "32"],
-         "--block-size does nothing without --quantize, found none; pass one of them, or leave"),
+         "--block-size does nothing without --quantize, found none; pass it, or leave --block"),
         (["generate", "m", "x", "--top-k", "4"], "--top-k does nothing without --temperature"),
         (["chat", "m", "--top-p", "0.5"], "--top-p does nothing without --temperature"),
         (["generate", "m", "x", "--system", "a"], "--system does nothing without --chat"),

@@ -62,9 +62,10 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             needs = getattr(action, "needs", ())
             if action.dest in self.given and needs and not self._has_one(found, needs):
+                flag, which = action.option_strings[0], "one of them" if needs[1:] else "it"
                 self.error(
-                    f"{action.option_strings[0]} does nothing without {' or '.join(needs)}, found "
-                    f"none; pass one of them, or leave it out"
+                    f"{flag} does nothing without {' or '.join(needs)}, found none; pass {which}, "
+                    f"or leave {flag} out"
                 )
         return found, rest
 

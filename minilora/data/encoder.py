@@ -32,7 +32,7 @@ _NAMED = (
 )
 _INSIDE = (
     "an answer begins inside a token of its prompt, so it is learned behind other tokens than it "
-    "will be asked with; begin it elsewhere"
+    "will be asked with; let it begin where a word does"
 )
 _PARSED_CALLS = (
     "the arguments of calls are JSON as text, and are read as objects, since the chat template "
@@ -129,7 +129,14 @@ def _with_objects(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, An
 def _is_inside(
     start: int, tokens: list[tuple[int, int]], text: str, encode: Callable[[str], Iterator[Any]]
 ) -> bool:
-    """Whether what a text's tokens (ids and ends) are before a character is other ids alone."""
+    """Return whether a text's beginning has other ids alone than within the text.
+
+    Args:
+        start: where the beginning ends.
+        tokens: ids of the whole text, each with the character behind it.
+        text: the whole.
+        encode: yields ids and ends.
+    """
     alone = [i for ids, _ in encode(text[:start]) for i in ids]
     return alone != [i for i, end in tokens if end <= start]
 
