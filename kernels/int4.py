@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cpu import can_decode, int4_blocks, int4_rows, int4_weights
+from .decoding import decoded
 from .int8 import Codes
 from .workspace import is_traced, panel, workspace
 
@@ -79,4 +80,9 @@ def _blocks(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, across: bo
     return int4_blocks(x, packed, steps, scales, _group(packed, steps), across)
 
 
-INT4_CODES = Codes(_widen, _rows, _blocks)  # parts: packed, steps
+def _weight(like: Tensor, packed: Tensor, steps: Tensor, bits: Tensor) -> Tensor:
+    N, half = packed.shape
+    return decoded(like, (packed, steps, bits), "int4", N, 2 * half, _group(packed, steps))
+
+
+INT4_CODES = Codes(_widen, _rows, _blocks, _weight)  # parts: packed, steps

@@ -10,6 +10,7 @@ Ways to multiply, chosen apart for each direction; the first two are both asked 
     "blocks"      the same in blocks of 64 along a row, to 7 bits (`cpu/blocks.c`): on a CPU with
                   AVX2 but no VNNI or AMX
     "dequantize"  Q is cast to X's dtype, which holds ±127 exactly: Y = (X Qᵀ) ∘ scaleᵀ
+                  on CUDA W is decoded by one launch (`decoding.py`), in X's dtype: Y = X Wᵀ
 
 Inference may multiply up to 16 rows of X straight from the codes, unquantized (`few`): one token's
 product is bound by the bytes of the codes, which a cast reads and writes several times over.
@@ -27,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cpu import int8_blocks, int8_rows
-from .low_rank import Products
+from .decoding import decoded, decodes
+from .low_rank import Products, dense_forward
 from .workspace import workspace
 
 _FEW = 16  # rows up to which reading the codes is what a product costs
@@ -75,11 +77,13 @@ class Codes(NamedTuple):
     `widen(like, *parts, floats)` returns the codes, or where `floats` says that they go on as
     such, perhaps their values in like's dtype. `rows(x, *parts, scales)` and
     `blocks(x, *parts, scales, across)` are products as `cpu.int8_rows` and `cpu.int8_blocks`.
+    `weight(like, *parts, bits)` is W in like's dtype, where `decodes(like)`.
     """
 
     widen: Callable[..., Tensor]
     rows: Callable[..., Tensor]
     blocks: Callable[..., Tensor]
+    weight: Callable[..., Tensor]
 
 
 def _can_multiply(M: int, K: int, N: int, device: torch.device) -> bool:
@@ -150,6 +154,9 @@ def integer_products(
 
     def linear_forward(x: Tensor, *stored: Tensor) -> Tensor:
         *parts, bits, bias = stored
+        integers = forward == "int8" and _can_multiply(len(x), x.shape[1], len(bits), x.device)
+        if not integers and decodes(x):
+            return dense_forward(x, read.weight(x, *parts, bits), bias)
         scales, double = scales_from_bits(bits), x.dtype == torch.float64
         if few and 0 < len(x) <= _FEW and not double and x.device.type == "cpu":
             y = read.rows(x.to(torch.float32), *parts, scales)
@@ -157,7 +164,7 @@ def integer_products(
             y = _by_blocks(read, x.to(torch.float32), parts, scales, outliers)
         else:
             codes = read.widen(x, *parts, forward == "dequantize")
-            if forward == "int8" and _can_multiply(len(x), *codes.shape[::-1], x.device):
+            if integers:
                 y = _by_rows(x, codes.t(), outliers).mul_(scales)
             else:
                 y = F.linear(x, _cast(codes, x.dtype))
@@ -167,9 +174,11 @@ def integer_products(
 
     def linear_grad_x(grad_out: Tensor, *stored: Tensor) -> Tensor:
         *parts, bits, _ = stored
-        scales, double = scales_from_bits(bits), grad_out.dtype == torch.float64
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         way = "dequantize" if recorded else backward
+        if way != "int8" and decodes(grad_out):
+            return torch.mm(grad_out, read.weight(grad_out, *parts, bits))
+        scales, double = scales_from_bits(bits), grad_out.dtype == torch.float64
         wide = grad_out if double else grad_out.to(torch.float32)
         if way == "blocks" and not double:
             return read.blocks(wide, *parts, scales, True).to(grad_out.dtype)
@@ -186,4 +195,8 @@ def _as_stored(like: Tensor, codes: Tensor, floats: bool) -> Tensor:
     return codes
 
 
-INT8_CODES = Codes(_as_stored, int8_rows, int8_blocks)  # parts: int8 [N, K]
+def _weight(like: Tensor, codes: Tensor, bits: Tensor) -> Tensor:
+    return decoded(like, (codes, bits), "int8", *codes.shape, 0)
+
+
+INT8_CODES = Codes(_as_stored, int8_rows, int8_blocks, _weight)  # parts: int8 [N, K]

@@ -6,7 +6,8 @@ the high nibble:
     w_i = table[q_i] · absmax[i // block]        absmax = offset + code8[a] · absmax2[b // 256]
 
 `absmax` is stored as f32, or again quantized to 8 bits (double quantization). Decoding goes through
-`workspace` in panels, on a CPU small enough that what lies between the steps stays in cache.
+`workspace` in panels, on a CPU small enough that what lies between the steps stays in cache. On
+CUDA the products decode by one launch (`decoding.py`).
 Bytes read: ~0.52 a weight; written: one dtype each.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .cpu import can_decode, nf4_weights
+from .decoding import decoded, decodes
 from .int8 import scales_from_bits
 from .low_rank import Products, decoded_products
 from .workspace import is_traced, panel, placed, workspace
@@ -124,6 +126,8 @@ def nf4_products(N: int, K: int, block: int) -> Products:
     """Return the products of a frozen linear `[N, K]` in NF4; they take `nf4_decode`'s parts."""
 
     def decode(like: Tensor, *parts: Tensor) -> Tensor:
+        if decodes(like):
+            return decoded(like, parts, "nf4", N, K, block)
         if is_traced(like):
             return _weight_op(list(parts), N, K, block, like)
         out = workspace(torch.Size((N, K)), like.dtype, like.device)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.kernels import (
     BACKENDS,
@@ -60,7 +62,12 @@ def general(x, base, A, B, scaling, mask=None, p=0.0):
     return lora_add(torch.nn.functional.linear(x, W, b), x, A, B, scaling, mask, p)
 
 
-PATHS = {"fused": lora_linear, "general": general}
+def fused_as_on_cuda(x, base, A, B, scaling, mask=None, p=0.0):
+    """With the scale of dropout in `scaling`."""
+    return lora_linear(x, base, A, B, scaling / (1 - p), mask)
+
+
+PATHS = {"fused": lora_linear, "general": general, "fused on CUDA": fused_as_on_cuda}
 
 
 def make(shape, n, r, bias, *, p=0.0, dtype=torch.float32, factor_dtype=None):
@@ -238,6 +245,42 @@ def test_dropout_mask_keeps_one_minus_p(p):
     assert abs(float(mask.float().mean()) - (1 - p)) < tolerance
     rows = mask.float().mean(1)  # no row is favoured
     assert float((rows - (1 - p)).abs().max()) < 6 * (p * (1 - p) / 500) ** 0.5
+
+
+class Passes(TorchDispatchMode):
+    """Names the operators that write a matrix of this many elements, and their dtypes."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.seen = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.size and not func.is_view:
+            self.seen.append((func._schema.name.removeprefix("aten::"), out.dtype))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("device", "drawn", "applied"),
+    [
+        ("cpu", ["empty_like", "bernoulli_", "_to_copy"], ["mul", "mul"]),
+        ("cuda", ["empty_like", "bernoulli_"], ["mul"]),
+    ],
+)
+def test_dropout_on_cuda_takes_fewer_passes(device, drawn, applied):
+    """On fake tensors: nothing is computed, and there need be no device."""
+    with FakeTensorMode(), torch.no_grad():
+        x, A, B = (torch.empty(s, device=device, dtype=torch.bfloat16) for s in
+                   ((96, 40), (4, 40), (50, 4)))  # fmt: skip
+        with Passes(x.numel()) as passes:
+            mask = dropout_mask(x, 0.1)
+        assert [name for name, _ in passes.seen] == drawn
+        assert mask.dtype == torch.bool
+        y = torch.empty(96, 50, device=device, dtype=torch.bfloat16)
+        with Passes(x.numel()) as passes:
+            lora_add(y, x, A, B, 1.5, mask, 0.1)
+        assert [name for name, _ in passes.seen if name != "_to_copy"] == applied
 
 
 def test_lora_linear_ignores_autocast_inside():

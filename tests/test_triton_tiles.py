@@ -64,6 +64,15 @@ def test_few_rows_are_spread_over_the_gpu():
     assert tiles.splits_for(0, 0) == 1
 
 
+@pytest.mark.parametrize(("M", "N", "n"), [(512, 4096, 128), (8192, 256, 128), (1024, 4096, 256)])
+def test_wide_tiles_are_taken_where_they_fill_the_gpu_too(M, N, n):
+    """A GPU of 132 multiprocessors is half idle under 64 tiles of 128 × 256."""
+    gemm = tiles.gemm_tile(M, N, 16, torch.bfloat16, 90, "ieee")
+    integers = tiles.int8_tile(M, N, 16, torch.bfloat16, 90, False)
+    assert gemm[:3] == (128, n, 64)
+    assert integers[:3] == (128, n, 128)
+
+
 class OnSecondGPU(torch.Tensor):
     """Says that it lies on a GPU, of which there is none here."""
 

@@ -38,6 +38,14 @@ def table_on(name: str, device: torch.device) -> Tensor:
     return found
 
 
+def with_tables(parts: list[Tensor], format: str, device: torch.device) -> list[Tensor]:
+    """Return what stores a weight with the tables that `stored.Weight` wants beside it."""
+    if format != "nf4":
+        return parts
+    dynamic = [table_on("dynamic", device)] if len(parts) > 2 else []
+    return [parts[0], table_on("nf4", device), *parts[1:], *dynamic]
+
+
 @functools.cache
 def version() -> tuple[int, ...] | None:
     """Return the first two numbers of Triton's version, or None where it is not installed."""
@@ -134,9 +142,7 @@ def _product(
     ]  # fmt: skip
     if base.stored.format == "nf4":
         ways = ["dequantize", "dequantize"]
-        parts.insert(1, table_on("nf4", x.device))
-        if len(parts) > 3:
-            parts.append(table_on("dynamic", x.device))
+    parts = with_tables(parts, base.stored.format, x.device)
     if max(x.shape[1], len(B)) > LONGEST:  # their int32 sums could overflow
         ways = ["dequantize", "dequantize"]
     format, block = base.stored.format, base.stored.block

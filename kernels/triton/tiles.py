@@ -60,6 +60,11 @@ def rows_for(M: int, most: int) -> int:
     return rows
 
 
+def _fills(M: int, N: int) -> bool:
+    """Return whether tiles of 128 × 256 fill a GPU."""
+    return -(-M // 128) * -(-N // 256) >= _FILLED // 2
+
+
 def gemm_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile:
     """Choose for `low_rank_gemm`: Y `[M, N]`, rank R."""
     known, r = nearest(arch), min(padded(R), 32)
@@ -72,7 +77,7 @@ def gemm_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, precision: 
         return Tile(64, 128, 64, r, 4, 3)
     if known != 90:
         return Tile(128, 128, 32, r, 8, 4)
-    return Tile(128, 256, 64, r, 8, 3)
+    return Tile(128, 256 if _fills(M, N) else 128, 64, r, 8, 3)
 
 
 def shrink_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
@@ -132,7 +137,7 @@ def int8_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, masked: boo
         return Tile(64, 128, 128, r, 4, 3)
     if known != 90:  # a long branch leaves no register for a second 16 of its rank
         return Tile(128, 128, 64, 16 if R > 64 else r, 8, 4)
-    return Tile(128, 128 if masked else 256, 128, r, 8, 3)
+    return Tile(128, 256 if _fills(M, N) and not masked else 128, 128, r, 8, 3)
 
 
 def four_bit_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
