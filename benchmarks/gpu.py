@@ -1,209 +1,232 @@
-"""Time the LoRA linear on a CUDA device: our kernels beside what else is installed.
+"""Check, then time, everything on a CUDA device; each stage is a process of its own with a limit.
 
-    python benchmarks/gpu.py            # → results/gpu.csv; needs a CUDA device
+    python benchmarks/gpu.py                # all stages → results/gpu.csv; about ten minutes
+    python benchmarks/gpu.py STAGE …        # only these, e.g. checks layers
+    python benchmarks/gpu.py --out FOLDER … # rows and logs go there, as they come
 
-A shape is timed only after our output and gradients have been held against float64. Times are
-medians of `triton.testing.do_bench`, forward + backward in bf16 with dropout 0.1, r = 16. Each row
-names the GPU and says which share of its measured copy bandwidth (compulsory bytes a second) and of
-its measured bf16 matmul rate (2 FLOPs × products a second) the call reaches.
+Stages: `env` versions and the card's two rates; `checks` every kernel × format × tile against
+float64, three runs equal to the bit; `tests` the kernels' and the device's own tests; `layers` one
+linear beside what else is installed; `kernels` each launch alone beside cuBLAS; `models` training
+steps of whole models; `smollm2` the real model through the command; `sanitize` compute-sanitizer on
+small launches; `ranks` one process under torchrun.
+A row is written as it is measured, so a stage that is stopped loses one. SMOKE=1 runs everything
+small, on the CPU in Triton's interpreter: to test these files, not to time.
 """
 
 import csv
 import importlib.util
+import json
+import os
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
-import torch
-from torch import nn
-
-RESULTS = Path(__file__).parent / "results" / "gpu.csv"
-RANK, ALPHA, DROPOUT, DTYPE = 16, 32, 0.1, torch.bfloat16
-DEVICE = "cuda"  # a test of `check` sets another
-FEW_ROWS = (16, 4096, 4096)  # M, K, N: checked, not timed; 4-bit weights are decoded in the GEMM
-sys.path.insert(0, str(Path(__file__).parent))  # traffic.py; PYTHONSAFEPATH leaves it out
-
-
-class Eager(nn.Module):
-    """LoRA by separate torch ops, as written in most libraries."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        N, K = base.weight.shape
-        self.A = nn.Parameter(torch.randn(RANK, K, device=DEVICE, dtype=DTYPE) / K**0.5)
-        self.B = nn.Parameter(torch.randn(N, RANK, device=DEVICE, dtype=DTYPE) / RANK**0.5)
-        self.p = DROPOUT
-
-    def forward(self, x):
-        dropped = nn.functional.dropout(x, self.p)
-        return self.base(x) + dropped @ self.A.t() @ self.B.t() * (ALPHA / RANK)
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results" / "gpu.csv"
+SMOKE = os.environ.get("SMOKE") == "1"
+LIMITS = {  # seconds
+    "env": 40, "checks": 110, "tests": 110, "layers": 100, "kernels": 60, "models": 150,
+    "smollm2": 120, "sanitize": 100, "ranks": 60,
+}  # fmt: skip
+SHARDS = {"checks": 6}  # processes at a time: what takes long is compiling
+GROUPS = (("env",), ("checks", "tests"), ("layers",), ("kernels",), ("models",), ("smollm2",),
+          ("sanitize",), ("ranks",))  # fmt: skip
+TESTS = (
+    "cuda", "triton_lora_forward", "triton_lora_backward", "triton_lora", "triton_int8",
+    "triton_decode", "triton_stored", "triton_layers", "triton_cross_entropy",
+)  # fmt: skip
+FIELDS = (
+    "gpu", "driver", "torch", "triton", "commit", "stage", "what", "ok", "M", "K", "N", "r", "p",
+    "dtype", "format", "compiled", "rows", "length", "ms", "graph_ms", "host_us", "tb_s", "tflops",
+    "tokens_s", "peak_gb", "planned_gb", "planned_ms", "losses", "y", "grad_x", "grad_A", "grad_B",
+    "repeats", "value", "error",
+)  # fmt: skip
+START = time.perf_counter()
 
 
-def plain(K, N):
-    return nn.Linear(K, N, device=DEVICE, dtype=DTYPE)
+def say(*words):
+    print(f"[{time.perf_counter() - START:6.1f} s]", *words, flush=True)
 
 
-def ours(K, N, format=None, backend="triton"):
-    import minilora
+class Rows:
+    """Append rows as JSON lines, and print them short."""
 
-    model = nn.Sequential(plain(K, N))
-    if format is not None:
-        minilora.quantize(model, format, targets=["0"])
-    minilora.inject(
-        model, r=RANK, alpha=ALPHA, targets=["0"], exclude=[], dropout=DROPOUT, backend=backend
+    def __init__(self, stage, folder):
+        self.stage = stage
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / f"{stage}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, what, **row):
+        row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+        unknown = row.keys() - set(FIELDS)
+        assert not unknown, unknown
+        self.file.write(json.dumps({"stage": self.stage, "what": what} | row, default=str) + "\n")
+        self.file.flush()
+        print(what, *(f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+def run(stage, folder, shard="0/1"):
+    """Run one stage in this process; return its exit code."""
+    import gpu_layers
+    import gpu_models
+
+    code = {
+        "env": gpu_layers.env, "checks": gpu_layers.checks, "layers": gpu_layers.layers,
+        "kernels": gpu_layers.kernels, "models": gpu_models.models, "smollm2": gpu_models.smollm2,
+        "ranks": gpu_models.ranks, "tests": tests, "sanitize": sanitize,
+    }[stage]  # fmt: skip
+    rows = Rows(stage, folder)
+    if stage == "checks":
+        return int(code(rows, *map(int, shard.split("/"))) or 0)
+    return int(code(rows) or 0)
+
+
+def tests(rows):
+    """Run the kernels' own tests on the device, on many cores: what takes long is compiling."""
+    files = [str(ROOT / f"tests/test_{name}.py") for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=60", "-p", "no:cacheprovider",
+               *(name for name in files if Path(name).exists())]  # fmt: skip
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(1 if SMOKE else min(10, os.cpu_count() or 1))]
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    model[0].adapters["default"].lora_B.data.normal_(std=RANK**-0.5)
-    return model
+    print(done.stdout[-9000:], done.stderr[-1000:])
+    rows.add("pytest", ok=done.returncode == 0, value=done.stdout.strip().splitlines()[-1])
+    return done.returncode
 
 
-def peft(K, N, four_bit=False):
-    import peft
-
-    layer = plain(K, N)
-    if four_bit:
-        import bitsandbytes as bnb
-
-        small = bnb.nn.Linear4bit(K, N, compute_dtype=DTYPE, quant_type="nf4")
-        small.to(DTYPE).load_state_dict(layer.state_dict())  # it decodes to what it was made from
-        layer = small.to(DEVICE)
-    config = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=["0"],
-        init_lora_weights=False,
-    )  # fmt: skip
-    model = peft.get_peft_model(nn.Sequential(layer), config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # made in f32, in which the branch would be multiplied then
-            parameter.data = parameter.data.to(DTYPE)
-    return model
-
-
-def contenders(K, N):
-    """Return what is timed, by name; makers of packages that are missing are left out."""
-    found = {
-        "linear alone": lambda: plain(K, N).requires_grad_(False),
-        "torch eager": lambda: Eager(plain(K, N)),
-        "torch eager, compiled": lambda: torch.compile(Eager(plain(K, N)), dynamic=False),
-        "minilora torch (addmm_)": lambda: ours(K, N, backend="torch"),
-        "minilora triton": lambda: ours(K, N),
-    }
-    found |= {f"minilora triton {f}": lambda f=f: ours(K, N, f) for f in ("int8", "nf4", "int4")}
-    if importlib.util.find_spec("peft"):
-        found["peft"] = lambda: peft(K, N)
-        if importlib.util.find_spec("bitsandbytes"):
-            found["peft + bitsandbytes nf4"] = lambda: peft(K, N, True)
-    return found
-
-
-def drawn_mask(M, K):
-    """Return the dropout mask `[M, K]` in float64, 1 / (1 − p) where kept, of the next draw."""
-    from minilora.kernels.dropout import hashed_mask
-
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=DEVICE)
-    return hashed_mask(seed, M, K, DROPOUT).double() / (1 - DROPOUT)
-
-
-def check(format, M, K, N):
-    """Raise unless output and gradients are as near to float64 as bf16 (int8 rows) allows."""
-    torch.manual_seed(0)
-    model = ours(K, N, format).train()
-    x = torch.randn(M, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    grad = torch.randn(M, N, device=DEVICE, dtype=DTYPE)
-    torch.manual_seed(1)
-    y = model(x)
-    y.backward(grad)
-    torch.manual_seed(1)
-    keep = drawn_mask(M, K)
-    layer = model[0]
-    factors = layer.adapters["default"]
-    A, B = (t.detach().double() for t in (factors.lora_A, factors.lora_B))
-    W, x64, g64, s = layer.base.weight.double(), x.detach().double(), grad.double(), ALPHA / RANK
-    dropped = x64 * keep
-    exact = {
-        "y": x64 @ W.t() + layer.base.bias.double() + s * (dropped @ A.t()) @ B.t(),
-        "grad_x": g64 @ W + s * (g64 @ B @ A) * keep,
-        "grad_A": s * (g64 @ B).t() @ dropped, "grad_B": s * g64.t() @ (dropped @ A.t()),
+def sanitize(rows):
+    """Look for memory errors and races, on one small case of each kernel."""
+    if SMOKE or not shutil.which("compute-sanitizer"):
+        rows.add("compute-sanitizer", value="not here")
+        return 0
+    code = (
+        "import torch, minilora\n"
+        "for f in (None, 'int8', 'nf4', 'int4'):\n"
+        "  for M, K, N in ((300, 256, 320), (40, 256, 320)):\n"
+        "    m = torch.nn.Sequential(torch.nn.Linear(K, N)).to('cuda', torch.bfloat16)\n"
+        "    if f: minilora.quantize(m, f, targets=['0'])\n"
+        "    minilora.inject(m, r=16, alpha=32, targets=['0'], exclude=[], dropout=0.1,"
+        " backend='triton')\n"
+        "    x = torch.randn(M, K, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "    m(x).sum().backward()\n"
+        "torch.cuda.synchronize()\n"
+    )
+    tools = {
+        tool: subprocess.Popen(
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c",
+             code],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for tool in ("memcheck", "racecheck")
     }  # fmt: skip
-    found = {"y": y, "grad_x": x.grad, "grad_A": factors.lora_A.grad, "grad_B": factors.lora_B.grad}
-    limit = 3e-2 if format == "int8" else 1e-2
-    for name, value in found.items():
-        error = ((value.double() - exact[name]).norm() / exact[name].norm()).item()
-        if not error < limit:
-            raise SystemExit(
-                f"{format or 'bf16'} {name} of {M} × {K} → {N} must be within {limit} of float64, "
-                f"found {error:.1e}; nothing is timed"
-            )
+    bad = 0
+    for tool, process in tools.items():
+        try:
+            text, _ = process.communicate(timeout=LIMITS["sanitize"] - 10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text = "time out"
+        found = text.strip().splitlines()[-1][:200] if text.strip() else ""
+        rows.add(tool, ok=process.returncode == 0, value=found)
+        bad += process.returncode == 9
+    return bad
 
 
-def rates():
-    """Return bytes a second of a copy and FLOPs a second of a bf16 product, measured here."""
-    from triton.testing import do_bench
+def drive(groups, folder):
+    """Run groups of stages one after another; the stages of a group run side by side."""
+    failed = []
+    for group in groups:
+        say("stages", *group)
+        until = time.perf_counter() + (1200 if SMOKE else max(LIMITS[name] for name in group))
+        running = []
+        for name in group:
+            shards = 1 if SMOKE else SHARDS.get(name, 1)
+            for i in range(shards):
+                log = open(folder / f"{name}.log", "a", encoding="utf-8")  # noqa: SIM115
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--out",
+                    folder,
+                    "--run",
+                    name,
+                    f"{i}/{shards}",
+                ]
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                running.append((name, process))
+        for name, process in running:
+            try:
+                done = process.wait(max(0.1, until - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                done = "time out"
+            if done:
+                failed.append((name, done))
+        for name in group:
+            text = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines() if " ok=True" not in line]
+            print("\n".join(line[:230] for line in kept[-25:]), flush=True)
+        say("ended", *group)
+    say("failed:", failed or "none")
+    return 1 if failed else 0
 
-    source = torch.empty(2**28, dtype=torch.int8, device=DEVICE)
-    target = torch.empty_like(source)
-    copy = do_bench(lambda: target.copy_(source), return_mode="median") / 1e3
-    a = torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE)
-    product = do_bench(lambda: a @ a, return_mode="median") / 1e3
-    return 2 * source.nbytes / copy, 2 * 8192**3 / product
 
+def write_csv(folder, target):
+    """Turn the rows of a folder into one table."""
+    import torch
+    import triton
 
-def time_step(model, M, K, N):
-    """Return the median milliseconds of a forward and backward pass."""
-    from triton.testing import do_bench
-
-    x = torch.randn(M, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    grad = torch.randn(M, N, device=DEVICE, dtype=DTYPE)
-    model.train()
-    return do_bench(
-        lambda: model(x).backward(grad),
-        grad_to_none=[x, *(p for p in model.parameters() if p.requires_grad)],
-        return_mode="median",
+    card = driver = "none"
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_name()
+        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        if shutil.which(ask[0]):
+            driver = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
     )
+    same = {"gpu": card, "driver": driver, "torch": torch.__version__,
+            "triton": triton.__version__, "commit": commit}  # fmt: skip
+    with open(target, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for path in sorted(folder.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                writer.writerow(same | json.loads(line))
 
 
-def rows(shapes):
-    """Yield a line per shape and contender."""
-    import traffic
+def main(arguments):
+    sys.path.insert(0, str(HERE))
+    import torch
 
-    bandwidth, flops = rates()
-    for M, K, N in shapes:
-        for name, make in contenders(K, N).items():
-            torch.manual_seed(0)
-            milliseconds = time_step(make(), M, K, N)
-            format = next((f for f in ("int8", "nf4", "int4") if name.endswith(f)), None)
-            moved = None  # not counted for the others
-            if name.startswith("minilora triton"):
-                moved = sum(map(traffic.compulsory, traffic.launches(M, K, N, format)))
-            elif name in ("torch eager", "peft", "peft + bitsandbytes nf4"):
-                moved = traffic.eager(M, K, N, format)
-            seconds = milliseconds / 1e3
-            work = 4 * M * K * N + (0 if name == "linear alone" else 6 * M * RANK * (K + N))
-            yield {
-                "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                "M": M, "K": K, "N": N, "what": name, "ms": round(milliseconds, 4),
-                "bandwidth_share": "" if moved is None else round(moved / seconds / bandwidth, 3),
-                "matmul_share": round(work / seconds / flops, 3),
-            }  # fmt: skip
-
-
-def main():
-    if not torch.cuda.is_available():
+    folder = Path(os.environ.get("OUT", "out/gpu"))
+    if arguments[:1] == ["--out"]:
+        folder, arguments = Path(arguments[1]), arguments[2:]
+    if arguments[:1] == ["--run"]:
+        return run(arguments[1], folder, *arguments[2:])
+    if not (torch.cuda.is_available() or SMOKE):
         print("benchmarks/gpu.py needs a CUDA device, and torch sees none; nothing was timed")
         return 2
-    import traffic
-
-    for shape in (FEW_ROWS, *traffic.SHAPES):  # other shapes have other tiles
-        for format in traffic.FORMATS:
-            check(format, *shape)
-    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
-        writer = None
-        for line in rows(traffic.SHAPES):
-            if writer is None:
-                writer = csv.DictWriter(file, line, lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(line)
-            print(*line.values(), flush=True)
-    return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    code = drive([(name,) for name in arguments] or GROUPS, folder)
+    write_csv(folder, folder / "gpu.csv" if SMOKE or arguments else RESULTS)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
