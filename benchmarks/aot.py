@@ -26,9 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minilora.kernels.triton import lora, stored
+from minilora.kernels.triton.cross_entropy import launch_exponents
 from minilora.kernels.triton.int8 import launch_int8_gemm
 from minilora.kernels.triton.launch import Launch
-from minilora.kernels.triton.tiles import SHARED_MEMORY, Tile
+from minilora.kernels.triton.tiles import SHARED_MEMORY, Tile, exponents_tile
 
 RESULTS = Path(__file__).parent / "results" / "aot.csv"
 ARCHITECTURES = (80, 90)
@@ -220,6 +221,17 @@ def turned_cases(arch, dtype="bf16"):
             yield Case(f"int8_gemm backward, {name}", arch, label, launch)
 
 
+def loss_cases(arch, dtypes=("f16", "bf16", "f32")):
+    """The passes over a chunk of logits, with a cap and without."""
+    for label, dtype in kinds(dtypes):
+        for cap in (None, 30.0):
+            logits, labels = meta(512, 131072, dtype=dtype), meta(512, dtype=torch.int64)
+            sums, losses = (meta(512, 1, dtype=torch.float32) for _ in range(2))
+            tile = exponents_tile(cap is not None)
+            launch = launch_exponents(logits, labels, cap, sums, losses, tile)
+            yield Case("exponents" + (" capped" if cap else ""), arch, label, launch)
+
+
 def all_cases():
     """Every kernel × tile × dtype × architecture that the tile functions can return."""
     for arch in ARCHITECTURES:
@@ -231,6 +243,7 @@ def all_cases():
                 for format, way in QUANTIZED[1:]:
                     yield from stored_cases(arch, M, R, format, way)
         yield from turned_cases(arch)
+        yield from loss_cases(arch)
 
 
 def chosen_cases():
@@ -245,6 +258,7 @@ def chosen_cases():
             few = stored_cases(arch, 16, 16, format, way, dtypes=("f16",), p=0.0)
             yield from (case for case in few if "gemm" in case.name)
         yield from turned_cases(arch)
+        yield from loss_cases(arch, dtypes=("bf16",))
 
 
 def distinct(cases):
@@ -298,7 +312,7 @@ def problems(case, compiled):
         found.append(f"{compiled.registers} registers")
     if compiled.shared > SHARED_MEMORY[case.arch]:
         found.append(f"{compiled.shared} bytes of shared memory")
-    if kernel.startswith("decode_") and not counts["loads_128"]:
+    if kernel.startswith(("decode_", "exponents")) and not counts["loads_128"]:
         found.append("no 128-bit load")
     if kernel in LOOPED:
         # f32 asked for exactly has no tensor-core instruction on these architectures.

@@ -14,7 +14,7 @@ never multiplied. The gradient is formed in the forward pass; backward only scal
 reduction="none". FLOPs:
 2·N·D·V forward, as much again for grad_h (and for grad_W if asked). Exponents and sums are in f32
 (f64 for f64 input). The idea of fusing the head with the loss: Hsu et al. 2024, "Liger Kernel",
-section 3.2.
+section 3.2. On CUDA one Triton kernel makes the passes over the logits, where Triton runs.
 """
 
 import functools
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .probe import product_dtype
-from .workspace import fresh, workspace
+from .triton import DTYPES, problem
+from .workspace import fresh, is_traced, workspace
 
 # Elements of one chunk of logits: enough rows to keep the products compute-bound (256 at a
 # vocabulary of 49152), and 24 MB in bf16.
@@ -95,6 +96,23 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_exponents, dynamic=True)
 
 
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and problem(device) is None
+
+
+def _way(x: Tensor, fused: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return which of these turns logits of x's dtype, on its device, into exponents."""
+    if fused:
+        return _compiled()
+    # A graph that is traced takes tensor operations, which its compiler fuses.
+    if is_traced(x) or x.dtype not in DTYPES or not _runs_triton(x.device):
+        return _exponents_by_rows
+    from .triton.cross_entropy import exponents_by_rows
+
+    return exponents_by_rows
+
+
 def _panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield the weight in `dtype`: whole where it has it, else panel by panel in one buffer."""
     if weight.dtype == dtype:
@@ -105,6 +123,16 @@ def _panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
     for start in range(0, len(weight), step):
         panel = weight[start : start + step]
         yield slice(start, start + step), buffer[: len(panel)].copy_(panel)
+
+
+def _times(e: Tensor, weight: Tensor) -> Tensor:
+    """Return `e · weight` in e's dtype."""
+    panels = _panels(weight, e.dtype)
+    panel, matrix = next(panels)
+    product = torch.mm(e[:, panel], matrix)
+    for panel, matrix in panels:
+        product.addmm_(e[:, panel], matrix)
+    return product
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -123,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_w else None
         total = torch.zeros((len(hidden),) if by_row else (), dtype=wide, device=hidden.device)
-        exponents = _compiled() if fused else _exponents_by_rows
+        exponents = _way(hidden, fused)
         compute = product_dtype(hidden)
         # Each chunk widens the head anew, twice, which 256 rows make a twentieth of its products.
         least = 32 if weight.dtype == compute else 256
@@ -140,10 +168,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 total += losses.sum()
             if grad_h is not None:
-                grad = torch.zeros_like(h)
-                for panel, matrix in _panels(weight, compute):
-                    grad.addmm_(logits[:, panel], matrix)
-                grad_h[start : start + rows] = grad / sums
+                grad = _times(logits, weight)
+                torch.div(grad, sums, out=grad_h[start : start + rows])
             if grad_w is not None:
                 grad_w += torch.mm(logits.t(), (h / sums).to(h.dtype))
         ctx.save_for_backward(grad_h, grad_w)

@@ -166,6 +166,14 @@ def int4_tile(half: int, turned: bool) -> Tile:
     return Tile(0, 8192 // k, k, 0, 4, 1)
 
 
+def exponents_tile(capped: bool) -> Tile:
+    """Choose for `exponents`: n logits of a row at a time.
+
+    A cap's arithmetic takes 79 registers a thread with 8 warps, and 39 with 16.
+    """
+    return Tile(0, 4096, 0, 0, 16 if capped else 8, 1)
+
+
 CODES_TILE = Tile(0, 64, 128, 0, 4, 1)  # of `decode_int8`: n × k codes
 # From how many rows on it pays to turn int8 codes over for the input gradient: `int8_gemm` loads
 # codes along the reduced width only when they lie so, else in narrower copies with permutations.
