@@ -1,7 +1,7 @@
 """Check, then time, everything on a CUDA device; each stage is a process of its own with a limit.
 
     python benchmarks/gpu.py                # all stages → results/gpu.csv; about ten minutes
-    python benchmarks/gpu.py STAGE …        # only these, e.g. checks layers
+    python benchmarks/gpu.py STAGE …        # only these; checks,tests run side by side
     python benchmarks/gpu.py --out FOLDER … # rows and logs go there, as they come
 
 Stages: `env` versions and the card's two rates; `checks` every kernel × format × tile against
@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,8 +29,8 @@ ROOT = HERE.parent
 RESULTS = HERE / "results" / "gpu.csv"
 SMOKE = os.environ.get("SMOKE") == "1"
 LIMITS = {  # seconds
-    "env": 40, "checks": 110, "tests": 110, "layers": 100, "kernels": 60, "models": 150,
-    "smollm2": 120, "sanitize": 100, "ranks": 60,
+    "env": 30, "checks": 95, "tests": 95, "layers": 85, "kernels": 50, "models": 125,
+    "smollm2": 100, "sanitize": 60, "ranks": 60,
 }  # fmt: skip
 SHARDS = {"checks": 6}  # processes at a time: what takes long is compiling
 GROUPS = (("env",), ("checks", "tests"), ("layers",), ("kernels",), ("models",), ("smollm2",),
@@ -87,17 +88,19 @@ def run(stage, folder, shard="0/1"):
 def tests(rows):
     """Run the kernels' own tests on the device, on many cores: what takes long is compiling."""
     files = [str(ROOT / f"tests/test_{name}.py") for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=60", "-p", "no:cacheprovider",
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider",
                *(name for name in files if Path(name).exists())]  # fmt: skip
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(1 if SMOKE else min(10, os.cpu_count() or 1))]
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    print(done.stdout[-9000:], done.stderr[-1000:])
-    rows.add("pytest", ok=done.returncode == 0, value=done.stdout.strip().splitlines()[-1])
-    return done.returncode
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        process.wait(LIMITS["tests"] - 15)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it says what it has found so far
+        process.wait()
+    rows.add("pytest", ok=process.returncode == 0, value=f"exit code {process.returncode}")
+    return process.returncode
 
 
 def sanitize(rows):
@@ -223,7 +226,7 @@ def main(arguments):
         print("benchmarks/gpu.py needs a CUDA device, and torch sees none; nothing was timed")
         return 2
     folder.mkdir(parents=True, exist_ok=True)
-    code = drive([(name,) for name in arguments] or GROUPS, folder)
+    code = drive([name.split(",") for name in arguments] or GROUPS, folder)
     write_csv(folder, folder / "gpu.csv" if SMOKE or arguments else RESULTS)
     return code
 
