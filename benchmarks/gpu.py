@@ -88,8 +88,8 @@ def run(stage, folder, shard="0/1"):
 def tests(rows):
     """Run the kernels' own tests on the device, on many cores: what takes long is compiling."""
     files = [str(ROOT / f"tests/test_{name}.py") for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider",
-               *(name for name in files if Path(name).exists())]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--maxfail=60", "-p",
+               "no:cacheprovider", *(name for name in files if Path(name).exists())]  # fmt: skip
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(1 if SMOKE else min(10, os.cpu_count() or 1))]
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tables_bases
 import tables_goals
+import tables_gpu
 import tables_plans
 import tables_training
 
@@ -48,6 +49,13 @@ TABLES = {
     "llama 70b": tables_plans.llama_70b,
     "rank memory": tables_plans.rank_memory,
     "traffic": tables_plans.traffic,
+    "gpu": tables_gpu.machine,
+    "gpu checks": tables_gpu.checks,
+    "gpu layers": tables_gpu.layers,
+    "gpu kernels": tables_gpu.kernels,
+    "gpu passes": tables_gpu.passes,
+    "gpu models": tables_gpu.models,
+    "gpu smollm2": tables_gpu.smollm2,
 }
 
 
