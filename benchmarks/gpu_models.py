@@ -128,10 +128,14 @@ def _wait():
 
 
 def _emptied():
+    """Let go of what is left of others; return the bytes that stay."""
+    torch._dynamo.reset()  # a compilation that failed holds on to its model
     gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    if DEVICE != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def measure(rows, code, name, format=None, backend="torch", r=16, targets=LINEARS, p=0.1,
@@ -143,7 +147,7 @@ def measure(rows, code, name, format=None, backend="torch", r=16, targets=LINEAR
 
     if SMOKE:
         length, compile = 16, False
-    _emptied()
+    left = _emptied()
     torch.manual_seed(0)
     what = f"{name}, {code}{' triton' if backend == 'triton' else ''}"
     row = {"format": format, "r": r, "p": p, "rows": batch, "length": length, "compiled": compile}
@@ -169,7 +173,7 @@ def measure(rows, code, name, format=None, backend="torch", r=16, targets=LINEAR
             "losses": " ".join(f"{v:.4f}" for v in losses), "value": f"first {times[0]:.1f} s",
         }  # fmt: skip
         if DEVICE == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            row["peak_gb"] = (torch.cuda.max_memory_allocated() - left) / 1e9
         if code == "minilora" and not SMOKE:
             settings = Settings(format=format, r=r, targets=list(targets), batch_size=batch,
                                 length=length, dropout=p)  # fmt: skip
@@ -180,7 +184,7 @@ def measure(rows, code, name, format=None, backend="torch", r=16, targets=LINEAR
     rows.add(what, **row)
 
 
-def _profile(rows, what, step, **row):
+def _profile(out, what, step, **row):
     """Add what the kernels of a step take, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -191,7 +195,7 @@ def _profile(rows, what, step, **row):
     row["value"] = "; ".join(
         f"{ms:.2f} ms {count} x {name[:70]}" for ms, count, name in sorted(times, reverse=True)[:40]
     )
-    rows.add(f"profile: {what}", ms=sum(ms for ms, _, _ in times), **row)
+    out.add(f"profile: {what}", ms=sum(ms for ms, _, _ in times), **row)
 
 
 def models(rows):

@@ -18,6 +18,7 @@ if __name__ != "kernels":
         int8_decode,
         integer_products,
         quantize_rows,
+        quotient,
         scales_from_bits,
     )
     from .low_rank import (
@@ -99,6 +100,7 @@ __all__ = [
     "out_of_memory",
     "private_folder",
     "quantize_rows",
+    "quotient",
     "resolve_device",
     "rms_norm",
     "row_masks",

@@ -104,7 +104,8 @@ def _hashes(seeds: Tensor, M: int, N: int) -> Tensor:
     seed = seeds[rows // span]
     key = finalize((rows % span) ^ (seed & word))
     other = finalize((key + ((seed >> 32) & word)) & word)
-    h = ((columns * 0x9E3779B9) & word) ^ key
+    # Less 2³²: compiled for a GPU an index is multiplied in 32 bits, whose lower ones are the same.
+    h = ((columns * (0x9E3779B9 - 2**32)) & word) ^ key
     h = (((h ^ (h >> 16)) * 0x85EBCA6B) & word) ^ other
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & word
     return (h ^ (h >> 16)) >> 1

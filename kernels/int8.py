@@ -46,6 +46,14 @@ def scales_from_bits(bits: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def quotient(x: Tensor, divisor: float) -> Tensor:
+    """Return x / divisor, rounded once on every device.
+
+    By a number CUDA multiplies with its rounded reciprocal, so codes would differ from a CPU's.
+    """
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each row symmetrically: `x ≈ codes · scales`, scale = max|row| / 127.
 
@@ -61,7 +69,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.to(torch.int8), torch.ones(len(x), 1, device=x.device)
     largest = x.abs().amax(dim=1, keepdim=True).to(torch.float32)
     # The bound keeps a row of subnormals from a scale of 0.
-    scales = (largest / 127).clamp_(min=1e-37).masked_fill_(largest == 0, 1.0)
+    scales = quotient(largest, 127).clamp_(min=1e-37).masked_fill_(largest == 0, 1.0)
     codes = (x.to(torch.float32) / scales).round_().clamp_(-127, 127)
     return codes.to(torch.int8), scales
 

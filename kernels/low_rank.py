@@ -113,12 +113,28 @@ def _folded(scaling: float, mask: Tensor | None, p: float) -> tuple[float, float
     return (scaling / (1 - p), 0.0) if mask is not None and mask.is_cuda else (scaling, p)
 
 
+@torch.library.custom_op("minilora::add_product_", mutates_args=("y",))
+def _add_in_place(y: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    y.addmm_(left, right, alpha=scale)
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Add `scale · left right` to y in place, in a compiled graph too.
+
+    There Inductor would write `addmm_`'s sum into another matrix, after a copy of y.
+    """
+    if y.is_cuda and torch.compiler.is_compiling():
+        _add_in_place(y, left, right, scale)
+        return y
+    return y.addmm_(left, right, alpha=scale)
+
+
 def _product(x, A, B, mask, scaling, p, linear_forward, tensors) -> tuple[Tensor, Tensor]:
     """Return Y and S in the dtype of the products."""
     wide = x.to(product_dtype(x))
     y = linear_forward(wide, *tensors)
     s = torch.mm(_dropped(wide, mask, p), A.to(wide.dtype).t())
-    return y.addmm_(s, B.to(wide.dtype).t(), alpha=scaling), s
+    return _add_product(y, s, B.to(wide.dtype).t(), scaling), s
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -146,7 +162,7 @@ class _LoRALinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = ctx.linear_grad_x(grad_out, *tensors)
                 if mask is None:
-                    grad_x.addmm_(grad_s, A.to(grad_s.dtype))
+                    grad_x = _add_product(grad_x, grad_s, A.to(grad_s.dtype))
                 elif not ctx.p:
                     grad_x.addcmul_(torch.mm(grad_s, A.to(grad_s.dtype)), mask)
                 else:

@@ -102,9 +102,10 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, options):
 
 
 def test_random_streams_are_left_as_they_were():
+    model = made(dropout=0.5)
     torch.cuda.manual_seed(5)
     before = torch.cuda.get_rng_state()
-    fit(made(dropout=0.5), max_steps=2)
+    fit(model, max_steps=2)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert not torch.are_deterministic_algorithms_enabled()
 

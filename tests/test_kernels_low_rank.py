@@ -383,3 +383,40 @@ def test_row_masks_of_rows_with_their_own_probability():
     assert torch.equal(whole[2:], half)
     assert whole[0].all()
     assert abs(float(whole[2].float().mean()) - 0.1) < 0.08
+
+
+def test_a_compiled_mask_multiplies_its_columns_by_32_bits():
+    """Inductor folds a product with an index into it, in int32 on a GPU: others did not compile."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda seeds: hashed_mask(seeds, 6, 8, 0.5))(torch.tensor([5])).graph
+    views = ("aten.unsqueeze", "aten.slice", "aten.arange", "aten.floor_divide", "aten.remainder")
+    factors = [
+        node.args[1]
+        for node in graph.nodes
+        if str(node.target).startswith("aten.mul")
+        and str(node.args[0].target).startswith(views)
+        and isinstance(node.args[1], int)
+    ]
+    assert factors and all(-(2**31) <= factor < 2**31 for factor in factors)
+
+
+def test_a_compiled_sum_is_added_in_place():
+    """As CUDA's graphs do; what is written into is a product, and no copy of it is made."""
+    from torch._inductor.utils import run_and_get_code
+
+    from minilora.kernels.low_rank import _add_in_place
+
+    y, s, B = torch.randn(12, 9), torch.randn(12, 4), torch.randn(4, 9)
+    torch.library.opcheck(_add_in_place, (y.clone(), s, B, 0.5))
+
+    def added(x, w):
+        product = torch.mm(x, w)
+        _add_in_place(product, s, B, 0.5)
+        return product.relu()
+
+    x, w = torch.randn(12, 7), torch.randn(7, 9)
+    found, (code,) = run_and_get_code(torch.compile(added), x, w)
+    torch.testing.assert_close(found, (x @ w + 0.5 * s @ B).relu())
+    assert code.count("extern_kernels.mm(") == 1 and "clone" not in code
+    assert "add_product_.default(buf0" in code

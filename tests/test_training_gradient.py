@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -38,6 +40,46 @@ class Fails(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class Unordered(torch.autograd.Function):
+    """Has no order to add up in, as torch says of `put_`; and counts how it was asked."""
+
+    asked: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        Unordered.asked.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        return grad.clone().put_(torch.tensor([0]), torch.zeros(1))
+
+
+def test_an_operation_without_an_order_is_run_all_the_same_and_said(capsys):
+    """Strict is what makes attention's backward pass on CUDA add up in one order."""
+
+    def loss(model, batch):
+        total, tokens = token_loss(model, batch)
+        A = model.model.layers[0].self_attn.q_proj.adapters["default"].lora_A
+        return total + Unordered.apply(A.sum()), tokens
+
+    Unordered.asked.clear()
+    plain, strict = tiny(), tiny()
+    options = {"batch_size": 4, "max_steps": 2, "quiet": False}
+    torch.use_deterministic_algorithms(False)  # the suite has switched it on
+    expected = fit(plain, examples(4), loss=loss, **options)
+    assert "may differ" not in capsys.readouterr().err
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as runs on CUDA do
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        got = fit(strict, examples(4), loss=loss, **options)
+    assert Unordered.asked == [False, False, False, True, True]
+    assert got.losses == expected.losses and same(factors(plain), factors(strict))
+    said = capsys.readouterr().err
+    assert said.count("a run repeated may differ in the last bits: put_ does not have a ") == 1
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -241,22 +241,15 @@ def test_the_gpu_benchmark_says_that_it_needs_a_device(monkeypatch, capsys):
     import gpu
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu.main() == 2
+    assert gpu.main([]) == 2
     assert "needs a CUDA device, and torch sees none; nothing was timed" in capsys.readouterr().out
 
 
 @needs_triton
-def test_the_gpu_benchmark_checks_every_shape_it_times(monkeypatch, tmp_path):
-    import gpu
-    import traffic
+def test_the_gpu_benchmark_checks_every_shape_it_times():
+    import gpu_layers
 
-    checked = set()
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(gpu, "check", lambda *case: checked.add(case))
-    monkeypatch.setattr(gpu, "rows", lambda shapes: [])
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.csv")
-    assert gpu.main() == 0
-    assert checked >= {(f, *shape) for f in traffic.FORMATS for shape in traffic.SHAPES}
+    assert {case[:3] for case in gpu_layers.cases()} >= set(gpu_layers.SHAPES)
 
 
 @needs_triton
@@ -266,10 +259,10 @@ def test_the_gpu_benchmark_gives_peft_the_same_work(monkeypatch, four_bit):
     pytest.importorskip("peft")
     if four_bit:
         pytest.importorskip("bitsandbytes")
-    import gpu
+    import gpu_layers
 
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    model = gpu.peft(128, 64, four_bit)
+    monkeypatch.setattr(gpu_layers, "DEVICE", "cpu")
+    model = gpu_layers.peft(128, 64, four_bit)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 2
     assert {p.dtype for p in trained} == {torch.bfloat16}

@@ -270,17 +270,16 @@ def test_outliers_raise_with_the_reason():
 
 
 @pytest.mark.parametrize("format", [None, "int8", "nf4", "int4"])
-def test_the_gpu_benchmark_checks_before_it_times(monkeypatch, format):
-    import gpu
+def test_the_gpu_benchmark_sees_a_wrong_result(monkeypatch, format):
+    import gpu_layers
 
-    monkeypatch.setattr(gpu, "DEVICE", DEVICE)
-    gpu.check(format, 20, 64, 48)
-    layer = gpu.ours
-    monkeypatch.setattr(gpu, "ours", lambda *a: _scaled(layer(*a)))
-    with pytest.raises(
-        SystemExit, match="must be within .* of float64, found .*; nothing is timed"
-    ):
-        gpu.check(format, 20, 64, 48)
+    monkeypatch.setattr(gpu_layers, "DEVICE", DEVICE)
+    errors, same = gpu_layers.check(format, 20, 64, 48, times=2)
+    assert same and gpu_layers.holds(format, errors)
+    made = gpu_layers.ours
+    monkeypatch.setattr(gpu_layers, "ours", lambda *a, **o: _scaled(made(*a, **o)))
+    errors, _ = gpu_layers.check(format, 20, 64, 48)
+    assert not gpu_layers.holds(format, errors)
 
 
 def _scaled(model):

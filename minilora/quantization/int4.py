@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minilora.kernels import INT4_CODES, int4_codes, int8_decode, integer_products
+from minilora.kernels import INT4_CODES, int4_codes, int8_decode, integer_products, quotient
 from minilora.quantization.format import Format, bits_of, panels
 
 _LARGEST_STEP = 18  # 7 · 18 = 126 fits an int8 code
@@ -61,8 +61,8 @@ def _encode(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Choose for each group the best of the step that just reaches its maximum and some below."""
     N, K = weight.shape
     groups = weight.reshape(N, -1, group)
-    reach = groups.abs().amax(dim=2) / 7
-    channel = reach.amax(dim=1) / _LARGEST_STEP
+    reach = quotient(groups.abs().amax(dim=2), 7)
+    channel = quotient(reach.amax(dim=1), _LARGEST_STEP)
     channel = channel.clamp(min=1e-37).masked_fill(channel == 0, 1.0)
     ratio = groups / channel[:, None, None]
     best = torch.full_like(reach, float("inf"))

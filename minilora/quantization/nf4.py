@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from minilora.kernels import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products
+from minilora.kernels import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products, quotient
 from minilora.quantization.format import Format, bits_of, panels
 
 _SECOND_BLOCK = 256  # scales that share a scale under double quantization
@@ -51,7 +51,9 @@ class NF4(Format):
         absmax = torch.cat(scales)
         if not spec.double_quant:
             return {"codes": torch.cat(packed), "absmax_bits": bits_of(absmax)}
-        offset = absmax.mean()
+        # A GPU adds up in another order; what lies in memory must not depend on where it was made.
+        here = absmax.cpu() if absmax.is_cuda else absmax
+        offset = here.mean().to(absmax.device)
         second, absmax2 = _second(absmax - offset)
         return {
             "codes": torch.cat(packed),
@@ -105,7 +107,7 @@ def _second(scales: Tensor) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / absmax)[:, None]).clamp(-1, 1)
     step = ((scaled + 1) * 0.5 * 65535 + 0.5).floor()
-    value = -1 + 2 * step / 65535
+    value = -1 + quotient(2 * step, 65535)
     codes = torch.bucketize(value, (table[:-1] + table[1:]) * 0.5, out_int32=True)
     codes = codes.masked_fill_((absmax == 0)[:, None], 0)
     return codes.to(torch.uint8).view(-1)[: len(scales)], absmax

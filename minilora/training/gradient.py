@@ -1,14 +1,15 @@
 """The gradient of one optimizer step, over as many passes as the memory needs."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.data import Batch
+from minilora.files import one_line
 from minilora.kernels import out_of_memory, row_masks
 from minilora.lora import LoRALayer
 from minilora.models import CausalLM
@@ -21,6 +22,8 @@ _ROOM = {
     "this GPU (nvidia-smi lists it)",
     "mps": "store the base in fewer bits (quantize='nf4', --quantize nf4)",
 }
+
+_UNORDERED = "does not have a deterministic implementation"  # torch's words
 
 
 def mix_seed(seed: int, step: int, index: int) -> int:
@@ -52,6 +55,7 @@ class Gradient:
         say: Callable[[str], None],
     ):
         self.run, self.autocast, self.say = run, autocast, say
+        self.strict = run.ranks.parallel != "fsdp"  # a pass that fails there can't be repeated
 
     def of(self, micro: Sequence[Batch]) -> tuple[float, float, int]:
         """Return loss per token, gradient norm and tokens; gradients are left on the parameters.
@@ -96,6 +100,7 @@ class Gradient:
         while True:
             kept = [None if p.grad is None else p.grad.clone() for p in run.names]
             told = len(run.preference.seen) if run.preference is not None else 0
+            strict = self.strict
             sums = self._parts(batch, size, index)
             if sums is not None:
                 return sums
@@ -106,6 +111,8 @@ class Gradient:
                 parameter.grad = gradient
             if run.preference is not None:
                 del run.preference.seen[told:]
+            if self.strict != strict:
+                continue
             if size == 1:
                 raise RuntimeError(
                     f"one row of {batch.input_ids.shape[1]} tokens must fit in memory, and on "
@@ -126,7 +133,7 @@ class Gradient:
         return size
 
     def _parts(self, batch: Batch, size: int, index: int) -> tuple[float, int] | None:
-        """Run forward and backward in parts; return None if the memory did not suffice."""
+        """Run forward and backward in parts; return None if it must be done in another way."""
         value, tokens = 0.0, 0
         try:
             for start in range(0, len(batch), size):
@@ -136,7 +143,10 @@ class Gradient:
                     value += total
                     tokens += count
         except RuntimeError as error:
-            if out_of_memory(error) is None or self.run.ranks.parallel == "fsdp":
+            if self.strict and _UNORDERED in str(error):
+                self.strict = False
+                self.say(f"a run repeated may differ in the last bits: {one_line(error, 120)}")
+            elif out_of_memory(error) is None or self.run.ranks.parallel == "fsdp":
                 raise
             return None
         return value, tokens
@@ -151,7 +161,7 @@ class Gradient:
         if run.preference is not None and run.preference.rows_per_pair(run.model, batch) == 2:
             seeds = [mix_seed(one, run.step, answer) for one in seeds for answer in (1, 2)]
         torch.manual_seed(mix_seed(seed, run.step, index))
-        with row_masks(seeds):
+        with row_masks(seeds), _strictly(self.strict):
             with self.autocast():
                 total, count = _checked(run.loss(run.model, batch))
             (total * run.scale.value).backward()
@@ -165,6 +175,24 @@ class Gradient:
             total, _ = _checked(self.run.loss(self.run.model, batch))
         (total * 0).backward()
         return 0.0, 0
+
+
+@contextmanager
+def _strictly(wanted: bool) -> Iterator[None]:
+    """Where torch only warns of what adds up in no fixed order, let it raise instead.
+
+    For attention's backward pass on CUDA that is more than a warning: it has an order, and takes it
+    only here.
+    """
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not (wanted and warns and torch.are_deterministic_algorithms_enabled()):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _masks_by_batch(model: nn.Module) -> list[str]:

@@ -91,7 +91,8 @@ def _in_one_order(device: torch.device) -> Iterator[None]:
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         # Of what has no such order. cuBLAS has one: torch gives it a workspace, on one stream.
-        for text in ("Deterministic behavior was enabled", ".* a deterministic implementation"):
+        for text in ("Deterministic behavior was enabled", ".* a deterministic implementation",
+                     ".* a non-deterministic algorithm"):  # fmt: skip
             warnings.filterwarnings("ignore", text, UserWarning)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
