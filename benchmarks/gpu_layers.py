@@ -206,9 +206,14 @@ class _FP8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
+        from minilora.kernels.triton.decode import launch_decode_int8
+        from minilora.kernels.triton.tiles import CODES_TILE
+
         x, A, B, s, w8, ws = ctx.saved_tensors
         g8, gs = ctx.quantize(grad_out, ws.t())
-        turned = w8.view(torch.int8).t().contiguous().view(torch.float8_e4m3fn)
+        turned = torch.empty(w8.shape[::-1], dtype=torch.int8, device=DEVICE)
+        launch_decode_int8(w8.view(torch.int8), None, turned.t(), CODES_TILE).run()
+        turned = turned.view(torch.float8_e4m3fn)
         one = torch.ones(1, w8.shape[1], device=DEVICE)
         grad_x = torch._scaled_mm(
             g8, turned.t(), scale_a=gs, scale_b=one, out_dtype=DTYPE, use_fast_accum=True
@@ -252,7 +257,7 @@ def contenders(M, K, N, p):
     if p == 0 and not SMOKE:
         found["widened product"] = lambda: Widened(M, K, N)
         found["fp8 base"] = lambda: FP8(K, N)
-    if (K, N) == (4096, 4096):
+    if (K, N) == (4096, 4096) and p:
         found["torch eager, compiled"] = lambda: torch.compile(Eager(plain(K, N), p), dynamic=False)
         for f in (None, "int8", "nf4"):
             found[f"minilora torch {f or 'bf16'}, compiled"] = lambda f=f: torch.compile(
@@ -380,20 +385,8 @@ def timed(rows, name, call, work=0, graph=True, **row):
     rows.add(name, **row)
 
 
-def layers(rows):
-    """Forward and backward of one linear beside what else is installed; then few rows, forward."""
-    for M, K, N in ((20, 64, 64),) if SMOKE else SHAPES:
-        for p in (0.0, 0.1):
-            for name, make in contenders(M, K, N, p).items():
-                torch.manual_seed(0)
-                gc.collect()
-                try:
-                    step = step_of(make(), M, K, N)
-                except Exception as error:
-                    rows.add(name, M=M, K=K, N=N, r=RANK, p=p, error=f"{error!s:.200}")
-                    continue
-                work = 4 * M * K * N
-                timed(rows, name, step, work, M=M, K=K, N=N, r=RANK, p=p)
+def few_rows(rows):
+    """Add a forward pass of few tokens, as text is generated."""
     K = N = 64 if SMOKE else 4096
     for M in (1, 4) if SMOKE else FEW_ROWS:
         x = torch.randn(M, K, device=DEVICE, dtype=DTYPE)
@@ -408,6 +401,23 @@ def layers(rows):
             model = make().eval().requires_grad_(False)
             forward = torch.no_grad()(functools.partial(model, x))
             timed(rows, name, forward, M=M, K=K, N=N, r=RANK)
+
+
+def layers(rows):
+    """Few rows forward, then forward and backward of one linear beside what else is installed."""
+    few_rows(rows)
+    for M, K, N in ((20, 64, 64),) if SMOKE else SHAPES:
+        for p in (0.0, 0.1):
+            for name, make in contenders(M, K, N, p).items():
+                torch.manual_seed(0)
+                gc.collect()
+                try:
+                    step = step_of(make(), M, K, N)
+                except Exception as error:
+                    rows.add(name, M=M, K=K, N=N, r=RANK, p=p, error=f"{error!s:.200}")
+                    continue
+                work = 4 * M * K * N
+                timed(rows, name, step, work, M=M, K=K, N=N, r=RANK, p=p)
 
 
 def made(*shape, dtype=DTYPE):
@@ -456,7 +466,8 @@ def library(M, K, N):
 
 
 def other_tiles(M, K, N):
-    """Return the fused product in tiles that are not chosen, by tile."""
+    """Return the fused product and the rounding of rows in tiles that are not chosen, by tile."""
+    from minilora.kernels.triton.int8 import launch_quantize
     from minilora.kernels.triton.lora_forward import launch_gemm
     from minilora.kernels.triton.tiles import Tile
 
@@ -465,12 +476,21 @@ def other_tiles(M, K, N):
     )  # fmt: skip
     sizes = ((128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 4, 4), (128, 128, 8, 4),
              (64, 256, 4, 4), (256, 128, 8, 3))  # fmt: skip
-    return {
+    found = {
         f"low_rank_gemm in {m} × {n} × 64, {warps} warps, {stages} stages": launch_gemm(
             x, W.t(), bias, S, B.t(), 2.0, None, 0.0, y, Tile(m, n, 64, 16, warps, stages)
         ).run
         for m, n, warps, stages in sizes
     }
+    codes, t = torch.empty(M, N, dtype=torch.int8, device=DEVICE), torch.empty(M, device=DEVICE)
+    scales = torch.rand(N, device=DEVICE)
+    for m, k, warps, stages in (
+        (16, 256, 4, 3), (16, 512, 8, 3), (32, 256, 8, 3), (16, 256, 8, 4), (64, 128, 8, 3),
+    ):  # fmt: skip
+        tile = Tile(m, 0, k, 16, warps, stages)
+        launch = launch_quantize(y, scales, B.t(), None, 0.0, codes, t, S, 2.0, tile)
+        found[f"quantize_shrink in {m} × {k}, {warps} warps, {stages} stages"] = launch.run
+    return found
 
 
 def alone(rows, name, call, **row):
