@@ -90,25 +90,33 @@ def hashed_mask(seeds: Tensor, M: int, N: int, p: float) -> Tensor:
 
 
 def _hashes(seeds: Tensor, M: int, N: int) -> Tensor:
-    """Return int64 `[M, N]` in [0, 2³¹), as evenly spread as if drawn."""
-    word = 0xFFFFFFFF
+    """Return int32 `[M, N]` in [0, 2³¹), as evenly spread as if drawn.
+
+    In 32 bits, which a GPU multiplies several times as fast as 64: products wrap around.
+    """
+
+    def signed(constant: int) -> int:  # the int32 of the same bits
+        return constant - 2**32
+
+    def shifted(h: Tensor, bits: int) -> Tensor:  # without copies of the sign
+        return (h >> bits) & (2 ** (32 - bits) - 1)
 
     def finalize(h: Tensor) -> Tensor:  # of MurmurHash3's 32-bit hash
-        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & word
-        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & word
-        return h ^ (h >> 16)
+        h = (h ^ shifted(h, 16)) * signed(0x85EBCA6B)
+        h = (h ^ shifted(h, 13)) * signed(0xC2B2AE35)
+        return h ^ shifted(h, 16)
 
     span = max(1, M // len(seeds))
     rows = torch.arange(M, device=seeds.device)[:, None]
-    columns = torch.arange(N, device=seeds.device)[None, :]
+    columns = torch.arange(N, dtype=torch.int32, device=seeds.device)[None, :]
     seed = seeds[rows // span]
-    key = finalize((rows % span) ^ (seed & word))
-    other = finalize((key + ((seed >> 32) & word)) & word)
-    # Less 2³²: compiled for a GPU an index is multiplied in 32 bits, whose lower ones are the same.
-    h = ((columns * (0x9E3779B9 - 2**32)) & word) ^ key
-    h = (((h ^ (h >> 16)) * 0x85EBCA6B) & word) ^ other
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & word
-    return (h ^ (h >> 16)) >> 1
+    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
+    key = finalize((rows % span).to(torch.int32) ^ low)
+    other = finalize(key + high)
+    h = (columns * signed(0x9E3779B9)) ^ key
+    h = ((h ^ shifted(h, 16)) * signed(0x85EBCA6B)) ^ other
+    h = (h ^ shifted(h, 13)) * signed(0xC2B2AE35)
+    return shifted(h ^ shifted(h, 16), 1)
 
 
 def dropout_mask(x: Tensor, p: float | Tensor) -> Tensor:
