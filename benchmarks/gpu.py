@@ -29,7 +29,7 @@ ROOT = HERE.parent
 RESULTS = HERE / "results" / "gpu.csv"
 SMOKE = os.environ.get("SMOKE") == "1"
 LIMITS = {  # seconds
-    "env": 30, "checks": 95, "tests": 95, "layers": 85, "kernels": 50, "models": 140,
+    "env": 30, "checks": 95, "tests": 95, "layers": 85, "kernels": 50, "models": 160,
     "smollm2": 105, "sanitize": 60, "ranks": 60,
 }  # fmt: skip
 SHARDS = {"checks": 6}  # processes at a time: what takes long is compiling
