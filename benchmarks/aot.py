@@ -74,8 +74,11 @@ class Compiled(NamedTuple):
     sass: str
 
 
-def specialized(launch):
-    """Return the signature, constants and attributes Triton gives these arguments at run time."""
+def specialized(launch, number="fp32"):
+    """Return the signature, constants and attributes Triton gives these arguments at run time.
+
+    A Python number is an f32; in Inductor's graphs it is "fp64".
+    """
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False)) | launch.constants
     signature, constants, attributes = {}, {}, {}
@@ -89,7 +92,7 @@ def specialized(launch):
             signature[name] = POINTERS[value.dtype]
             divisible = True  # torch's allocator aligns to 512 bytes
         elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
+            signature[name], divisible = number, False
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0

@@ -33,17 +33,20 @@ def one_block():
     return minilora.inject(plain(), r=2, alpha=3, layers=[1])
 
 
-def cannot():
+def cannot(device="cpu"):
     return "InvalidCxxCompiler: No working C++ compiler found"
 
 
 def test_settle_compile_asks_only_where_it_is_wanted(monkeypatch):
     monkeypatch.setattr(compiling, "compile_problem", cannot)
-    assert settle_compile(False) == (False, None)
-    wanted, remark = settle_compile("auto")
+    cpu = torch.device("cpu")
+    assert settle_compile(False, cpu) == (False, None)
+    wanted, remark = settle_compile("auto", cpu)
     assert not wanted and "not compiled, since torch.compile does not work here: Inv" in remark
     with pytest.raises(RuntimeError, match=r"compile=True \(--compile\) needs torch.compile to"):
-        settle_compile(True)
+        settle_compile(True, cpu)
+    with pytest.raises(RuntimeError, match="No working.* install Triton and a C compiler"):
+        settle_compile(True, torch.device("cuda"))
 
 
 def test_compile_problem_says_what_is_missing(monkeypatch):
@@ -52,6 +55,14 @@ def test_compile_problem_says_what_is_missing(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", fail)
     assert compile_problem.__wrapped__() == "no compiler"
+
+
+def test_what_runs_on_a_gpu_is_compiled_for_it(monkeypatch):
+    """A compiler for CPUs takes long to try there, or is missing."""
+    asked = []
+    monkeypatch.setattr(compiling, "compile_problem", asked.append)
+    assert settle_compile("auto", torch.device("cuda", 1)) == (True, None)
+    assert asked == ["cuda"]
 
 
 def test_config_refuses_what_it_cannot_mean():
@@ -106,7 +117,7 @@ def test_a_plan_counts_before_blocks_are_compiled(monkeypatch):
         seen.append("forward" in run.model.model.layers[1].__dict__)
 
     monkeypatch.setattr(loop, "forecast", forecast)
-    monkeypatch.setattr(compiling, "compile_problem", lambda: None)
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
     fit(model, max_steps=1, compile=True, plan=True)
     assert seen == [False]
@@ -115,7 +126,7 @@ def test_a_plan_counts_before_blocks_are_compiled(monkeypatch):
 def test_all_blocks_share_one_compiled_variant(monkeypatch):
     """The first one's input, an embedding that is frozen, needs no gradient of its own accord."""
     whole, counts = torch.compile, []
-    monkeypatch.setattr(compiling, "compile_problem", lambda: None)
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: None)
     for layers in ([1], [1], [0, 1]):  # the loss may be compiled in the first run alone
         torch.compiler.reset()
         counter = CompileCounter()
@@ -158,7 +169,7 @@ def test_a_compiled_run_over_codes_trains_alike(base, monkeypatch):
     """Traced with open shapes as fit does, one block and without Inductor: some seconds."""
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", functools.partial(whole, backend="aot_eager"))
-    monkeypatch.setattr(compiling, "compile_problem", lambda: None)
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: None)
     models = []
     for _ in range(2):
         torch.manual_seed(3)

@@ -753,7 +753,7 @@ def test_generate_compiled_writes_the_same_and_leaves_no_trace(kind, monkeypatch
 def test_generate_compiles_after_the_first_token(monkeypatch):
     """The blocks alone, once the prompts are read; what stops at once compiles nothing."""
     made, model = [], llama()
-    monkeypatch.setattr(compiling, "compile_problem", lambda: None)
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda forward, **_: made.append(forward) or forward)
     generate(model, PROMPTS, max_new_tokens=1, compile=True)
     assert not made
@@ -762,7 +762,7 @@ def test_generate_compiles_after_the_first_token(monkeypatch):
 
 
 def test_generate_compiled_needs_a_compiler(monkeypatch):
-    monkeypatch.setattr(compiling, "compile_problem", lambda: "no g++")
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: "no g++")
     with pytest.raises(RuntimeError, match="needs torch.compile to work, found: no g"):
         generate(llama(), PROMPTS, compile=True)
     wanted = generate(llama(), PROMPTS, max_new_tokens=3)

@@ -10,6 +10,8 @@ if not INSTALLED or INTERPRETED:
 
 import aot
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from minilora.kernels.triton.tiles import Tile
 
@@ -68,6 +70,19 @@ def test_a_spill_a_synchronous_copy_and_a_lost_tensor_core_are_seen():
     assert aot.problems(case, good._replace(counts=none)) == ["no tensor-core instruction"]
     assert "registers" in aot.problems(case, good._replace(registers=256))[0]
     assert "shared memory" in aot.problems(case, good._replace(shared=10**6))[0]
+
+
+@pytest.mark.parametrize("kernel", sorted(kernel for kernel, arch in FIRST if arch == 90))
+def test_a_kernel_takes_numbers_in_f64(kernel):
+    """As Inductor passes them; the machine code then computes in f32 all the same."""
+    launch = CASES[FIRST[kernel, 90]].launch
+    signature, constants, attributes = aot.specialized(launch, number="fp64")
+    if "fp64" not in signature.values():
+        pytest.skip("takes none")
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert not re.search(r"(mul|fma|add|div)\.(rn\.)?f64", code)
 
 
 def test_a_kernel_that_got_worse_is_seen():

@@ -79,8 +79,9 @@ class OnSecondGPU(torch.Tensor):
     device = torch.device("cuda", 1)
 
 
+@pytest.mark.parametrize("traceable", [False, True])
 @pytest.mark.parametrize(("cls", "wanted"), [(OnSecondGPU, ["cuda:1"]), (torch.Tensor, [])])
-def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted):
+def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted, traceable):
     """Mocked, device and kernel both: Triton itself takes the current device."""
     entered, launched = [], []
 
@@ -95,11 +96,13 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted):
 
     monkeypatch.setattr("minilora.kernels.triton.launch.is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", current)
-    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+    wrapped = []
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda k: wrapped.append(k) or k)
     tensor = torch.ones(2).as_subclass(cls)
     tile = tiles.Tile(16, 16, 16, 16, 4, 3)
-    Launch(Kernel(), (1,), (0.5, tensor), {"BLOCK": 16}, tile).run()
+    Launch(Kernel(), (1,), (0.5, tensor), {"BLOCK": 16}, tile).run(traceable)
     assert entered == wanted
+    assert len(wrapped) == traceable  # outside of an operator it costs several launches
     options = {"BLOCK": 16, "enable_fp_fusion": True, "num_warps": 4, "num_stages": 3}
     assert launched == [((1,), 2, options)]
 

@@ -77,7 +77,9 @@ def quantize_shrink(
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
     s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
-    tl.store(s_ptrs, (acc * scale).to(s_ptr.dtype.element_ty), mask=mask_m & mask_r)
+    tl.store(
+        s_ptrs, (acc * tl.cast(scale, tl.float32)).to(s_ptr.dtype.element_ty), mask=mask_m & mask_r
+    )
 
     # The bound keeps a row of subnormals from a scale of 0; a row of zeros has scale 1.
     t = tl.where(largest == 0.0, 1.0, tl.maximum(largest / 127.0, 1e-37))
@@ -126,12 +128,12 @@ def int8_gemm(
     if seed_ptr is None:
         # Divided by the scale that multiplies the sum: the branch then needs no second accumulator,
         # which would spill (sm_90, 128 × 256: 680 bytes of stack).
-        t = t / scale
+        t = t / tl.cast(scale, tl.float32)
     y = acc.to(tl.float32) * t[:, None]
     if w_ptr is not None:
         y = y * tl.load(w_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     if seed_ptr is None:
-        y = scale * low_rank_product(
+        y = tl.cast(scale, tl.float32) * low_rank_product(
             y, s_ptr, b_ptr, offs_m, offs_n, M, N, stride_br, stride_bn, R, PRECISION, BLOCK_R
         )
     else:

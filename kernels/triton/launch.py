@@ -20,12 +20,19 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     tile: Tile
 
-    def run(self) -> None:
-        """Launch on the arguments' device (or in Triton's interpreter)."""
+    def run(self, traceable: bool = False) -> None:
+        """Launch on the arguments' device (or in Triton's interpreter).
+
+        Args:
+            traceable: whether the caller is a `torch.library.triton_op`, which may be traced; what
+                torch needs for that takes several times a launch, on the host.
+        """
         if 0 in self.grid:
             return
+        kernel = self.kernel
         # Up to 2.12 torch takes no interpreted kernel for one of Triton's, and none is ever traced.
-        kernel = self.kernel if is_interpreted() else torch.library.wrap_triton(self.kernel)
+        if traceable and not is_interpreted():
+            kernel = torch.library.wrap_triton(kernel)
         options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         if kernel is not self.kernel:  # traced: with Inductor's options, on the right device
             kernel[self.grid](*self.args, **self.constants, **options)

@@ -88,8 +88,8 @@ def _forward(
     s = torch.empty((x.shape[0], len(A)), dtype=x.dtype, device=x.device)
     w, A, B = (t.to(x.dtype) for t in (w, A, B))
     arch = architecture(x.device)
-    plan_shrink(x, A, seed, p, s, 1.0, arch).run()
-    plan_gemm(x, w, bias, s, B.t(), scaling, None, 0.0, y, arch).run()
+    plan_shrink(x, A, seed, p, s, 1.0, arch).run(traceable=True)
+    plan_gemm(x, w, bias, s, B.t(), scaling, None, 0.0, y, arch).run(traceable=True)
     return y, s
 
 
@@ -113,7 +113,7 @@ def _backward(
             plan_gemm(grad_out, w.t(), None, grad_s, narrow_A, 1.0, seed, p, grad_x, arch)
         )
     for launch in launches:
-        launch.run()
+        launch.run(traceable=True)
     return grad_x, grad_A, grad_B
 
 

@@ -70,7 +70,7 @@ def expand_grad(
         g_ptrs += step * stride_gn
         b_ptrs += step * stride_bn
         p_ptrs += step
-    grad_s = (acc * scale).to(grad_s_ptr.dtype.element_ty)
+    grad_s = (acc * tl.cast(scale, tl.float32)).to(grad_s_ptr.dtype.element_ty)
     split = tl.program_id(1).to(tl.int64) * M * R
     tl.store(grad_s_ptr + split + offs_s, grad_s, mask=mask_m & mask_r)
 
@@ -133,7 +133,7 @@ def sum_partials(
         acc += tl.load(ptrs, mask=mask, other=0.0)
         ptrs += step
     out_ptrs = out_ptr + (offs // width) * stride_row + (offs % width) * stride_column
-    tl.store(out_ptrs, (acc * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, (acc * tl.cast(scale, tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def launch_expand(

@@ -59,7 +59,9 @@ def shrink(
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
     s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
-    tl.store(s_ptrs, (acc * scale).to(s_ptr.dtype.element_ty), mask=mask_m & mask_r)
+    tl.store(
+        s_ptrs, (acc * tl.cast(scale, tl.float32)).to(s_ptr.dtype.element_ty), mask=mask_m & mask_r
+    )
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def low_rank_branch(
     acc = low_rank_product(
         acc, s_ptr, b_ptr, offs_m, offs_n, M, N, stride_br, stride_bn, R, PRECISION, BLOCK_R
     )
-    acc = acc * scale
+    acc = acc * tl.cast(scale, tl.float32)  # Inductor passes numbers in f64
     if seed_ptr is not None:
         if BLOCK_N <= 128:
             key, other = row_keys(seed_ptr, offs_m[:, None], M, span)

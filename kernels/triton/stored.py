@@ -164,7 +164,7 @@ def _forward(
     w = Weight(format, len(B), x.shape[1], block, parts)
     arch = architecture(x.device)
     for launch in plan_forward(w, x, bias, A, B, scaling, seed, p, way, y, s, arch):
-        launch.run()
+        launch.run(traceable=True)
     return y, s
 
 
@@ -186,7 +186,7 @@ def _backward(
         *given, architecture(x.device),
     )  # fmt: skip
     for launch in launches:
-        launch.run()
+        launch.run(traceable=True)
     return grads[0], grads[1], grads[2]
 
 

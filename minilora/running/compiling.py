@@ -76,32 +76,33 @@ def private_cache() -> Iterator[None]:
 
 
 @functools.cache
-def compile_problem() -> str | None:
-    """Say why `torch.compile` cannot work here, by trying it, or return None."""
+def compile_problem(device: str = "cpu") -> str | None:
+    """Say why `torch.compile` cannot work on such a device, by trying it, or return None."""
     try:
         with private_cache():
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a missing compiler makes of itself
         return str(error).strip().splitlines()[0][:200] or type(error).__name__
     return None
 
 
-def settle_compile(choice: bool | str) -> tuple[bool, str | None]:
-    """Return whether to compile, and what to say where `"auto"` cannot.
+def settle_compile(choice: bool | str, device: torch.device) -> tuple[bool, str | None]:
+    """Return whether to compile for a device, and what to say where `"auto"` cannot.
 
     Raises:
         RuntimeError: True where torch.compile does not work.
     """
     if not choice:
         return False, None
-    problem = compile_problem()
+    problem = compile_problem(device.type)
     if problem is None:
         return True, None
     if choice == "auto":
         return False, f"not compiled, since torch.compile does not work here: {problem}"
+    compiler = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
     raise RuntimeError(
-        f"compile=True (--compile) needs torch.compile to work, found: {problem}; install a C++ "
-        f"compiler (g++), or set compile=False"
+        f"compile=True (--compile) needs torch.compile to work, found: {problem}; install "
+        f"{compiler}, or set compile=False"
     )
 
 

@@ -65,8 +65,9 @@ def generate(
         chat: wrap each text as a user message in the tokenizer's chat template.
         system: with chat, the system message before it.
         compile: True runs the model's blocks through `torch.compile` after the first token, which
-            takes a C++ compiler and some ten seconds once; `"auto"` does where that works. Its
-            rounding differs, so a greedy text may turn where two tokens are nearly as likely.
+            takes a C++ compiler (on a GPU Triton and a C compiler) and some ten seconds once;
+            `"auto"` does where that works. Its rounding differs, so a greedy text may turn where
+            two tokens are nearly as likely.
         stream: called with a prompt's number and what its text has grown by, as soon as that is
             certain: not within a character or a stop string; needs a tokenizer.
 
@@ -82,7 +83,7 @@ def generate(
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, compile)
     tokenizer = None if tokenizer is None else as_tokenizer(tokenizer, model)
-    wanted = settle_compile(compile)[0]
+    wanted = settle_compile(compile, device_of(model))[0]
     stop_ids, stop_strings = _stops(stop, tokenizer)
     rows = _encode(prompts, tokenizer, chat, system)
     if stream is not None and tokenizer is None:

@@ -198,9 +198,9 @@ class TrainConfig:
     compile: bool | Literal["auto"] = option(
         False,
         "Run each block of the model through `torch.compile`: faster steps after half a minute. It "
-        "needs a C++ compiler, and its result is cached on disk; `auto` compiles where that works "
-        "and says so where not. Rounding differs from uncompiled steps, and dropout draws other "
-        "masks. Either all ranks compile or none.",
+        "needs a C++ compiler (on a GPU Triton and a C compiler), and its result is cached on "
+        "disk; `auto` compiles where that works and says so where not. Rounding differs from "
+        "uncompiled steps, and dropout draws other masks. Either all ranks compile or none.",
     )
     shuffle: bool = option(True, "Draw a new order each epoch.")
     group_by_length: bool = option(

@@ -128,7 +128,7 @@ class Run(Progress):
             if name != self.adapter
         }
         self.device = device_of(model)
-        self.compile, reason = settle_compile(config.compile)
+        self.compile, reason = settle_compile(config.compile, self.device)
         self.compile = not self.ranks.any(not self.compile)  # all, or none
         self.dtype = self.ranks.broadcast(compute_dtype(self.layers, config.dtype, self.device))
         self.scale = loss_scale(self.layers, self.dtype)
