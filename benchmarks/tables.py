@@ -49,12 +49,15 @@ TABLES = {
     "llama 70b": tables_plans.llama_70b,
     "rank memory": tables_plans.rank_memory,
     "traffic": tables_plans.traffic,
-    "gpu": tables_gpu.machine,
+    "gpu": tables_gpu.machines,
     "gpu checks": tables_gpu.checks,
     "gpu layers": tables_gpu.layers,
     "gpu kernels": tables_gpu.kernels,
     "gpu passes": tables_gpu.passes,
+    "gpu few rows": tables_gpu.few_rows,
     "gpu models": tables_gpu.models,
+    "gpu profile": tables_gpu.profile,
+    "gpu models h100": tables_gpu.models_h100,
     "gpu smollm2": tables_gpu.smollm2,
 }
 

@@ -1,4 +1,4 @@
-"""Tables of what `gpu.py` measured on a CUDA device."""
+"""Tables of what `gpu.py` measured: rows of one card each, but for `machines`."""
 
 import json
 import re
@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from csv_tables import Row, last_of, newest, read, table
 
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 FORMATS = ("", "int8", "nf4", "int4")
 COLUMNS = (("4096", "0.0"), ("4096", "0.1"), ("14336", "0.0"), ("14336", "0.1"))  # N, dropout
 
 
-def _stage(name: str) -> list[Row]:
-    return read("gpu", stage=name)
+def _stage(name: str, card: str) -> list[Row]:
+    return read("gpu", stage=name, gpu=card)
 
 
 def _caption(text: str, rows: list[Row]) -> str:
@@ -22,9 +23,9 @@ def _caption(text: str, rows: list[Row]) -> str:
     return f"*{text[:1].upper()}{text[1:]}; {cards.replace('NVIDIA ', '')}, commit {commits}.*\n\n"
 
 
-def _rates() -> tuple[float, float]:
+def _rates(card: str) -> tuple[float, float]:
     """Return the measured TB/s of a copy and TFLOP/s of a product."""
-    found = last_of(_stage("env"), "what")
+    found = last_of(_stage("env", card), "what")
     return float(found["copy"]["tb_s"]), float(found["8192³ in bf16"]["tflops"])
 
 
@@ -36,20 +37,29 @@ def _failure(row: Row) -> str:
     return "failed in Inductor" if "Inductor" in error else "not measured"
 
 
-def machine() -> str:
-    last, found = _stage("env")[-1], last_of(_stage("env"), "what")
-    copy, product = _rates()
-    versions = ", ".join(f"{name} {found[name]['value']}"
-                         for name in ("transformers", "peft", "bitsandbytes"))  # fmt: skip
-    return (
-        f"*{last['gpu']}, driver {last['driver']}, torch {last['torch']}, Triton "
-        f"{last['triton']}, {versions}. It copied {copy:.2f} TB/s (bytes read and written) and "
-        f"multiplied 8192³ in bf16 at {product:.0f} TFLOP/s.*\n"
+def machines() -> str:
+    lines = []
+    for card in (H100, H200):
+        last, found = _stage("env", card)[-1], last_of(_stage("env", card), "what")
+        copy, product = _rates(card)
+        versions = [found[name]["value"] for name in ("transformers", "peft", "bitsandbytes")]
+        lines.append(
+            [card.removeprefix("NVIDIA "), last["commit"], last["driver"], last["torch"],
+             last["triton"], *versions, f"{copy:.2f}", f"{product:.0f}"]
+        )  # fmt: skip
+    text = (
+        "*TB/s of a copy are bytes read and written; TFLOP/s are a product's of 8192³ in bf16. "
+        "No table below holds rows of two cards.*\n\n"
     )
+    head = (
+        "card | commit | driver | torch | Triton | transformers | peft | bitsandbytes | TB/s | "
+        "TFLOP/s"
+    )
+    return text + table(head, lines)
 
 
 def checks() -> str:
-    rows = newest(_stage("checks"), "commit")
+    rows = newest(_stage("checks", H100), "commit")
     lines = []
     for dtype in ("bfloat16", "float16"):
         for format in FORMATS:
@@ -67,7 +77,7 @@ def checks() -> str:
 
 
 def layers() -> str:
-    rows = [r for r in _stage("layers") if r["M"] == "8192"]
+    rows = [r for r in _stage("layers", H100) if r["M"] == "8192"]
     found = {(r["what"], r["N"], r["p"]): r for r in rows}
     lines = []
     for name in dict.fromkeys(r["what"] for r in rows):
@@ -89,6 +99,26 @@ def layers() -> str:
         "microseconds that eager code needs to enqueue it; – was not measured"
     )
     head = "program | 4096 | 4096, dropout | 14336 | 14336, dropout | host, µs"
+    return _caption(text, rows) + table(head, lines)
+
+
+def few_rows() -> str:
+    prefix = "few rows, "
+    rows = [r for r in newest(_stage("layers", H200), "commit") if r["what"].startswith(prefix)]
+    found = {(r["what"], r["M"]): r for r in rows}
+    counts = list(dict.fromkeys(r["M"] for r in rows))
+    lines = [
+        [name.removeprefix(prefix)]
+        + [f"{float(found[name, M]['graph_ms']):.3f}" for M in counts]
+        + [f"{float(found[name, M]['host_us']):.0f}" for M in counts]
+        for name in dict.fromkeys(r["what"] for r in rows)
+    ]
+    text = (
+        "one linear, M × 4096 → 4096 in bf16, r = 16, forward alone, as text is written: "
+        "milliseconds of the GPU alone (replayed as a CUDA graph, median) and microseconds that "
+        "eager code needs to enqueue it, by M"
+    )
+    head = " | ".join(["program", *(f"{M}, ms" for M in counts), *(f"{M}, µs" for M in counts)])
     return _caption(text, rows) + table(head, lines)
 
 
@@ -115,8 +145,8 @@ LAUNCHES = (
 
 
 def kernels() -> str:
-    rows = [r for r in newest(_stage("kernels"), "commit") if r["r"]]
-    copy, product = _rates()
+    rows = [r for r in newest(_stage("kernels", H100), "commit") if r["r"]]
+    copy, product = _rates(H100)
     lines = []
     for name, format, launches, torch in LAUNCHES:
         cells: list[str] = []
@@ -157,7 +187,7 @@ def _share(rows: list[Row], copy: float, product: float) -> str:
 
 
 def passes() -> str:
-    rows = [r for r in newest(_stage("kernels"), "commit") if not r["r"] and r["ms"]]
+    rows = [r for r in newest(_stage("kernels", H100), "commit") if not r["r"] and r["ms"]]
     lines = [[r["what"], f"{float(r['ms']):.2f}", f"{float(r['tflops']):.0f}"] for r in rows]
     text = (
         "forward and backward in bf16, medians of eager calls: head and loss over 8192 rows of "
@@ -167,33 +197,97 @@ def passes() -> str:
     return _caption(text, rows) + table("what | ms | TFLOP/s", lines)
 
 
-def models() -> str:
-    rows = _stage("models")
+STEPS = (
+    "training steps (forward, backward, AdamW) of models with random weights, eager if not said; "
+    "8b: all linears, dropout 0.1; 3b: q_proj and v_proj, no dropout; the fastest of the steps "
+    "after the first; host: milliseconds until all of it was enqueued, waits included"
+)
+
+
+def steps(card: str) -> list[Row]:
+    """Return the last row of each program in each setting that ran whole models on a card."""
     keys = ("what", "format", "compiled", "rows", "length")
-    kept = {tuple(r[key] for key in keys): r for r in rows if "profile" not in r["what"]}
+    rows = (r for r in _stage("models", card) if "profile" not in r["what"])
+    kept = {tuple(r[key] for key in keys): r for r in rows}
+    return sorted(kept.values(), key=lambda r: r["what"].split(",")[0], reverse=True)
+
+
+def _step(row: Row) -> list[str]:
+    """Return what names a row, and its times."""
+    model, _, program = row["what"].partition(", ")
+    shape = f"{model}, r = {row['r']}, {row['rows']} × {row['length']}"
+    program += ", compiled" * (row["compiled"] == "True")
+    found = [_failure(row), "–", "–"]
+    if row["ms"]:
+        found = [f"{float(row['tokens_s']):,.0f}", f"{float(row['ms']):.0f}",
+                 f"{float(row['host_us']) / 1e3:.0f}"]  # fmt: skip
+    return [shape, program, row["format"] or "bf16", *found]
+
+
+HEAD = "model, rows × tokens | program | base | tokens/s | ms | host, ms"
+
+
+def models() -> str:
+    rows = steps(H200)
     lines = []
-    for row in sorted(kept.values(), key=lambda r: r["what"].split(",")[0], reverse=True):
-        model, _, program = row["what"].partition(", ")
-        shape = f"{model}, r = {row['r']}, {row['rows']} × {row['length']}"
-        program += ", compiled" * (row["compiled"] == "True")
-        found = [_failure(row), *["–"] * 4]
-        if row["ms"]:
-            found = [f"{float(row['tokens_s']):,.0f}", f"{float(row['ms']):.0f}",
-                     f"{float(row['host_us']) / 1e3:.0f}", f"{float(row['peak_gb']):.2f}",
-                     f"{float(row['planned_gb']):.2f}" if row["planned_gb"] else "–"]  # fmt: skip
-        lines.append([shape, program, row["format"] or "bf16", *found])
+    for row in rows:
+        peak, planned = row["peak_gb"], row["planned_gb"]
+        cells = [f"{float(value):.2f}" if value else "–" for value in (peak, planned)]
+        error = f"{100 * (float(planned) / float(peak) - 1):+.1f} %" if peak and planned else "–"
+        lines.append([*_step(row), *cells, error])
+    text = STEPS + "; GB (10⁹) that torch's allocator held at most, beside the plan"
+    return _caption(text, rows) + table(f"{HEAD} | peak GB | planned GB | plan's error", lines)
+
+
+def models_h100() -> str:
+    rows = steps(H100)
+    text = STEPS + "; no peaks, as a compilation that had failed before held a model of some 6 GB"
+    return _caption(text, rows) + table(HEAD, map(_step, rows))
+
+
+# Kernels by the first name that fits. The head's products are told from the others by their tile:
+# 16 chunks of logits and as many gradients, 17.2 TFLOP in all, at the rate of the other products.
+GROUPS = (
+    ("head's products", "nvjet_sm90_tst_192x176"),
+    ("loss", "exponents"),
+    ("products of layers", "nvjet|cublasLt"),
+    ("attention", "cudnn::|cudnn_generated"),
+    ("dropout: numbers drawn", "distribution_elementwise"),
+    ("dropout: x ∘ mask", "unrolled_elementwise_kernel<at::native::BinaryFunctor"),
+    ("dropout: masked sums", "addcmul_cuda"),
+    ("passes that draw dropout's mask", "triton_.*bitwise_xor|triton_.*rshift"),
+    ("other passes", "triton_|at::native"),
+    ("other", ""),
+)
+
+
+def profile() -> str:
+    rows = [r for r in _stage("models", H200) if r["what"] == "profile: llama-3.1-8b, minilora"]
+    found = last_of(rows, "compiled")
+    columns = [_grouped(found[compiled]) for compiled in ("True", "False")]
+    lines = [[name, *(f"{c[name]:.0f}" if name in c else "–" for c in columns)]
+             for name in (*dict(GROUPS), "not among the 40 longest")]  # fmt: skip
+    lines.append(["all", *(f"{float(found[c]['ms']):.0f}" for c in ("True", "False"))])
     text = (
-        "training steps (forward, backward, AdamW) of models with random weights, eager if not "
-        "said; 8b: all linears, dropout 0.1; 3b: q_proj and v_proj, no dropout; the fastest of the "
-        "five steps after the first; milliseconds until the host had enqueued all of it, waits "
-        "included; GB (10⁹) that torch's allocator held at most"
+        "milliseconds of the GPU by kernels in a forward and backward pass of llama-3.1-8b, "
+        "2 × 4096 tokens, r = 16 on all linears, dropout 0.1, bf16; sorted by the kernels' names"
     )
-    head = "model, rows × tokens | program | base | tokens/s | ms | host, ms | peak GB | planned GB"
-    return _caption(text, list(kept.values())) + table(head, lines)
+    return _caption(text, rows) + table("what | compiled | eager", lines)
+
+
+def _grouped(row: Row) -> dict[str, float]:
+    """Return the milliseconds of a profile by group of kernels."""
+    sums: dict[str, float] = {}
+    for entry in row["value"].split("; "):
+        ms, kernel = re.fullmatch(r"([\d.]+) ms \d+ x (.*)", entry, re.S).groups()
+        group = next(name for name, pattern in GROUPS if re.search(pattern, kernel))
+        sums[group] = sums.get(group, 0.0) + float(ms)
+    sums["not among the 40 longest"] = float(row["ms"]) - sum(sums.values())
+    return sums
 
 
 def smollm2() -> str:
-    rows = [*_stage("smollm2"), *_stage("ranks")]
+    rows = [*_stage("smollm2", H100), *_stage("ranks", H100)]
     found = last_of((r for r in rows if not r["what"].endswith("generate")), "what")
     run = found["smollm2-135m, docstrings"]
     before, after = run["losses"].split(" -> ")
