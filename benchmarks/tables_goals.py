@@ -3,6 +3,8 @@
 import statistics
 
 from csv_tables import Row, last_of, newest, read, table
+from tables_gpu import H200
+from tables_gpu import steps as gpu_steps
 from tables_training import STEP, fastest, real_task_rows, steps
 
 MACHINES = {
@@ -14,7 +16,7 @@ MACHINES = {
 
 def goals() -> str:
     """Return the table: a line a goal and machine."""
-    lines = [*_task(), *_steps(), *_tinyllama(), *_text(), *_quality(), *_counted()]
+    lines = [*_task(), *_steps(), *_tinyllama(), *_text(), *_quality(), *_gpu(), *_counted()]
     said = [[goal, where, wanted, found, "met" if met else "**missed**"]
             for goal, where, wanted, found, met in lines]  # fmt: skip
     met = sum(line[-1] for line in lines)
@@ -25,7 +27,8 @@ def _line(
     goal: str, where: str, bound: float, found: float, at_most: bool = False, digits: int = 3
 ) -> tuple:
     met = found <= bound if at_most else found >= bound
-    return goal, where, f"{'≤' if at_most else '≥'} {bound:.2f}", f"{found:.{digits}g}", met
+    wanted = f"{bound:.2f}" if bound < 1000 else f"{bound:,.0f}"
+    return goal, where, f"{'≤' if at_most else '≥'} {wanted}", f"{found:,.{digits}g}", met
 
 
 def _seconds(row: Row) -> float:
@@ -130,6 +133,25 @@ def _quality() -> list[tuple]:
         _line("the same with 16 outlier channels", "Xeon, AMX", 1.01,
               over("int8, 16 outlier channels"), True, 4),
         _line("perplexity after training: NF4 over plain", "Xeon, AMX", 1.03, over("nf4"), True, 4),
+    ]  # fmt: skip
+
+
+def _gpu() -> list[tuple]:
+    ours = [row for row in gpu_steps(H200) if "minilora" in row["what"] and row["ms"]]
+    fast = {
+        format: max(float(row["tokens_s"]) for row in ours
+                    if row["format"] == format and row["what"].startswith("llama-3.1-8b"))
+        for format in ("", "nf4", "int8")
+    }  # fmt: skip
+    errors = [abs(float(row["planned_gb"]) / float(row["peak_gb"]) - 1) for row in ours]
+    return [
+        _line("Llama-3.1-8B's shape, 2 × 4096: tokens/s", "H200", 15000, fast[""], digits=5),
+        _line("the same shape: a step in NF4 over bf16's", "H200", 1.15,
+              fast[""] / fast["nf4"], True, 4),
+        _line("the same shape: INT8's tokens/s over bf16's, each at its fastest", "H200", 1.25,
+              fast["int8"] / fast[""]),
+        _line(f"plans: worst error of the peak in {len(errors)} programs", "H200", 0.10,
+              max(errors), True),
     ]  # fmt: skip
 
 
