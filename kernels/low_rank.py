@@ -4,8 +4,8 @@
     grad_S = s · G B   grad_A = grad_Sᵀ D(X)   grad_B = s · Gᵀ S   grad_X = base'(G) + D'(grad_S A)
 
 M tokens, K in, N out, R rank. Kept for backward: X, S = D(X) Aᵀ, the factors, the mask, and the
-base's own tensors – no second copy of X, nothing `[M, N]`. G·B is formed once and the branch is
-accumulated into the base's result by `addmm_`, so Y and grad_X are written once and read once.
+base's own tensors – no second copy of X, nothing `[M, N]`. G·B is formed once. Of base and branch
+one is accumulated onto the other by `addmm_` (`_adds_first`), so Y and grad_X are read once more.
 FLOPs over the base: 2·M·R·(K + N) forward, 4·M·R·(K + N) backward. Products run in X's dtype, or in
 f32 where that one is slow (`probe.product_dtype`); factors are cast per call; the gradients of the
 factors come back in the factors' dtype.
@@ -44,7 +44,8 @@ class FrozenLinear(NamedTuple):
 
     `linear_forward(x [M, K], *tensors) -> [M, N]` is a fresh tensor (the branch is added in place)
     and `linear_grad_x(grad_out [M, N], *tensors) -> [M, K]` too. A storage format is supported
-    by the fused path once it has such a pair.
+    by the fused path once it has such a pair. The last tensor is the bias or None; `_sums` marks
+    a pair that can add its products to a tensor, which is then returned.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -60,14 +61,32 @@ def _like(weight: Tensor, x: Tensor) -> Tensor:
     return workspace(weight.shape, x.dtype, weight.device).copy_(weight)
 
 
-def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _sums(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Mark one of `Products` that takes `onto=`, a tensor to add its result to."""
+    product.sums = True  # type: ignore[attr-defined]
+    return product
+
+
+@_sums
+def dense_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None
+) -> Tensor:
     """Return `x Wᵀ + b` for a weight `[N, K]`, which is cast to x's dtype (a no-op when equal)."""
+    if onto is not None:
+        return _add_product(onto, x, _like(weight, x).t())
     return F.linear(x, _like(weight, x), None if bias is None else bias.to(x.dtype))
 
 
-def dense_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@_sums
+def dense_grad_x(
+    grad_out: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None
+) -> Tensor:
     """Return `G W`."""
-    return torch.mm(grad_out, _like(weight, grad_out))
+    return _multiplied(grad_out, _like(weight, grad_out), onto)
+
+
+def _multiplied(left: Tensor, right: Tensor, onto: Tensor | None) -> Tensor:
+    return torch.mm(left, right) if onto is None else _add_product(onto, left, right)
 
 
 def decoded_products(decode: Callable[..., Tensor]) -> Products:
@@ -77,26 +96,34 @@ def decoded_products(decode: Callable[..., Tensor]) -> Products:
         decode: `decode(like, *parts) -> W [N, K]` in like's dtype; valid until it is called again.
     """
 
-    def linear_forward(x: Tensor, *stored: Tensor) -> Tensor:
+    @_sums
+    def linear_forward(x: Tensor, *stored: Tensor, onto: Tensor | None = None) -> Tensor:
         *parts, bias = stored
-        return dense_forward(x, decode(x, *parts), bias)
+        return dense_forward(x, decode(x, *parts), bias, onto)
 
-    def linear_grad_x(grad_out: Tensor, *stored: Tensor) -> Tensor:
-        return torch.mm(grad_out, decode(grad_out, *stored[:-1]))
+    @_sums
+    def linear_grad_x(grad_out: Tensor, *stored: Tensor, onto: Tensor | None = None) -> Tensor:
+        return _multiplied(grad_out, decode(grad_out, *stored[:-1]), onto)
 
     return linear_forward, linear_grad_x
 
 
-def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@_sums
+def conv1d_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None
+) -> Tensor:
     """Return `x W + b` for a weight `[K, N]` as GPT-2's Conv1D stores it, cast to x's dtype."""
-    if bias is None:
-        return torch.mm(x, _like(weight, x))
+    if bias is None or onto is not None:
+        return _multiplied(x, _like(weight, x), onto)
     return torch.addmm(bias.to(x.dtype), x, _like(weight, x))
 
 
-def conv1d_grad_x(grad_out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@_sums
+def conv1d_grad_x(
+    grad_out: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None
+) -> Tensor:
     """Return `G Wᵀ`."""
-    return torch.mm(grad_out, _like(weight, grad_out).t())
+    return _multiplied(grad_out, _like(weight, grad_out).t(), onto)
 
 
 def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
@@ -132,9 +159,26 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> 
 def _product(x, A, B, mask, scaling, p, linear_forward, tensors) -> tuple[Tensor, Tensor]:
     """Return Y and S in the dtype of the products."""
     wide = x.to(product_dtype(x))
-    y = linear_forward(wide, *tensors)
     s = torch.mm(_dropped(wide, mask, p), A.to(wide.dtype).t())
-    return _add_product(y, s, B.to(wide.dtype).t(), scaling), s
+    right = B.to(wide.dtype).t()
+    if not _adds_first(linear_forward, wide):
+        return _add_product(linear_forward(wide, *tensors), s, right, scaling), s
+    *parts, bias = tensors
+    if bias is None:
+        y = wide.new_empty(len(s), len(B)).addmm_(s, right, beta=0, alpha=scaling)
+    else:
+        y = torch.addmm(bias.to(wide.dtype), s, right, alpha=scaling)
+    return linear_forward(wide, *parts, None, onto=y), s
+
+
+def _adds_first(product: Callable[..., Tensor], x: Tensor) -> bool:
+    """Return whether the branch comes first, and the base's product is added to it.
+
+    In 16 bits a sum of two rounded matrices loses whatever of the smaller one is less than half a
+    unit in the last place of the larger: most of a young adapter, a few percent of a trained one
+    (benchmarks/NOTES.md). A product adds to its target before it rounds.
+    """
+    return x.dtype in (torch.bfloat16, torch.float16) and getattr(product, "sums", False)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -160,13 +204,16 @@ class _LoRALinear(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_A = torch.mm(grad_s.t(), _dropped(x, mask, ctx.p)).to(A.dtype)
             if ctx.needs_input_grad[0]:
-                grad_x = ctx.linear_grad_x(grad_out, *tensors)
-                if mask is None:
-                    grad_x = _add_product(grad_x, grad_s, A.to(grad_s.dtype))
-                elif not ctx.p:
-                    grad_x.addcmul_(torch.mm(grad_s, A.to(grad_s.dtype)), mask)
+                right = A.to(grad_s.dtype)
+                if _adds_first(ctx.linear_grad_x, grad_out):
+                    branch = _dropped(torch.mm(grad_s, right), mask, ctx.p)
+                    grad_x = ctx.linear_grad_x(grad_out, *tensors, onto=branch)
                 else:
-                    grad_x += _dropped(torch.mm(grad_s, A.to(grad_s.dtype)), mask, ctx.p)
+                    grad_x = ctx.linear_grad_x(grad_out, *tensors)
+                    if mask is None:
+                        grad_x = _add_product(grad_x, grad_s, right)
+                    else:
+                        grad_x += _dropped(torch.mm(grad_s, right), mask, ctx.p)
             grad_x = None if grad_x is None else grad_x.to(narrow)
         return grad_x, grad_A, grad_B, *[None] * (5 + len(tensors))
 

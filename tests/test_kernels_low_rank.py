@@ -11,6 +11,8 @@ from minilora.kernels import (
     BACKENDS,
     FrozenLinear,
     check_backend,
+    conv1d_forward,
+    conv1d_grad_x,
     dense_forward,
     dense_grad_x,
     dropout_mask,
@@ -21,6 +23,7 @@ from minilora.kernels import (
     row_masks,
 )
 from minilora.kernels.dropout import hashed_mask, row_seeds
+from minilora.quantization import Quantization, QuantizedLinear
 
 # How many times plain torch's own error, in the same dtype, a kernel may make: the one table.
 C = {
@@ -420,3 +423,33 @@ def test_a_compiled_sum_is_added_in_place():
     torch.testing.assert_close(found, (x @ w + 0.5 * s @ B).relu())
     assert code.count("extern_kernels.mm(") == 1 and "clone" not in code
     assert "add_product_.default(buf0" in code
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", ["linear", "conv1d", "nf4"])
+def test_a_branch_far_below_the_bases_rounding_still_counts(dtype, stored):
+    """Added to a rounded base two thirds of it were lost, forward and backward."""
+    torch.manual_seed(0)
+    M, K, N, R = 128, 256, 192, 8
+    smallest = 1e-4 if dtype == torch.bfloat16 else 1e-5
+    x, G = torch.randn(M, K).to(dtype).requires_grad_(), torch.randn(M, N).to(dtype)
+    W, A = (torch.randn(n, K) / K**0.5 for n in (N, R))
+    B = torch.randn(N, R) * smallest
+    if stored == "nf4":
+        layer = QuantizedLinear.from_weight(W, Quantization("nf4", block_size=64))
+        base, W = layer.frozen(), layer.dequantize(dtype)
+    else:
+        W = W.to(dtype)
+        linear = (W, dense_forward, dense_grad_x)
+        kept, *products = linear if stored == "linear" else (W.t(), conv1d_forward, conv1d_grad_x)
+        base = FrozenLinear((kept, None), *products)
+    y = lora_linear(x, base, A, B, 1.5)
+    y.backward(G)
+    x64, G64, W64, A64, B64 = (t.detach().to(dtype).double() for t in (x, G, W, A, B))
+    for found, plain, branch in (
+        (y, x64 @ W64.t(), 1.5 * x64 @ A64.t() @ B64.t()),
+        (x.grad, G64 @ W64, 1.5 * G64 @ B64 @ A64),
+    ):
+        share = ((found.detach().double() - plain) * branch).sum() / branch.square().sum()
+        assert branch.norm() < 2e-3 * plain.norm()
+        assert 0.9 < share < 1.1
