@@ -1,5 +1,7 @@
 """Memory used again: the buffers of decoded weights, and what the C library keeps when freed."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,3 +54,14 @@ def test_elsewhere_nothing_is_done(monkeypatch):
     assert _of_libc("malloc_trim") is None
     keep_freed_memory.__wrapped__()
     hand_back_freed_memory()
+
+
+@pytest.mark.parametrize(("set_to", "wanted"), [(None, "256"), ("1000", "1000")])
+def test_fewer_compiled_products_are_kept_unless_the_user_says_how_many(set_to, wanted):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    code = f"import os, minilora; print(os.environ[{name!r}])"
+    given = environment | ({} if set_to is None else {name: set_to})
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == wanted, done.stderr

@@ -140,7 +140,7 @@ class Forecast:
         )
         if self.timing is not None:
             found = found.keeping(self.timing.kept).plus(self.timing.beyond)
-        return found.mixed() if self.mixed and not self.cuda else found
+        return found.mixed(self._settings(batch).dtype) if self.mixed and not self.cuda else found
 
     def _time(self) -> Timing | None:
         """Time the run's usual batch; None on a GPU, and with several processes."""

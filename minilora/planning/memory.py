@@ -35,6 +35,9 @@ HEAP_RECOMPUTED = 3.16
 # Batches of different sizes cut each other's freed memory up: so much of the activations more.
 # Of two runs one took 0.31 more (bf16), the other 0.09 (f32).
 HEAP_MIXED = 0.2
+# In 16 bits tensors of f32 lie between them, and oneDNN keeps products compiled for each length
+# (see kernels/workspace.py). Chosen by runs of 50 and 60 steps in bf16 on a Xeon with AMX.
+HEAP_MIXED_16_BITS, COMPILED_PRODUCTS = 0.35, 160 * MIB
 # In blocks of more than four linears (Llama's seven, not GPT-2's four) that compute in f32 the heap
 # grows by this share of a block with every block run again. Not in bf16; and with
 # MALLOC_MMAP_THRESHOLD_ set nothing of it is seen.
@@ -98,9 +101,11 @@ class Memory:
         """Return it with so many bytes more in the heap, or less."""
         return dataclasses.replace(self, heap=max(0, self.heap + heap))
 
-    def mixed(self) -> "Memory":
-        """Return it for batches of different sizes, this one the largest."""
-        return self.plus(int(HEAP_MIXED * (self.activations + self.recomputed)))
+    def mixed(self, dtype: torch.dtype) -> "Memory":
+        """Return it for batches of different sizes, this one the largest, in this dtype."""
+        wide = dtype.itemsize >= _F32
+        share, products = (HEAP_MIXED, 0) if wide else (HEAP_MIXED_16_BITS, COMPILED_PRODUCTS)
+        return self.plus(int(share * (self.activations + self.recomputed)) + products)
 
     def keeping(self, share: float) -> "Memory":
         """Return it with this share of the activations, as compiled blocks keep fewer."""
