@@ -247,24 +247,35 @@ def waiting() -> str:
 
 def defaults() -> str:
     """Return a line a task and length, a column a rate: held-out loss and learned answers."""
-    rows = [row for row in read("defaults", base="bf16") if row["scaling"] == "1"]
-    runs: dict[tuple[str, ...], dict[str, str]] = {}
+    rows = read("defaults", base="bf16")
+    runs: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
     for row in rows:
         run = runs.setdefault((row["task"], row["rows"], row["steps"], row["before"]), {})
-        run[row["lr"]] = f"{float(row['after']):.2f}"
-        if row["whole_learned"]:
-            run[row["lr"]] += f" ({float(row['whole_learned']):.0%})"
-    rates = sorted({row["lr"] for row in rows}, key=float)
+        column = row["lr"] + ", scaling 2" * (row["scaling"] == "2")
+        run.setdefault(column, []).append(row)
+    columns = sorted({name for run in runs.values() for name in run}, key=lambda c: float(c[:5]))
     lines = [
-        [task, count, steps, f"{float(before):.2f}", *(run.get(rate, "–") for rate in rates)]
+        [task, count, steps, f"{float(before):.2f}", *(_seeds(run.get(c, [])) for c in columns)]
         for (task, count, steps, before), run in sorted(runs.items())
     ]
-    head = " | ".join(["task", "rows", "steps", "before", *rates])
+    head = " | ".join(["task", "rows", "steps", "before", *columns])
     text = "held-out loss by learning rate, and the learned answers that are written whole; r = 8, "
-    text += "scaling 1, 8 rows a step, one seed, SmolLM2-135M in bf16"
+    text += "8 rows a step, SmolLM2-135M in bf16, scaling 1 if not said; a range is of two or three"
+    text += " seeds"
     return f"*{text[:1].upper()}{text[1:]}; {machine(rows[-1])}, 1 thread.*\n\n" + table(
         head, lines
     )
+
+
+def _seeds(rows: list[dict[str, str]]) -> str:
+    """Return the range of losses, and of the shares of learned answers where they are known."""
+    if not rows:
+        return "–"
+    losses = [f"{loss:.3g}" for loss in sorted(float(row["after"]) for row in rows)]
+    cell = " to ".join(dict.fromkeys((losses[0], losses[-1])))
+    known = sorted(float(row["whole_learned"]) for row in rows if row["whole_learned"])
+    whole = [f"{share:.0%}" for share in known[:1] + known[-1:]]
+    return cell + (f" ({' to '.join(dict.fromkeys(whole))})" if whole else "")
 
 
 def gguf_answers() -> str:
