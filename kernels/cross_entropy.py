@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from .autocast import without_autocast
+from .decoding import runs_on
 from .probe import product_dtype
-from .triton import DTYPES, problem
+from .triton import DTYPES
 from .workspace import fresh, is_traced, workspace
 
 # Elements of one chunk of logits: enough rows to keep the products compute-bound (256 at a
@@ -96,17 +97,12 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_exponents, dynamic=True)
 
 
-@functools.cache
-def _runs_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and problem(device) is None
-
-
 def _way(x: Tensor, fused: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return which of these turns logits of x's dtype, on its device, into exponents."""
     if fused:
         return _compiled()
     # A graph that is traced takes tensor operations, which its compiler fuses.
-    if is_traced(x) or x.dtype not in DTYPES or not _runs_triton(x.device):
+    if is_traced(x) or x.dtype not in DTYPES or not runs_on(x.device):
         return _exponents_by_rows
     from .triton.cross_entropy import exponents_by_rows
 

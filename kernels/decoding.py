@@ -13,7 +13,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _usable: dict[torch.device, bool] = {}
 
 
-def _runs_on(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
     """Return whether kernels run on a device, asked once each."""
     found = _usable.get(device)
     if found is None:
@@ -23,12 +23,12 @@ def _runs_on(device: torch.device) -> bool:
     return found
 
 
-_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in triton/__init__.py
+runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in triton/__init__.py
 
 
 def decodes(like: Tensor) -> bool:
     """Return whether `decoded` can write weights in like's dtype on like's device."""
-    return like.dtype in _DTYPES and _runs_on(like.device)
+    return like.dtype in _DTYPES and runs_on(like.device)
 
 
 def decoded(

@@ -174,7 +174,7 @@ def test_each_logit_is_read_twice_and_written_once():
 @pytest.mark.parametrize("cap", [None, 4.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_loss_through_the_kernel_is_the_one_without(monkeypatch, dtype, cap, reduction):
-    """As on CUDA, where `_runs_triton` says so: several chunks, a strided label, both gradients."""
+    """As on CUDA, where `runs_on` says so: several chunks, a strided label, both gradients."""
     hidden = torch.randn(90, 8).to(dtype).to(DEVICE).requires_grad_()
     weight = torch.randn(50, 8).to(dtype).to(DEVICE).requires_grad_(reduction == "mean")
     labels = torch.randint(50, (180,), device=DEVICE)[::2]
@@ -183,7 +183,7 @@ def test_the_loss_through_the_kernel_is_the_one_without(monkeypatch, dtype, cap,
     monkeypatch.setattr(module, "_GPU_CHUNK_ELEMENTS", 1)
     found = []
     for taken in (False, True):
-        monkeypatch.setattr(module, "_runs_triton", lambda device, taken=taken: taken)
+        monkeypatch.setattr(module, "runs_on", lambda device, taken=taken: taken)
         loss = module.linear_cross_entropy(hidden, weight, labels, cap=cap, reduction=reduction)
         found.append((loss, *torch.autograd.grad(loss.sum(), inputs)))
     for a, b in zip(*found, strict=True):
@@ -197,7 +197,7 @@ def test_the_interpreter_alone_changes_nothing_on_a_cpu():
 
 
 def test_what_the_kernel_lacks_takes_tensor_operations(monkeypatch):
-    monkeypatch.setattr(module, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(module, "runs_on", lambda device: True)
     assert module._way(torch.zeros(1, device=DEVICE), False) is exponents_by_rows
     double = torch.zeros(1, dtype=torch.float64, device=DEVICE)
     assert module._way(double, False) is module._exponents_by_rows

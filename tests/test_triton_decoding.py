@@ -30,11 +30,11 @@ FORMATS = {
 
 @pytest.fixture(autouse=True)
 def kernels_run_here(monkeypatch):
-    monkeypatch.setattr(decoding, "_runs_on", lambda device: True)
+    monkeypatch.setattr(decoding, "runs_on", lambda device: True)
 
 
 def as_in_torch(monkeypatch):
-    monkeypatch.setattr(decoding, "_runs_on", lambda device: False)
+    monkeypatch.setattr(decoding, "runs_on", lambda device: False)
 
 
 def stored(name, n, k, **how):
@@ -177,8 +177,8 @@ def test_a_device_is_asked_once_whether_kernels_run(monkeypatch):
     monkeypatch.setattr(decoding, "_usable", {})
     monkeypatch.setattr("minilora.kernels.triton.problem", asked.append)
     gpu = torch.device("cuda", 0)
-    assert [decoding._runs_on(gpu) for _ in range(3)] == [True] * 3
+    assert [decoding.runs_on(gpu) for _ in range(3)] == [True] * 3
     assert asked == [gpu]
-    assert not decoding._runs_on(torch.device("cpu"))  # kernels that are interpreted are slow
-    assert not decoding._runs_on(torch.device("meta"))
+    assert not decoding.runs_on(torch.device("cpu"))  # kernels that are interpreted are slow
+    assert not decoding.runs_on(torch.device("meta"))
     assert asked == [gpu]
