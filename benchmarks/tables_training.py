@@ -253,7 +253,9 @@ def defaults() -> str:
         run = runs.setdefault((row["task"], row["rows"], row["steps"], row["before"]), {})
         column = row["lr"] + ", scaling 2" * (row["scaling"] == "2")
         run.setdefault(column, []).append(row)
-    columns = sorted({name for run in runs.values() for name in run}, key=lambda c: float(c[:5]))
+    columns = sorted(
+        {name for run in runs.values() for name in run}, key=lambda c: (float(c.split(",")[0]), c)
+    )
     lines = [
         [task, count, steps, f"{float(before):.2f}", *(_seeds(run.get(c, [])) for c in columns)]
         for (task, count, steps, before), run in sorted(runs.items())

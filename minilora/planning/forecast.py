@@ -112,7 +112,7 @@ class Forecast:
         coming = coming_steps(batches, accumulate)  # of a longer run only the first are looked at
         run = list(itertools.islice(coming, min(steps or len(epoch), len(epoch))))
         self.usual = mean_batch(run)
-        self.mixed = len({(one.rows, one.length) for step in run for one in step}) > 1
+        self.sizes = len({(one.rows, one.length) for step in run for one in step})
         self.timing = self._time()
         if minutes is not None and self.timing is not None:
             run, reached = self._within(60 * minutes, run)
@@ -140,7 +140,9 @@ class Forecast:
         )
         if self.timing is not None:
             found = found.keeping(self.timing.kept).plus(self.timing.beyond)
-        return found.mixed(self._settings(batch).dtype) if self.mixed and not self.cuda else found
+        if self.cuda or self.sizes == 1:
+            return found
+        return found.mixed(self._settings(batch).dtype, self.sizes)
 
     def _time(self) -> Timing | None:
         """Time the run's usual batch; None on a GPU, and with several processes."""

@@ -36,8 +36,9 @@ HEAP_RECOMPUTED = 3.16
 # Of two runs one took 0.31 more (bf16), the other 0.09 (f32).
 HEAP_MIXED = 0.2
 # In 16 bits tensors of f32 lie between them, and oneDNN keeps products compiled for each length
-# (see kernels/workspace.py). Chosen by runs of 50 and 60 steps in bf16 on a Xeon with AMX.
-HEAP_MIXED_16_BITS, COMPILED_PRODUCTS = 0.35, 160 * MIB
+# (see kernels/workspace.py): the share grows to this with 40 sizes. Chosen by runs of 14 to 74
+# steps in bf16 on a Xeon with AMX, which it misses by −6 to +16 %.
+HEAP_MIXED_16_BITS, MANY_SIZES, COMPILED_PRODUCTS = 0.6, 40, 160 * MIB
 # In blocks of more than four linears (Llama's seven, not GPT-2's four) that compute in f32 the heap
 # grows by this share of a block with every block run again. Not in bf16; and with
 # MALLOC_MMAP_THRESHOLD_ set nothing of it is seen.
@@ -101,10 +102,12 @@ class Memory:
         """Return it with so many bytes more in the heap, or less."""
         return dataclasses.replace(self, heap=max(0, self.heap + heap))
 
-    def mixed(self, dtype: torch.dtype) -> "Memory":
-        """Return it for batches of different sizes, this one the largest, in this dtype."""
-        wide = dtype.itemsize >= _F32
-        share, products = (HEAP_MIXED, 0) if wide else (HEAP_MIXED_16_BITS, COMPILED_PRODUCTS)
+    def mixed(self, dtype: torch.dtype, sizes: int) -> "Memory":
+        """Return it for batches of so many sizes, this one the largest, in this dtype."""
+        share, products = HEAP_MIXED, 0
+        if dtype.itemsize < _F32:
+            share += (HEAP_MIXED_16_BITS - HEAP_MIXED) * min(1.0, sizes / MANY_SIZES)
+            products = COMPILED_PRODUCTS
         return self.plus(int(share * (self.activations + self.recomputed)) + products)
 
     def keeping(self, share: float) -> "Memory":
