@@ -161,14 +161,11 @@ def _product(x, A, B, mask, scaling, p, linear_forward, tensors) -> tuple[Tensor
     wide = x.to(product_dtype(x))
     s = torch.mm(_dropped(wide, mask, p), A.to(wide.dtype).t())
     right = B.to(wide.dtype).t()
-    if not _adds_first(linear_forward, wide):
+    # Rounded with the branch, a large bias would cost more than is won.
+    if tensors[-1] is not None or not _adds_first(linear_forward, wide):
         return _add_product(linear_forward(wide, *tensors), s, right, scaling), s
-    *parts, bias = tensors
-    if bias is None:
-        y = wide.new_empty(len(s), len(B)).addmm_(s, right, beta=0, alpha=scaling)
-    else:
-        y = torch.addmm(bias.to(wide.dtype), s, right, alpha=scaling)
-    return linear_forward(wide, *parts, None, onto=y), s
+    y = wide.new_empty(len(s), len(B)).addmm_(s, right, beta=0, alpha=scaling)
+    return linear_forward(wide, *tensors, onto=y), s
 
 
 def _adds_first(product: Callable[..., Tensor], x: Tensor) -> bool:

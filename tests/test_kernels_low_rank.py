@@ -453,3 +453,19 @@ def test_a_branch_far_below_the_bases_rounding_still_counts(dtype, stored):
         share = ((found.detach().double() - plain) * branch).sum() / branch.square().sum()
         assert branch.norm() < 2e-3 * plain.norm()
         assert 0.9 < share < 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_that_the_product_cancels_is_not_rounded_first(dtype):
+    torch.manual_seed(0)
+    K, N, R = 256, 64, 4
+    bias = (5 * torch.randn(N)).to(dtype)
+    x = (1 + 0.1 * torch.randn(128, K)).to(dtype)
+    W = (torch.randn(N, K) / 50 - bias.float()[:, None] / K).to(dtype)
+    A, B = torch.randn(R, K) / K**0.5, torch.randn(N, R) / 100
+    base = FrozenLinear((W, bias), dense_forward, dense_grad_x)
+    with torch.no_grad():
+        y = lora_linear(x, base, A, B, 1.0)
+    x64, W64, A64, B64 = (t.to(dtype).double() for t in (x, W, A, B))
+    exact = x64 @ W64.t() + bias.double() + x64 @ A64.t() @ B64.t()
+    assert (y.double() - exact).norm() < torch.finfo(dtype).eps * exact.norm()

@@ -13,6 +13,7 @@ from training_models import Tiny, examples, factors, fit, same, tiny
 
 import minilora
 from minilora.running.loss import token_loss
+from minilora.training.gradient import _UNORDERED
 from minilora.training.state import load_state
 
 
@@ -80,6 +81,14 @@ def test_an_operation_without_an_order_is_run_all_the_same_and_said(capsys):
     said = capsys.readouterr().err
     assert said.count("a run repeated may differ in the last bits: put_ does not have a ") == 1
     assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_what_older_versions_say_of_cublas_is_known_too():
+    """They refuse without a workspace that is set in the environment, unless only asked to warn."""
+    said = (
+        "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)`"
+    )
+    assert any(text in said for text in _UNORDERED)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -51,7 +51,7 @@ class NF4(Format):
         absmax = torch.cat(scales)
         if not spec.double_quant:
             return {"codes": torch.cat(packed), "absmax_bits": bits_of(absmax)}
-        # A GPU adds up in another order; what lies in memory must not depend on where it was made.
+        # A GPU adds up in another order than this CPU.
         here = absmax.cpu() if absmax.is_cuda else absmax
         offset = here.mean().to(absmax.device)
         second, absmax2 = _second(absmax - offset)
