@@ -37,7 +37,7 @@ HEAP_RECOMPUTED = 3.16
 HEAP_MIXED = 0.2
 # In 16 bits tensors of f32 lie between them, and oneDNN keeps products compiled for each length
 # (see kernels/workspace.py): the share grows to this with 40 sizes. Chosen by runs of 14 to 74
-# steps in bf16 on a Xeon with AMX, which it misses by −6 to +16 %.
+# steps in bf16 on a Xeon with AMX; of a later one with another seed it planned 16 % too much.
 HEAP_MIXED_16_BITS, MANY_SIZES, COMPILED_PRODUCTS = 0.6, 40, 160 * MIB
 # In blocks of more than four linears (Llama's seven, not GPT-2's four) that compute in f32 the heap
 # grows by this share of a block with every block run again. Not in bf16; and with
