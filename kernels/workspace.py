@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-# OneDNN compiles a 16-bit product for each number of rows and keeps 1024 of them, some 0.6 MB each on
-# a Xeon with AMX. A step takes some 30, of batches that differ in length others in each: so fewer are
-# kept, unless the user has said how many. Read when the first one is compiled.
+# OneDNN compiles a 16-bit product for each number of rows and keeps 1024 of them, some 0.6 MB each
+# on a Xeon with AMX. A step takes some 30, of batches that differ in length others in each: so
+# fewer are kept, unless the user has said how many. Read when the first one is compiled.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 _GPU_PANEL = 2**26  # 256 MB in f32; each further one costs launches
