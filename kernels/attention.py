@@ -1,23 +1,17 @@
 """Causal attention with a backward pass by matrix products over chunks of queries.
 
-    P = softmax(s·Q Kᵀ) below the diagonal        O = P V
-    dV = Pᵀ dO    dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O))    dQ = s·dS K    dK = s·dSᵀ Q
+    P = softmax(s·Q Kᵀ below the diagonal)        O = P V
+    dV = Pᵀ dO    dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ))    dQ = s·dS K    dK = s·dSᵀ Q
 
 B sequences, T tokens, H query heads over H / G key heads of width D. The forward pass is torch's
-flash kernel. Its backward kernel takes 1.6 to 2.6 times as long as these products on two cores
-with AMX, at 256 to 1024 tokens (benchmarks/NOTES.md): here a chunk of 128 queries meets only the
-keys before its end, all G heads of a group in one product, and P is formed again from Q, K and the
-log-sums the forward kept. Nothing `[T, T]` is kept; `[B·H, 128, T]` exists at a time. The passes
-over it go through `torch.compile`, so this is for models that are compiled anyway; and for bf16
-where this CPU multiplies that slowly, with products in f32: torch's backward kernel is several
-times slower in bf16 there, its forward is not (benchmarks/NOTES.md).
-In bf16 and f16 scores and dO Vᵀ are rounded once more than in torch's kernel: dQ has up to twice
-its error (0.5 % against 0.26 %), which is what dK and dV have in both.
-FlashAttention-2's algebra: Dao 2023, arXiv:2307.08691, section 2.3.2.
+flash kernel. Its backward kernel takes 1.2 to 11 times as long as these products in bf16 on a
+processor with AMX, most in short rows (benchmarks/NOTES.md); in f32 it is taken. A chunk of queries
+meets only the keys before its end, all G heads of a group in one product, and P is formed again
+from Q and K. Nothing `[T, T]` is kept; `[B·H, chunk, T]` exists at a time. Scores, P and dO Vᵀ are
+rounded where torch's kernel rounds P and dS: dQ has 1.5 times its error in bf16 (0.4 % against
+0.26 %), dK and dV have less than theirs.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,98 +21,71 @@ from torch.nn import functional as F
 from .probe import is_slow
 from .versions import FLASH_GROUPS_HEADS
 
-_QUERIES = 128  # rows of a chunk
-_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-
-
-def _weights(
-    scores: Tensor, grad_p: Tensor, log_sums: Tensor, dots: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return P and s·dS `[X, G, c, end]` of the last c of `end` tokens, in the scores' dtype."""
-    rows, end = scores.shape[-2:]
-    seen = torch.arange(end, device=scores.device) <= torch.arange(
-        end - rows, end, device=scores.device
-    ).unsqueeze(1)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    p = torch.where(seen, (scores.to(wide) * scale - log_sums).exp(), 0.0)
-    grad_s = p * (grad_p.to(wide) - dots) * scale
-    return p.to(scores.dtype), grad_s.to(scores.dtype)
-
-
-@functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_weights, dynamic=True)
+_SCORES = 2**21  # in a chunk: 4 MiB of bf16 stay in a cache
+_FEWEST, _MOST = 64, 256  # queries in a chunk
 
 
 def _backward(
-    weights: Callable[..., tuple[Tensor, Tensor]],
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_sums: Tensor,
-    scale: float,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, D = q.shape
     heads = k.shape[1]
     X, G = B * heads, H // heads
-    wide = log_sums.dtype
+    wide = torch.promote_types(q.dtype, torch.float32)
     narrow, compute = q.dtype, wide if is_slow(q.dtype) else q.dtype
     keys, values = k.reshape(X, T, D).to(compute), v.reshape(X, T, D).to(compute)
-    dots = (grad_out.to(wide) * out.to(wide)).sum(-1)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.zeros(X, T, D, dtype=wide, device=q.device)
     grad_v = torch.zeros_like(grad_k)
-    for start in range(0, T, _QUERIES):
-        end = min(start + _QUERIES, T)
-        shape = (X, G, end - start, end)
+    chunk = min(max(_SCORES // (B * H * T), _FEWEST), _MOST)
+    for start in range(0, T, chunk):
+        end = min(start + chunk, T)
+        later = torch.full((end - start, end), -torch.inf, dtype=compute, device=q.device)
+        later = later.triu_(start + 1).repeat(G, 1)
         queries, grads = (t[:, :, start:end].reshape(X, -1, D).to(compute) for t in (q, grad_out))
-        sums, dot = (t[:, :, start:end].reshape(*shape[:3], 1) for t in (log_sums, dots))
-        scores = torch.bmm(queries, keys[:, :end].transpose(1, 2)).view(shape)
-        grad_p = torch.bmm(grads, values[:, :end].transpose(1, 2)).view(shape)
-        p, grad_s = (t.view(X, -1, end) for t in weights(scores, grad_p, sums, dot, scale))
-        grad_v[:, :end] += torch.bmm(p.transpose(1, 2), grads)
-        grad_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), queries)
-        grad_q[:, :, start:end] = torch.bmm(grad_s, keys[:, :end]).view(B, H, -1, D)
-    return grad_q, grad_k.to(narrow).view(k.shape), grad_v.to(narrow).view(v.shape)
+        p = torch.baddbmm(later, queries, keys[:, :end].mT, alpha=scale).softmax(-1)
+        grad_p = torch.bmm(grads, values[:, :end].mT)
+        grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, compute)
+        grad_v[:, :end] += torch.bmm(p.mT, grads)
+        grad_k[:, :end] += torch.bmm(grad_s.mT, queries)
+        # beta=0: nothing is read of the first argument, and the scale comes before the rounding.
+        part = torch.baddbmm(queries, grad_s, keys[:, :end], beta=0, alpha=scale)
+        grad_q[:, :, start:end] = part.view(B, H, -1, D)
+    return grad_q, grad_k.mul_(scale).to(narrow).view(k.shape), grad_v.to(narrow).view(v.shape)
 
 
 # One opaque operation: its loop depends on T, which a traced graph may leave open.
 @torch.library.custom_op("minilora::causal_attention_backward", mutates_args=())
 def _backward_op(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, scale: float
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(_compiled(), grad_out, q, k, v, out, log_sums, scale)
+    return _backward(grad_out, q, k, v, scale)
 
 
 @_backward_op.register_fake
-def _(grad_out, q, k, v, out, log_sums, scale):
+def _(grad_out, q, k, v, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return torch's flash attention and its log-sums `[B, H, T]`."""
-    if not FLASH_GROUPS_HEADS:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return torch's causal attention, by its flash kernel on CPUs."""
+    if q.device.type == "cpu" and not FLASH_GROUPS_HEADS:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    return _flash(q, k, v, 0.0, True, scale=scale)  # type: ignore[misc]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tensor:
-        out, log_sums = _forward(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, out, log_sums)
-        ctx.scale, ctx.fused = scale, fused
-        return out
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return _sdpa(q, k, v, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        saved = (*ctx.saved_tensors, ctx.scale)
-        if ctx.fused:
-            return *_backward_op(grad_out, *saved), None, None
-        return *_backward(_weights, grad_out, *saved), None, None
+        run = _backward_op if torch.compiler.is_compiling() else _backward
+        return *run(grad_out, *ctx.saved_tensors, ctx.scale), None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -133,8 +100,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         `[B, H, T, D]` in q's dtype.
     """
-    recorded = torch.is_grad_enabled() and q.device.type == "cpu" and _flash is not None
-    traced = torch.compiler.is_compiling()
-    if recorded and (traced or is_slow(q.dtype)):
-        return _CausalAttention.apply(q, k, v, scale, traced)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype.itemsize == 2:
+        return _CausalAttention.apply(q, k, v, scale)
+    return _sdpa(q, k, v, scale)

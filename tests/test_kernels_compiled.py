@@ -58,9 +58,9 @@ def lora(kind, dtype=torch.float32, p=0.0):
     return lambda x, A, B: lora_linear(x, linear, A, B, 1.7, mask, p), leaves
 
 
-def attention(fused):
-    q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8)
-    return lambda q, k, v: _CausalAttention.apply(q, k, v, 0.3, fused), [q, k, k + 1]
+def attention(dtype):
+    q, k = torch.randn(2, 4, 7, 8).to(dtype), torch.randn(2, 2, 7, 8).to(dtype)
+    return lambda q, k, v: _CausalAttention.apply(q, k, v, 0.3), [q, k, k + 1]
 
 
 def loss():
@@ -87,7 +87,7 @@ CASES = {
         lambda: (swiglu, [torch.randn(M, K), torch.randn(M, K)]),
         lambda: (geglu, [torch.randn(M, K), torch.randn(M, K)]),
     ],
-    _CausalAttention: [lambda: attention(True), lambda: attention(False)],
+    _CausalAttention: [lambda: attention(torch.float32), lambda: attention(torch.bfloat16)],
     _LinearCrossEntropy: [loss, loss_by_row],
 }
 
