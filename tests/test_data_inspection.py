@@ -13,7 +13,7 @@ from test_running_generation import spaced_tokenizer
 
 from minilora.cli.command import main
 from minilora.data import Example, duplicates, endless, lengths, read_data, shown
-from minilora.data.shared_rows import near_pairs
+from minilora.data.inspection import near_pairs
 from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
 

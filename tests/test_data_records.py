@@ -21,9 +21,17 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 import minilora
-from minilora.data import Encoding, Example, as_examples, encode_prompt, read_data, recognition
+from minilora.data import (
+    Encoding,
+    Example,
+    as_examples,
+    encode_prompt,
+    read_data,
+    recognition,
+    streamed,
+)
 from minilora.data.readers import READERS
-from minilora.data.record_files import StreamedFiles, read_rows
+from minilora.data.record_files import read_rows
 from minilora.data.records import EncodeReport
 from minilora.data.shapes import SHAPES, Shape
 from minilora.loading.fetching import fetch
@@ -154,11 +162,11 @@ def test_files_leaves_out_as_many_bad_rows_as_are_allowed(tmp_path):
     with pytest.raises(ValueError, match=r"skip_bad=2 \(--skip-bad\)"):
         read_data(file, byte_tokenizer(), skip_bad=1)
     with pytest.warns(UserWarning, match="a bad row was left out"):
-        stream = StreamedFiles([file], Encoding(2, skip_bad=2))
-        assert [row for _, row in stream] == [RECORDS[0]] * 3
-    assert [where[-2:] for where, _ in stream] == [":1", ":3", ":5"]  # nothing is said again
+        stream = streamed([file], byte_tokenizer(), Encoding(2, skip_bad=2)).source
+        assert [row for _, (_, row) in stream] == [RECORDS[0]] * 3
+    assert [where[-2:] for _, (where, _) in stream] == [":1", ":3", ":5"]  # nothing is said again
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=":2: .*; .*:4: must be JSON"):
-        list(StreamedFiles([file], Encoding(2, skip_bad=1)))
+        list(streamed([file], byte_tokenizer(), Encoding(2, skip_bad=1)).source)
     for bad in (-1, 1.0, True):
         with pytest.raises(ValueError, match="skip_bad must be a whole number of at least 0"):
             read_data(file, byte_tokenizer(), skip_bad=bad)
@@ -177,7 +185,7 @@ def test_files_names_other_encodings_of_unicode(tmp_path, encoding, name):
         read(file)
     if name == "a.jsonl":
         with pytest.raises(ValueError, match=message):
-            list(StreamedFiles([file], Encoding(2)))
+            list(streamed([file], byte_tokenizer(), Encoding(2)).source)
 
 
 CONTENT = [{"role": "user", "content": "a"}]

@@ -4,14 +4,20 @@ from minilora.data.batch import Batch, PairBatch, pad, positions_in
 from minilora.data.batches import Batches
 from minilora.data.docstrings import docstring_pairs, split
 from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
-from minilora.data.examples import IGNORE, NOT_ONE_TEXT, Example, Pair, as_examples, learned_labels
-from minilora.data.holding_out import hold_out
-from minilora.data.inspection import endless, lengths, shown
+from minilora.data.examples import (
+    IGNORE,
+    NOT_ONE_TEXT,
+    Example,
+    Pair,
+    as_examples,
+    hold_out,
+    learned_labels,
+)
+from minilora.data.inspection import duplicates, endless, lengths, shown
 from minilora.data.packing import pack
 from minilora.data.reading import DataFiles, read_data, streamed
 from minilora.data.record_files import check_streamed, files_in
 from minilora.data.shapes import ALPACA
-from minilora.data.shared_rows import duplicates
 from minilora.data.streaming import Stream, StreamBatches
 
 __all__ = [

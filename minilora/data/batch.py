@@ -70,8 +70,9 @@ class Batch:
         return some._note(self._row_tokens()[start:stop])
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        found = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return type(self)(*(None if tensor is None else change(tensor) for tensor in found))  # type: ignore[arg-type]
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {k: v if v is None else change(v) for k, v in found.items()}
+        return type(self)(**changed)
 
     def positions(self) -> torch.Tensor:
         """Return [B, T] positions that restart with each document; of packed rows only."""
@@ -145,11 +146,6 @@ class PairBatch(Batch):
     wanted: torch.Tensor = dataclasses.field(kw_only=True)
     keys: torch.Tensor = dataclasses.field(kw_only=True)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PairBatch:
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {k: v if v is None else change(v) for k, v in found.items()}
-        return PairBatch(**changed)
-
     def positions(self) -> torch.Tensor:
         """Return [B, T] positions, which go on from the prompt in both answers."""
         first = (self.parts == 1).sum(1, keepdim=True)
@@ -193,15 +189,10 @@ def _pad_pairs(pairs: Sequence[Pair], pad_id: int) -> PairBatch:
     parts = torch.full_like(rows.input_ids, -1)
     for row, pair in zip(parts, pairs, strict=True):
         row[: len(pair.input_ids)] = torch.tensor(list(_numbers(pair)))
-    wanted = [-1 if pair.wanted is None else int(pair.wanted) for pair in pairs]
-    keys = [_key(pair) for pair in pairs]
+    wanted = torch.tensor([-1 if pair.wanted is None else int(pair.wanted) for pair in pairs])
+    keys = torch.tensor([_key(pair) for pair in pairs])
     return PairBatch(
-        rows.input_ids,
-        rows.labels,
-        rows.attention_mask,
-        parts=parts,
-        wanted=torch.tensor(wanted),
-        keys=torch.tensor(keys),
+        rows.input_ids, rows.labels, rows.attention_mask, parts=parts, wanted=wanted, keys=keys
     )
 
 

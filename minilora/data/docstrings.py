@@ -80,11 +80,7 @@ def docstring_rows(part: str) -> tuple[dict[str, str], ...]:
 
 
 def built_in(name: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of `@docstrings`, or of a part of it (`@docstrings/valid`), with their places.
-
-    Raises:
-        ValueError: another name.
-    """
+    """Yield the rows of `@docstrings`, or of a part of it (`@docstrings/valid`), with places."""
     known = {"@docstrings": "train", **{f"@docstrings/{part}": part for part in SPLITS}}
     if name not in known:
         raise ValueError(f"built-in data is one of {', '.join(known)}, found {name!r:.60}")

@@ -101,10 +101,7 @@ def _begin(tokenizer: Tokenizer) -> list[int]:
 
 
 def _with_objects(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return messages with calls' arguments that are a JSON object as text parsed, and the texts.
-
-    A call has them itself, or in its `function`.
-    """
+    """Return messages with calls' arguments that are JSON objects as text parsed, and the texts."""
     texts: list[str] = []
 
     def parsed(call: Any) -> Any:
@@ -129,14 +126,7 @@ def _with_objects(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, An
 def _is_inside(
     start: int, tokens: list[tuple[int, int]], text: str, encode: Callable[[str], Iterator[Any]]
 ) -> bool:
-    """Return whether a text's beginning has other ids alone than within the text.
-
-    Args:
-        start: where the beginning ends.
-        tokens: ids of the whole text, each with the character behind it.
-        text: the whole.
-        encode: yields ids and ends.
-    """
+    """Return whether a text up to `start` has other ids alone than as `tokens` of the whole."""
     alone = [i for ids, _ in encode(text[:start]) for i in ids]
     return alone != [i for i, end in tokens if end <= start]
 
@@ -307,11 +297,7 @@ class Encoder:
     def _objects(
         self, messages: list[dict[str, Any]], variables: Mapping[str, Any], name: str
     ) -> list[dict[str, Any]]:
-        """Return messages with the arguments of calls as the chat template wants them.
-
-        OpenAI's are JSON as text. A template that writes JSON would write such a text in quotes,
-        or fails.
-        """
+        """Parse arguments of calls that are JSON as text, where the template would quote them."""
         parsed, texts = _with_objects(messages)
         if not texts:
             return messages

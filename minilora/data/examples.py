@@ -95,9 +95,43 @@ class Pair(Example):
         return number(self.input_ids[:prompt] if prompt > 1 else self.own_ids)
 
 
+def alike(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Count the items that two sequences begin with alike."""
+    both = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+
+
 def learned_labels(labels: Sequence[int]) -> int:
     """Count the labels that enter the loss: the first has no token before it."""
     return sum(label != IGNORE for label in labels[1:])
+
+
+def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Split examples into those to learn and those held out, both in their order.
+
+    The content decides, by its hash: equal examples stay together, so do those of one record and
+    pairs to one prompt, and what is held out stays so when others are added or the order changes.
+
+    Args:
+        examples: at least two that differ.
+        share: of the examples, below 1; or their number, from 1. Those that stay together may make
+            it more.
+
+    Raises:
+        ValueError: nothing would be left on one of the sides.
+    """
+    keys = [one.group for one in examples]
+    count = max(1, round(share * len(examples))) if share < 1 else int(share)
+    last = sorted(keys)[min(count, len(keys)) - 1] if keys else 0
+    learned = [one for one, key in zip(examples, keys, strict=True) if key > last]
+    held_out = [one for one, key in zip(examples, keys, strict=True) if key <= last]
+    if not learned:
+        raise ValueError(
+            f"holding out {count} of {len(examples)} examples leaves none that differs to learn "
+            f"(those of one record, and pairs to one prompt, stay together); hold out less "
+            f"(--hold-out), cut long records up, or pass other data to measure on (--valid)"
+        )
+    return learned, held_out
 
 
 def as_examples(data: Iterable[Any], pairs: bool = False) -> list[Example]:
@@ -190,8 +224,7 @@ def _masked(labels: tuple[int, ...], get: Get, name: str) -> tuple[int, ...]:
 def _document_lengths(get: Get, name: str, count: int) -> tuple[int, ...]:
     """Return the lengths of the documents packed into a row of `count` tokens, () of a single one.
 
-    They are read from `lengths`, `seq_lengths`, `position_ids` that restart, or an
-    `attention_mask` that numbers them from 1; where several are there, they must agree.
+    See `as_examples`; where several fields tell of them, they must agree.
     """
     found: dict[str, tuple[int, ...]] = {}
     for key in ("lengths", "seq_lengths", "position_ids", "attention_mask"):

@@ -58,10 +58,6 @@ def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Put each size into the first bin that has room for it; return the bins as indices.
 
     The free room of all bins is kept in a tree of maxima, so n sizes take n log n steps.
-
-    Args:
-        sizes: each at least 1 and at most `room`.
-        room: of a bin.
     """
     leaves = 1
     while leaves < len(sizes):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from minilora.data.encoder import Row
-from minilora.data.examples import IGNORE, Example, Pair
+from minilora.data.examples import IGNORE, Example, Pair, alike
 
 
 class PairRow(Row):
@@ -31,8 +30,7 @@ class PairRow(Row):
             prompt = _prompt_length(self.labels)
             parts = (prompt, len(self.ids) - prompt, 0)
             return Pair(tuple(self.ids), tuple(self.labels), parts, self.wanted)
-        alike = zip(self.ids, self.other.ids, strict=False)
-        shared = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], alike))
+        shared = alike(self.ids, self.other.ids)
         prompt = min(shared, _prompt_length(self.labels), _prompt_length(self.other.labels))
         answers = [
             (row.ids[prompt:], _after(prompt, row.labels[prompt:])) for row in (self, self.other)
@@ -63,14 +61,7 @@ def with_other_answers(examples: Sequence[Example], max_length: int) -> list[Exa
     """Give each labelled answer the answer of the row before it that has another prompt.
 
     KTO measures on these how far the model has moved in general. They are fixed by the order of the
-    rows, so that no number depends on the batches.
-
-    Args:
-        examples: those that are no labelled answers stay.
-        max_length: tokens kept of a prompt with another one's answer.
-
-    Raises:
-        ValueError: all rows have one prompt.
+    rows, so that no number depends on the batches. Other examples stay as they are.
     """
     single = [e for e in examples if isinstance(e, Pair) and e.wanted is not None]
     if not single:

@@ -7,11 +7,11 @@ rejected).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 from minilora.data.encoder import Encoder, Row
+from minilora.data.examples import alike
 from minilora.data.foreign_shapes import spoken
 from minilora.data.pairs import PairRow
 from minilora.data.shapes import (
@@ -62,10 +62,6 @@ def _after_prompt(record: Record) -> tuple[Any, list[Any]]:
     return [{"role": "user", "content": prompt}], answers
 
 
-def _message(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
-
-
 def _role(message: Any) -> Any:
     return message.get("role") if isinstance(message, dict) else None
 
@@ -84,8 +80,7 @@ def _implicit(record: Record) -> tuple[Any, list[Any]]:
 def _cut(first: Any, second: Any) -> tuple[Any, list[Any]]:
     if type(first) is not type(second):
         raise ValueError("chosen and rejected must both be texts or both be messages, found each")
-    alike = zip(first, second, strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], alike))
+    shared = alike(first, second)
     rests = [first[shared:], second[shared:]]
     if isinstance(first, str) and all(rests):
         if not all(rest[0].isspace() for rest in rests):  # else a word ends for both
@@ -140,7 +135,9 @@ def _preference(
     def sides(record: Record) -> list[dict[str, Any]]:
         prompt, answers = split(record)
         if isinstance(prompt, list):
-            answers = [_message(each) if isinstance(each, str) else each for each in answers]
+            answers = [
+                [{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers
+            ]
         kept = {key: record[key] for key in more if key in to.more and record.get(key)}
         return [{**kept, **dict(zip(to.keys, (prompt, each), strict=True))} for each in answers]
 
@@ -191,10 +188,6 @@ def _one(encoder: Encoder, shape: Shape, record: Record, name: str) -> Row:
     return rows[0]
 
 
-def _check_labelled(record: Record) -> None:
-    COMPLETION.check({"prompt": record["prompt"], "completion": record["completion"]})
-
-
 def _encode_labelled(encoder: Encoder, record: Record, name: str) -> list[Row]:
     rest = {key: value for key, value in record.items() if key != "label"}
     return [PairRow(_one(encoder, COMPLETION, rest, name), wanted=_wanted(record["label"]))]
@@ -202,7 +195,7 @@ def _encode_labelled(encoder: Encoder, record: Record, name: str) -> list[Row]:
 
 LABELLED = Shape(
     ("prompt", "completion", "label"),
-    _check_labelled,
+    COMPLETION.check,
     _encode_labelled,
     fits=lambda record: _wanted(record["label"]) is not None,
 )

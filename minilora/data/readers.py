@@ -36,12 +36,8 @@ Reader = Callable[[BinaryIO], Iterator[Row]]
 
 
 def kind_of(file: Path) -> tuple[Reader, bool]:
-    """Return what reads a file of this name, and whether it is compressed.
-
-    Raises:
-        ValueError: a name that no reader is for.
-    """
-    suffix, packed = _suffix(file), file.suffix.lower() == ".gz"
+    """Return what reads a file of this name, and whether it is compressed."""
+    suffix, packed = suffix_of(file), file.suffix.lower() == ".gz"
     if suffix not in READERS:
         known = ", ".join(READERS)
         more = "; save the sheet as CSV UTF-8" if suffix.startswith((".xls", ".ods")) else ""
@@ -52,18 +48,14 @@ def kind_of(file: Path) -> tuple[Reader, bool]:
 
 
 def rows_of(file: Path) -> Iterator[Row]:
-    """Yield the rows of a file with their places.
-
-    Raises:
-        ValueError: the whole of it can't be read.
-    """
+    """Yield the rows of a file with their places."""
     file.stat()  # what is not there is said first
     reader, packed = kind_of(file)
     with open(file, "rb") as stored:
         opened: Any = io.BufferedReader(gzip.GzipFile(fileobj=stored)) if packed else stored
         try:
             head = opened.peek(4)[:4]
-            _check_kind(head, _suffix(file))
+            _check_kind(head, suffix_of(file))
             if encoding := _other_encoding(head):
                 raise ValueError(f"must be UTF-8, found {encoding}; save it as UTF-8")
             opened.read(len(_MARK) if head.startswith(_MARK) else 0)
@@ -77,7 +69,7 @@ def rows_of(file: Path) -> Iterator[Row]:
             raise ValueError("must hold text, found none")
 
 
-def _suffix(file: Path) -> str:
+def suffix_of(file: Path) -> str:
     """Return what a file's name ends in, before `.gz`, in small letters."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     return "".join((suffixes[:-1] if suffixes[-1:] == [".gz"] else suffixes)[-1:])

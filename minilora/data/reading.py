@@ -11,9 +11,15 @@ from typing import Any
 
 from minilora.data.encoder import Encoding
 from minilora.data.examples import Example
-from minilora.data.problems import BadRowsError, joined, listed
+from minilora.data.problems import BadRowsError, Problem, joined, listed, refuse
 from minilora.data.readers import Row
-from minilora.data.record_files import StreamedFiles, files_in, read_rows, unread_in
+from minilora.data.record_files import (
+    check_streamed,
+    checked,
+    files_in,
+    read_rows,
+    unread_in,
+)
 from minilora.data.records import EncodeReport, encode_rows
 from minilora.data.streaming import Stream
 from minilora.data.token_cache import cached
@@ -149,26 +155,61 @@ def streamed(
     return Stream(source, source.encode, pack=options.max_length if packed else None)
 
 
-class _Streamed(StreamedFiles):
-    """Numbered records of files, what encodes them, and what became of them."""
+class _Streamed:
+    """Numbered records of files, read one by one from the first on by each iteration.
+
+    A warning names each bad row; the one beyond `skip_bad` raises ValueError when it is reached.
+    """
 
     def __init__(self, files: Sequence[str], tokenizer: Any, options: Encoding) -> None:
-        super().__init__(files, options)
+        check_streamed(files)
+        self._files, self._options = files_in(files), options
+        if unread := unread_in(files, self._files):
+            warnings.warn(f"not read: {joined(unread)}", stacklevel=3)
         self._tokenizer = as_tokenizer(tokenizer)
         self._strict = dataclasses.replace(options, skip_bad=0)
+        self._bad: dict[str, str] = {}  # what is wrong, by the place
         self._said: set[str] = set()
         self._counted = 0
         self.report = EncodeReport(0, 0, 0, 0, 0, 0)
 
-    def __iter__(self) -> Iterator[tuple[int, Row]]:  # type: ignore[override]
-        return enumerate(super().__iter__())
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        return enumerate(self._records())
+
+    def _records(self) -> Iterator[Row]:
+        for file in self._files:
+            for where, row in self._rows(file):
+                if isinstance(row, ValueError):
+                    self._leave_out([(where, str(row))])
+                elif isinstance(row, UserWarning):
+                    warnings.warn(f"{where}: {row}", stacklevel=2)
+                else:
+                    yield where, row
+
+    def _rows(self, file: Path) -> Iterator[Row]:
+        try:
+            yield from checked(file, self._options)
+        except ValueError as error:
+            refuse([(str(file), str(error))], "cannot read the data")
+
+    def _leave_out(self, problems: Sequence[Problem]) -> None:
+        """Count bad rows, each once however often it is read, or raise ValueError at one too many.
+
+        Rows that only encoding finds bad are counted with those that can't be read.
+        """
+        new = {where: reason for where, reason in problems if where not in self._bad}
+        refuse([*self._bad.items(), *new.items()], "cannot read the data", self._options.skip_bad)
+        self._bad |= new
+        if new:
+            left_out = listed(list(new.items()))
+            warnings.warn(f"a bad row was left out: {left_out}", stacklevel=2)
 
     def encode(self, item: tuple[int, Row]) -> list[Example]:
         number, (where, record) = item
         try:
             examples, report = encode_rows([(where, record)], self._tokenizer, self._strict)
         except BadRowsError as error:
-            self.leave_out(error.problems)
+            self._leave_out(error.problems)
             return []
         self._say(report, where)
         if number >= self._counted:  # not again in a later epoch

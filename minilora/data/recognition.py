@@ -19,11 +19,7 @@ def _known() -> tuple[Shape, ...]:
 
 
 def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape, Record]:
-    """Return a record's shape, and the record with its fields renamed as `fields` says.
-
-    Raises:
-        ValueError: no record, of no shape or of two at once, or without a field that was named.
-    """
+    """Return a record's shape, and the record with its fields renamed as `fields` says."""
     if not isinstance(record, Mapping):
         raise ValueError(f"a record must be an object, found {type(record).__name__}")
     if fields:
@@ -40,17 +36,11 @@ def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape
 
 def _shape(record: Record) -> Shape | None:
     """Return the one shape whose fields a record has, None of none or several."""
-    whole = [
-        shape
-        for shape in _known()
-        if all(key in record for key in shape.keys) and shape.fits(record)
-    ]
+    found = [shape for shape in _known() if record.keys() >= {*shape.keys} and shape.fits(record)]
     whole = [  # without those whose fields are fields of another one
-        shape
-        for shape in whole
-        if not any(
-            set(shape.keys) < {*other.keys, *other.more} for other in whole if other is not shape
-        )
+        one
+        for one in found
+        if not any({*one.keys} < {*other.keys, *other.more} for other in found if other is not one)
     ]
     if len(whole) > 1 and TOKENS in whole:  # tokens kept beside text
         whole.remove(TOKENS)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from minilora.data.docstrings import built_in
 from minilora.data.encoder import Encoding
-from minilora.data.problems import Problem, joined, listed, refuse
-from minilora.data.readers import READERS, Row, kind_of, rows_of
+from minilora.data.problems import Problem, refuse
+from minilora.data.readers import READERS, Row, kind_of, rows_of, suffix_of
 from minilora.data.recognition import resolve
 from minilora.files import HubName, download_data, on_hub, read_json
 
@@ -49,13 +48,11 @@ def files_in(paths: Sequence[str | Path]) -> list[Path]:
         tables = [file for file in inside if ".txt" not in file.suffixes]
         inside = tables or inside  # a text beside records is a licence, or says what they are
         if not inside:
-            known, within = (
-                ", ".join(READERS),
-                [each.name for each in _listed(folder) if each.is_dir()],
-            )
+            within = [each.name for each in _listed(folder) if each.is_dir()]
             hint = f"; name one of its folders: {', '.join(within[:5])}" if within else ""
             raise ValueError(
-                f"{folder}: a folder must hold files of data ({known}), found none{hint}"
+                f"{folder}: a folder must hold files of data ({', '.join(READERS)}), found "
+                f"none{hint}"
             )
         _check_one_set(str(folder), inside, "name the files to read")
         found += inside
@@ -89,12 +86,8 @@ def _check_one_set(name: str, files: Sequence[Path], to_do: str) -> None:
 def _on_hub(path: Path) -> tuple[HubName, str] | None:
     """Return the data set of the hub that a name means, `owner/name` or a folder in it, or None."""
     first, *rest = path.parts or ("",)
-    if (
-        not rest
-        or path.exists()
-        or Path(first).exists()
-        or path.suffix.lower() in (*READERS, ".gz")
-    ):
+    is_file = path.suffix.lower() in (*READERS, ".gz")
+    if not rest or is_file or path.exists() or Path(first).exists():
         return None
     name = on_hub("/".join((first, rest[0])))
     return None if name is None else (name, "/".join(rest[1:]))
@@ -145,20 +138,14 @@ def _is_data(file: Path) -> bool:
 def read_rows(
     paths: Sequence[str | Path], options: Encoding
 ) -> tuple[list[tuple[str, dict[str, Any]]], list[Problem], list[str]]:
-    """Return the records of files with their places, the rows that were left out, and notes.
-
-    Raises:
-        ValueError: more bad rows than may be skipped, by place and reason, or a file of another
-            kind.
-        FileNotFoundError: a file is missing.
-    """
+    """Return the records of files with their places, the rows that were left out, and notes."""
     rows: list[tuple[str, dict[str, Any]]] = []
     problems: list[Problem] = []
     unreadable: list[Problem] = []
     notes: list[str] = []
     for file in map(Path, paths):
         try:
-            for where, row in _checked(file, options):
+            for where, row in checked(file, options):
                 if isinstance(row, ValueError):
                     problems.append((where, str(row)))
                 elif isinstance(row, UserWarning):
@@ -172,7 +159,7 @@ def read_rows(
     return rows, problems, notes
 
 
-def _checked(file: Path, options: Encoding) -> Iterator[Row]:
+def checked(file: Path, options: Encoding) -> Iterator[Row]:
     """Yield the rows of a file; those whose shape is wrong as the ValueError that says so."""
     name = str(file)
     for where, row in built_in(name) if name.startswith("@") else rows_of(file):
@@ -185,55 +172,12 @@ def _checked(file: Path, options: Encoding) -> Iterator[Row]:
             yield where, error
 
 
-class StreamedFiles:
-    """The records of files with their places, read one by one, from the first on by each iteration.
-
-    A warning names each bad row; the one beyond `skip_bad` raises ValueError when it is reached.
-    """
-
-    def __init__(self, files: Sequence[str | Path], options: Encoding) -> None:
-        check_streamed(files)
-        self._files, self._options = files_in(files), options
-        self._bad: dict[str, str] = {}  # what is wrong, by the place
-        if unread := unread_in(files, self._files):
-            warnings.warn(f"not read: {joined(unread)}", stacklevel=2)
-
-    def __iter__(self) -> Iterator[Row]:
-        for file in self._files:
-            for where, row in self._rows(file):
-                if isinstance(row, ValueError):
-                    self.leave_out([(where, str(row))])
-                elif isinstance(row, UserWarning):
-                    warnings.warn(f"{where}: {row}", stacklevel=2)
-                else:
-                    yield where, row
-
-    def _rows(self, file: Path) -> Iterator[Row]:
-        try:
-            yield from _checked(file, self._options)
-        except ValueError as error:
-            refuse([(str(file), str(error))], "cannot read the data")
-
-    def leave_out(self, problems: Sequence[Problem]) -> None:
-        """Count bad rows, each once however often it is read, or raise ValueError at one too many.
-
-        Rows that only encoding finds bad are counted with those that can't be read.
-        """
-        new = {where: reason for where, reason in problems if where not in self._bad}
-        refuse([*self._bad.items(), *new.items()], "cannot read the data", self._options.skip_bad)
-        self._bad |= new
-        if new:
-            left_out = listed(list(new.items()))
-            warnings.warn(f"a bad row was left out: {left_out}", stacklevel=2)
-
-
 def check_streamed(files: Sequence[str | Path]) -> None:
     """Raise ValueError unless all files are there and can be read row by row."""
     for file in files_in(files):
         if str(file).startswith("@"):
             continue
-        suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
-        if not suffixes or suffixes[-1] not in READERS or suffixes[-1] in _WHOLE:
+        if suffix_of(file) not in READERS or suffix_of(file) in _WHOLE:
             rows = ", ".join(kind for kind in READERS if kind not in _WHOLE)
             raise ValueError(f"{file}: only {rows} files can be streamed; leave --stream away")
         if not file.is_file():

@@ -12,7 +12,7 @@ from minilora.data.pairs import with_other_answers
 from minilora.data.preference_shapes import LABELLED
 from minilora.data.problems import Problem, listed, refuse
 from minilora.data.recognition import resolve
-from minilora.data.shapes import COMPLETION
+from minilora.data.shapes import COMPLETION, Record, Shape
 
 _CLASSES = "label is not read, as not all are true, false, 1 or 0 (found {})"
 
@@ -70,28 +70,26 @@ def encode_rows(
     """Encode records that have names; see `read_data`."""
     encoder = Encoder(tokenizer, options)
     problems: list[Problem] = []
+    good: list[tuple[str, Shape, Record]] = []
     classes: list[str] = []  # labels that do not say whether an answer is wanted
     for name, record in rows:  # before the slow part
         try:
             shape, known = resolve(record, options.fields)
             shape.check(known)
+            good.append((name, shape, known))
             if shape is COMPLETION and known.get("label") is not None:
                 classes.append(f"{known['label']!r:.40} in {name}")
         except ValueError as error:
             problems.append((name, str(error)))
     refuse(problems, "cannot encode the records", options.skip_bad)
-    bad = {name for name, _ in problems}
     shapes: dict[str, None] = {}
     examples: list[Example] = []
     truncated = longest = masked = 0
-    for name, record in rows:
-        if name in bad:
-            continue
+    for name, own_shape, known in good:
+        shape = COMPLETION if classes and own_shape is LABELLED else own_shape
+        if shape is not own_shape:
+            encoder.note(_CLASSES.format(classes[0]), name)
         try:
-            shape, known = resolve(record, options.fields)
-            if classes and shape is LABELLED:
-                shape = COMPLETION
-                encoder.note(_CLASSES.format(classes[0]), name)
             found = shape.encode(encoder, known, name)
             shapes[" and ".join(shape.keys)] = None
         except ValueError as error:
@@ -109,7 +107,7 @@ def encode_rows(
     examples = with_other_answers(examples, options.max_length)
     left_out = [f"left out: {listed(problems)}"] if problems else []
     return examples, EncodeReport(
-        documents=len(rows) - len(bad),
+        documents=len(good),
         tokens=sum(len(example.input_ids) for example in examples),
         learned_tokens=sum(learned_labels(example.labels) for example in examples),
         truncated=truncated,

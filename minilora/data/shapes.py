@@ -60,11 +60,8 @@ def _encode_document(encoder: Encoder, record: Record, name: str) -> list[Row]:
     """Cut into windows that share one token, so that every token but the first is learned once."""
     _note_system(encoder, name)
     encoder.ignore(record, ("document",))
-    whole, length = (
-        encoder.text([record["document"]], name, sys.maxsize),
-        encoder.options.max_length,
-    )
-    rows = []
+    whole = encoder.text([record["document"]], name, sys.maxsize)
+    rows, length = [], encoder.options.max_length
     for i in range(0, whole.count - 1, length - 1):
         rows.append(row := Row(length))
         row.add(whole.ids[i : i + length], whole.labels[i : i + length])
@@ -139,9 +136,6 @@ def as_messages(messages: Any) -> Any:
 
     A list of messages as JSON text, as tables hold it; content in parts of text, as OpenAI has it;
     no content beside calls of tools.
-
-    Raises:
-        ValueError: a part that is no text.
     """
     if isinstance(messages, str):
         messages = parse_json(messages, "messages")
@@ -186,12 +180,8 @@ def _encode_question(encoder: Encoder, record: Record, name: str) -> list[Row]:
     encoder.note(_NO_TEMPLATE, name)
     encoder.ignore(rest, ("system",))
     system = rest.get("system") or encoder.options.system
-    asked = ALPACA.format(system=_before(system), question=question)
+    asked = ALPACA.format(system=f"{system}\n\n" if system else "", question=question)
     return [encoder.text([asked, answer], name, encoder.options.max_length)]
-
-
-def _before(system: str | None) -> str:
-    return f"{system}\n\n" if system else ""
 
 
 def _check_tokens(record: Record) -> None:

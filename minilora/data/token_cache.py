@@ -27,19 +27,10 @@ def cached(
     options: Encoding,
     make: Callable[[], tuple[list[Example], EncodeReport]],
 ) -> tuple[list[Example], EncodeReport]:
-    """Return what `make` returns, from the cache where it has been made before.
+    """Return what `make` makes of files, from the cache where it has been made before.
 
-    Args:
-        folder: of the cache; made if missing.
-        files: what the examples are made from. Their contents, the tokenizer's files and the
-            options are the key, and how the names end; the rest of the names and times are not.
-        tokenizer: has a method `save(folder)`.
-        options: of the encoding.
-        make: encodes the files to unpacked examples.
-
-    Returns:
-        The examples and the report, which says so where they came from the cache. A damaged entry
-        is made again; a cache that can't be written is done without.
+    The key is the files' contents and how their names end, the tokenizer's files and the options. A
+    damaged entry is made again; a cache that can't be written is done without.
     """
     key = {
         "version": _VERSION,

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minilora.data.examples import alike
 from minilora.text import Conversation
 
 MARKS = ("weight", "train", "trainable", "training", "loss", "loss_mask")  # 0 or false: not learned
@@ -72,9 +73,7 @@ def _answer(talk: Conversation, turn: int) -> Text:
     before, after = talk.text(turn, prompt=True), talk.text(turn + 1)
     if after.startswith(before):
         return after, [len(before), len(after)]
-    both = enumerate(zip(before, after, strict=False))
-    alike = next((i for i, (a, b) in both if a != b), min(len(before), len(after)))
-    begun, content = before[alike:], talk.content(turn).lstrip()
+    begun, content = before[alike(before, after) :], talk.content(turn).lstrip()
     if not begun.strip() or not content.startswith(begun.strip()):
         raise ValueError(
             f"messages[{turn}]: an answer must go on from the prompt that the chat "
