@@ -35,7 +35,7 @@ if __name__ != "kernels":
     )
     from .nf4 import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products
     from .probe import fastest_dtype, hardware, int8_is_exact, integer_way, is_slow
-    from .rowwise import geglu, rms_norm, swiglu
+    from .rowwise import geglu, rms_norm, rotary, swiglu
     from .triton import lora_linear as triton_lora_linear
     from .triton import problem as triton_problem
     from .workspace import hand_back_freed_memory, hand_back_large_blocks, keep_freed_memory
@@ -103,6 +103,7 @@ __all__ = [
     "quotient",
     "resolve_device",
     "rms_norm",
+    "rotary",
     "row_masks",
     "scales_from_bits",
     "swiglu",

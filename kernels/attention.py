@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .probe import is_slow
 from .versions import FLASH_GROUPS_HEADS
+from .workspace import is_transformed
 
 _SCORES = 2**21  # in a chunk: 4 MiB of bf16 stay in a cache
 _FEWEST, _MOST = 64, 256  # queries in a chunk
@@ -100,6 +101,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         `[B, H, T, D]` in q's dtype.
     """
-    if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype.itemsize == 2:
+    narrow = q.device.type == "cpu" and q.dtype.itemsize == 2
+    traced = torch.compiler.is_compiling()  # where one may not ask for transforms
+    if narrow and torch.is_grad_enabled() and (traced or not is_transformed(q)):
         return _CausalAttention.apply(q, k, v, scale)
     return _sdpa(q, k, v, scale)

@@ -5,9 +5,12 @@
     swiglu     y = silu(a) ∘ b
                grad_a = G ∘ b ∘ silu'(a)                             grad_b = G ∘ silu(a)
     geglu      likewise, of gelu(a) = a (1 + tanh(√(2/π) (a + 0.044715 a³))) / 2
+    rotary     rotary embeddings: pairs of a head's numbers, turned by an angle
 
 Ordinary autograd keeps x widened to f32, and silu(a) beside a. Here ρ, u and silu(a) are formed
 again in the backward pass, which costs a pass over a row where a layer's products cost hundreds.
+In bf16 on a CPU each is one pass in C (`cpu/passes.c`) where that can be compiled; a traced graph
+and other dtypes take torch's operations.
 Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; Shazeer 2020, "GLU Variants
 Improve Transformer".
 """
@@ -19,6 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpu.passes import (
+    gated_back_pass,
+    gated_pass,
+    norm_back_pass,
+    norm_pass,
+    rotary_pass,
+    takes,
+)
 from .workspace import fresh
 
 
@@ -30,6 +41,8 @@ def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: int | None) -> Tensor:
+    if takes(x, weight) and weight.shape == x.shape[-1:]:
+        return norm_pass(x, weight, eps, offset)
     unit = _unit(x, eps)[0]
     if offset is None:
         return weight * unit.to(x.dtype)
@@ -63,6 +76,8 @@ _ACTS: dict[str, tuple[Any, Any]] = {
 
 
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    if takes(gate, up) and gate.shape == up.shape:
+        return gated_pass(gate, up, act == "gelu")
     return _ACTS[act][0](gate) * up
 
 
@@ -78,6 +93,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        only_x = ctx.needs_input_grad == (True, False, False, False)
+        if only_x and weight.shape == x.shape[-1:] and _passes(grad_out, x, weight):
+            return norm_back_pass(grad_out, x, weight, ctx.eps, ctx.offset or 0), None, None, None
         unit, scale = _unit(x, ctx.eps)
         grad = grad_out.to(unit.dtype)
         grad_x = grad_w = None
@@ -103,6 +121,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if gate.shape == up.shape and _passes(grad_out, gate, up):
+            return *gated_back_pass(grad_out, gate, up, ctx.act == "gelu"), None
         act, act_backward = _ACTS[ctx.act]
         grad_gate = grad_up = None
         if ctx.needs_input_grad[0]:
@@ -110,6 +130,11 @@ class _Gated(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_up = grad_out * act(gate)
         return grad_gate, grad_up, None
+
+
+def _passes(*tensors: Tensor) -> bool:
+    """Return whether a gradient is formed in C: there is no second derivative of it."""
+    return not torch.is_grad_enabled() and takes(*tensors)
 
 
 def _recorded(*tensors: Tensor) -> bool:
@@ -143,3 +168,42 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return `gelu(gate) · up` with the tanh's gelu, both `[..., I]`, kept for backward."""
     return (_Gated.apply if _recorded(gate, up) else _gated)(gate, up, "gelu")
+
+
+class _Rotary(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotary_pass(x, cos, sin, False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        return rotary(grad_out, *ctx.saved_tensors, back=True), None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Turn each pair (x_i, x_{i + half}) of rows by its angle; rotary embeddings.
+
+    Args:
+        x: `[B, H, T, D]`; what lies behind 2 · half stays.
+        cos, sin: `[1 or B, 1, T, half]` of the angles, in x's dtype.
+        back: turn by the negative angles.
+
+    Returns:
+        `[B, H, T, D]`.
+    """
+    if takes(x, cos, sin):
+        if not back and _recorded(x):
+            return _Rotary.apply(x, cos, sin)
+        if not _recorded(x):
+            return rotary_pass(x, cos, sin, back)
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    sin = -sin if back else sin
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 # OneDNN compiles a 16-bit product for each number of rows and keeps 1024 of them, some 0.6 MB each
 # on a Xeon with AMX. A step takes some 30, of batches that differ in length others in each: so
@@ -24,6 +26,11 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 def is_traced(x: Tensor) -> bool:
     """Return whether x has no values to read: torch.compile runs, or x is fake (planning)."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Return whether vmap, forward derivatives or another transform of `torch.func` is at work."""
+    return forward_ad._current_level >= 0 or is_functorch_wrapped_tensor(x)
 
 
 def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -146,6 +146,20 @@ def test_wider_dtypes_are_torchs(dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, by_flash(*inputs, 0.3), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own
+def test_transforms_of_torch_func_take_torchs():
+    """Gradients by example of a model in 16 bits."""
+    torch.manual_seed(0)
+    q, k, v, grad_out = case(3, 2, 2, 9, 8, torch.bfloat16)
+
+    def loss(q, k, v, grad_out):
+        return (causal_attention(q[None], k[None], v[None], 0.3)[0] * grad_out).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(q, k, v, grad_out)
+    wanted = by_chunks(q, k, v, grad_out, 0.3)[1:]
+    assert errors(found, [t.double() for t in wanted]) == pytest.approx([0] * 3, abs=0.02)
+
+
 def test_the_operation_is_a_well_formed_one():
     q, k, v, grad_out = case(1, 2, 2, 9, 8)
     torch.library.opcheck(torch.ops.minilora.causal_attention_backward, (grad_out, q, k, v, 0.3))

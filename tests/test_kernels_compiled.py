@@ -21,13 +21,14 @@ from minilora.kernels import (
     geglu,
     lora_linear,
     rms_norm,
+    rotary,
     swiglu,
 )
 from minilora.kernels.attention import _CausalAttention
 from minilora.kernels.cross_entropy import _LinearCrossEntropy
 from minilora.kernels.frozen import _Frozen
 from minilora.kernels.low_rank import _LoRALinear
-from minilora.kernels.rowwise import _Gated, _RMSNorm
+from minilora.kernels.rowwise import _Gated, _RMSNorm, _Rotary
 from minilora.kernels.triton import OLDEST, version
 from minilora.quantization import Quantization
 from minilora.quantization.linear import QuantizedLinear
@@ -63,6 +64,11 @@ def attention(dtype):
     return lambda q, k, v: _CausalAttention.apply(q, k, v, 0.3), [q, k, k + 1]
 
 
+def rotary_embedding(dtype):
+    x, cos, sin = (torch.randn(2, 3, 5, 8).to(dtype), *torch.randn(2, 1, 1, 5, 4).to(dtype))
+    return lambda x: rotary(x, cos, sin), [x]
+
+
 def loss():
     labels = torch.randint(19, (M,))
     leaves = [torch.randn(M, 8), torch.randn(19, 8)]
@@ -87,6 +93,7 @@ CASES = {
         lambda: (swiglu, [torch.randn(M, K), torch.randn(M, K)]),
         lambda: (geglu, [torch.randn(M, K), torch.randn(M, K)]),
     ],
+    _Rotary: [lambda: rotary_embedding(torch.bfloat16)],
     _CausalAttention: [lambda: attention(torch.float32), lambda: attention(torch.bfloat16)],
     _LinearCrossEntropy: [loss, loss_by_row],
 }

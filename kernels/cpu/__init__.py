@@ -56,7 +56,7 @@ def _require_blocks(across: bool | None) -> None:
         )
 
 
-def _check(op: str, **operands: tuple[Tensor, torch.dtype, tuple[int, ...]]) -> None:
+def check(op: str, **operands: tuple[Tensor, torch.dtype, tuple[int, ...]]) -> None:
     """Raise unless the operands fit: C reads what it is told, wherever that is."""
     for name, (tensor, dtype, shape) in operands.items():
         if tensor.dtype != dtype or tensor.shape != shape:
@@ -80,7 +80,7 @@ def _int8(op: str, x: Tensor, codes: Tensor, scales: Tensor, across: bool | None
     N, K = codes.shape[0], codes.shape[-1]
     J, L = (N, K) if across else (K, N)
     M, f32 = x.shape[0], torch.float32
-    _check(op, codes=(codes, torch.int8, (N, K)), x=(x, f32, (M, J)), scales=(scales, f32, (N,)))
+    check(op, codes=(codes, torch.int8, (N, K)), x=(x, f32, (M, J)), scales=(scales, f32, (N,)))
     return x.new_empty(M, L)
 
 
@@ -93,9 +93,9 @@ def _int4(
     N, K = packed.shape[0], 2 * packed.shape[-1]
     J, L = (N, K) if across else (K, N)
     M, f32 = x.shape[0], torch.float32
-    _check(op, x=(x, f32, (M, J)))
+    check(op, x=(x, f32, (M, J)))
     _check_groups(op, K, group)
-    _check(
+    check(
         op,
         codes=(packed, torch.uint8, (N, K // 2)),
         steps=(steps, torch.uint8, (N, K // group)),
@@ -118,7 +118,7 @@ def _in_torch(x: Tensor, scales: Tensor, decode: Callable[[slice], Tensor]) -> T
 _ops = torch.library.Library("minilora", "FRAGMENT")
 
 
-def _operator(shape: Callable[..., Any], writes: Sequence[str] = ()) -> Callable[[Any], Any]:
+def operator(shape: Callable[..., Any], writes: Sequence[str] = ()) -> Callable[[Any], Any]:
     """Make a function torch.ops.minilora's, opaque to compilers, which are told what it returns."""
 
     def register(function: Any) -> Any:
@@ -133,7 +133,7 @@ def _operator(shape: Callable[..., Any], writes: Sequence[str] = ()) -> Callable
     return register
 
 
-@_operator(functools.partial(_int8, "int8_rows"))
+@operator(functools.partial(_int8, "int8_rows"))
 def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return `x · diag(scales) codesᵀ`, for few rows; not differentiable, works under compile.
 
@@ -156,7 +156,7 @@ def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return run(library.minilora_int8_rows, x, codes, scales)
 
 
-@_operator(functools.partial(_int4, "int4_rows"))
+@operator(functools.partial(_int4, "int4_rows"))
 def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int) -> Tensor:
     """Return `x Wᵀ` for INT4 storage, otherwise like `int8_rows`.
 
@@ -179,7 +179,7 @@ def int4_rows(x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: i
     return _in_torch(x, scales, decode)
 
 
-@_operator(functools.partial(_int8, "int8_blocks"))
+@operator(functools.partial(_int8, "int8_blocks"))
 def int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tensor:
     """Return `x Wᵀ`, or `x W` with `across`, W = diag(scales) codes, where `has_blocks`.
 
@@ -207,7 +207,7 @@ def int8_blocks(x: Tensor, codes: Tensor, scales: Tensor, across: bool) -> Tenso
     return run_blocks(native(), x, (codes, scales), y, across)
 
 
-@_operator(functools.partial(_int4, "int4_blocks"))
+@operator(functools.partial(_int4, "int4_blocks"))
 def int4_blocks(
     x: Tensor, packed: Tensor, steps: Tensor, scales: Tensor, group: int, across: bool
 ) -> Tensor:
@@ -229,7 +229,7 @@ def _decode(op: str, out: Tensor, parts: Sequence[Tensor], *sizes: int) -> None:
     getattr(library, f"minilora_{op}")(*(t.data_ptr() for t in (*parts, out)), *sizes)
 
 
-@_operator(lambda *_: None, writes=("out",))
+@operator(lambda *_: None, writes=("out",))
 def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
     """Decode NF4 into `out`, where `can_decode`.
 
@@ -247,7 +247,7 @@ def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: 
     n, f32 = out.numel(), torch.float32
     if block < 2 or block % 2:
         raise ValueError(f"nf4_weights takes even blocks, found blocks of {block}; pass theirs")
-    _check(
+    check(
         "nf4_weights",
         codes=(packed, torch.uint8, (-(-n // 2),)),
         scales=(absmax, f32, (-(-n // block),)),
@@ -257,7 +257,7 @@ def nf4_weights(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: 
     _decode("nf4_weights", out, (packed, absmax, pairs), n, block)
 
 
-@_operator(lambda *_: None, writes=("out",))
+@operator(lambda *_: None, writes=("out",))
 def int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None:
     """Decode INT4 into `out` but for the channels' scales, where `can_decode`.
 
@@ -273,7 +273,7 @@ def int4_weights(packed: Tensor, steps: Tensor, group: int, out: Tensor) -> None
     """
     N, K = packed.shape[0], 2 * packed.shape[-1]
     _check_groups("int4_weights", K, group)
-    _check(
+    check(
         "int4_weights",
         codes=(packed, torch.uint8, (N, K // 2)),
         steps=(steps, torch.uint8, (N, K // group)),

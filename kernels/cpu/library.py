@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..cache import cache_folder, private_folder
 
-_C = [Path(__file__).with_name(name) for name in ("rows.c", "blocks.c")]
+_C = [Path(__file__).with_name(name) for name in ("rows.c", "blocks.c", "passes.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("avx2.h", "int4.h")]
 _FLAGS = ("-O3", "-fPIC", "-fopenmp")
 
@@ -89,13 +89,17 @@ def _open(library: Path) -> ctypes.CDLL | None:
     """Open a library; None if it can't be, or if others could have written it."""
     try:
         opened = _load(library)
-        for name, tensors, sizes in (
-            ("int8_rows", 4, 3), ("int4_rows", 5, 4), ("nf4_weights", 4, 2), ("int4_weights", 3, 3),
-            ("int8_blocks", 5, 4), ("int4_blocks", 6, 5), ("blocks_bytes", 0, 4),
-            ("has_blocks", 0, 0),
+        for name, tensors, sizes, floats in (
+            ("int8_rows", 4, 3, 0), ("int4_rows", 5, 4, 0), ("nf4_weights", 4, 2, 0),
+            ("int4_weights", 3, 3, 0), ("int8_blocks", 5, 4, 0), ("int4_blocks", 6, 5, 0),
+            ("blocks_bytes", 0, 4, 0), ("has_blocks", 0, 0, 0), ("has_passes", 0, 0, 0),
+            ("norm_pass", 3, 3, 2), ("norm_back_pass", 4, 2, 2), ("gated_pass", 3, 2, 0),
+            ("gated_back_pass", 5, 2, 0), ("rotary_pass", 4, 13, 0),
         ):  # fmt: skip
             function = getattr(opened, f"minilora_{name}")
-            function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_long] * sizes
+            function.argtypes = (
+                [ctypes.c_void_p] * tensors + [ctypes.c_long] * sizes + [ctypes.c_double] * floats
+            )
             function.restype = None if tensors else ctypes.c_long
     except (OSError, AttributeError):
         return None

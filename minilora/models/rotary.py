@@ -7,6 +7,7 @@ dim numbers of a head (Su et al. 2021, "RoFormer", section 3.4.2). The frequenci
 import torch
 from torch import Tensor
 
+from minilora.kernels import rotary
 from minilora.models.rope import LongRope, Rope
 
 Rotation = tuple[Tensor, Tensor] | None  # None: nothing is rotated
@@ -61,9 +62,4 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair (x_i, x_{i + dim/2}) of `[B, heads, T, head_dim]` by its angle."""
     if rotation is None:
         return x
-    cos, sin = rotation
-    half = cos.shape[-1]
-    if 2 * half < x.shape[-1]:
-        return torch.cat((rotate(x[..., : 2 * half], rotation), x[..., 2 * half :]), dim=-1)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return rotary(x, *rotation)
