@@ -25,11 +25,8 @@ from minilora.loading import export_gguf, load_model
 from minilora.peft import adapter_folder, save_adapter
 from minilora.report import check_keep, truncate
 
-_DATA = {
-    "data": "held-out data",
-    "train": "training data",
-    "outside": "outside",
-}  # flags of explain
+# Flags of explain.
+_DATA = {"data": "held-out data", "train": "training data", "outside": "outside"}
 _SETS = tuple(f"--{name}" for name in _DATA)
 _FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
 
@@ -44,12 +41,7 @@ _FILES: dict[str, Any] = {"nargs": "+", "metavar": "FILE"}
     ),
     "--model",
     arg("--r", type=positive, help="rank; needed for DoRA, else it stays"),
-    arg(
-        "--dtype",
-        default="float32",
-        choices=DTYPES[1:],
-        help="of the factors (default: float32)",
-    ),
+    arg("--dtype", default="float32", choices=DTYPES[1:], help="of the factors (default: float32)"),
 )
 def export(options: argparse.Namespace) -> int:
     """Write an adapter as plain LoRA that PEFT, vLLM and llama.cpp read alike."""

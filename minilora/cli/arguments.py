@@ -102,7 +102,7 @@ def arg(*flags: str, **settings: Any) -> Callable[[Any], Any]:
 def add_arguments(parser: Any, *arguments: Any) -> None:
     """Add arguments: the name of a shared one, or what adds some to the parser."""
     for one in arguments:
-        (arg(one, **_SHARED[one]) if isinstance(one, str) else one)(parser)
+        (_SHARED[one] if isinstance(one, str) else one)(parser)
 
 
 def positive(text: str) -> int:
@@ -143,71 +143,71 @@ DATA_HELP = (
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = "auto is the fastest the device multiplies; float32 computes in float32 as well"
-_SHARED: dict[str, dict[str, Any]] = {
-    "model": {"metavar": "MODEL", "help": _MODEL},
-    "--dtype": {
-        "default": "auto",
-        "choices": DTYPES,
-        "help": f"of the base (default: auto); {DTYPE_HELP}",
-    },
-    "--device": {
-        "default": "auto",
-        "metavar": "DEVICE",
-        "help": "cpu, cuda, cuda:N or mps; auto (default): a GPU that torch can use, else cpu",
-    },
-    "--quantize": {"choices": FORMATS, "help": "store the base's linears in fewer bits"},
-    "--block-size": {
-        "type": integer,
-        "needs": ("--quantize",),
-        "help": "weights that share a scale in nf4 and int4 (default: 64)",
-    },
-    "--adapter": {"type": Path, "help": ADAPTER_HELP},
-    "--out": {"required": True, "type": Path, "help": "a new or empty folder"},
-    "out": {"type": Path, "metavar": "OUT", "help": ADAPTER_HELP},
-    "--model": {"help": f"default: what the adapter names as its base; {_MODEL}"},
-    "--data": {"required": True, "nargs": "+", "metavar": "FILE", "help": DATA_HELP},
-    "--batch-size": {"type": positive, "default": 8, "help": "(default: 8)"},
-    "--max-length": {
-        "type": _length,
-        "default": 512,
-        "help": "tokens kept of an example (default: 512)",
-    },
-    "--all-tokens": {"action": "store_true", "help": "learn prompts too"},
-    "--skip-bad": {
-        "type": int,
-        "default": 0,
-        "metavar": "N",
-        "help": "leave out bad rows, N at most",
-    },
-    "--map": {
-        "nargs": "+",
-        "metavar": "NAME=FIELD",
-        "help": "which field of the records is which, as in prompt=question completion=reply",
-    },
-    "--chat": {
-        "action": "store_true",
-        "help": "put prompts and completions through the chat template as two turns",
-    },
-    "--system": {"metavar": "TEXT", "help": "system message of conversations that have none"},
-    "--last-turn": {"action": "store_true", "help": "learn only the last answer of each"},
-    "--parse-special": {
-        "action": argparse.BooleanOptionalAction,
-        "help": "read names of control tokens in texts as tokens (default: where a text begins as "
-        "the chat template's do)",
-    },
-    "--temperature": {"type": float, "default": 0.0, "help": "0 (default) is greedy"},
-    "--top-k": {
-        "type": positive,
-        "needs": ("--temperature",),
-        "help": "draw from that many of the likeliest tokens",
-    },
-    "--top-p": {
-        "type": float,
-        "needs": ("--temperature",),
-        "help": "draw from the likeliest tokens of that probability",
-    },
-    "--seed": {"type": integer, "help": "of what is drawn (default: another each time)"},
-}
+_SHARED: dict[str, Callable[[Any], Any]] = {}
+
+
+def _share(flag: str, **settings: Any) -> None:
+    _SHARED[flag] = arg(flag, **settings)
+
+
+_share("model", metavar="MODEL", help=_MODEL)
+_share("--dtype", default="auto", choices=DTYPES, help=f"of the base (default: auto); {DTYPE_HELP}")
+_share(
+    "--device",
+    default="auto",
+    metavar="DEVICE",
+    help="cpu, cuda, cuda:N or mps; auto (default): a GPU that torch can use, else cpu",
+)
+_share("--quantize", choices=FORMATS, help="store the base's linears in fewer bits")
+_share(
+    "--block-size",
+    type=integer,
+    needs=("--quantize",),
+    help="weights that share a scale in nf4 and int4 (default: 64)",
+)
+_share("--adapter", type=Path, help=ADAPTER_HELP)
+_share("--out", required=True, type=Path, help="a new or empty folder")
+_share("out", type=Path, metavar="OUT", help=ADAPTER_HELP)
+_share("--model", help=f"default: what the adapter names as its base; {_MODEL}")
+_share("--data", required=True, nargs="+", metavar="FILE", help=DATA_HELP)
+_share("--batch-size", type=positive, default=8, help="(default: 8)")
+_share("--max-length", type=_length, default=512, help="tokens kept of an example (default: 512)")
+_share("--all-tokens", action="store_true", help="learn prompts too")
+_share("--skip-bad", type=int, default=0, metavar="N", help="leave out bad rows, N at most")
+_share(
+    "--map",
+    nargs="+",
+    metavar="NAME=FIELD",
+    help="which field of the records is which, as in prompt=question completion=reply",
+)
+_share(
+    "--chat",
+    action="store_true",
+    help="put prompts and completions through the chat template as two turns",
+)
+_share("--system", metavar="TEXT", help="system message of conversations that have none")
+_share("--last-turn", action="store_true", help="learn only the last answer of each")
+_share(
+    "--parse-special",
+    action=argparse.BooleanOptionalAction,
+    help="read names of control tokens in texts as tokens (default: where a text begins as the "
+    "chat template's do)",
+)
+_share("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+_share(
+    "--top-k",
+    type=positive,
+    needs=("--temperature",),
+    help="draw from that many of the likeliest tokens",
+)
+_share(
+    "--top-p",
+    type=float,
+    needs=("--temperature",),
+    help="draw from the likeliest tokens of that probability",
+)
+_share("--seed", type=integer, help="of what is drawn (default: another each time)")
+
 MODEL = ("model", "--device", "--dtype", "--quantize", "--block-size")
 ENCODING = (
     "--max-length",

@@ -1,4 +1,4 @@
-"""`minilora chat`."""
+"""`minilora generate` and `chat`: what a model writes."""
 
 import argparse
 import importlib
@@ -8,8 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import minilora
 from minilora.cli.arguments import MODEL, SAMPLING, arg, positive, verb
 from minilora.cli.sources import adapter_in_place, adapter_of, load, load_adapter, names_of
+from minilora.files import ticking
 from minilora.running import BASE, Chat
 
 _HELP = """/reset         begin a new conversation
@@ -20,6 +22,34 @@ _HELP = """/reset         begin a new conversation
 /system TEXT   begin a new conversation with another system message, or without one
 /save FILE     add the conversation to a .jsonl file, as a row to train on
 /quit          or Ctrl-D"""
+
+
+@verb(
+    "generate",
+    *MODEL,
+    "--adapter",
+    arg("prompts", nargs="+", metavar="PROMPT"),
+    arg("--max-new-tokens", type=positive, default=64, help="(default: 64)"),
+    *SAMPLING,
+    arg("--chat", action="store_true", help="ask through the chat template"),
+    arg("--system", metavar="TEXT", needs=("--chat",), help="system message"),
+    arg("--compile", action="store_true", help="faster tokens after some ten seconds; needs g++"),
+)
+def generate(options: argparse.Namespace) -> int:
+    """Continue a prompt."""
+    model, tokenizer = load(options)
+    if tokenizer.chat_template is not None and not options.chat:
+        print(
+            "prompts are continued as they are; --chat asks them through the chat template, as "
+            "questions and conversations are trained on",
+            file=sys.stderr,
+        )
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "system", "compile")
+    settings = {name: getattr(options, name) for name in names}
+    with ticking("writing"):
+        texts = minilora.generate(model, options.prompts, tokenizer=tokenizer, **settings)
+    print(*texts, sep="\n")
+    return 0
 
 
 @verb(

@@ -10,12 +10,10 @@ from minilora import planning
 from minilora.cli import (  # noqa: F401 - their verbs
     adapters,
     chatting,
-    comparing,
     data,
     interrupt,
     models,
     pages,
-    running,
     runs,
     training,
     tuning,

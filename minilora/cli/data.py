@@ -1,12 +1,96 @@
-"""`minilora data`."""
+"""`minilora compare`, `data` and `eval`: verbs on files of data."""
 
 import argparse
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
-from minilora.cli.arguments import DATA_HELP, ENCODING, arg, verb
-from minilora.cli.sources import adapter_in_place, data_files, encode_files
+import minilora
+from minilora.cli.arguments import (
+    ADAPTER_HELP,
+    DATA_HELP,
+    ENCODING,
+    MODEL,
+    arg,
+    integer,
+    positive,
+    verb,
+)
+from minilora.cli.sources import (
+    adapter_in_place,
+    adapter_of,
+    check_new_files,
+    data_files,
+    encode_files,
+    load,
+    load_adapter,
+    names_of,
+)
 from minilora.data import duplicates, endless, lengths, shown
+from minilora.files import ticking
 from minilora.loading import read_tokenizer
+from minilora.running import BASE
+
+
+@verb(
+    "compare",
+    *MODEL,
+    arg("adapters", nargs="*", type=Path, metavar="OUT", help=ADAPTER_HELP),
+    "--data",
+    arg("--no-base", action="store_true", help="the first adapter stands for the base"),
+    arg("--outside", nargs="+", metavar="FILE", help=f"outside the task: {DATA_HELP}"),
+    arg("--train", nargs="+", metavar="FILE", help="data it was trained on, for over-fitting"),
+    arg(
+        "--max-new-tokens",
+        type=positive,
+        default=64,
+        needs=("--right",),
+        help="of an answer (default: 64)",
+    ),
+    arg("--right", metavar="HOW", help="answers too: exact, or a regular expression"),
+    "--batch-size",
+    arg("--seed", type=integer, default=0, help="of the bootstrap (default: 0)"),
+    arg("--json", type=Path, metavar="FILE", help="write everything as JSON"),
+    arg("--html", type=Path, metavar="FILE", help="write one page with the intervals drawn"),
+    *ENCODING,
+)
+def compare(options: argparse.Namespace) -> int:
+    """Say which adapter is better on held-out data, and how sure that is."""
+    given = [*adapter_in_place(options), *options.adapters]
+    if not given:
+        raise ValueError(
+            f"compare needs an adapter's folder, found the model {options.model} alone; name one "
+            "or more behind it"
+        )
+    check_new_files({"--json": options.json, "--html": options.html})
+    folders = [adapter_of(name, "OUT") for name in given]
+    files = {key: getattr(options, key) for key in ("data", "outside", "train")}
+    data = {key: data_files(names, options) for key, names in files.items() if names}
+    model, tokenizer = load(options)
+    names = names_of(folders)
+    for name, folder in zip(names, folders, strict=True):
+        load_adapter(model, folder, name)
+    examples: dict[str, Any] = {
+        key: encode_files(some, tokenizer, options) for key, some in data.items()
+    }
+    with ticking("comparing"):
+        found = minilora.compare(
+            model,
+            names if options.no_base else [BASE, *names],
+            tokenizer=tokenizer,
+            right=options.right,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            **examples,
+        )
+    print(found)
+    if options.json is not None:
+        print(f"JSON in {found.to_json(options.json)}")
+    if options.html is not None:
+        print(f"page in {found.to_html(options.html)}")
+    return 0
 
 
 @verb(
@@ -46,4 +130,23 @@ def data(options: argparse.Namespace) -> int:
     for example in sets["train"][: max(0, options.show)]:
         print(shown(example, tokenizer, colors))
         print("-" * 20)
+    return 0
+
+
+@verb(
+    "eval",
+    *MODEL,
+    "--adapter",
+    "--data",
+    "--batch-size",
+    arg("--json", action="store_true", help="print one JSON object"),
+    *ENCODING,
+)
+def evaluate(options: argparse.Namespace) -> int:
+    """Print loss and perplexity on files."""
+    data = data_files(options.data, options)
+    model, tokenizer = load(options)
+    examples = encode_files(data, tokenizer, options)
+    result = minilora.evaluate(model, examples, batch_size=options.batch_size, progress=True)
+    print(json.dumps(vars(result)) if options.json else result)
     return 0

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,22 +173,28 @@ def _read(out: Path) -> dict[str, Any]:
     return found
 
 
-def _again(out: Path, words: list[str], folder: str) -> int:
-    """Run a command, with `out` as its folder, from where it was given."""
+@contextmanager
+def _parsed_in(folder: str | Path, words: list[str]) -> Iterator[argparse.Namespace]:
+    """Within the block this is the current folder; give a command's options, read there."""
     from minilora.cli.command import build_parser
 
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield build_parser().parse_args(words)
+    finally:
+        os.chdir(here)
+
+
+def _again(out: Path, words: list[str], folder: str) -> int:
+    """Run a command, with `out` as its folder, from where it was given."""
     if not Path(folder).is_dir():
         raise ValueError(
             f"the run began in {folder}, which is not there; make it, or pass all flags"
         )
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
-        options = build_parser().parse_args(words)
+    with _parsed_in(folder, words) as options:
         options.out, options.argv = out, words
         return VERBS[words[0]][0](options)
-    finally:
-        os.chdir(here)
 
 
 @verb("resume", arg("out", type=Path, metavar="OUT", help="folder of a run that was stopped"))
@@ -211,14 +218,9 @@ def repeat(options: argparse.Namespace) -> int:
         raise ValueError(f"repeat takes the folder of one run, found a tuning's; name one in {out}")
     check_new_folder(new, "NEW")
     wanted, were = read_tensors(out / WEIGHTS_FILE)
-    from minilora.cli.command import build_parser
-
-    here = os.getcwd()
-    os.chdir(run["folder"] if Path(run["folder"]).is_dir() else here)
-    try:
-        now = file_hashes(_inputs(build_parser().parse_args(run["command"])))
-    finally:
-        os.chdir(here)
+    folder = run["folder"] if Path(run["folder"]).is_dir() else "."
+    with _parsed_in(folder, run["command"]) as began:
+        now = file_hashes(_inputs(began))
     other = sorted(name for name in {*now, *run["data"]} if now.get(name) != run["data"].get(name))
     if other:
         raise ValueError(
