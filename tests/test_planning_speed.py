@@ -33,7 +33,6 @@ def test_flops_are_those_of_the_formula():
     tokens = 32
     weights = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     factors = 3 * 4 * (2 * 128 + 2 * 96 + 3 * 192)
-    assert found.tokens == tokens
     assert found.base == 4 * tokens * weights
     assert found.adapters == 6 * tokens * factors
     assert found.attention == 7 * tokens * 16 * 64 * 3

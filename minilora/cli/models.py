@@ -57,9 +57,8 @@ def merge(options: argparse.Namespace) -> int:
         options.dtype = "float32"  # rounded once, when the file is written
     model, tokenizer = load(options)
     few_bits = quantized_layers(model)
-    if options.dtype == "stored" and (
-        few_bits or options.model in NAMES or _is_gguf(options.model)
-    ):
+    packed = few_bits or options.model in NAMES or options.model.lower().endswith(".gguf")
+    if options.dtype == "stored" and packed:
         raise ValueError(
             f"--dtype says in what a merged folder is stored, found none and a base in fewer bits "
             f"({options.model}); pass --dtype bfloat16, or float32 for the exact sum"
@@ -82,10 +81,6 @@ def merge(options: argparse.Namespace) -> int:
         stops = [f'PARAMETER stop "{name}"' for name in ends]
         write_modelfile(options.gguf, f"FROM ./{options.gguf.name}", *stops)
     return 0
-
-
-def _is_gguf(name: str) -> bool:
-    return name.lower().endswith(".gguf")
 
 
 @verb(

@@ -100,17 +100,13 @@ class Batches:
     def about(self) -> str:
         """Say how much there is to learn from."""
         tokens = sum(len(example.input_ids) for example in self.examples)
+        rows = f"{len(self.examples)} examples"
         if isinstance(first := self.examples[0], Pair):
             what = "pairs of answers" if first.wanted is None else "labelled answers"
-            return f"{len(self.examples)} {what}, {tokens} tokens, {self._padding()}"
-        packed = sum(len(example.lengths) for example in self.examples)
-        rows = f"{packed} documents packed in {len(self.examples)} rows" if packed else (
-            f"{len(self.examples)} examples"
-        )  # fmt: skip
-        return f"{rows}, {tokens} tokens, {self._padding()}"
-
-    def _padding(self) -> str:
-        return f"{100 * self.padding_share():.1f} % padding"
+            rows = f"{len(self.examples)} {what}"
+        elif packed := sum(len(example.lengths) for example in self.examples):
+            rows = f"{packed} documents packed in {len(self.examples)} rows"
+        return f"{rows}, {tokens} tokens, {100 * self.padding_share():.1f} % padding"
 
     def padding_share(self) -> float:
         """Return the share of padding among the positions of the current epoch, in [0, 1)."""

@@ -158,7 +158,8 @@ def _preference(
             encoder.note(note, name)
         encoder.ignore({key: record.get(key) for key in more if key not in to.more})
         rest = {k: v for k, v in record.items() if k not in (*keys, *more)}
-        read = {k: v for k, v in rest.items() if k in _read(encoder)}  # by the chat template
+        known = {*encoder.tokenizer.template_variables, "chat_template_kwargs"}
+        read = {k: v for k, v in rest.items() if k in known}  # by the chat template
         first, second = (
             _one(encoder, to, {**beside, **side}, name)
             for side, beside in zip(sides(record), (rest, read), strict=True)
@@ -166,10 +167,6 @@ def _preference(
         return [PairRow(first, second)]
 
     return Shape(keys, check, encode, more)
-
-
-def _read(encoder: Encoder) -> set[str]:
-    return {*encoder.tokenizer.template_variables, "chat_template_kwargs"}
 
 
 def _one(encoder: Encoder, shape: Shape, record: Record, name: str) -> Row:

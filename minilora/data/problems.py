@@ -14,11 +14,7 @@ Problem = tuple[str, str]  # where, and what is wrong there
 
 
 class BadRowsError(ValueError):
-    """Rows that are bad, more than may be left out.
-
-    Attributes:
-        problems: where they stand, and what is wrong with each.
-    """
+    """Rows that are bad, more than may be left out."""
 
     def __init__(self, message: str, problems: Sequence[Problem]) -> None:
         super().__init__(message)
@@ -34,10 +30,10 @@ def check_skip_bad(skip_bad: int) -> None:
 def refuse(problems: Sequence[Problem], what: str, skip_bad: int | None = None) -> None:
     """Raise BadRowsError if there are more problems than may be skipped; None: than none."""
     if len(problems) > (skip_bad or 0):
-        way_out = "" if skip_bad is None else (
-            f"; mend these rows, or leave them out by skip_bad={len(problems)} (--skip-bad)"
-        )  # fmt: skip
-        raise BadRowsError(f"{what}: {listed(problems)}{way_out}", problems)
+        said = f"{what}: {listed(problems)}"
+        if skip_bad is not None:
+            said += f"; mend these rows, or leave them out by skip_bad={len(problems)} (--skip-bad)"
+        raise BadRowsError(said, problems)
 
 
 def listed(problems: Sequence[Problem]) -> str:

@@ -13,13 +13,7 @@ from minilora.data.encoder import Encoding
 from minilora.data.examples import Example
 from minilora.data.problems import BadRowsError, Problem, joined, listed, refuse
 from minilora.data.readers import Row
-from minilora.data.record_files import (
-    check_streamed,
-    checked,
-    files_in,
-    read_rows,
-    unread_in,
-)
+from minilora.data.record_files import check_streamed, checked, files_in, read_rows, unread_in
 from minilora.data.records import EncodeReport, encode_rows
 from minilora.data.streaming import Stream
 from minilora.data.token_cache import cached

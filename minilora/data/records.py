@@ -42,16 +42,9 @@ class EncodeReport:
     shapes: tuple[str, ...] = ()
 
     def __add__(self, other: EncodeReport) -> EncodeReport:
-        return EncodeReport(
-            self.documents + other.documents,
-            self.tokens + other.tokens,
-            self.learned_tokens + other.learned_tokens,
-            self.truncated + other.truncated,
-            self.fully_masked + other.fully_masked,
-            max(self.longest, other.longest),
-            tuple(dict.fromkeys(self.notes + other.notes)),
-            tuple(dict.fromkeys(self.shapes + other.shapes)),
-        )
+        both: dict[str, Any] = {name: n + vars(other)[name] for name, n in vars(self).items()}
+        both |= {name: tuple(dict.fromkeys(both[name])) for name in ("notes", "shapes")}
+        return EncodeReport(**both | {"longest": max(self.longest, other.longest)})
 
     def __str__(self) -> str:
         kept = self.documents - self.fully_masked

@@ -22,20 +22,14 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of records.
+    """One shape of records."""
 
-    Attributes:
-        keys: that a record of it has.
-        check: raises ValueError with what is wrong.
-        encode: returns the examples of a record, cut, those without anything to learn too.
-        more: keys that it may have, and reads.
-        fits: whether a record with these keys is of it, where keys alone don't tell.
-    """
-
-    keys: tuple[str, ...]
-    check: Callable[[Record], None]
+    keys: tuple[str, ...]  # that a record of it has
+    check: Callable[[Record], None]  # raises ValueError with what is wrong
+    # Returns the examples of a record, cut, those without anything to learn too.
     encode: Callable[[Encoder, Record, str], list[Row]]
-    more: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()  # keys that it may have, and reads
+    # Whether a record with these keys is of it, where keys alone don't tell.
     fits: Callable[[Record], bool] = lambda record: True
 
 

@@ -30,15 +30,8 @@ def learned_texts(
 
     An answer is learned from where its generation prompt ends to where the turn ends. One text
     holds them all, unless the template writes earlier turns otherwise once a conversation goes on:
-    then each answer gets a text of its own, as it will be asked for.
-
-    Args:
-        talk: of these messages.
-        messages: with at least one of the assistant.
-        completion_only: False learns all but the turns that are marked.
-
-    Raises:
-        ValueError: an answer that does not go on from the prompt that the template writes.
+    then each answer gets a text of its own, as it will be asked for. Without `completion_only` all
+    is learned but the turns that are marked.
     """
     if not completion_only:
         text, ranges = _everything(talk, messages)

@@ -8,7 +8,7 @@ gives the same gradient), then blocks are recomputed (a third more time), then t
 import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -72,31 +72,18 @@ class Option:
     cost: float | None = None
 
 
+@dataclass
 class Planner:
-    """Makes options for one model and one data set.
+    """Makes options for one model and one data set."""
 
-    Args:
-        shape: of the model.
-        data: its size.
-        here: this machine's figures.
-        prices: of an hour, by device name.
-        timed: whether to time blocks here.
-        auto: whether each machine computes in what is fastest there, not in what is asked for.
-    """
-
-    def __init__(
-        self,
-        shape: Shape,
-        data: Data,
-        here: Calibration,
-        prices: Mapping[str, float],
-        timed: bool = True,
-        auto: bool = False,
-    ):
-        self.shape, self.data, self.here, self.prices = shape, data, here, prices
-        self.timed, self.auto = timed, auto
-        # By format: what was timed, and how much longer it took than by the measured rates.
-        self.anchors: dict[str | None, tuple[Settings, Timing, float]] = {}
+    shape: Shape
+    data: Data
+    here: Calibration
+    prices: Mapping[str, float]  # of an hour, by device name
+    timed: bool = True  # whether to time blocks here
+    auto: bool = False  # whether each machine computes in what is fastest there
+    # By format: what was timed, and how much longer it took than by the measured rates.
+    anchors: dict[str | None, tuple[Settings, Timing, float]] = field(default_factory=dict)
 
     def memory(self, settings: Settings, device: Device) -> Memory:
         """Plan the bytes of one process there."""

@@ -9,14 +9,13 @@ from typing import Any
 
 from minilora.data import read_data
 from minilora.files import on_hub, short
-from minilora.loading import read_tokenizer
+from minilora.loading import NAMES, read_tokenizer
 from minilora.planning.machines import DEVICES, name_of
 from minilora.planning.plans import Plan, plan
 from minilora.planning.shapes import PRESETS
 from minilora.quantization import FORMATS
 from minilora.text import Tokenizer
 
-_FETCHED = "smollm2-135m"
 _PASSED = (
     "r", "targets", "exclude", "length", "batch_size", "accumulate", "epochs", "quantize", "dtype",
     "checkpointing", "device", "ranks", "parallel", "dropout", "block_size", "memory_gb",
@@ -94,7 +93,7 @@ def from_arguments(options: argparse.Namespace) -> Plan:
 def _tokenizer(model: str) -> Tokenizer:
     place = Path(model)
     here = place.is_dir() or (place.is_file() and place.suffix != ".json")
-    if model == _FETCHED or here or on_hub(model) is not None:
+    if model in NAMES or here or on_hub(model) is not None:
         return read_tokenizer(model)
     raise ValueError(
         f"--data is counted by the model's tokenizer, found none at {short(model)}; pass the "

@@ -9,17 +9,11 @@ from minilora.data import Batches, learned_labels
 
 
 class BatchShape(NamedTuple):
-    """The shape of a batch.
+    """The shape of a batch."""
 
-    Attributes:
-        rows: over all ranks.
-        length: tokens that each row is padded to.
-        learned: labels that enter the loss.
-    """
-
-    rows: int
-    length: int
-    learned: int
+    rows: int  # over all ranks
+    length: int  # tokens that each row is padded to
+    learned: int  # labels that enter the loss
 
     @property
     def tokens(self) -> int:

@@ -25,23 +25,14 @@ PROCESS = 410 * 2**20
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured figures of this machine.
+    """Measured figures of this machine."""
 
-    Attributes:
-        memory: bytes a process may use: the smaller of what is free and a container's limit.
-        rates: FLOP/s of a large product by dtype name; `int8` in operations.
-        bandwidth: bytes/s of a copy, read and written.
-        integer: how INT8 and INT4 are multiplied as integers here, see `integer_way`.
-        process: bytes of a process that trained a model of no size.
-        busy: share of the processor that other work took meanwhile; 0 where that is not known.
-    """
-
-    memory: int
-    rates: dict[str, float]
-    bandwidth: float
-    integer: str | None
-    process: int
-    busy: float = 0.0
+    memory: int  # bytes a process may use: the smaller of what is free and a container's limit
+    rates: dict[str, float]  # FLOP/s of a large product by dtype name; of int8 operations
+    bandwidth: float  # bytes/s of a copy, read and written
+    integer: str | None  # how INT8 and INT4 are multiplied as integers here, see `integer_way`
+    process: int  # bytes of a process that trained a model of no size
+    busy: float = 0.0  # share of the processor that other work took meanwhile, if that is known
 
 
 @functools.cache

@@ -218,24 +218,17 @@ _known: dict[str, Counted] = {}  # a plan asks for the same many times
 
 def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> Counted:
     """Count what the settings make of a shape; `most`: of a model of that many blocks a sort."""
-    batch: dict[str, Any] = {
-        "batch_size": 1,
-        "accumulate": 1,
-        "length": 1,
-        "learned": 1.0,
-        "moment_bytes": None,
-        "compile": False,
-    }
-    batch |= {"ranks": 1, "parallel": None, "checkpointing": False}
-    key = repr((shape.config, dataclasses.replace(settings, **batch), most))
+    same: dict[str, Any] = dict.fromkeys(("batch_size", "accumulate", "length", "ranks"), 1)
+    same |= {"learned": 1.0, "moment_bytes": None, "parallel": None}
+    same |= {"compile": False, "checkpointing": False}  # none of these changes what is counted
+    key = repr((shape.config, dataclasses.replace(settings, **same), most))
     if key not in _known:
         if len(_known) >= 64:
             _known.clear()
         model, number = planned_model(shape, settings, most or 2)
         autocast, saved = settings.dtype if settings.autocast else None, None
-        if (
-            settings.format and not autocast
-        ):  # a frozen base keeps nothing, whatever it is stored in
+        # A frozen base keeps nothing, whatever it is stored in.
+        if settings.format and not autocast:
             saved = count_planned(shape, dataclasses.replace(settings, format=None), most).saved
         try:
             _known[key] = Counted(model, autocast, None if most else number, saved)

@@ -42,19 +42,11 @@ BUSY = 0.2  # share of the processor above which times are worth a warning
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of thumb that people quote, beside what is computed.
-
-    Attributes:
-        rule: in words.
-        says: bytes.
-        computed: bytes of what the rule is quoted for.
-        of: what that is.
-        misleads: where.
-    """
+    """A rule of thumb that people quote, beside what is computed of what it is quoted for."""
 
     rule: str
-    says: int
-    computed: int
+    says: int  # bytes
+    computed: int  # bytes
     of: str
     misleads: str
 
@@ -182,14 +174,8 @@ class Plan(Option):
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-able values; bytes, seconds, hours."""
         options = [
-            {
-                "device": one.device.name,
-                "settings": one.settings,
-                "peak": one.memory.peak,
-                "fits": one.fits,
-                "speed": one.speed,
-                "cost": one.cost,
-            }
+            {"device": one.device.name, "settings": one.settings, "peak": one.memory.peak}
+            | {name: getattr(one, name) for name in ("fits", "speed", "cost")}
             for one in self.options
         ]
         advice = {name: getattr(self.advice, name) for name in ("cpu", "why", "command")}
@@ -233,11 +219,8 @@ def option_table(options: list[Option]) -> str:
             "–" if one.cost is None else _money(one.cost),
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    cells = [[f"{c:{width}}" for c, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(["", *row]).rstrip() for row in cells)
 
 
 def data_size(

@@ -23,17 +23,11 @@ _ROWS = 2  # of the smallest pass that is run
 
 
 class Saved(NamedTuple):
-    """Bytes that lie between forward and backward, without the head and the loss.
+    """Bytes that lie between forward and backward, without the head and the loss."""
 
-    Attributes:
-        total: of all blocks and what stands around them.
-        inputs: what is left where blocks are run again (checkpointing): their inputs.
-        block: of the block that keeps most, while it is run again.
-    """
-
-    total: int
-    inputs: int
-    block: int
+    total: int  # of all blocks and what stands around them
+    inputs: int  # what is left where blocks are run again (checkpointing): their inputs
+    block: int  # of the block that keeps most, while it is run again
 
 
 def keep_blocks(survey: Survey, names: Iterable[str]) -> Callable[[], None]:
@@ -99,12 +93,8 @@ class SavedBytes:
         model: any with a head and blocks in an `nn.ModuleList`, adapters injected; on any device,
             the meta device too. Not changed.
         autocast: the dtype of autocast, None without.
-        number: how many blocks each of the model's stands for, where those that keep the same are
-            there twice; default: all blocks are there.
+        number: how many blocks each of the model's stands for; None: all blocks are there.
         device: to count for; `"cuda"` needs a torch built for CUDA, not a GPU.
-
-    Raises:
-        ValueError: a model without a head or a list of blocks.
     """
 
     def __init__(
@@ -177,13 +167,12 @@ class SavedBytes:
     def _run(self, rows: int, tokens: int) -> Saved:
         inputs, needed, kept = [], [], []
         shared: list[Tensor] = []  # what several blocks are given, such as rotations
-        with self.mode, saved_storages() as saved, contextlib.ExitStack() as hooks:
+        with self.mode, saved_bytes() as bytes_of, contextlib.ExitStack() as hooks:
             own = [*self.model.parameters(), *self.model.buffers()]
             own.append(torch.zeros(rows, tokens, dtype=torch.int64, device=self.device))
 
             def held(*others: Tensor) -> int:
-                left_out = {one.untyped_storage()._cdata for one in (*own, *others)}
-                return sum(s.nbytes() for at, s in saved.items() if at not in left_out)
+                return bytes_of(*own, *others)
 
             def enter(_: nn.Module, args: tuple, named: dict[str, Any]) -> None:
                 given = [v for v in tree_leaves((args, named)) if isinstance(v, Tensor)]
@@ -217,14 +206,18 @@ class SavedBytes:
 
 
 @contextlib.contextmanager
-def saved_storages() -> Iterator[dict[int, Any]]:
-    """Collect the storages that autograd saves, by address; held, so that none comes twice."""
-    found: dict[int, Any] = {}
+def saved_bytes() -> Iterator[Callable[..., int]]:
+    """Give what counts the bytes that autograd saves within the block, but for those of tensors."""
+    found: dict[int, Any] = {}  # storages by address; held, so that none comes twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         found[storage._cdata] = storage
         return tensor
 
+    def bytes_of(*left_out: Tensor) -> int:
+        own = {tensor.untyped_storage()._cdata for tensor in left_out}
+        return sum(storage.nbytes() for at, storage in found.items() if at not in own)
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+        yield bytes_of

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minilora.files import on_hub, whole
-from minilora.loading import ForeignConfig, read_config
+from minilora.loading import NAMES, ForeignConfig, read_config
 from minilora.lora import (
     Survey,
     check_rank,
@@ -63,18 +63,14 @@ PRESETS: dict[str, Preset] = {
     "gpt2-medium": _gpt2("gpt2-medium", 1024, 24, 16),
     "gpt2-large": _gpt2("gpt2-large", 1280, 36, 20),
     "gpt2-xl": _gpt2("gpt2-xl", 1600, 48, 25),
-    "smollm2-135m": _decoder(
-        "HuggingFaceTB/SmolLM2-135M", 49152, 576, 1536, 30, 9, 3, 8192, tied=True
-    ),
-    "smollm2-360m": _decoder(
-        "HuggingFaceTB/SmolLM2-360M", 49152, 960, 2560, 32, 15, 5, 8192, tied=True
-    ),
-    "smollm2-1.7b": _decoder(
-        "HuggingFaceTB/SmolLM2-1.7B", 49152, 2048, 8192, 24, 32, 32, 8192, tied=True
-    ),
-    "tinyllama-1.1b": _decoder(
-        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 32000, 2048, 5632, 22, 32, 4, 2048
-    ),
+    "smollm2-135m": _decoder("HuggingFaceTB/SmolLM2-135M",
+        49152, 576, 1536, 30, 9, 3, 8192, tied=True),
+    "smollm2-360m": _decoder("HuggingFaceTB/SmolLM2-360M",
+        49152, 960, 2560, 32, 15, 5, 8192, tied=True),
+    "smollm2-1.7b": _decoder("HuggingFaceTB/SmolLM2-1.7B",
+        49152, 2048, 8192, 24, 32, 32, 8192, tied=True),
+    "tinyllama-1.1b": _decoder("TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        32000, 2048, 5632, 22, 32, 4, 2048),
     "llama-2-7b": _decoder("meta-llama/Llama-2-7b-hf", 32000, 4096, 11008, 32, 32, 32, 4096),
     "llama-2-13b": _decoder("meta-llama/Llama-2-13b-hf", 32000, 5120, 13824, 40, 40, 40, 4096),
     "llama-2-70b": _decoder("meta-llama/Llama-2-70b-hf", 32000, 8192, 28672, 80, 64, 8, 4096),
@@ -82,70 +78,47 @@ PRESETS: dict[str, Preset] = {
     "llama-3-70b": _decoder("meta-llama/Meta-Llama-3-70B", 128256, 8192, 28672, 80, 64, 8, 8192),
     "llama-3.1-8b": _decoder("meta-llama/Llama-3.1-8B", 128256, 4096, 14336, 32, 32, 8, 131072),
     "llama-3.1-70b": _decoder("meta-llama/Llama-3.1-70B", 128256, 8192, 28672, 80, 64, 8, 131072),
-    "llama-3.2-1b": _decoder(
-        "meta-llama/Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 131072, tied=True
-    ),
-    "llama-3.2-3b": _decoder(
-        "meta-llama/Llama-3.2-3B", 128256, 3072, 8192, 28, 24, 8, 131072, tied=True
-    ),
-    "mistral-7b-v0.1": _decoder(
-        "mistralai/Mistral-7B-v0.1", 32000, 4096, 14336, 32, 32, 8, 32768,
-        family="mistral", sliding_window=4096,
-    ),
-    "mistral-7b-v0.3": _decoder(
-        "mistralai/Mistral-7B-v0.3", 32768, 4096, 14336, 32, 32, 8, 32768,
-        family="mistral", sliding_window=None,
-    ),
+    "llama-3.2-1b": _decoder("meta-llama/Llama-3.2-1B",
+        128256, 2048, 8192, 16, 32, 8, 131072, tied=True),
+    "llama-3.2-3b": _decoder("meta-llama/Llama-3.2-3B",
+        128256, 3072, 8192, 28, 24, 8, 131072, tied=True),
+    "mistral-7b-v0.1": _decoder("mistralai/Mistral-7B-v0.1",
+        32000, 4096, 14336, 32, 32, 8, 32768, family="mistral", sliding_window=4096),
+    "mistral-7b-v0.3": _decoder("mistralai/Mistral-7B-v0.3",
+        32768, 4096, 14336, 32, 32, 8, 32768, family="mistral", sliding_window=None),
     "mistral-nemo-12b": _decoder(
         "mistralai/Mistral-Nemo-Base-2407", 131072, 5120, 14336, 40, 32, 8, 131072,
         family="mistral", sliding_window=None, head_dim=128,
     ),
-    "mistral-small-24b": _decoder(
-        "mistralai/Mistral-Small-24B-Base-2501", 131072, 5120, 32768, 40, 32, 8, 32768,
-        family="mistral", sliding_window=None, head_dim=128,
-    ),
-    "qwen2.5-0.5b": _decoder(
-        "Qwen/Qwen2.5-0.5B", 151936, 896, 4864, 24, 14, 2, 32768,
-        tied=True, family="qwen2",
-    ),
-    "qwen2.5-1.5b": _decoder(
-        "Qwen/Qwen2.5-1.5B", 151936, 1536, 8960, 28, 12, 2, 32768,
-        tied=True, family="qwen2",
-    ),
-    "qwen2.5-7b": _decoder(
-        "Qwen/Qwen2.5-7B", 152064, 3584, 18944, 28, 28, 4, 131072, family="qwen2"
-    ),
-    "qwen3-0.6b": _decoder(
-        "Qwen/Qwen3-0.6B", 151936, 1024, 3072, 28, 16, 8, 40960, tied=True, family="qwen3"
-    ),
-    "qwen3-1.7b": _decoder(
-        "Qwen/Qwen3-1.7B", 151936, 2048, 6144, 28, 16, 8, 40960, tied=True, family="qwen3"
-    ),
-    "qwen3-4b": _decoder(
-        "Qwen/Qwen3-4B", 151936, 2560, 9728, 36, 32, 8, 40960, tied=True, family="qwen3"
-    ),
+    "mistral-small-24b": _decoder("mistralai/Mistral-Small-24B-Base-2501",
+        131072, 5120, 32768, 40, 32, 8, 32768, family="mistral", sliding_window=None, head_dim=128),
+    "qwen2.5-0.5b": _decoder("Qwen/Qwen2.5-0.5B",
+        151936, 896, 4864, 24, 14, 2, 32768, tied=True, family="qwen2"),
+    "qwen2.5-1.5b": _decoder("Qwen/Qwen2.5-1.5B",
+        151936, 1536, 8960, 28, 12, 2, 32768, tied=True, family="qwen2"),
+    "qwen2.5-7b": _decoder("Qwen/Qwen2.5-7B",
+        152064, 3584, 18944, 28, 28, 4, 131072, family="qwen2"),
+    "qwen3-0.6b": _decoder("Qwen/Qwen3-0.6B",
+        151936, 1024, 3072, 28, 16, 8, 40960, tied=True, family="qwen3"),
+    "qwen3-1.7b": _decoder("Qwen/Qwen3-1.7B",
+        151936, 2048, 6144, 28, 16, 8, 40960, tied=True, family="qwen3"),
+    "qwen3-4b": _decoder("Qwen/Qwen3-4B",
+        151936, 2560, 9728, 36, 32, 8, 40960, tied=True, family="qwen3"),
     "qwen3-8b": _decoder("Qwen/Qwen3-8B", 151936, 4096, 12288, 36, 32, 8, 40960, family="qwen3"),
     "qwen3-14b": _decoder("Qwen/Qwen3-14B", 151936, 5120, 17408, 40, 40, 8, 40960, family="qwen3"),
     "qwen3-32b": _decoder("Qwen/Qwen3-32B", 151936, 5120, 25600, 64, 64, 8, 40960, family="qwen3"),
-    "smollm3-3b": _decoder(
-        "HuggingFaceTB/SmolLM3-3B", 128256, 2048, 11008, 36, 16, 4, 65536,
-        tied=True, family="smollm3",
-    ),
-    "phi-3-mini": _decoder(
-        "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, 32, 4096,
-        family="phi3", sliding_window=2047,
-    ),
+    "smollm3-3b": _decoder("HuggingFaceTB/SmolLM3-3B",
+        128256, 2048, 11008, 36, 16, 4, 65536, tied=True, family="smollm3"),
+    "phi-3-mini": _decoder("microsoft/Phi-3-mini-4k-instruct",
+        32064, 3072, 8192, 32, 32, 32, 4096, family="phi3", sliding_window=2047),
     "phi-4-mini": _decoder(
         "microsoft/Phi-4-mini-instruct", 200064, 3072, 8192, 32, 24, 8, 131072,
         tied=True, family="phi3", sliding_window=262144, partial_rotary_factor=0.75,
     ),
-    "gemma-2-2b": _decoder(
-        "google/gemma-2-2b", 256000, 2304, 9216, 26, 8, 4, 8192, tied=True, family="gemma2"
-    ),
-    "gemma-3-1b": _decoder(
-        "google/gemma-3-1b-pt", 262144, 1152, 6912, 26, 4, 1, 32768,
-        tied=True, family="gemma3_text", sliding_window=512,
-    ),
+    "gemma-2-2b": _decoder("google/gemma-2-2b",
+        256000, 2304, 9216, 26, 8, 4, 8192, tied=True, family="gemma2"),
+    "gemma-3-1b": _decoder("google/gemma-3-1b-pt",
+        262144, 1152, 6912, 26, 4, 1, 32768, tied=True, family="gemma3_text", sliding_window=512),
     "phi-4": _decoder("microsoft/phi-4", 100352, 5120, 17920, 40, 40, 10, 16384, family="phi3"),
 }  # fmt: skip
 
@@ -202,18 +175,7 @@ class Shape:
 
 
 def read_shape(model: Any) -> Shape:
-    """Find a model's shape.
-
-    Args:
-        model: a preset's name, a Hugging Face folder or its config.json, a .gguf file, a name
-            `owner/model` of the hub (needs huggingface_hub), a config, or a model of
-            `minilora.models`.
-
-    Raises:
-        ValueError: none of these, or a configuration that is not built.
-        TypeError: another type.
-        RuntimeError: a hub name without huggingface_hub, or one that can't be fetched.
-    """
+    """Find a model's shape; `plan` says what a model may be."""
     if isinstance(model, Shape):
         return model
     if isinstance(model, ModelConfig):
@@ -232,9 +194,8 @@ def read_shape(model: Any) -> Shape:
         foreign = _foreign(config)
         return Shape(str(path.parent) if alone else name, config, source, not alone, foreign)
     if name.lower() in PRESETS:
-        preset = PRESETS[name.lower()]
-        stored = name.lower() == "smollm2-135m"
-        return Shape(name.lower(), preset.config, preset.source, stored)
+        name = name.lower()
+        return Shape(name, *PRESETS[name], stored=name in NAMES)
     if on_hub(name) is not None:
         config = _hub_config(name)
         return Shape(name, config, f"huggingface.co/{name}, config.json", True, _foreign(config))
@@ -358,16 +319,7 @@ class Settings:
 def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tuple[Any, list[int]]:
     """Make what the settings make of a shape, on the meta device: quantized, and with adapters.
 
-    Args:
-        shape: of the model.
-        settings: of the run.
-        most: how many blocks of every sort it has at most; None: all.
-
-    Returns:
-        The model, and how many blocks each of its blocks stands for.
-
-    Raises:
-        ValueError: what `quantize` or `inject` refuses, or a rank above what a layer can use.
+    It has `most` blocks of every sort (None: all). Also return how many each of them stands for.
     """
     model = shape.empty(settings.base_dtype)
     survey, r = Survey(model), check_rank(settings.r)

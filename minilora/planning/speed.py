@@ -26,25 +26,14 @@ _PRODUCTS, _MOVING, _DECODE = 0.35, 0.5, 0.6e-9
 
 @dataclass(frozen=True)
 class Work:
-    """What one optimizer step takes, over all ranks.
+    """What one optimizer step takes, over all ranks: FLOPs by the terms above, and what moves."""
 
-    Attributes:
-        tokens: processed.
-        base: FLOPs with the frozen weights of the blocks.
-        adapters: FLOPs with the factors.
-        attention: FLOPs of scores and values.
-        head: FLOPs of head and loss.
-        bytes: moved: weights in each pass, and activations.
-        decoded: weights decoded or cast, each time one is multiplied.
-    """
-
-    tokens: int
     base: int
     adapters: int
     attention: int
     head: int
-    bytes: int
-    decoded: int
+    bytes: int  # weights in each pass, and activations
+    decoded: int  # weights decoded or cast, each time one is multiplied
 
     @property
     def flops(self) -> int:
@@ -63,7 +52,6 @@ def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
     kept = memory.activations + memory.recomputed * layers
     copies = settings.ranks if settings.parallel == "fsdp" else 1
     return Work(
-        tokens=tokens,
         base=tokens * 2 * runs * counted.weights,
         adapters=tokens * (4 + 2 * (runs - 1)) * counted.trained,
         attention=int(tokens * 2 * settings.length * q * layers * (runs - 1 + 2.5)),

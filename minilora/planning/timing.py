@@ -17,7 +17,7 @@ from minilora.kernels import hand_back_freed_memory, hardware, integer_way, keep
 from minilora.lora import Survey
 from minilora.planning.machines import forget_peak, isolated, peak_bytes, resident
 from minilora.planning.memory import count_memory, count_planned
-from minilora.planning.saved import copied, saved_storages
+from minilora.planning.saved import copied, saved_bytes
 from minilora.planning.shapes import Settings, Shape, planned_model
 from minilora.running import compiled, token_loss
 
@@ -134,14 +134,10 @@ def _steps(
 
 def _kept(model: Any, batch: Batch, settings: Settings) -> int:
     """Return the bytes that a pass through the blocks keeps."""
-    with (
-        saved_storages() as saved,
-        torch.autocast("cpu", dtype=settings.dtype, enabled=settings.autocast),
-    ):
+    low = torch.autocast("cpu", dtype=settings.dtype, enabled=settings.autocast)
+    with saved_bytes() as bytes_of, low:
         model.hidden(batch.input_ids)
-    own = [*model.parameters(), *model.buffers(), batch.input_ids]
-    left_out = {one.untyped_storage()._cdata for one in own}
-    return sum(storage.nbytes() for at, storage in saved.items() if at not in left_out)
+    return bytes_of(*model.parameters(), *model.buffers(), batch.input_ids)
 
 
 @dataclass(frozen=True)
@@ -150,8 +146,7 @@ class Timing:
 
     Attributes:
         seconds: the median.
-        low: where the middle half of the repeats begins.
-        high: where it ends.
+        low, high: where the middle half of the repeats begins and ends.
         repeats: how many there were.
         beyond: bytes at the peak above those planned for the timed steps, which a whole model takes
             too (what this machine's libraries hold for products); 0 where that is not known.
@@ -177,9 +172,7 @@ class Timing:
         )
 
     def doubt(self) -> str:
-        """Say that the repeats disagree, or ""."""
-        if self.steady:
-            return ""
+        """Say that the repeats disagree."""
         return (
             f"timings disagree by a factor of {self.high / self.low:.2g} (above {AGREE}) after "
             f"{self.repeats} repeats; take the time as rough, and plan again on a quiet machine"

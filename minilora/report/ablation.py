@@ -70,13 +70,9 @@ def kinds_of(names: Sequence[str]) -> dict[str, str]:
 def only(
     model: nn.Module | Survey, adapter: str, names: Sequence[str], copies: bool = True
 ) -> Iterator[None]:
-    """Within the block this adapter alone is active, on these layers alone.
+    """Within the block this adapter alone is active, on these layers alone; without any the base.
 
-    Args:
-        model: its active adapters are back afterwards.
-        adapter: its name.
-        names: dotted names of layers; without any the model is its base.
-        copies: whether the adapter's trained copies are in place.
+    `copies` is whether the adapter's trained copies are in place.
     """
     survey, chosen = Survey.of(model), set(names)
     with survey.switched():
@@ -131,8 +127,7 @@ def ablate(
         examples: the same for every measurement.
         batch_size, pad_id: as for `evaluate`; the same batches every time.
         say: called with measurements done and to do.
-    """  # fmt: skip
-
+    """
     survey = Survey.of(model)
 
     def losses(names: Sequence[str], copies: bool) -> list[Tensor]:

@@ -105,7 +105,8 @@ def explain(
         None if some is None else as_examples(some.examples if isinstance(some, Batches) else some)
         for some in (data, train, outside)
     )
-    patterns = word_ids([words] if isinstance(words, str) else words, tokenizer) if words else []
+    words = (words,) if words and isinstance(words, str) else tuple(words)
+    patterns = word_ids(words, tokenizer) if words else []
     say = Progress(progress)
     comparison = None if against is None else subspaces(survey, adapter, against)
     mine = survey.with_adapter(adapter)
@@ -118,14 +119,14 @@ def explain(
     run = _Run(survey, adapter, tokenizer, batch_size, pad_id, say)
     say.tokens = (3 + 2 * bool(patterns)) * tokens_of(held)
     say.tokens += 2 * (tokens_of(seen) + tokens_of(other))
-    if held is not None:  # two passes for each part
-        ablated = [held[i] for i in _spread(len(held), ablate_examples)]
+    ablated = [] if held is None else [held[i] for i in _spread(len(held), ablate_examples)]
+    if ablated:  # two passes for each part
         say.tokens += 2 * len(parts_of(survey, adapter)) * tokens_of(ablated)
     ranks = {report.name: report.suggested_r for report in reports}
     truncation, cut_loss = run.truncated(ranks, held)
     behaviour = None
     if held is not None:
-        behaviour = run.behaviour(held, top, ablate_examples, cut_loss, words, patterns)
+        behaviour = run.behaviour(held, top, ablated, cut_loss, words, patterns)
     found = Explanation(
         adapter, keep, tuple(reports), _copies(survey, adapter), truncation, comparison, behaviour,
         gap(run.loss(seen, "training data"), behaviour.loss) if seen and behaviour else None,
@@ -204,10 +205,7 @@ class _Run:
             if examples is None:
                 return fit, None
             line = "measuring the adapter at the suggested ranks"
-            with (
-                self.say.measuring(line, tokens_of(examples)),
-                only(self.survey, name, self.names),
-            ):
+            with self.say.measuring(line, tokens_of(examples)), only(self.survey, name, self.names):
                 losses = token_losses(self.model, examples, **self.options)
         finally:
             for layer in self.survey.with_adapter(name).values():
@@ -218,15 +216,14 @@ class _Run:
         self,
         held: list[Example],
         top: int,
-        ablated: int,
+        some: list[Example],
         cut: float | None,
-        words: Sequence[str],
+        words: tuple[str, ...],
         patterns: list[list[int]],
     ) -> Behaviour:
-        """Measure everything that needs held-out data."""  # fmt: skip
+        """Measure everything that needs held-out data; `some` of it is ablated on."""
         before, after = self.both(held, "held-out data")
         helped, hurt = effects(held, before, after, self.tokenizer, top)
-        some = [held[i] for i in _spread(len(held), ablated)]
         ablations: tuple = ()
         if some:
             begun, count = time.monotonic(), 2 * tokens_of(some)
@@ -249,7 +246,6 @@ class _Run:
                 )
             with self.say.measuring("measuring attention with the adapter", count), self.on():
                 new = attention_masses(self.model, held, patterns, **self.options)[0]
-            words = (words,) if isinstance(words, str) else tuple(words)
             attention = Attention(words, old, new, even, tokens, queries)
         changes = torch.cat(after) - torch.cat(before)
         pick = _spread(len(held), SHOWN)

@@ -144,13 +144,8 @@ def length_controlled(apart: Sequence[tuple[bool, int]]) -> tuple[float, float] 
 
     A logistic regression of who wins on the difference of lengths, at no difference, as in Dubois
     et al. 2024 (arXiv:2404.04475); p by the ratio of likelihoods with and without the constant.
-
-    Args:
-        apart: of each question that one of two answered rightly: whether the second did, and how
-            many tokens longer its answer is.
-
-    Returns:
-        None for fewer than 10, or where lengths never differ.
+    `apart` holds, of each question that one of two answered rightly, whether the second did, and
+    how many tokens longer its answer is. None for fewer than 10, or where lengths never differ.
     """
     lengths = np.array([longer for _, longer in apart], dtype=np.float64)
     if len(apart) < FEWEST or not lengths.any():

@@ -128,14 +128,9 @@ def attention_masses(
 ) -> tuple[tuple[float, ...], tuple[float, ...], int, tuple[int, ...]]:
     """Measure how much attention falls on the patterns, with the model as it is now.
 
-    Returns:
-        The mean share per attention layer, the share if attention were even, chosen tokens, and
-        tokens that see one, per layer as well.
-
-    Raises:
-        ValueError: none of the patterns occurs, or the model does not attend through
-            `scaled_dot_product_attention`.
-    """  # fmt: skip
+    Return the mean share per attention layer, the share if attention were even, chosen tokens, and
+    tokens that see one, per layer as well.
+    """
     marked = [(e, occurrences(e.input_ids, patterns)) for e in examples]
     marked = sorted((m for m in marked if any(m[1])), key=lambda m: len(m[0].input_ids))
     if not marked:

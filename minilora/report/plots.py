@@ -131,14 +131,8 @@ def heat_map(
             f"{len(rows)} kinds of modules by {len(columns)} blocks; the largest is "
             f"{label(values[most])} at {most[0]}, {most[1]}"
         )
-    width = left + len(columns) * cell + 8
-    return svg(
-        max(width, left + (440 if loud else 300)),
-        bottom + (28 if not numbers else 6),
-        title,
-        about,
-        body,
-    )
+    width = left + max(len(columns) * cell + 8, 440 if loud else 300)
+    return svg(width, bottom + (6 if numbers else 28), title, about, body)
 
 
 def _without_outliers(values: Sequence[float]) -> float:
@@ -157,9 +151,7 @@ def blend(share: float) -> str:
 def spectra(title: str, series: Sequence[tuple[str, float, Sequence[float]]]) -> str:
     """Draw singular values on a logarithmic axis, one line per layer.
 
-    Args:
-        title: of the plot.
-        series: a name, a depth from 0 (first block) to 1 (last), and the values; zeros end a line.
+    A layer has a name, a depth from 0 (first block) to 1 (last), and its values; zeros end a line.
     """
     width, height, left, low = 228.0, 196.0, 56.0, 26.0
     found = [v for _, _, values in series for v in values if v > 0]
@@ -332,11 +324,9 @@ def two_lines(
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float, str, bool]]) -> str:
-    """Draw a value with its interval per row about a line at 0, with what to write below it.
+    """Draw a value with its interval per row about a line at 0.
 
-    Args:
-        title: of the plot.
-        rows: a name, the value, the ends of its interval, words, and whether it is clear.
+    A row is a name, the value, the ends of its interval, words, and whether it is clear.
     """
     wide, left, step = 620.0, 16.0, 58.0
     floor = 14 + step * len(rows)

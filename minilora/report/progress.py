@@ -18,17 +18,14 @@ class Progress:
 
     Args:
         progress: whether to say anything; a number: a line in so many seconds at most.
-
-    Attributes:
-        tokens: still to be measured, in all passes.
-        rate: tokens a second of the last pass, 0 before there was one.
     """
 
     def __init__(self, progress: bool | float):
         self.progress, self.width = progress, 0
         self.every = 0.0 if progress is True else float(progress)
         self.last = time.monotonic()
-        self.tokens, self.rate = 0, 0.0
+        self.tokens = 0  # still to be measured, in all passes
+        self.rate = 0.0  # tokens a second of the last pass, 0 before there was one
 
     def __call__(self, line: str) -> None:
         """Say what is being done from now on, and how long all that is left takes."""

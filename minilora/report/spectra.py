@@ -117,12 +117,7 @@ def truncation_error(values: tuple[float, ...], r: int) -> float:
 
 
 def small_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U `[N, n]`, S `[n]`, V `[K, n]` of B A, n ≤ R, without forming B A.
-
-    Args:
-        A: `[R, K]`.
-        B: `[N, R]`.
-    """
+    """Return U `[N, n]`, S `[n]`, V `[K, n]` of B A, n ≤ R, without forming B A."""
     Q_A, R_A = torch.linalg.qr(A.T)
     Q_B, R_B = torch.linalg.qr(B)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -195,14 +190,9 @@ class _Change:
     def directions(
         self, left: Tensor, right: Tensor, norm: float
     ) -> tuple[tuple[float, float], tuple[float, ...]]:
-        """Compare the change's directions with W's, all found from Gram matrices of panels.
+        """Return overlap_out and overlap_in, and the similarities, from Gram matrices of panels.
 
-        Args:
-            left, right: `[N, n]`, `[K, n]`: B A's singular vectors times its singular values.
-            norm: of the change.
-
-        Returns:
-            The shares of overlap_out and overlap_in, and the similarities.
+        `left` `[N, n]` and `right` `[K, n]` are B A's singular vectors times its singular values.
         """
         N, K = self.W.shape
         tall = K <= N

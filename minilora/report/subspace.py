@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.files import is_number
 from minilora.lora import (
     Approximation,
     Survey,
@@ -57,12 +58,9 @@ class Comparison:
 
 
 def principal_angles(first: Tensor, second: Tensor) -> tuple[float, ...]:
-    """Return the angles between two subspaces in degrees, smallest first.
+    """Return the angles between the spans of orthonormal columns in degrees, smallest first.
 
     Each from its cosine and its sine, so that small ones are exact too (Björck and Golub 1973).
-
-    Args:
-        first, second: orthonormal columns, `[N, p]` and `[N, q]`.
     """
     small, large = sorted((first, second), key=lambda basis: basis.shape[1])
     inner = large.T @ small
@@ -117,15 +115,10 @@ def _space(factors: Any) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """Return r and the rank_pattern that give `inject`, and PEFT, exactly these ranks.
+    """Return r and the rank_pattern that give `inject`, and PEFT, exactly these ranks by name.
 
-    Blocks that differ in their number alone share a pattern: `^model.layers.(0|3).mlp.up_proj`.
-
-    Args:
-        ranks: by dotted name.
-
-    Returns:
-        The commonest rank, and patterns for the layers that have another.
+    r is the commonest. Blocks that differ in their number alone share a pattern:
+    `^model.layers.(0|3).mlp.up_proj`.
     """
     common = Counter(ranks.values()).most_common(1)[0][0]
     groups: dict[tuple[str, str, int], list[str]] = {}
@@ -213,6 +206,5 @@ def is_product(survey: Survey, adapter: str) -> bool:
 
 def check_keep(keep: Any) -> None:
     """Raise unless `keep` is a share that can be kept."""
-    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
-    if not number or not 0 < keep <= 1:
+    if not is_number(keep) or not 0 < keep <= 1:
         raise ValueError(f"keep must lie in (0, 1], the share of ‖ΔW‖² to keep, found {keep!r}")
