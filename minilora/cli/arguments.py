@@ -143,71 +143,47 @@ DATA_HELP = (
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = "auto is the fastest the device multiplies; float32 computes in float32 as well"
-_SHARED: dict[str, Callable[[Any], Any]] = {}
 
 
-def _share(flag: str, **settings: Any) -> None:
-    _SHARED[flag] = arg(flag, **settings)
+def _shared(flag: str, **settings: Any) -> tuple[str, Callable[[Any], Any]]:
+    return flag, arg(flag, **settings)
 
 
-_share("model", metavar="MODEL", help=_MODEL)
-_share("--dtype", default="auto", choices=DTYPES, help=f"of the base (default: auto); {DTYPE_HELP}")
-_share(
-    "--device",
-    default="auto",
-    metavar="DEVICE",
-    help="cpu, cuda, cuda:N or mps; auto (default): a GPU that torch can use, else cpu",
-)
-_share("--quantize", choices=FORMATS, help="store the base's linears in fewer bits")
-_share(
-    "--block-size",
-    type=integer,
-    needs=("--quantize",),
-    help="weights that share a scale in nf4 and int4 (default: 64)",
-)
-_share("--adapter", type=Path, help=ADAPTER_HELP)
-_share("--out", required=True, type=Path, help="a new or empty folder")
-_share("out", type=Path, metavar="OUT", help=ADAPTER_HELP)
-_share("--model", help=f"default: what the adapter names as its base; {_MODEL}")
-_share("--data", required=True, nargs="+", metavar="FILE", help=DATA_HELP)
-_share("--batch-size", type=positive, default=8, help="(default: 8)")
-_share("--max-length", type=_length, default=512, help="tokens kept of an example (default: 512)")
-_share("--all-tokens", action="store_true", help="learn prompts too")
-_share("--skip-bad", type=int, default=0, metavar="N", help="leave out bad rows, N at most")
-_share(
-    "--map",
-    nargs="+",
-    metavar="NAME=FIELD",
-    help="which field of the records is which, as in prompt=question completion=reply",
-)
-_share(
-    "--chat",
-    action="store_true",
-    help="put prompts and completions through the chat template as two turns",
-)
-_share("--system", metavar="TEXT", help="system message of conversations that have none")
-_share("--last-turn", action="store_true", help="learn only the last answer of each")
-_share(
-    "--parse-special",
-    action=argparse.BooleanOptionalAction,
-    help="read names of control tokens in texts as tokens (default: where a text begins as the "
-    "chat template's do)",
-)
-_share("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-_share(
-    "--top-k",
-    type=positive,
-    needs=("--temperature",),
-    help="draw from that many of the likeliest tokens",
-)
-_share(
-    "--top-p",
-    type=float,
-    needs=("--temperature",),
-    help="draw from the likeliest tokens of that probability",
-)
-_share("--seed", type=integer, help="of what is drawn (default: another each time)")
-
+_SHARED = dict((
+    _shared("model", metavar="MODEL", help=_MODEL),
+    _shared("--dtype", default="auto", choices=DTYPES,
+            help=f"of the base (default: auto); {DTYPE_HELP}"),
+    _shared("--device", default="auto", metavar="DEVICE",
+            help="cpu, cuda, cuda:N or mps; auto (default): a GPU that torch can use, else cpu"),
+    _shared("--quantize", choices=FORMATS, help="store the base's linears in fewer bits"),
+    _shared("--block-size", type=integer, needs=("--quantize",),
+            help="weights that share a scale in nf4 and int4 (default: 64)"),
+    _shared("--adapter", type=Path, help=ADAPTER_HELP),
+    _shared("--out", required=True, type=Path, help="a new or empty folder"),
+    _shared("out", type=Path, metavar="OUT", help=ADAPTER_HELP),
+    _shared("--model", help=f"default: what the adapter names as its base; {_MODEL}"),
+    _shared("--data", required=True, nargs="+", metavar="FILE", help=DATA_HELP),
+    _shared("--batch-size", type=positive, default=8, help="(default: 8)"),
+    _shared("--max-length", type=_length, default=512,
+            help="tokens kept of an example (default: 512)"),
+    _shared("--all-tokens", action="store_true", help="learn prompts too"),
+    _shared("--skip-bad", type=int, default=0, metavar="N", help="leave out bad rows, N at most"),
+    _shared("--map", nargs="+", metavar="NAME=FIELD",
+            help="which field of the records is which, as in prompt=question completion=reply"),
+    _shared("--chat", action="store_true",
+            help="put prompts and completions through the chat template as two turns"),
+    _shared("--system", metavar="TEXT", help="system message of conversations that have none"),
+    _shared("--last-turn", action="store_true", help="learn only the last answer of each"),
+    _shared("--parse-special", action=argparse.BooleanOptionalAction,
+            help="read names of control tokens in texts as tokens (default: where a text begins as "
+            "the chat template's do)"),
+    _shared("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
+    _shared("--top-k", type=positive, needs=("--temperature",),
+            help="draw from that many of the likeliest tokens"),
+    _shared("--top-p", type=float, needs=("--temperature",),
+            help="draw from the likeliest tokens of that probability"),
+    _shared("--seed", type=integer, help="of what is drawn (default: another each time)"),
+))  # fmt: skip
 MODEL = ("model", "--device", "--dtype", "--quantize", "--block-size")
 ENCODING = (
     "--max-length",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import minilora
-from minilora.cli.arguments import MODEL, arg, verb
+from minilora.cli.arguments import MODEL, add_arguments, arg, verb
 from minilora.cli.card import write_card
 from minilora.cli.runs import RunFile, only_written, without_resume
 from minilora.cli.sources import load
@@ -52,28 +52,16 @@ def _minutes(text: str) -> float:
 
 
 # What `train` does not know; the rest of the words is a train command.
-_OWN: dict[str, dict[str, Any]] = {
-    "--rates": {
-        "nargs": "+", "type": _rate, "default": RATES, "metavar": "LR",
-        "help": f"learning rates to try (default: {' '.join(f'{rate:g}' for rate in RATES)})",
-    },
-    "--vary": {
-        "nargs": "+", "default": [], "metavar": "NAME=VALUES",
-        "help": "try each rate with each of these too, "
-        "as in r=4,8,16 targets=q_proj+v_proj,all-linear",
-    },
-    "--budget": {
-        "type": _minutes, "metavar": "MINUTES",
-        "help": "that the whole should take; decides how many steps a run has",
-    },
-    "--resume": {"action": "store_true", "help": "continue the tuning in --out"},
-    "--out": {"required": True, "type": Path, "help": "folder for the runs, a folder each"},
-}  # fmt: skip
-
-
-def _own_flags(parser: Any) -> None:
-    for flag, told in _OWN.items():
-        parser.add_argument(flag, **told)
+_OWN = (
+    arg("--rates", nargs="+", type=_rate, default=RATES, metavar="LR",
+        help=f"learning rates to try (default: {' '.join(f'{rate:g}' for rate in RATES)})"),
+    arg("--vary", nargs="+", default=[], metavar="NAME=VALUES", help="try each rate with each of "
+        "these too, as in r=4,8,16 targets=q_proj+v_proj,all-linear"),
+    arg("--budget", type=_minutes, metavar="MINUTES",
+        help="that the whole should take; decides how many steps a run has"),
+    arg("--resume", action="store_true", help="continue the tuning in --out"),
+    arg("--out", required=True, type=Path, help="folder for the runs, a folder each"),
+)  # fmt: skip
 
 
 @verb(
@@ -82,7 +70,7 @@ def _own_flags(parser: Any) -> None:
     "--data",
     arg("--valid", required=True, nargs="+", metavar="FILE", help="held-out data, as --data"),
     arg("--config", type=Path, metavar="FILE", help="TOML with tables [train] and [adapter]"),
-    _own_flags,
+    *_OWN,
     groups,
 )
 def tune(options: argparse.Namespace) -> int:
@@ -151,7 +139,7 @@ def _value(name: str, text: str) -> Any:
 def _command(options: argparse.Namespace, trial: Trial, steps: int) -> list[str]:
     """Return the words of `train` that run a trial."""
     own = argparse.ArgumentParser(add_help=False)  # what is not train's, or the trial's to say
-    _own_flags(own)
+    add_arguments(own, *_OWN)
     varied = [name for name in _VARIED if any(v.startswith(f"{name}=") for v in options.vary)]
     own.add_argument("--max-steps")
     for name in varied:

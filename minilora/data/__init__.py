@@ -10,6 +10,7 @@ from minilora.data.examples import (
     Example,
     Pair,
     as_examples,
+    first_learned,
     hold_out,
     learned_labels,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "encode_prompt",
     "endless",
     "files_in",
+    "first_learned",
     "hold_out",
     "learned_labels",
     "lengths",

@@ -106,6 +106,11 @@ def learned_labels(labels: Sequence[int]) -> int:
     return sum(label != IGNORE for label in labels[1:])
 
 
+def first_learned(labels: Sequence[int]) -> int:
+    """Return where the first label that enters the loss stands, the length if none does."""
+    return next((i for i, label in enumerate(labels) if i and label != IGNORE), len(labels))
+
+
 def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
     """Split examples into those to learn and those held out, both in their order.
 

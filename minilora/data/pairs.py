@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minilora.data.encoder import Row
-from minilora.data.examples import IGNORE, Example, Pair, alike
+from minilora.data.examples import IGNORE, Example, Pair, alike, first_learned
 
 
 class PairRow(Row):
@@ -27,11 +27,11 @@ class PairRow(Row):
     def example(self) -> Pair:
         """Return the pair; that of one answer has no second one yet (`with_other_answers`)."""
         if self.other is None:
-            prompt = _prompt_length(self.labels)
+            prompt = first_learned(self.labels)
             parts = (prompt, len(self.ids) - prompt, 0)
             return Pair(tuple(self.ids), tuple(self.labels), parts, self.wanted)
         shared = alike(self.ids, self.other.ids)
-        prompt = min(shared, _prompt_length(self.labels), _prompt_length(self.other.labels))
+        prompt = min(shared, first_learned(self.labels), first_learned(self.other.labels))
         answers = [
             (row.ids[prompt:], _after(prompt, row.labels[prompt:])) for row in (self, self.other)
         ]
@@ -39,11 +39,6 @@ class PairRow(Row):
 
 
 Answer = tuple[Sequence[int], Sequence[int]]  # ids and labels
-
-
-def _prompt_length(labels: Sequence[int]) -> int:
-    """Count the tokens before the first that is learned, of which a first token is none."""
-    return next((i for i, label in enumerate(labels) if i and label != IGNORE), len(labels))
 
 
 def _after(prompt: int, labels: Sequence[int]) -> Sequence[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from minilora.data import IGNORE, Example
+from minilora.data import IGNORE, Example, first_learned
 from minilora.files import short
 from minilora.running import FEWEST, generate
 
@@ -74,16 +74,11 @@ def judge_of(right: str | Check, tokenizer: Any) -> Check:
     return same
 
 
-def start_of(example: Example) -> int:
-    """Return where the first learned token stands."""
-    return next(i for i, label in enumerate(example.labels) if i and label != IGNORE)
-
-
 def answers_of(
     model: nn.Module, examples: Sequence[Example], tokenizer: Any, most: int, batch_size: int
 ) -> list[list[int]]:
     """Return the ids that a model writes after what precedes the first learned token."""
-    prompts = [list(example.input_ids[: start_of(example)]) for example in examples]
+    prompts = [list(example.input_ids[: first_learned(example.labels)]) for example in examples]
     stops = sorted(tokenizer.stop_ids)
     found = []
     for start in range(0, len(prompts), batch_size):
@@ -103,7 +98,7 @@ def told(
     wanted = []
     ends = {IGNORE, *tokenizer.stop_ids}  # the next turn, or where writing ends
     for example in examples:
-        learned = example.labels[start_of(example) :]
+        learned = example.labels[first_learned(example.labels) :]
         ids = list(itertools.takewhile(lambda i: i not in ends, learned))
         wanted.append(tokenizer.decode(ids))
     good = {

@@ -7,7 +7,6 @@ All are measured on the same examples, so differences count, example by example:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Example, as_examples
+from minilora.data import Example, as_examples, first_learned
 from minilora.files import short, write, write_json
 from minilora.lora import Survey
-from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, start_of, told
+from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, told
 from minilora.report.tokens import decode
 from minilora.running import (
     BASE,
@@ -152,7 +151,7 @@ class AdapterComparison:
 
     def to_json(self, file: str | Path) -> Path:
         """Write everything as JSON and return the path."""
-        return write_json(file, json.loads(json.dumps(dataclasses.asdict(self))))
+        return write_json(file, dataclasses.asdict(self))
 
 
 @torch.no_grad()
@@ -252,8 +251,9 @@ def compare(
         texts = {name: tokenizer.decode(each[i]) for name, each in answers.items()}
         return ShownChange(i, _text(examples["data"][i], tokenizer), change[i], texts)
 
+    tokens = found["data"][0].tokens
     return AdapterComparison(
-        {name: _mean(each) for name, each in losses["data"].items()},
+        {name: math.fsum(summed(each)) / tokens for name, each in losses["data"].items()},
         found["data"],
         tuple(among),
         found.get("outside", ()),
@@ -272,11 +272,6 @@ def _names(survey: Survey, contenders: Sequence[str | None]) -> list[str]:
         )
     survey.known([name for name in names if name != BASE], "compare")
     return names
-
-
-def _mean(losses: Sequence[Tensor]) -> float:
-    total = math.fsum(float(each.double().sum()) for each in losses)
-    return total / sum(len(each) for each in losses)
 
 
 def _per_example(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[float]:
@@ -299,6 +294,6 @@ def _differences(
 
 def _text(example: Example, tokenizer: Any) -> str:
     """Show what is learned first, and a little of what precedes it."""
-    start = start_of(example)
+    start = first_learned(example.labels)
     ids = example.input_ids[max(0, start - BEFORE) : start + BEFORE]
     return " ".join(f"<{i}>" for i in ids) if tokenizer is None else decode(tokenizer, ids)

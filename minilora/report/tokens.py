@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minilora.data import IGNORE, Example
-from minilora.running import FEWEST, t975
+from minilora.running import FEWEST, summed, t975
 
 CONTEXT = 12  # tokens shown before the one in question
 
@@ -74,7 +74,7 @@ class ShownExample:
 def measured(before: Sequence[Tensor], after: Sequence[Tensor]) -> Measured:
     """Return the means over all tokens, and how sure their difference is."""
     tokens = sum(len(b) for b in before)
-    old, new = (math.fsum(float(t.double().sum()) for t in side) for side in (before, after))
+    old, new = math.fsum(summed(before)), math.fsum(summed(after))
     change = (new - old) / tokens
     sums = [float((a - b).double().sum()) for b, a in zip(before, after, strict=True)]
     spread = math.fsum((s - change * len(b)) ** 2 for s, b in zip(sums, before, strict=True))
