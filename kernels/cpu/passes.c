@@ -6,7 +6,8 @@
      norm      u = x ρ,  ρ = 1 / sqrt(Σ x² / D + eps)
                weighted = 0:  y = w · bf16(u)         weighted = 1:  y = (w + offset) · u
      its gradient   h = G · w (or w + offset),  grad = ρ (h - u · Σ h u / D)
-     gated     y = bf16(act(a)) · b,  act 0: a σ(a),  1: gelu's tanh form, a σ(2 √(2/π) (a + 0.044715 a³))
+     gated     y = bf16(act(a)) · b,  gelu = 0:  act(a) = a σ(a)
+               gelu = 1, its tanh form:  act(a) = a σ(2 √(2/π) (a + 0.044715 a³))
      its gradients  G · b · act'(a)  and  G · act(a)
      rotary    pairs (i, i + half) of the first 2 · half numbers of a head; the others are copied
    A row's result follows from the row alone, whatever the number of threads. */
