@@ -133,7 +133,7 @@ def _write(text: str) -> None:
 
 
 class _Session:
-    """Carry out one line after another."""
+    """Carry out one line after another; `_HELP` says what each command does."""
 
     def __init__(self, talk: Chat, names: list[str]) -> None:
         self.talk, self.names = talk, names
@@ -176,11 +176,9 @@ class _Session:
         _write("\n")
 
     def reset(self, rest: str) -> None:
-        """Begin a new conversation."""
         self.talk.messages.clear()
 
     def again(self, rest: str) -> None:
-        """Take the last answer back and give another."""
         self._last()
         before = list(self.talk.messages)
         *self.talk.messages, question, _ = before
@@ -191,7 +189,6 @@ class _Session:
             raise
 
     def base(self, rest: str) -> None:
-        """Answer the last question as the base, without keeping it."""
         self._last()
         _write(f"[{BASE}] ")
         self.talk.answer(self.talk.messages[:-1], BASE, _write)
@@ -202,7 +199,6 @@ class _Session:
             raise ValueError("there must be a question before this, found none yet")
 
     def ab(self, rest: str) -> None:
-        """Show every answer, or the one alone."""
         if not self.names:
             raise ValueError("/ab compares adapters with the base, found none; pass --adapter")
         self.side_by_side = not self.side_by_side
@@ -210,16 +206,13 @@ class _Session:
         _say(f"from now on: answers of {names}")
 
     def use(self, name: str) -> None:
-        """Go on with another adapter."""
         self.talk.use(name)
 
     def system(self, text: str) -> None:
-        """Begin a new conversation under another system message."""
         self.talk.system = text or None
         self.talk.messages.clear()
 
     def save(self, name: str) -> None:
-        """Add the conversation to a file."""
         if Path(name).suffix != ".jsonl":
             raise ValueError(f"/save needs a name that ends in .jsonl, found {name!r:.60}")
         self._last()

@@ -94,11 +94,7 @@ def _value(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Write a string of TOML.
-
-    Raises:
-        ValueError: half a surrogate pair, as in a path that is not UTF-8.
-    """
+    """Write a string of TOML; half a surrogate pair, as in a path that is not UTF-8, is refused."""
     if not text.isprintable() and any("\ud800" <= each <= "\udfff" for each in text):
         raise ValueError(f"paths and arguments must be UTF-8, found {text!r:.80}; rename the file")
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

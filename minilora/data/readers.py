@@ -35,8 +35,9 @@ Row = tuple[str, Any]
 Reader = Callable[[BinaryIO], Iterator[Row]]
 
 
-def kind_of(file: Path) -> tuple[Reader, bool]:
-    """Return what reads a file of this name, and whether it is compressed."""
+def rows_of(file: Path) -> Iterator[Row]:
+    """Yield the rows of a file with their places."""
+    file.stat()  # what is not there is said first
     suffix, packed = suffix_of(file), file.suffix.lower() == ".gz"
     if suffix not in READERS:
         known = ", ".join(READERS)
@@ -44,23 +45,16 @@ def kind_of(file: Path) -> tuple[Reader, bool]:
         raise ValueError(
             f"must be a file whose name ends in one of {known} (or that and .gz){more}"
         )
-    return READERS[suffix], packed
-
-
-def rows_of(file: Path) -> Iterator[Row]:
-    """Yield the rows of a file with their places."""
-    file.stat()  # what is not there is said first
-    reader, packed = kind_of(file)
     with open(file, "rb") as stored:
         opened: Any = io.BufferedReader(gzip.GzipFile(fileobj=stored)) if packed else stored
         try:
             head = opened.peek(4)[:4]
-            _check_kind(head, suffix_of(file))
+            _check_kind(head, suffix)
             if encoding := _other_encoding(head):
                 raise ValueError(f"must be UTF-8, found {encoding}; save it as UTF-8")
             opened.read(len(_MARK) if head.startswith(_MARK) else 0)
             empty = True
-            for line, row in reader(opened):
+            for line, row in READERS[suffix](opened):
                 empty = False
                 yield f"{file}{line}", row
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -11,7 +11,7 @@ from typing import Any
 from minilora.data.docstrings import built_in
 from minilora.data.encoder import Encoding
 from minilora.data.problems import Problem, refuse
-from minilora.data.readers import READERS, Row, kind_of, rows_of, suffix_of
+from minilora.data.readers import READERS, Row, rows_of, suffix_of
 from minilora.data.recognition import resolve
 from minilora.files import HubName, download_data, on_hub, read_json
 
@@ -127,12 +127,8 @@ def _listed(folder: Path) -> list[Path]:
 
 def _is_data(file: Path) -> bool:
     # Hugging Face datasets keep descriptions beside the data.
-    if file.name.startswith(".") or file.name in _ABOUT:
-        return False
-    try:
-        return bool(kind_of(file))
-    except ValueError:
-        return False
+    hidden = file.name.startswith(".") or file.name in _ABOUT
+    return not hidden and suffix_of(file) in READERS
 
 
 def read_rows(

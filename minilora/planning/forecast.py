@@ -61,12 +61,8 @@ class Forecast:
         model: a model of minilora.models, with adapters.
         batches: of the run, at its position in the data.
         autocast: the dtype of autocast, None without.
-        accumulate: micro-batches of a step.
-        checkpointing: whether blocks are recomputed.
-        ranks: processes.
-        parallel: None, `"ddp"` or `"fsdp"`.
+        accumulate, checkpointing, ranks, parallel, compile: as for `Settings`.
         say: takes a line.
-        compile: whether the blocks are compiled.
         steps: that are left, None where time alone limits the run.
         minutes: that are left, None without a limit.
         elapsed: seconds that the run has taken before.
