@@ -4,12 +4,14 @@ A new one is an entry of `DEVICES`.
 """
 
 import functools
+import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,29 +109,31 @@ print(peak_bytes())
 """
 
 
-def isolated(code: str) -> list[str]:
-    """Return the command that runs code isolated: nothing comes from the current folder.
+def run_apart(code: str, timeout: float, given: bytes = b"") -> Any:
+    """Run code in a process of its own; return the JSON that it prints last, None if it fails.
 
-    What this process imports from elsewhere (a user's site-packages, `PYTHONPATH`) is found too.
+    Nothing comes from the current folder. What this process imports from elsewhere (a user's
+    site-packages, `PYTHONPATH`) is found too.
     """
     here = Path.cwd()
     known = [str(Path(folder).resolve()) for folder in sys.path if folder]
     known = [folder for folder in known if Path(folder) != here]
     home = str(Path(__file__).resolve().parents[2])  # of minilora, which has been imported from it
     start = f"import sys; sys.path += {[*known, home]!r}\n"
-    return [sys.executable, "-I", "-c", start + code]
+    command = [sys.executable, "-I", "-c", start + code]
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, check=True, timeout=timeout
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
 
 
 @functools.cache
 def process_bytes() -> int:
     """Measure in a process of its own what training takes beside its tensors."""
-    try:
-        done = subprocess.run(
-            isolated(_TINY), capture_output=True, text=True, check=True, timeout=120
-        )
-        return int(done.stdout.split()[-1]) or PROCESS
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return PROCESS
+    return run_apart(_TINY, 120) or PROCESS
 
 
 def resident() -> int:

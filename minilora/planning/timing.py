@@ -1,10 +1,8 @@
 """A few real steps of few blocks, timed here, and what a whole model's take by them."""
 
 import dataclasses
-import json
 import pickle
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import torch
 from minilora.data import IGNORE, Batch, Example, pad
 from minilora.kernels import hand_back_freed_memory, hardware, integer_way, keep_freed_memory
 from minilora.lora import Survey
-from minilora.planning.machines import forget_peak, isolated, peak_bytes, resident
+from minilora.planning.machines import forget_peak, peak_bytes, resident, run_apart
 from minilora.planning.memory import count_memory, count_planned
 from minilora.planning.saved import copied, saved_bytes
 from minilora.planning.shapes import Settings, Shape, planned_model
@@ -243,11 +241,5 @@ def timed_step_apart(shape: Shape, settings: Settings) -> Timing | None:
         "threads, *asked = pickle.load(sys.stdin.buffer); torch.set_num_threads(threads); "
         "print(json.dumps(dataclasses.asdict(timed_step(*asked))))"
     )
-    asked = pickle.dumps((torch.get_num_threads(), shape, settings))
-    try:
-        done = subprocess.run(
-            isolated(code), input=asked, capture_output=True, check=True, timeout=300
-        )
-        return Timing(**json.loads(done.stdout.splitlines()[-1]))
-    except (OSError, ValueError, TypeError, IndexError, subprocess.SubprocessError):
-        return None
+    found = run_apart(code, 300, pickle.dumps((torch.get_num_threads(), shape, settings)))
+    return None if found is None else Timing(**found)
