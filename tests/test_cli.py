@@ -672,7 +672,10 @@ def test_cli_takes_an_adapters_folder_for_a_model(trained, folder, letters, tmp_
         found.append(capsys.readouterr().out)
     assert found[0] == found[1]
     assert "v0" in found[0] and "v1" in found[0]
+    if sys.version_info >= (3, 11):  # run.toml is read
+        assert f"note: v0 was trained on {letters}: its loss there is not held out" in found[0]
     assert run("data", letters, "--model", trained) == 0
+    assert re.search(r"^3 of \d+ examples; --show N prints more$", capsys.readouterr().out, re.M)
 
 
 def test_cli_says_which_of_two_adapters_or_none_is_meant(

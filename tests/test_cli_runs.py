@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import tiny_folder
 
+from minilora.cli import runs
 from minilora.cli.command import main
 from minilora.training.run import Run
 
@@ -223,3 +224,64 @@ def test_a_finished_run_has_a_card(place):
         file.write_text(mine, "utf-8")
         assert main([*words, "--resume"]) == 0
         assert file.read_text("utf-8") == mine
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_a_run_goes_on_to_a_higher_limit_from_its_folder(place, capsys):
+    """The end is that of the long run: `resume` takes the limits, and says how when one is met."""
+    long = [*TRAIN, "out/b", "--schedule", "constant", "--warmup", "0", "--max-steps", "5"]
+    words = [word.replace("out/b", "out/a") for word in long[:-1]]
+    assert main([*words, "2"]) == 0
+    capsys.readouterr()
+    assert main(["resume", "out/a"]) == 0
+    said = f"minilora resume {place / 'out' / 'a'} --minutes, --max-steps or --epochs"
+    assert said in capsys.readouterr().err
+    assert main(["resume", "out/a", "--max-steps", "5"]) == 0
+    assert capsys.readouterr().out.startswith("5 steps in ")
+    assert main(long) == 0
+    one, two = (load_file(place / "out" / f / "adapter_model.safetensors") for f in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    text = (place / "out" / "a" / "run.toml").read_text("utf-8")
+    assert text.count("--max-steps") == 2  # of command, and of what began
+    with pytest.raises(SystemExit):
+        main(["resume", "out/a", "--max-steps", "x"])
+    assert "argument --max-steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["train", "--minutes", "3", "--out", "a"], ["train", "--out", "a", "--minutes", "9"]),
+        (["train", "--minutes=3", "x"], ["train", "x", "--minutes", "9"]),
+        (["train", "--minut", "3", "-m"], ["train", "-m", "--minutes", "9"]),
+        (["train", "--max-steps", "3"], ["train", "--max-steps", "3", "--minutes", "9"]),
+    ],
+)
+def test_a_flag_gets_another_value(words, wanted):
+    assert runs._with(words, "--minutes", "9") == wanted
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_what_the_clock_ends_says_so(place, capsys):
+    assert main([*TRAIN, "out/a", "--epochs", "5000", "--minutes", "0.001"]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"the time was up after step \d+ of 2\d{4}; a higher limit goes on: ", said)
+    assert "minilora resume out/a --minutes MORE" in said
+    main(["repeat", "out/a", "out/b"])
+    said = capsys.readouterr().out
+    assert said.startswith("--minutes ties a run to the clock, so the same bits can hardly come")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_what_a_run_was_trained_on_is_known(place):
+    (place / "more").mkdir()
+    (place / "more" / "x.jsonl").write_text('{"text": "a b c"}\n')
+    (place / "valid.jsonl").write_text('{"text": "a b d"}\n')
+    words = [*TRAIN[:3], "more", *TRAIN[3:], "out/a", "--max-steps", "1", "--valid", "valid.jsonl"]
+    assert main(words) == 0
+    out = place / "out" / "a"
+    assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
+    assert runs.trained_on(out, ["more"]) == ["more/x.jsonl"]
+    assert runs.trained_on(place / "model", ["train.jsonl"]) == []
+    (place / "train.jsonl").write_text('{"text": "others"}\n')
+    assert runs.trained_on(out, ["train.jsonl"]) == []

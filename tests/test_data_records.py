@@ -26,6 +26,7 @@ from minilora.data import (
     Example,
     as_examples,
     encode_prompt,
+    files_in,
     read_data,
     recognition,
     streamed,
@@ -327,6 +328,15 @@ def test_files_names_the_line_of_bad_text(tmp_path):
 def test_files_of_a_missing_file_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         read(tmp_path / "missing.txt")
+    with pytest.raises(FileNotFoundError, match=r"found no file '.*missing.txt'$"):
+        files_in([tmp_path / "missing.txt"])
+    (tmp_path / "cafe.csv").write_text("text\na\n")
+    with pytest.raises(
+        FileNotFoundError, match=r"found no file '.*cafee.csv'; nearest: .*/cafe.csv$"
+    ):
+        files_in([tmp_path / "cafee.csv"])
+    with pytest.raises(FileNotFoundError, match=r"found no file 'none/x.csv'$"):
+        files_in(["none/x.csv"])
 
 
 # --- encoding texts, prompts and completions ----------------------------------------------------

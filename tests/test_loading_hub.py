@@ -276,10 +276,16 @@ def test_other_answers(hub, status, match):
         load_model(NAME)
 
 
-def test_no_network_and_nothing_in_the_cache(hub, offline, monkeypatch):
+def test_no_network_and_nothing_in_the_cache(hub, offline, monkeypatch, tmp_path):
     point_to(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(RuntimeError, match=r"could not be downloaded \(Connect.*refused"):
         load_model(NAME)
+    (tmp_path / "out" / "v1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RuntimeError, match="found no folder or file 'out/v9' here – nearest: out/v1"
+    ):
+        load_model("out/v9")
     offline()
     with pytest.raises(RuntimeError, match=r"nor all of it in the cache.*HF_HUB_OFFLINE is set"):
         load_model(NAME)

@@ -1,6 +1,7 @@
 """`minilora export`, `check` and `explain`: verbs on a trained adapter."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from minilora.cli.sources import (
     write_modelfile,
 )
 from minilora.files import ticking
-from minilora.loading import export_gguf, load_model
+from minilora.loading import NAMES, export_gguf, fetch, load_model
 from minilora.peft import adapter_folder, save_adapter
 from minilora.report import check_keep, truncate
 
@@ -51,8 +52,9 @@ def export(options: argparse.Namespace) -> int:
         check_new_folder(options.new, "NEW")
     check_gguf(options.gguf, options.ollama)
     folder = adapter_of(options.out, "OUT")
+    base = base_of(folder, options.model)
     with ticking("loading the model"):
-        model, _ = load_model(base_of(folder, options.model), dtype=None, device="cpu")
+        model, _ = load_model(base, dtype=None, device="cpu")
         minilora.load(model, folder)
     how = {"r": options.r, "dtype": options.dtype}
     if options.new is not None:
@@ -61,6 +63,10 @@ def export(options: argparse.Namespace) -> int:
     if options.gguf is not None:
         made = export_gguf(model, options.gguf, **how)
         print(f"GGUF adapter in {options.gguf}: {len(made.layers)} layers, error {made.error:.3g}")
+        base = str(fetch(base)) if base in NAMES else base
+        if base.endswith(".gguf"):
+            files = (shlex.quote(name) for name in (base, str(options.gguf)))
+            print("in llama.cpp: llama-cli -m {} --lora {}".format(*files))
     if options.ollama is not None:
         write_modelfile(options.gguf, f"FROM {options.ollama}", f"ADAPTER ./{options.gguf.name}")
     return 0

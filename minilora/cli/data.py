@@ -17,6 +17,7 @@ from minilora.cli.arguments import (
     positive,
     verb,
 )
+from minilora.cli.runs import trained_on
 from minilora.cli.sources import (
     adapter_in_place,
     adapter_of,
@@ -86,6 +87,11 @@ def compare(options: argparse.Namespace) -> int:
             **examples,
         )
     print(found)
+    for name, folder in zip(names, folders, strict=True):
+        if learned := trained_on(folder, options.data):
+            print(
+                f"note: {name} was trained on {', '.join(learned)}: its loss there is not held out"
+            )
     if options.json is not None:
         print(f"JSON in {found.to_json(options.json)}")
     if options.html is not None:
@@ -130,6 +136,8 @@ def data(options: argparse.Namespace) -> int:
     for example in sets["train"][: max(0, options.show)]:
         print(shown(example, tokenizer, colors))
         print("-" * 20)
+    if 0 < options.show < len(sets["train"]):
+        print(f"{options.show} of {len(sets['train'])} examples; --show N prints more")
     return 0
 
 

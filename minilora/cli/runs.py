@@ -74,7 +74,22 @@ def _lines(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def without_resume(words: Sequence[str]) -> list[str]:
     """Return a command without `--resume`, which may be cut short."""
-    return [word for word in words if not (len(word) > 3 and "--resume".startswith(word))]
+    return [word for word in words if not _is(word, "--resume")]
+
+
+def _is(word: str, flag: str) -> bool:
+    name = word.partition("=")[0]
+    return len(name) > 3 and flag.startswith(name)
+
+
+def _with(words: list[str], flag: str, value: str) -> list[str]:
+    """Return a command in which a flag has another value."""
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if not _is(word, flag) and not (_is(before, flag) and "=" not in before)
+    ]
+    return [*kept, flag, value]
 
 
 def _began(file: Path) -> str | None:
@@ -132,6 +147,18 @@ def file_hashes(names: list[str]) -> dict[str, str]:
                 digest.update(block)
         found[name] = f"sha256:{digest.hexdigest()}"
     return found
+
+
+def trained_on(out: Path, names: list[str]) -> list[str]:
+    """Return which of these files the run in a folder learned, as far as its `run.toml` says."""
+    try:
+        run = _read(out)
+        with _parsed_in(".", run["command"]) as began:
+            given = [Path(name) for name in began.data]
+    except (ValueError, RuntimeError, OSError):
+        return []
+    learned = {v for k, v in run["data"].items() if {Path(k), *Path(k).parents} & set(given)}
+    return [name for name, digest in file_hashes(names).items() if digest in learned]
 
 
 def _versions() -> dict[str, str]:
@@ -193,12 +220,25 @@ def _again(out: Path, words: list[str], folder: str) -> int:
         return VERBS[words[0]][0](options)
 
 
-@verb("resume", arg("out", type=Path, metavar="OUT", help="folder of a run that was stopped"))
+LIMITS = ("--epochs", "--max-steps", "--minutes")
+
+
+@verb(
+    "resume",
+    arg("out", type=Path, metavar="OUT", help="folder of a run that was stopped"),
+    *(arg(flag, metavar="N", help="another limit than the run began with") for flag in LIMITS),
+)
 def resume(options: argparse.Namespace) -> int:
     """Continue a stopped run, as its folder says."""
     out = options.out.absolute()
     run = _read(out)
-    return _again(out, [*without_resume(run["command"]), "--resume"], run["folder"])
+    words = without_resume(run["command"])
+    for flag in LIMITS:
+        value = getattr(options, flag[2:].replace("-", "_"))
+        if value is not None and words[0] == "tune":
+            raise ValueError(f"{flag} is for a run's folder, found a tuning's; leave it out")
+        words = words if value is None else _with(words, flag, value)
+    return _again(out, [*words, "--resume"], run["folder"])
 
 
 @verb(
@@ -226,6 +266,9 @@ def repeat(options: argparse.Namespace) -> int:
         if version != run["versions"].get(name):
             print(f"{name} was {run['versions'].get(name)} and is {version}")
     words = without_resume(run["command"])
+    tied = any(_is(word, "--minutes") for word in words)
+    if tied:
+        print("--minutes ties a run to the clock, so the same bits can hardly come out")
     code = _again(new, words, run["folder"])
     if code != 0:
         return code
@@ -239,7 +282,7 @@ def repeat(options: argparse.Namespace) -> int:
         print(f"bit-equal: the adapter in {new} is that in {out}")
         return 0
     largest = max(float((found[name] - value).abs().max()) for name, value in wanted.items())
-    why = ["--minutes ties a run to the clock"] * ("--minutes" in words)
+    why = ["--minutes ties a run to the clock"] * tied
     why += ["it was resumed with other words than it began with"] * ("began" in run)
     print("; ".join([f"not bit-equal: the adapters differ by up to {largest:.3g}", *why]))
     return 1

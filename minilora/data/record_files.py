@@ -13,7 +13,7 @@ from minilora.data.encoder import Encoding
 from minilora.data.problems import Problem, refuse
 from minilora.data.readers import READERS, Row, rows_of, suffix_of
 from minilora.data.recognition import resolve
-from minilora.files import HubName, download_data, on_hub, read_json
+from minilora.files import HubName, download_data, nearest_file, on_hub, read_json
 
 _WHOLE = (".txt", ".json")  # read at once
 _SETS = {
@@ -32,6 +32,7 @@ def files_in(paths: Sequence[str | Path]) -> list[Path]:
     is taken.
 
     Raises:
+        FileNotFoundError: nothing of this name.
         ValueError: a folder without any.
         RuntimeError: a data set that can't be downloaded.
     """
@@ -41,6 +42,8 @@ def files_in(paths: Sequence[str | Path]) -> list[Path]:
             found += download_data(hub[0], functools.partial(_of_hub, str(path), hub[1]))
             continue
         if not path.is_dir():
+            if not (path.exists() or str(path).startswith("@")):
+                raise FileNotFoundError(f"found no file {str(path)!r}{nearest_file(path)}")
             found.append(path)
             continue
         folder = path / "train" if (path / _SPLITS).is_file() else path

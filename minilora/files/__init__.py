@@ -39,7 +39,7 @@ from minilora.files.tensors import (
     write,
     write_json,
 )
-from minilora.files.wording import one_line, reading, short
+from minilora.files.wording import nearest_file, one_line, reading, short
 
 __all__ = [
     "CHECKSUMS",
@@ -69,6 +69,7 @@ __all__ = [
     "must_be",
     "name_beside",
     "nearest",
+    "nearest_file",
     "number",
     "on_hub",
     "on_terminal",

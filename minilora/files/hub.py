@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minilora.files.extras import import_extra
-from minilora.files.wording import one_line
+from minilora.files.wording import nearest_file, one_line
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^\s:@]+))?(?::([^:]+\.gguf))?")
 _CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)[/\\]?(.+\.gguf)?$")
@@ -133,7 +133,7 @@ def _explained(name: HubName, error: Exception) -> Exception:
     """Return an error of huggingface_hub as one line that says what to do."""
     from huggingface_hub import errors
 
-    here = f"found no folder or file '{name}' here"
+    here = f"found no folder or file '{name}' here{nearest_file(str(name)).replace(';', ' –')}"
     login = "`hf auth login`, or set HF_TOKEN"
     cause: Any = error
     while cause.__cause__ is not None and not isinstance(cause, errors.HfHubHTTPError):

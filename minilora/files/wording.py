@@ -1,8 +1,10 @@
 """Messages in one line of readable length, whatever the values they quote."""
 
+import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
+from pathlib import Path
 
 LONGEST = 600  # characters of a message
 
@@ -46,3 +48,14 @@ def reading(what: str) -> Iterator[None]:
 def _damaged(what: str, error: BaseException) -> ValueError:
     found = one_line(error, 200) or "no reason given"
     return ValueError(f"{what} must be whole, found otherwise: {type(error).__name__}, {found}")
+
+
+def nearest_file(path: str | Path) -> str:
+    """Return `; nearest: NAME` of what lies where a file or folder was looked for, or nothing."""
+    wanted = Path(path)
+    try:
+        there = sorted(each.name for each in wanted.parent.iterdir())
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(wanted.name, there, n=1, cutoff=0.5)
+    return f"; nearest: {wanted.with_name(found[0])}" if found else ""
