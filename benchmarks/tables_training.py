@@ -59,11 +59,14 @@ def real_task_caption() -> str:
         if max(seeds) > 1
         else ("one seed")
     )
+    rates = {row["lr"] for row in real_task_rows()}
+    rate = "each program at its fastest learning rate"
+    if len(rates) == 1:
+        rate = f"learning rate {rates.pop()}"
     return (
         "*SmolLM2-135M learns to write docstrings: seconds of training until the held-out loss is "
-        f"{last['target']}, compiling included, and the peak memory. r = 8 on all linears, each "
-        f"program at its fastest learning rate, {many}. {machine(last)}, {last['threads']} "
-        "threads.*\n"
+        f"{last['target']}, compiling included, and the peak memory. r = 8 on all linears, "
+        f"{rate}, {many}. {machine(last)}, {last['threads']} threads.*\n"
     )
 
 
