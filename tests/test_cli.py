@@ -1,6 +1,7 @@
 """The command, run as a user runs it, on a tiny model in a folder and on the real SmolLM2."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -417,9 +418,15 @@ def test_cli_train_packs_streams_and_keeps_tokens(folder, tmp_path, capsys):
 
 def test_cli_stream_names_a_bad_file_before_the_model(folder, letters, tmp_path, capsys, no_model):
     train = ["train", folder, "--max-steps", 1, "--out", tmp_path / "a", "--stream", "--data"]
-    for name, message in (("b.jsonl", "must be a file, found none"), ("b.txt", "only .jsonl, ")):
+    (tmp_path / "b.txt").write_text("a b")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, message in (
+        ("none.jsonl", f"found no file '{tmp_path / 'none.jsonl'}'"),
+        ("b.txt", "b.txt: only .jsonl, "),
+        ("pipe.jsonl", "pipe.jsonl: must be a regular file, found another kind"),
+    ):
         assert run(*train, letters, tmp_path / name) == 2
-        assert f"{name}: {message}" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_cli_sample_needs_evaluations(folder, letters, tmp_path, capsys, no_model):
@@ -450,7 +457,8 @@ def test_cli_train_on_a_stream_names_the_bad_line(folder, letters, tmp_path, cap
     train = ["train", folder, "--data", letters, "--stream", "--max-steps", 3, "--max-length", 16]
     assert run(*train, "--out", tmp_path / "run") == 2
     assert "letters.jsonl:9: a record must have" in capsys.readouterr().err
-    assert run("train", folder, "--data", "x.txt", *train[4:], "--out", tmp_path / "run") == 2
+    (text := tmp_path / "x.txt").write_text("a b")
+    assert run("train", folder, "--data", text, *train[4:], "--out", tmp_path / "run") == 2
     assert re.search(r"x\.txt: only \.jsonl, .* files can be streamed", capsys.readouterr().err)
 
 

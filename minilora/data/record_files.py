@@ -180,4 +180,4 @@ def check_streamed(files: Sequence[str | Path]) -> None:
             rows = ", ".join(kind for kind in READERS if kind not in _WHOLE)
             raise ValueError(f"{file}: only {rows} files can be streamed; leave --stream away")
         if not file.is_file():
-            raise ValueError(f"{file}: must be a file, found none there")
+            raise ValueError(f"{file}: must be a regular file, found another kind there")

@@ -54,8 +54,8 @@ def nearest_file(path: str | Path) -> str:
     """Return `; nearest: NAME` of what lies where a file or folder was looked for, or nothing."""
     wanted = Path(path)
     try:
-        there = sorted(each.name for each in wanted.parent.iterdir())
+        there = {each.stem: each for each in sorted(wanted.parent.iterdir(), reverse=True)}
     except OSError:
         return ""
-    found = difflib.get_close_matches(wanted.name, there, n=1, cutoff=0.5)
-    return f"; nearest: {wanted.with_name(found[0])}" if found else ""
+    found = difflib.get_close_matches(wanted.stem, list(there), n=1, cutoff=0.5)
+    return f"; nearest: {there[found[0]]}" if found else ""
