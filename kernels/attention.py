@@ -4,7 +4,7 @@
     dV = Pᵀ dO    dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ))    dQ = s·dS K    dK = s·dSᵀ Q
 
 B sequences, T tokens, H query heads over H / G key heads of width D. The forward pass is torch's
-flash kernel. Its backward kernel takes 1.2 to 11 times as long as these products in bf16 on a
+flash kernel. Its backward kernel takes 1.1 to 9 times as long as these products in bf16 on a
 processor with AMX, most in short rows (benchmarks/NOTES.md); in f32 it is taken. A chunk of queries
 meets only the keys before its end, all G heads of a group in one product, and P is formed again
 from Q and K. Nothing `[T, T]` is kept; `[B·H, chunk, T]` exists at a time. Scores, P and dO Vᵀ are

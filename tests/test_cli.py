@@ -497,6 +497,8 @@ def test_cli_explain_writes_everything_it_found(trained, letters, tmp_path, caps
     capsys.readouterr()
     assert run(*command, "--json", files["e.json"], "--html", files["e.html"]) == 0
     said = capsys.readouterr()
+    if sys.version_info >= (3, 11):  # run.toml is read
+        assert f"note: the adapter was trained on {letters}: that is not held out" in said.out
     for line in (f"adapter {trained}; base ", "default / other", "held-out data: loss",
                  "attention on b", "outside the task", "over-fitted", f"page in {files['e.html']}",
                  f"adapter at the suggested ranks in {files['small']}"):  # fmt: skip

@@ -234,7 +234,7 @@ def test_a_run_goes_on_to_a_higher_limit_from_its_folder(place, capsys):
     assert main([*words, "2"]) == 0
     capsys.readouterr()
     assert main(["resume", "out/a"]) == 0
-    said = f"minilora resume {place / 'out' / 'a'} --minutes, --max-steps or --epochs"
+    said = "a higher limit goes on: max_minutes (--minutes), max_steps (--max-steps) or epochs"
     assert said in capsys.readouterr().err
     assert main(["resume", "out/a", "--max-steps", "5"]) == 0
     assert capsys.readouterr().out.startswith("5 steps in ")
@@ -264,9 +264,13 @@ def test_a_flag_gets_another_value(words, wanted):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
 def test_what_the_clock_ends_says_so(place, capsys):
     assert main([*TRAIN, "out/a", "--epochs", "5000", "--minutes", "0.001"]) == 0
-    said = capsys.readouterr().err
-    assert re.search(r"the time was up after step \d+ of 2\d{4}; a higher limit goes on: ", said)
-    assert "minilora resume out/a --minutes MORE" in said
+    said = capsys.readouterr()
+    assert re.search(
+        r"the time was up after step \d+ of 2\d{4}; resume=True \(--resume\) with a higher "
+        r"max_minutes \(--minutes\) goes on",
+        said.err,
+    )
+    assert said.out.endswith("to go on: minilora resume out/a --minutes MORE\n")
     main(["repeat", "out/a", "out/b"])
     said = capsys.readouterr().out
     assert said.startswith("--minutes ties a run to the clock, so the same bits can hardly come")
@@ -283,5 +287,20 @@ def test_what_a_run_was_trained_on_is_known(place):
     assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
     assert runs.trained_on(out, ["more"]) == ["more/x.jsonl"]
     assert runs.trained_on(place / "model", ["train.jsonl"]) == []
+    assert runs.trained_on(out / "last", ["more"]) == ["more/x.jsonl"]
+    other = (out / "run.toml").read_text("utf-8").replace("--max-length", "--no-such-flag")
+    (out / "run.toml").write_text(other.replace('"--data", "train.jsonl"', '"--data=train.jsonl"'))
+    assert runs.trained_on(out, ["train.jsonl"]) == ["train.jsonl"]
     (place / "train.jsonl").write_text('{"text": "others"}\n')
     assert runs.trained_on(out, ["train.jsonl"]) == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+@pytest.mark.parametrize("flag", runs.LIMITS)
+def test_a_tuning_has_limits_of_its_own(tmp_path, capsys, flag):
+    text = 'command = ["tune"]\nfolder = "."\nprocesses = 1\n[data]\n[versions]\n'
+    (tmp_path / "run.toml").write_text(text)
+    assert main(["resume", str(tmp_path), flag, "3"]) == 2
+    assert (
+        f"{flag} is for a run's folder, found a tuning's; leave it out" in capsys.readouterr().err
+    )

@@ -161,6 +161,10 @@ def test_all_are_right_without_avx2(name, native):
 def test_the_operations_are_well_formed(name):
     inputs = operands()[name]
     torch.library.opcheck(getattr(torch.ops.minilora, name), inputs)
+    turned = [
+        t.mT.contiguous().mT if isinstance(t, torch.Tensor) and t.dim() > 2 else t for t in inputs
+    ]
+    torch.library.opcheck(getattr(torch.ops.minilora, name), turned)  # in another order in memory
     threads = torch.get_num_threads()
     try:
         alone = []
@@ -261,8 +265,13 @@ def test_operands_of_another_size_or_dtype_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} takes .* pass operands of one layer"):
         getattr(passes, name)(*inputs)
     inputs[at] = operands()[name][at].float()
-    with pytest.raises(TypeError, match=f"{name} takes .* in torch.*pass operands of one layer"):
+    with pytest.raises(
+        TypeError, match=f"{name} takes .* in torch.bfloat16 .*, found torch.float32"
+    ):
         getattr(passes, name)(*inputs)
+    wide = [t.float() if isinstance(t, torch.Tensor) else t for t in operands()[name]]
+    with pytest.raises(TypeError, match=f"{name} takes .* in torch.bfloat16"):  # all of them alike
+        getattr(passes, name)(*wide)
 
 
 def test_a_weight_of_another_size_is_broadcast_or_refused_as_by_torch():

@@ -496,6 +496,12 @@ def test_the_command_writes_what_llama_cpp_answers_from(tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert f"GGUF adapter in {adapter}: 14 layers, error " in out
+    assert "llama-cli" not in out  # its base is a folder
+    base = tmp_path / "base.gguf"
+    words = ["export", tmp_path / "out", "--model", base, "--gguf", tmp_path / "b.gguf"]
+    assert main([*map(str, words)]) == 0
+    command = f"in llama.cpp: llama-cli -m {base} --lora {tmp_path / 'b.gguf'}"
+    assert command in capsys.readouterr().out
     assert f"merged model in {merged}, f32" in out
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import minilora
 from minilora.cli.arguments import DATA_HELP, DTYPES, ENCODING, arg, integer, positive, verb
+from minilora.cli.runs import trained_on
 from minilora.cli.sources import (
     adapter_of,
     base_of,
@@ -64,7 +65,7 @@ def export(options: argparse.Namespace) -> int:
         made = export_gguf(model, options.gguf, **how)
         print(f"GGUF adapter in {options.gguf}: {len(made.layers)} layers, error {made.error:.3g}")
         base = str(fetch(base)) if base in NAMES else base
-        if base.endswith(".gguf"):
+        if base.endswith(".gguf") and Path(base).is_file():
             files = (shlex.quote(name) for name in (base, str(options.gguf)))
             print("in llama.cpp: llama-cli -m {} --lora {}".format(*files))
     if options.ollama is not None:
@@ -135,6 +136,7 @@ def explain(options: argparse.Namespace) -> int:
     _check_explain(options)
     options.model = base_of(options.out, options.model)
     data = {key: data_files(names, options) for key in _DATA if (names := getattr(options, key))}
+    learned = trained_on(options.out, options.data or [])
     if device(options).type == "mps":  # which has no float64
         options.device = "cpu"
     model, tokenizer = load(options)
@@ -163,6 +165,8 @@ def explain(options: argparse.Namespace) -> int:
         about=about,
     )
     print(explanation)
+    if learned:
+        print(f"note: the adapter was trained on {', '.join(learned)}: that is not held out")
     if options.json is not None:
         print(f"JSON in {explanation.to_json(options.json)}")
     if options.html is not None:

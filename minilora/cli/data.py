@@ -68,6 +68,7 @@ def compare(options: argparse.Namespace) -> int:
     folders = [adapter_of(name, "OUT") for name in given]
     files = {key: getattr(options, key) for key in ("data", "outside", "train")}
     data = {key: data_files(names, options) for key, names in files.items() if names}
+    learned = [trained_on(folder, options.data) for folder in folders]
     model, tokenizer = load(options)
     names = names_of(folders)
     for name, folder in zip(names, folders, strict=True):
@@ -87,11 +88,9 @@ def compare(options: argparse.Namespace) -> int:
             **examples,
         )
     print(found)
-    for name, folder in zip(names, folders, strict=True):
-        if learned := trained_on(folder, options.data):
-            print(
-                f"note: {name} was trained on {', '.join(learned)}: its loss there is not held out"
-            )
+    for name, own in zip(names, learned, strict=True):
+        if own:
+            print(f"note: {name} was trained on {', '.join(own)}: its loss there is not held out")
     if options.json is not None:
         print(f"JSON in {found.to_json(options.json)}")
     if options.html is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -150,14 +151,18 @@ def file_hashes(names: list[str]) -> dict[str, str]:
 
 
 def trained_on(out: Path, names: list[str]) -> list[str]:
-    """Return which of these files the run in a folder learned, as far as its `run.toml` says."""
+    """Return which of these files the run of an adapter learned, as far as its `run.toml` says."""
     try:
-        run = _read(out)
-        with _parsed_in(".", run["command"]) as began:
-            given = [Path(name) for name in began.data]
+        run = _read(out if (out / RUN_FILE).is_file() else out.parent)  # of out/last, too
     except (ValueError, RuntimeError, OSError):
         return []
-    learned = {v for k, v in run["data"].items() if {Path(k), *Path(k).parents} & set(given)}
+    words, given = run["command"], set()
+    for i, word in enumerate(words):  # not parsed: another version may have had other flags
+        if _is(word, "--data"):
+            value = word.partition("=")[2]
+            behind = itertools.takewhile(lambda each: not each.startswith("-"), words[i + 1 :])
+            given |= {Path(name) for name in ([value] if value else behind)}
+    learned = {v for k, v in run["data"].items() if {Path(k), *Path(k).parents} & given}
     return [name for name, digest in file_hashes(names).items() if digest in learned]
 
 
@@ -266,7 +271,7 @@ def repeat(options: argparse.Namespace) -> int:
         if version != run["versions"].get(name):
             print(f"{name} was {run['versions'].get(name)} and is {version}")
     words = without_resume(run["command"])
-    tied = any(_is(word, "--minutes") for word in words)
+    tied = run.get("train", {}).get("max_minutes") is not None
     if tied:
         print("--minutes ties a run to the clock, so the same bits can hardly come out")
     code = _again(new, words, run["folder"])

@@ -11,7 +11,7 @@ import torch
 
 import minilora
 from minilora.data import DataFiles, Encoding, Example
-from minilora.files import is_new, on_hub, short, tensor_file, ticking, write
+from minilora.files import is_new, nearest_file, on_hub, short, tensor_file, ticking, write
 from minilora.kernels import resolve_device
 from minilora.loading import known_name, load_model
 from minilora.lora import lora_layers
@@ -34,7 +34,7 @@ def adapter_of(name: Path, what: str) -> Path:
     if not find_pair(folder)[0].is_file():
         raise ValueError(
             f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
-            f"{CONFIG_FILE} in {folder}"
+            f"{CONFIG_FILE} in {folder}{'' if folder.exists() else nearest_file(folder)}"
         )
     return folder
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from minilora.files import add_flags, given, read_options, short
 from minilora.lora import AdapterConfig
 from minilora.running import context_of
 from minilora.training import (
+    FitResult,
     Ranks,
     TrainConfig,
     check_board,
@@ -145,14 +147,21 @@ def train(options: argparse.Namespace) -> int:
     if torchrun_number("RANK", 0) > 0:
         return 0
     write_card(options, dataclasses.replace(config, lr=lr), result, adapter)
+    _conclude(options, result, (time.perf_counter() - begun) / 60)
+    return 0
+
+
+def _conclude(options: argparse.Namespace, result: FitResult, minutes: float) -> None:
+    """Print what a run came to, in so many minutes of this call."""
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
         print(f"held out after:  {result.best} (step {result.best_step})")
     print(
         f"{result.steps} steps in {spent(result.minutes)} of training (this call took "
-        f"{spent((time.perf_counter() - begun) / 60)} in all); adapter in {options.out}"
+        f"{spent(minutes)} in all); adapter in {options.out}"
     )
-    return 0
+    if result.stopped == "time":
+        print(f"to go on: minilora resume {shlex.quote(str(options.out))} --minutes MORE")
 
 
 def settings(options: argparse.Namespace) -> tuple[dict[str, Any], TrainConfig]:

@@ -73,7 +73,8 @@ def download(name: HubName, wanted: Iterable[str], needed: Iterable[str] = ()) -
             can't take the files.
     """
     hub = import_extra(
-        "huggingface_hub", f"found no folder or file '{name}'; reading it from the hub"
+        "huggingface_hub",
+        f"found no folder or file '{name}'{nearest_file(str(name))}; reading it from the hub",
     )
     needed = list(needed)
     patterns = [glob.escape(file) for file in (*wanted, *needed)]
@@ -133,7 +134,7 @@ def _explained(name: HubName, error: Exception) -> Exception:
     """Return an error of huggingface_hub as one line that says what to do."""
     from huggingface_hub import errors
 
-    here = f"found no folder or file '{name}' here{nearest_file(str(name)).replace(';', ' –')}"
+    here = f"found no folder or file '{name}' here{nearest_file(str(name), ' – nearest: ')}"
     login = "`hf auth login`, or set HF_TOKEN"
     cause: Any = error
     while cause.__cause__ is not None and not isinstance(cause, errors.HfHubHTTPError):

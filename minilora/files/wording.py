@@ -50,12 +50,12 @@ def _damaged(what: str, error: BaseException) -> ValueError:
     return ValueError(f"{what} must be whole, found otherwise: {type(error).__name__}, {found}")
 
 
-def nearest_file(path: str | Path) -> str:
-    """Return `; nearest: NAME` of what lies where a file or folder was looked for, or nothing."""
+def nearest_file(path: str | Path, before: str = "; nearest: ") -> str:
+    """Return words and the name most like a file or folder that is not there, or nothing."""
     wanted = Path(path)
     try:
         there = {each.stem: each for each in sorted(wanted.parent.iterdir(), reverse=True)}
     except OSError:
         return ""
     found = difflib.get_close_matches(wanted.stem, list(there), n=1, cutoff=0.5)
-    return f"; nearest: {there[found[0]]}" if found else ""
+    return f"{before}{there[found[0]]}" if found else ""

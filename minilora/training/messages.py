@@ -66,14 +66,10 @@ def conclusions(run: Run, stopped: str, began: int) -> list[str]:
     """Return what there is to say of a run's data and of its end; `began` as in `_conclusion`."""
     lines = [] if run.held_out is None else [f"note: {each}" for each in run.held_out.found()]
     if stopped == "time" and began < run.step < (run.total or 0):
-        more = f"; {_higher(run, '--minutes MORE')}" if run.out else ""
+        more = f"; {RESUME} with a higher max_minutes (--minutes) goes on" if run.out else ""
         lines.append(f"the time was up after step {run.step} of {run.total}{more}")
     ended = _conclusion(run, stopped, began)
     return lines if ended is None else [*lines, ended]
-
-
-def _higher(run: Run, flags: str) -> str:
-    return f"a higher limit goes on: minilora resume {run.out} {flags}"
 
 
 def _conclusion(run: Run, stopped: str, began: int) -> str | None:
@@ -84,8 +80,8 @@ def _conclusion(run: Run, stopped: str, began: int) -> str | None:
     if stopped in ("finished", "time", "early") and 0 < run.step == began:
         return (
             f"the run was finished already: it had come to its end after step {run.step}, and no "
-            f"step was left; {_higher(run, '--minutes, --max-steps or --epochs')} (in Python "
-            f"resume=True with max_minutes, max_steps or epochs)"
+            f"step was left; a higher limit goes on: max_minutes (--minutes), max_steps "
+            f"(--max-steps) or epochs (--epochs)"
         )
     if stopped == "paused":
         return f"paused after step {run.step}" + (f"; go on with {RESUME}" if run.out else "")
