@@ -234,7 +234,9 @@ def test_a_run_goes_on_to_a_higher_limit_from_its_folder(place, capsys):
     assert main([*words, "2"]) == 0
     capsys.readouterr()
     assert main(["resume", "out/a"]) == 0
-    said = "a higher limit goes on: max_minutes (--minutes), max_steps (--max-steps) or epochs"
+    said = (
+        "left within its limits (max_steps 2); higher ones go on: --minutes, --max-steps, --epochs"
+    )
     assert said in capsys.readouterr().err
     assert main(["resume", "out/a", "--max-steps", "5"]) == 0
     assert capsys.readouterr().out.startswith("5 steps in ")

@@ -78,10 +78,12 @@ def _conclusion(run: Run, stopped: str, began: int) -> str | None:
     `began` is the step from which this call went on.
     """
     if stopped in ("finished", "time", "early") and 0 < run.step == began:
+        names = ("max_minutes", "max_steps", "epochs")
+        limits = [f"{n} {v:g}" for n in names if (v := getattr(run.config, n)) is not None]
         return (
             f"the run was finished already: it had come to its end after step {run.step}, and no "
-            f"step was left; a higher limit goes on: max_minutes (--minutes), max_steps "
-            f"(--max-steps) or epochs (--epochs)"
+            f"step was left within its limits ({', '.join(limits) or 'epochs as chosen'}); higher "
+            f"ones go on: --minutes, --max-steps, --epochs"
         )
     if stopped == "paused":
         return f"paused after step {run.step}" + (f"; go on with {RESUME}" if run.out else "")
