@@ -31,7 +31,9 @@ ROWS = {"docstrings": 4, "documents": 1}  # a step
 LR = 1e-3
 
 
-def run(task: str, dtype: torch.dtype, seed: int, options: argparse.Namespace) -> tuple[list, float]:
+def run(
+    task: str, dtype: torch.dtype, seed: int, options: argparse.Namespace
+) -> tuple[list, float]:
     """Return the loss of every step, and the held-out loss after the last."""
     model, tokenizer = load_model(fetch(real_task.MODEL), dtype=dtype)
     train, valid = (

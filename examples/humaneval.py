@@ -258,6 +258,19 @@ def gain(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tupl
     return float(low), float(high)
 
 
+def gain_on_these(
+    before: Sequence[float], after: Sequence[float], samples: int
+) -> tuple[float, float]:
+    """Return a 95 % interval of the mean gain on just these tasks, were they sampled again.
+
+    What is random is then each task's share of passing samples, with variance p (1 - p) / samples.
+    """
+    rates = np.array([before, after])
+    variance = (rates * (1 - rates)).sum() / (samples - 1)  # without bias
+    gained, error = float(rates[1].mean() - rates[0].mean()), math.sqrt(variance) / len(before)
+    return gained - 1.96 * error, gained + 1.96 * error
+
+
 def compared(before: list[list[Any]], after: list[list[Any]]) -> dict[str, Any]:
     """Return pass@1 of two sets of verdicts by task, and how sure the difference is."""
     number = len(before[0])
@@ -271,7 +284,9 @@ def compared(before: list[list[Any]], after: list[list[Any]]) -> dict[str, Any]:
         "relative": means[1] / means[0] - 1 if means[0] else math.nan,
         "solved_before": sum(n > 0 for n in right[0]), "solved_after": sum(n > 0 for n in right[1]),
     }  # fmt: skip
-    if number == 1:
+    if number > 1:
+        row["low_on_these"], row["high_on_these"] = gain_on_these(*rates, number)
+    else:
         row["only_before"] = sum(a > b for a, b in zip(*right, strict=True))
         row["only_after"] = sum(a < b for a, b in zip(*right, strict=True))
         row["p"] = mcnemar(row["only_before"], row["only_after"])

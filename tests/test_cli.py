@@ -338,6 +338,7 @@ def test_cli_train_eval_generate_merge(data, tmp_path, capsys):
     losses = re.findall(r"^held out (?:before|after): +loss ([\d.]+)", said, re.M)
     before, after = map(float, losses)
     assert after < 0.7 * before
+    assert "| weights | smollm2-135m |" in (out / "README.md").read_text("utf-8"), "4-bit ones"
     evaluate = ["eval", "smollm2-135m", "--dtype", "float32", "--data", data, "--json"]
     assert run(*evaluate, "--adapter", out) == 0
     found = json.loads(capsys.readouterr().out)["loss"]

@@ -216,6 +216,7 @@ def test_a_finished_run_has_a_card(place):
         "| rslora | True |",
     ):
         assert line in card.splitlines()
+    assert "| weights |" not in card, "those of the base itself"
     assert re.search(r"^\| held-out loss \| \d\.\d{4} → \d\.\d{4} \|$", card, re.M)
     file = place / "out" / "a" / "README.md"
     assert main([*words, "--resume"]) == 0

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -396,6 +397,20 @@ def test_the_interval_of_a_gain_is_that_of_paired_tasks():
     low, high = humaneval.gain(before, after)
     error = math.sqrt(0.05 * 0.95 / 400)
     assert abs(low - (0.05 - 1.96 * error)) < 0.005 and abs(high - (0.05 + 1.96 * error)) < 0.005
+
+
+def test_the_interval_on_just_these_tasks_holds_what_is_true_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    chances = rng.random((2, 60)) ** 3  # of each task, before and after
+    true = float(chances[1].mean() - chances[0].mean())
+    held = 0
+    for _ in range(1000):
+        rates = rng.binomial(10, chances) / 10
+        low, high = humaneval.gain_on_these(*rates, 10)
+        held += low <= true <= high
+    assert 0.92 < held / 1000 < 0.98
+    same = [0.0] * 9 + [1.0]
+    assert humaneval.gain_on_these(same, same, 10) == (0.0, 0.0)
 
 
 def test_lines_cut_off_by_a_kill_are_written_again(tmp_path):

@@ -107,7 +107,7 @@ def test_steps_are_the_batches_that_the_loader_gives(lengths, batch_size, accumu
             assert next(ahead) == met[start : start + accumulate]
     whole = epoch_steps(planned, accumulate)
     assert sum(batch.rows for step in whole for batch in step) == len(rows)
-    usual, most = mean_batch(whole), largest_batch(whole)
+    usual, most = mean_batch(whole), largest_batch(whole, None, 1)
     assert most.tokens == max(batch.tokens for step in whole for batch in step) >= usual.rows
     assert 0 < usual.share <= 1
 
@@ -131,6 +131,20 @@ def test_a_short_run_is_planned_by_what_it_meets(monkeypatch):
     said = short_run(monkeypatch, max_steps=None, epochs=1)
     assert "the largest batch of this run's 16 steps is 2 × 64 tokens" in said
     assert "a full epoch" not in said
+
+
+def test_the_pass_that_takes_most_is_planned(monkeypatch):
+    """Two rows of 64 tokens are computed apart, so a batch of two of 40 takes more."""
+    assert largest_batch([[BatchShape(2, 64, 9)], [BatchShape(2, 40, 9)]], 100, 1).length == 40
+    assert largest_batch([[BatchShape(2, 64, 9)], [BatchShape(2, 40, 9)]], 100, 2).length == 64
+    monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 100)
+    said = short_run(monkeypatch, max_steps=None, epochs=1)
+    assert "batch of this run's 16 steps is 2 × 64 tokens, in passes of 1 × 64\n" in said
+    monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 128)
+    more = short_run(monkeypatch, max_steps=None, epochs=1)
+    assert "batch of this run's 16 steps is 2 × 64 tokens\n" in more
+    kept = [float(re.search(r"activations +([\d.]+)", text)[1]) for text in (said, more)]
+    assert kept[0] == pytest.approx(kept[1] / 2, rel=0.1)
 
 
 def test_a_time_limit_is_planned_by_the_steps_within_it(monkeypatch):
@@ -196,7 +210,7 @@ def test_a_plan_that_is_far_off_is_noticed_early(monkeypatch):
     _, said = trained(True, rows=rows, config={"max_steps": 6})
     notes = [line for line in said if line.startswith("note: steps 2 to 6 took")]
     assert len(notes) == 1
-    assert "times what was planned; at this pace an epoch takes 0.0 minutes" in notes[0]
+    assert re.search(r"times what was planned; at this pace an epoch takes \d\.\d min", notes[0])
     assert "disagree" not in "".join(said)
 
 

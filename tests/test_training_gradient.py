@@ -1,5 +1,6 @@
 """Passes that do not fit: split in halves, the same gradient, remembered, and said."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,10 +10,15 @@ from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from preference_pairs import pairs
 from training_models import Tiny, examples, factors, fit, same, tiny
 
 import minilora
+from minilora.planning import pass_rows
 from minilora.running.loss import token_loss
+from minilora.training.config import TrainConfig
 from minilora.training.gradient import _UNORDERED
 from minilora.training.state import load_state
 
@@ -111,6 +117,86 @@ def test_split_is_remembered_and_said(capsys):
     said = capsys.readouterr().err
     whole = "a micro-batch of 8 rows did not fit in memory: from here on in passes of 2, with the "
     assert f"{whole}same gradient\n" in said
+
+
+class Passes:
+    """Notes rows and tokens of each pass that training makes."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        monkeypatch.setattr("minilora.training.loss.token_loss", self.loss)
+
+    def loss(self, model, batch):
+        if torch.is_grad_enabled():
+            self.seen.append(tuple(batch.input_ids.shape))
+        return token_loss(model, batch)
+
+
+LONG_ROWS = [{"input_ids": [(7 * i + j) % 61 for j in range(16)]} for i in range(7)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_passes_of_so_many_tokens_have_the_same_gradient(monkeypatch, dropout):
+    """Rows are spread evenly; in float64 three steps agree to rounding, masks included."""
+    whole, parts = (tiny(dropout=dropout).double() for _ in range(2))
+    options = {"max_steps": 3, "batch_size": 7, "dtype": "auto", "lr": 1e-2}
+    expected = fit(whole, LONG_ROWS, **options)
+    passes = Passes(monkeypatch)
+    got = fit(parts, LONG_ROWS, pass_tokens=50, **options)  # three rows, so three passes
+    assert passes.seen == [(3, 16), (3, 16), (1, 16)] * 3
+    assert got.losses == pytest.approx(expected.losses, rel=1e-12)
+    left, right = factors(whole), factors(parts)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=1e-7, atol=1e-10)
+
+
+@given(rows=st.integers(1, 60), length=st.integers(1, 99), tokens=st.integers(1, 999))
+def test_passes_hold_few_tokens_and_about_equally_many_rows(rows, length, tokens):
+    each = pass_rows(rows, length, tokens)
+    number = math.ceil(rows / each)
+    assert each == 1 or each * length <= tokens
+    assert number == math.ceil(rows / max(1, tokens // length)), "no more passes than needed"
+    assert (number - 1) * each < rows <= number * each
+    assert pass_rows(rows, length, None) == rows
+
+
+def test_by_default_our_models_on_a_cpu_have_passes_of_limited_size(monkeypatch):
+    """And whatever a batch might mean more to is computed whole."""
+    monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 50)
+    passes = Passes(monkeypatch)
+    split, whole = [(3, 16), (3, 16), (1, 16)], [(7, 16)]
+    dropping = tiny()
+    dropping.model.layers[0].mlp.register_module("drop", torch.nn.Dropout(0.1))
+    head = tiny(dropout=0.3, targets=["q_proj", "lm_head"])
+    cases = [
+        (tiny(), {}, split), (tiny(), {"checkpointing": True}, whole),
+        (tiny(), {"pass_tokens": 112}, whole), (tiny(), {"loss": passes.loss}, whole),
+        (tiny(), {"loss": passes.loss, "pass_tokens": 50}, split), (dropping, {}, whole),
+        (dropping, {"pass_tokens": 50}, split), (head, {}, whole),
+    ]  # fmt: skip
+    for model, options, expected in cases:
+        passes.seen.clear()
+        fit(model, LONG_ROWS, batch_size=7, max_steps=1, **options)
+        assert passes.seen == expected, options
+
+
+def test_pairs_are_computed_in_passes_too(monkeypatch):
+    config = TrainConfig(batch_size=6, max_steps=2, loss="dpo", lr=1e-2)
+    whole, parts = tiny().double(), tiny().double()
+    expected = minilora.fit(whole, pairs(6), config=config, quiet=True)
+    monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 30)
+    got = minilora.fit(parts, pairs(6), config=config, quiet=True)
+    assert got.losses == pytest.approx(expected.losses, rel=1e-12)
+    left, right = factors(whole), factors(parts)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=1e-7, atol=1e-10)
+
+
+def test_passes_under_fsdp_are_refused():
+    with pytest.raises(ValueError, match="pass_tokens splits the passes of each rank alone, but"):
+        TrainConfig(pass_tokens=100, parallel="fsdp")
+    with pytest.raises(ValueError, match="pass_tokens must be"):
+        TrainConfig(pass_tokens=0)
 
 
 def test_a_split_says_so_where_the_model_drops_by_itself(capsys):

@@ -25,7 +25,9 @@ def write_card(
         return
     stored = read_config(options.out / CONFIG_FILE)
     base = one_line(str(stored.get("base_model_name_or_path")))
+    weights = Path(options.model).name  # a GGUF's are not those that the base has on the hub
     facts = {
+        **({} if weights == Path(base).name else {"weights": weights}),
         "data": _described(options.data),
         **({"held-out data": _described(options.valid)} if options.valid else {}),
         **({} if config.loss == "ce" else {"loss": config.loss}),

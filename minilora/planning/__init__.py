@@ -5,10 +5,18 @@ from minilora.planning.forecast import Forecast, settings_of
 from minilora.planning.machines import DEVICES, resident
 from minilora.planning.memory import Counted, Memory, count_memory
 from minilora.planning.plans import Plan, plan
-from minilora.planning.shapes import PRESETS, Settings, read_shape
+from minilora.planning.shapes import (
+    PASS_TOKENS,
+    PRESETS,
+    Settings,
+    pass_rows,
+    read_shape,
+    usual_pass_tokens,
+)
 
 __all__ = [
     "DEVICES",
+    "PASS_TOKENS",
     "PRESETS",
     "Counted",
     "Forecast",
@@ -18,8 +26,10 @@ __all__ = [
     "add_arguments",
     "count_memory",
     "from_arguments",
+    "pass_rows",
     "plan",
     "read_shape",
     "resident",
     "settings_of",
+    "usual_pass_tokens",
 ]

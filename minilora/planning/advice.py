@@ -15,7 +15,7 @@ import torch
 from minilora.kernels import fastest_dtype, hardware
 from minilora.planning.machines import DEVICES, HERE, Calibration, Device, this_machine
 from minilora.planning.memory import MARGIN, Memory, count_memory
-from minilora.planning.shapes import Settings, Shape
+from minilora.planning.shapes import Settings, Shape, usual_pass_tokens
 from minilora.planning.speed import Speed, count_work, duration, from_rates, on_device, run_speed
 from minilora.planning.timing import Timing, timed_step
 
@@ -90,11 +90,18 @@ class Planner:
         local = device.name == HERE
         return count_memory(
             self.shape,
-            settings,
+            self._in_passes(settings, device),
             gpu=device.gpu,
             integer=self.here.integer if local else None,
             process=self.here.process if local else None,
         )
+
+    def _in_passes(self, settings: Settings, device: Device) -> Settings:
+        """Return the settings with the passes that `fit` makes there."""
+        most = usual_pass_tokens(
+            device.gpu, settings.checkpointing, settings.parallel, bool(self.shape.foreign)
+        )
+        return dataclasses.replace(settings, pass_tokens=most)
 
     def fits(self, memory: Memory, settings: Settings, device: Device) -> bool:
         """Return whether the peak leaves the margin free; ranks on a CPU share its memory."""
@@ -113,7 +120,9 @@ class Planner:
 
     def _speed(self, settings: Settings, memory: Memory, device: Device) -> Speed:
         """Rows are as long as the mean: batches of similar lengths hold little padding."""
-        usual = dataclasses.replace(settings, length=self.data.mean, learned=self.data.learned)
+        usual = dataclasses.replace(
+            self._in_passes(settings, device), length=self.data.mean, learned=self.data.learned
+        )
         work = count_work(self.shape, usual, memory)
         size = self.data.examples, self.data.epochs
         if device.name != HERE:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from minilora.data import Batches, learned_labels
+from minilora.planning.shapes import pass_rows
 
 
 class BatchShape(NamedTuple):
@@ -59,9 +60,14 @@ def epoch_steps(batches: Batches, accumulate: int) -> list[Step]:
     return list(itertools.islice(coming_steps(batches, accumulate, (batches.epoch, 0)), steps))
 
 
-def largest_batch(steps: Iterable[Step]) -> BatchShape:
-    """Return the batch of the most tokens, which decides the peak."""
-    return max((batch for step in steps for batch in step), key=lambda batch: batch.tokens)
+def largest_batch(steps: Iterable[Step], pass_tokens: int | None, ranks: int) -> BatchShape:
+    """Return the batch whose passes have the most tokens, which decides the peak."""
+
+    def tokens(batch: BatchShape) -> tuple[int, int]:
+        rows = pass_rows(math.ceil(batch.rows / ranks), batch.length, pass_tokens)
+        return rows * batch.length, batch.tokens
+
+    return max((batch for step in steps for batch in step), key=tokens)
 
 
 def mean_batch(steps: Iterable[Step]) -> BatchShape:

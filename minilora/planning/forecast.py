@@ -61,7 +61,7 @@ class Forecast:
         model: a model of minilora.models, with adapters.
         batches: of the run, at its position in the data.
         autocast: the dtype of autocast, None without.
-        accumulate, checkpointing, ranks, parallel, compile: as for `Settings`.
+        accumulate, checkpointing, ranks, parallel, compile, pass_tokens: as for `Settings`.
         say: takes a line.
         steps: that are left, None where time alone limits the run.
         minutes: that are left, None without a limit.
@@ -80,6 +80,7 @@ class Forecast:
         parallel: str | None,
         say: Callable[[str], None],
         compile: bool = False,
+        pass_tokens: int | None = None,
         steps: int | None = None,
         minutes: float | None = None,
         elapsed: float = 0.0,
@@ -94,6 +95,7 @@ class Forecast:
             "ranks": ranks,
             "parallel": parallel if ranks > 1 else None,
             "compile": compile,
+            "pass_tokens": pass_tokens,
         }
         # Shards are counted on the shape: a model of them can't be copied.
         sharded = self.settings["parallel"] == "fsdp"
@@ -160,17 +162,25 @@ class Forecast:
         return steps[:reached], min(reached, len(steps)) + math.ceil(more)
 
     def _say_memory(self, run: list[Step], epoch: list[Step], steps: int | None) -> None:
-        most, longest = largest_batch(run), largest_batch(epoch)
+        among = self.settings["pass_tokens"], self.settings["ranks"]
+        most, longest = largest_batch(run, *among), largest_batch(epoch, *among)
         self.memory = self._memory(most)
         for line in memory_table(self.memory).splitlines():
             self.say(f"plan: {line}")
-        among = "an epoch" if steps is None else f"this run's {steps:,} steps"
-        self.say(f"plan: the largest batch of {among} is {most.rows} × {most.length} tokens")
-        if longest.tokens > most.tokens:
+        of = "an epoch" if steps is None else f"this run's {steps:,} steps"
+        self.say(f"plan: the largest batch of {of} is {self._about(most)}")
+        beyond = self._memory(longest).peak
+        if beyond > self.memory.peak:
             self.say(
-                f"plan: a full epoch of {len(epoch):,} steps meets {longest.rows} × "
-                f"{longest.length} tokens: peak {self._memory(longest).peak / 1e6:,.1f} MB"
+                f"plan: a full epoch of {len(epoch):,} steps meets {self._about(longest)}: "
+                f"peak {beyond / 1e6:,.1f} MB"
             )
+
+    def _about(self, batch: BatchShape) -> str:
+        settings = self._settings(batch)
+        whole = settings.rows == settings.rank_rows
+        passes = "" if whole else f", in passes of {settings.rows} × {batch.length}"
+        return f"{batch.rows} × {batch.length} tokens{passes}"
 
     def _say_time(self, run: list[Step], epoch: list[Step], steps: int | None) -> None:
         if self.timing is None:

@@ -234,6 +234,33 @@ def _hub_config(name: str) -> Any:
 COUNT = whole(1, 10**6)  # no run comes near it
 
 
+# On a CPU more tokens in a pass take memory and hardly less time for each: SmolLM2-135M in bf16 on
+# two threads of a Xeon with AMX takes 0.75 ms a token and some 0.4 s a pass (benchmarks/NOTES.md).
+PASS_TOKENS = 3072
+
+
+def usual_pass_tokens(
+    gpu: bool, checkpointing: bool, parallel: str | None, foreign: bool
+) -> int | None:
+    """Return how many tokens a pass has at most if nobody says, None for any number.
+
+    Args:
+        gpu: whether another device than a CPU computes.
+        checkpointing: whether blocks are recomputed: then tokens take little memory.
+        parallel: ranks under `"fsdp"` compute in step.
+        foreign: whether the model or its loss is not ours, so that more may follow from a batch.
+    """
+    whole = gpu or checkpointing or parallel == "fsdp" or foreign
+    return None if whole else PASS_TOKENS
+
+
+def pass_rows(rows: int, length: int, tokens: int | None) -> int:
+    """Return how many of the rows a pass computes: about equally many in each, in few passes."""
+    if tokens is None:
+        return rows
+    return math.ceil(rows / math.ceil(rows / max(1, tokens // length)))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What decides memory and time beside the model; checked.
@@ -257,6 +284,7 @@ class Settings:
         moment_bytes: of an element of AdamW's moments; None: 4 (1 with 8-bit Adam).
         learned: share of the predicted tokens that enters the loss, in (0, 1].
         compile: whether timed blocks are compiled, as the run's are.
+        pass_tokens: tokens that one pass computes at most; None: a whole micro-batch.
     """
 
     format: str | None = None
@@ -278,6 +306,7 @@ class Settings:
     moment_bytes: int | None = None
     learned: float = 1.0
     compile: bool = False
+    pass_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "accumulate", "length", "ranks"):
@@ -296,13 +325,18 @@ class Settings:
             )
 
     @property
-    def rows(self) -> int:
+    def rank_rows(self) -> int:
         """Rows of a micro-batch, on the rank that has most."""
         return math.ceil(self.batch_size / self.ranks)
 
     @property
+    def rows(self) -> int:
+        """Rows of a pass of those."""
+        return pass_rows(self.rank_rows, self.length, self.pass_tokens)
+
+    @property
     def learned_tokens(self) -> int:
-        """Tokens of those rows that enter the loss."""
+        """Tokens of a pass that enter the loss."""
         return math.ceil(self.rows * (self.length - 1) * self.learned)
 
     @property

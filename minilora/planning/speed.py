@@ -47,7 +47,8 @@ def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
     (V, h), layers = counted.head, counted.blocks
     tokens = settings.batch_size * a * settings.length
     runs = 3 if settings.checkpointing else 2  # passes of 2 FLOPs a weight
-    passes = runs * a * settings.ranks
+    parts = a * settings.ranks * math.ceil(settings.rank_rows / settings.rows)
+    passes = runs * parts
     q = config.num_attention_heads * config.head_dim
     kept = memory.activations + memory.recomputed * layers
     copies = settings.ranks if settings.parallel == "fsdp" else 1
@@ -56,7 +57,7 @@ def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
         adapters=tokens * (4 + 2 * (runs - 1)) * counted.trained,
         attention=int(tokens * 2 * settings.length * q * layers * (runs - 1 + 2.5)),
         head=int(tokens * settings.learned) * 4 * h * V,
-        bytes=passes * memory.weights * copies + _MOVES * kept * a * settings.ranks,
+        bytes=passes * memory.weights * copies + _MOVES * kept * parts,
         decoded=passes * counted.weights if settings.format else 0,
     )
 

@@ -196,16 +196,16 @@ def _timed(shape: Shape, settings: Settings, clock: Clock) -> Timing:
     keep_freed_memory()  # as `fit` does: steps are slower where freed pages are cleared again
     hand_back_freed_memory()
     held = resident() if forget_peak() else 0
-    narrow, rows, depth = _narrow(shape), settings.rows, shape.config.num_hidden_layers
+    narrow, depth = _narrow(shape), shape.config.num_hidden_layers
     few = count_planned(narrow, settings, _DEPTH)
     flops = few.weights + few.head[0] * few.head[1]
     rate = hardware().float32 if settings.dtype == torch.float32 else hardware().bfloat16
-    timed = max(1, min(rows, int(_SECONDS * rate * 1e9 / (6 * flops * settings.length))))
+    timed = max(1, min(settings.rows, int(_SECONDS * rate * 1e9 / (6 * flops * settings.length))))
     larger = shape.config.vocab_size / narrow.config.vocab_size
     found: list[float] = []
     bytes_kept: list[int] = []
     for rest, block in _steps(narrow, settings, timed, clock, bytes_kept):
-        found.append((rest * larger + block * depth) * rows / timed)
+        found.append((rest * larger + block * depth) * settings.rank_rows / timed)
         if len(found) >= _MOST or (len(found) >= _REPEATS and _summed_up(found).steady):
             break
     beyond, kept = 0, 1.0

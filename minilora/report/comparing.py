@@ -86,7 +86,7 @@ class Gap:
     def caveat(self) -> str:
         """Say where the interval means nothing."""
         few = self.examples < FEWEST
-        return f"; fewer than {FEWEST} examples never can tell" if few else ""
+        return f"; fewer than {FEWEST} examples are too few to tell" if few else ""
 
 
 @dataclass(frozen=True)

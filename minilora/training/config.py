@@ -15,6 +15,7 @@ from minilora.files import (
     option,
     whole,
 )
+from minilora.planning import PASS_TOKENS
 
 _POSITIVE = number("a finite number above 0", lambda x: x > 0)
 _POSITIVE_OR_NONE = number("a finite number above 0", lambda x: x > 0, none=True)
@@ -195,6 +196,16 @@ class TrainConfig:
         metavar="GB",
         may_differ=True,
     )
+    pass_tokens: int | None = option(
+        None,
+        "Tokens, padding included, that one pass computes at most: a micro-batch of more is "
+        "computed in passes of about equally many rows, with the same gradient. None: "
+        f"{PASS_TOKENS:,} for models of minilora.models with their own loss on a CPU, where more "
+        "take memory and hardly less time, and any number under `checkpointing` and elsewhere. Not "
+        "with `fsdp`.",
+        _COUNT_OR_NONE,
+        may_differ=True,
+    )
     compile: bool | Literal["auto"] = option(
         False,
         "Run each block of the model through `torch.compile`: faster steps after half a minute. It "
@@ -283,12 +294,13 @@ class TrainConfig:
                 f"{name}={getattr(self, name)!r} knows no loss over pairs of answers, found "
                 f"loss={self.loss!r}; leave {name} out{', or use ddp' * (name == 'parallel')}"
             )
-        if self.max_memory is not None and self.parallel == "fsdp":
-            raise ValueError(
-                f"max_memory splits the passes of each rank alone, but under parallel='fsdp' all "
-                f"compute in step, found max_memory={self.max_memory}; use 'ddp', or a smaller "
-                f"batch_size"
-            )
+        for name in ("max_memory", "pass_tokens"):
+            if getattr(self, name) is not None and self.parallel == "fsdp":
+                raise ValueError(
+                    f"{name} splits the passes of each rank alone, but under parallel='fsdp' all "
+                    f"compute in step, found {name}={getattr(self, name)}; use 'ddp', or a smaller "
+                    f"batch_size"
+                )
 
     def to_dict(self) -> dict:
         """Return the settings as JSON-able values."""

@@ -2,6 +2,7 @@
 
 from minilora.data import Batches
 from minilora.planning import Forecast
+from minilora.training.gradient import pass_tokens
 from minilora.training.monitor import Monitor
 from minilora.training.run import Run
 
@@ -21,6 +22,7 @@ def forecast(run: Run, monitor: Monitor) -> Forecast:
     found = Forecast(
         run.model, run.batches, run.dtype, config.accumulate, config.checkpointing,
         ranks.world_size, ranks.parallel, monitor.say, run.compile,
+        pass_tokens(run),
         steps=None if run.total is None else run.total - run.step,
         minutes=None if minutes is None else minutes - run.elapsed / 60,
         elapsed=run.elapsed,

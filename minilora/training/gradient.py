@@ -12,7 +12,8 @@ from minilora.data import Batch
 from minilora.files import one_line
 from minilora.kernels import out_of_memory, row_masks
 from minilora.lora import LoRALayer
-from minilora.models import CausalLM
+from minilora.models import CausalLM, ModelConfig
+from minilora.planning import pass_rows, usual_pass_tokens
 from minilora.training.run import Run
 
 # What else makes one row fit, by where the memory is.
@@ -56,6 +57,7 @@ class Gradient:
         say: Callable[[str], None],
     ):
         self.run, self.autocast, self.say = run, autocast, say
+        self.pass_tokens = pass_tokens(run)
         self.strict = run.ranks.parallel != "fsdp"  # a pass that fails there can't be repeated
 
     def of(self, micro: Sequence[Batch]) -> tuple[float, float, int]:
@@ -91,6 +93,8 @@ class Gradient:
         """Add one micro-batch's gradient, in parts that fit; return the sums of loss and tokens."""
         run, limit = self.run, self.run.limit
         size = min(run.rows or len(batch), len(batch))
+        if size:
+            size = pass_rows(size, batch.input_ids.numel() // len(batch), self.pass_tokens)
         if limit is not None and size:
             while size > 1 and not limit.fits(batch.rows(0, size)):
                 size = self._smaller(batch, size, f"would take more than {limit.gigabytes:g} GB")
@@ -194,6 +198,18 @@ def _strictly(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pass_tokens(run: Run) -> int | None:
+    """Return how many tokens a pass of the run has at most, None for any number."""
+    config, model = run.config, run.model
+    if config.pass_tokens is not None:
+        return config.pass_tokens
+    ours = isinstance(getattr(model, "config", None), ModelConfig) and not _masks_by_batch(model)
+    foreign = run.own_loss or not ours
+    return usual_pass_tokens(
+        run.device.type != "cpu", config.checkpointing, run.ranks.parallel, foreign
+    )
 
 
 def _masks_by_batch(model: nn.Module) -> list[str]:
