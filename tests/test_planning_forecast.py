@@ -1,5 +1,6 @@
 """`fit(plan=True)`: what is said before and after, of a run that is the same."""
 
+import dataclasses
 import itertools
 import re
 
@@ -17,7 +18,7 @@ from minilora.planning.batches import (
     BatchShape,
     coming_steps,
     epoch_steps,
-    largest_batch,
+    heaviest_batch,
     mean_batch,
 )
 from minilora.planning.memory import Counted, count_memory
@@ -107,7 +108,7 @@ def test_steps_are_the_batches_that_the_loader_gives(lengths, batch_size, accumu
             assert next(ahead) == met[start : start + accumulate]
     whole = epoch_steps(planned, accumulate)
     assert sum(batch.rows for step in whole for batch in step) == len(rows)
-    usual, most = mean_batch(whole), largest_batch(whole, None, 1)
+    usual, most = mean_batch(whole), heaviest_batch(whole, None, 1)
     assert most.tokens == max(batch.tokens for step in whole for batch in step) >= usual.rows
     assert 0 < usual.share <= 1
 
@@ -123,26 +124,32 @@ def short_run(monkeypatch, timing=HALF_A_SECOND, **config):
 def test_a_short_run_is_planned_by_what_it_meets(monkeypatch):
     seed = next(s for s in range(99) if Batches(LONG, batch_size=2, seed=s).order(0)[0][0] < 30)
     said = short_run(monkeypatch, max_steps=1, seed=seed)
-    assert "plan: the largest batch of this run's 1 steps is 2 × 8 tokens" in said
+    assert "plan: what takes most in this run's 1 steps is a batch of 2 × 8 tokens" in said
     epoch = re.search(r"a full epoch of 16 steps meets 2 × 64 tokens: peak ([\d,.]+) MB", said)
     peak = re.search(r"plan:\s+peak\s+([\d,.]+)", said)
     assert float(epoch[1].replace(",", "")) > float(peak[1].replace(",", ""))
     assert "0.0 minutes for this run's 1 steps, 0.2 minutes an epoch of 16 steps" in said
     said = short_run(monkeypatch, max_steps=None, epochs=1)
-    assert "the largest batch of this run's 16 steps is 2 × 64 tokens" in said
+    assert "what takes most in this run's 16 steps is a batch of 2 × 64 tokens" in said
     assert "a full epoch" not in said
 
 
 def test_the_pass_that_takes_most_is_planned(monkeypatch):
     """Two rows of 64 tokens are computed apart, so a batch of two of 40 takes more."""
-    assert largest_batch([[BatchShape(2, 64, 9)], [BatchShape(2, 40, 9)]], 100, 1).length == 40
-    assert largest_batch([[BatchShape(2, 64, 9)], [BatchShape(2, 40, 9)]], 100, 2).length == 64
+    assert heaviest_batch([[BatchShape(2, 64, 9)], [BatchShape(2, 40, 9)]], 100, 1).length == 40
+    assert heaviest_batch([[BatchShape(2, 64, 9)], [BatchShape(2, 40, 9)]], 100, 2).length == 64
+    ragged = Settings(batch_size=16, length=256, pass_tokens=3072)
+    assert ragged.rows == 8 and (ragged.fullest.rows, ragged.fullest.length) == (16, 192)
+    assert dataclasses.replace(ragged, length=100).fullest.length == 100
+    assert dataclasses.replace(ragged, pass_tokens=None).fullest.length == 256
+    with pytest.raises(ValueError, match="pass_tokens must be a whole number"):
+        dataclasses.replace(ragged, pass_tokens=0)
     monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 100)
     said = short_run(monkeypatch, max_steps=None, epochs=1)
-    assert "batch of this run's 16 steps is 2 × 64 tokens, in passes of 1 × 64\n" in said
+    assert "in this run's 16 steps is a batch of 2 × 64 tokens, in passes of 1 × 64\n" in said
     monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 128)
     more = short_run(monkeypatch, max_steps=None, epochs=1)
-    assert "batch of this run's 16 steps is 2 × 64 tokens\n" in more
+    assert "in this run's 16 steps is a batch of 2 × 64 tokens\n" in more
     kept = [float(re.search(r"activations +([\d.]+)", text)[1]) for text in (said, more)]
     assert kept[0] == pytest.approx(kept[1] / 2, rel=0.1)
 
@@ -151,11 +158,11 @@ def test_a_time_limit_is_planned_by_the_steps_within_it(monkeypatch):
     seed = next(s for s in range(99) if Batches(LONG, batch_size=2, seed=s).order(0)[0][0] < 30)
     slow = Timing(6.0, 6.0, 6.0, 5)  # of 2 × 12 tokens, the mean
     said = short_run(monkeypatch, slow, max_steps=None, max_minutes=0.001, seed=seed, epochs=1000)
-    assert "the largest batch of this run's 1 steps is 2 × 8 tokens" in said
+    assert "what takes most in this run's 1 steps is a batch of 2 × 8 tokens" in said
     assert "a full epoch of 16 steps meets 2 × 64" in said
     quick = Timing(1e-4, 1e-4, 1e-4, 5)
     said = short_run(monkeypatch, quick, max_steps=None, max_minutes=0.001, epochs=1000)
-    found = re.search(r"this run's (\d+) steps is 2 × 64 tokens", said)
+    found = re.search(r"this run's (\d+) steps is a batch of 2 × 64", said)
     assert int(found[1]) == pytest.approx(0.06 / 1e-4, rel=0.1), "epochs after the first count"
 
 
@@ -176,7 +183,7 @@ def test_batches_that_differ_in_size_take_more_of_the_heap(monkeypatch):
     found = []
     for rows in (LONG, alike):
         said = "\n".join(trained(True, rows=rows, config={"epochs": 1, "max_steps": None})[1])
-        assert "the largest batch of this run's 16 steps is 2 × 64 tokens" in said
+        assert "what takes most in this run's 16 steps is a batch of 2 × 64 tokens" in said
         names = ("activations", "heap")
         lines = [re.search(rf"{name}.*?([\d,.]+)$", said, re.MULTILINE) for name in names]
         found.append([float(line[1].replace(",", "")) for line in lines])

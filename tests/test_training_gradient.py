@@ -19,7 +19,7 @@ import minilora
 from minilora.planning import pass_rows
 from minilora.running.loss import token_loss
 from minilora.training.config import TrainConfig
-from minilora.training.gradient import _UNORDERED
+from minilora.training.gradient import _UNORDERED, Gradient
 from minilora.training.state import load_state
 
 
@@ -115,8 +115,11 @@ def test_split_is_remembered_and_said(capsys):
     fit(tiny(), examples(16), loss=limited(3, seen), batch_size=8, max_steps=3, quiet=False)
     assert seen == [8, 4, 2, 2, 2, 2, *[2] * 8][: len(seen)] and len(seen) == 2 + 12
     said = capsys.readouterr().err
-    whole = "a micro-batch of 8 rows did not fit in memory: from here on in passes of 2, with the "
-    assert f"{whole}same gradient\n" in said
+    for tried, size in (("a micro-batch of 8", 4), ("a pass of 4", 2)):
+        line = (
+            f"{tried} rows did not fit in memory: from here on in passes of {size}, with the same "
+        )
+        assert f"{line}gradient\n" in said
 
 
 class Passes:
@@ -132,18 +135,29 @@ class Passes:
         return token_loss(model, batch)
 
 
+class Wrapper(torch.nn.Module):
+    """A model of another class with the configuration of ours."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, input_ids, labels=None):
+        return self.inner(input_ids, labels=labels) if labels is not None else self.inner(input_ids)
+
+
 LONG_ROWS = [{"input_ids": [(7 * i + j) % 61 for j in range(16)]} for i in range(7)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_passes_of_so_many_tokens_have_the_same_gradient(monkeypatch, dropout):
-    """Rows are spread evenly; in float64 three steps agree to rounding, masks included."""
+    """In float64 three steps agree to rounding, masks included."""
     whole, parts = (tiny(dropout=dropout).double() for _ in range(2))
     options = {"max_steps": 3, "batch_size": 7, "dtype": "auto", "lr": 1e-2}
     expected = fit(whole, LONG_ROWS, **options)
     passes = Passes(monkeypatch)
     got = fit(parts, LONG_ROWS, pass_tokens=50, **options)  # three rows, so three passes
-    assert passes.seen == [(3, 16), (3, 16), (1, 16)] * 3
+    assert passes.seen == [(2, 16), (2, 16), (3, 16)] * 3
     assert got.losses == pytest.approx(expected.losses, rel=1e-12)
     left, right = factors(whole), factors(parts)
     for key in left:
@@ -164,15 +178,18 @@ def test_by_default_our_models_on_a_cpu_have_passes_of_limited_size(monkeypatch)
     """And whatever a batch might mean more to is computed whole."""
     monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 50)
     passes = Passes(monkeypatch)
-    split, whole = [(3, 16), (3, 16), (1, 16)], [(7, 16)]
+    split, whole = [(2, 16), (2, 16), (3, 16)], [(7, 16)]
+    mixing, wrapped = tiny(), Wrapper(tiny())
+    mixing.model.layers[0].mlp.register_module("norm", torch.nn.BatchNorm1d(24, affine=False))
     dropping = tiny()
     dropping.model.layers[0].mlp.register_module("drop", torch.nn.Dropout(0.1))
     head = tiny(dropout=0.3, targets=["q_proj", "lm_head"])
     cases = [
-        (tiny(), {}, split), (tiny(), {"checkpointing": True}, whole),
+        (tiny(), {}, split), (tiny(), {"checkpointing": True}, split),
         (tiny(), {"pass_tokens": 112}, whole), (tiny(), {"loss": passes.loss}, whole),
         (tiny(), {"loss": passes.loss, "pass_tokens": 50}, split), (dropping, {}, whole),
-        (dropping, {"pass_tokens": 50}, split), (head, {}, whole),
+        (dropping, {"pass_tokens": 50}, split), (head, {}, whole), (mixing, {}, whole),
+        (wrapped, {}, whole),
     ]  # fmt: skip
     for model, options, expected in cases:
         passes.seen.clear()
@@ -185,7 +202,15 @@ def test_pairs_are_computed_in_passes_too(monkeypatch):
     whole, parts = tiny().double(), tiny().double()
     expected = minilora.fit(whole, pairs(6), config=config, quiet=True)
     monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 30)
+    rows = []
+    kept = Gradient._pass
+    monkeypatch.setattr(
+        Gradient,
+        "_pass",
+        lambda self, batch, *at: rows.append(len(batch)) or kept(self, batch, *at),
+    )
     got = minilora.fit(parts, pairs(6), config=config, quiet=True)
+    assert len(rows) > 4 and sum(rows) == 12
     assert got.losses == pytest.approx(expected.losses, rel=1e-12)
     left, right = factors(whole), factors(parts)
     for key in left:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from minilora.kernels import fastest_dtype, hardware
+from minilora.models import ModelConfig
 from minilora.planning.machines import DEVICES, HERE, Calibration, Device, this_machine
 from minilora.planning.memory import MARGIN, Memory, count_memory
 from minilora.planning.shapes import Settings, Shape, usual_pass_tokens
@@ -86,11 +87,14 @@ class Planner:
     anchors: dict[str | None, tuple[Settings, Timing, float]] = field(default_factory=dict)
 
     def memory(self, settings: Settings, device: Device) -> Memory:
-        """Plan the bytes of one process there."""
+        """Plan the bytes of one process there, for rows of any length up to the settings'."""
+        return self._memory(self._in_passes(settings, device).fullest, device)
+
+    def _memory(self, settings: Settings, device: Device) -> Memory:
         local = device.name == HERE
         return count_memory(
             self.shape,
-            self._in_passes(settings, device),
+            settings,
             gpu=device.gpu,
             integer=self.here.integer if local else None,
             process=self.here.process if local else None,
@@ -98,9 +102,8 @@ class Planner:
 
     def _in_passes(self, settings: Settings, device: Device) -> Settings:
         """Return the settings with the passes that `fit` makes there."""
-        most = usual_pass_tokens(
-            device.gpu, settings.checkpointing, settings.parallel, bool(self.shape.foreign)
-        )
+        foreign = bool(self.shape.foreign) or not isinstance(self.shape.config, ModelConfig)
+        most = usual_pass_tokens(device.gpu, settings.parallel, foreign)
         return dataclasses.replace(settings, pass_tokens=most)
 
     def fits(self, memory: Memory, settings: Settings, device: Device) -> bool:
@@ -113,16 +116,17 @@ class Planner:
         memory = self.memory(settings, device)
         if not self.fits(memory, settings, device):
             return Option(device, settings, memory, False)
-        speed = self._speed(settings, memory, device)
+        speed = self._speed(settings, device)
         price = self.prices.get(device.name)
         cost = None if price is None else speed.hours * price
         return Option(device, settings, memory, True, speed, cost)
 
-    def _speed(self, settings: Settings, memory: Memory, device: Device) -> Speed:
+    def _speed(self, settings: Settings, device: Device) -> Speed:
         """Rows are as long as the mean: batches of similar lengths hold little padding."""
         usual = dataclasses.replace(
             self._in_passes(settings, device), length=self.data.mean, learned=self.data.learned
         )
+        memory = self._memory(usual, device)
         work = count_work(self.shape, usual, memory)
         size = self.data.examples, self.data.epochs
         if device.name != HERE:

@@ -60,7 +60,7 @@ def epoch_steps(batches: Batches, accumulate: int) -> list[Step]:
     return list(itertools.islice(coming_steps(batches, accumulate, (batches.epoch, 0)), steps))
 
 
-def largest_batch(steps: Iterable[Step], pass_tokens: int | None, ranks: int) -> BatchShape:
+def heaviest_batch(steps: Iterable[Step], pass_tokens: int | None, ranks: int) -> BatchShape:
     """Return the batch whose passes have the most tokens, which decides the peak."""
 
     def tokens(batch: BatchShape) -> tuple[int, int]:

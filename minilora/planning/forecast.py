@@ -18,7 +18,7 @@ from minilora.planning.batches import (
     Step,
     coming_steps,
     epoch_steps,
-    largest_batch,
+    heaviest_batch,
     mean_batch,
 )
 from minilora.planning.machines import calibrate, forget_peak, peak_bytes, resident
@@ -163,12 +163,12 @@ class Forecast:
 
     def _say_memory(self, run: list[Step], epoch: list[Step], steps: int | None) -> None:
         among = self.settings["pass_tokens"], self.settings["ranks"]
-        most, longest = largest_batch(run, *among), largest_batch(epoch, *among)
+        most, longest = heaviest_batch(run, *among), heaviest_batch(epoch, *among)
         self.memory = self._memory(most)
         for line in memory_table(self.memory).splitlines():
             self.say(f"plan: {line}")
         of = "an epoch" if steps is None else f"this run's {steps:,} steps"
-        self.say(f"plan: the largest batch of {of} is {self._about(most)}")
+        self.say(f"plan: what takes most in {of} is a batch of {self._about(most)}")
         beyond = self._memory(longest).peak
         if beyond > self.memory.peak:
             self.say(

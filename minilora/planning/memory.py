@@ -219,7 +219,7 @@ _known: dict[str, Counted] = {}  # a plan asks for the same many times
 def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> Counted:
     """Count what the settings make of a shape; `most`: of a model of that many blocks a sort."""
     same: dict[str, Any] = dict.fromkeys(("batch_size", "accumulate", "length", "ranks"), 1)
-    same |= {"learned": 1.0, "moment_bytes": None, "parallel": None}
+    same |= {"learned": 1.0, "moment_bytes": None, "parallel": None, "pass_tokens": None}
     same |= {"compile": False, "checkpointing": False}  # none of these changes what is counted
     key = repr((shape.config, dataclasses.replace(settings, **same), most))
     if key not in _known:

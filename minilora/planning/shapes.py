@@ -3,7 +3,7 @@
 import difflib
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,28 +235,27 @@ COUNT = whole(1, 10**6)  # no run comes near it
 
 
 # On a CPU more tokens in a pass take memory and hardly less time for each: SmolLM2-135M in bf16 on
-# two threads of a Xeon with AMX takes 0.75 ms a token and some 0.4 s a pass (benchmarks/NOTES.md).
+# two threads of a Xeon with AMX takes 0.9 ms a token and 0.6 s a pass (benchmarks/NOTES.md).
 PASS_TOKENS = 3072
 
 
-def usual_pass_tokens(
-    gpu: bool, checkpointing: bool, parallel: str | None, foreign: bool
-) -> int | None:
+def usual_pass_tokens(gpu: bool, parallel: str | None, foreign: bool) -> int | None:
     """Return how many tokens a pass has at most if nobody says, None for any number.
 
     Args:
         gpu: whether another device than a CPU computes.
-        checkpointing: whether blocks are recomputed: then tokens take little memory.
         parallel: ranks under `"fsdp"` compute in step.
         foreign: whether the model or its loss is not ours, so that more may follow from a batch.
     """
-    whole = gpu or checkpointing or parallel == "fsdp" or foreign
-    return None if whole else PASS_TOKENS
+    return None if gpu or parallel == "fsdp" or foreign else PASS_TOKENS
 
 
 def pass_rows(rows: int, length: int, tokens: int | None) -> int:
-    """Return how many of the rows a pass computes: about equally many in each, in few passes."""
-    if tokens is None:
+    """Return how many of the rows a pass has at most: as few passes as hold them, all about alike.
+
+    `length` counts the tokens of a row, `tokens` those that a pass may have (None: any number).
+    """
+    if tokens is None or not rows:
         return rows
     return math.ceil(rows / math.ceil(rows / max(1, tokens // length)))
 
@@ -311,6 +310,8 @@ class Settings:
     def __post_init__(self) -> None:
         for key in ("batch_size", "accumulate", "length", "ranks"):
             COUNT(getattr(self, key), key)
+        if self.pass_tokens is not None:
+            COUNT(self.pass_tokens, "pass_tokens")
         if self.parallel not in (None, "ddp", "fsdp"):
             raise ValueError(f"parallel must be None, 'ddp' or 'fsdp', found {self.parallel!r}")
         if (self.parallel is None) != (self.ranks == 1):
@@ -333,6 +334,17 @@ class Settings:
     def rows(self) -> int:
         """Rows of a pass of those."""
         return pass_rows(self.rank_rows, self.length, self.pass_tokens)
+
+    @property
+    def fullest(self) -> "Settings":
+        """The settings with the length, up to this one, at which a pass has the most tokens."""
+
+        def tokens(length: int) -> tuple[int, int]:
+            return pass_rows(self.rank_rows, length, self.pass_tokens) * length, length
+
+        whole = self.pass_tokens is None or self.rank_rows * self.length <= self.pass_tokens
+        length = self.length if whole else max(range(1, self.length + 1), key=tokens)
+        return replace(self, length=length)
 
     @property
     def learned_tokens(self) -> int:

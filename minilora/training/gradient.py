@@ -1,5 +1,6 @@
 """The gradient of one optimizer step, over as many passes as the memory needs."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +13,7 @@ from minilora.data import Batch
 from minilora.files import one_line
 from minilora.kernels import out_of_memory, row_masks
 from minilora.lora import LoRALayer
-from minilora.models import CausalLM, ModelConfig
+from minilora.models import CausalLM
 from minilora.planning import pass_rows, usual_pass_tokens
 from minilora.training.run import Run
 
@@ -39,9 +40,10 @@ def mix_seed(seed: int, step: int, index: int) -> int:
 class Gradient:
     """Accumulate the gradient of `Σ loss / Σ tokens` over the micro-batches of a step.
 
-    A micro-batch that does not fit in memory is split in halves, down to one row, and the split is
-    remembered. The gradient stays the same: sums are divided once, at the end, and dropout's masks
-    depend on (seed, step, row), but for those of `_masks_by_batch`.
+    A micro-batch of more tokens than a pass may have is computed in several. A pass that does not
+    fit in memory is split in halves, down to one row, and the split is remembered. The gradient
+    stays the same: sums are divided once, at the end, and dropout's masks depend on (seed, step,
+    row), but for those of `_masks_by_batch`.
 
     Args:
         run: what is trained; its `rows` is the split (0: none so far), its `limit` says before a
@@ -69,8 +71,9 @@ class Gradient:
         run.optimizer.zero_grad(set_to_none=True)
         if run.preference is not None:
             with self.autocast():
+                rows = min(filter(None, map(self._rows, micro)), default=0)
                 run.preference.prepare(
-                    run.model, micro, run.rows, run.ranks.merge, run.ranks.all_reduce
+                    run.model, micro, rows, run.ranks.merge, run.ranks.all_reduce
                 )
         value, tokens = 0.0, 0
         for index, batch in enumerate(micro):
@@ -92,9 +95,7 @@ class Gradient:
     def _micro(self, batch: Batch, index: int) -> tuple[float, int]:
         """Add one micro-batch's gradient, in parts that fit; return the sums of loss and tokens."""
         run, limit = self.run, self.run.limit
-        size = min(run.rows or len(batch), len(batch))
-        if size:
-            size = pass_rows(size, batch.input_ids.numel() // len(batch), self.pass_tokens)
+        size = self._rows(batch)
         if limit is not None and size:
             while size > 1 and not limit.fits(batch.rows(0, size)):
                 size = self._smaller(batch, size, f"would take more than {limit.gigabytes:g} GB")
@@ -126,14 +127,21 @@ class Gradient:
                 )
             size = self._smaller(batch, size, "did not fit in memory")
 
+    def _rows(self, batch: Batch) -> int:
+        """Return how many of the rows a pass has at most, as far as is known before it runs."""
+        run, tokens = self.run, batch.input_ids.shape[1]
+        if run.preference is not None:
+            tokens *= run.preference.rows_per_pair(run.model, batch)
+        return min(run.rows or len(batch), pass_rows(len(batch), tokens, self.pass_tokens))
+
     def _smaller(self, batch: Batch, size: int, why: str) -> int:
         """Halve the passes from here on, and say so."""
+        tried = f"a micro-batch of {size}" if size == len(batch) else f"a pass of {size}"
         size = self.run.rows = math.ceil(size / 2)
         masks = _masks_by_batch(self.run.model)
         but = f" but for the masks of {' and '.join(masks)}" if masks else ""
         self.say(
-            f"a micro-batch of {len(batch)} rows {why}: from here on in passes of {size}, with the "
-            f"same gradient{but}"
+            f"{tried} rows {why}: from here on in passes of {size}, with the same gradient{but}"
         )
         return size
 
@@ -141,8 +149,10 @@ class Gradient:
         """Run forward and backward in parts; return None if it must be done in another way."""
         value, tokens = 0.0, 0
         try:
-            for start in range(0, len(batch), size):
-                part = batch.rows(start, start + size)
+            number = math.ceil(len(batch) / size)
+            cuts = [len(batch) * i // number for i in range(number + 1)]
+            for start, stop in itertools.pairwise(cuts):
+                part = batch.rows(start, stop)
                 if part.tokens or self.run.own_loss:  # the mean over no token has no meaning
                     total, count = self._pass(part, index, start)
                     value += total
@@ -205,11 +215,9 @@ def pass_tokens(run: Run) -> int | None:
     config, model = run.config, run.model
     if config.pass_tokens is not None:
         return config.pass_tokens
-    ours = isinstance(getattr(model, "config", None), ModelConfig) and not _masks_by_batch(model)
-    foreign = run.own_loss or not ours
-    return usual_pass_tokens(
-        run.device.type != "cpu", config.checkpointing, run.ranks.parallel, foreign
-    )
+    mixing = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    foreign = run.own_loss or not isinstance(model, CausalLM) or mixing or _masks_by_batch(model)
+    return usual_pass_tokens(run.device.type != "cpu", run.ranks.parallel, bool(foreign))
 
 
 def _masks_by_batch(model: nn.Module) -> list[str]:
