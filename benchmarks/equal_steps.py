@@ -71,7 +71,7 @@ def main() -> None:
         "task": options.task, "rows": ROWS[options.task], "length": options.length, "lr": LR,
         "steps": options.steps, "processor": processor(),
         "flags": " ".join(minilora.hardware().flags), "torch": torch.__version__,
-        "commit": commit(),
+        "threads": torch.get_num_threads(), "commit": commit(),
     }  # fmt: skip
     for seed in range(options.seeds):
         plain, held_out = run(options.task, torch.float32, seed, options)

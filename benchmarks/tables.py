@@ -21,6 +21,8 @@ PAGES = [DOCS.with_name("README.md"), *sorted(DOCS.glob("*.md"))]
 TABLES = {
     "goals": tables_goals.goals,
     "real task": tables_training.real_task,
+    "documents": tables_training.documents,
+    "equal steps": tables_training.equal_steps,
     "recipes": tables_training.recipes,
     "real task caption": tables_training.real_task_caption,
     "defaults": tables_training.defaults,

@@ -6,7 +6,14 @@ from csv_tables import Row, caption, last_of, machine, newest, read, table
 
 
 def real_task() -> str:
-    rows = real_task_rows()
+    return _real_task(real_task_rows())
+
+
+def documents() -> str:
+    return _real_task(real_task_rows("documents"))
+
+
+def _real_task(rows: list[Row]) -> str:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["contender"], row["lr"]), []).append(row)
@@ -26,9 +33,36 @@ def real_task() -> str:
     return caption(text, rows) + table(head, lines)
 
 
-def real_task_rows() -> list[Row]:
-    """Return the newest group of the docstrings task: one processor, one commit."""
-    return newest(read("real_task", task="docstrings"), "processor", "commit")
+def real_task_rows(task: str = "docstrings") -> list[Row]:
+    """Return the newest group of a task: one processor, one commit."""
+    return newest(read("real_task", task=task), "processor", "commit")
+
+
+def equal_steps() -> str:
+    """Return what `fit` computes by default beside plain float32, at equal steps."""
+    rows = read("equal_steps")
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["seed"]), {})[row["way"]] = row
+    lines = []
+    for (task, seed), ways in groups.items():
+        plain, fast = ways["float32"], ways["fast"]
+        more = float(fast["second_half"]) / float(plain["second_half"]) - 1
+        lines.append([
+            f"{task}, {fast['rows']} a step", seed, plain["second_half"], fast["second_half"],
+            f"{100 * more:+.2f} %", f"{100 * float(fast['distance']):.2f} %",
+            plain["held_out"], fast["held_out"],
+        ])  # fmt: skip
+    text = (
+        f"SmolLM2-135M, {rows[0]['steps']} steps at a rate of {rows[0]['lr']}, the same batches in "
+        "the same order; mean loss of the last half of the steps, and loss on 48 rows held out; "
+        f"documents cut at {rows[-1]['length']} tokens"
+    )
+    head = (
+        "task | seed | float32 | default | apart | apart in each step | held out, float32 | "
+        "held out, default"
+    )
+    return caption(text, rows) + table(head, lines)
 
 
 def fastest(rows: list[Row]) -> dict[str, list[Row]]:

@@ -30,7 +30,7 @@ from minilora.lora.layer import LoRALayer, lora_layers
 from minilora.lora.merging import merge, unmerge
 from minilora.lora.modes import as_found, inference
 from minilora.lora.patterns import compiled_pattern
-from minilora.lora.quantizing import check_quantizable, quantize, quantized
+from minilora.lora.quantizing import check_quantizable, quantize
 from minilora.lora.samples import describe, difference, drawn_modules, frozen_values, weight_sample
 from minilora.lora.selection import matrix_shape, select_targets, targets
 from minilora.lora.serving import end_switching, mixed, prepare_switching
@@ -42,7 +42,6 @@ from minilora.lora.wrappers import (
     MARKS,
     check_open,
     check_whole,
-    named_modules,
     named_parameters,
     true_name,
     unwrapped,
@@ -95,13 +94,11 @@ __all__ = [
     "matrix_shape",
     "merge",
     "mixed",
-    "named_modules",
     "named_parameters",
     "plain_adapter",
     "prepare_switching",
     "product_norm",
     "quantize",
-    "quantized",
     "rename",
     "select_targets",
     "sizes",

@@ -27,7 +27,7 @@ from minilora.models.olmo2 import Olmo2, Olmo2Config
 from minilora.models.phi3 import Phi3, Phi3Config
 from minilora.models.qwen2 import Qwen2, Qwen2Config
 from minilora.models.qwen3 import Qwen3, Qwen3Config
-from minilora.models.rope import SCALINGS, Scaling
+from minilora.models.rope import SCALINGS
 from minilora.models.smollm3 import SmolLM3, SmolLM3Config
 
 FAMILIES: dict[str, type[CausalLM]] = {  # by config.json's model_type
@@ -80,7 +80,6 @@ __all__ = [
     "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
-    "Scaling",
     "SmolLM3",
     "SmolLM3Config",
     "is_plain_linear",

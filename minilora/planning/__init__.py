@@ -2,7 +2,7 @@
 
 from minilora.planning.arguments import add_arguments, from_arguments
 from minilora.planning.forecast import Forecast, settings_of
-from minilora.planning.machines import DEVICES, resident
+from minilora.planning.machines import resident
 from minilora.planning.memory import Counted, Memory, count_memory
 from minilora.planning.plans import Plan, plan
 from minilora.planning.shapes import (
@@ -15,7 +15,6 @@ from minilora.planning.shapes import (
 )
 
 __all__ = [
-    "DEVICES",
     "PASS_TOKENS",
     "PRESETS",
     "Counted",

@@ -2,7 +2,7 @@
 
 from minilora.training.boards import check_board
 from minilora.training.callbacks import Callbacks
-from minilora.training.config import TrainConfig, chosen_lr, learning_rate
+from minilora.training.config import TrainConfig, chosen_lr
 from minilora.training.lock import check_free
 from minilora.training.loop import fit
 from minilora.training.messages import spent
@@ -33,7 +33,6 @@ __all__ = [
     "chosen_lr",
     "common_dtype",
     "fit",
-    "learning_rate",
     "leave",
     "sharded",
     "spent",
