@@ -311,7 +311,7 @@ class Settings:
         for key in ("batch_size", "accumulate", "length", "ranks"):
             COUNT(getattr(self, key), key)
         if self.pass_tokens is not None:
-            COUNT(self.pass_tokens, "pass_tokens")
+            whole()(self.pass_tokens, "pass_tokens")
         if self.parallel not in (None, "ddp", "fsdp"):
             raise ValueError(f"parallel must be None, 'ddp' or 'fsdp', found {self.parallel!r}")
         if (self.parallel is None) != (self.ranks == 1):
