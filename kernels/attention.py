@@ -44,15 +44,22 @@ def _backward(
         later = torch.full((end - start, end), -torch.inf, dtype=compute, device=q.device)
         later = later.triu_(start + 1).repeat(G, 1)
         queries, grads = (t[:, :, start:end].reshape(X, -1, D).to(compute) for t in (q, grad_out))
-        p = torch.baddbmm(later, queries, keys[:, :end].mT, alpha=scale).softmax(-1)
+        scores = torch.baddbmm(later, queries, keys[:, :end].mT, alpha=scale)
+        if compute != wide:
+            # A large score is rounded to a multiple of more than P can bear. A product adds before
+            # it rounds, so once more less the row's largest, which no longer matters then.
+            later = later - scores.amax(-1, keepdim=True)
+            scores = torch.baddbmm(later, queries, keys[:, :end].mT, alpha=scale)
+        p = scores.softmax(-1)
         grad_p = torch.bmm(grads, values[:, :end].mT)
         grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, compute)
         grad_v[:, :end] += torch.bmm(p.mT, grads)
-        grad_k[:, :end] += torch.bmm(grad_s.mT, queries)
         # beta=0: nothing is read of the first argument, and the scale comes before the rounding.
+        part = torch.baddbmm(keys[:, :end], grad_s.mT, queries, beta=0, alpha=scale)
+        grad_k[:, :end] += part
         part = torch.baddbmm(queries, grad_s, keys[:, :end], beta=0, alpha=scale)
         grad_q[:, :, start:end] = part.view(B, H, -1, D)
-    return grad_q, grad_k.mul_(scale).to(narrow).view(k.shape), grad_v.to(narrow).view(v.shape)
+    return grad_q, grad_k.to(narrow).view(k.shape), grad_v.to(narrow).view(v.shape)
 
 
 # One opaque operation: its loop depends on T, which a traced graph may leave open.

@@ -258,10 +258,12 @@ def test_a_run_goes_on_to_a_higher_limit_from_its_folder(place, capsys):
         (["train", "--minutes=3", "x"], ["train", "x", "--minutes", "9"]),
         (["train", "--minut", "3", "-m"], ["train", "-m", "--minutes", "9"]),
         (["train", "--max-steps", "3"], ["train", "--max-steps", "3", "--minutes", "9"]),
+        (["train", "--max-minutes", "3", "x"], ["train", "x", "--minutes", "9"]),
+        (["train", "--max-mi=3", "x"], ["train", "x", "--minutes", "9"]),
     ],
 )
 def test_a_flag_gets_another_value(words, wanted):
-    assert runs._with(words, "--minutes", "9") == wanted
+    assert runs._with(words, runs.LIMITS["--minutes"], "9") == wanted
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
@@ -289,6 +291,12 @@ def test_what_a_run_was_trained_on_is_known(place):
     out = place / "out" / "a"
     assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
     assert runs.trained_on(out, ["more"]) == ["more/x.jsonl"]
+    several = (out / "run.toml").read_text("utf-8").replace("processes = 1", "processes = 2")
+    (out / "run.toml").write_text(several)
+    assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
+    (out / "run.toml").write_text(several.replace('"--data", "train.jsonl", "more"', '"--data", "."'))
+    assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
+    (out / "run.toml").write_text(several)
     assert runs.trained_on(place / "model", ["train.jsonl"]) == []
     assert runs.trained_on(out / "last", ["more"]) == ["more/x.jsonl"]
     other = (out / "run.toml").read_text("utf-8").replace("--max-length", "--no-such-flag")

@@ -6,9 +6,10 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from training_models import examples, factors, fit, same, tiny
+from training_models import examples, factors, fit, plain, same, tiny
 
-from minilora.training import TrainConfig, chosen_epochs, chosen_lr
+import minilora
+from minilora.training import TrainConfig, chosen_epochs, chosen_lr, run
 from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, planned_steps
 
 
@@ -93,6 +94,28 @@ def test_a_finished_run_says_that_there_is_nothing_left(tmp_path, capsys):
     )
     fit(tiny(), max_steps=4, out=tmp_path, resume=True, quiet=False)
     assert "finished already" not in capsys.readouterr().err
+
+
+def test_a_run_that_patience_ended_says_so_when_it_is_resumed(tmp_path, capsys):
+    options = {"valid": examples(3, seed=9), "out": tmp_path, "lr": 1e-12, "clip": None}
+    options |= {"eval_every": 1, "patience": 2}
+    assert fit(tiny(), max_steps=9, **options).stopped == "early"
+    fit(tiny(), max_steps=99, resume=True, quiet=False, **options)
+    said = capsys.readouterr().err
+    assert "was better, so patience 2 ended it; give its command a higher --patience" in said
+    assert "higher ones go on" not in said
+
+
+def test_the_rate_is_chosen_by_the_base_alone(monkeypatch):
+    """Whatever the rank, and whatever else is loaded."""
+    sizes = []
+    kept = run.chosen_lr
+    monkeypatch.setattr(run, "chosen_lr", lambda config, n: sizes.append(n) or kept(config, n))
+    model = plain()
+    size = sum(p.numel() for p in model.parameters())
+    for r in (2, 16):
+        fit(minilora.inject(plain(), r=r, modules_to_save=["lm_head"]), max_steps=1)
+    assert sizes == [size, size]
 
 
 def test_a_run_says_where_its_time_went(tmp_path, capsys):

@@ -403,6 +403,16 @@ def test_the_command_leaves_ordinary_runs(place, tmp_path, monkeypatch, capsys):
     assert "repeat takes the folder of one run, found a tuning's" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_a_rank_that_is_not_varied_is_each_trials(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words(place, "out", "--r", "2", "--vary", "alpha=3,5", steps="30")) == 0
+    name = capsys.readouterr().out.partition("chosen: ")[2].partition(",")[0]
+    assert json.loads((tmp_path / "out" / name / "adapter_config.json").read_text())["r"] == 2
+    assert main(["repeat", f"out/{name}", "again"]) == 0
+    assert "bit-equal: the adapter in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -1,6 +1,7 @@
 """`minilora resume` and `minilora repeat`: runs from their folder alone."""
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,10 +18,10 @@ import minilora
 from minilora.cli.arguments import VERBS, arg, verb
 from minilora.cli.sources import check_new_folder
 from minilora.data import files_in
-from minilora.files import leftovers, one_line, read_tensors, write
+from minilora.files import flags_of, leftovers, one_line, read_tensors, write
 from minilora.loading import TOKENIZER_FILES
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE
-from minilora.training import torchrun_number
+from minilora.training import TrainConfig, torchrun_number
 
 RUN_FILE = "run.toml"
 
@@ -83,14 +84,18 @@ def _is(word: str, flag: str) -> bool:
     return len(name) > 3 and flag.startswith(name)
 
 
-def _with(words: list[str], flag: str, value: str) -> list[str]:
-    """Return a command in which a flag has another value."""
+def _with(words: list[str], flags: Sequence[str], value: str) -> list[str]:
+    """Return a command in which a flag, by all its spellings, has another value."""
+
+    def ours(word: str) -> bool:
+        return any(_is(word, flag) for flag in flags)
+
     kept = [
         word
         for before, word in zip(["", *words], words, strict=False)
-        if not _is(word, flag) and not (_is(before, flag) and "=" not in before)
+        if not ours(word) and not (ours(before) and "=" not in before)
     ]
-    return [*kept, flag, value]
+    return [*kept, flags[0], value]
 
 
 def _began(file: Path) -> str | None:
@@ -156,14 +161,24 @@ def trained_on(out: Path, names: list[str]) -> list[str]:
         run = _read(out if (out / RUN_FILE).is_file() else out.parent)  # of out/last, too
     except (ValueError, RuntimeError, OSError):
         return []
-    words, given = run["command"], set()
-    for i, word in enumerate(words):  # not parsed: another version may have had other flags
-        if _is(word, "--data"):
+    data, held_out = (_given(run["command"], flag) for flag in ("--data", "--valid"))
+    learned = {
+        digest
+        for name, digest in run["data"].items()
+        if {Path(name), *Path(name).parents} & data and Path(name) not in held_out
+    }
+    return [name for name, digest in file_hashes(names).items() if digest in learned]
+
+
+def _given(words: list[str], flag: str) -> set[Path]:
+    """Return a flag's files; not parsed, as another version may have had other flags."""
+    found = set()
+    for i, word in enumerate(words):
+        if _is(word, flag):
             value = word.partition("=")[2]
             behind = itertools.takewhile(lambda each: not each.startswith("-"), words[i + 1 :])
-            given |= {Path(name) for name in ([value] if value else behind)}
-    learned = {v for k, v in run["data"].items() if {Path(k), *Path(k).parents} & given}
-    return [name for name, digest in file_hashes(names).items() if digest in learned]
+            found |= {Path(name) for name in ([value] if value else behind)}
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -194,9 +209,16 @@ def _read(out: Path) -> dict[str, Any]:
             raise ValueError("its command must be train or tune")
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error, 200)}") from None
+    return found
+
+
+def _read_alone(out: Path) -> dict[str, Any]:
+    """Read what can be run again by one process."""
+    found = _read(out)
     if found.get("processes") != 1:
         raise ValueError(
-            f"the run had {found.get('processes')} processes; give torchrun the command in {file}"
+            f"the run had {found.get('processes')} processes; give torchrun the command in "
+            f"{out / RUN_FILE}"
         )
     return found
 
@@ -225,7 +247,11 @@ def _again(out: Path, words: list[str], folder: str) -> int:
         return VERBS[words[0]][0](options)
 
 
-LIMITS = ("--epochs", "--max-steps", "--minutes")
+LIMITS = {  # and their other spellings
+    flags_of(field)[0]: flags_of(field)
+    for field in dataclasses.fields(TrainConfig)
+    if field.name in ("epochs", "max_steps", "max_minutes")
+}
 
 
 @verb(
@@ -236,13 +262,13 @@ LIMITS = ("--epochs", "--max-steps", "--minutes")
 def resume(options: argparse.Namespace) -> int:
     """Continue a stopped run, as its folder says."""
     out = options.out.absolute()
-    run = _read(out)
+    run = _read_alone(out)
     words = without_resume(run["command"])
-    for flag in LIMITS:
+    for flag, spellings in LIMITS.items():
         value = getattr(options, flag[2:].replace("-", "_"))
         if value is not None and words[0] == "tune":
             raise ValueError(f"{flag} is for a run's folder, found a tuning's; leave it out")
-        words = words if value is None else _with(words, flag, value)
+        words = words if value is None else _with(words, spellings, value)
     return _again(out, [*words, "--resume"], run["folder"])
 
 
@@ -254,7 +280,7 @@ def resume(options: argparse.Namespace) -> int:
 def repeat(options: argparse.Namespace) -> int:
     """Run a training again, and say whether the same bits came out."""
     out, new = options.out.absolute(), options.new.absolute()
-    run = _read(out)
+    run = _read_alone(out)
     if run["command"][0] == "tune":
         raise ValueError(f"repeat takes the folder of one run, found a tuning's; name one in {out}")
     check_new_folder(new, "NEW")

@@ -118,7 +118,7 @@ def train(options: argparse.Namespace) -> int:
     rows, held_out = encode(tokenizer)
     if whole and options.adapter is None:
         inject(model)
-    lr = chosen_lr(config, minilora.summary(model).parameters)
+    lr = chosen_lr(config, minilora.summary(model).base)
     if file is not None:
         epochs = chosen_epochs(config, len(rows)) if isinstance(rows, list) else config.epochs
         file.settings["train"] = config.to_dict() | {"epochs": epochs, "lr": lr}

@@ -140,14 +140,14 @@ def _command(options: argparse.Namespace, trial: Trial, steps: int) -> list[str]
     """Return the words of `train` that run a trial."""
     own = argparse.ArgumentParser(add_help=False)  # what is not train's, or the trial's to say
     add_arguments(own, *_OWN)
-    varied = [name for name in _VARIED if any(v.startswith(f"{name}=") for v in options.vary)]
     own.add_argument("--max-steps")
-    for name in varied:
-        own.add_argument(*_FLAGS[name], nargs="+" if name == "targets" else None)
-    _, words = own.parse_known_args(without_resume(options.argv[1:]))
-    for name in varied:
-        value = trial.adapter[name]
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    for name in _VARIED:
+        own.add_argument(*_FLAGS[name], dest=name, nargs="+" if name == "targets" else None)
+    found, words = own.parse_known_args(without_resume(options.argv[1:]))
+    for name in _VARIED:
+        value = trial.adapter[name] if name in trial.adapter else getattr(found, name)
+        if value is not None:
+            words += [_FLAGS[name][0], *map(str, value if isinstance(value, list) else [value])]
     return ["train", *words, "--lr", repr(trial.lr), "--max-steps", str(steps)]
 
 

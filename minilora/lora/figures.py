@@ -47,6 +47,11 @@ class Summary:
     unreached: float = 0.0
     note: str = ""
 
+    @property
+    def base(self) -> int:
+        """Parameters of the model without its adapters."""
+        return self.parameters - sum(adapter.parameters for adapter in self.adapters)
+
     def __str__(self) -> str:
         share = 100 * self.trainable / max(1, self.parameters)
         paths = ", ".join(f"{path} {n}" for path, n in self.paths.items())

@@ -77,7 +77,13 @@ def _conclusion(run: Run, stopped: str, began: int) -> str | None:
 
     `began` is the step from which this call went on.
     """
-    if stopped in ("finished", "time", "early") and 0 < run.step == began:
+    if stopped == "early" and 0 < run.step == began:
+        return (
+            f"the run was finished already: no evaluation after step {run.best_step} was better, so "
+            f"patience {run.config.patience} ended it; give its command a higher --patience, or "
+            f"none, with --resume to go on"
+        )
+    if stopped in ("finished", "time") and 0 < run.step == began:
         names = ("max_minutes", "max_steps", "epochs")
         limits = [f"{n} {v:g}" for n in names if (v := getattr(run.config, n)) is not None]
         return (

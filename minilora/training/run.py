@@ -114,7 +114,7 @@ class Run(Progress):
         self.layers = Survey(model).require_layers("fit")
         check_model(model, self.layers)
         self.lr_is_chosen = config.lr is None
-        self.config = replace(config, lr=chosen_lr(config, summary(model).parameters))
+        self.config = replace(config, lr=chosen_lr(config, summary(model).base))
         if not self.own_loss:
             require_next_token_loss(model)
         self.adapter = trained_adapter(model, self.layers)
