@@ -7,9 +7,9 @@ B sequences, T tokens, H query heads over H / G key heads of width D. The forwar
 flash kernel. Its backward kernel takes 1.1 to 9 times as long as these products in bf16 on a
 processor with AMX, most in short rows (benchmarks/NOTES.md); in f32 it is taken. A chunk of queries
 meets only the keys before its end, all G heads of a group in one product, and P is formed again
-from Q and K. Nothing `[T, T]` is kept; `[B·H, chunk, T]` exists at a time. Scores, P and dO Vᵀ are
-rounded where torch's kernel rounds P and dS: dQ has 1.5 times its error in bf16 (0.4 % against
-0.26 %), dK and dV have less than theirs.
+from Q and K. Nothing `[T, T]` is kept; `[B·H, chunk, T]` exists at a time. P, dO Vᵀ and
+scores less a number of their row are rounded where torch's kernel rounds P and dS: dQ has 1.5 times
+its error in bf16 (0.4 % against 0.26 %), dK and dV have less than theirs.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ _FEWEST, _MOST = 64, 256  # queries in a chunk
 
 
 def _backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, D = q.shape
     heads = k.shape[1]
@@ -38,19 +38,18 @@ def _backward(
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.zeros(X, T, D, dtype=wide, device=q.device)
     grad_v = torch.zeros_like(grad_k)
+    seen = torch.arange(1, T + 1, device=q.device, dtype=wide)
+    middle = lse - seen.log()  # what every score of a row would be, were they all alike
     chunk = min(max(_SCORES // (B * H * T), _FEWEST), _MOST)
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
         later = torch.full((end - start, end), -torch.inf, dtype=compute, device=q.device)
-        later = later.triu_(start + 1).repeat(G, 1)
+        # Large scores would be rounded to multiples of more than P can bear. A product adds before
+        # it rounds; by how much a row is moved softmax does not care.
+        moved = later.triu_(start + 1) - middle[..., start:end, None].to(compute)
+        moved = moved.reshape(X, G * (end - start), end)
         queries, grads = (t[:, :, start:end].reshape(X, -1, D).to(compute) for t in (q, grad_out))
-        scores = torch.baddbmm(later, queries, keys[:, :end].mT, alpha=scale)
-        if compute != wide:
-            # A large score is rounded to a multiple of more than P can bear. A product adds before
-            # it rounds, so once more less the row's largest, which no longer matters then.
-            later = later - scores.amax(-1, keepdim=True)
-            scores = torch.baddbmm(later, queries, keys[:, :end].mT, alpha=scale)
-        p = scores.softmax(-1)
+        p = torch.baddbmm(moved, queries, keys[:, :end].mT, alpha=scale).softmax(-1)
         grad_p = torch.bmm(grads, values[:, :end].mT)
         grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, compute)
         grad_v[:, :end] += torch.bmm(p.mT, grads)
@@ -65,14 +64,22 @@ def _backward(
 # One opaque operation: its loop depends on T, which a traced graph may leave open.
 @torch.library.custom_op("minilora::causal_attention_backward", mutates_args=())
 def _backward_op(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad_out, q, k, v, scale)
+    return _backward(grad_out, q, k, v, lse, scale)
 
 
 @_backward_op.register_fake
-def _(grad_out, q, k, v, scale):
+def _(grad_out, q, k, v, lse, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return what torch's flash kernel for CPUs does, and its log Σ exp of scores `[B, H, T]`."""
+    if not FLASH_GROUPS_HEADS:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return run(q, k.to(q.dtype), v.to(q.dtype), 0.0, True, scale=scale)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -85,15 +92,22 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        out, lse = _flash(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, lse)
         ctx.scale = scale
-        return _sdpa(q, k, v, scale)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         run = _backward_op if torch.compiler.is_compiling() else _backward
         return *run(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+def _fits_flash(*tensors: Tensor) -> bool:
+    """Return whether the flash kernel takes them: of one width, dense in it, not empty."""
+    width = tensors[0].shape[-1]
+    return all(t.shape[-1] == width and t.stride(-1) == 1 and t.numel() > 0 for t in tensors)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -110,6 +124,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     narrow = q.device.type == "cpu" and q.dtype.itemsize == 2
     traced = torch.compiler.is_compiling()  # where one may not ask for transforms
-    if narrow and torch.is_grad_enabled() and (traced or not is_transformed(q)):
+    ours = narrow and torch.is_grad_enabled() and (traced or not is_transformed(q))
+    if ours and _fits_flash(q, k, v):
         return _CausalAttention.apply(q, k, v, scale)
     return _sdpa(q, k, v, scale)

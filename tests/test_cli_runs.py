@@ -294,7 +294,9 @@ def test_what_a_run_was_trained_on_is_known(place):
     several = (out / "run.toml").read_text("utf-8").replace("processes = 1", "processes = 2")
     (out / "run.toml").write_text(several)
     assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
-    (out / "run.toml").write_text(several.replace('"--data", "train.jsonl", "more"', '"--data", "."'))
+    (out / "run.toml").write_text(
+        several.replace('"--data", "train.jsonl", "more"', '"--data", "."')
+    )
     assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
     (out / "run.toml").write_text(several)
     assert runs.trained_on(place / "model", ["train.jsonl"]) == []

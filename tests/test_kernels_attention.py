@@ -41,8 +41,8 @@ def oracle(q, k, v, grad_out, scale):
 
 
 def by_chunks(q, k, v, grad_out, scale):
-    out = module._sdpa(q, k, v, scale)
-    return out, *module._backward(grad_out, q, k, v, scale)
+    out, lse = module._flash(q, k, v, scale)
+    return out, *module._backward(grad_out, q, k, v, lse, scale)
 
 
 def by_sdpa(q, k, v, grad_out, scale):
@@ -166,4 +166,22 @@ def test_transforms_of_torch_func_take_torchs():
 
 def test_the_operation_is_a_well_formed_one():
     q, k, v, grad_out = case(1, 2, 2, 9, 8)
-    torch.library.opcheck(torch.ops.minilora.causal_attention_backward, (grad_out, q, k, v, 0.3))
+    _, lse = module._flash(q, k, v, 0.3)
+    run = torch.ops.minilora.causal_attention_backward
+    torch.library.opcheck(run, (grad_out, q, k, v, lse, 0.3))
+
+
+@pytest.mark.parametrize("case_of", ["values of another width", "numbers apart", "no rows"])
+def test_what_the_flash_kernel_does_not_take_is_torchs(case_of):
+    q, k, v, grad_out = case(2, 2, 2, 5, 8, torch.bfloat16)
+    if case_of == "values of another width":
+        v, grad_out = v[..., :6].contiguous(), grad_out[..., :6]
+    elif case_of == "numbers apart":
+        q = q.mT.contiguous().mT
+    else:
+        q, k, v, grad_out = (t[:0] for t in (q, k, v, grad_out))
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = causal_attention(*leaves, 0.3)
+    assert "CausalAttention" not in type(out.grad_fn).__name__
+    found = torch.autograd.grad(out, leaves, grad_out)
+    assert [g.shape for g in found] == [t.shape for t in leaves]

@@ -79,8 +79,8 @@ def _conclusion(run: Run, stopped: str, began: int) -> str | None:
     """
     if stopped == "early" and 0 < run.step == began:
         return (
-            f"the run was finished already: no evaluation after step {run.best_step} was better, so "
-            f"patience {run.config.patience} ended it; give its command a higher --patience, or "
+            f"the run was finished already: no evaluation after step {run.best_step} was better, "
+            f"so patience {run.config.patience} ended it; give its command a higher --patience, or "
             f"none, with --resume to go on"
         )
     if stopped in ("finished", "time") and 0 < run.step == began:
