@@ -268,7 +268,8 @@ def _names(survey: Survey, contenders: Sequence[str | None]) -> list[str]:
     names = [BASE if name is None else name for name in contenders]
     if isinstance(contenders, str) or len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(
-            f"compare() needs two or more different contenders, found {short(contenders)}"
+            f"compare() needs two or more different contenders, found {short(contenders)}; name "
+            f"another adapter, or leave the base among them (no --no-base)"
         )
     survey.known([name for name in names if name != BASE], "compare")
     return names
