@@ -307,9 +307,16 @@ def report(out: Path, tasks: list[dict[str, str]]) -> list[dict[str, Any]]:
         print(f"{who}, {form}, {mode}: {dict(reasons.most_common(7))}")
     for form, mode in itertools.product(FORMS, MODES):
         both = [found.get((who, form, mode)) for who in WHO]
-        if None not in both:
-            rows.append({"form": form, "mode": mode, **compared(*both)})
-            print(rows[-1])
+        parts = {
+            "all": slice(None),
+            "developed": slice(DEVELOPED),
+            "others": slice(DEVELOPED, None),
+        }
+        for part, of in parts.items() if None not in both else ():
+            if part == "all" or len(tasks) > DEVELOPED:
+                some = compared(*(each[of] for each in both))
+                rows.append({"form": form, "mode": mode, "part": part, **some})
+                print(rows[-1])
     return rows
 
 

@@ -7,9 +7,9 @@ B sequences, T tokens, H query heads over H / G key heads of width D. The forwar
 flash kernel. Its backward kernel takes 1.1 to 9 times as long as these products in bf16 on a
 processor with AMX, most in short rows (benchmarks/NOTES.md); in f32 it is taken. A chunk of queries
 meets only the keys before its end, all G heads of a group in one product, and P is formed again
-from Q and K. Nothing `[T, T]` is kept; `[B·H, chunk, T]` exists at a time. P, dO Vᵀ and
-scores less a number of their row are rounded where torch's kernel rounds P and dS: dQ has 1.5 times
-its error in bf16 (0.4 % against 0.26 %), dK and dV have less than theirs.
+from Q and K. Nothing `[T, T]` is kept; `[B·H, chunk, T]` exists at a time. Scores, each
+row moved to around 0, P and dO Vᵀ are rounded where torch's kernel rounds P and dS: dQ has 1.5
+times its error in bf16 (0.4 % against 0.26 %), dK and dV have less than theirs.
 """
 
 from typing import Any
@@ -74,18 +74,23 @@ def _(grad_out, q, k, v, lse, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values as torch's flash kernel for CPUs takes them."""
+    if FLASH_GROUPS_HEADS or q.device.type != "cpu":
+        return k, v
+    return tuple(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # type: ignore[return-value]
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return what torch's flash kernel for CPUs does, and its log Σ exp of scores `[B, H, T]`."""
-    if not FLASH_GROUPS_HEADS:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    k, v = _grouped(q, k, v)
     run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return run(q, k.to(q.dtype), v.to(q.dtype), 0.0, True, scale=scale)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return torch's causal attention, by its flash kernel on CPUs."""
-    if q.device.type == "cpu" and not FLASH_GROUPS_HEADS:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    k, v = _grouped(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 

@@ -454,3 +454,8 @@ def test_samples_are_judged_once_and_compared_task_by_task(tmp_path, monkeypatch
     assert (rows[1]["solved_before"], rows[1]["solved_after"]) == (2, 3)
     monkeypatch.setattr(sandbox, "judge", None)  # every verdict is kept
     assert humaneval.report(tmp_path, tasks) == rows
+    monkeypatch.setattr(humaneval, "DEVELOPED", 2)  # what settings were chosen on stands apart
+    parts = {row["part"]: row for row in humaneval.report(tmp_path, tasks) if row["samples"] == 1}
+    assert parts["all"] == rows[0] and list(parts) == ["all", "developed", "others"]
+    assert [(row["tasks"], row["before"], row["after"]) for row in parts.values()][1:] == [
+        (2, 0.5, 1.0), (2, 0.5, 0.5)]  # fmt: skip

@@ -124,13 +124,13 @@ def short_run(monkeypatch, timing=HALF_A_SECOND, **config):
 def test_a_short_run_is_planned_by_what_it_meets(monkeypatch):
     seed = next(s for s in range(99) if Batches(LONG, batch_size=2, seed=s).order(0)[0][0] < 30)
     said = short_run(monkeypatch, max_steps=1, seed=seed)
-    assert "plan: what takes most in this run's 1 steps is a batch of 2 × 8 tokens" in said
+    assert "plan: the batch that needs most memory in this run's 1 steps is 2 × 8 tokens" in said
     epoch = re.search(r"a full epoch of 16 steps meets 2 × 64 tokens: peak ([\d,.]+) MB", said)
     peak = re.search(r"plan:\s+peak\s+([\d,.]+)", said)
     assert float(epoch[1].replace(",", "")) > float(peak[1].replace(",", ""))
     assert "0.0 minutes for this run's 1 steps, 0.2 minutes an epoch of 16 steps" in said
     said = short_run(monkeypatch, max_steps=None, epochs=1)
-    assert "what takes most in this run's 16 steps is a batch of 2 × 64 tokens" in said
+    assert "the batch that needs most memory in this run's 16 steps is 2 × 64 tokens" in said
     assert "a full epoch" not in said
 
 
@@ -146,10 +146,10 @@ def test_the_pass_that_takes_most_is_planned(monkeypatch):
         dataclasses.replace(ragged, pass_tokens=0)
     monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 100)
     said = short_run(monkeypatch, max_steps=None, epochs=1)
-    assert "in this run's 16 steps is a batch of 2 × 64 tokens, in passes of 1 × 64\n" in said
+    assert "in this run's 16 steps is 2 × 64 tokens, in passes of 1 × 64\n" in said
     monkeypatch.setattr("minilora.planning.shapes.PASS_TOKENS", 128)
     more = short_run(monkeypatch, max_steps=None, epochs=1)
-    assert "in this run's 16 steps is a batch of 2 × 64 tokens\n" in more
+    assert "in this run's 16 steps is 2 × 64 tokens\n" in more
     kept = [float(re.search(r"activations +([\d.]+)", text)[1]) for text in (said, more)]
     assert kept[0] == pytest.approx(kept[1] / 2, rel=0.1)
 
@@ -158,11 +158,11 @@ def test_a_time_limit_is_planned_by_the_steps_within_it(monkeypatch):
     seed = next(s for s in range(99) if Batches(LONG, batch_size=2, seed=s).order(0)[0][0] < 30)
     slow = Timing(6.0, 6.0, 6.0, 5)  # of 2 × 12 tokens, the mean
     said = short_run(monkeypatch, slow, max_steps=None, max_minutes=0.001, seed=seed, epochs=1000)
-    assert "what takes most in this run's 1 steps is a batch of 2 × 8 tokens" in said
+    assert "the batch that needs most memory in this run's 1 steps is 2 × 8 tokens" in said
     assert "a full epoch of 16 steps meets 2 × 64" in said
     quick = Timing(1e-4, 1e-4, 1e-4, 5)
     said = short_run(monkeypatch, quick, max_steps=None, max_minutes=0.001, epochs=1000)
-    found = re.search(r"this run's (\d+) steps is a batch of 2 × 64", said)
+    found = re.search(r"this run's (\d+) steps is 2 × 64", said)
     assert int(found[1]) == pytest.approx(0.06 / 1e-4, rel=0.1), "epochs after the first count"
 
 
@@ -183,7 +183,7 @@ def test_batches_that_differ_in_size_take_more_of_the_heap(monkeypatch):
     found = []
     for rows in (LONG, alike):
         said = "\n".join(trained(True, rows=rows, config={"epochs": 1, "max_steps": None})[1])
-        assert "what takes most in this run's 16 steps is a batch of 2 × 64 tokens" in said
+        assert "the batch that needs most memory in this run's 16 steps is 2 × 64 tokens" in said
         names = ("activations", "heap")
         lines = [re.search(rf"{name}.*?([\d,.]+)$", said, re.MULTILINE) for name in names]
         found.append([float(line[1].replace(",", "")) for line in lines])

@@ -168,7 +168,7 @@ class Forecast:
         for line in memory_table(self.memory).splitlines():
             self.say(f"plan: {line}")
         of = "an epoch" if steps is None else f"this run's {steps:,} steps"
-        self.say(f"plan: what takes most in {of} is a batch of {self._about(most)}")
+        self.say(f"plan: the batch that needs most memory in {of} is {self._about(most)}")
         beyond = self._memory(longest).peak
         if beyond > self.memory.peak:
             self.say(

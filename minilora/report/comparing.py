@@ -269,7 +269,7 @@ def _names(survey: Survey, contenders: Sequence[str | None]) -> list[str]:
     if isinstance(contenders, str) or len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(
             f"compare() needs two or more different contenders, found {short(contenders)}; name "
-            f"another adapter, or leave the base among them (no --no-base)"
+            f"another adapter, or compare with the base (None; leave --no-base out)"
         )
     survey.known([name for name in names if name != BASE], "compare")
     return names

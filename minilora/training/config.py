@@ -198,8 +198,9 @@ class TrainConfig:
     )
     pass_tokens: int | None = option(
         None,
-        "Tokens, padding included, that one pass computes at most: a micro-batch of more is "
-        "computed in several, alike to a row, with the same gradient. None: "
+        "Tokens, padding included, that one pass computes at most, but one row at least: a "
+        "micro-batch of more is computed in several passes, whose rows differ by one at most, with "
+        "the same gradient. None: "
         f"{PASS_TOKENS:,} for models of minilora.models with their own loss on a CPU, where more "
         "take memory and hardly less time, and any number elsewhere. Not with `fsdp`.",
         _COUNT_OR_NONE,
