@@ -15,9 +15,10 @@ from minilora.kernels.versions import FLASH_GROUPS_HEADS
 module = importlib.import_module("minilora.kernels.attention")
 
 
-def case(B, kv_heads, group, T, D, dtype=torch.float32):
+def case(B, kv_heads, group, T, D, dtype=torch.float32, before=0):
+    """Queries are the last T of `before` more tokens; they lie as models have them."""
     q, grad_out = (torch.randn(B, T, kv_heads * group, D).transpose(1, 2) for _ in range(2))
-    k, v = (torch.randn(B, T, kv_heads, D).transpose(1, 2) for _ in range(2))  # as models have them
+    k, v = (torch.randn(B, before + T, kv_heads, D).transpose(1, 2) for _ in range(2))
     return [t.to(dtype) for t in (q, k, v, grad_out)]
 
 
@@ -29,14 +30,15 @@ def oracle(q, k, v, grad_out, scale):
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
         K, V = k[b, h // group], v[b, h // group]
         for t in range(q.shape[2]):
-            e = torch.exp(scale * (K[: t + 1] @ q[b, h, t]))
+            end = k.shape[2] - q.shape[2] + t + 1
+            e = torch.exp(scale * (K[:end] @ q[b, h, t]))
             p = e / e.sum()
-            out[b, h, t] = p @ V[: t + 1]
-            gp = V[: t + 1] @ grad_out[b, h, t]
+            out[b, h, t] = p @ V[:end]
+            gp = V[:end] @ grad_out[b, h, t]
             gs = scale * (torch.diag(p) - torch.outer(p, p)) @ gp
-            gq[b, h, t] = gs @ K[: t + 1]
-            gk[b, h // group, : t + 1] += torch.outer(gs, q[b, h, t])
-            gv[b, h // group, : t + 1] += torch.outer(p, grad_out[b, h, t])
+            gq[b, h, t] = gs @ K[:end]
+            gk[b, h // group, :end] += torch.outer(gs, q[b, h, t])
+            gv[b, h // group, :end] += torch.outer(p, grad_out[b, h, t])
     return out, gq, gk, gv
 
 
@@ -75,12 +77,13 @@ def errors(found, true):
     st.integers(1, 3),
     st.integers(1, 3),
     st.sampled_from([1, 2, 5, 7, 8, 9, 23]),
+    st.sampled_from([0, 1, 6, 11]),
     st.sampled_from([1, 8, 13]),
     st.floats(0.05, 1.5),
 )
-def test_gradients_are_the_oracles(B, kv_heads, group, T, D, scale):
+def test_gradients_are_the_oracles(B, kv_heads, group, T, before, D, scale):
     torch.manual_seed(T)
-    inputs = case(B, kv_heads, group, T, D, torch.float64)
+    inputs = case(B, kv_heads, group, T, D, torch.float64, before)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MOST", 4)  # several chunks, the last one ragged
         found = by_chunks(*inputs, scale)
@@ -148,6 +151,40 @@ def test_wider_dtypes_are_torchs(dtype):
     out = causal_attention(*leaves, 0.3)
     found = out.detach(), *torch.autograd.grad(out, leaves, inputs[3])
     assert all(torch.equal(a, b) for a, b in zip(found, by_flash(*inputs, 0.3), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("T", [1, 2, 150])
+def test_queries_of_the_last_tokens_keep_no_mask(dtype, T):
+    torch.manual_seed(2)
+    inputs = case(2, 2, 3, T, 8, dtype, before=37)
+    leaves = [t.clone().requires_grad_() for t in inputs[:3]]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = causal_attention(*leaves, 0.3)
+    assert all(t.shape[-2:] != (T, T + 37) for t in kept)
+    found = out.detach(), *torch.autograd.grad(out, leaves, inputs[3])
+    within = {torch.bfloat16: 0.01, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    assert errors(found, oracle(*inputs, 0.3)) == pytest.approx([0] * 4, abs=within)
+    with torch.no_grad():
+        assert errors([causal_attention(*leaves, 0.3)], [out]) == pytest.approx([0], abs=within)
+
+
+def test_a_gpu_gets_queries_for_all_keys_instead_of_a_mask(monkeypatch):
+    """Told from the CPU: what is asked of torch, on tensors without values."""
+    torch.manual_seed(2)
+    q, k, v, _ = case(2, 2, 3, 5, 8, before=4)
+    asked = []
+    own = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **kw: asked.append(kw) or own(*a, **kw)
+    )
+    meta = [t.to("meta") for t in (q, k, v)]
+    assert causal_attention(*meta, 0.3).shape == q.shape
+    assert asked[0]["is_causal"]
+    assert "attn_mask" not in asked[0]
+    padded = own(F.pad(q, (0, 0, 4, 0)), k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    assert torch.allclose(padded[:, :, 4:], causal_attention(q, k, v, 0.3), atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own

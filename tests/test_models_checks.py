@@ -16,6 +16,7 @@ from model_families import (
     assert_close,
     check,
     every_family,
+    every_shape,
     our_model,
     some_ids,
     their_model,
@@ -84,6 +85,27 @@ def test_packed_documents_are_as_good_as_alone(family, shape):
     assert_close(found, wanted)
     for name, parameter in model.named_parameters():
         assert_close(gradients[name], parameter.grad, 2e-5)
+
+
+@every_shape("shared start = apart")
+def test_first_tokens_that_rows_share_are_computed_once(family, shape):
+    """Loss and every gradient, with and without checkpointing."""
+    model = made(family, shape).double().train()
+    ids = some_ids(model, 3, 13)
+    ids[:, :5] = ids[0, :5]
+    labels = ids.clone()
+    labels[:, :6] = -100
+    labels[1, 9:] = -100  # as where a row is padded
+    found = {}
+    for shared, again in ((0, False), (5, False), (3, True)):
+        model.gradient_checkpointing = again
+        model.zero_grad()
+        loss = model.loss(ids, labels, shared=shared)
+        loss.backward()
+        found[shared] = {n: p.grad.clone() for n, p in model.named_parameters()} | {"loss": loss}
+    for name, wanted in found[0].items():
+        assert_close(found[5][name], wanted, 1e-10)
+        assert_close(found[3][name], wanted, 1e-10)
 
 
 @every_family("quantized while read")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora
-from minilora.data import IGNORE, Batches, Example
+from minilora.data import IGNORE, Batches, Example, common_start, worth_sharing
 from minilora.data.streaming import Stream
 from minilora.models import Llama, LlamaConfig
 from minilora.planning import forecast
@@ -98,15 +98,16 @@ def test_steps_are_the_batches_that_the_loader_gives(lengths, batch_size, accumu
     done = min(done, len(given))
     for each in (planned, given):
         each.load_state_dict(each.state_dict() | {"index": done})
-    ahead = coming_steps(planned, accumulate)
+    ahead = coming_steps(planned, accumulate, shared := common_start(rows))
     for _ in range(3):  # the rest of an epoch, and two more
         met = [
-            BatchShape(*batch.input_ids.shape, batch.tokens)
+            BatchShape(*size, batch.tokens, worth_sharing(*size, shared))
             for batch in given
+            for size in [batch.input_ids.shape]
         ]  # fmt: skip
         for start in range(0, len(met), accumulate):
             assert next(ahead) == met[start : start + accumulate]
-    whole = epoch_steps(planned, accumulate)
+    whole = epoch_steps(planned, accumulate, shared)
     assert sum(batch.rows for step in whole for batch in step) == len(rows)
     usual, most = mean_batch(whole), heaviest_batch(whole, None, 1)
     assert most.tokens == max(batch.tokens for step in whole for batch in step) >= usual.rows
@@ -206,7 +207,7 @@ def test_planned_seconds_are_those_of_the_very_steps(monkeypatch):
     )
     trained(True, rows=LONG, config={"max_steps": 9})
     met = [batch.tokens for [batch] in itertools.islice(
-        coming_steps(Batches(LONG, batch_size=2), 1), 9)]  # fmt: skip
+        coming_steps(Batches(LONG, batch_size=2), 1, 0), 9)]  # fmt: skip
     seconds = [one / met[0] * planned[0][1] for one in met]
     assert [one for _, one in planned] == pytest.approx(seconds)
 

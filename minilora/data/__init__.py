@@ -1,6 +1,6 @@
 """Records in every usual shape, made into examples and batches."""
 
-from minilora.data.batch import Batch, PairBatch, pad, positions_in
+from minilora.data.batch import Batch, PairBatch, pad, positions_in, worth_sharing
 from minilora.data.batches import Batches
 from minilora.data.docstrings import docstring_pairs, split
 from minilora.data.encoder import Encoding, encode_prompt, warn_of_control
@@ -10,6 +10,7 @@ from minilora.data.examples import (
     Example,
     Pair,
     as_examples,
+    common_start,
     first_learned,
     hold_out,
     learned_labels,
@@ -36,6 +37,7 @@ __all__ = [
     "StreamBatches",
     "as_examples",
     "check_streamed",
+    "common_start",
     "docstring_pairs",
     "duplicates",
     "encode_prompt",
@@ -53,4 +55,5 @@ __all__ = [
     "split",
     "streamed",
     "warn_of_control",
+    "worth_sharing",
 ]

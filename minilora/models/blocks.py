@@ -5,7 +5,7 @@ The architecture: Touvron et al. 2023, "LLaMA", section 2.2; rotary embeddings l
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,10 +112,50 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class SharedPrefix(NamedTuple):
+    """Rows that begin alike, laid out as one: `[1, P + B·(T - P)]`, the P shared tokens come once.
+
+    Attention alone looks at rows, so it alone needs them apart.
+    """
+
+    tokens: int  # P
+    rows: int  # B
+    mask: Tensor | None  # [T, T] or None, as `attend` takes it
+
+    def rest(self, x: Tensor) -> Tensor:
+        """Return what rows have of their own, `[B, heads, T - P, D]` of `[1, heads, …, D]`."""
+        return x.transpose(1, 2)[0, self.tokens :].unflatten(0, (self.rows, -1)).transpose(1, 2)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the rows, `[B, heads, T, D]` of `[1, heads, …, D]`."""
+        first = x[:, :, : self.tokens].expand(self.rows, -1, -1, -1)
+        return torch.cat((first, self.rest(x)), 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+        """Attend `[1, heads, …, D]`: the shared tokens to themselves, and what follows to both."""
+        start, mask = self.tokens, self.mask
+        above, below = (None, None) if mask is None else (mask[:start, :start], mask[start:])
+        # Copied, so that autograd keeps no more of the keys than these.
+        own = (x[:, :, :start].contiguous() for x in (k, v))
+        first = attend(q[:, :, :start], *own, above, *options)
+        rest = attend(self.rest(q), self.whole(k), self.whole(v), below, *options)
+        return torch.cat((first.transpose(1, 2), rest.transpose(1, 2).flatten(0, 1)[None]), 1)
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | SharedPrefix | None,
+    scale: float,
+    cap: float | None = None,
 ) -> Tensor:
-    """Attend `[B, heads, T, head_dim]` to `[B, kv_heads, S, head_dim]`; causally without a mask."""
+    """Attend the last T of S tokens, `[B, heads, T, D]` to `[B, kv_heads, S, D]`.
+
+    Without a mask each sees itself and those before it.
+    """
+    if isinstance(mask, SharedPrefix):
+        return mask.attend(q, k, v, scale, cap).transpose(1, 2)
     if cap is not None:
         return capped_attention(q, k, v, mask, scale, cap)
     # One new token may see everything, so it needs no mask and is not "causal" in SDPA's sense,

@@ -9,16 +9,21 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from minilora.kernels import bounds, linear_cross_entropy
-from minilora.models.blocks import DecoderLayer, KVCache
+from minilora.kernels import linear_cross_entropy
+from minilora.models.blocks import DecoderLayer, KVCache, SharedPrefix
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
+from minilora.models.inputs import (
+    IGNORED,
+    check_ids,
+    check_positions,
+    check_shared,
+    checked_mask,
+)
 from minilora.models.rotary import outgrows, rotation_at
 
-IGNORED = -100  # the label of a token that does not count, as in Hugging Face
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped
 
 
@@ -182,9 +187,13 @@ class CausalLM(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        shared: int = 0,
     ) -> Tensor:
-        """Return what the head reads: `[B, T, hidden]` after the last norm; see `forward`."""
-        self._check_ids(input_ids)
+        """Return what the head reads: `[B, T, hidden]` after the last norm; see `forward`.
+
+        With `shared`, as `loss` takes it, it is `[1, shared + B·(T - shared), hidden]`.
+        """
+        check_ids(input_ids, self.config.vocab_size)
         batch, tokens = input_ids.shape
         past = 0
         if cache is not None:
@@ -199,13 +208,20 @@ class CausalLM(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + tokens, device=input_ids.device)
         else:
-            self._check_positions(positions, batch, tokens)
+            check_positions(positions, batch, tokens, self.config.context_length)
         if past and self.outgrows(positions):
             raise ValueError(
                 "documents of this length have other rotary embeddings than those that the cached "
                 "keys were made with; set the cache's length to 0 and pass whole sequences"
             )
-        masks = self._masks(mask, batch, tokens, past, input_ids.device)
+        masks: dict[Any, Any] = self._masks(mask, batch, tokens, past, input_ids.device)
+        if shared:
+            ids, positions = (
+                torch.cat((x[0, :shared], x[:, shared:].flatten()))
+                for x in (input_ids, positions.expand(batch, -1))
+            )
+            input_ids = ids[None]
+            masks = {k: SharedPrefix(shared, batch, one) for k, one in masks.items()}
         x, beside = self.begin(input_ids, positions)
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
@@ -265,6 +281,7 @@ class CausalLM(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        shared: int = 0,
     ) -> Tensor:
         """Compute the mean next-token cross-entropy, never holding all logits at once.
 
@@ -275,12 +292,16 @@ class CausalLM(nn.Module):
             labels: `[B, T]` int64 beside `input_ids`; −100 marks tokens that do not count.
             positions: as in `forward`.
             mask: as in `forward`; for several documents in a row, each seeing only itself.
+            shared: how many first tokens are the same in all rows, neither they nor the next one
+                learned. They are computed once; the loss and its gradient are the same but for
+                rounding.
 
         Returns:
             A 0-dim tensor in f32 (f64 for an f64 model): the mean over the tokens that count.
 
         Raises:
-            ValueError: as `forward`; labels of another shape or dtype, or none that counts.
+            ValueError: as `forward`; labels of another shape or dtype, or none that counts; rows
+                that differ in their first `shared` tokens, or learn of them (seen on a CPU only).
         """
         if labels.shape != input_ids.shape or labels.dtype != torch.int64:
             raise ValueError(
@@ -296,7 +317,13 @@ class CausalLM(nn.Module):
                 f"at least one label after the first token must count, found all of them "
                 f"{IGNORED} (or sequences of one token); leave such a batch out"
             )
-        hidden = self.hidden(input_ids, positions=positions, mask=mask)
+        if shared:
+            check_shared(input_ids, labels, mask, shared)
+            hidden = self.hidden(input_ids, positions=positions, mask=mask, shared=shared)
+            hidden = hidden[0, shared:].unflatten(0, (len(labels), -1))
+            target = labels[:, shared + 1 :].reshape(-1)
+        else:
+            hidden = self.hidden(input_ids, positions=positions, mask=mask)
         rows = hidden[:, :-1].flatten(0, 1)
         if plain:
             fused = self.compiled_loss and rows.device.type == "cpu"
@@ -321,43 +348,13 @@ class CausalLM(nn.Module):
         ]
         return torch.stack(sums).sum() / len(target)
 
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
-            raise ValueError(
-                f"input_ids must be [batch, tokens] of int64 or int32 with at least one token, "
-                f"found {ids.dtype} of shape {list(ids.shape)}"
-            )
-        # Reading values would split the graph, and fake ones have none.
-        if torch.compiler.is_compiling() or isinstance(ids, FakeTensor):
-            return
-        low, high = bounds(ids)
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"token ids must lie in [0, {self.config.vocab_size}), found ids from {low} to "
-                f"{high}; the tokenizer and the model do not belong together"
-            )
-
-    def _check_positions(self, positions: Tensor, batch: int, tokens: int) -> None:
-        if positions.shape not in ((tokens,), (batch, tokens)) or positions.is_floating_point():
-            raise ValueError(
-                f"positions must be integers of shape [{tokens}] or [{batch}, {tokens}], found "
-                f"{positions.dtype} of shape {list(positions.shape)}"
-            )
-        if torch.compiler.is_compiling():
-            return
-        low, high = bounds(positions)
-        if low < 0 or high >= self.config.context_length:
-            raise ValueError(
-                f"positions must lie in [0, {self.config.context_length}), found {low} to {high}"
-            )
-
     def _masks(
         self, mask: Tensor | None, batch: int, tokens: int, past: int, device: torch.device
     ) -> dict[int | None, Tensor | None]:
         """The mask of each window `[.., .., T, S]`, or None where plain causality is enough."""
         reach = past + tokens
         if mask is not None:
-            mask = self._checked_mask(mask, (batch, tokens, reach))
+            mask = checked_mask(mask, (batch, self.config.num_attention_heads, tokens, reach))
         elif past and tokens > 1:
             mask = torch.ones(tokens, reach, dtype=torch.bool, device=device).tril(past)
         masks: dict[int | None, Tensor | None] = {}
@@ -368,20 +365,6 @@ class CausalLM(nn.Module):
                 near = near.triu(past - window + 1)
                 masks[window] = near & (near.tril(past) if mask is None else mask)
         return masks
-
-    def _checked_mask(self, mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Return a given mask with four dimensions, or raise."""
-        batch, tokens, reach = shape
-        whole = (batch, self.config.num_attention_heads, tokens, reach)
-        fits = mask.dim() <= 4 and all(
-            size in (1, full) for size, full in zip(mask.shape[::-1], whole[::-1], strict=False)
-        )
-        if mask.dtype != torch.bool or not fits:
-            raise ValueError(
-                f"mask must be bool (True = may attend) and broadcast to [batch, heads, T, S] = "
-                f"{list(whole)}, found {mask.dtype} of shape {list(mask.shape)}"
-            )
-        return mask[(None,) * (4 - mask.dim())]
 
 
 def is_plain_linear(module: nn.Module) -> bool:

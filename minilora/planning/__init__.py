@@ -4,15 +4,9 @@ from minilora.planning.arguments import add_arguments, from_arguments
 from minilora.planning.forecast import Forecast, settings_of
 from minilora.planning.machines import resident
 from minilora.planning.memory import Counted, Memory, count_memory
+from minilora.planning.passes import PASS_TOKENS, pass_rows, usual_pass_tokens
 from minilora.planning.plans import Plan, plan
-from minilora.planning.shapes import (
-    PASS_TOKENS,
-    PRESETS,
-    Settings,
-    pass_rows,
-    read_shape,
-    usual_pass_tokens,
-)
+from minilora.planning.shapes import PRESETS, Settings, read_shape
 
 __all__ = [
     "PASS_TOKENS",

@@ -16,7 +16,8 @@ from minilora.kernels import fastest_dtype, hardware
 from minilora.models import ModelConfig
 from minilora.planning.machines import DEVICES, HERE, Calibration, Device, this_machine
 from minilora.planning.memory import MARGIN, Memory, count_memory
-from minilora.planning.shapes import Settings, Shape, usual_pass_tokens
+from minilora.planning.passes import usual_pass_tokens
+from minilora.planning.shapes import Settings, Shape
 from minilora.planning.speed import Speed, count_work, duration, from_rates, on_device, run_speed
 from minilora.planning.timing import Timing, timed_step
 
@@ -43,6 +44,7 @@ class Data:
         longest: their largest.
         epochs: passes over them.
         learned: share of the predicted tokens that enters the loss, in (0, 1].
+        shared: first tokens that all rows share, where computing them once spares much.
     """
 
     examples: int
@@ -50,6 +52,7 @@ class Data:
     longest: int
     epochs: float = 1.0
     learned: float = 1.0
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Planner:
         """Return the settings with the passes that `fit` makes there."""
         foreign = bool(self.shape.foreign) or not isinstance(self.shape.config, ModelConfig)
         most = usual_pass_tokens(device.gpu, settings.parallel, foreign)
-        return dataclasses.replace(settings, pass_tokens=most)
+        shared = 0 if foreign or settings.dropout else self.data.shared
+        return dataclasses.replace(settings, pass_tokens=most, shared=shared)
 
     def fits(self, memory: Memory, settings: Settings, device: Device) -> bool:
         """Return whether the peak leaves the margin free; ranks on a CPU share its memory."""

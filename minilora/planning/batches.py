@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from minilora.data import Batches, learned_labels
-from minilora.planning.shapes import pass_rows
+from minilora.data import Batches, learned_labels, worth_sharing
+from minilora.planning.passes import pass_rows
 
 
 class BatchShape(NamedTuple):
@@ -15,57 +15,62 @@ class BatchShape(NamedTuple):
     rows: int  # over all ranks
     length: int  # tokens that each row is padded to
     learned: int  # labels that enter the loss
+    shared: int = 0  # first tokens that are computed once for all rows
 
     @property
     def tokens(self) -> int:
-        """Tokens, padding included."""
-        return self.rows * self.length
+        """Tokens that are computed, padding included."""
+        return self.rows * self.length - (self.rows - 1) * self.shared
 
     @property
     def share(self) -> float:
         """Share of the predicted tokens that is learned, in (0, 1]."""
-        return min(1.0, self.learned / max(1, self.tokens - self.rows))
+        return min(1.0, self.learned / max(1, self.rows * (self.length - 1)))
 
 
 Step = list[BatchShape]
 
 
 def coming_steps(
-    batches: Batches, accumulate: int, position: tuple[int, int] | None = None
+    batches: Batches, accumulate: int, shared: int, position: tuple[int, int] | None = None
 ) -> Iterator[Step]:
     """Return each optimizer step's batches as `fit` makes them, epoch after epoch, without end.
 
     Args:
         batches: of the run.
         accumulate: micro-batches of a step; an epoch's last step may have fewer.
+        shared: first tokens of all rows that are computed once for a batch.
         position: epoch and batches of it that are done; None: where `batches` is now.
     """
     state = batches.state_dict()  # now, as the loader reads ahead
-    return _steps(batches, accumulate, *(position or (state["epoch"], state["index"])))
+    return _steps(batches, accumulate, shared, *(position or (state["epoch"], state["index"])))
 
 
-def _steps(batches: Batches, accumulate: int, epoch: int, done: int) -> Iterator[Step]:
+def _steps(batches: Batches, accumulate: int, shared: int, epoch: int, done: int) -> Iterator[Step]:
     sizes = [(len(one.input_ids), learned_labels(one.labels)) for one in batches.examples]
     for number in itertools.count(epoch):
         shapes = []
         for rows in batches.order(number)[done if number == epoch else 0 :]:
             lengths, learned = zip(*(sizes[i] for i in rows), strict=True)
-            shapes.append(BatchShape(len(rows), max(lengths), sum(learned)))
+            once = worth_sharing(len(rows), max(lengths), shared)
+            shapes.append(BatchShape(len(rows), max(lengths), sum(learned), once))
         yield from (shapes[i : i + accumulate] for i in range(0, len(shapes), accumulate))
 
 
-def epoch_steps(batches: Batches, accumulate: int) -> list[Step]:
+def epoch_steps(batches: Batches, accumulate: int, shared: int) -> list[Step]:
     """Return the steps of a whole epoch, the one that `batches` is in."""
     steps = math.ceil(len(batches) / accumulate)
-    return list(itertools.islice(coming_steps(batches, accumulate, (batches.epoch, 0)), steps))
+    coming = coming_steps(batches, accumulate, shared, (batches.epoch, 0))
+    return list(itertools.islice(coming, steps))
 
 
 def heaviest_batch(steps: Iterable[Step], pass_tokens: int | None, ranks: int) -> BatchShape:
     """Return the batch whose passes have the most tokens, which decides the peak."""
 
     def tokens(batch: BatchShape) -> tuple[int, int]:
-        rows = pass_rows(math.ceil(batch.rows / ranks), batch.length, pass_tokens)
-        return rows * batch.length, batch.tokens
+        of_rank = math.ceil(batch.rows / ranks)
+        rows = pass_rows(of_rank, batch.length, pass_tokens, batch.shared)
+        return batch._replace(rows=rows).tokens, batch.tokens
 
     return max((batch for step in steps for batch in step), key=tokens)
 
@@ -74,6 +79,7 @@ def mean_batch(steps: Iterable[Step]) -> BatchShape:
     """Return a batch of the usual number of rows and of the mean length, whose time is the mean."""
     shapes = [batch for step in steps for batch in step]
     rows, all_rows = max(one.rows for one in shapes), sum(one.rows for one in shapes)
-    length = max(2, math.ceil(sum(one.tokens for one in shapes) / all_rows))
+    length = max(2, math.ceil(sum(one.rows * one.length for one in shapes) / all_rows))
     learned = math.ceil(rows * sum(one.learned for one in shapes) / all_rows)
-    return BatchShape(rows, length, learned)
+    shared = sum(one.rows * one.shared for one in shapes) // all_rows
+    return BatchShape(rows, length, learned, shared)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.data import Batches
+from minilora.data import Batches, common_start
 from minilora.kernels import hand_back_freed_memory, hardware
 from minilora.lora import lora_layers
 from minilora.planning.batches import (
@@ -25,7 +25,7 @@ from minilora.planning.machines import calibrate, forget_peak, peak_bytes, resid
 from minilora.planning.memory import Counted, Memory, count_memory, memory_table
 from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import Timing, timed_step_apart
-from minilora.running import CompileClock
+from minilora.running import CompileClock, shares_prefix
 
 _EARLY = 6  # steps after which a plan is held against the run
 _FAR = 1.25  # factor of time above which the run says so
@@ -105,9 +105,12 @@ class Forecast:
         hand_back_freed_memory()  # what loading left is no part of what the process needs
         weights = sum(p.nbytes for p in model.parameters())
         self.process = 0 if self.cuda else max(0, resident() - weights)
-        epoch = epoch_steps(batches, accumulate)
-        self.coming = coming_steps(batches, accumulate)
-        coming = coming_steps(batches, accumulate)  # of a longer run only the first are looked at
+        shared = common_start(batches.examples) if shares_prefix(model) else 0
+        epoch = epoch_steps(batches, accumulate, shared)
+        self.coming = coming_steps(batches, accumulate, shared)
+        coming = coming_steps(
+            batches, accumulate, shared
+        )  # of a longer run the first are looked at
         run = list(itertools.islice(coming, min(steps or len(epoch), len(epoch))))
         self.usual = mean_batch(run)
         self.sizes = len({(one.rows, one.length) for step in run for one in step})
@@ -124,7 +127,11 @@ class Forecast:
 
     def _settings(self, batch: BatchShape) -> Settings:
         return Settings(
-            **self.settings, batch_size=batch.rows, length=batch.length, learned=batch.share
+            **self.settings,
+            batch_size=batch.rows,
+            length=batch.length,
+            learned=batch.share,
+            shared=batch.shared,
         )
 
     def _memory(self, batch: BatchShape) -> Memory:

@@ -220,7 +220,11 @@ def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> 
     """Count what the settings make of a shape; `most`: of a model of that many blocks a sort."""
     same: dict[str, Any] = dict.fromkeys(("batch_size", "accumulate", "length", "ranks"), 1)
     same |= {"learned": 1.0, "moment_bytes": None, "parallel": None, "pass_tokens": None}
-    same |= {"compile": False, "checkpointing": False}  # none of these changes what is counted
+    same |= {
+        "compile": False,
+        "checkpointing": False,
+        "shared": 0,
+    }  # none of these changes what is counted
     key = repr((shape.config, dataclasses.replace(settings, **same), most))
     if key not in _known:
         if len(_known) >= 64:
@@ -270,7 +274,7 @@ def count_memory(
     shape.check_length(settings.length)
     found = count_planned(shape, settings) if counted is None else counted
     integer = None if gpu else integer
-    kept = found.saved(settings.rows, settings.length)
+    kept = found.saved(settings.rows, settings.length, settings.shared)
     held, again = (kept.inputs, kept.block) if settings.checkpointing else (kept.total, 0)
     share = settings.ranks if settings.parallel == "fsdp" else 1
     moments = found.optimizer_bytes
@@ -325,12 +329,12 @@ def _loss(found: Counted, settings: Settings, gpu: bool) -> int:
     (V, h), w = found.head, settings.dtype.itemsize
     cast = V * h * w if settings.autocast else 0
     chunk = _logits(found, settings, gpu) * (w + (_F32 if w < _F32 else 0)) if gpu else 0
-    return chunk + settings.rows * (settings.length - 1) * h * w + cast
+    return chunk + (settings.tokens - settings.rows) * h * w + cast
 
 
 def _backward(found: Counted, settings: Settings, integer: str | None) -> int:
     """Gradients within a block, and the copies that `_int_mm` takes and gives, f32 and integer."""
-    tokens, h, i = settings.rows * settings.length, found.head[1], found.widest
+    tokens, h, i = settings.tokens, found.head[1], found.widest
     total = tokens * (3 * i + 3 * h) * settings.dtype.itemsize
     spec = settings.spec
     if integer == "int8" and spec is not None and spec.storage.integer:
@@ -353,6 +357,5 @@ def _workspace(found: Counted, settings: Settings, gpu: bool, integer: str | Non
     integer = integer if spec.storage.integer else None
     if integer == "blocks":  # codes in another order, and those of X; a sixteenth for their sums
         longest = max(max(shape) for shape in found.matrices)
-        tokens = settings.rows * settings.length
-        return beside + logits + (largest + tokens * longest) * 17 // 16
+        return beside + logits + (largest + settings.tokens * longest) * 17 // 16
     return beside + max(logits, 0 if integer else largest * w)

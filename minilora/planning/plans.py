@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minilora.data import Batches, Example, as_examples, learned_labels
+from minilora.data import Batches, Example, as_examples, common_start, learned_labels
 from minilora.files import is_number, short, whole
 from minilora.lora import as_dtype, check_dropout, sizes
 from minilora.planning.advice import (
@@ -244,9 +244,10 @@ def data_size(
             f"no example has anything to learn within length={length} tokens (--max-length); "
             f"raise it"
         )
-    steps = epoch_steps(Batches(examples, batch_size=COUNT(batch_size, "batch_size")), 1)
+    batches = Batches(examples, batch_size=COUNT(batch_size, "batch_size"))
+    steps = epoch_steps(batches, 1, common_start(examples))
     usual, longest = mean_batch(steps), max(len(one.input_ids) for one in examples)
-    return Data(len(examples), usual.length, longest, epochs, usual.share)
+    return Data(len(examples), usual.length, longest, epochs, usual.share, usual.shared)
 
 
 def plan(

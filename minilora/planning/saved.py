@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from minilora.kernels import hardware, integer_way
 from minilora.lora import Survey
+from minilora.running import shares_prefix
 
 _ROWS = 2  # of the smallest pass that is run
 
@@ -87,7 +88,8 @@ class SavedBytes:
     """Count what a model keeps for its backward pass, at any number of rows and tokens.
 
     Bytes are a + b·T + e·T² + B·(c·T + d·T²) for B rows of T tokens: five small runs give the
-    factors. Rows longer than the layers' windows are another case, which keeps masks.
+    factors. Rows longer than the layers' windows are another case, which keeps masks. Of P tokens
+    that rows share three more runs show how that changes: + P·(p − (B − 1)·o) + q·B·T.
 
     Args:
         model: any with a head and blocks in an `nn.ModuleList`, adapters injected; on any device,
@@ -140,14 +142,18 @@ class SavedBytes:
         # Kept masks begin above the window; every run of a case is on one side of it.
         self.window = min({*getattr(self.model, "windows", ())} - {None}, default=None)
         self.runs: list[list[Saved]] = []  # below the window, and above it where there is one
+        self.changes: list[list[tuple[int, int, int]]] = []  # where tokens are shared, likewise
+        sharing = shares_prefix(self.model)
         for window in (None,) if self.window is None else (1, None):
             if self.window is not None:
                 self.model.set_windows(window)
             self.runs.insert(0, [self._run(*size) for size in sizes])
+            at_once = [self._run(*size, T) for size in sizes[2:]] if sharing else self.runs[0][2:]
+            self.changes.insert(0, self._changes(self.runs[0][2:], at_once))
         del self.model
 
-    def __call__(self, rows: int, tokens: int) -> Saved:
-        """Return the bytes of a pass over `[rows, tokens]` ids."""
+    def __call__(self, rows: int, tokens: int, shared: int = 0) -> Saved:
+        """Return the bytes of a pass over `[rows, tokens]` ids, the first `shared` of them once."""
         t, found = self.tokens, []
         masked = self.window is not None and tokens > self.window
         for short, wide, long, large, longest in zip(*self.runs[masked], strict=True):
@@ -162,9 +168,25 @@ class SavedBytes:
             fixed = one - each * t - masks * t * t
             by_row = rows * (token + square * tokens)
             found.append(fixed + tokens * (each + masks * tokens + by_row))
+        if shared:
+            for i, (once, start, each) in enumerate(self.changes[masked]):
+                found[i] += shared * (start - (rows - 1) * once) + rows * tokens * each
         return Saved(*found)
 
-    def _run(self, rows: int, tokens: int) -> Saved:
+    def _changes(self, plain: list[Saved], shared: list[Saved]) -> list[tuple[int, int, int]]:
+        """Return o, p and q of each field: bytes that `shared` runs keep beyond the `plain` ones.
+
+        Of 2 rows of 2 t tokens, 3 of 2 t, and 2 of 3 t, of which t are shared.
+        """
+        t, found = self.tokens, []
+        for i in range(len(Saved._fields)):
+            first, wide, long = (a[i] - b[i] for a, b in zip(shared, plain, strict=True))
+            each = (long - first) // (2 * t)
+            once = (first - wide) // t + 2 * each
+            found.append((once, first // t + once - 4 * each, each))
+        return found
+
+    def _run(self, rows: int, tokens: int, start: int = 0) -> Saved:
         inputs, needed, kept = [], [], []
         shared: list[Tensor] = []  # what several blocks are given, such as rotations
         with self.mode, saved_bytes() as bytes_of, contextlib.ExitStack() as hooks:
@@ -196,7 +218,10 @@ class SavedBytes:
             on = self.autocast is not None
             low = torch.autocast(self.device, self.autocast, enabled=on)
             with torch.enable_grad(), low, contextlib.suppress(_HeadReachedError):
-                self.model(own[-1])
+                if start:
+                    self.model.hidden(own[-1], shared=start)
+                else:
+                    self.model(own[-1])
             again = [size for size, x in zip(kept, needed, strict=True) if x] or kept
         total, between = held() - sum(kept), held(*shared) - sum(kept)
         for times, x, size in zip(self.number, inputs, kept, strict=True):

@@ -22,6 +22,7 @@ from minilora.lora import (
     split_block,
 )
 from minilora.models import FAMILIES, GPT2Config, ModelConfig
+from minilora.planning.passes import pass_rows
 from minilora.planning.saved import keep_blocks, samples
 from minilora.quantization import Quantization
 
@@ -234,32 +235,6 @@ def _hub_config(name: str) -> Any:
 COUNT = whole(1, 10**6)  # no run comes near it
 
 
-# On a CPU more tokens in a pass take memory and hardly less time for each: SmolLM2-135M in bf16 on
-# two threads of a Xeon with AMX takes 0.9 ms a token and 0.6 s a pass (benchmarks/NOTES.md).
-PASS_TOKENS = 3072
-
-
-def usual_pass_tokens(gpu: bool, parallel: str | None, foreign: bool) -> int | None:
-    """Return how many tokens a pass has at most if nobody says, None for any number.
-
-    Args:
-        gpu: whether another device than a CPU computes.
-        parallel: ranks under `"fsdp"` compute in step.
-        foreign: whether the model or its loss is not ours, so that more may follow from a batch.
-    """
-    return None if gpu or parallel == "fsdp" or foreign else PASS_TOKENS
-
-
-def pass_rows(rows: int, length: int, tokens: int | None) -> int:
-    """Return how many of the rows a pass has at most: as few passes as hold them, all about alike.
-
-    `length` counts the tokens of a row, `tokens` those that a pass may have (None: any number).
-    """
-    if tokens is None or not rows:
-        return rows
-    return math.ceil(rows / math.ceil(rows / max(1, tokens // length)))
-
-
 @dataclass(frozen=True)
 class Settings:
     """What decides memory and time beside the model; checked.
@@ -284,6 +259,7 @@ class Settings:
         learned: share of the predicted tokens that enters the loss, in (0, 1].
         compile: whether timed blocks are compiled, as the run's are.
         pass_tokens: tokens that one pass computes at most; None: a whole micro-batch.
+        shared: first tokens of a row that are computed once for all rows of a pass.
     """
 
     format: str | None = None
@@ -306,6 +282,7 @@ class Settings:
     learned: float = 1.0
     compile: bool = False
     pass_tokens: int | None = None
+    shared: int = 0
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "accumulate", "length", "ranks"):
@@ -333,18 +310,29 @@ class Settings:
     @property
     def rows(self) -> int:
         """Rows of a pass of those."""
-        return pass_rows(self.rank_rows, self.length, self.pass_tokens)
+        return pass_rows(self.rank_rows, self.length, self.pass_tokens, self.shared)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a pass, padding included."""
+        return self.rows * self.length - (self.rows - 1) * self.shared
+
+    @property
+    def passes(self) -> int:
+        """How many passes a micro-batch takes."""
+        return math.ceil(self.rank_rows / self.rows)
 
     @property
     def fullest(self) -> "Settings":
         """The settings with the length, up to this one, at which a pass has the most tokens."""
 
         def tokens(length: int) -> tuple[int, int]:
-            return pass_rows(self.rank_rows, length, self.pass_tokens) * length, length
+            one = replace(self, length=length, shared=min(self.shared, length - 1))
+            return one.tokens, length
 
         whole = self.pass_tokens is None or self.rank_rows * self.length <= self.pass_tokens
         length = self.length if whole else max(range(1, self.length + 1), key=tokens)
-        return replace(self, length=length)
+        return replace(self, length=length, shared=min(self.shared, length - 1))
 
     @property
     def learned_tokens(self) -> int:

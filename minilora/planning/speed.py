@@ -46,15 +46,16 @@ def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
     counted, config, a = count_planned(shape, settings), shape.config, settings.accumulate
     (V, h), layers = counted.head, counted.blocks
     tokens = settings.batch_size * a * settings.length
+    spared = a * settings.ranks * (settings.rank_rows - settings.passes) * settings.shared
     runs = 3 if settings.checkpointing else 2  # passes of 2 FLOPs a weight
-    parts = a * settings.ranks * math.ceil(settings.rank_rows / settings.rows)
+    parts = a * settings.ranks * settings.passes
     passes = runs * parts
     q = config.num_attention_heads * config.head_dim
     kept = memory.activations + memory.recomputed * layers
     copies = settings.ranks if settings.parallel == "fsdp" else 1
     return Work(
-        base=tokens * 2 * runs * counted.weights,
-        adapters=tokens * (4 + 2 * (runs - 1)) * counted.trained,
+        base=(tokens - spared) * 2 * runs * counted.weights,
+        adapters=(tokens - spared) * (4 + 2 * (runs - 1)) * counted.trained,
         attention=int(tokens * 2 * settings.length * q * layers * (runs - 1 + 2.5)),
         head=int(tokens * settings.learned) * 4 * h * V,
         bytes=passes * memory.weights * copies + _MOVES * kept * parts,

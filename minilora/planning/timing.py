@@ -110,12 +110,14 @@ def _steps(
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = random_model(shape, settings, _DEPTH).train()
-        ids = torch.randint(0, shape.config.vocab_size, (rows, settings.length)).tolist()
+        ids = torch.randint(0, shape.config.vocab_size, (rows, settings.length))
+        ids[:, : settings.shared] = ids[0, : settings.shared]
     if settings.checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.gradient_checkpointing = settings.checkpointing
     silent = settings.length - max(1, round(settings.learned * (settings.length - 1)))
-    batch = pad([Example(row, [IGNORE] * silent + row[silent:]) for row in ids], 0)
+    silent = max(silent, settings.shared + 1)
+    batch = pad([Example(row, [IGNORE] * silent + row[silent:]) for row in ids.tolist()], 0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     inner = _Inner(model, clock)
@@ -134,7 +136,7 @@ def _kept(model: Any, batch: Batch, settings: Settings) -> int:
     """Return the bytes that a pass through the blocks keeps."""
     low = torch.autocast("cpu", dtype=settings.dtype, enabled=settings.autocast)
     with saved_bytes() as bytes_of, low:
-        model.hidden(batch.input_ids)
+        model.hidden(batch.input_ids, shared=batch.shared)
     return bytes_of(*model.parameters(), *model.buffers(), batch.input_ids)
 
 
@@ -201,16 +203,19 @@ def _timed(shape: Shape, settings: Settings, clock: Clock) -> Timing:
     flops = few.weights + few.head[0] * few.head[1]
     rate = hardware().float32 if settings.dtype == torch.float32 else hardware().bfloat16
     timed = max(1, min(settings.rows, int(_SECONDS * rate * 1e9 / (6 * flops * settings.length))))
+    spared = settings.shared * (settings.rank_rows - settings.passes)
+    whole = settings.rank_rows * settings.length - spared
+    times = whole / (timed * settings.length - settings.shared * (timed - 1))
     larger = shape.config.vocab_size / narrow.config.vocab_size
     found: list[float] = []
     bytes_kept: list[int] = []
     for rest, block in _steps(narrow, settings, timed, clock, bytes_kept):
-        found.append((rest * larger + block * depth) * settings.rank_rows / timed)
+        found.append((rest * larger + block * depth) * times)
         if len(found) >= _MOST or (len(found) >= _REPEATS and _summed_up(found).steady):
             break
     beyond, kept = 0, 1.0
     if bytes_kept:
-        kept = bytes_kept[0] / few.saved(timed, settings.length).total
+        kept = bytes_kept[0] / few.saved(timed, settings.length, settings.shared).total
     if held:
         run = dataclasses.replace(settings, batch_size=timed, ranks=1, parallel=None)
         planned = count_memory(narrow, run, integer=integer_way(), process=held, counted=few)

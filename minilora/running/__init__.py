@@ -5,7 +5,13 @@ from minilora.running.chat import BASE, Chat
 from minilora.running.compiling import CompileClock, compiled, settle_compile
 from minilora.running.evaluation import Evaluation, device_of, evaluate, summarize
 from minilora.running.generation import generate
-from minilora.running.loss import Loss, forward_logits, takes_packed, token_loss
+from minilora.running.loss import (
+    Loss,
+    forward_logits,
+    shares_prefix,
+    takes_packed,
+    token_loss,
+)
 from minilora.running.paired import (
     FEWEST,
     RESAMPLES,
@@ -38,6 +44,7 @@ __all__ = [
     "paired_difference",
     "require_unpacked",
     "settle_compile",
+    "shares_prefix",
     "summarize",
     "summed",
     "t975",

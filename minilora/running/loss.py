@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilora.data import IGNORE, NOT_ONE_TEXT, Batch, PairBatch, positions_in
+from minilora.lora import LoRALayer
 from minilora.running.arguments import argument_names
 from minilora.running.foreign import is_foreign, keeps_apart, mean_without_logits, own_logits
 
@@ -53,11 +54,13 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         )
     known = argument_names(getattr(type(model), "loss", None))
     if known >= {"input_ids", "labels"}:
-        beside = (
-            {"positions": batch.positions(), "mask": batch.document_mask()}
-            if packed
-            else beside_padding(model, batch.attention_mask)
-        )
+        beside: dict[str, Any]
+        if packed:
+            beside = {"positions": batch.positions(), "mask": batch.document_mask()}
+        else:
+            beside = beside_padding(model, batch.attention_mask)
+            if batch.shared and shares_prefix(model):
+                beside["shared"] = batch.shared
         mean = model.loss(batch.input_ids, batch.labels, **beside)  # type: ignore[operator]
         return _full(mean) * tokens, tokens
     if (mean := mean_without_logits(model, batch)) is not None:
@@ -70,6 +73,26 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     counts = labels != IGNORE
     chosen = _full(logits[:, :-1][counts])
     return F.cross_entropy(chosen, labels[counts], reduction="sum"), tokens
+
+
+def shares_prefix(model: nn.Module) -> bool:
+    """Return whether the first tokens that rows share may be computed once.
+
+    Not where anything but attention may look at rows: dropout, whose masks differ; adapters row by
+    row; hooks; rotary embeddings that depend on a row's length; methods that are not ours.
+    """
+    methods = (getattr(type(model), name, None) for name in ("loss", "hidden"))
+    if getattr(model, "by_length", True) or not all("shared" in argument_names(m) for m in methods):
+        return False
+    for module in model.modules():
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if dropout or module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if isinstance(module, LoRALayer):
+            dropped = any(module.adapters[name].dropout for name in module.active)
+            if dropped or any(route.rows for route in module.routes()):
+                return False
+    return True
 
 
 def takes_packed(model: nn.Module) -> bool:

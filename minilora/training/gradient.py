@@ -15,6 +15,7 @@ from minilora.kernels import out_of_memory, row_masks
 from minilora.lora import LoRALayer
 from minilora.models import CausalLM
 from minilora.planning import pass_rows, usual_pass_tokens
+from minilora.running import shares_prefix
 from minilora.training.run import Run
 
 # What else makes one row fit, by where the memory is.
@@ -60,6 +61,7 @@ class Gradient:
     ):
         self.run, self.autocast, self.say = run, autocast, say
         self.pass_tokens = pass_tokens(run)
+        self.shares = not run.own_loss and shares_prefix(run.model)
         self.strict = run.ranks.parallel != "fsdp"  # a pass that fails there can't be repeated
 
     def of(self, micro: Sequence[Batch]) -> tuple[float, float, int]:
@@ -132,7 +134,8 @@ class Gradient:
         run, tokens = self.run, batch.input_ids.shape[1]
         if run.preference is not None:
             tokens *= run.preference.rows_per_pair(run.model, batch)
-        return min(run.rows or len(batch), pass_rows(len(batch), tokens, self.pass_tokens))
+        shared = batch.shared if self.shares else 0
+        return min(run.rows or len(batch), pass_rows(len(batch), tokens, self.pass_tokens, shared))
 
     def _smaller(self, batch: Batch, size: int, why: str) -> int:
         """Halve the passes from here on, and say so."""

@@ -179,7 +179,8 @@ class _Loop:
 
     def train(self) -> FitResult:
         """Step until a limit is reached."""
-        said = messages.announcement(self.run), messages.choices(self.run)
+        said = [messages.announcement(self.run), messages.choices(self.run)]
+        said += messages.sharing(self.run)
         for line in (*said, *(f"note: {r}" for r in self.run.remarks)):
             self.monitor.say(line)
         try:

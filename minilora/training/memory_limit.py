@@ -26,6 +26,7 @@ from minilora.planning import (
     settings_of,
 )
 from minilora.quantization import quantized_layers
+from minilora.running import shares_prefix
 
 
 class MemoryLimit:
@@ -68,13 +69,13 @@ class MemoryLimit:
         self.settings: dict[str, Any] = {
             **settings, "checkpointing": checkpointing, "ranks": ranks, "parallel": parallel,
         }  # fmt: skip
-        self.counted = Counted(model, autocast)
+        self.counted, self.shares = Counted(model, autocast), shares_prefix(model)
         self.process = max(0, resident() - self.counted.sizes.total)
         small = [layer.ways for layer in quantized_layers(model).values()]
         self.ways = {None if way == "dequantize" else way for ways in small for way in ways}
         self.planned = functools.cache(self._planned)
 
-    def _planned(self, rows: int, tokens: int, packed: bool, **changed: Any) -> Memory:
+    def _planned(self, rows: int, tokens: int, packed: bool = False, **changed: Any) -> Memory:
         """Plan passes of so many rows; `changed` settings are of another run."""
         settings = Settings(**self.settings | {"batch_size": rows * self.ranks, "length": tokens}
                             | changed)  # fmt: skip
@@ -93,7 +94,9 @@ class MemoryLimit:
 
     def fits(self, batch: Batch) -> bool:
         """Return whether a pass stays within the limit."""
-        planned = self.planned(*batch.input_ids.shape, batch.documents is not None)
+        shared = batch.shared if self.shares else 0
+        packed = batch.documents is not None
+        planned = self.planned(*batch.input_ids.shape, packed, shared=shared)
         return planned.peak <= self.gigabytes * 1e9
 
     def check_row(self, tokens: int, packed: bool) -> None:

@@ -1,6 +1,7 @@
 """What a run says when it begins and when it ends, well or not."""
 
-from minilora.data import Batches
+from minilora.data import Batches, common_start, worth_sharing
+from minilora.running import shares_prefix
 from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, chosen_epochs
 from minilora.training.result import FitResult
 from minilora.training.run import Run
@@ -31,6 +32,19 @@ def announcement(run: Run) -> str:
         f"training {parameters:,} parameters of adapter '{run.adapter}' for {' or '.join(limits)}"
         f"{first}; base {base}, {how}; {run.batches.about()}{processes}"
     ).replace("torch.", "")
+
+
+def sharing(run: Run) -> list[str]:
+    """Return the line that says that rows begin alike, where that spares something."""
+    if not isinstance(run.batches, Batches) or run.own_loss or not shares_prefix(run.model):
+        return []
+    examples = run.batches.examples
+    rows = min(len(examples), run.config.batch_size)
+    length = sum(len(example.input_ids) for example in examples) // len(examples)
+    shared = worth_sharing(rows, length, common_start(examples))
+    if not shared:
+        return []
+    return [f"all rows begin with the same {shared} tokens, computed once for those of a pass"]
 
 
 def choices(run: Run) -> str:
