@@ -286,7 +286,7 @@ def test_report_prints_the_layers_with_an_error():
         "a.q        4  0.5",
         "new (svd): 2 layers, error 0.354",
     ]
-    assert str(Approximation("new", "export", fit.layers[1:])) == "new (export): 1 layers, error 0"
+    assert str(Approximation("new", "export", fit.layers[1:])) == "new (export): 1 layers, exact"
 
 
 def test_slot_of_a_model_prepared_for_switching(snapshot, same):

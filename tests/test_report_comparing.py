@@ -243,7 +243,7 @@ def test_an_answer_that_wins_by_its_length_alone_does_not_win_when_controlled():
     assert length_controlled([(True, 0)] * 20) is None
     said = str(AnswerDifference("a", "b", 4, 9, 0.27, (0.52, 0.9)))
     assert said.endswith(
-        "can't tell; with answers of one length it would win 52% of these, p = 0.9"
+        "can't tell\n  with answers of one length it would win 52% of these: p = 0.9"
     )
 
 
@@ -387,5 +387,5 @@ def test_the_command_prints_and_writes_the_same(tmp_path, capsys):
     stored = json.loads((tmp_path / "c.json").read_text())
     assert stored["losses"] == found.losses
     assert stored["differences"][0]["second"] == "v2"
-    assert out.startswith(f"held-out loss over {found.differences[0].tokens} tokens of 8 examples:")
+    assert out.startswith(f"loss over {found.differences[0].tokens} tokens of 8 examples:")
     assert "v1: 0 of 8 answers right, " in out

@@ -63,7 +63,7 @@ def export(options: argparse.Namespace) -> int:
         print(minilora.check(options.new))
     if options.gguf is not None:
         made = export_gguf(model, options.gguf, **how)
-        print(f"GGUF adapter in {options.gguf}: {len(made.layers)} layers, error {made.error:.3g}")
+        print(f"GGUF adapter in {options.gguf}: {len(made.layers)} layers, {made.exactness}")
         base = str(fetch(base)) if base in NAMES else base
         if base.endswith(".gguf") and Path(base).is_file():
             files = (shlex.quote(name) for name in (base, str(options.gguf)))

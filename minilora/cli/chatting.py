@@ -49,6 +49,8 @@ def generate(options: argparse.Namespace) -> int:
     with ticking("writing"):
         texts = minilora.generate(model, options.prompts, tokenizer=tokenizer, **settings)
     print(*texts, sep="\n")
+    if not all(text.strip() for text in texts):
+        print("nothing was written where the model ended at once", file=sys.stderr)
     return 0
 
 

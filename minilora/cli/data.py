@@ -29,7 +29,6 @@ from minilora.cli.sources import (
     names_of,
 )
 from minilora.data import duplicates, endless, lengths, shown
-from minilora.files import ticking
 from minilora.loading import read_tokenizer
 from minilora.running import BASE
 
@@ -76,17 +75,17 @@ def compare(options: argparse.Namespace) -> int:
     examples: dict[str, Any] = {
         key: encode_files(some, tokenizer, options) for key, some in data.items()
     }
-    with ticking("comparing"):
-        found = minilora.compare(
-            model,
-            names if options.no_base else [BASE, *names],
-            tokenizer=tokenizer,
-            right=options.right,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            **examples,
-        )
+    found = minilora.compare(
+        model,
+        names if options.no_base else [BASE, *names],
+        tokenizer=tokenizer,
+        right=options.right,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        progress=True,
+        **examples,
+    )
     print(found)
     for name, own in zip(names, learned, strict=True):
         if own:

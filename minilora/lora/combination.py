@@ -54,14 +54,17 @@ class Approximation:
         lost = math.hypot(*(layer.lost for layer in self.layers))
         return _ratio(lost, math.hypot(*(layer.norm for layer in self.layers)))
 
+    @property
+    def exactness(self) -> str:
+        """The error in words."""
+        return f"error {self.error:.3g}" if self.error else "exact"
+
     def __str__(self) -> str:
         changed = [layer for layer in self.layers if layer.error]
         width = max([len(layer.name) for layer in changed] + [6])
         lines = [f"{'module':<{width}}  {'r':>4}  relative error"] if changed else []
         lines += [f"{v.name:<{width}}  {v.r:>4}  {v.error:.3g}" for v in changed]
-        lines.append(
-            f"{self.adapter} ({self.method}): {len(self.layers)} layers, error {self.error:.3g}"
-        )
+        lines.append(f"{self.adapter} ({self.method}): {len(self.layers)} layers, {self.exactness}")
         return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from minilora.data import IGNORE, Example, first_learned
-from minilora.files import short
+from minilora.files import short, ticking
 from minilora.running import FEWEST, generate
 
 Check = Callable[[str, str], bool]  # the answer written, and the one in the data
@@ -43,7 +43,7 @@ class AnswerDifference:
         even = ""
         if self.even is not None:
             share, p = self.even
-            even = f"; with answers of one length it would win {share:.0%} of these, p = {p:.3g}"
+            even = f"\n  with answers of one length it would win {share:.0%} of these: p = {p:.3g}"
         return (
             f"{self.second} answers {self.only_second} rightly that {self.first} does not, and "
             f"{self.only_first} the other way round: p = {self.p:.3g}, {verdict}{even}"
@@ -75,15 +75,22 @@ def judge_of(right: str | Check, tokenizer: Any) -> Check:
 
 
 def answers_of(
-    model: nn.Module, examples: Sequence[Example], tokenizer: Any, most: int, batch_size: int
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    most: int,
+    batch_size: int,
+    progress: bool = False,
 ) -> list[list[int]]:
     """Return the ids that a model writes after what precedes the first learned token."""
     prompts = [list(example.input_ids[: first_learned(example.labels)]) for example in examples]
     stops = sorted(tokenizer.stop_ids)
     found = []
-    for start in range(0, len(prompts), batch_size):
-        rows = prompts[start : start + batch_size]
-        found += generate(model, rows, max_new_tokens=most, stop=stops)
+    with ticking("answering", len(prompts), "questions", progress) as tick:
+        for start in range(0, len(prompts), batch_size):
+            rows = prompts[start : start + batch_size]
+            found += generate(model, rows, max_new_tokens=most, stop=stops)
+            tick(len(rows))
     return found
 
 

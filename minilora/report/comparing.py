@@ -121,7 +121,7 @@ class AdapterComparison:
     def __str__(self) -> str:
         one = self.differences[0]
         width = max(map(len, self.losses))
-        lines = [f"held-out loss over {one.tokens} tokens of {one.examples} examples:"]
+        lines = [f"loss over {one.tokens} tokens of {one.examples} examples:"]
         lines += [f"  {name:<{width}}  {loss:.4f}" for name, loss in self.losses.items()]
         lines += map(str, (*self.differences, *self.among))
         lines += [f"outside the task: {difference}" for difference in self.outside]
@@ -141,6 +141,7 @@ class AdapterComparison:
             for each in examples:
                 lines.append(f"{title} most, example {each.example}: {each.change:+.3f} a token")
                 lines.append(f"  {short(each.text)}")
+                lines += [f"  {name} answers {short(text)}" for name, text in each.answers.items()]
         return "\n".join(lines)
 
     def to_html(self, file: str | Path) -> Path:
@@ -168,6 +169,7 @@ def compare(
     batch_size: int = 8,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    progress: bool = False,
 ) -> AdapterComparison:
     """Compare adapters, or the base, on the same held-out examples.
 
@@ -192,6 +194,7 @@ def compare(
         max_new_tokens: of an answer, at most; refused without `right`.
         batch_size: examples at a time; changes no more than rounding.
         seed, resamples: of the bootstrap.
+        progress: show on stderr how far it is, and the time left.
 
     Returns:
         Losses, differences with intervals, answers, and the examples that changed most.
@@ -224,10 +227,12 @@ def compare(
             survey.activate(() if name == BASE else (name,))
             if judge is not None:  # first: a context that is too short is found at once
                 answers[name] = answers_of(
-                    model, examples["data"], tokenizer, max_new_tokens, batch_size
+                    model, examples["data"], tokenizer, max_new_tokens, batch_size, progress
                 )
             for key, some in examples.items():
-                losses[key][name] = token_losses(model, some, batch_size=batch_size)
+                losses[key][name] = token_losses(
+                    model, some, batch_size=batch_size, progress=progress
+                )
     found = {key: _differences(names, each, seed, resamples) for key, each in losses.items()}
     change = _per_example(losses["data"][names[0]], losses["data"][names[-1]])
     order = sorted(range(len(change)), key=lambda i: (change[i], i))
