@@ -136,8 +136,8 @@ class SharedPrefix(NamedTuple):
         start, mask = self.tokens, self.mask
         above, below = (None, None) if mask is None else (mask[:start, :start], mask[start:])
         # Copied, so that autograd keeps no more of the keys than these.
-        own = (x[:, :, :start].contiguous() for x in (k, v))
-        first = attend(q[:, :, :start], *own, above, *options)
+        keys, values = (x[:, :, :start].contiguous() for x in (k, v))
+        first = attend(q[:, :, :start], keys, values, above, *options)
         rest = attend(self.rest(q), self.whole(k), self.whole(v), below, *options)
         return torch.cat((first.transpose(1, 2), rest.transpose(1, 2).flatten(0, 1)[None]), 1)
 

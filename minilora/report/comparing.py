@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Example, as_examples, first_learned
+from minilora.data import Example, as_examples, common_start, first_learned
 from minilora.files import short, write, write_json
 from minilora.lora import Survey
 from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, told
@@ -252,9 +252,11 @@ def compare(
             name: sum(len(ids) == max_new_tokens for ids in each) for name, each in answers.items()
         }
 
+    start = common_start(examples["data"])  # a system prompt, say, tells none from the others
+
     def shown(i: int) -> ShownChange:
         texts = {name: tokenizer.decode(each[i]) for name, each in answers.items()}
-        return ShownChange(i, _text(examples["data"][i], tokenizer), change[i], texts)
+        return ShownChange(i, _text(examples["data"][i], start, tokenizer), change[i], texts)
 
     tokens = found["data"][0].tokens
     return AdapterComparison(
@@ -298,8 +300,8 @@ def _differences(
     )  # fmt: skip
 
 
-def _text(example: Example, tokenizer: Any) -> str:
-    """Show what is learned first, and a little of what precedes it."""
+def _text(example: Example, alike: int, tokenizer: Any) -> str:
+    """Show what is learned first, and a little of what precedes it after so many tokens."""
     start = first_learned(example.labels)
-    ids = example.input_ids[max(0, start - BEFORE) : start + BEFORE]
+    ids = example.input_ids[max(alike, start - BEFORE) : start + BEFORE]
     return " ".join(f"<{i}>" for i in ids) if tokenizer is None else decode(tokenizer, ids)
