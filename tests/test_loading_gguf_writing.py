@@ -495,7 +495,7 @@ def test_the_command_writes_what_llama_cpp_answers_from(tmp_path, capsys):
         'FROM ./m.gguf\nPARAMETER stop "<|end|>"\nPARAMETER stop "<|im_end|>"\n'
     )
     out = capsys.readouterr().out
-    assert f"GGUF adapter in {adapter}: 14 layers, error " in out
+    assert f"GGUF adapter in {adapter}: 14 layers, exact\n" in out
     assert "llama-cli" not in out  # its base is a folder
     base = tmp_path / "base.gguf"
     words = ["export", tmp_path / "out", "--model", base, "--gguf", tmp_path / "b.gguf"]
