@@ -222,17 +222,15 @@ def compare(
         raise ValueError("data must hold at least one example, found none")
     losses: dict[str, dict[str, list[Tensor]]] = {key: {} for key in examples}
     answers: dict[str, list[list[int]]] = {}
+    how: Any = {"batch_size": batch_size, "progress": progress}
     with survey.switched():
         for name in names:
             survey.activate(() if name == BASE else (name,))
             if judge is not None:  # first: a context that is too short is found at once
-                answers[name] = answers_of(
-                    model, examples["data"], tokenizer, max_new_tokens, batch_size, progress
-                )
+                asked = examples["data"], tokenizer, max_new_tokens
+                answers[name] = answers_of(model, *asked, **how)
             for key, some in examples.items():
-                losses[key][name] = token_losses(
-                    model, some, batch_size=batch_size, progress=progress
-                )
+                losses[key][name] = token_losses(model, some, **how)
     found = {key: _differences(names, each, seed, resamples) for key, each in losses.items()}
     change = _per_example(losses["data"][names[0]], losses["data"][names[-1]])
     order = sorted(range(len(change)), key=lambda i: (change[i], i))
