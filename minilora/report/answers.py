@@ -79,16 +79,18 @@ def answers_of(
     examples: Sequence[Example],
     tokenizer: Any,
     most: int,
-    batch_size: int,
-    progress: bool = False,
+    how: Mapping[str, Any],
 ) -> list[list[int]]:
-    """Return the ids that a model writes after what precedes the first learned token."""
+    """Return the ids that a model writes after what precedes the first learned token.
+
+    `most` tokens at most; `how` has the batch_size, and whether to show the progress.
+    """
     prompts = [list(example.input_ids[: first_learned(example.labels)]) for example in examples]
     stops = sorted(tokenizer.stop_ids)
     found = []
-    with ticking("answering", len(prompts), "questions", progress) as tick:
-        for start in range(0, len(prompts), batch_size):
-            rows = prompts[start : start + batch_size]
+    with ticking("answering", len(prompts), "questions", how["progress"]) as tick:
+        for start in range(0, len(prompts), how["batch_size"]):
+            rows = prompts[start : start + how["batch_size"]]
             found += generate(model, rows, max_new_tokens=most, stop=stops)
             tick(len(rows))
     return found

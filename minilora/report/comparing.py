@@ -227,8 +227,7 @@ def compare(
         for name in names:
             survey.activate(() if name == BASE else (name,))
             if judge is not None:  # first: a context that is too short is found at once
-                asked = examples["data"], tokenizer, max_new_tokens
-                answers[name] = answers_of(model, *asked, **how)
+                answers[name] = answers_of(model, examples["data"], tokenizer, max_new_tokens, how)
             for key, some in examples.items():
                 losses[key][name] = token_losses(model, some, **how)
     found = {key: _differences(names, each, seed, resamples) for key, each in losses.items()}
