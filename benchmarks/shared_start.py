@@ -1,4 +1,4 @@
-"""What it spares to compute the first tokens of all rows once: steps, in turns with and without.
+"""What computing the first tokens of all rows once saves: steps alternating with and without.
 
     PYTHONPATH=benchmarks python benchmarks/shared_start.py [--rows 16] [--batches 6] [--rounds 5]
         [--words 0 15 60 240]
@@ -6,9 +6,9 @@
 SmolLM2-135M with r = 8 on all linears over the demo's docstrings (at most 256 tokens beside the
 system prompt), in the dtype that this processor multiplies fastest. `words` is how many words of a
 system prompt stand before each row. A step is forward and backward pass of one batch, not split.
-Each is computed with `Batch.shared` as `pad` sets it and with 0. Adds a row for each length of the
-prompt to results/shared_start.csv: medians over all batches and rounds, the ratio of each pair's
-seconds, and the largest difference of the two losses.
+Each is computed as `pad` made it and as a copy that does not know what its rows share. Adds a row
+for each length of the prompt to results/shared_start.csv: medians over all batches and rounds, the
+ratio of each pair's seconds, and the largest difference of the two losses.
 """
 
 import argparse
@@ -67,19 +67,20 @@ def main() -> None:
             for batch in batches:
                 losses = {}
                 for once in (False, True):
-                    shared = batch.shared if once else 0
-                    took, losses[once] = seconds(model, dataclasses.replace(batch, shared=shared))
+                    # A copy does not know what its rows share.
+                    same = batch if once else dataclasses.replace(batch)
+                    took, losses[once] = seconds(model, same)
                     if turn >= 0:  # the first only warms up
                         found[once].append(took)
                 apart = max(apart, abs(losses[True] - losses[False]))
         sizes = [batch.input_ids.shape for batch in batches]
         tokens = sum(size.numel() for size in sizes)
-        spared = sum(batch.shared * (len(batch) - 1) for batch in batches)
+        saved = sum(batch.shared * (len(batch) - 1) for batch in batches)
         ratios = [a / b for a, b in zip(found[False], found[True], strict=True)]
         row = {
             "rows": options.rows, "words": count, "shared": min(batch.shared for batch in batches),
             "tokens": tokens // len(batches) // options.rows,
-            "computed": f"{1 - spared / tokens:.3f}",
+            "computed": f"{1 - saved / tokens:.3f}",
             "apart_s": f"{statistics.median(found[False]):.3f}",
             "once_s": f"{statistics.median(found[True]):.3f}",
             "times": f"{statistics.median(ratios):.3f}",

@@ -142,9 +142,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         scale: what q·k is multiplied by, usually 1/√D.
 
     Returns:
-        `[B, H, T, D]` in q's dtype.
+        `[B, H, T, D]` in q's dtype, or under autocast in its.
     """
-    better = q.device.type == "cpu" and (q.dtype.itemsize == 2 or q.shape[2] < k.shape[2])
+    device = q.device.type
+    known = q.shape[2] < k.shape[2] and torch.amp.is_autocast_available(device)
+    if known and torch.is_autocast_enabled(device):  # as SDPA would
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    better = device == "cpu" and (q.dtype.itemsize == 2 or q.shape[2] < k.shape[2])
     traced = torch.compiler.is_compiling()  # where one may not ask for transforms
     ours = better and torch.is_grad_enabled() and (traced or not is_transformed(q))
     if ours and _fits_flash(q, k, v):

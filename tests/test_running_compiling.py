@@ -88,6 +88,7 @@ def test_blocks_that_hold_adapters_are_compiled_else_the_model(monkeypatch):
 @needs_compiler
 def test_a_compiled_run_trains_alike_and_leaves_no_trace():
     """With Inductor, so up to a minute where nothing is in its cache; later tests find it there."""
+    torch.compiler.reset()  # variants that other tests made are not counted
     one, two = tiny(), tiny()
     before = {name: dict(module.__dict__) for name, module in two.named_modules()}
     eager = fit(one, max_steps=4, schedule="constant")

@@ -12,11 +12,14 @@ from training_models import CONFIG, factors, fit, plain, tiny
 
 import minilora
 from minilora.data import IGNORE, Batches, Example, common_start, pad, worth_sharing
+from minilora.kernels import causal_attention
 from minilora.lora import mixed
 from minilora.models import Llama
+from minilora.planning import plan
 from minilora.planning.passes import pass_rows
 from minilora.planning.saved import SavedBytes, saved_bytes
-from minilora.planning.shapes import Settings
+from minilora.planning.shapes import Settings, read_shape
+from minilora.planning.timing import timed_step
 from minilora.running import evaluate, shares_prefix, token_loss
 
 START = list(range(1, 9))
@@ -36,6 +39,7 @@ def alike(count=11, start=START, longest=9):
 
 def apart(monkeypatch):
     monkeypatch.setattr("minilora.data.batch.worth_sharing", lambda *_: 0)
+    monkeypatch.setattr("minilora.data.batch.common_start", lambda _: 0)
 
 
 @pytest.fixture
@@ -82,15 +86,31 @@ def test_a_batch_says_what_its_rows_share():
     batch = pad(alike())
     assert batch.shared == 8
     assert batch.rows(2, 5).shared == 8
-    assert batch.rows(2, 3).shared == 0  # of one row nothing can be spared
+    assert batch.rows(2, 3).shared == 0  # of one row nothing can be saved
     assert batch.to("cpu").shared == 8
-    other = alike()[:3] + alike(2, start=[1, 2, 50])
-    assert pad(other).shared == 2
+    other = alike()[:3] + alike(2, start=[1, 2, 3, 4, 50])
+    assert pad(other).shared == 4
     assert pad(alike()[:1]).shared == 0
     long = [Example([1, *[n] * 60], [IGNORE] * 3 + [n] * 58) for n in (3, 4, 5)]
     assert common_start(long) == 1
-    assert pad(long).shared == 0  # it would spare 2 of 183 tokens
-    assert worth_sharing(3, 32, 3) == 3 > worth_sharing(3, 33, 3) == 0
+    assert pad(long).shared == 0  # it would save 2 of 183 tokens
+    assert worth_sharing(5, 32, 6) == 6 > worth_sharing(5, 32, 5) == 0
+    assert worth_sharing(2, 1024, 512) == 512 > worth_sharing(2, 1024, 511) == 0
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_a_batch_that_was_changed_shares_nothing(name):
+    """What was counted holds of the tensors as they were."""
+    batch, model = pad(alike()), plain().double()
+    assert dataclasses.replace(batch, labels=batch.labels.clone()).shared == 0
+    assert batch.shared == 8
+    getattr(batch, name)[3, 2] = 5
+    assert batch.shared == 0
+    found, tokens = token_loss(model, batch)
+    wanted = model.loss(batch.input_ids, batch.labels) * tokens
+    assert abs(found - wanted) < 1e-4
+    with torch.inference_mode():
+        assert pad(alike()).shared == 0  # such tensors don't tell whether they were changed
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"accumulate": 2}])
@@ -115,7 +135,7 @@ def test_quantized_bases_share_too(format, rounding):
     model = minilora.inject(minilora.quantize(Llama(config), format), r=4, alpha=6)
     batch = pad(alike())
     for shared in (8, 0):
-        loss, _ = token_loss(model, dataclasses.replace(batch, shared=shared))
+        loss, _ = token_loss(model, batch if shared else dataclasses.replace(batch))
         loss.backward()
         found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
         model.zero_grad()
@@ -144,18 +164,75 @@ def test_compiled_blocks_share_too(monkeypatch):
         assert (factors(found)[name] - value).abs().max() <= 1e-4 * value.abs().max(), name
 
 
-def test_rows_that_something_tells_apart_are_computed_apart(passes):
-    hooked = tiny()
-    hooked.model.layers[0].register_forward_hook(lambda *_: None)
-    watched = tiny()
-    watched.model.embed_tokens.register_forward_pre_hook(lambda *_: None)
-    dropped = plain()
-    dropped.model.layers[1].mlp.dropout = nn.Dropout(0.1)
-    for model in (tiny(dropout=0.1), hooked, watched, minilora.inject(dropped, r=2)):
-        assert not shares_prefix(model)
-        fit(model, alike(), max_steps=1)
+class Shifted(nn.Module):
+    """Takes half of each token from the one before it in the row, as some models do."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp((x + x.roll(1, 1)) / 2)
+
+
+def in_first_block(change):
+    def changed(model):
+        change(model.model.layers[0])
+
+    return changed
+
+
+WAYS = {  # to let rows be told apart elsewhere than in attention
+    "hook": in_first_block(lambda block: block.register_forward_hook(lambda *_: None)),
+    "hook before": lambda model: model.model.embed_tokens.register_forward_pre_hook(
+        lambda *_: None
+    ),
+    "hook backward": in_first_block(
+        lambda block: block.register_full_backward_hook(lambda *_: None)
+    ),
+    "dropout": in_first_block(lambda block: block.mlp.add_module("drop", nn.Dropout(0.1))),
+    "BatchNorm": in_first_block(lambda block: block.add_module("norm", nn.BatchNorm1d(3))),
+    "another module": in_first_block(lambda block: setattr(block, "mlp", Shifted(block.mlp))),
+    "another forward": in_first_block(
+        lambda block: setattr(block.mlp, "forward", lambda x: x.roll(1, 1))
+    ),
+    "another loss": lambda model: setattr(
+        model, "loss", lambda ids, labels: Llama.loss(model, ids, labels)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_something_may_tell_apart_are_computed_apart(way, passes):
+    model = tiny().double()
+    assert shares_prefix(model)
+    WAYS[way](model)
+    assert not shares_prefix(model)
+    token_loss(model, pad(alike()))
     assert {shared for *_, shared in passes} == {0}
+
+
+def test_dropout_and_hooks_of_every_module_keep_rows_apart(passes):
+    assert not shares_prefix(tiny(dropout=0.1))
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not shares_prefix(tiny())
+    handle.remove()
     assert shares_prefix(tiny())
+
+
+def test_under_autocast_attention_computes_in_its_dtype(monkeypatch):
+    seen = []
+    own = causal_attention
+    monkeypatch.setattr(
+        "minilora.models.blocks.causal_attention",
+        lambda q, k, v, scale: seen.append(out := own(q, k, v, scale)) or out,
+    )
+    model, batch = tiny(), pad(alike())
+    with torch.autocast("cpu", torch.bfloat16):
+        once, _ = token_loss(model, batch)
+        apart, _ = token_loss(model, dataclasses.replace(batch))
+    assert {out.dtype for out in seen} == {torch.bfloat16}
+    assert torch.allclose(once, apart, rtol=1e-2)
 
 
 def test_adapters_row_by_row_are_not_mixed_up(passes):
@@ -193,7 +270,7 @@ def test_models_with_methods_of_their_own_are_left_alone():
 @pytest.mark.parametrize(
     ("change", "shared", "text"),
     [
-        ((0, 3, 60), 8, "rows must begin with the same shared=8 tokens, found other ones"),
+        ((0, 3, 60), 8, "rows must begin with the same shared=8 tokens, but they differ"),
         (None, 16, "shared must leave at least two of the 17 tokens to each row, found 16"),
         (None, -1, "shared must leave at least two of the 17 tokens to each row, found -1"),
         (None, 9, "rows must begin with the same shared=9 tokens"),
@@ -211,8 +288,17 @@ def test_what_rows_do_not_share_is_refused(change, shared, text):
 def test_what_is_learned_is_not_shared():
     batch = pad(alike())
     batch.labels[3, 8] = 5
-    with pytest.raises(ValueError, match=r"first shared=8 tokens, and the next one, must not be"):
+    with pytest.raises(ValueError, match=r"none of the first shared=8 tokens, nor the next one, m"):
         plain().loss(batch.input_ids, batch.labels, shared=8)
+
+
+@pytest.mark.parametrize("name", ["mask", "positions"])
+def test_shared_tokens_know_the_causal_rule_alone(name):
+    batch = pad(alike())
+    T = batch.input_ids.shape[1]
+    beside = {"mask": torch.ones(T, T, dtype=torch.bool).tril(), "positions": torch.arange(T)}
+    with pytest.raises(ValueError, match=f"positions from 0, found {name} beside shared; leave"):
+        plain().loss(batch.input_ids, batch.labels, shared=8, **{name: beside[name]})
 
 
 @pytest.mark.parametrize("size", [(5, 20, 7), (2, 31, 12), (9, 16, 3)])
@@ -240,6 +326,27 @@ def test_passes_hold_as_many_rows_as_their_tokens_allow(rows, length, shared, to
     assert settings.tokens == shared + size * (length - shared)
     assert settings.tokens <= tokens or size == 1
     assert pass_rows(rows, length, None, shared) == rows
+    with pytest.raises(
+        ValueError, match=f"shared tokens must be fewer than a row's {length}, found"
+    ):
+        Settings(batch_size=rows, length=length, shared=length)
+
+
+def test_timed_steps_share_too(passes):
+    """Else the time of a plan would be that of rows apart."""
+    shape = read_shape(plain())
+    settings = Settings(dtype=torch.float32, r=4, batch_size=4, length=24, learned=0.2, shared=16)
+    timed_step(shape, settings)
+    assert {shared for _, tokens, shared in passes if tokens == 24} == {16}
+
+
+def test_plans_know_where_rows_are_apart():
+    data = alike(16)
+    own = plan(plain(), data, batch_size=4, timed=False)
+    assert (
+        own.options[0].memory.activations
+        < plan(plain(), data, batch_size=4, timed=False, dropout=0.1).options[0].memory.activations
+    )
 
 
 def test_a_long_start_does_not_cut_a_batch(passes):

@@ -49,8 +49,8 @@ def generate(options: argparse.Namespace) -> int:
     with ticking("writing"):
         texts = minilora.generate(model, options.prompts, tokenizer=tokenizer, **settings)
     print(*texts, sep="\n")
-    if not all(text.strip() for text in texts):
-        print("nothing was written where the model ended at once", file=sys.stderr)
+    if empty := sum(not text.strip() for text in texts):
+        print(f"the model ended {empty} of {len(texts)} texts at once", file=sys.stderr)
     return 0
 
 

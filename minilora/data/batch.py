@@ -24,15 +24,12 @@ class Batch:
         attention_mask: [B, T] bool, False on padding; None when nothing is padded.
         documents: [B, T] int64, which of its row's documents a token belongs to, -1 on padding;
             None where rows are single documents.
-        shared: how many first tokens are the same in all rows, if computing them once spares much;
-            neither they nor the next token are learned.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor | None = None
     documents: torch.Tensor | None = None
-    shared: int = 0
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -58,27 +55,45 @@ class Batch:
         self.__dict__["_counts"] = self._version(), row_tokens
         return self
 
+    @property
+    def shared(self) -> int:
+        """Count the first tokens of all rows that are the same, if computing them once saves much.
+
+        Neither they nor the next token is learned. Known of what `pad` made, until its ids or
+        labels are changed.
+        """
+        state, shared = self.__dict__.get("_start", (None, 0))
+        return shared if state is not None and state == self._versions() else 0
+
+    def _versions(self) -> tuple[int, int] | None:
+        if self.input_ids.is_inference() or self.labels.is_inference():
+            return None
+        return self.input_ids._version, self.labels._version
+
+    def _begin(self, shared: int) -> Batch:
+        """Keep how many first tokens are shared."""
+        self.__dict__["_start"] = self._versions(), shared
+        return self
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`; a pinned one is copied without waiting."""
         copied = self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
-        return copied._note(self._row_tokens())
+        return copied._note(self._row_tokens())._begin(self.shared)
 
     def pinned(self) -> Batch:
         """Return the batch in page-locked memory."""
-        return self._each(torch.Tensor.pin_memory)._note(self._row_tokens())
+        copied = self._each(torch.Tensor.pin_memory)
+        return copied._note(self._row_tokens())._begin(self.shared)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return some of the rows, padded as they were."""
         some = self._each(lambda tensor: tensor[start:stop])
         shared = worth_sharing(len(some), self.input_ids.shape[1], self.shared)
-        some = dataclasses.replace(some, shared=shared)
-        return some._note(self._row_tokens()[start:stop])
+        return some._note(self._row_tokens()[start:stop])._begin(shared)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {
-            k: change(v) if isinstance(v, torch.Tensor) else v for k, v in found.items()
-        }
+        changed: dict[str, Any] = {k: v if v is None else change(v) for k, v in found.items()}
         return type(self)(**changed)
 
     def positions(self) -> torch.Tensor:
@@ -98,11 +113,13 @@ class Batch:
 
 
 def worth_sharing(rows: int, length: int, shared: int) -> int:
-    """Return `shared`, or 0 where computing so many first tokens once spares under a sixteenth.
+    """Return `shared`, or 0 where computing so many first tokens once would save too little.
 
-    Rows have to be taken apart for attention, which costs a few percent.
+    Attention takes rows apart, which costs more in long rows: an eighth of all tokens has to be
+    saved, and a quarter in rows of 1024.
     """
-    return shared if 16 * (rows - 1) * shared >= rows * length else 0
+    saved = (rows - 1) * shared / max(1, rows * length)
+    return shared if saved >= 1 / 8 + length / 8192 else 0
 
 
 def positions_in(documents: torch.Tensor) -> torch.Tensor:
@@ -139,7 +156,7 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
         documents = torch.full(mask.shape, -1)
         documents[mask] = torch.tensor([i for example in examples for i in _numbers(example)])
     shared = worth_sharing(len(mask), mask.shape[1], common_start(examples))
-    return Batch(input_ids, labels, None if mask.all() else mask, documents, shared)
+    return Batch(input_ids, labels, None if mask.all() else mask, documents)._begin(shared)
 
 
 def _numbers(example: Example) -> Iterator[int]:

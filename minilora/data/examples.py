@@ -112,14 +112,17 @@ def first_learned(labels: Sequence[int]) -> int:
 
 
 def common_start(examples: Sequence[Example]) -> int:
-    """Count the first tokens that all examples share; neither they nor the next one are learned."""
+    """Count the first tokens that all examples share; neither they nor the next one is learned."""
     if not examples or any(example.lengths for example in examples):
         return 0
     ids = [tuple(example.input_ids) for example in examples]
     first, last = min(ids), max(ids)  # in order; what these two share all have
     pairs = enumerate(zip(first, last, strict=False))
     same = next((i for i, (one, other) in pairs if one != other), min(len(first), len(last)))
-    return max(0, min(same, *(first_learned(example.labels) - 1 for example in examples)))
+    if not same:
+        return 0
+    few = (first_learned(example.labels[: same + 2]) - 1 for example in examples)
+    return max(0, min(same, *few))
 
 
 def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:

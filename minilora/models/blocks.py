@@ -142,11 +142,14 @@ class SharedPrefix(NamedTuple):
         return torch.cat((first.transpose(1, 2), rest.transpose(1, 2).flatten(0, 1)[None]), 1)
 
 
+Mask = Tensor | SharedPrefix | None  # None: the causal rule
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | SharedPrefix | None,
+    mask: Mask,
     scale: float,
     cap: float | None = None,
 ) -> Tensor:
@@ -199,9 +202,7 @@ class Attention(nn.Module):
             self.v_proj(x).view(split).transpose(1, 2),
         )
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, slot: Slot | None) -> Tensor:
         """Return `[B, T, hidden]`; without a mask position t sees positions 0 to t."""
         q, k, v = self.heads(x)
         q, k = rotate(q, rotation), rotate(k, rotation)
@@ -255,9 +256,7 @@ class DecoderLayer(nn.Module):
             norm = self.norm_class(config.hidden_size, config.norm_eps, **made)
             self.add_module(name, norm)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, slot: Slot | None) -> Tensor:
         """Return `[B, T, hidden]`."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, slot)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -127,7 +127,8 @@ class CausalLM(nn.Module):
     def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, dict[Any, tuple]]:
         """Return the first hidden state, and by `block.rope` what a block takes beside it.
 
-        A block is called as `block(x, *beside[block.rope], mask, slot of the cache)`.
+        A block is called as `block(x, *beside[block.rope], mask, slot of the cache)`; the mask is
+        a tensor, a `SharedPrefix` or None.
         """
         x = self.get_input_embeddings()(ids)
         if self.positions_name is not None:
@@ -292,9 +293,9 @@ class CausalLM(nn.Module):
             labels: `[B, T]` int64 beside `input_ids`; −100 marks tokens that do not count.
             positions: as in `forward`.
             mask: as in `forward`; for several documents in a row, each seeing only itself.
-            shared: how many first tokens are the same in all rows, neither they nor the next one
-                learned. They are computed once; the loss and its gradient are the same but for
-                rounding.
+            shared: how many first tokens are the same in all rows; neither they nor the next one
+                is learned. They are computed once; the loss and its gradient are the same but for
+                rounding. Without mask and positions.
 
         Returns:
             A 0-dim tensor in f32 (f64 for an f64 model): the mean over the tokens that count.
@@ -318,8 +319,8 @@ class CausalLM(nn.Module):
                 f"{IGNORED} (or sequences of one token); leave such a batch out"
             )
         if shared:
-            check_shared(input_ids, labels, mask, shared)
-            hidden = self.hidden(input_ids, positions=positions, mask=mask, shared=shared)
+            check_shared(input_ids, labels, shared, mask=mask, positions=positions)
+            hidden = self.hidden(input_ids, shared=shared)
             hidden = hidden[0, shared:].unflatten(0, (len(labels), -1))
             target = labels[:, shared + 1 :].reshape(-1)
         else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels import geglu
-from minilora.models.blocks import MLP, DecoderLayer, RMSNorm, Rotation, Slot
+from minilora.models.blocks import MLP, DecoderLayer, Mask, RMSNorm, Rotation, Slot
 from minilora.models.causal import CausalLM
 from minilora.models.config import FULL, SLIDING, DecoderConfig
 from minilora.models.gguf_names import DECODER_NAMES
@@ -99,7 +99,7 @@ class Gemma2Layer(DecoderLayer):
     post_feedforward_layernorm: RMSNorm
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, slot: Slot | None
+        self, x: Tensor, rotation: Rotation | None, mask: Mask, slot: Slot | None
     ) -> Tensor:
         """Return `[B, T, hidden]`."""
         attended = self.self_attn(self.input_layernorm(x), rotation, mask, slot)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from minilora.models.blocks import Slot
+from minilora.models.blocks import Mask, Slot
 from minilora.models.causal import CausalLM
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import LAYER_NORMED, Entries, GGUFNames, joint_parts, whole_names
@@ -100,9 +100,7 @@ class Block(nn.Module):
         self.ln_1, self.attn = norm(), JointAttention(attn, size, head, scale, **made)
         self.ln_2, self.mlp = norm(), PlainMLP(mlp, size, inner, act, **made)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, slot: Slot | None) -> Tensor:
         """Return `[B, T, n_embd]`."""
         x = x + self.attn(self.ln_1(x), rotation, mask, slot)
         return x + self.mlp(self.ln_2(x))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.files import short
-from minilora.models.blocks import Slot, attend, extend
+from minilora.models.blocks import Mask, Slot, attend, extend
 from minilora.models.not_built import NotBuiltError
 from minilora.models.rotary import Rotation, rotate
 
@@ -109,9 +109,7 @@ class JointAttention(nn.Module):
             return qkv.view(split).transpose(1, 2).chunk(3, dim=-1)
         return tuple(part.view(split).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, slot: Slot | None) -> Tensor:
         """Return `[B, T, size]`; without a mask position t sees positions 0 to t."""
         q, k, v = self.heads(getattr(self, self.names[0])(x))
         q, k = rotate(q, rotation), rotate(k, rotation)

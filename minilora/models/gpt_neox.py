@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from minilora.models.blocks import Slot
+from minilora.models.blocks import Mask, Slot
 from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.gguf_names import LAYER_NORMED, PART_ROTATED, joint_parts, whole_names
@@ -83,9 +83,7 @@ class Layer(nn.Module):
         self.attention = JointAttention(names, size, width, scale, True, **biases)
         self.mlp = PlainMLP(("dense_h_to_4h", "dense_4h_to_h"), size, inner, act, **made)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, slot: Slot | None) -> Tensor:
         """Return `[B, T, hidden]`."""
         attended = self.attention(self.input_layernorm(x), rotation, mask, slot)
         seen = x if self.parallel else attended + x

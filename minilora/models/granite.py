@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.models.blocks import DecoderLayer, Rotation, Slot
+from minilora.models.blocks import DecoderLayer, Mask, Rotation, Slot
 from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.llama import Llama
@@ -52,9 +52,7 @@ class GraniteLayer(DecoderLayer):
         super().__init__(config, *args, **made)
         self.multiplier = config.residual_multiplier
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, slot: Slot | None) -> Tensor:
         """Return `[B, T, hidden]`."""
         attended = self.self_attn(self.input_layernorm(x), rotation, mask, slot)
         x = x + attended * self.multiplier

@@ -41,26 +41,27 @@ def check_positions(positions: Tensor, batch: int, tokens: int, context: int) ->
         raise ValueError(f"positions must lie in [0, {context}), found {low} to {high}")
 
 
-def check_shared(ids: Tensor, labels: Tensor, mask: Tensor | None, shared: int) -> None:
-    """Raise ValueError unless rows begin with so many tokens alike, and nothing learns of them."""
+def check_shared(ids: Tensor, labels: Tensor, shared: int, **beside: Tensor | None) -> None:
+    """Raise ValueError unless rows begin with the same tokens, none of which is learned."""
     if not 0 < shared < ids.shape[1] - 1:
         raise ValueError(
             f"shared must leave at least two of the {ids.shape[1]} tokens to each row, found "
             f"{shared}"
         )
-    if mask is not None:
-        raise ValueError(
-            "shared tokens are computed by the causal rule, found a mask beside shared; leave one "
-            "of them out"
-        )
+    for name, found in beside.items():
+        if found is not None:
+            raise ValueError(
+                f"rows with shared tokens take the causal rule and count their positions from 0, "
+                f"found {name} beside shared; leave one of them out"
+            )
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(ids, FakeTensor):
         return
     if not ids[:, :shared].equal(ids[:1, :shared].expand(len(ids), -1)):
-        raise ValueError(f"rows must begin with the same shared={shared} tokens, found other ones")
+        raise ValueError(f"rows must begin with the same shared={shared} tokens, but they differ")
     if bool((labels[:, 1 : shared + 1] != IGNORED).any()):
         raise ValueError(
-            f"the first shared={shared} tokens, and the next one, must not be learned, found "
-            f"labels among them that count; leave shared out"
+            f"none of the first shared={shared} tokens, nor the next one, may be learned, found "
+            f"labels among them that count; pass a smaller shared"
         )
 
 

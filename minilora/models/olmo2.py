@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minilora.models.blocks import Attention, DecoderLayer, RMSNorm, Rotation, Slot
+from minilora.models.blocks import Attention, DecoderLayer, Mask, RMSNorm, Rotation, Slot
 from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
 from minilora.models.gguf_names import DECODER_NAMES
@@ -64,9 +64,7 @@ class Olmo2Layer(DecoderLayer):
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
     post_feedforward_layernorm: RMSNorm
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None, slot: Slot | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, slot: Slot | None) -> Tensor:
         """Return `[B, T, hidden]`."""
         x = x + self.post_attention_layernorm(self.self_attn(x, rotation, mask, slot))
         return x + self.post_feedforward_layernorm(self.mlp(x))

@@ -44,7 +44,7 @@ class Data:
         longest: their largest.
         epochs: passes over them.
         learned: share of the predicted tokens that enters the loss, in (0, 1].
-        shared: first tokens that all rows share, where computing them once spares much.
+        shared: first tokens that all rows share, where computing them once saves much.
     """
 
     examples: int
@@ -107,7 +107,10 @@ class Planner:
         """Return the settings with the passes that `fit` makes there."""
         foreign = bool(self.shape.foreign) or not isinstance(self.shape.config, ModelConfig)
         most = usual_pass_tokens(device.gpu, settings.parallel, foreign)
-        shared = 0 if foreign or settings.dropout else self.data.shared
+        ropes = getattr(self.shape.config, "ropes", ())
+        by_length = any(rope and rope.scaling and rope.scaling.by_length for rope in ropes)
+        apart = foreign or by_length or settings.dropout or settings.parallel == "fsdp"
+        shared = 0 if apart else self.data.shared
         return dataclasses.replace(settings, pass_tokens=most, shared=shared)
 
     def fits(self, memory: Memory, settings: Settings, device: Device) -> bool:

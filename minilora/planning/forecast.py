@@ -67,6 +67,7 @@ class Forecast:
         minutes: that are left, None without a limit.
         elapsed: seconds that the run has taken before.
         clock: of what is compiled during steps, which is no part of a step's time.
+        own: whether the loss is the model's own.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Forecast:
         minutes: float | None = None,
         elapsed: float = 0.0,
         clock: CompileClock | None = None,
+        own: bool = True,
     ):
         self.say, self.elapsed = say, elapsed
         self.clock, self.compiling = clock or CompileClock(), 0.0
@@ -105,12 +107,10 @@ class Forecast:
         hand_back_freed_memory()  # what loading left is no part of what the process needs
         weights = sum(p.nbytes for p in model.parameters())
         self.process = 0 if self.cuda else max(0, resident() - weights)
-        shared = common_start(batches.examples) if shares_prefix(model) else 0
+        shared = common_start(batches.examples) if own and shares_prefix(model) else 0
         epoch = epoch_steps(batches, accumulate, shared)
         self.coming = coming_steps(batches, accumulate, shared)
-        coming = coming_steps(
-            batches, accumulate, shared
-        )  # of a longer run the first are looked at
+        coming = coming_steps(batches, accumulate, shared)  # of a longer run the first epoch
         run = list(itertools.islice(coming, min(steps or len(epoch), len(epoch))))
         self.usual = mean_batch(run)
         self.sizes = len({(one.rows, one.length) for step in run for one in step})
@@ -194,15 +194,15 @@ class Forecast:
             if not self.cuda and self.settings["ranks"] == 1:
                 self.say("plan: no time, as real blocks could not be run in a process of their own")
             return
-        of_step = self.timing.times(self.settings["accumulate"])
+        of_step, (rows, length, *_) = self.timing.times(self.settings["accumulate"]), self.usual
         self.minutes = sum(map(self._seconds, epoch)) / 60
         this_run = ""
         if steps is not None:
             minutes = sum(map(self._seconds, run)) / len(run) * steps / 60
             this_run = f"{minutes:.1f} minutes for this run's {steps:,} steps, "
         self.say(
-            f"plan: {of_step}, {self.usual.tokens / self.timing.seconds:,.0f} tokens/s at "
-            f"{self.usual.rows} × {self.usual.length}; {this_run}{self.minutes:.1f} minutes an "
+            f"plan: {of_step}, {rows * length / self.timing.seconds:,.0f} tokens/s at "
+            f"{rows} × {length}; {this_run}{self.minutes:.1f} minutes an "
             f"epoch of {len(epoch):,} steps"
         )
         if not self.timing.steady:

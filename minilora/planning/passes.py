@@ -27,6 +27,6 @@ def pass_rows(rows: int, length: int, tokens: int | None, shared: int = 0) -> in
     """
     if tokens is None or not rows:
         return rows
-    once = shared * 9 // 10
+    once = min(shared, length - 1) * 9 // 10
     most = max(1, (tokens - once) // (length - once))
     return math.ceil(rows / math.ceil(rows / most))

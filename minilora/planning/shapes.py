@@ -289,6 +289,10 @@ class Settings:
             COUNT(getattr(self, key), key)
         if self.pass_tokens is not None:
             whole()(self.pass_tokens, "pass_tokens")
+        if not 0 <= self.shared < self.length:
+            raise ValueError(
+                f"shared tokens must be fewer than a row's {self.length}, found {self.shared}"
+            )
         if self.parallel not in (None, "ddp", "fsdp"):
             raise ValueError(f"parallel must be None, 'ddp' or 'fsdp', found {self.parallel!r}")
         if (self.parallel is None) != (self.ranks == 1):

@@ -17,7 +17,7 @@ from minilora.planning.machines import forget_peak, peak_bytes, resident, run_ap
 from minilora.planning.memory import count_memory, count_planned
 from minilora.planning.saved import copied, saved_bytes
 from minilora.planning.shapes import Settings, Shape, planned_model
-from minilora.running import compiled, token_loss
+from minilora.running import compiled, only_watches, token_loss
 
 AGREE = 1.25  # factor within which the middle half of the repeats must lie
 _REPEATS, _MOST = 5, 15  # timed steps, and how many where they disagree
@@ -64,8 +64,10 @@ class _Inner:
         self.clock, self.count = clock, len(blocks) - 1
         self.at: dict[str, float] = {}
         if self.count:
-            blocks[1].register_forward_pre_hook(lambda _, inputs: self._note("enter", inputs[0]))
-            blocks[-1].register_forward_hook(lambda _, __, output: self._note("leave", output))
+            before = only_watches(lambda _, inputs: self._note("enter", inputs[0]))
+            after = only_watches(lambda _, __, output: self._note("leave", output))
+            blocks[1].register_forward_pre_hook(before)
+            blocks[-1].register_forward_hook(after)
 
     def _note(self, name: str, x: Any) -> None:
         x = x[0] if isinstance(x, tuple) else x  # blocks of transformers may return more

@@ -300,5 +300,6 @@ def _differences(
 def _text(example: Example, alike: int, tokenizer: Any) -> str:
     """Show what is learned first, and a little of what precedes it after so many tokens."""
     start = first_learned(example.labels)
-    ids = example.input_ids[max(alike, start - BEFORE) : start + BEFORE]
+    first = max(alike if alike < start - 1 else 0, start - BEFORE)
+    ids = example.input_ids[first : start + BEFORE]
     return " ".join(f"<{i}>" for i in ids) if tokenizer is None else decode(tokenizer, ids)

@@ -8,6 +8,7 @@ from minilora.running.generation import generate
 from minilora.running.loss import (
     Loss,
     forward_logits,
+    only_watches,
     shares_prefix,
     takes_packed,
     token_loss,
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "forward_logits",
     "generate",
+    "only_watches",
     "paired_difference",
     "require_unpacked",
     "settle_compile",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minilora.kernels import cache_folder, private_folder
 from minilora.lora import Survey, lora_layers
+from minilora.running.loss import only_watches
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # torch sets these itself, too
 _lock, _held = threading.Lock(), ExitStack()  # what is put back when nobody compiles any more
@@ -144,6 +145,7 @@ def _as_any_other(forward: Callable[..., Any]) -> Callable[..., Any]:
     of its own, and compiling it takes as long as compiling the one that all other blocks share.
     """
 
+    @only_watches
     def called(*inputs: Any, **named: Any) -> Any:
         x, *rest = inputs or (None,)
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_floating_point():

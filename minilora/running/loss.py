@@ -3,7 +3,7 @@
 Models of `minilora.models` compute it themselves (`models/causal.py`, `kernels/cross_entropy.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from minilora.running.arguments import argument_names
 from minilora.running.foreign import is_foreign, keeps_apart, mean_without_logits, own_logits
 
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
+# Modules of torch that compute each token by itself, and containers.
+_BY_TOKENS = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Module, nn.ModuleList, nn.ModuleDict)
 
 
 def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -78,21 +80,38 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
 def shares_prefix(model: nn.Module) -> bool:
     """Return whether the first tokens that rows share may be computed once.
 
-    Not where anything but attention may look at rows: dropout, whose masks differ; adapters row by
-    row; hooks; rotary embeddings that depend on a row's length; methods that are not ours.
+    Only where nothing but our attention can look at rows: no modules, methods or hooks that are not
+    ours, no dropout, whose masks differ from row to row, no adapters row by row, and no rotary
+    embeddings that depend on a row's length.
     """
-    methods = (getattr(type(model), name, None) for name in ("loss", "hidden"))
-    if getattr(model, "by_length", True) or not all("shared" in argument_names(m) for m in methods):
+    if getattr(model, "by_length", True) or nn.modules.module._has_any_global_hook():
+        return False
+    if "shared" not in argument_names(getattr(type(model), "loss", None)):
         return False
     for module in model.modules():
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        if dropout or module._forward_hooks or module._forward_pre_hooks:
+        ours = type(module).__module__.startswith("minilora.") or type(module) in _BY_TOKENS
+        if not ours or not all(getattr(f, "only_watches", False) for f in _added(module)):
             return False
         if isinstance(module, LoRALayer):
             dropped = any(module.adapters[name].dropout for name in module.active)
             if dropped or any(route.rows for route in module.routes()):
                 return False
     return True
+
+
+def only_watches(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a hook, or another `forward`, as one that computes for each token what was computed."""
+    function.only_watches = True  # type: ignore[attr-defined]
+    return function
+
+
+def _added(module: nn.Module) -> Iterator[Any]:
+    """Yield a module's hooks, and what stands for methods of its class."""
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        yield from getattr(module, name).values()
+    yield from (
+        vars(module)[name] for name in ("forward", "loss", "hidden") if name in vars(module)
+    )
 
 
 def takes_packed(model: nn.Module) -> bool:

@@ -27,6 +27,7 @@ def forecast(run: Run, monitor: Monitor) -> Forecast:
         minutes=None if minutes is None else minutes - run.elapsed / 60,
         elapsed=run.elapsed,
         clock=monitor.clock,
+        own=not run.own_loss,
     )  # fmt: skip
     monitor.callbacks.objects.append(found)
     return found

@@ -35,7 +35,7 @@ def announcement(run: Run) -> str:
 
 
 def sharing(run: Run) -> list[str]:
-    """Return the line that says that rows begin alike, where that spares something."""
+    """Return the line that says that rows begin alike, where that saves much."""
     if not isinstance(run.batches, Batches) or run.own_loss or not shares_prefix(run.model):
         return []
     examples = run.batches.examples
