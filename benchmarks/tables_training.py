@@ -65,6 +65,26 @@ def equal_steps() -> str:
     return caption(text, rows) + table(head, lines)
 
 
+def shared_start() -> str:
+    """Return steps in which what all rows begin with is computed once, beside those where not."""
+    rows = newest(read("shared_start"), "processor", "commit")
+    lines = [
+        [row["words"] if row["words"] != "0" else "the model's own", row["shared"], row["tokens"],
+         f"{100 * float(row['computed']):.0f} %", row["apart_s"], row["once_s"],
+         f"{float(row['times']):.2f} ({float(row['low']):.2f}–{float(row['high']):.2f})"]
+        for row in rows
+    ]  # fmt: skip
+    text = (
+        f"SmolLM2-135M in {rows[0]['dtype']}, r = 8, {rows[0]['rows']} docstrings a step; forward "
+        "and backward pass, medians of six batches and five rounds, the middle half of the ratios"
+    )
+    head = (
+        "words of system prompt | shared tokens | tokens a row | computed | seconds apart | once | "
+        "times as fast"
+    )
+    return caption(text, rows) + table(head, lines)
+
+
 def fastest(rows: list[Row]) -> dict[str, list[Row]]:
     """Return each contender's rows at its fastest learning rate, slowest contender first.
 
