@@ -16,6 +16,7 @@ from minilora.running.arguments import argument_names
 from minilora.running.foreign import is_foreign, keeps_apart, mean_without_logits, own_logits
 
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Modules of torch that compute each token by itself, and containers.
 _BY_TOKENS = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Module, nn.ModuleList, nn.ModuleDict)
 
@@ -84,7 +85,8 @@ def shares_prefix(model: nn.Module) -> bool:
     ours, no dropout, whose masks differ from row to row, no adapters row by row, and no rotary
     embeddings that depend on a row's length.
     """
-    if getattr(model, "by_length", True) or nn.modules.module._has_any_global_hook():
+    everywhere = (getattr(nn.modules.module, f"_global{name}", None) for name in _HOOKS)
+    if getattr(model, "by_length", True) or any(everywhere):
         return False
     if "shared" not in argument_names(getattr(type(model), "loss", None)):
         return False
@@ -107,7 +109,7 @@ def only_watches(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _added(module: nn.Module) -> Iterator[Any]:
     """Yield a module's hooks, and what stands for methods of its class."""
-    for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+    for name in _HOOKS:
         yield from getattr(module, name).values()
     yield from (
         vars(module)[name] for name in ("forward", "loss", "hidden") if name in vars(module)
