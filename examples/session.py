@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "session.md"
 FILES = ("questions.csv", "questions-test.csv", "ask_llama_cpp.py")
-WIDTH = 86
+WIDTH = 88
 
 
 def recorded(commands: str, folder: Path) -> str:
@@ -40,7 +40,7 @@ def recorded(commands: str, folder: Path) -> str:
         lines.append(f"$ {command}")
         for line in done.stdout.rstrip().splitlines():
             step = re.match(r"step +\d*[1-9]/", line) and not line.startswith("step    1/")
-            waiting = re.match(r"(.*): \d+ s so far$", line)
+            waiting = re.match(r"(.*): (?:\d+ s so far|\d+ of \d+ .* left)$", line)
             if step or (waiting and any(waiting.group(1) in told for told in lines)):
                 continue
             lines += textwrap.wrap(
