@@ -23,7 +23,7 @@ TABLES = {
     "real task": tables_training.real_task,
     "documents": tables_training.documents,
     "equal steps": tables_training.equal_steps,
-    "shared start": tables_training.shared_start,
+    "shared prefix": tables_training.shared_prefix,
     "recipes": tables_training.recipes,
     "real task caption": tables_training.real_task_caption,
     "defaults": tables_training.defaults,

@@ -65,9 +65,9 @@ def equal_steps() -> str:
     return caption(text, rows) + table(head, lines)
 
 
-def shared_start() -> str:
+def shared_prefix() -> str:
     """Return steps in which what all rows begin with is computed once, beside those where not."""
-    rows = newest(read("shared_start"), "processor", "commit")
+    rows = newest(read("shared_prefix"), "processor", "commit")
     lines = [
         [row["words"] if row["words"] != "0" else "the model's own", row["shared"], row["tokens"],
          f"{100 * float(row['computed']):.0f} %", row["apart_s"], row["once_s"],

@@ -4,8 +4,8 @@
 
 A command stands in a block of text behind `$ `; all run in one folder that begins with the files of
 examples/. With --folder it is kept, and --blocks runs some blocks alone, counted from 1. Nothing is
-edited, but of the lines of steps every tenth is kept, of those that say how long something has
-taken so far the first, and long lines are folded. It needs `pip install xllamacpp`.
+edited, but of the lines of steps every tenth is kept, of those that say how far something is the
+first, long lines are folded, and the home folder is `~`. It needs `pip install xllamacpp`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def recorded(commands: str, folder: Path) -> str:
         if done.returncode:
             sys.exit(f"{command} ended with {done.returncode}")
         lines.append(f"$ {command}")
-        for line in done.stdout.rstrip().splitlines():
+        for line in done.stdout.replace(str(Path.home()), "~").rstrip().splitlines():
             step = re.match(r"step +\d*[1-9]/", line) and not line.startswith("step    1/")
             waiting = re.match(r"(.*): (?:\d+ s so far|\d+ of \d+ .* left)$", line)
             if step or (waiting and any(waiting.group(1) in told for told in lines)):

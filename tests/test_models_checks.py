@@ -87,7 +87,7 @@ def test_packed_documents_are_as_good_as_alone(family, shape):
         assert_close(gradients[name], parameter.grad, 2e-5)
 
 
-@every_shape("shared start = apart")
+@every_shape("shared prefix = apart")
 def test_first_tokens_that_rows_share_are_computed_once(family, shape):
     """Loss and every gradient, with and without checkpointing."""
     model = made(family, shape).double().train()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora
-from minilora.data import IGNORE, Batches, Example, common_start, worth_sharing
+from minilora.data import IGNORE, Batches, Example, common_prefix, worth_sharing
 from minilora.data.streaming import Stream
 from minilora.models import Llama, LlamaConfig
 from minilora.planning import forecast
@@ -98,7 +98,7 @@ def test_steps_are_the_batches_that_the_loader_gives(lengths, batch_size, accumu
     done = min(done, len(given))
     for each in (planned, given):
         each.load_state_dict(each.state_dict() | {"index": done})
-    ahead = coming_steps(planned, accumulate, shared := common_start(rows))
+    ahead = coming_steps(planned, accumulate, shared := common_prefix(rows))
     for _ in range(3):  # the rest of an epoch, and two more
         met = [
             BatchShape(*size, batch.tokens, worth_sharing(*size, shared))

@@ -11,7 +11,7 @@ from torch import nn
 from training_models import CONFIG, factors, fit, plain, tiny
 
 import minilora
-from minilora.data import IGNORE, Batches, Example, common_start, pad, worth_sharing
+from minilora.data import IGNORE, Batches, Example, common_prefix, pad, worth_sharing
 from minilora.kernels import causal_attention
 from minilora.lora import mixed
 from minilora.models import Llama
@@ -39,7 +39,7 @@ def alike(count=11, start=START, longest=9):
 
 def apart(monkeypatch):
     monkeypatch.setattr("minilora.data.batch.worth_sharing", lambda *_: 0)
-    monkeypatch.setattr("minilora.data.batch.common_start", lambda _: 0)
+    monkeypatch.setattr("minilora.data.batch.common_prefix", lambda _: 0)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def passes(monkeypatch):
         max_size=5,
     )
 )
-def test_the_common_start_is_the_longest_that_may_be_shared(rows):
+def test_the_common_prefix_is_the_longest_that_may_be_shared(rows):
     cut = [(ids, min(n, len(ids) - 1)) for ids, n in rows]
     examples = [Example(ids, [IGNORE] * n + ids[n:]) for ids, n in cut]
 
@@ -74,12 +74,12 @@ def test_the_common_start_is_the_longest_that_may_be_shared(rows):
             label != IGNORE for e in examples for label in e.labels[1 : n + 1]
         )  # fmt: skip
 
-    assert common_start(examples) == max(n for n in range(9) if may(n))
+    assert common_prefix(examples) == max(n for n in range(9) if may(n))
 
 
 def test_nothing_is_shared_by_packed_rows_or_by_none():
     packed = Example([1, 2, 3, 4], [IGNORE, IGNORE, IGNORE, 4], (2, 2))
-    assert common_start([packed, packed]) == common_start([]) == 0
+    assert common_prefix([packed, packed]) == common_prefix([]) == 0
 
 
 def test_a_batch_says_what_its_rows_share():
@@ -92,7 +92,7 @@ def test_a_batch_says_what_its_rows_share():
     assert pad(other).shared == 4
     assert pad(alike()[:1]).shared == 0
     long = [Example([1, *[n] * 60], [IGNORE] * 3 + [n] * 58) for n in (3, 4, 5)]
-    assert common_start(long) == 1
+    assert common_prefix(long) == 1
     assert pad(long).shared == 0  # it would save 2 of 183 tokens
     assert worth_sharing(5, 32, 6) == 6 > worth_sharing(5, 32, 5) == 0
     assert worth_sharing(2, 1024, 512) == 512 > worth_sharing(2, 1024, 511) == 0
@@ -125,6 +125,32 @@ def test_training_is_the_same_with_what_rows_share_computed_once(monkeypatch, pa
     assert {shared for *_, shared in passes} == {0}
     for name, value in factors(wanted).items():
         assert torch.allclose(factors(once)[name], value, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": ["embed_tokens", "q_proj", "lm_head"]},
+        {"dora": True},
+        {"lora_bias": True},
+        {"init": "pissa"},
+        {"modules_to_save": ["input_layernorm", "lm_head"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_whatever_is_adapted_gets_the_same_gradient(options):
+    model = tiny(**options).double()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    assert shares_prefix(model)
+    batch, found = pad(alike()), []
+    for some in (batch, dataclasses.replace(batch)):
+        token_loss(model, some)[0].backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    for once, apart in zip(*found, strict=True):
+        assert torch.allclose(once, apart, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(("format", "rounding"), [("nf4", 1e-5), ("int8", 2 / 127)])
@@ -326,9 +352,7 @@ def test_passes_hold_as_many_rows_as_their_tokens_allow(rows, length, shared, to
     assert settings.tokens == shared + size * (length - shared)
     assert settings.tokens <= tokens or size == 1
     assert pass_rows(rows, length, None, shared) == rows
-    with pytest.raises(
-        ValueError, match=f"shared tokens must be fewer than a row's {length}, found"
-    ):
+    with pytest.raises(ValueError, match=rf"shared must lie in \[0, {length}\), as"):
         Settings(batch_size=rows, length=length, shared=length)
 
 

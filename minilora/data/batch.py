@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minilora.data.examples import IGNORE, Example, Pair, common_start
+from minilora.data.examples import IGNORE, Example, Pair, common_prefix
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     if any(example.lengths for example in examples):
         documents = torch.full(mask.shape, -1)
         documents[mask] = torch.tensor([i for example in examples for i in _numbers(example)])
-    shared = worth_sharing(len(mask), mask.shape[1], common_start(examples))
+    shared = worth_sharing(len(mask), mask.shape[1], common_prefix(examples))
     return Batch(input_ids, labels, None if mask.all() else mask, documents)._begin(shared)
 
 

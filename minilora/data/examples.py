@@ -111,7 +111,7 @@ def first_learned(labels: Sequence[int]) -> int:
     return next((i for i, label in enumerate(labels) if i and label != IGNORE), len(labels))
 
 
-def common_start(examples: Sequence[Example]) -> int:
+def common_prefix(examples: Sequence[Example]) -> int:
     """Count the first tokens that all examples share; neither they nor the next one is learned."""
     if not examples or any(example.lengths for example in examples):
         return 0

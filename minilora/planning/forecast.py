@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.data import Batches, common_start
+from minilora.data import Batches, common_prefix
 from minilora.kernels import hand_back_freed_memory, hardware
 from minilora.lora import lora_layers
 from minilora.planning.batches import (
@@ -107,7 +107,7 @@ class Forecast:
         hand_back_freed_memory()  # what loading left is no part of what the process needs
         weights = sum(p.nbytes for p in model.parameters())
         self.process = 0 if self.cuda else max(0, resident() - weights)
-        shared = common_start(batches.examples) if own and shares_prefix(model) else 0
+        shared = common_prefix(batches.examples) if own and shares_prefix(model) else 0
         epoch = epoch_steps(batches, accumulate, shared)
         self.coming = coming_steps(batches, accumulate, shared)
         coming = coming_steps(batches, accumulate, shared)  # of a longer run the first epoch

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minilora.data import Batches, Example, as_examples, common_start, learned_labels
+from minilora.data import Batches, Example, as_examples, common_prefix, learned_labels
 from minilora.files import is_number, short, whole
 from minilora.lora import as_dtype, check_dropout, sizes
 from minilora.planning.advice import (
@@ -245,7 +245,7 @@ def data_size(
             f"raise it"
         )
     batches = Batches(examples, batch_size=COUNT(batch_size, "batch_size"))
-    steps = epoch_steps(batches, 1, common_start(examples))
+    steps = epoch_steps(batches, 1, common_prefix(examples))
     usual, longest = mean_batch(steps), max(len(one.input_ids) for one in examples)
     return Data(len(examples), usual.length, longest, epochs, usual.share, usual.shared)
 

@@ -291,7 +291,8 @@ class Settings:
             whole()(self.pass_tokens, "pass_tokens")
         if not 0 <= self.shared < self.length:
             raise ValueError(
-                f"shared tokens must be fewer than a row's {self.length}, found {self.shared}"
+                f"shared must lie in [0, {self.length}), as rows have {self.length} tokens, found "
+                f"{self.shared}"
             )
         if self.parallel not in (None, "ddp", "fsdp"):
             raise ValueError(f"parallel must be None, 'ddp' or 'fsdp', found {self.parallel!r}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import Example, as_examples, common_start, first_learned
+from minilora.data import Example, as_examples, common_prefix, first_learned
 from minilora.files import short, write, write_json
 from minilora.lora import Survey
 from minilora.report.answers import AnswerDifference, Check, answers_of, judge_of, told
@@ -249,7 +249,7 @@ def compare(
             name: sum(len(ids) == max_new_tokens for ids in each) for name, each in answers.items()
         }
 
-    start = common_start(examples["data"])  # a system prompt, say, tells none from the others
+    start = common_prefix(examples["data"])  # the same in all, so not shown
 
     def shown(i: int) -> ShownChange:
         texts = {name: tokenizer.decode(each[i]) for name, each in answers.items()}

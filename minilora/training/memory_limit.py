@@ -75,7 +75,7 @@ class MemoryLimit:
         self.ways = {None if way == "dequantize" else way for ways in small for way in ways}
         self.planned = functools.cache(self._planned)
 
-    def _planned(self, rows: int, tokens: int, packed: bool = False, **changed: Any) -> Memory:
+    def _planned(self, rows: int, tokens: int, packed: bool, **changed: Any) -> Memory:
         """Plan passes of so many rows; `changed` settings are of another run."""
         settings = Settings(**self.settings | {"batch_size": rows * self.ranks, "length": tokens}
                             | changed)  # fmt: skip

@@ -1,6 +1,6 @@
 """What a run says when it begins and when it ends, well or not."""
 
-from minilora.data import Batches, common_start, worth_sharing
+from minilora.data import Batches, common_prefix, worth_sharing
 from minilora.running import shares_prefix
 from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, chosen_epochs
 from minilora.training.result import FitResult
@@ -41,7 +41,7 @@ def sharing(run: Run) -> list[str]:
     examples = run.batches.examples
     rows = min(len(examples), run.config.batch_size)
     length = sum(len(example.input_ids) for example in examples) // len(examples)
-    shared = worth_sharing(rows, length, common_start(examples))
+    shared = worth_sharing(rows, length, common_prefix(examples))
     if not shared:
         return []
     return [f"all rows begin with the same {shared} tokens, computed once for those of a pass"]

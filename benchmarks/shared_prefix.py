@@ -1,13 +1,13 @@
 """What computing the first tokens of all rows once saves: steps alternating with and without.
 
-    PYTHONPATH=benchmarks python benchmarks/shared_start.py [--rows 16] [--batches 6] [--rounds 5]
+    PYTHONPATH=benchmarks python benchmarks/shared_prefix.py [--rows 16] [--batches 6] [--rounds 5]
         [--words 0 15 60 240]
 
 SmolLM2-135M with r = 8 on all linears over the demo's docstrings (at most 256 tokens beside the
 system prompt), in the dtype that this processor multiplies fastest. `words` is how many words of a
 system prompt stand before each row. A step is forward and backward pass of one batch, not split.
 Each is computed as `pad` made it and as a copy that does not know what its rows share. Adds a row
-for each length of the prompt to results/shared_start.csv: medians over all batches and rounds, the
+for each length of the prompt to results/shared_prefix.csv: medians over all batches and rounds, the
 ratio of each pair's seconds, and the largest difference of the two losses.
 """
 
@@ -28,7 +28,7 @@ from minilora.loading.fetching import fetch
 from minilora.loading.model import load_model
 from minilora.running import token_loss
 
-RESULTS = Path(__file__).parent / "results" / "shared_start.csv"
+RESULTS = Path(__file__).parent / "results" / "shared_prefix.csv"
 PROMPT = "You write the docstring of a Python function for a library that values plain words."
 
 
