@@ -7,6 +7,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 Row = dict[str, str]
+MACHINES = {  # part of the processor's name, and the flag that tells
+    "Xeon, AMX": ("Intel", "amx"),
+    "EPYC, AVX-512": ("family 25", "avx512_bf16"),
+    "EPYC, AVX2": ("family 23", "avx2"),
+}
 
 
 def read(name: str, **wanted: str) -> list[Row]:
@@ -24,6 +29,12 @@ def read(name: str, **wanted: str) -> list[Row]:
 def newest(rows: list[Row], *keys: str) -> list[Row]:
     """Return the rows that agree in some fields with the last one."""
     return [row for row in rows if all(row[key] == rows[-1][key] for key in keys)]
+
+
+def measured_on(where: str, rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of one of `MACHINES`."""
+    processor, flag = MACHINES[where]
+    return [row for row in rows if processor in row["processor"] and flag in row["flags"]]
 
 
 def last_of(rows: Iterable[Row], key: str) -> dict[str, Row]:

@@ -1,4 +1,4 @@
-"""Draw seconds and memory of `real_task.py`'s newest rows: docs/real_task.png.
+"""Draw seconds and memory of `real_task.py`'s newest rows on one machine: docs/real_task.png.
 
     PYTHONPATH=benchmarks python benchmarks/real_task_chart.py
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 from csv_tables import Row
-from tables_training import fastest, real_task_rows
+from tables_training import CHARTED, fastest, real_task_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,4 +59,4 @@ def draw(found: dict[str, list[Row]]) -> None:
 
 
 if __name__ == "__main__":
-    draw(fastest(real_task_rows()))
+    draw(fastest(real_task_rows(CHARTED)))

@@ -21,7 +21,9 @@ PAGES = [DOCS.with_name("README.md"), *sorted(DOCS.glob("*.md"))]
 TABLES = {
     "goals": tables_goals.goals,
     "real task": tables_training.real_task,
+    "real task avx512": tables_training.real_task_avx512,
     "documents": tables_training.documents,
+    "documents avx512": tables_training.documents_avx512,
     "equal steps": tables_training.equal_steps,
     "shared prefix": tables_training.shared_prefix,
     "recipes": tables_training.recipes,

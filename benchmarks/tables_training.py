@@ -2,15 +2,25 @@
 
 import statistics
 
-from csv_tables import Row, caption, last_of, machine, newest, read, table
+from csv_tables import MACHINES, Row, caption, last_of, machine, measured_on, newest, read, table
+
+CHARTED = "Xeon, AMX"  # the machine of docs/real_task.png
 
 
 def real_task() -> str:
-    return _real_task(real_task_rows())
+    return _real_task(real_task_rows("Xeon, AMX"))
+
+
+def real_task_avx512() -> str:
+    return _real_task(real_task_rows("EPYC, AVX-512"))
 
 
 def documents() -> str:
-    return _real_task(real_task_rows("documents"))
+    return _real_task(real_task_rows("Xeon, AMX", "documents"))
+
+
+def documents_avx512() -> str:
+    return _real_task(real_task_rows("EPYC, AVX-512", "documents"))
 
 
 def _real_task(rows: list[Row]) -> str:
@@ -33,9 +43,9 @@ def _real_task(rows: list[Row]) -> str:
     return caption(text, rows) + table(head, lines)
 
 
-def real_task_rows(task: str = "docstrings") -> list[Row]:
-    """Return the newest group of a task: one processor, one commit."""
-    return newest(read("real_task", task=task), "processor", "commit")
+def real_task_rows(where: str, task: str = "docstrings") -> list[Row]:
+    """Return the newest group of a task on one of `MACHINES`: one processor, one commit."""
+    return newest(measured_on(where, read("real_task", task=task)), "processor", "commit")
 
 
 def equal_steps() -> str:
@@ -106,14 +116,15 @@ def fastest(rows: list[Row]) -> dict[str, list[Row]]:
 
 def real_task_caption() -> str:
     """Return the caption of docs/real_task.png, with its conditions."""
-    found = fastest(real_task_rows())
+    rows = real_task_rows(CHARTED)
+    found = fastest(rows)
     last, seeds = next(iter(found.values()))[-1], {len(some) for some in found.values()}
     many = (
         f"median of {max(seeds)} seeds, lines from the best to the worst"
         if max(seeds) > 1
         else ("one seed")
     )
-    rates = {row["lr"] for row in real_task_rows()}
+    rates = {row["lr"] for row in rows}
     rate = "each program at its fastest learning rate"
     if len(rates) == 1:
         rate = f"learning rate {rates.pop()}"
@@ -164,14 +175,13 @@ def demo() -> str:
 STEP: Row = {"model": "smollm2-135m", "rows": "4", "tokens": "256", "r": "8", "targets": "all"}
 
 
-def steps(processor: str, flag: str) -> list[Row]:
-    """Return the newest rows of a training step on a kind of processor."""
-    rows = [row for row in read("train_step", **STEP) if processor in row["processor"]]
-    return newest([row for row in rows if flag in row["flags"]], "commit", "flags")
+def steps(where: str) -> list[Row]:
+    """Return the newest rows of a training step on one of `MACHINES`."""
+    return newest(measured_on(where, read("train_step", **STEP)), "commit", "flags")
 
 
-def _step(processor: str, flag: str, base: str) -> str:
-    rows = steps(processor, flag)
+def _step(where: str, base: str) -> str:
+    rows = steps(where)
     lines = []
     for name, row in sorted(
         last_of(rows, "provider").items(), key=lambda item: float(item[1]["seconds"] or 1e9)
@@ -198,8 +208,8 @@ def _step(processor: str, flag: str, base: str) -> str:
 
 def cpu() -> str:
     lines = []
-    for processor, flag in (("Intel", "amx"), ("family 25", "avx512_bf16"), ("family 23", "avx2")):
-        rows = steps(processor, flag)
+    for where in MACHINES:
+        rows = steps(where)
         found = {name: row for name, row in last_of(rows, "provider").items()
                  if row["seconds"] and "alone" not in name}  # fmt: skip
         ours, theirs = (
@@ -217,15 +227,15 @@ def cpu() -> str:
 
 
 def step_amx() -> str:
-    return _step("Intel", "amx", "peft_bf16")
+    return _step("Xeon, AMX", "peft_bf16")
 
 
 def step_avx512() -> str:
-    return _step("family 25", "avx512_bf16", "peft_bf16")
+    return _step("EPYC, AVX-512", "peft_bf16")
 
 
 def step_avx2() -> str:
-    return _step("family 23", "avx2", "peft_f32")
+    return _step("EPYC, AVX2", "peft_f32")
 
 
 def step_models() -> str:
