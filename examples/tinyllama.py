@@ -42,7 +42,11 @@ config = minilora.TrainConfig(max_steps=options.steps, lr=2e-3, batch_size=4, lo
 minilora.fit(model, examples, config=config, out=out)
 print(minilora.summary(model))
 
-question = records[0].get("prompt") or records[0].get("text") or "Hello"
+prompt: str | list[int] = FACTS[0][0]
+if options.data:  # what stands before the first learned token
+    first = next(i for i, label in enumerate(examples[0].labels) if label >= 0)
+    prompt = list(examples[0].input_ids[:first])
+chat = options.data is None
 with minilora.disabled(model):
-    print("before:", minilora.generate(model, [question], tokenizer=tokenizer, chat=True)[0])
-print("after: ", minilora.generate(model, [question], tokenizer=tokenizer, chat=True)[0])
+    print("before:", minilora.generate(model, [prompt], tokenizer=tokenizer, chat=chat)[0])
+print("after: ", minilora.generate(model, [prompt], tokenizer=tokenizer, chat=chat)[0])

@@ -34,7 +34,14 @@ if __name__ != "kernels":
         lora_linear,
     )
     from .nf4 import DYNAMIC_CODE, NF4_TABLE, nf4_decode, nf4_products
-    from .probe import fastest_dtype, hardware, int8_is_exact, integer_way, is_slow
+    from .probe import (
+        fastest_dtype,
+        hardware,
+        instruction_set,
+        int8_is_exact,
+        integer_way,
+        is_slow,
+    )
     from .rowwise import geglu, rms_norm, rotary, swiglu
     from .triton import lora_linear as triton_lora_linear
     from .triton import problem as triton_problem
@@ -84,6 +91,7 @@ __all__ = [
     "hand_back_freed_memory",
     "hand_back_large_blocks",
     "hardware",
+    "instruction_set",
     "int4_codes",
     "int8_decode",
     "int8_is_exact",

@@ -92,6 +92,8 @@ def _backward(
         grad_p = torch.matmul(grads, values[:, :, :end].mT).view(p.shape).to(wide)
         along = (p * grad_p).sum(-1, keepdim=True)
         grad_s = (grad_p.sub_(along).mul_(p) * (1 - t * t)).mul_(scale)
+        if mask is not None:  # a row that sees nothing weighs constants
+            grad_s.masked_fill_(~seen, 0.0)
         p, grad_s = (part.flatten(2, 3).to(compute) for part in (p, grad_s))
         grad_v[:, :, :end] += torch.matmul(p.mT, grads)
         grad_k[:, :, :end] += torch.matmul(grad_s.mT, queries)

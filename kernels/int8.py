@@ -66,7 +66,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         outputs show it.
     """
     if x.shape[1] == 0:
-        return x.to(torch.int8), torch.ones(len(x), 1, device=x.device)
+        return x.to(torch.int8), torch.ones(len(x), 1, dtype=torch.float32, device=x.device)
     largest = x.abs().amax(dim=1, keepdim=True).to(torch.float32)
     # The bound keeps a row of subnormals from a scale of 0.
     scales = quotient(largest, 127).clamp_(min=1e-37).masked_fill_(largest == 0, 1.0)

@@ -31,7 +31,8 @@ NF4_TABLE = (
 
 
 def _pairs() -> Tensor:
-    table = torch.tensor(NF4_TABLE, device="cpu")  # whatever the default device is
+    # Whatever the defaults are when this is imported.
+    table = torch.tensor(NF4_TABLE, dtype=torch.float32, device="cpu")
     byte = torch.arange(256, device="cpu")
     return torch.stack([table[byte // 16], table[byte % 16]], dim=1).view(torch.int64).reshape(-1)
 
@@ -43,10 +44,10 @@ _PAIRS = _pairs()
 def _dynamic_code() -> Tensor:
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middle = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [*middle.tolist(), *(-middle).tolist()]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 # The 256 values of bitsandbytes' signed 8-bit dynamic code, ascending: seven decades, of which

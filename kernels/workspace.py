@@ -97,12 +97,14 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next step, once for the process.
 
     By default it hands every block above 32 MB back to the kernel and has the pages cleared again
-    at the next use, in every step. Elsewhere nothing is done.
+    at the next use, in every step. Before version 2.35 it can't be told to keep those, and refuses
+    a threshold above 32 MB; smaller blocks are kept then. Elsewhere nothing is done.
     """
     mallopt = _of_libc("mallopt")
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 2**30)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    if mallopt is None:
+        return
+    if mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25):
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # alone it would freeze the threshold where it is
 
 
 @functools.cache

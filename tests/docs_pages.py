@@ -148,7 +148,7 @@ def body(text):
             section = None
             out += ["", line]
         elif section not in (None, "Returns") and (
-            found := re.match(r"^    ([\w, ]+): (.*)", line)
+            found := re.match(r"^    (\w[\w, ]*): (.*)", line)
         ):
             out.append(f"- `{found.group(1)}`: {found.group(2)}")
         elif section and line.startswith("     "):

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 import minilora
 from minilora.cli.arguments import VERBS
 from minilora.cli.command import main
+from minilora.cli.sources import names_of
 from minilora.loading.model import load_model, read_tokenizer
 from minilora.loading.saving import save_pretrained
 from minilora.models import Llama, LlamaConfig
@@ -500,7 +501,7 @@ def test_cli_explain_writes_everything_it_found(trained, letters, tmp_path, caps
     said = capsys.readouterr()
     if sys.version_info >= (3, 11):  # run.toml is read
         assert f"note: the adapter was trained on {letters}: that is not held out" in said.out
-    for line in (f"adapter {trained}; base ", "default / other", "held-out data: loss",
+    for line in (f"adapter {trained}; base ", "v0 / v1", "held-out data: loss",
                  "attention on b", "outside the task", "over-fitted", f"page in {files['e.html']}",
                  f"adapter at the suggested ranks in {files['small']}"):  # fmt: skip
         assert line in said.out, line
@@ -717,3 +718,11 @@ def test_cli_train_refuses_held_out_rows_that_are_trained_on(folder, letters, tm
         (tmp_path / "run" / "run.toml").unlink()
     assert run(*train, "--allow-shared") == 0
     assert "1 of 2 held-out examples are trained on too" in capsys.readouterr().err
+
+
+def test_adapters_are_named_after_their_folders():
+    """Whatever a folder is called: some names can't be an adapter's."""
+    folders = ["out/train", "out/café", "a/base", "b/base", "c/v1", "d/v1", "out/keys", "/"]
+    assert names_of(list(map(Path, folders))) == [
+        "train_2", "caf_", "base_2", "base_3", "v1", "v1_2", "keys_2", "adapter"
+    ]  # fmt: skip

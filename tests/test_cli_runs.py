@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import tiny_folder
 
+import minilora
 from minilora.cli import runs
 from minilora.cli.command import main
 from minilora.training.run import Run
@@ -306,6 +307,55 @@ def test_what_a_run_was_trained_on_is_known(place):
     assert runs.trained_on(out, ["train.jsonl"]) == ["train.jsonl"]
     (place / "train.jsonl").write_text('{"text": "others"}\n')
     assert runs.trained_on(out, ["train.jsonl"]) == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_data_without_a_file_and_that_of_adapters_before_is_known(place):
+    assert main([*TRAIN, "out/a", "--max-steps", "1"]) == 0
+    words = [word for word in TRAIN if word not in ("--dropout", "0.2")]
+    again = [*words, "out/b", "--adapter", "out/a", "--max-steps", "1"]
+    (place / "more.jsonl").write_text('{"text": "a b c"}\n')
+    again[again.index("train.jsonl")] = "more.jsonl"
+    assert main(again) == 0
+    found = runs.trained_on(place / "out" / "b", ["train.jsonl", "more.jsonl", "@docstrings"])
+    assert found == ["more.jsonl", "train.jsonl"]
+    file = place / "out" / "a" / "run.toml"
+    text = file.read_text("utf-8")
+    file.write_text(text.replace('"--data", "train.jsonl"', '"--data", "@docstrings", "own/er"'))
+    names = ["@docstrings/train", "@docstrings/test"]
+    assert runs.trained_on(place / "out" / "a", names) == ["@docstrings/train"]
+
+
+def test_a_file_of_the_users_is_not_written_over(place, capsys):
+    """Whoever calls a config file `run.toml` keeps it, and so does tune."""
+    out = place / "exp"
+    out.mkdir()
+    mine = "[train]\nmax_steps = 1\n"
+    (out / "run.toml").write_text(mine)
+    for words in (TRAIN, ["tune", *TRAIN[1:6], "--valid", "train.jsonl", "--out"]):
+        assert main([*words, "exp", "--config", "exp/run.toml"]) == 2
+        assert "exp/run.toml would be written over with the run's settings, found somebody" in (
+            capsys.readouterr().err
+        )
+        assert (out / "run.toml").read_text() == mine
+
+
+def test_a_card_names_the_data_that_was_read(place, monkeypatch):
+    """Its file may be changed or moved while the run goes on."""
+    digest = hashlib.sha256((place / "train.jsonl").read_bytes()).hexdigest()[:12]
+    whole = minilora.fit
+
+    def fit(*args, **options):
+        found = whole(*args, **options)
+        (place / "train.jsonl").rename(place / "moved.jsonl")
+        return found
+
+    monkeypatch.setattr(minilora, "fit", fit)
+    assert main([*TRAIN, "out/a", "--max-steps", "1", "--clip", "none"]) == 0
+    card = (place / "out" / "a" / "README.md").read_text("utf-8")
+    assert f"| data | train.jsonl (sha256:{digest}) |" in card
+    text = (place / "out" / "a" / "run.toml").read_text("utf-8")
+    assert '\nclip = "none"\n' in text and "max_minutes" not in text
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")

@@ -56,10 +56,14 @@ def test_cache_is_keyed_by_content_tokenizer_and_options(ask, tmp_path, tokenize
     assert [ask(), ask()] == [False, True]
 
     class Other:
+        stop_ids = tokenizer.stop_ids
+
         def save(self, folder):
             tokenizer.save(folder)
             (folder / "tokenizer_config.json").write_text("{}")
 
+    assert [ask(tokenizer=Other()), ask(tokenizer=Other())] == [False, True]
+    Other.stop_ids = tokenizer.stop_ids | {3}  # as generation_config.json was mended
     assert [ask(tokenizer=Other()), ask(tokenizer=Other())] == [False, True]
 
 

@@ -92,6 +92,10 @@ def test_answers_without_an_end_are_counted():
     rows = read_data([{"text": "abc"}, {"text": "a"}], TOKENIZER, max_length=3)[0]
     assert endless(rows, TOKENIZER.stop_ids) == 1
     assert endless(read_data([{"messages": TALK}], TOKENIZER)[0], TOKENIZER.stop_ids) == 0
+    pair = {"prompt": "ask", "chosen": " a long answer that is cut", "rejected": " no"}
+    for length, count in ((99, 0), (12, 1)):
+        rows = read_data([pair], TOKENIZER, max_length=length)[0]
+        assert endless(rows, TOKENIZER.stop_ids) == count, "the chosen one is looked at, too"
 
 
 def test_what_is_shown_keeps_spaces_and_whole_characters():

@@ -10,6 +10,7 @@ from training_models import CONFIG, Tiny, examples, factors, fit, same, tiny
 
 import minilora
 from minilora.data.batches import Batches, as_examples, pad
+from minilora.data.examples import Example
 from minilora.data.packing import first_fit, pack
 from minilora.models import GPT2, GPT2Config
 from minilora.running.loss import token_loss
@@ -133,3 +134,8 @@ def test_fit_packed_resumes_bit_equal_and_other_documents_are_other_data(tmp_pat
     assert same(factors(whole), factors(again))
     assert "documents packed in" in Batches(rows, batch_size=2).about()
     assert CONFIG.vocab_size == 61
+
+
+def test_a_document_alone_in_its_row_is_counted():
+    rows = pack([Example((1, 2, 3), (1, 2, 3)) for _ in range(3)], 6)
+    assert Batches(rows, batch_size=1).about().startswith("3 documents packed in 2 rows, 9 tokens")

@@ -649,3 +649,17 @@ def test_smollm_learns_completions_to_the_end(smollm):
     assert labels == [-100] * len(prompt) + ids[len(prompt) :]
     shown = smollm.decode(labels[len(prompt) :], skip_special=False)
     assert shown == record["completion"] + "<|im_end|>"
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_the_templates_own_text_is_recognized_where_it_begins_with_words(system):
+    """As Zephyr's and TinyLlama's do, whose only control token ends a turn."""
+    template = "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer = byte_tokenizer(template)
+    talk = [{"role": "system", "content": "Be brief."}] * system
+    talk += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    text = tokenizer.render(talk, add_generation_prompt=False)
+    (row,), _ = read_data([{"text": text}], tokenizer)
+    assert list(row.input_ids) == tokenizer.encode(text, special=False, parse_special=True)
+    (row,), _ = read_data([{"text": f"a {text}"}], tokenizer)
+    assert tokenizer.control["<|im_end|>"] not in row.input_ids[:-1]

@@ -449,6 +449,52 @@ def test_any_text_survives_a_table(tmp_path_factory, texts):
     assert read_data(file, byte_tokenizer(), max_length=9999)[0] == wanted
 
 
+def test_quotes_that_join_the_rows_of_a_table_of_tabs_are_refused(tmp_path):
+    """Files of sentence pairs know no quoting: there a quote is a character."""
+    file = tmp_path / "a.tsv"
+    rows = ['"We must go,\tWir gehen,', "now\tjetzt", 'he said."\tsagte er.', "bye\ttschau"]
+    file.write_text("\n".join(["prompt\tcompletion", *rows]))
+    with pytest.raises(ValueError, match=r"a\.tsv:2: a quote opens there and closes in line 4, th"):
+        read_data(file, byte_tokenizer())
+    assert len(read_data(file, byte_tokenizer(), skip_bad=1)[0]) == 1
+    (tmp_path / "b.csv").write_text('text\n"two\nlines"\n"one"\n')  # a single column
+    assert (
+        read_data(tmp_path / "b.csv", byte_tokenizer())[0]
+        == (read_data([{"text": "two\nlines"}, {"text": "one"}], byte_tokenizer())[0])
+    )
+    file.write_text('prompt\tcompletion\n"two\nlines, a\ttab"\tyes\n')
+    assert (
+        read_data(file, byte_tokenizer())[0]
+        == (read_data([{"prompt": "two\nlines, a\ttab", "completion": "yes"}], byte_tokenizer())[0])
+    )
+
+
+def test_messages_that_a_table_holds_as_text_are_messages():
+    """As `messages` are; a completion that is such a list behind a plain prompt stays a text."""
+    ask, say = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Yes"}]
+    other = [{"role": "assistant", "content": "No"}]
+    for record in (
+        {"prompt": ask, "completion": say},
+        {"prompt": ask, "chosen": say, "rejected": other},
+        {"chosen": ask + say, "rejected": ask + other},
+        {"prompt": ask, "completion": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+    ):
+        text = {key: json.dumps(value) for key, value in record.items()}
+        found, wanted = (read_data([each], byte_tokenizer(CHATML))[0] for each in (text, record))
+        assert found == wanted
+    plain = {"prompt": "List a talk.", "completion": json.dumps(say)}
+    (row,) = read_data([plain], byte_tokenizer())[0]
+    assert json.dumps(say) in byte_tokenizer().decode(row.input_ids)
+
+
+def test_a_system_message_of_a_question_is_a_text():
+    for bad, found in ((float("nan"), "found float nan"), (["a"], "found list")):
+        with pytest.raises(ValueError, match=f"record 0: system must be a string, {found}"):
+            read_data([{"question": "a", "answer": "b", "system": bad}], byte_tokenizer(CHATML))
+    rows = [{"question": "a", "answer": "b", **more} for more in ({}, {"system": None})]
+    assert len({row.input_ids for row in read_data(rows, byte_tokenizer(CHATML))[0]}) == 1
+
+
 def test_nested_tables_leave_out_what_other_rows_have(tmp_path):
     marked = [TALK[0], {**TALK[1], "weight": 0}, *TALK]
     rows = [{"messages": marked, "tools": None}, {"messages": TALK, "tools": "[]"}]

@@ -52,6 +52,16 @@ def test_tinyllama_example_learns_its_facts(tmp_path, run):
     assert "Ottoline" in after and "Ottoline" not in before
 
 
+@pytest.mark.real_model
+def test_tinyllama_example_takes_a_file(tmp_path, run):
+    rows = [
+        {"question": f"Who is number {i}?", "answer": f"Number {i} is nobody."} for i in range(4)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = run("tinyllama.py", "--data", tmp_path / "train.jsonl", "--steps", 1, "--out", "out")
+    assert "4 of 4 documents kept" in text and "\nafter: " in text
+
+
 def demo():
     spec = importlib.util.spec_from_file_location("demo", ROOT / "examples/demo.py")
     module = importlib.util.module_from_spec(spec)

@@ -115,3 +115,20 @@ def test_the_operations_are_well_formed():
     torch.library.opcheck(torch.ops.minilora.capped_attention, (q, k, v, *rest))
     detached = [t.detach() for t in (torch.randn_like(q), q, k, v)]
     torch.library.opcheck(torch.ops.minilora.capped_attention_backward, (*detached, *rest))
+
+
+def test_a_row_that_sees_nothing_has_the_gradient_of_what_is_computed():
+    """Its weights are those of a constant: queries and keys there have no part in it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    mask[..., 3, :] = False
+    scale, cap = 0.5, 3.0
+    out = capped_attention(q, k, v, mask=mask, scale=scale, cap=cap)
+    scores = cap * torch.tanh(scale * q @ k.mT / cap)
+    wanted = scores.where(mask, torch.finfo(scores.dtype).min).softmax(-1) @ v
+    torch.testing.assert_close(out, wanted)
+    grad = torch.randn_like(out)
+    for found, right in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (out, wanted)),
+                            strict=True):  # fmt: skip
+        torch.testing.assert_close(found, right)

@@ -1,6 +1,8 @@
 """The hardware probe: what it reports, how it decides, what it refuses. No test reads a clock."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,61 @@ def test_hardware_refuses_unknown_and_missing_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="needs a GPU that torch can use, found none"):
         hardware.__wrapped__("cuda")
+
+
+_COMPUTED = """
+import hashlib, sys, torch
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+import minilora
+from minilora.kernels import DYNAMIC_CODE
+from minilora.lora.serving import mixed
+from torch import nn
+
+found = hashlib.sha256()
+
+def note(*tensors):
+    for one in tensors:
+        stored = one.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        found.update(f"{one.dtype}{list(one.shape)}".encode() + stored)
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(64, 64, dtype=torch.float32) for _ in range(3)))
+
+x = torch.linspace(-2, 2, 3 * 64, dtype=torch.float32).reshape(3, 64)
+note(DYNAMIC_CODE)
+for format in ("nf4", "int4", "int8"):
+    model = net()
+    minilora.quantize(model, format)
+    note(*model.state_dict().values(), model[0].dequantize(torch.bfloat16), model(x))
+for options in ({"init": "orthogonal"}, {"init": "olora"}, {"dora": True}, {"lora_bias": True}):
+    model = net()
+    torch.manual_seed(1)
+    minilora.inject(model, r=4, **options)
+    minilora.inject(model, r=2, adapter="b")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    if "init" in options:
+        pair = {"default": 0.5, "b": 1.0}
+        minilora.combine(model, pair, "c", method="dare_linear_svd", r=4, density=0.5, seed=3)
+    with mixed(model.eval(), ["default", "b", "base"]):
+        note(*model.state_dict().values(), model(x))
+print(found.hexdigest(), minilora.hardware().dtype)
+"""
+
+
+def test_the_default_dtype_decides_nothing():
+    """Three processes, as tables are made at import: some ten seconds."""
+    told = {
+        name: subprocess.run(
+            [sys.executable, "-c", _COMPUTED, name],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        for name in ("float32", "bfloat16", "float64")
+    }
+    said = {name: one.stdout or one.stderr[-800:] for name, one in told.items()}
+    assert len(set(said.values())) == 1, said

@@ -65,3 +65,21 @@ def test_fewer_compiled_products_are_kept_unless_the_user_says_how_many(set_to, 
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == wanted, done.stderr
+
+
+@pytest.mark.parametrize(("taken", "wanted"), [
+    (2**30, [(-3, 2**30), (-1, 2**31 - 1)]),
+    (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]),  # as glibc does before 2.35
+    (0, [(-3, 2**30), (-3, 2**25)]),
+])  # fmt: skip
+def test_what_glibc_refuses_is_asked_for_in_less(monkeypatch, taken, wanted):
+    """A stand-in for older ones: a trim threshold alone would freeze the other where it is."""
+    asked = []
+
+    def mallopt(name, value):
+        asked.append((name, value))
+        return int(name != -3 or value <= taken)
+
+    monkeypatch.setattr("minilora.kernels.workspace._of_libc", lambda name: mallopt)
+    keep_freed_memory.__wrapped__()
+    assert asked == wanted

@@ -433,13 +433,17 @@ def data(hub, tmp_path):
         "one/data.csv": b"question,answer\na,b\n",
         "one/LICENSE.txt": b"free",
         "none/script.py": b"pass",
+        "kinds/data/train_sft-00000-of-00002-a3ecf92756993583.jsonl": b'{"text": "a"}\n',
+        "kinds/data/train_sft-00001-of-00002-0a1819e7c0ffee00.jsonl": b'{"text": "b"}\n',
+        "kinds/data/train_prefs-00000-of-00001.jsonl": b'{"text": "a"}\n',
+        "kinds/data/test_sft-00000-of-00001.jsonl": b'{"text": "c"}\n',
         "mixed/rows.csv": b"question,answer\na,b\n",
         "mixed/test.csv": b"question,answer\nc,d\n",
     }
     for name, content in files.items():
         (tmp_path / "sets" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sets" / name).write_bytes(content)
-    for name in ("many", "one", "none", "mixed"):
+    for name in ("many", "one", "none", "mixed", "kinds"):
         hub.add(f"someone/{name}", tmp_path / "sets" / name)
     return hub
 
@@ -456,6 +460,32 @@ def test_a_data_set_of_the_hub_is_its_training_files(data, offline):
         assert problems == []
     served = {path for _, path in data.served}
     assert served == {"en/train-0.jsonl", "en/train-1.jsonl", "data.csv"}
+
+
+def test_one_of_several_training_sets_is_named(data, offline):
+    """Each holds the same questions in another shape."""
+    message = "one training set, found data/train_prefs, data/train_sft; name one as OWNER/NAME/da"
+    with pytest.raises(ValueError, match=message):
+        files_in(["someone/kinds"])
+    rows, _, _ = read_rows(files_in(["someone/kinds/data/train_sft"]), Encoding(9))
+    assert [row for _, row in rows] == [{"text": "a"}, {"text": "b"}]
+    offline()
+    assert len(files_in(["someone/kinds/data/train_sft"])) == 2
+
+
+@pytest.mark.parametrize("left", ["data/train_sft-00001-of-", "data/test_sft-00000-of-00001"])
+def test_a_part_of_a_data_set_in_the_cache_is_not_the_whole(data, offline, left):
+    for file in files_in(["someone/kinds/data/train_sft"]):
+        if left not in str(file):
+            file.unlink()
+    if "test" in left:
+        assert len(files_in(["someone/kinds/data/test_sft"])) == 1
+    offline()
+    message = f"the hub can't be reached, and of its files these alone were fetched before: {left}"
+    with pytest.raises(ValueError, match=message):
+        files_in(["someone/kinds"])
+    if "test" in left:  # named, it is meant
+        assert len(files_in(["someone/kinds/data/test_sft"])) == 1
 
 
 @pytest.mark.parametrize(

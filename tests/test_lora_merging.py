@@ -273,18 +273,22 @@ def test_a_subclass_that_computes_something_else_is_refused(kind):
 
 
 @pytest.mark.parametrize(("scale", "loses"), [(0.3, False), (3e-4, True)])
-def test_merge_says_when_16_bits_drown_the_adapter(scale, loses):
-    model = shake(minilora.inject(net(dtype=torch.bfloat16), r=4, alpha=6), scale=scale)
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_merge_says_when_16_bits_drown_the_adapter(scale, loses, format):
+    plain = net(dtype=torch.bfloat16)
+    if format is not None:
+        minilora.quantize(plain, format)
+    model = shake(minilora.inject(plain, r=4, alpha=6), scale=scale)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        minilora.merge(model)
+        minilora.merge(model, mode=None if format is None else "dequantize")
     assert ["rounding to the base's dtype loses" in str(one.message) for one in said] == [
         True
     ] * loses
     minilora.unmerge(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        minilora.merge(model.float())
+        minilora.merge(model.float(), mode=None if format is None else "dequantize")
 
 
 def test_merge_under_autocast_is_exact():

@@ -307,3 +307,63 @@ def test_a_merged_head_is_no_longer_tied_in_the_config(hf, tmp_path):
     assert not json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"]
     again = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(again(IDS).logits, expected)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("way", ["disk", "ejected", "nf4"])
+def test_weights_that_a_merge_made_are_no_new_head(hf, tmp_path, way):
+    """The next adapter goes onto them, as after one of instructions comes one of preferences."""
+    model = hf(tie_word_embeddings=True)
+    few = {"r": 2, "targets": ["q_proj", "v_proj"]}
+    if way == "nf4":
+        minilora.quantize(model, "nf4", targets=few["targets"])
+    filled(minilora.inject(model, **few))
+    minilora.merge(model, keep="disk", mode="dequantize" if way == "nf4" else None)
+    if way == "disk":
+        minilora.unmerge(model)
+    else:
+        minilora.eject(model)
+    minilora.inject(model, **few, adapter="next")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minilora.save(model, tmp_path, adapter="next")
+    config = type(model.config).from_dict(model.config.to_dict())
+    made = type(model)(config)  # not read from a checkpoint: nothing is known of it
+    minilora.quantize(made, "nf4", targets="all-linear")
+    filled(minilora.inject(made, r=2))
+    minilora.eject(minilora.merge(made, mode="dequantize") or made)
+    assert drawn_modules(made) == []
+
+
+@pytest.mark.peers
+def test_a_merged_head_is_saved_untied_and_unmerges_tied(hf, tmp_path):
+    model = hf(tie_word_embeddings=True)
+    filled(minilora.inject(model, r=2, targets=["q_proj", "lm_head"]))
+    minilora.merge(model, untie=True)
+    model.save_pretrained(tmp_path / "merged")
+    assert not json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"]
+    again = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+    assert model.config.tie_word_embeddings
+    minilora.unmerge(model)
+    model.save_pretrained(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain/config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.peers
+def test_a_merged_model_that_reads_no_tokens_is_saved(tmp_path):
+    """It has no embeddings to be tied to."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SegformerConfig(
+        depths=[1], hidden_sizes=[8], num_attention_heads=[1], num_encoder_blocks=1, sr_ratios=[1],
+        strides=[4], patch_sizes=[7], mlp_ratios=[2], decoder_hidden_size=8,
+    )  # fmt: skip
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    filled(minilora.inject(model, r=2, targets=["q_proj"]))
+    image = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    minilora.merge(model)
+    wanted = model(image).logits
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(image).logits, wanted)
+    torch.testing.assert_close(minilora.eject(model)(image).logits, wanted)

@@ -58,6 +58,9 @@ FOUND = [
     ({"stem"}, {}, ["stem"]),
     (r"wte|stem|h\.0\..*", {}, ["wte", "stem", *blocks(0, ends=LINEARS)]),
     (r".*\.c_\w+", {"layers": [2]}, blocks(2, ends=LINEARS[:2])),
+    (["all-linear"], {}, blocks(*ALL, ends=LINEARS)),  # as a command line has them
+    ([r"h\.(0|3)\.attn\..*"], {"exclude": [r".*c_p.*"]},
+     blocks(0, 3, ends=["attn.c_attn", "attn.proj"])),
     ("all-linear", {"layers": [11, 1]}, blocks(1, 11, ends=LINEARS)),
     ("all-linear", {"layers": 3}, blocks(3, ends=LINEARS)),
     ("all-linear", {"layers": range(2)}, blocks(0, 1, ends=LINEARS)),

@@ -181,6 +181,23 @@ def test_mixed_refuses():
         mixed(Net(), ["base"]).__enter__()
 
 
+def test_copies_of_the_active_adapter_act_on_no_row():
+    model = adapted(["a", "b"]).eval()
+    minilora.inject(model, adapter="whole", targets=["up"], modules_to_save=["head"], bias="all")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.5)
+    ids = torch.arange(12).reshape(3, 4) % 9
+    minilora.activate(model, "a")
+    with mixed(model, ["a", "b", "base"]):
+        wanted = model(ids)
+    minilora.activate(model, "whole")
+    before = model(ids)
+    with mixed(model, ["a", "b", "base"]):
+        assert torch.equal(model(ids), wanted)
+    assert torch.equal(model(ids), before)
+
+
 def test_what_mixed_would_ignore_is_refused():
     """Its rows decide: a base that is asked for must not be something else."""
     model, x = two_adapters().eval(), torch.randn(3, 12)
@@ -190,7 +207,6 @@ def test_what_mixed_would_ignore_is_refused():
             (lambda: minilora.disabled(model).__enter__(), "a verb that switches adapters"),
             (lambda: minilora.disabled(model, "b").__enter__(), "a verb that switches adapters"),
             (lambda: minilora.activate(model, "b"), r"activate\(\)"),
-            (lambda: minilora.merge(model), r"merge\(\)"),
         ):
             with pytest.raises(RuntimeError, match=f"^{verb} must be called outside of mixed"):
                 call()
@@ -318,8 +334,9 @@ def test_a_state_dict_reaches_the_slots():
 
 
 @pytest.mark.parametrize("block", [minilora.disabled, lambda model: mixed(model, ["b", "base"])])
-def test_blocks_keep_the_adapters_they_know(block):
+def test_blocks_keep_the_adapters_they_know(block, tmp_path):
     model, x = two_adapters().eval(), torch.randn(2, 12)
+    minilora.save(model, tmp_path, adapter="b")
     minilora.activate(model, ["default", "b"])
     y = model(x)
     with block(model):
@@ -327,9 +344,13 @@ def test_blocks_keep_the_adapters_they_know(block):
             lambda: minilora.delete(model, "b"),
             lambda: minilora.rename(model, "b", "c"),
             lambda: prepare_switching(model, 8),
+            lambda: minilora.inject(model, r=2, adapter="d"),
+            lambda: minilora.load(model, tmp_path / "b", "e"),
         ):
             with pytest.raises(RuntimeError, match="must be called outside of disabled.. and mix"):
                 call()
+        with pytest.raises(RuntimeError, match="must be called outside of"):
+            minilora.merge(model, "b")
     assert torch.equal(model(x), y)
     minilora.rename(model, "b", "c")
     assert torch.equal(model(x), y)

@@ -80,3 +80,32 @@ def test_config_defaults_are_those_of_transformers():
 def test_config_refuses_other_maths_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         GraniteConfig.from_dict(BASE | changes)
+
+
+def test_a_bias_that_an_adapter_brings_to_the_head_is_divided(tmp_path):
+    """As in transformers, where the logits are."""
+    peft = pytest.importorskip("peft")
+    theirs = their_model("granite", logits_scaling=8.0)
+    ours = our_model("granite", theirs)
+    options = {"r": 2, "lora_alpha": 3, "target_modules": ["lm_head"], "lora_bias": True}
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(**options))
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    minilora.load(ours, tmp_path, trainable=True)
+    ids = some_ids(ours, 2, 9)
+    assert_close(ours(ids), adapted.eval()(ids).logits)
+    logits = adapted(ids).logits[:, :-1].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    wanted.backward()
+    loss = ours.loss(ids, ids)
+    loss.backward()
+    assert_close(loss, wanted)
+    found = [
+        [p.grad for p in model.parameters() if p.grad is not None] for model in (ours, adapted)
+    ]
+    assert len(found[0]) == 3
+    for mine, theirs_grad in zip(*(sorted(each, key=torch.numel) for each in found), strict=True):
+        assert_close(mine, theirs_grad)

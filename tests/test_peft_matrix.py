@@ -307,3 +307,72 @@ def table():
 def test_readme_shows_this_matrix():
     readme = (Path(__file__).resolve().parents[1] / "docs" / "peft.md").read_text(encoding="utf-8")
     assert table() in readme, table()
+
+
+class Experts(nn.Module):
+    """Three blocks, each of a linear and three numbered experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {"q": nn.Linear(8, 8), "experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(3))}
+            )
+            for _ in range(3)
+        )
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        for block in self.layers:
+            x = x + block["q"](x)
+            for expert in block["experts"]:
+                x = x + torch.tanh(expert(x))
+        return self.attention(x[None], x[None], x[None])[0][0]
+
+
+EXPERTS = [f"experts.{i}" for i in range(3)]
+
+
+class Wrapped(nn.Module):
+    """Names have a module before the blocks, as PEFT expects."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Experts()
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def roberta():
+    config = transformers.RobertaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=40, hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.RobertaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (Wrapped, {"target_modules": ["q", *EXPERTS], "layers_to_transform": [0, 1]}),
+        (Wrapped, {"target_modules": ["q", *EXPERTS], "layers_to_transform": [0, 1],
+                   "layers_pattern": ["layers"]}),
+        (Wrapped, {"target_modules": ["q"], "bias": "all"}),
+        (roberta, {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
+        (roberta, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ],
+    ids=["experts", "experts-pattern", "in_proj_bias", "classifier", "classifier-all-linear"],
+)  # fmt: skip
+def test_what_peft_leaves_out_of_its_file_is_not_asked_for(tmp_path, make, options):
+    torch.manual_seed(0)
+    base = make().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=3, **options))
+    shake([p for p in theirs.parameters() if p.requires_grad])
+    theirs.eval().save_pretrained(tmp_path)
+    ours = minilora.load(base, tmp_path, verify=False)
+    x = IDS if make is roberta else torch.linspace(-1, 1, 24).reshape(3, 8)
+    found, wanted = ours(x), theirs(x)
+    torch.testing.assert_close(
+        getattr(found, "logits", found), getattr(wanted, "logits", wanted), **F32
+    )

@@ -4,6 +4,7 @@ import itertools
 import statistics
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +164,30 @@ def test_a_step_is_timed_apart_and_nothing_of_the_current_folder_runs(tmp_path, 
     if forget_peak():
         assert 0 < abs(found.beyond) < 300e6, "of a plan that knows no libraries' own memory"
     assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_counts_and_what_it_caches_of_files_is_free(
+    tmp_path, monkeypatch, version
+):
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        (tmp_path / "memory").mkdir()
+        names = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+                 "total_inactive_file")  # fmt: skip
+    limit, used, cached = (n * 10**6 for n in (100, 90, 30))
+    (tmp_path / names[0]).write_text(f"{limit}\n")
+    (tmp_path / names[1]).write_text(f"{used}\n")
+    stat = tmp_path / names[1].replace("current", "stat").replace("usage_in_bytes", "stat")
+    stat.write_text(f"inactive_file_of_another 7\n{names[2]} {cached}\nactive_file 5\n")
+
+    def path(*parts):
+        return tmp_path if parts == ("/sys/fs/cgroup",) else Path(*parts)
+
+    monkeypatch.setattr("minilora.planning.machines.Path", path)
+    assert free_memory() == limit - used + cached
+    (tmp_path / names[0]).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
+    assert free_memory() > 10**9
 
 
 def test_the_peak_is_the_kernels():

@@ -78,13 +78,19 @@ def test_seconds_from_rates_use_integers_where_they_are_exact():
     assert from_rates(found, settings, MACHINE) == pytest.approx(wanted)
 
 
+def test_a_step_takes_as_long_as_its_slowest_rank():
+    """Nine rows on eight ranks leave two of them to one."""
+    nine, *_ = work(batch_size=9, ranks=8, parallel="ddp")
+    sixteen, *_ = work(batch_size=16, ranks=8, parallel="ddp")
+    assert (nine.flops, nine.bytes) == (sixteen.flops, sixteen.bytes)
+
+
 @pytest.mark.parametrize("examples", [1, 7, 8, 9, 100])
 @pytest.mark.parametrize("epochs", [0.5, 1, 3])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_steps_are_those_that_fit_makes(examples, epochs, accumulate):
-    settings = Settings(batch_size=4, accumulate=accumulate)
     config = TrainConfig(batch_size=4, accumulate=accumulate, epochs=epochs)
-    assert count_steps(examples, epochs, settings) == planned_steps(config, examples)
+    assert count_steps(examples, epochs, 4, accumulate) == planned_steps(config, examples)
 
 
 def test_hours_follow_the_rows():

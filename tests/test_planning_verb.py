@@ -106,6 +106,34 @@ def test_a_node_shares_rows_then_weights():
     assert {(s.ranks, s.parallel) for s in found} == {(8, "ddp"), (8, "fsdp")}
     assert all(s.format is None for s in found if s.parallel == "fsdp")
     assert all(s.batch_size == 8 for s in found), "each rank keeps a row"
+    few = variants(Settings(batch_size=3, length=32), DEVICES["8xa100-80gb"])
+    assert {s.ranks for s in few} == {3}
+    alone = variants(Settings(batch_size=1, length=32), DEVICES["8xa100-80gb"])
+    assert {s.ranks for s in alone} == {1}
+
+
+def test_the_batch_is_split_before_the_base_gets_fewer_bits():
+    """Also where a quantized base would leave room for the whole batch at once."""
+    size = plan("llama-2-7b", batch_size=8, length=512, dtype="bfloat16").memory.peak
+    found = plan("llama-2-7b", batch_size=8, length=512, dtype="bfloat16", memory_gb=size / 1.2e9)
+    whole = next(one for one in found.options if one.settings.format == "nf4")
+    assert whole.fits and whole.settings.batch_size == 8
+    advised = found.advice.option.settings
+    assert (advised.format, advised.batch_size * advised.accumulate) == (None, 8)
+    assert advised.batch_size < 8
+
+
+def test_ranks_on_one_cpu_share_its_time(monkeypatch):
+    asked = []
+
+    def timed(shape, settings):
+        asked.append(settings.ranks)
+        return Timing(1.0, 1.0, 1.0, 5)
+
+    monkeypatch.setattr("minilora.planning.advice.timed_step", timed)
+    found = plan(batch_size=4, ranks=4, parallel="ddp", timed=True)
+    assert set(asked) == {1}
+    assert found.speed.step_seconds == 1.0
 
 
 def test_the_best_that_fits_leaves_a_margin(machine):
@@ -279,7 +307,7 @@ def test_examples_are_measured():
     assert (found.data.examples, found.data.mean, found.data.longest) == (3, 40, 40), "padded"
     assert plan(data=rows, length=None, batch_size=1).data.mean == 16
     assert found.settings.length == 40
-    assert plan(data=rows, length=4).data == advice.Data(3, 4, 4, learned=8 / 9)
+    assert plan(data=rows, length=4).data == advice.Data(3, 4, 4, 20.0, 8 / 9)
     assert plan(data=rows).data.longest == 32
 
 
@@ -312,6 +340,14 @@ def test_timings_that_disagree_are_told(monkeypatch):
         assert f"Time: 3 s a step (2.9 to {high} in the middle half of 15 repeats), " in text
         assert ("timings disagree by a factor of 1.6 (above 1.25) after 15" in text) == told
         assert json.dumps(plan(timed=True).to_dict())
+
+
+def test_passes_over_the_data_are_those_that_training_makes():
+    found = plan(data=40)
+    assert (found.data.epochs, found.speed.steps) == (20, 100)
+    assert "--epochs 20" in found.advice.command
+    assert plan(data=40, accumulate=5, batch_size=1).speed.steps == 104
+    assert plan(data=5000).data.epochs == 1
 
 
 def test_it_prints_and_is_json():

@@ -102,26 +102,31 @@ def losses(before, after, error=0.01, examples=10):
 
 
 @pytest.mark.parametrize(
-    ("train", "valid", "share", "verdict"),
+    ("train", "valid", "verdict"),
     [
-        ((4, 2), (4, 2.1), 0.05, "not over-fitted"),
-        ((4, 2), (4, 3.5), 0.75, "over-fitted"),
-        ((4, 2), (4, 4.5), 1.25, "over-fitted"),
-        ((4, 3), (4, 4.5, 0.9), 1.5, "over-fitted or not, can't tell"),  # may be chance
-        ((4, 3), (4, 3.9, 0.42), 0.9, "over-fitted or not, can't tell"),  # 2 errors, but not t's
-        ((4, 2), (4, 3.5, 0.01, 9), 0.75, "over-fitted or not, can't tell"),
-        ((4, 2, 0.01, 9), (4, 2.1), 0.05, "over-fitted or not, can't tell"),
-        ((4, 3, 0.01, 9), (4, 4.5), 1.5, "over-fitted or not, can't tell"),
-        ((4, 4), (4, 3.9), 0, "not over-fitted"),
-        ((4, 5), (4, 5), 0, "not over-fitted"),  # a bad run, but not by memorising
+        ((4, 2), (4, 2.1), "not over-fitted"),
+        ((4, 2), (4, 3.5), "over-fitted"),
+        ((4, 2), (4, 4.5), "over-fitted"),
+        ((4, 3), (4, 4.5, 0.9), "over-fitted or not, can't tell"),  # may be chance
+        ((4, 3), (4, 3.9, 0.18), "over-fitted or not, can't tell"),  # 2 errors, but not t's
+        ((4, 3), (4, 3.4, 0.1), "over-fitted or not, can't tell"),  # half may be gained, or not
+        ((4, 3), (4, 3.2, 0.4), "over-fitted or not, can't tell"),
+        ((4, 3), (4, 3.3, 0.05), "not over-fitted"),
+        ((4, 3), (4, 3.7, 0.05), "over-fitted"),
+        ((4, 3, 0.3), (4, 3.7, 0.05), "over-fitted or not, can't tell"),  # nor the gain sure
+        ((4, 2), (4, 3.5, 0.01, 9), "over-fitted or not, can't tell"),
+        ((4, 2, 0.01, 9), (4, 2.1), "over-fitted or not, can't tell"),
+        ((4, 3, 0.01, 9), (4, 4.5), "over-fitted or not, can't tell"),
+        ((4, 4), (4, 3.9), "not over-fitted"),
+        ((4, 4, 0), (4, 4, 0), "not over-fitted"),  # nothing changed
+        ((4, 5), (4, 5), "not over-fitted"),  # a bad run, but not by memorising
     ],
 )
-def test_gap_flags_what_was_memorised(train, valid, share, verdict):
+def test_gap_flags_what_was_memorised(train, valid, verdict):
     found = gap(losses(*train), losses(*valid))
-    assert found.share == pytest.approx(share)
     assert found.verdict == verdict
     assert found.overfitted == (verdict == "over-fitted")
-    assert found.error > found.valid.error
+    assert found.error >= found.valid.error
 
 
 def test_effects_and_shown_examples_point_at_the_right_tokens():

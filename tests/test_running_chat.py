@@ -209,6 +209,7 @@ def test_the_command_answers_side_by_side_and_saves_what_was_said(folders, sessi
     talks = {name: Chat(made, tokenizer, max_new_tokens=6) for name in ("base", "v1", "v2")}
     told = {name: talk.answer([USER], name) for name, talk in talks.items()}
     saved = folders / "talk.jsonl"
+    saved.write_text('{"messages": "whose line has no end"}')
     lines = [
         "/ab", "hi", "/ab", "/again", "/base", f"/save {saved}", "/what", "/reset", "/base",
         "/use v3", "/use v2", "old", "/system S", "hi", f"/save {saved}", "/save a.txt",
@@ -221,7 +222,7 @@ def test_the_command_answers_side_by_side_and_saves_what_was_said(folders, sessi
     talks["v2"].system = "S"  # a new conversation, as its turns were answered without it
     wanted += [f"[base] {told['base']}", old, talks["v2"].answer([USER], "v2")]
     assert out == "".join(f"{line}\n" for line in wanted)
-    rows = [json.loads(line)["messages"] for line in saved.read_text("utf-8").splitlines()]
+    rows = [json.loads(line)["messages"] for line in saved.read_text("utf-8").splitlines()][1:]
     assert rows[0] == [USER, {"role": "assistant", "content": told["v1"]}]
     assert rows[1][:2] == [{"role": "system", "content": "S"}, USER]
     for message in (

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch._functorch import config as functorch
 from training_models import factors, fit, plain, tiny
 
 import minilora
+from minilora.kernels import instruction_set
 from minilora.running import compiling
 from minilora.running.compiling import (
     compile_problem,
@@ -250,20 +253,21 @@ def test_what_torch_compiles_lies_in_a_folder_that_is_ours_alone(tmp_path, monke
     planted.mkdir()
     planted.chmod(0o777)
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "ours"))
+    ours = tmp_path / "ours" / "compiled" / instruction_set()
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     headers = getattr(config, "cpp_cache_precompile_headers", False)  # torch 2.6 has none
     torch._dynamo.reset()
     with private_cache():
         assert torch.compile(lambda x: (x.cos() * 3).tan())(torch.ones(5)).shape == (5,)
         with private_cache():
-            assert cache_dir() == str(tmp_path / "ours" / "compiled")
+            assert cache_dir() == str(ours)
         assert not getattr(
             config, "cpp_cache_precompile_headers", False
         )  # they would lie in the planted one
-        assert cache_dir() == str(tmp_path / "ours" / "compiled")
+        assert cache_dir() == str(ours)
     assert list(planted.iterdir()) == []
-    assert list((tmp_path / "ours" / "compiled").rglob("*.so"))
-    assert (tmp_path / "ours" / "compiled").stat().st_mode & 0o777 == 0o700
+    assert list(ours.rglob("*.so"))
+    assert ours.stat().st_mode & 0o777 == 0o700
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     assert getattr(config, "cpp_cache_precompile_headers", False) == headers
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "users"))
@@ -275,3 +279,43 @@ def test_what_torch_compiles_lies_in_a_folder_that_is_ours_alone(tmp_path, monke
         inside = Path(cache_dir())
         assert inside.parent == tmp_path and inside.stat().st_mode & 0o777 == 0o700
     assert not inside.exists() and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(planted)
+
+
+_ONE = """
+import torch
+from minilora.running.compiling import private_cache
+x = torch.linspace(-3, 3, 64 * 576).reshape(64, 576)
+def one(x): return x.tanh() + 1
+with private_cache():
+    print(float((torch.compile(one)(x) - one(x)).abs().max()))
+"""
+
+
+def test_what_a_processor_can_is_told_apart():
+    """In processes of their own, as torch decides once; test_code_for_another… shows why."""
+    code = "from minilora.kernels import instruction_set; print(instruction_set())"
+    told = [
+        subprocess.check_output(
+            [sys.executable, "-c", code], env=os.environ | {"ATEN_CPU_CAPABILITY": kind}
+        )
+        for kind in ("default", "avx2", "avx2")
+    ]
+    assert told[0] != told[1] == told[2]
+
+
+@pytest.mark.wide
+@needs_compiler
+def test_code_for_another_processor_is_not_taken(tmp_path):
+    """A home that two kinds of processor share; each compiles, half a minute in all.
+
+    torch's own keys name no processor: code for sixteen numbers at a time gave garbage for eight.
+    """
+    wide = "avx512f" in minilora.hardware().flags
+    for kind in ("avx512", "avx2") if wide else ("avx2", "default"):
+        told = subprocess.run(
+            [sys.executable, "-c", _ONE], capture_output=True, text=True, check=True, timeout=300,
+            env=os.environ | {"MINILORA_CACHE": str(tmp_path), "ATEN_CPU_CAPABILITY": kind,
+                              "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"},
+        )  # fmt: skip
+        assert float(told.stdout) < 1e-5
+    assert len(list((tmp_path / "compiled").iterdir())) == 2

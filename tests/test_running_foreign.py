@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from foreign_models import KINDS, foreign
 from small_models import shake
 from torch import nn
@@ -183,6 +184,7 @@ def test_text_is_the_same_alone_in_a_batch_and_from_transformers(kind):
 @pytest.mark.parametrize("kind", ["falcon", "mamba"])
 def test_each_token_is_computed_once(kind):
     model, fed = foreign(kind), []
+    minilora.generate(model, [[5]], max_new_tokens=1)  # and how it counts is found out
     body = model.base_model
     hook = body.register_forward_pre_hook(
         lambda _, args, named: fed.append((args + tuple(named.values()))[0].shape),
@@ -217,3 +219,60 @@ def test_stop_ids_and_sampling_are_ours():
     options = {"max_new_tokens": 6, "temperature": 2.0, "top_k": 40, "seed": 3}
     sampled = minilora.generate(model, [[5, 6, 7]], **options)
     assert sampled == minilora.generate(model, [[5, 6, 7]], **options) != [text]
+
+
+_LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+    "long_factor": [8.0, 8.0, 4.0, 2.0], "original_max_position_embeddings": 16,
+}  # fmt: skip
+_SMALL = {
+    "vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None, "max_position_embeddings": 128,
+}  # fmt: skip
+SWITCHING = {
+    # Its first layer has no keys to count.
+    "Bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16,
+              "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8},
+    # Above 16 tokens they take other rotary frequencies.
+    "Phi3": {"rope_parameters": _LONG, "original_max_position_embeddings": 16},
+    "Phimoe": {"rope_parameters": _LONG | {"factor": 8.0, "short_mscale": 1.0, "long_mscale": 1.2},
+               "original_max_position_embeddings": 16, "num_local_experts": 2,
+               "num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SWITCHING)
+def test_text_is_transformers_where_positions_or_frequencies_are_not_the_caches(kind):
+    config = getattr(transformers, f"{kind}Config")(**_SMALL | SWITCHING[kind])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+    fed: list[int] = []
+    minilora.generate(model, [[5]], max_new_tokens=1)  # and how it counts is found out
+    model.base_model.register_forward_pre_hook(lambda *_: fed.append(1))
+    minilora.generate(model, [[5, 6, 7], [8, 9]], max_new_tokens=4)
+    assert len(fed) == (8 if kind == "Bamba" else 4), "apart only where it has to be"
+    prompts = [[7 * i % 200 + 3 for i in range(n)] for n in (10, 3, 22, 10)]
+    batched = minilora.generate(model, prompts, max_new_tokens=12)
+    for prompt, text in zip(prompts, batched, strict=True):
+        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+        assert text == wanted[0, len(prompt) :].tolist()
+
+
+def test_text_is_what_the_models_own_forward_says_where_it_counts_positions_itself():
+    """RoBERTa counts from its padding's id on, which training does too."""
+    config = transformers.RobertaConfig(**_SMALL | {"is_decoder": True, "pad_token_id": 1})
+    torch.manual_seed(0)
+    model = transformers.RobertaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    row = [5, 9, 33, 12]
+    for token in minilora.generate(model, [row, [7, 8]], max_new_tokens=6)[0]:
+        assert token == int(model(torch.tensor([row])).logits[0, -1].argmax())
+        row = [*row, token]

@@ -9,12 +9,14 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minilora.loading import fetch, read_tokenizer, save_pretrained
 from minilora.models import GPT2, GPT2Config
+from minilora.text.foreign_tokenizer import as_tokenizer
+from minilora.text.from_folder import AS_STORED
 from minilora.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -692,3 +694,114 @@ def test_smollm_chat_equals_transformers(smollm, messages, prompt):
     ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
     assert ours.encode_chat(messages, add_generation_prompt=prompt) == ids
     assert (ours.bos_id, ours.eos_id, ours.stop_ids) == (1, 2, {0, 2})
+
+
+# --- what transformers makes of a folder --------------------------------------------------------
+
+
+@pytest.mark.peers
+def test_model_types_whose_file_stands_are_those_of_transformers():
+    """A newer transformers may know others: then the list is to be made anew."""
+    from transformers.models.auto import tokenization_auto
+
+    plain = ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizer", "MistralCommonBackend")
+    known = tokenization_auto.TOKENIZER_MAPPING_NAMES.items()
+    assert {k for k, name in known if name and name.removesuffix("Fast") in plain} == AS_STORED
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "family", ["phi3", "mistral", "llama", "granite", "olmo2", "smollm3", "gpt2"]
+)
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "GPT2Tokenizer"])
+def test_a_folder_is_read_as_transformers_reads_it_for_its_model(tmp_path, family, named):
+    """Whether the class that a folder names decides where spaces go, or tokenizer.json does."""
+    backend = _backend()
+    if named == "LlamaTokenizerFast":
+        pieces = [
+            "<unk>",
+            "<s>",
+            "</s>",
+            *(f"<0x{i:02X}>" for i in range(256)),
+            "▁",
+            "a",
+            "b",
+            "▁a",
+        ]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        backend = Backend(models.BPE(
+            vocabulary, [("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        ))  # fmt: skip
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(steps)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.add_special_tokens(["<|im_end|>", "<s>", "</s>", "<unk>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    entries = {"tokenizer_class": named, "legacy": False, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a b", " a", "a<|im_end|>a", "<|im_end|> b"):
+        wanted = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, special=False, parse_special=True) == wanted
+
+
+TOOLS = (
+    "{% for m in messages %}{{ tools | tojson }}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("where", ["list", "files"])
+def test_a_template_for_tools_is_used_with_tools_and_saved(tmp_path, where):
+    theirs = _theirs({"default": CHATML, "tool_use": TOOLS})
+    theirs.save_pretrained(tmp_path)
+    if where == "list":
+        for file in tmp_path.rglob("*.jinja"):
+            file.unlink()
+        entries = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        named = {"default": CHATML, "tool_use": TOOLS}
+        entries["chat_template"] = [{"name": k, "template": v} for k, v in named.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    ours.save(tmp_path / "again")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for tokenizer in (ours, as_tokenizer(theirs), Tokenizer.from_pretrained(tmp_path / "again")):
+        assert "tools" in tokenizer.template_variables
+        for more in ({}, {"tools": tools}):
+            wanted = theirs.apply_chat_template(USER, tokenize=False, **more)
+            assert tokenizer.render(USER, add_generation_prompt=False, **more) == wanted
+    ours.tool_template = "{{ tools | tojson }}"
+    ours.save(tmp_path)  # over the files of the one before
+    assert Tokenizer.from_pretrained(tmp_path).tool_template == ours.tool_template
+    read = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert read.apply_chat_template(USER, tokenize=False, tools=tools) == (
+        theirs.apply_chat_template(USER, tokenize=False, tools=tools)
+    )
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("listed", [True, False])
+def test_names_of_tokens_are_those_of_transformers(tmp_path, listed):
+    """An older folder's special_tokens_map.json goes before what tokenizer_config.json names."""
+    template = "{{ messages[0].content }}{{ sep_token }}{{ cls_token }}"
+    _theirs(template).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    entries = json.loads(file.read_text()) | {
+        "sep_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+    }
+    entries.pop("added_tokens_decoder", None)
+    if listed:
+        token = {"content": "<|im_end|>", "special": True, "normalized": False}
+        entries["added_tokens_decoder"] = {"2": token}
+    file.write_text(json.dumps(entries))
+    older = {"eos_token": "<|endoftext|>", "cls_token": "<|im_end|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_id == theirs.eos_token_id == (2 if listed else 0)
+    if not listed:
+        wanted = theirs.apply_chat_template(USER, tokenize=False)
+        assert ours.render(USER, add_generation_prompt=False) == wanted
+        assert wanted.endswith("<|im_start|><|im_end|>")

@@ -114,6 +114,22 @@ def test_patience_ends_the_run_and_keeps_the_best(tmp_path, capsys):
     assert same(factors(model), factors(again))
 
 
+@pytest.mark.parametrize(("patience", "steps"), [(1, 2), (3, 6)])
+def test_losses_that_are_not_finite_end_a_run_that_has_begun(patience, steps, capsys):
+    """The one before the first step counts for nothing, and no adapter is said to be the best."""
+
+    def overflowing(model, batch):
+        total, tokens = token_loss(model, batch)
+        return (total if torch.is_grad_enabled() else total + math.inf), tokens
+
+    options = {"valid": examples(3, seed=1), "eval_every": 2, "max_steps": 40}
+    result = fit(tiny(), loss=overflowing, quiet=False, patience=patience, **options)
+    assert (result.stopped, result.steps, result.best) == ("early", steps, None)
+    said = capsys.readouterr().err
+    assert "no evaluation was finite: the adapter is that of the last step" in said
+    assert "is kept" not in said
+
+
 def test_patience_counts_on_over_a_stop(tmp_path):
     options = {"valid": examples(3, seed=1), "eval_every": 2, "patience": 3}
     fit(tiny(), out=tmp_path, loss=worse_from(3), max_steps=9, **options)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from training_models import examples, factors, fit, plain, same, tiny
 
 import minilora
+from minilora.planning import ENOUGH_STEPS, MOST_EPOCHS
 from minilora.training import TrainConfig, chosen_epochs, chosen_lr, run
-from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, planned_steps
+from minilora.training.progress import planned_steps
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,17 @@ def test_a_finished_run_says_that_there_is_nothing_left(tmp_path, capsys):
     )
     fit(tiny(), max_steps=4, out=tmp_path, resume=True, quiet=False)
     assert "finished already" not in capsys.readouterr().err
+
+
+def test_a_limit_below_what_is_done_is_refused_and_changes_nothing(tmp_path):
+    fit(tiny(), max_steps=3, out=tmp_path)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="must not lie below .*, found 2 steps, with 3 done; give"):
+        fit(tiny(), max_steps=2, out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"found 1e-06 minutes, with .* spent; give higher ones"):
+        fit(tiny(), max_steps=4, max_minutes=1e-6, out=tmp_path, resume=True)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    assert fit(tiny(), max_steps=4, out=tmp_path, resume=True).steps == 4
 
 
 def test_a_run_that_patience_ended_says_so_when_it_is_resumed(tmp_path, capsys):

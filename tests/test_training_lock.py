@@ -1,5 +1,7 @@
 """One process per folder; the file that a killed run leaves is no lock."""
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -48,6 +50,24 @@ def test_lock_takes_a_file_without_content_for_the_mark_of_a_killed_run(tmp_path
     lock.release()
     lock = FolderLock(tmp_path)
     assert not lock.left
+    lock.release()
+
+
+def test_a_killed_runs_folder_is_free_where_locks_need_a_writable_file(tmp_path, monkeypatch):
+    """As on NFS 4, which is not at hand: its rule is put around `flock`."""
+    real = fcntl.flock
+
+    def flock(opened, operation):
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(opened, fcntl.F_GETFL) & 3 == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(opened, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "run.lock").write_text("{}")
+    check_free(tmp_path)
+    lock = FolderLock(tmp_path)
+    with pytest.raises(RuntimeError, match="one process at a time"):
+        check_free(tmp_path)
     lock.release()
 
 

@@ -69,6 +69,17 @@ def test_training_learns_what_it_is_shown(kind):
     assert result.best.tokens == 8
 
 
+def test_tokens_are_those_of_the_answers_that_are_learned():
+    """Not those of the answer to another prompt that KTO puts beside each."""
+    given = data("kto", 8)
+    learned = sum(
+        sum(label >= 0 for label in one.labels[: one.lengths[0] + one.lengths[1]][1:])
+        for one in given
+    )
+    result = fit(tiny(), given, config_loss="kto", max_steps=2, **OPTIONS)
+    assert result.tokens == learned < sum(sum(n >= 0 for n in one.labels[1:]) for one in given)
+
+
 def test_metrics_and_lines_tell_margin_and_accuracy(tmp_path, capsys):
     given = data("dpo")
     result = fit(tiny(), given, valid=given[:5], out=tmp_path / "run", config_loss="dpo",

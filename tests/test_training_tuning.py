@@ -432,6 +432,15 @@ def test_bad_words_are_told_before_the_model_is_loaded(place, tmp_path, more, me
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="config files are read with Python 3.11")
+def test_a_rate_in_a_config_file_is_refused_as_the_flag_is(place, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text("[train]\nlr = 1e-3\n")
+    assert main([*words(place, tmp_path / "out"), "--config", str(tmp_path / "c.toml")]) == 2
+    assert (
+        f"tune tries --rates, found lr in {tmp_path / 'c.toml'}; leave" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

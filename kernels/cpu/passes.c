@@ -50,8 +50,8 @@ EACH bf16 narrow(float x) {
   return x != x ? 0x7fc0 : (bf16)rounded;
 }
 
-/* 1 / (1 + exp(-x)), off by less than 1e-6 of it: 2^f by its Taylor series on [-0.5, 0.5]. Of NaN
-   it is some number. The exponent is clamped by its bits: a loop that compares floats isn't
+/* 1 / (1 + exp(-x)), off by less than 1e-6 of it: 2^f by its Taylor series on [-0.5, 0.5]. Where x
+   is below -87 it stays at 2^-126, and of NaN it is some number. The exponent is clamped by its bits: a loop that compares floats isn't
    vectorized. */
 EACH float sigmoid(float x) {
   float t = x * -1.44269504f;

@@ -19,7 +19,7 @@ DENSE = (dense_forward, conv1d_forward)
 
 OLDEST = (3, 4)  # of Triton: its `knobs`; what torch 2.8 brings
 
-_TABLES = {"nf4": torch.tensor(NF4_TABLE), "dynamic": DYNAMIC_CODE}
+_TABLES = {"nf4": torch.tensor(NF4_TABLE, dtype=torch.float32), "dynamic": DYNAMIC_CODE}
 _placed: dict[tuple[str, torch.device], Tensor] = {}
 
 

@@ -20,6 +20,7 @@ from minilora.cli.sources import (
     encode_files,
     load,
     load_adapter,
+    names_of,
     write_modelfile,
 )
 from minilora.files import ticking
@@ -140,11 +141,14 @@ def explain(options: argparse.Namespace) -> int:
     if device(options).type == "mps":  # which has no float64
         options.device = "cpu"
     model, tokenizer = load(options)
-    load_adapter(model, options.out)
-    if options.against is not None:
-        load_adapter(model, options.against, "other")
+    folders = [options.out, *([options.against] if options.against is not None else [])]
+    names = names_of(folders) if options.against is not None else ["default"]
+    for name, folder in zip(names, folders, strict=True):
+        load_adapter(model, folder, name, flag=False)
     examples: dict[str, Any] = {}
     about = {"adapter": str(options.out), "base": options.model}
+    if options.against is not None:
+        about["compared with"] = str(options.against)
     for key, some in data.items():
         rows = encode_files(some, tokenizer, options)
         count = min(len(rows), options.examples)
@@ -153,9 +157,9 @@ def explain(options: argparse.Namespace) -> int:
         about[_DATA[key]] = f"{files} ({count} of {len(rows)} examples)"
     explanation = minilora.explain(
         model,
-        "default",
+        names[0],
         **examples,
-        against=None if options.against is None else "other",
+        against=None if options.against is None else names[1],
         words=options.words,
         tokenizer=tokenizer,
         keep=options.keep,
@@ -172,7 +176,10 @@ def explain(options: argparse.Namespace) -> int:
     if options.html is not None:
         print(f"page in {explanation.to_html(options.html)}")
     if options.truncate is not None:
-        fit = truncate(model, "default", "truncated", keep=options.keep)
-        save_adapter(model, options.truncate, "truncated")
+        lower = "truncated"
+        while lower in names:
+            lower += "_"
+        fit = truncate(model, names[0], lower, keep=options.keep)
+        save_adapter(model, options.truncate, lower)
         print(f"adapter at the suggested ranks in {options.truncate}, error {fit.error:.3g}")
     return 0

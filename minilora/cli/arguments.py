@@ -130,8 +130,7 @@ def _length(text: str) -> int:
 
 _MODEL = (
     "a Hugging Face folder, a .gguf file, a name on the hub (owner/name, @revision or :file.gguf "
-    "may follow), or smollm2-135m; fetched once; where a model is used, an adapter's folder too, "
-    "which names its base"
+    "may follow), or smollm2-135m; fetched once"
 )
 ADAPTER_HELP = "folder with the adapter's two files, or its name on the hub"
 DATA_HELP = (
@@ -150,7 +149,9 @@ def _shared(flag: str, **settings: Any) -> tuple[str, Callable[[Any], Any]]:
 
 
 _SHARED = dict((
-    _shared("model", metavar="MODEL", help=_MODEL),
+    ("base", arg("model", metavar="MODEL", help=_MODEL)),
+    _shared("model", metavar="MODEL",
+            help=f"{_MODEL}; or an adapter's folder, which names its base"),
     _shared("--dtype", default="auto", choices=DTYPES,
             help=f"of the base (default: auto); {DTYPE_HELP}"),
     _shared("--device", default="auto", metavar="DEVICE",
@@ -184,7 +185,8 @@ _SHARED = dict((
             help="draw from the likeliest tokens of that probability"),
     _shared("--seed", type=integer, help="of what is drawn (default: another each time)"),
 ))  # fmt: skip
-MODEL = ("model", "--device", "--dtype", "--quantize", "--block-size")
+_SETTINGS = ("--device", "--dtype", "--quantize", "--block-size")
+MODEL, TRAINED = ("model", *_SETTINGS), ("base", *_SETTINGS)
 ENCODING = (
     "--max-length",
     "--all-tokens",

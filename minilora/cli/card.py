@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 import minilora
-from minilora.cli.runs import file_hashes
+from minilora.cli.runs import RunFile
 from minilora.files import one_line, write
 from minilora.peft import CONFIG_FILE, read_config
 from minilora.training import FitResult, TrainConfig
@@ -14,7 +14,11 @@ _SEAL = "<!-- as written: "
 
 
 def write_card(
-    options: argparse.Namespace, config: TrainConfig, result: FitResult, settings: dict
+    options: argparse.Namespace,
+    run: RunFile,
+    config: TrainConfig,
+    result: FitResult,
+    settings: dict,
 ) -> None:
     """Write `README.md` into the run's folder, unless somebody else's is there.
 
@@ -28,8 +32,8 @@ def write_card(
     weights = Path(options.model).name  # a GGUF's are not those that the base has on the hub
     facts = {
         **({} if weights == Path(base).name else {"weights": weights}),
-        "data": _described(options.data),
-        **({"held-out data": _described(options.valid)} if options.valid else {}),
+        "data": _described(options.data, run.data),
+        **({"held-out data": _described(options.valid, run.held_out)} if options.valid else {}),
         **({} if config.loss == "ce" else {"loss": config.loss}),
         "steps": f"{result.steps} of {config.batch_size * config.accumulate} rows",
         "learned tokens": f"{result.tokens:,}",
@@ -68,9 +72,8 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
     write(file, f"{text}\n{_SEAL}{_seal(text)} -->\n")
 
 
-def _described(names: list[str]) -> str:
+def _described(names: list[str], hashes: dict[str, str]) -> str:
     """Name data files, each with the beginning of its hash; `run.toml` has the whole of it."""
-    hashes = file_hashes(names)
     said = [f"{Path(name).name} ({found[:19]})" for name, found in hashes.items()]
     return ", ".join([*said, *(name for name in names if name.startswith("@"))])
 

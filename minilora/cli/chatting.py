@@ -220,6 +220,9 @@ class _Session:
         self._last()
         first = [{"role": "system", "content": self.talk.system}] if self.talk.system else []
         row = json.dumps({"messages": [*first, *self.talk.messages]}, ensure_ascii=False)
-        with open(name, "a", encoding="utf-8") as file:
-            file.write(row + "\n")
+        with open(name, "a+b") as file:
+            begun = file.tell()  # at the end
+            file.seek(max(0, begun - 1))
+            unended = begun and file.read(1) != b"\n"
+            file.write((b"\n" if unended else b"") + row.encode() + b"\n")
         _say(f"the conversation is a row of {name}")

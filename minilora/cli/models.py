@@ -85,7 +85,7 @@ def merge(options: argparse.Namespace) -> int:
 
 @verb(
     "quantize",
-    "model",
+    "base",
     "--device",
     "--dtype",
     arg("--format", required=True, choices=FORMATS, dest="quantize"),
@@ -104,7 +104,7 @@ def quantize(options: argparse.Namespace) -> int:
 
 @verb(
     "targets",
-    "model",
+    "base",
     "--dtype",
     arg("--targets", nargs="+", metavar="NAME", default="all-linear"),
     arg("--exclude", nargs="+", metavar="NAME", default=()),

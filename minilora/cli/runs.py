@@ -20,6 +20,7 @@ from minilora.cli.sources import check_new_folder
 from minilora.data import files_in
 from minilora.files import flags_of, leftovers, one_line, read_tensors, write
 from minilora.loading import TOKENIZER_FILES
+from minilora.lora import AdapterConfig
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE
 from minilora.training import TrainConfig, torchrun_number
 
@@ -30,11 +31,29 @@ class RunFile:
     """What it takes to run a command again, in `run.toml`; of a resumed run, also what it began as.
 
     As a callback of `fit` it is written with a run's first line: the run, or its resumption, has
-    been accepted.
+    been accepted. Files are hashed when it is made, as the run begins.
+
+    Args:
+        options: the command's.
+        tuning: the file of the tuning that made the run, whose hashes are the run's.
+
+    Attributes:
+        data, held_out, more: hashes of the files of `--data`, `--valid`, and of what else counts.
     """
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, tuning: "RunFile | None" = None):
         self.file = options.out / RUN_FILE
+        if self.file.is_file() and _began(self.file) is None:
+            raise ValueError(
+                f"{self.file} would be written over with the run's settings, found somebody else's "
+                f"file there; rename it, or name another folder"
+            )
+        if tuning is None:
+            names = options.data, options.valid or (), _more_inputs(options)
+            self.data, self.held_out, self.more = map(file_hashes, names)
+        else:
+            self.data, self.held_out, self.more = tuning.data, tuning.held_out, tuning.more
+        hashes = self.data | self.held_out | self.more
         self.settings: dict[str, Mapping[str, Any]] = {}
         command = f"command = [{', '.join(map(_quoted, without_resume(options.argv)))}]"
         began = (options.resume and _began(self.file)) or command
@@ -46,7 +65,7 @@ class RunFile:
             f"processes = {torchrun_number('WORLD_SIZE', 1)}",
             "",
             "[data]",
-            *(f"{_quoted(k)} = {_quoted(v)}" for k, v in file_hashes(_inputs(options)).items()),
+            *(f"{_quoted(k)} = {_quoted(v)}" for k, v in hashes.items()),
             "",
             "[versions]",
             *(f"{name} = {_quoted(found)}" for name, found in _versions().items()),
@@ -68,9 +87,13 @@ class RunFile:
 def _lines(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the settings that a run has, chosen ones too, for people who read the file."""
     lines = []
+    kinds: tuple[Any, ...] = (TrainConfig, AdapterConfig)
+    default = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
     for table, values in settings.items():
         lines += ["", f"[{table}]"]
-        lines += [f"{k} = {_value(v)}" for k, v in values.items() if v not in (None, (), {}, [])]
+        none = {k: "none" for k, v in values.items() if v is None and default[k] is not None}
+        said = {**values, **none}.items()  # as config files spell it
+        lines += [f"{k} = {_value(v)}" for k, v in said if v not in (None, (), {}, [])]
     return lines
 
 
@@ -129,18 +152,17 @@ def only_written(out: Path) -> bool:
     return bool(there) and there <= {RUN_FILE, *(file.name for file in leftovers(out, RUN_FILE))}
 
 
-def _inputs(options: argparse.Namespace) -> list[str]:
-    """Return the files that a run's adapter depends on; a sample of its base is in the adapter."""
-    names = [*options.data, *(options.valid or ())]
+def _more_inputs(options: argparse.Namespace) -> list[str]:
+    """Return the files besides data that an adapter depends on; it has a sample of its base."""
     more = [options.config]
     if options.adapter is not None and Path(options.adapter).is_dir():
         more += [Path(options.adapter) / WEIGHTS_FILE, Path(options.adapter) / CONFIG_FILE]
     if Path(options.model).is_dir():
         more += [Path(options.model) / name for name in ("config.json", *TOKENIZER_FILES)]
-    return [*names, *(str(file) for file in more if file is not None and Path(file).is_file())]
+    return [str(file) for file in more if file is not None and Path(file).is_file()]
 
 
-def file_hashes(names: list[str]) -> dict[str, str]:
+def file_hashes(names: Sequence[str]) -> dict[str, str]:
     """Return the SHA-256 of each file, and of those in each folder, by its path."""
     found = {}
     for file in files_in(names):
@@ -155,29 +177,56 @@ def file_hashes(names: list[str]) -> dict[str, str]:
     return found
 
 
-def trained_on(out: Path, names: list[str]) -> list[str]:
-    """Return which of these files the run of an adapter learned, as far as its `run.toml` says."""
-    try:
-        run = _read(out if (out / RUN_FILE).is_file() else out.parent)  # of out/last, too
-    except (ValueError, RuntimeError, OSError):
-        return []
-    data, held_out = (_given(run["command"], flag) for flag in ("--data", "--valid"))
-    learned = {
-        digest
-        for name, digest in run["data"].items()
-        if {Path(name), *Path(name).parents} & data and Path(name) not in held_out
-    }
-    return [name for name, digest in file_hashes(names).items() if digest in learned]
+def trained_on(out: Path, names: Sequence[str]) -> list[str]:
+    """Return which of these files the run of an adapter learned, as far as its `run.toml` says.
+
+    An adapter that went on with another one has learned what that one had.
+    """
+    found: dict[str, None] = {}
+    hashes = file_hashes(names)
+    for run in _runs_before(out):
+        data, held_out = (_given(run["command"], flag) for flag in ("--data", "--valid"))
+        learned = {
+            digest
+            for name, digest in run["data"].items()
+            if _lies_in(name, data) and not _lies_in(name, held_out)
+        }
+        no_files = [name for name in names if not Path(name).exists()]  # of Python, or of the hub
+        same = [name for name in no_files if _whole(name) in map(_whole, data)]
+        found |= dict.fromkeys([*same, *(n for n, digest in hashes.items() if digest in learned)])
+    return list(found)
 
 
-def _given(words: list[str], flag: str) -> set[Path]:
-    """Return a flag's files; not parsed, as another version may have had other flags."""
-    found = set()
+def _runs_before(out: Path) -> Iterator[dict[str, Any]]:
+    """Yield the run of an adapter, and those of the adapters that it went on with."""
+    seen: set[Path] = set()
+    while out.resolve() not in seen:
+        seen.add(out.resolve())
+        try:
+            run = _read(out if (out / RUN_FILE).is_file() else out.parent)  # of out/last, too
+        except (ValueError, RuntimeError, OSError):
+            return
+        yield run
+        for name in _given(run["command"], "--adapter"):
+            out = Path(run["folder"], name)
+
+
+def _lies_in(file: str, names: set[str]) -> bool:
+    return not {Path(file), *Path(file).parents}.isdisjoint(map(Path, names))
+
+
+def _whole(name: str) -> str:
+    return name.removesuffix("/train") if name.startswith("@") else name
+
+
+def _given(words: list[str], flag: str) -> set[str]:
+    """Return a flag's words; not parsed, as another version may have had other flags."""
+    found: set[str] = set()
     for i, word in enumerate(words):
         if _is(word, flag):
             value = word.partition("=")[2]
             behind = itertools.takewhile(lambda each: not each.startswith("-"), words[i + 1 :])
-            found |= {Path(name) for name in ([value] if value else behind)}
+            found |= set([value] if value else behind)
     return found
 
 
@@ -287,7 +336,8 @@ def repeat(options: argparse.Namespace) -> int:
     wanted, were = read_tensors(out / WEIGHTS_FILE)
     folder = run["folder"] if Path(run["folder"]).is_dir() else "."
     with _parsed_in(folder, run["command"]) as began:
-        now = file_hashes(_inputs(began))
+        names = [*began.data, *(began.valid or ()), *_more_inputs(began)]
+        now = file_hashes(names)
     other = sorted(name for name in {*now, *run["data"]} if now.get(name) != run["data"].get(name))
     if other:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from minilora.data import DataFiles, Encoding, Example
 from minilora.files import is_new, nearest_file, on_hub, short, tensor_file, ticking, write
 from minilora.kernels import resolve_device
 from minilora.loading import known_name, load_model
-from minilora.lora import lora_layers
+from minilora.lora import check_adapter_name, lora_layers
 from minilora.peft import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -24,7 +25,6 @@ from minilora.peft import (
     read_config,
 )
 from minilora.quantization import FORMATS
-from minilora.running import BASE
 from minilora.training import common_dtype, torchrun_number
 
 
@@ -43,10 +43,18 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     """Return a name for the adapter in each folder: the folder's, with a number if it is taken."""
     taken: list[str] = []
     for folder in folders:
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.resolve().name)
+        name = re.sub(r"[^A-Za-z0-9_\-]", "_", folder.resolve().name) or "adapter"
         free = (name, *(f"{name}_{n}" for n in range(2, len(folders) + 3)))
-        taken.append(next(each for each in free if each not in (BASE, *taken)))
+        taken.append(next(each for each in free if _is_name(each) and each not in taken))
     return taken
+
+
+def _is_name(name: str) -> bool:
+    """Whether an adapter may have a name: "base" and those of torch's own are taken."""
+    try:
+        return bool(check_adapter_name(name))
+    except ValueError:
+        return False
 
 
 def base_of(adapter: Path, model: str | None) -> str:
@@ -161,14 +169,19 @@ def load(
     return model, tokenizer
 
 
-def load_adapter(model: Any, folder: Path, name: str = "default", trainable: bool = False) -> None:
-    """Load an adapter, and say where its base was stored in other bits than this one."""
+def load_adapter(
+    model: Any, folder: Path, name: str = "default", trainable: bool = False, flag: bool = True
+) -> None:
+    """Load an adapter, and say where its base was stored in other bits than this one.
+
+    `flag` is whether the command has one for that, to be named.
+    """
     minilora.load(model, folder, name, trainable=trainable)
     layers, formats = lora_layers(model), base_formats(folder)
     was = {format for format in formats.values() if format in FORMATS}
     here = {layers[fqn].stored for fqn in formats if fqn in layers} & set(FORMATS)
     if was != here and torchrun_number("RANK", 0) == 0:
-        flags = "".join(f" (--quantize {format})" for format in sorted(was))
+        flags = "".join(f" (--quantize {format})" for format in sorted(was) if flag)
         print(
             f"{folder} was trained on a base in {_listed(was)}{flags}, and this one is in "
             f"{_listed(here)}",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import minilora
-from minilora.cli.arguments import ENCODING, MODEL, add_arguments, arg, verb
+from minilora.cli.arguments import ENCODING, TRAINED, add_arguments, arg, verb
 from minilora.cli.card import write_card
 from minilora.cli.runs import RunFile, only_written
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
@@ -70,7 +70,7 @@ def _share(text: str) -> float:
 
 @verb(
     "train",
-    *MODEL,
+    *TRAINED,
     "--data",
     arg("--valid", nargs="+", metavar="FILE", help="held-out data, as --data"),
     arg(
@@ -144,9 +144,9 @@ def train(options: argparse.Namespace) -> int:
     leave()
     if result.stopped == "interrupted":
         return 130
-    if torchrun_number("RANK", 0) > 0:
+    if file is None:
         return 0
-    write_card(options, dataclasses.replace(config, lr=lr), result, adapter)
+    write_card(options, file, dataclasses.replace(config, lr=lr), result, adapter)
     _conclude(options, result, (time.perf_counter() - begun) / 60)
     return 0
 

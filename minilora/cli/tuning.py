@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import minilora
-from minilora.cli.arguments import MODEL, add_arguments, arg, verb
+from minilora.cli.arguments import TRAINED, add_arguments, arg, verb
 from minilora.cli.card import write_card
 from minilora.cli.runs import RunFile, only_written, without_resume
 from minilora.cli.sources import load
@@ -66,7 +66,7 @@ _OWN = (
 
 @verb(
     "tune",
-    *MODEL,
+    *TRAINED,
     "--data",
     arg("--valid", required=True, nargs="+", metavar="FILE", help="held-out data, as --data"),
     arg("--config", type=Path, metavar="FILE", help="TOML with tables [train] and [adapter]"),
@@ -77,8 +77,9 @@ def tune(options: argparse.Namespace) -> int:
     """Find the learning rate: short runs, of which the better ones go on."""
     options.adapter = options.hold_out = None
     adapter, config = settings(options)
-    if "lr" in given(options, TrainConfig):
-        raise ValueError("tune tries --rates, found --lr; leave it out, or use train")
+    if config.lr is not None:
+        flag = "--lr" if "lr" in given(options, TrainConfig) else f"lr in {options.config}"
+        raise ValueError(f"tune tries --rates, found {flag}; leave it out, or use train")
     if config.loss != "ce":
         raise ValueError(
             f"tune compares the loss of the next token, found --loss {config.loss}; leave it out"
@@ -103,7 +104,7 @@ def tune(options: argparse.Namespace) -> int:
     )  # fmt: skip
     file.write()
     for trial in found.trials:
-        _write_run(options, trial, found)
+        _write_run(options, file, trial, found)
     if found.result is None or found.chosen is None:
         return 130
     print(found)
@@ -151,14 +152,15 @@ def _command(options: argparse.Namespace, trial: Trial, steps: int) -> list[str]
     return ["train", *words, "--lr", repr(trial.lr), "--max-steps", str(steps)]
 
 
-def _write_run(options: argparse.Namespace, trial: Trial, found: Tuning) -> None:
+def _write_run(options: argparse.Namespace, file: RunFile, trial: Trial, found: Tuning) -> None:
     """Make a trial's folder one that `minilora resume` and `repeat` take."""
     folder = found.out / trial.name
     if not folder.is_dir():
         return
     words = [*_command(options, trial, found.steps), "--out", str(folder)]
     mine = argparse.Namespace(**vars(options) | {"out": folder, "argv": words})
-    RunFile(mine).write()
+    run = RunFile(mine, file)
+    run.write()
     if trial is found.chosen and found.result is not None:
         config = replace(settings(options)[1], lr=trial.lr)
-        write_card(mine, config, found.result, dict(trial.adapter))
+        write_card(mine, run, config, found.result, dict(trial.adapter))

@@ -43,8 +43,11 @@ class Batch:
     def _row_tokens(self) -> list[int]:
         counted = self.__dict__.get("_counts")
         if counted is None or counted[0] is None or counted[0] != self._version():
-            self._note((self.labels[:, 1:] != IGNORE).sum(1).tolist())
+            self._note(self._learned()[:, 1:].sum(1).tolist())
         return self.__dict__["_counts"][1]
+
+    def _learned(self) -> torch.Tensor:
+        return self.labels != IGNORE
 
     def _version(self) -> int | None:
         """Return a number that changes with the labels, None where torch keeps none."""
@@ -178,6 +181,11 @@ class PairBatch(Batch):
     parts: torch.Tensor = dataclasses.field(kw_only=True)
     wanted: torch.Tensor = dataclasses.field(kw_only=True)
     keys: torch.Tensor = dataclasses.field(kw_only=True)
+
+    def _learned(self) -> torch.Tensor:
+        """Of an answer with a label it is that one: the other only says how far a model moved."""
+        partner = (self.parts == 2) & (self.wanted[:, None] >= 0)
+        return super()._learned() & ~partner
 
     def positions(self) -> torch.Tensor:
         """Return [B, T] positions, which go on from the prompt in both answers."""

@@ -104,7 +104,8 @@ class Batches:
         if isinstance(first := self.examples[0], Pair):
             what = "pairs of answers" if first.wanted is None else "labelled answers"
             rows = f"{len(self.examples)} {what}"
-        elif packed := sum(len(example.lengths) for example in self.examples):
+        elif any(example.lengths for example in self.examples):
+            packed = sum(max(1, len(example.lengths)) for example in self.examples)
             rows = f"{packed} documents packed in {len(self.examples)} rows"
         return f"{rows}, {tokens} tokens, {100 * self.padding_share():.1f} % padding"
 

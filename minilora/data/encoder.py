@@ -74,7 +74,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 def warn_of_control(tokenizer: Tokenizer, text: str, name: str) -> None:
     """Warn where a text that is encoded as plain text begins as the chat template's texts do."""
     first = name_pattern(tokenizer.control).match(text.lstrip())
-    if first and first[0] in _openers(tokenizer):
+    if first and first[0] in _openers(tokenizer)[0]:
         warnings.warn(
             f"{name} begins with the name of the control token {first[0]!r}, which is read as "
             "text; to read it as the token pass tokenizer.encode(text, special=False, "
@@ -83,16 +83,20 @@ def warn_of_control(tokenizer: Tokenizer, text: str, name: str) -> None:
         )
 
 
-def _openers(tokenizer: Tokenizer) -> set[str]:
-    """Return the control tokens that the chat template writes."""
+def _openers(tokenizer: Tokenizer) -> tuple[set[str], tuple[str, ...]]:
+    """Return the control tokens that the chat template writes, and words that it begins with."""
     if tokenizer.chat_template is None:
-        return set()
-    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
-    try:
-        text = tokenizer.render(turns, add_generation_prompt=False)
-    except ValueError:  # a template that wants more than these
-        text = tokenizer.chat_template
-    return set(name_pattern(tokenizer.control).findall(text))
+        return set(), ()
+    begins = []
+    turns = [{"role": role, "content": "qqprobeqq"} for role in ("system", "user", "assistant")]
+    text = tokenizer.chat_template  # of one that wants more than these
+    for start in (0, 1):
+        with contextlib.suppress(ValueError):  # as of a template without system messages
+            text = tokenizer.render(turns[start:], add_generation_prompt=False)
+            begins.append(text.partition("qqprobeqq")[0].strip())
+    names = name_pattern(tokenizer.control)
+    words = [begin for begin in begins if begin and not names.match(begin)]
+    return set(names.findall(text)), tuple(words)
 
 
 def _begin(tokenizer: Tokenizer) -> list[int]:
@@ -166,7 +170,7 @@ class Encoder:
         self._begin = _begin(self.tokenizer)
 
     @functools.cached_property
-    def _openers(self) -> set[str]:
+    def _openers(self) -> tuple[set[str], tuple[str, ...]]:
         return _openers(self.tokenizer)
 
     def said(self) -> list[str]:
@@ -225,7 +229,9 @@ class Encoder:
         names = [] if parse else self._control.findall(text)
         if parse is None:
             first = self._control.match(text.lstrip())
-            parse = first is not None and first[0] in self._openers and len(names) > 1
+            control, begins = self._openers
+            formatted = first is not None and first[0] in control and len(names) > 1
+            parse = formatted or (names != [] and text.lstrip().startswith(begins))
             if parse:
                 self.note(_PARSED, name)
         if names and not parse:
@@ -333,7 +339,7 @@ class Encoder:
 
     def _ignore_of(self, message: Mapping[str, Any]) -> None:
         """Remember the fields of a message that neither decide what is learned nor are read."""
-        source, role = self.tokenizer.chat_template or "", message["role"]
+        source, role = "\n".join(self.tokenizer.template_sources), message["role"]
         for key, value in message.items():
             marks = key in MARKS and (role == "assistant" or not value)
             read = key in ("role", "content") or re.search(rf"\b{re.escape(key)}\b", source)

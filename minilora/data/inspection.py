@@ -41,8 +41,18 @@ def lengths(examples: Sequence[Example]) -> str:
 
 
 def endless(examples: Sequence[Example], stop_ids: Collection[int]) -> int:
-    """Count the examples in whose last learned tokens none ends a text."""
-    return sum(set(stop_ids).isdisjoint(example.labels[-_ENDING:]) for example in examples)
+    """Count the examples in whose last learned tokens, or an answer's, none ends a text."""
+    return sum(
+        any(set(stop_ids).isdisjoint(text.labels[-_ENDING:]) for text in _learned(example))
+        for example in examples
+    )
+
+
+def _learned(example: Example) -> Sequence[Example]:
+    """Return the texts that are learned: of a pair both, of an answer with a label that one."""
+    if not isinstance(example, Pair):
+        return [example]
+    return cut(example)[: 2 if example.wanted is None else 1]
 
 
 def shown(example: Example, tokenizer: Any, colors: bool) -> str:

@@ -22,6 +22,7 @@ from minilora.data.shapes import (
     as_messages,
     check_said,
     check_string,
+    messages_in,
 )
 
 _LABELS = {
@@ -41,6 +42,7 @@ def _wanted(label: Any) -> bool | None:
 
 def _answer(value: Any, key: str) -> Any:
     """Return an answer as a text or a list of messages."""
+    value = messages_in(value) or value
     if isinstance(value, str):
         check_said(value, key)
         return value
@@ -53,7 +55,8 @@ def _answer(value: Any, key: str) -> Any:
 
 def _after_prompt(record: Record) -> tuple[Any, list[Any]]:
     """Return the prompt and the two answers of a record with a prompt."""
-    prompt, answers = record["prompt"], [_answer(record[key], key) for key in _ANSWERS]
+    prompt = messages_in(record["prompt"]) or record["prompt"]
+    answers = [_answer(record[key], key) for key in _ANSWERS]
     if isinstance(prompt, list) or all(isinstance(answer, str) for answer in answers):
         return prompt, answers
     check_string(prompt, "prompt", may_be_empty=True)

@@ -179,6 +179,16 @@ def _document(file: BinaryIO) -> Iterator[Row]:
         yield f":{line}", ValueError(_not_utf8(error))
 
 
+_JOINED = (
+    "a quote opens there and closes in line {}, though each line between is a row by its tabs; "
+    "write quotes that are only characters twice and in quotes, or convert the file to JSON lines"
+)
+
+
+def _are_rows(lines: list[str], fields: int) -> bool:
+    return all(line.count("\t") == fields - 1 for line in lines)
+
+
 def _csv(file: BinaryIO) -> Iterator[Row]:
     """Read a table whose first line names the fields; commas, semicolons or tabs part them."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -191,14 +201,24 @@ def _csv(file: BinaryIO) -> Iterator[Row]:
         if not first:
             return
         part = max("\t;,", key=first.count)  # the rarer in names go first, and last for one column
-        table = csv.reader(itertools.chain([first], text), delimiter=part, strict=True)
+        lines: list[str] = []  # of the row in hand
+
+        def kept() -> Iterator[str]:
+            for line in itertools.chain([first], text):
+                lines.append(line)
+                yield line
+
+        table = csv.reader(kept(), delimiter=part, strict=True)
         names = [name.strip() for name in next(table)]
+        lines.clear()
         if not all(names) or len(set(names)) < len(names):
             raise ValueError(f"its first line must name each field once, found {first.strip()!r}")
         number = blank + table.line_num + 1
         for fields in table:
             empty = False
-            if len(fields) == len(names):
+            if part == "\t" and len(lines) > 1 < len(names) and _are_rows(lines, len(names)):
+                yield f":{number}", ValueError(_JOINED.format(blank + table.line_num))
+            elif len(fields) == len(names):
                 yield f":{number}", dict(zip(names, fields, strict=True))
             elif fields:
                 yield (
@@ -209,6 +229,7 @@ def _csv(file: BinaryIO) -> Iterator[Row]:
                     ),
                 )
             number = blank + table.line_num + 1
+            lines.clear()
         if empty:
             raise ValueError(f"must hold a row below its first line, {first.strip()!r}, found none")
     except UnicodeDecodeError:

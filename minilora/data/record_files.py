@@ -96,9 +96,17 @@ def _on_hub(path: Path) -> tuple[HubName, str] | None:
     return None if name is None else (name, "/".join(rest[1:]))
 
 
-def _of_hub(name: str, folder: str, paths: list[str]) -> list[str]:
-    """Return which files of a data set on the hub are read: those of its training split."""
-    inside = [path for path in paths if not folder or path.startswith(f"{folder}/")]
+def _of_hub(name: str, folder: str, paths: list[str], whole: bool = True) -> list[str]:
+    """Return which files of a data set on the hub are read: those of its training split.
+
+    `folder` may also be a file without what tells its parts and kind apart, as `data/train_sft`.
+    `whole` is whether these are all of its paths, and not what was fetched before.
+    """
+    inside = [
+        path
+        for path in paths
+        if not folder or path.startswith(f"{folder}/") or _stem(path)[0] == folder
+    ]
     data = [path for path in inside if _is_data(Path(path))]
     data = [path for path in data if ".txt" not in Path(path).suffixes] or data
     data = [path for path in data if _split(Path(path)) == "training"] or data
@@ -110,7 +118,28 @@ def _of_hub(name: str, folder: str, paths: list[str]) -> list[str]:
             f"one place, found {found}; name one as OWNER/NAME/FOLDER"
         )
     _check_one_set(name, list(map(Path, data)), "download them, and name the files to read")
+    stems = sorted({_stem(path)[0] for path in data if _split(Path(path)) == "training"})
+    if len(stems) > 1:
+        raise ValueError(
+            f"'{name}' must have one training set, found {', '.join(stems[:6])}; name one as "
+            f"OWNER/NAME/{stems[0]}"
+        )
+    cut_short = any(len(data) < _stem(path)[1] for path in data)
+    held_out = not folder and _split(Path(data[0])) in ("test", "validation")
+    if not whole and (cut_short or held_out):
+        raise ValueError(
+            f"'{name}': the hub can't be reached, and of its files these alone were fetched "
+            f"before: {', '.join(sorted(data)[:3])}; connect, or name a folder or set "
+            f"(OWNER/NAME/FOLDER)"
+        )
     return sorted(data)
+
+
+def _stem(path: str) -> tuple[str, int]:
+    """Return a file's path but for its part's number and its kind, and of how many it is one."""
+    number = r"(?:[-_.]?\d+(?:-of-(\d+)(?:-[0-9a-f]{16})?)?)?"  # and a part's hash
+    found = re.fullmatch(rf"(.*?){number}(?:\.[A-Za-z]+)+", path)
+    return (found[1], int(found[2] or 0)) if found else (path, 0)
 
 
 def _split(file: Path) -> str | None:

@@ -5,6 +5,7 @@ Shapes of other programs' files are conversions to one of these: `foreign_shapes
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def _encode_document(encoder: Encoder, record: Record, name: str) -> list[Row]:
 
 
 def _check_completion(record: Record) -> None:
+    record = _with_messages(record)
     if isinstance(record["prompt"], list):
         MESSAGES.check(_joined(record))
         return
@@ -72,6 +74,7 @@ def _check_completion(record: Record) -> None:
 
 
 def _encode_completion(encoder: Encoder, record: Record, name: str) -> list[Row]:
+    record = _with_messages(record)
     asked, answer = record["prompt"], record["completion"]
     if isinstance(asked, list):
         joined = _joined(record)
@@ -83,6 +86,27 @@ def _encode_completion(encoder: Encoder, record: Record, name: str) -> list[Row]
     encoder.ignore(record, ("prompt", "completion"))
     _note_system(encoder, name)
     return [encoder.text([asked, answer], name, encoder.options.max_length)]
+
+
+def _with_messages(record: Record) -> Record:
+    """Return a record with its messages as lists, where a table holds them as JSON text."""
+    if (asked := messages_in(record["prompt"])) is None:
+        return record
+    answer = messages_in(record["completion"])
+    return {**record, "prompt": asked, "completion": answer or record["completion"]}
+
+
+def messages_in(text: Any) -> list[Any] | None:
+    """Return the messages that a text is, written as JSON, or None where it is another text."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    keys = {"content", "tool_calls"}
+    all_are = all(isinstance(m, dict) and m.get("role") in ROLES and keys & m.keys() for m in found)
+    return found if found and all_are else None
 
 
 def _joined(record: Record) -> Record:
@@ -161,6 +185,8 @@ def _as_message(message: Any, name: str) -> Any:
 def _check_question(record: Record) -> None:
     check_said(record["question"], "question")
     check_said(record["answer"], "answer")
+    if record.get("system") is not None:
+        check_string(record["system"], "system", may_be_empty=True)
 
 
 def _encode_question(encoder: Encoder, record: Record, name: str) -> list[Row]:

@@ -17,7 +17,7 @@ from minilora.data.examples import Example, Pair
 from minilora.data.records import EncodeReport
 from minilora.files import CHECKSUMS, UnwritableError, read_tensors, tensor_content, write
 
-_VERSION = 6
+_VERSION = 7
 
 
 def cached(
@@ -36,7 +36,7 @@ def cached(
         "version": _VERSION,
         "files": [_file_hash(Path(file)) for file in files],
         "suffixes": [Path(file).suffixes[-2:] for file in files],  # .jsonl.gz is not .txt.gz
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": [_tokenizer_hash(tokenizer), sorted(tokenizer.stop_ids)],
         "options": dataclasses.asdict(options),
     }
     text = json.dumps(key, sort_keys=True)

@@ -4,6 +4,7 @@ What they stand for is downloaded by huggingface_hub into its own cache, shared 
 and PEFT, and read from there where there is no network. A folder or file of a name goes first.
 """
 
+import functools
 import glob
 import re
 from collections.abc import Callable, Iterable
@@ -93,13 +94,13 @@ def download(name: HubName, wanted: Iterable[str], needed: Iterable[str] = ()) -
     return folder
 
 
-def download_data(name: HubName, choose: Callable[[list[str]], list[str]]) -> list[Path]:
+def download_data(name: HubName, choose: Callable[..., list[str]]) -> list[Path]:
     """Bring files of a data set into huggingface_hub's cache and return where they are.
 
     Args:
         name: of the data set.
         choose: says which of the paths in it are wanted; those that are there are read from the
-            cache where there is no network.
+            cache where there is no network, and `whole=False` is passed.
 
     Raises:
         ValueError, RuntimeError: as `download`, and what `choose` raises.
@@ -115,6 +116,7 @@ def download_data(name: HubName, choose: Callable[[list[str]], list[str]]) -> li
         except Exception:
             raise _explained(name, error) from error
         paths = [file.relative_to(cached).as_posix() for file in cached.rglob("*")]
+        choose = functools.partial(choose, whole=False)
     wanted = choose(paths)
     patterns = [glob.escape(path) for path in wanted]
     try:

@@ -11,7 +11,7 @@ from minilora.loading.quantized import LAYERS, QUANTIZED
 TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-    "vocab.txt", "spiece.model", "tekken.json",
+    "vocab.txt", "spiece.model", "tekken.json", "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 
 

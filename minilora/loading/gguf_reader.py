@@ -239,7 +239,7 @@ def read_tensor(file: GGUF, name: str) -> Tensor:
     """
     stored = file.tensors[name]
     kind = stored.type
-    weights = torch.empty(stored.size // kind.size, kind.weights)
+    weights = torch.empty(stored.size // kind.size, kind.weights, dtype=torch.float32)
     with stored.file.open("rb") as opened:
         opened.seek(stored.start)
         for part in weights.split(_PIECE // kind.weights):

@@ -104,14 +104,15 @@ def _bitsandbytes(folder: Path, family: type[CausalLM]) -> tuple[Layers, dict[st
             )
         state = parse_json(bytes(stored.pop(key).tolist()), key)
         double = f"{weight}.nested_absmax" in stored
-        tables = {"quant_map": torch.tensor(NF4_TABLE)}
+        tables = {"quant_map": torch.tensor(NF4_TABLE, dtype=torch.float32)}
         parts = {"codes": stored.pop(weight).view(torch.uint8)}
         absmax = stored.pop(f"{weight}.absmax")
         if double:
             tables["nested_quant_map"] = DYNAMIC_CODE
             parts["absmax"] = absmax
             parts["absmax2_bits"] = stored.pop(f"{weight}.nested_absmax").view(torch.int32)
-            parts["offset_bits"] = torch.tensor([state["nested_offset"]]).view(torch.int32)
+            offset = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+            parts["offset_bits"] = offset.view(torch.int32)
         else:
             parts["absmax_bits"] = absmax.view(torch.int32)
         for table, ours in tables.items():

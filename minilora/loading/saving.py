@@ -12,7 +12,7 @@ from minilora.loading.quantized import LAYERS, QUANTIZED, layer_rows
 from minilora.loading.source import FLOATS, HEAD, some
 from minilora.models import FAMILIES, CausalLM
 from minilora.quantization import QuantizedLinear
-from minilora.text import Tokenizer, as_tokenizer
+from minilora.text import Tokenizer, as_tokenizer, remove_templates
 
 _FOREIGN = (
     "*.safetensors",
@@ -83,8 +83,7 @@ def save_pretrained(model: Any, folder: str | Path, tokenizer: Any = None) -> No
         write_json(made / CONFIG, config)
         if tokenizer is not None:
             tokenizer.save(made)
-            if tokenizer.chat_template is None:  # or that of an earlier tokenizer would be read
-                (folder / "chat_template.jinja").unlink(missing_ok=True)
+            remove_templates(folder, made)
 
 
 def _generation(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from minilora.lora.selection import matrix_shape, select_targets, targets
 from minilora.lora.serving import end_switching, mixed, prepare_switching
 from minilora.lora.storage import Sizes, sizes
 from minilora.lora.survey import Survey, split_block
-from minilora.lora.switching import activate, delete, disabled, eject, rename
+from minilora.lora.switching import activate, delete, disabled, eject, rename, say_untied
 from minilora.lora.widening import widened
 from minilora.lora.wrappers import (
     MARKS,
@@ -100,6 +100,7 @@ __all__ = [
     "product_norm",
     "quantize",
     "rename",
+    "say_untied",
     "select_targets",
     "sizes",
     "split_block",

@@ -134,10 +134,10 @@ class LoRAAdapter(nn.Module):
         elif self.init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         elif self.init == "orthogonal":
-            rows = torch.linalg.qr(torch.randn(self.r, self.r))[0]
+            rows = torch.linalg.qr(torch.randn(self.r, self.r, dtype=torch.float32))[0]
             for factor, half in ((self.lora_A, rows[0::2]), (self.lora_B.T, rows[1::2])):
                 width = factor[0].numel()
-                start = half.T @ torch.randn(self.r // 2, width) / 10
+                start = half.T @ torch.randn(self.r // 2, width, dtype=torch.float32) / 10
                 factor.data.copy_(start.reshape(factor.shape))
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

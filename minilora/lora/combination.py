@@ -374,5 +374,5 @@ def _largest(delta: Tensor, density: float) -> Tensor:
 
 def _dropped(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Keep each element with probability `density`, divided by it, 0 elsewhere."""
-    kept = torch.rand(delta.shape, generator=generator) < density
+    kept = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
     return delta * kept.to(delta.device) / density

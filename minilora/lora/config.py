@@ -51,6 +51,11 @@ def check_adapter_name(name: object) -> str:
         raise ValueError(
             f"an adapter's name must consist of letters, digits, '_' and '-', found {name!r}"
         )
+    if name == "base":
+        raise ValueError(
+            "the adapter name 'base' means the model without an adapter; choose another, such as "
+            "'base_1'"
+        )
     if hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"the adapter name {name!r} is taken by torch.nn.ModuleDict itself; choose another, "
@@ -107,8 +112,14 @@ def _pattern(check: Callable[[object, str], float]) -> Callable[[object, str], d
 
 
 def one_word(targets: Any) -> Any:
-    """Return "all-linear" for a list of that word alone, which a command line has; else targets."""
-    return "all-linear" if targets in (["all-linear"], ("all-linear",)) else targets
+    """Return "all-linear" or a regex for a list of that alone, which a command line has.
+
+    A list's words are names else; what can't be one, as `.*[02468].*`, is taken for a regex.
+    """
+    if isinstance(targets, (list, tuple)) and len(targets) == 1 and isinstance(targets[0], str):
+        word = targets[0]
+        return word if word == "all-linear" or re.search(r"[^\w.\-]", word) else targets
+    return targets
 
 
 @described
@@ -125,7 +136,9 @@ class AdapterConfig:
         'Names of modules, or one regex. "all-linear": all linears but the head.',
         lambda value, name: one_word(value),
     )
-    exclude: tuple[str, ...] | str = option((), "Names or a regex, taken away from targets.")
+    exclude: tuple[str, ...] | str = option(
+        (), "Names or a regex, taken away from targets.", lambda value, name: one_word(value)
+    )
     layers: tuple[int, ...] | None = option(None, "Numbers of the blocks to adapt. None: all.")
     dropout: float = option(0.0, "Dropout of the branch's input while training.", check_dropout)
     rslora: bool = option(False, "The scaling is alpha / √r.", _flag)

@@ -19,6 +19,7 @@ from minilora.lora.routes import misfit
 from minilora.lora.samples import drawn_modules
 from minilora.lora.selection import select_targets
 from minilora.lora.survey import Survey, parents
+from minilora.lora.threads import require_free
 from minilora.lora.wrappers import check_open, named_parameters
 
 
@@ -317,6 +318,7 @@ def attach(
     """
     survey = Survey.of(model)
     root, layers = survey.root, survey.layers
+    require_free(layers.values(), "inject() and load()")
     check_room(survey, adapter, new)
     check_way(survey, new, compute_dtype, backend)
     if not hasattr(root, "_minilora_trainable"):

@@ -94,9 +94,12 @@ def _sharers(survey: Survey, plan: dict[str, tuple[str, ...]]) -> dict[tuple[str
 
 
 def check_mergeable(
-    survey: Survey, plan: dict[str, tuple[str, ...]], untie: bool
+    survey: Survey, plan: dict[str, tuple[str, ...]], untie: bool, rounded: bool
 ) -> set[tuple[str, str]]:
-    """Check that everything can be merged; return the (layer, key) that others hold too."""
+    """Check that everything can be merged; return the (layer, key) that others hold too.
+
+    `rounded` is whether quantized layers are stored in their dtype, and not in their format again.
+    """
     chosen = {name: survey.layers[name] for name in plan}
     apart = set()
     lost: dict[str, tuple[float, float]] = {}
@@ -122,7 +125,7 @@ def check_mergeable(
                 f"the merged weight of {name} must be finite, found NaN or Inf in "
                 f"{dtype}; check the adapter, or merge into a wider dtype"
             )
-        if torch.finfo(dtype).bits < 32 and not layer.view.is_quantized:
+        if torch.finfo(dtype).bits < 32 and (rounded or not layer.view.is_quantized):
             lost[name] = _rounded_away(layer, plan[name], merged["weight"])
     _warn_of_rounding(lost)
     return apart
@@ -131,8 +134,12 @@ def check_mergeable(
 def _rounded_away(layer: LoRALayer, names: tuple[str, ...], merged: Tensor) -> tuple[float, float]:
     """Return ‖stored − (W + ΔW)‖ and ‖ΔW‖ of a layer."""
     delta = functools.reduce(torch.add, [layer.delta_weight(name) for name in names])
-    wanted = layer.view.as_weight(delta)
-    moved = merged.to(wanted.dtype) - layer.base.weight.detach().to(wanted.dtype)
+    if layer.view.is_quantized:
+        wanted, dtype = delta.to(merged), layer.view.dtype
+        moved = merged.to(dtype).to(merged) - (merged - wanted).to(dtype).to(merged)
+    else:
+        wanted = layer.view.as_weight(delta)
+        moved = merged.to(wanted.dtype) - layer.base.weight.detach().to(wanted.dtype)
     return float((moved - wanted).norm()), float(wanted.norm())
 
 

@@ -14,8 +14,9 @@ from minilora.lora.mergeable import changed, check_mergeable, merged_tensors
 from minilora.lora.modes import inference
 from minilora.lora.originals import DiskCopy, Kept
 from minilora.lora.routes import Merged
-from minilora.lora.samples import weight_sample
+from minilora.lora.samples import is_read, marked_as, weight_sample
 from minilora.lora.survey import Survey
+from minilora.lora.threads import require_free
 from minilora.quantization import QuantizedLinear
 
 MODES = ("dequantize", "requantize")
@@ -123,12 +124,12 @@ def merge(
         ValueError: unknown names, nothing to merge, a weight shared with another module, a base
             of another kind, a quantized base without `mode`, a rounding error above the
             tolerance, a result that is not finite; the model is unchanged.
-        RuntimeError: adapters are merged already, or a block of `mixed` is open.
+        RuntimeError: adapters are merged already, or a block of `disabled` or `mixed` is open.
     """
     survey = Survey(model)
     layers = survey.require_layers("merge")
     survey.require_unmerged("merge")
-    survey.require_unmixed("merge()")
+    require_free(layers.values(), "merge()")
     keep = None if keep is False else keep
     if keep not in ("memory", "disk", None):
         raise ValueError(f"keep must be 'memory', 'disk' or None, found {keep!r}")
@@ -142,13 +143,13 @@ def merge(
             f"{'tolerance' if sample is None else 'sample'} measures what rounding anew costs, so "
             f"it goes with mode='requantize', found mode={mode!r}; leave it out"
         )
-    before, own = survey.in_place, survey.originals
+    before, own, read = survey.in_place, survey.originals, any(map(is_read, model.parameters()))
     survey.install(names)
     disk = outputs = None
     errors: list[MergedLayer] = []
     try:
         # What must stay the very parameter: weights that others read, and trained copies.
-        apart = check_mergeable(survey, plan, untie)
+        apart = check_mergeable(survey, plan, untie, rounded=mode != "requantize")
         if mode == "requantize":
             errors = [_requantized_error(n, layer, plan[n]) for n, layer in quantized.items()]
             errors.sort(key=lambda x: -x.of_delta)
@@ -172,7 +173,7 @@ def merge(
         kept = Kept(layer.base)
         weight = own.get(f"{name}.weight", layer.view.values())
         route = Merged(plan[name], keep and kept, weight_sample(name, weight), layer.view.stored)
-        _replace(layer, plan[name], mode, kept)
+        _replace(layer, plan[name], mode, kept, read)
         if disk is not None:
             kept.leave_to(disk, name, apart)
         layer.enter(route)
@@ -250,15 +251,23 @@ def _replaced(layer: LoRALayer, names: tuple[str, ...]) -> list[str]:
 
 
 @torch.no_grad()
-def _replace(layer: LoRALayer, names: tuple[str, ...], mode: str | None, kept: Kept) -> None:
-    """Give the layer merged weights: new parameters, or a new base in a quantized one's place."""
+def _replace(
+    layer: LoRALayer, names: tuple[str, ...], mode: str | None, kept: Kept, read: bool
+) -> None:
+    """Give the layer merged weights: new parameters, or a new base in a quantized one's place.
+
+    `read` is whether that counts as read from a checkpoint.
+    """
     merged = merged_tensors(layer, names)
     if layer.view.is_quantized:
         layer.base = _new_base(layer.base, merged, mode)
+        for parameter in layer.base.parameters(recurse=False):
+            marked_as(read, parameter)
         return
     for key, value in merged.items():
-        kept.parameters[key] = layer.base._parameters[key]
-        layer.base._parameters[key] = nn.Parameter(value, requires_grad=False)
+        before = kept.parameters[key] = layer.base._parameters[key]
+        new = nn.Parameter(value, requires_grad=False)
+        layer.base._parameters[key] = marked_as(is_read(before), new)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minilora.files import read_tensors, tensor_content, write
 from minilora.lora.base import base_of
+from minilora.lora.samples import is_read, marked_as
 
 
 class DiskCopy:
@@ -69,6 +70,7 @@ class Kept:
             here = self.base._parameters[key]
             if here is not None:
                 held.data = held.data.to(here)
+                marked_as(is_read(here), held)
             self.base._parameters[key] = held
         if self.base is not merged:
             now = base_of(merged)

@@ -149,7 +149,8 @@ class PerRow(Route):
         with without_autocast(x.device.type):
             branch = self._branch(layer, seen, owner, adapters, dtype)
             if any(one.magnitude is not None for one in adapters):
-                W, one = layer.view.matrix(), torch.ones(layer.view.out_features, device=x.device)
+                W, wide = layer.view.matrix(), {"dtype": torch.float32, "device": x.device}
+                one = torch.ones(layer.view.out_features, **wide)
                 ratios = [one if a.magnitude is None else a.length_ratio(W) for a in adapters]
                 ratio = layer.view.channels(torch.stack([*ratios, one])[owner], y.ndim)
                 plain = layer.view.product(seen) if drops else layer.without_bias(y, dtype)
@@ -167,7 +168,8 @@ class PerRow(Route):
                 "mixed() in training can't drop inputs of adapters started by PiSSA or OLoRA, "
                 "whose offset sees the whole input; set dropout to 0 or run their rows apart"
             )
-        p = torch.tensor([*drop, 0.0]).to(x.device)[owner].reshape(-1, *[1] * (x.ndim - 1))
+        p = torch.tensor([*drop, 0.0], dtype=torch.float32).to(x.device)[owner]
+        p = p.reshape(-1, *[1] * (x.ndim - 1))
         return x * dropout_mask(x, p) / (1 - p.to(x.dtype)), True
 
     @staticmethod
@@ -187,7 +189,7 @@ class PerRow(Route):
         s = s * view.channels(mine.to(dtype), s.ndim)
         branch = view.up(s, B.to(dtype)) * scaling
         if any(one.lora_bias is not None for one in adapters):
-            zero = torch.zeros(layer.view.out_features, device=x.device)
+            zero = torch.zeros(layer.view.out_features, dtype=torch.float32, device=x.device)
             biases = [zero if a.lora_bias is None else a.lora_bias * a.scaling for a in adapters]
             chosen = torch.stack([*biases, zero])[owner].to(dtype)
             branch = branch + view.channels(chosen, branch.ndim)

@@ -20,7 +20,20 @@ from minilora.lora.wrappers import joined
 
 # transformers puts this on every parameter that it has read from a checkpoint.
 _READ = "_is_hf_initialized"
+
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def marked_as(read: bool, parameter: nn.Parameter) -> nn.Parameter:
+    """Return a parameter that counts as read from a checkpoint, or not, in place of another."""
+    if read:
+        setattr(parameter, _READ, True)
+    return parameter
+
+
+def is_read(parameter: Any) -> bool:
+    """Whether transformers has read a parameter from a checkpoint."""
+    return getattr(parameter, _READ, False)
 
 
 def weight_sample(fqn: str, weight: Tensor, count: int = 64) -> Tensor:
@@ -152,7 +165,7 @@ def drawn_modules(model: nn.Module | Survey, copied: Container[str] = ()) -> lis
         n: value for n, value in values.items()
         if type(value) is nn.Parameter and _at_hand(value) and n.rpartition(".")[0] not in codes
     }  # fmt: skip
-    unread = {n: value for n, value in values.items() if not getattr(value, _READ, False)}
+    unread = {n: value for n, value in values.items() if not is_read(value)}
     if 2 * len(unread) > len(values):  # made from a config, or the marks are lost
         return []
     drawn = {v for v in unread.values() if bool(v.detach().min() != v.detach().max())}

@@ -177,6 +177,7 @@ def select_targets(
     chosen = _Selection(survey, "targets").of(targets)
     if layers is not None:
         chosen = _in_layers(chosen, layers, layers_pattern, targets)
+    exclude = one_word(exclude)
     if not isinstance(exclude, str) and exclude not in (None, ()):
         exclude = string_list(exclude, "exclude")
     if exclude:
@@ -227,12 +228,12 @@ def _in_layers(
 
 
 def _block_number(name: str, patterns: list[str]) -> int | None:
-    """Return the number of a name's block: the first in it, or the last that `patterns` precede."""
+    """Return the number of a name's block: the first in it, or the first behind a pattern."""
     if not patterns:
         return split_block(name)[1]
     for pattern in patterns:
         rule = compiled_pattern(pattern, "layers_pattern")
-        for outer in parents(name):
+        for outer in reversed(list(parents(name))):
             before, _, number = outer.rpartition(".")
             if number.isdecimal() and rule.fullmatch(before, after_dots(before)):
                 return int(number)

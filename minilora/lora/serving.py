@@ -44,7 +44,7 @@ def mixed(model: nn.Module, rows: Sequence[str]) -> Iterator[None]:
                 f"modules_to_save=), which act on the whole batch; run its rows apart"
             )
     plan = tuple(None if name == BASE else name for name in rows)
-    with claimed(layers.values()):
+    with claimed(layers.values()), survey.originals_in_place():
         entered = [(layer, PerRow(plan)) for layer in layers.values()]
         try:
             for layer, route in entered:

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from minilora.lora.layer import LoRALayer
 from minilora.lora.survey import Survey
+from minilora.lora.threads import require_free
 from minilora.lora.wrappers import named_parameters
 
 
@@ -79,11 +81,7 @@ def _changeable(model: nn.Module, adapter: str, verb: str) -> tuple[Survey, str]
         raise TypeError(f"{verb}() takes one adapter's name, found {adapter!r}")
     adapter = survey.adapter(adapter, verb)
     survey.require_unmerged(verb)
-    if any(layer.thread is not None for layer in layers.values()):
-        raise RuntimeError(
-            f"{verb}() must be called outside of disabled() and mixed(), which would no longer "
-            f"find the adapter; end the block first"
-        )
+    require_free(layers.values(), f"{verb}()")
     return survey, adapter
 
 
@@ -127,19 +125,27 @@ def rename(model: nn.Module, adapter: str, new: str) -> None:
     survey.rename(adapter, new)
 
 
-def _say_untied(model: Any) -> None:
+def say_untied(model: Any) -> list[Any]:
     """Make a config of transformers say so when a merge has given the head its own weight.
 
-    Programs that read the folder would else take the embedding for the head.
+    Programs that read the folder would else take the embedding for the head. Returns the configs
+    that said otherwise.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(type(config), "get_text_config"):
-        return
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if None not in ends and ends[0].weight is not ends[1].weight:
-        for one in (config, config.get_text_config()):
-            if getattr(one, "tie_word_embeddings", False):
-                one.tie_word_embeddings = False
+        return []
+    configs = {id(one): one for one in (config, config.get_text_config())}.values()
+    tied = [one for one in configs if getattr(one, "tie_word_embeddings", False)]
+    try:
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # as of models that read no tokens
+        return []
+    weights = [end.base.weight if isinstance(end, LoRALayer) else end.weight for end in ends if end]
+    if len(weights) < 2 or weights[0] is weights[1]:
+        return []
+    for one in tied:
+        one.tie_word_embeddings = False
+    return tied
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -167,7 +173,7 @@ def eject(model: nn.Module) -> nn.Module:
         survey.forget(adapter)
     for layer in survey.layers.values():
         survey.replace(layer, layer.base)
-    _say_untied(survey.root)
+    say_untied(survey.root)
     for module in survey.everything.values():  # `inject` may have been called on a part
         trainable = set(module.__dict__.pop("_minilora_trainable", ()))
         module.__dict__.pop("save_pretrained", None)  # transformers' own again

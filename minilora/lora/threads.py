@@ -40,6 +40,15 @@ def claimed(layers: Iterable[Any]) -> Iterator[None]:
             layer.thread = thread
 
 
+def require_free(layers: Iterable[Any], what: str) -> None:
+    """Raise RuntimeError within a block that puts back afterwards which adapters are active."""
+    if any(layer.thread is not None for layer in layers):
+        raise RuntimeError(
+            f"{what} must be called outside of disabled() and mixed(), which would no longer find "
+            f"the adapters as they were; end the block first"
+        )
+
+
 def refuse_others(*threads: int | None) -> None:
     """Raise RuntimeError where one of these threads, which claim a layer, is not this one.
 

@@ -27,12 +27,14 @@ def acts_as_linear(module: Any) -> bool:
     weight, bias = module.weight, module.bias
     if weight.is_meta:
         N, K = weight.shape
-        values = torch.outer(torch.linspace(1, 2, N), torch.linspace(-1, 1, K)).to(weight.dtype)
+        wide = {"dtype": torch.float32, "device": "cpu"}
+        values = torch.outer(torch.linspace(1, 2, N, **wide), torch.linspace(-1, 1, K, **wide))
+        values = values.to(weight.dtype)
         weight = nn.Parameter(values, requires_grad=False)
         bias = None if bias is None else nn.Parameter(values[:, -1].clone(), requires_grad=False)
         trial._parameters = {"weight": weight, "bias": bias}
     x = torch.linspace(-3, 3, 3 * module.in_features, dtype=torch.float64).reshape(3, -1).sin()
-    x = (x * torch.tensor([[1e-3], [1.0], [100.0]])).to(weight)
+    x = (x * torch.tensor([[1e-3], [1.0], [100.0]], dtype=torch.float64)).to(weight)
     wanted = F.linear(x, weight, bias)
     near = 1e-2 * wanted.abs().amax(1, keepdim=True)  # a forward may round between its steps
     try:

@@ -107,7 +107,9 @@ def written_scaling(rope: Rope) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "rope.scaling.attn_factor": float(scaling.amplitude(rope)),
             "rope.scaling.original_context_length": scaling.original_max_position_embeddings,
         }
-        return keys, {name: torch.tensor(list_) for name, list_ in lists.items()}
+        return keys, {
+            name: torch.tensor(list_, dtype=torch.float32) for name, list_ in lists.items()
+        }
     return {}, {}
 
 
@@ -119,7 +121,8 @@ def rotates_alike(a: Rope | None, b: Rope | None) -> bool:
         return False
     known = [a.context, b.context]
     known += [getattr(r.scaling, "original_max_position_embeddings", 1) for r in (a, b)]
-    lengths = torch.tensor([float(n + more) for n in {1, *known} for more in (0, 1, 5 * n)])
+    counts = [float(n + more) for n in {1, *known} for more in (0, 1, 5 * n)]
+    lengths = torch.tensor(counts, dtype=torch.float32)
     each = [_frequencies(rope, lengths) for rope in (a, b)]
     sizes = [1.0 if r.scaling is None else r.scaling.amplitude(r) for r in (a, b)]
     return _alike(*each) and abs(sizes[0] - sizes[1]) <= _ROUNDING * sizes[0]
@@ -141,6 +144,7 @@ def _frequencies(rope: Rope, lengths: Tensor) -> Tensor:
 
 def _divisors(rope: Rope) -> Tensor:
     plain, scaled = (
-        _frequencies(each, torch.ones(1))[0] for each in (rope._replace(scaling=None), rope)
+        _frequencies(each, torch.ones(1, dtype=torch.float32))[0]
+        for each in (rope._replace(scaling=None), rope)
     )
     return plain / scaled

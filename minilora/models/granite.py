@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from minilora.models.blocks import DecoderLayer, Mask, Rotation, Slot
-from minilora.models.causal import CausalLM
+from minilora.models.causal import CausalLM, is_plain_linear
 from minilora.models.config import DecoderConfig
 from minilora.models.llama import Llama
 
@@ -87,3 +87,10 @@ class Granite(CausalLM):
     def end(self, x: Tensor) -> Tensor:
         """Return what the head reads."""
         return x / self.config.logits_scaling
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return what the head makes of what `hidden` returns."""
+        if is_plain_linear(self.lm_head):
+            return super().logits(x)
+        scaling = self.config.logits_scaling  # a bias that an adapter brings is divided, too
+        return super().logits(x * scaling) / scaling

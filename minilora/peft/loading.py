@@ -154,7 +154,17 @@ class _Files:
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.config_file} does not fit this model: {error}") from None
-        return {n: n in by_weight for n in modules if n in chosen or n in by_weight}
+        return {
+            n: n in by_weight
+            for n in modules
+            if (n in chosen and not self._is_copied(n)) or n in by_weight
+        }
+
+    def _is_copied(self, fqn: str) -> bool:
+        """Whether PEFT trains a whole copy of a target, and no factors."""
+        entries = self.options.modules_to_save
+        inside = any(f".{entry}." in f".{fqn}." for entry in entries)
+        return inside and not any(key.startswith(f"{PREFIX}{fqn}.lora_") for key in self.tensors)
 
     def _weights_named(self) -> list[str]:
         """Return the linears whose weight `target_parameters` names; refuse other parameters."""
@@ -185,8 +195,9 @@ class _Files:
         bias, entries = self.options.bias, self.options.modules_to_save
 
         def asked(module: str, leaf: str) -> bool:
-            if bias == "all" and "bias" in leaf:
-                return True
+            if bias == "all" and "bias" in leaf:  # PEFT leaves out others than `.bias`
+                name = f"{module}.{leaf}" if module else leaf
+                return leaf == "bias" or copy_key(name, targets) in self.tensors
             if bias == "lora_only" and leaf == "bias" and module in targets:
                 return True
             return any(f".{entry}." in f".{module}." for entry in entries)

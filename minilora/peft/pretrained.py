@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.lora import Survey, is_copy, write_pretrained_by
+from minilora.lora import Survey, is_copy, say_untied, write_pretrained_by
 from minilora.peft.saving import save_adapter
 from minilora.quantization import quantized_layers
 
@@ -69,7 +69,12 @@ def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **option
     options["state_dict"] = plain_state(model, model.state_dict() if state is None else state)
     if names and not merged and options.get("is_main_process", True):
         save_adapter(survey, Path(save_directory), names[0])
-    type(model).save_pretrained(model, save_directory, *args, **options)
+    untied = say_untied(model) if merged else []
+    try:
+        type(model).save_pretrained(model, save_directory, *args, **options)
+    finally:
+        for config in untied:  # `unmerge` ties them again
+            config.tie_word_embeddings = True
 
 
 write_pretrained_by(save_pretrained)

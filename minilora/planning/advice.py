@@ -143,7 +143,8 @@ class Planner:
         if not self.timed:
             return run_speed(seconds, "rates measured here", usual, *size)
         if usual.format not in self.anchors:  # others of this format are scaled from it
-            timing = timed_step(self.shape, usual)
+            alone = dataclasses.replace(usual, ranks=1, parallel=None)  # ranks share the processor
+            timing = timed_step(self.shape, alone)
             self.anchors[usual.format] = usual, timing, timing.seconds / seconds
         timed, timing, ratio = self.anchors[usual.format]
         if usual == timed:
@@ -166,10 +167,10 @@ def variants(settings: Settings, device: Device) -> Iterator[Settings]:
     if settings.format in (None, "int8"):
         formats += [one for one in ("int8", "nf4") if one != settings.format]
     spread: list[tuple[int, str | None]] = [(settings.ranks, settings.parallel)]
-    if device.count > 1 and settings.ranks == 1:
-        spread = [(device.count, "ddp"), (device.count, "fsdp")]
-    again = [settings.checkpointing] if settings.checkpointing else [False, True]
     batch = settings.batch_size
+    if min(device.count, batch) > 1 and settings.ranks == 1:
+        spread = [(min(device.count, batch), parallel) for parallel in ("ddp", "fsdp")]
+    again = [settings.checkpointing] if settings.checkpointing else [False, True]
     for format in formats:
         for ranks, parallel in spread:
             if parallel == "fsdp" and format is not None:
@@ -177,7 +178,7 @@ def variants(settings: Settings, device: Device) -> Iterator[Settings]:
             # Each rank keeps a row.
             splits = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= ranks]
             for checkpointing in again:
-                for split in splits or [1]:
+                for split in splits:
                     yield dataclasses.replace(
                         settings,
                         format=format,
@@ -309,9 +310,13 @@ def u_shape(options: list[Option]) -> str:
 
 
 def all_options(planner: Planner, settings: Settings, chosen: Device) -> list[Option]:
-    """Return the asked settings on the asked machine, then the best that fits on each machine."""
+    """Return the asked settings on the asked machine, then the best that fits on each machine.
+
+    On the machine here the first that fits is advised: what keeps the format comes before others.
+    """
     asked = [settings]
     if chosen.local:
+        asked.append(planner.best(settings, chosen).settings)
         asked += [dataclasses.replace(settings, format=one) for one in (None, "int8", "nf4")]
     options = [planner.option(one, chosen) for one in {repr(one): one for one in asked}.values()]
     # The asked machine's memory may be the user's.

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="tokens of a row at most (default 512)",
     )
-    add("--epochs", type=float, default=1.0, help="default 1")
+    add("--epochs", type=float, help="default: as many as train makes")
     run = parser.add_argument_group("run, as for train")
     add = run.add_argument
     add("--r", "--rank", dest="r", type=int, default=8, help="default 8")

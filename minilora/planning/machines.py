@@ -72,22 +72,28 @@ def free_memory() -> int:
     free = _entry("/proc/meminfo", "MemAvailable:")
     if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip().isdigit():
-        left = int(limit.read_text()) - int(used.read_text())
-        free = min(free, left) if free else left
+    for names in (  # of version 2 and 1; what files keep cached counts as used there, and is free
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
+         "total_inactive_file"),
+    ):  # fmt: skip
+        limit, used, stat = (Path("/sys/fs/cgroup") / name for name in names[:3])
+        if limit.exists() and limit.read_text().strip().isdigit():
+            cached = _entry(str(stat), f"{names[3]} ", 1)
+            left = max(0, int(limit.read_text()) - int(used.read_text()) + cached)
+            free = min(free, left) if free else left
     return free
 
 
-def _entry(file: str, name: str) -> int:
+def _entry(file: str, name: str, unit: int = 1024) -> int:
     """Return an entry of a file of the kernel's in bytes, 0 where there is none."""
     lines = Path(file).read_text().splitlines() if Path(file).exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
+    return next((int(line.split()[1]) * unit for line in lines if line.startswith(name)), 0)
 
 
 def _bandwidth() -> float:
     """Bytes/s of the best of a few copies of 256 MB, larger than any cache."""
-    source = torch.ones(2**26)
+    source = torch.ones(2**26, dtype=torch.float32)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(4):
         start = time.perf_counter()

@@ -33,7 +33,7 @@ from minilora.planning.machines import (
 )
 from minilora.planning.memory import Memory, count_memory, memory_table
 from minilora.planning.shapes import COUNT, Settings, Shape, read_shape
-from minilora.planning.speed import duration
+from minilora.planning.speed import duration, usual_epochs
 from minilora.quantization import Quantization
 
 _ROWS = whole(1, 10**12)
@@ -224,16 +224,20 @@ def option_table(options: list[Option]) -> str:
 
 
 def data_size(
-    data: int | Iterable[Any], length: int | None, epochs: float, batch_size: int = 8
+    data: int | Iterable[Any],
+    length: int | None,
+    epochs: float | None,
+    batch_size: int = 8,
+    accumulate: int = 1,
 ) -> Data:
     """Return the size of a data set, or of one of so many rows."""
-    if not is_number(epochs) or not 0 < epochs < 1e9:
+    if epochs is not None and (not is_number(epochs) or not 0 < epochs < 1e9):
         raise ValueError(f"epochs must be a finite number above 0, found {short(epochs)}")
     if length is not None and COUNT(length, "length") < 2:
         raise ValueError("length must be at least 2, as a row's first token is never learned")
     if isinstance(data, int):
         rows, longest = _ROWS(data, "data"), 512 if length is None else length
-        return Data(rows, longest, longest, epochs)
+        return Data(rows, longest, longest, epochs or usual_epochs(rows, batch_size, accumulate))
     examples = [
         Example(one.input_ids[:length], one.labels[:length])
         for one in as_examples(data)
@@ -247,6 +251,7 @@ def data_size(
     batches = Batches(examples, batch_size=COUNT(batch_size, "batch_size"))
     steps = epoch_steps(batches, 1, common_prefix(examples))
     usual, longest = mean_batch(steps), max(len(one.input_ids) for one in examples)
+    epochs = epochs or usual_epochs(len(examples), batch_size, accumulate)
     return Data(len(examples), usual.length, longest, epochs, usual.share, usual.shared)
 
 
@@ -260,7 +265,7 @@ def plan(
     length: int | None = None,
     batch_size: int = 8,
     accumulate: int = 1,
-    epochs: float = 1,
+    epochs: float | None = None,
     quantize: str | None = None,
     dtype: torch.dtype | str = "auto",
     checkpointing: bool = False,
@@ -290,7 +295,7 @@ def plan(
         length: tokens of a row at most; default: the data's longest, 512 for a number of rows.
         batch_size: rows of a micro-batch, over all ranks.
         accumulate: micro-batches of a step.
-        epochs: passes over the data.
+        epochs: passes over the data; default: as many as `fit` makes.
         quantize: the base's format: `"int8"`, `"nf4"`, `"int4"` or None.
         dtype: of base and computation; `"auto"`: the fastest on each machine that is compared.
         checkpointing: recompute blocks in the backward pass.
@@ -315,7 +320,9 @@ def plan(
         RuntimeError: a hub name that can't be read.
     """
     shape = read_shape(model)
-    size = data_size(data, length, epochs, batch_size)
+    for name, count in (("batch_size", batch_size), ("accumulate", accumulate)):
+        COUNT(count, name)
+    size = data_size(data, length, epochs, batch_size, accumulate)
     here = calibrate()
     chosen = _device(device, here, memory_gb)
     if chosen.name == HERE:

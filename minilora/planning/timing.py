@@ -38,7 +38,7 @@ def random_model(shape: Shape, settings: Settings, blocks: int | None = None) ->
 
 def _drawn(name: str, like: torch.Tensor) -> torch.Tensor:
     if like.dtype == torch.int32:  # bits of scales
-        return torch.full(like.shape, 1e-3).view(torch.int32)
+        return torch.full(like.shape, 1e-3, dtype=torch.float32).view(torch.int32)
     if like.dtype == torch.int8:
         return torch.randint(-127, 128, like.shape, dtype=torch.int8)
     if like.dtype == torch.uint8:

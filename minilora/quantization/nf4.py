@@ -37,7 +37,7 @@ class NF4(Format):
 
     def encode(self, weight, spec):
         """Take the nearest quantile of each weight over its block's largest magnitude."""
-        table = torch.tensor(NF4_TABLE, device=weight.device)
+        table = torch.tensor(NF4_TABLE, dtype=torch.float32, device=weight.device)
         block = spec.block_size
         # Panels have to end where a block and a byte do, the last one apart.
         aligned = 2 * block // math.gcd(2 * block, weight.shape[1])

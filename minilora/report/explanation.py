@@ -139,7 +139,7 @@ class Explanation:
 _DERIVED = {  # what else is written of an object
     LayerReport: ("relative", "spectral_norm", "effective_rank", "energy", "intruders"),
     Measured: ("clear",),
-    Gap: ("share", "overfitted", "verdict"),
+    Gap: ("overfitted", "verdict"),
 }
 
 

@@ -4,6 +4,7 @@ A new section, with its chart, is a function here and its position in `page`. A 
 `Explanation` does not hold yet is a field of `LayerReport` (`spectra.py`) or of `Behaviour`.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,12 +86,12 @@ def _cards(explained: Explanation) -> str:
         words = f"loss on text outside the task ({lost.change:+.3f} ± {lost.error:.3f})"
         forgot = lost.clear and lost.change > 0
         cards.append((f"{lost.before:.3f} → {lost.after:.3f}", words, forgot))
-    shares = sorted(layer.relative for layer in explained.layers)
+    shares = [layer.relative for layer in explained.layers]
     words = (
         f"of its weight's norm: what the median of {len(shares)} layers changed by; at most "
-        f"{percent(shares[-1])}"
+        f"{percent(max(shares))}"
     )
-    cards.append((percent(shares[len(shares) // 2]), words, False))
+    cards.append((percent(statistics.median(shares)), words, False))
     words = f"ranks in all that keep {percent(explained.keep)} of every layer's energy"
     if behaviour is not None and behaviour.truncated is not None:
         words += f"; held-out loss so truncated {behaviour.truncated:.3f}"

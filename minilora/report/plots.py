@@ -92,7 +92,7 @@ def heat_map(
     tall = 24.0
     known = [v for v in values.values() if math.isfinite(v)]
     largest = max([top, *known]) or 1.0
-    top = _without_outliers(known) if cap and known else largest
+    top = (cap and known and _without_outliers(known)) or largest  # 0 where most are
     loud = {place for place, value in values.items() if cap and value > top}
     body = labels(columns, lambda j: left + (j + 0.5) * cell, 13)
     body.append(text(left - 8, 13, "block", "end", "small"))

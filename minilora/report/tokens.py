@@ -99,25 +99,28 @@ class Gap:
     error: float
 
     @property
-    def share(self) -> float:
-        """The share of what was gained on the training data that held-out data did not gain."""
-        return self.growth / -self.train.change if self.train.change < 0 else 0.0
-
-    @property
     def overfitted(self) -> bool:
-        """Whether, beyond the 95 % interval, over half was lost or held-out data suffered."""
-        suffered = self.valid.clear and self.valid.change > 0 and self.train.change < 0
-        half = math.hypot(self.train.half, self.valid.half)
-        return self._enough and (suffered or (self.share > 0.5 and self.growth > half))
+        """Whether, beyond the 95 % interval, held-out data gained less than half or suffered."""
+        suffered = self.valid.clear and self.valid.change > 0
+        low, _ = self._short_of_half
+        return self._enough and self.train.change < 0 and (suffered or low > 0)
 
     @property
     def verdict(self) -> str:
         """What that comes to in words, "can't tell" among them."""
         if self.overfitted:
             return "over-fitted"
-        looks_so = self.share > 0.5 or (self.valid.change > 0 > self.train.change)
-        sure = self._enough and not looks_so
+        gained = self.train.change < self.train.half  # or may have
+        _, high = self._short_of_half
+        sure = self._enough and (high <= 0 or not gained)
         return "not over-fitted" if sure else "over-fitted or not, can't tell"
+
+    @property
+    def _short_of_half(self) -> tuple[float, float]:
+        """The 95 % interval of what held-out data lacks to half of the gain on training data."""
+        half = math.hypot(self.valid.half, self.train.half / 2)
+        lacks = self.valid.change - self.train.change / 2
+        return lacks - half, lacks + half
 
     @property
     def _enough(self) -> bool:

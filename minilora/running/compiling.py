@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels import cache_folder, private_folder
+from minilora.kernels import cache_folder, instruction_set, private_folder
 from minilora.lora import Survey, lora_layers
 from minilora.running.loss import only_watches
 
@@ -35,7 +35,9 @@ def _into_private_folder(stack: ExitStack) -> None:
     from torch._inductor.runtime.runtime_utils import default_cache_dir
 
     try:
-        folder = private_folder(cache_folder() / "compiled")
+        # By processor: torch's keys don't name it, and its code leaves half of its output unwritten
+        # on one with other vectors, or writes behind it.
+        folder = private_folder(cache_folder() / "compiled" / instruction_set())
     except (OSError, RuntimeError):  # it can't be written, is not ours, or there is no home
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
     before = {name: os.environ.get(name) for name in _CACHES}

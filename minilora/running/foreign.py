@@ -156,22 +156,28 @@ def _positions(model: nn.Module, *lengths: int) -> Tensor:
 # --- text
 
 
-def cached_steps(model: nn.Module, rows: Rows) -> Callable[[Rows], Tensor] | None:
+def cached_steps(model: nn.Module, rows: Rows, new: int) -> Callable[[Rows], Tensor] | None:
     """Return a function from all ids so far to the logits [B, V] after them, None without a cache.
 
+    `new` is how many tokens a row gets at most.
+
     Prompts are padded on the left where the model is told so by mask and positions. Others (a
-    recurrent state would run over the padding) are fed apart, those of one length together.
+    recurrent state would run over the padding; rotary frequencies may change at a length; some
+    count positions in another way) are fed apart, those of one length together.
     """
     names = argument_names(model.forward)
     if not is_foreign(model) or "use_cache" not in names or not names.intersection(_CACHES):
         return None
     stateful = getattr(model, "_is_stateful", False)
-    if not stateful and names >= {"attention_mask", "position_ids"}:
-        return _Cached(model)
+    change = _changes_at(model)
+    apart = stateful or (change is not None and max(map(len, rows)) + new > change)
+    counted = "position_ids" in names and _tried(model, _counts_from_zero)
+    if not apart and counted and "attention_mask" in names:
+        return _Cached(model, counted)
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(len(row), []).append(i)
-    steps = [(group, _Cached(model)) for group in groups.values()]
+    steps = [(group, _Cached(model, counted)) for group in groups.values()]
 
     def step(rows: Rows) -> Tensor:
         found: dict[int, Tensor] = {}
@@ -182,17 +188,45 @@ def cached_steps(model: nn.Module, rows: Rows) -> Callable[[Rows], Tensor] | Non
     return step
 
 
+def _counts_from_zero(model: Any) -> bool:
+    """Return whether positions from 0 on are those that the model counts by itself.
+
+    RoBERTa counts from its padding's id on.
+    """
+    ids = _ids(model, (2, 7, 3, 6, 5))
+    given = model(ids, use_cache=False, position_ids=_positions(model, ids.shape[1])).logits
+    return torch.equal(given, model(ids, use_cache=False).logits)
+
+
+def _changes_at(model: Any) -> int | None:
+    """Return the length above which transformers takes another set of rotary frequencies, or None.
+
+    For these classes it computes all again there (`prepare_inputs_for_generation` of
+    `models/phi3/modeling_phi3.py`).
+    """
+    config = model.config
+    families = ("phi3", "phimoe", "phi4_multimodal")
+    return (
+        getattr(config, "original_max_position_embeddings", None)
+        if config.model_type in families
+        else None
+    )
+
+
 class _Cached:
     """Feed the prompts padded on the left, then one token a row; all again without a cache."""
 
-    def __init__(self, model: nn.Module):
-        self.model, self.names = model, argument_names(model.forward)
+    def __init__(self, model: nn.Module, counted: bool):
+        self.model, self.names, self.counted = model, argument_names(model.forward), counted
         self.cache_name = next(name for name in _CACHES if name in self.names)
+        self.changes_at = _changes_at(model)
         self.cache: Any = None
         self.past = 0
         self.pads: list[int] = []
 
     def __call__(self, rows: Rows) -> Tensor:
+        if self.changes_at is not None and self.past <= self.changes_at < len(rows[0]):
+            self.cache = None
         if self.cache is None:
             longest, self.past = max(map(len, rows)), 0
             self.pads = [longest - len(row) for row in rows]
@@ -204,10 +238,11 @@ class _Cached:
         given: dict[str, Any] = {"use_cache": True, self.cache_name: self.cache}
         if "logits_to_keep" in self.names:
             given["logits_to_keep"] = 1
+        pads = torch.tensor(self.pads, device=device)[:, None]
+        seen = torch.arange(self.past + ids.shape[1], device=device)
         if any(self.pads):
-            pads = torch.tensor(self.pads, device=device)[:, None]
-            seen = torch.arange(self.past + ids.shape[1], device=device)
             given["attention_mask"] = (seen >= pads).long()
+        if self.counted:  # some count the tokens of a call, or those that the first layer keeps
             given["position_ids"] = (seen[self.past :] - pads).clamp(min=0)
         output = self.model(ids, **given)
         self.cache = getattr(output, self.cache_name, None)

@@ -222,7 +222,7 @@ def _step(
     if argument_names(model.forward) >= {"positions", "mask", "cache", "last"}:
         bound = (route.rows for layer in survey.layers.values() for route in layer.routes())
         return _Cached(model, rows, new, any(bound))
-    step = cached_steps(model, rows)
+    step = cached_steps(model, rows, new)
     device = device_of(model)
 
     def recompute(rows: Rows) -> torch.Tensor:

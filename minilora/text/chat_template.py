@@ -4,6 +4,7 @@ The bounds that hold while one runs are in `template_sandbox`.
 """
 
 import contextlib
+import functools
 import json
 import re
 import threading
@@ -101,6 +102,9 @@ class ChatTemplate:
         with self._lock, _one_error("cannot render these messages"):
             self._sandbox.start(len(json.dumps([messages, values])))
             return self._template.render(messages=messages, **values)
+
+
+compiled = functools.lru_cache(maxsize=32)(ChatTemplate)  # by its source
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files import one_line
-from minilora.text.from_folder import ids_in, stop_ids
+from minilora.text.from_folder import OTHERS, ids_in, stop_ids
 from minilora.text.tokenizer import Tokenizer
 
 _FILES = ("*.model", "vocab.*", "vocab-*", "*.tiktoken", "tekken.json")  # of vocabularies
@@ -51,7 +51,7 @@ def as_tokenizer(tokenizer: Any, model: Any = None) -> Tokenizer:
 
     Args:
         tokenizer: a `Tokenizer`, which is returned, or one of transformers', whose vocabulary is
-            shared. Its chat template is the one named "default" where it has several.
+            shared. Of several chat templates "default" and "tool_use" are taken.
         model: the one it is used with, or None.
 
     Raises:
@@ -74,10 +74,13 @@ def as_tokenizer(tokenizer: Any, model: Any = None) -> Tokenizer:
         token = getattr(tokenizer, f"{key}_token", None)
         named[key] = None if token is None else str(token)
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
+    templates = template if isinstance(template, dict) else {"default": template}
+    others = {k: str(v) for k in OTHERS if (v := getattr(tokenizer, k, None)) is not None}
     folder = getattr(tokenizer, "name_or_path", None)
     ends = stop_ids(Path(folder)) if folder and Path(folder).is_dir() else set()
     for name in ("config", "generation_config"):
         ends |= ids_in(getattr(getattr(model, name, None), "eos_token_id", None))
-    return Tokenizer(backend, **named, stop_ids=ends, chat_template=template)
+    return Tokenizer(
+        backend, **named, stop_ids=ends, chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"), others=others,
+    )  # fmt: skip

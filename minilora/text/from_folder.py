@@ -27,15 +27,39 @@ _SPACED = [  # classes that build ByteLevel anew, with add_prefix_space of token
     for fast in ("", "Fast")
 ]
 _NAMES = ("bos", "eos", "pad", "unk")
+OTHERS = ("sep_token", "cls_token", "mask_token")  # which templates may read
+_TEMPLATES = {
+    "default": Path("chat_template.jinja"),
+    "tool_use": Path("additional_chat_templates", "tool_use.jinja"),
+}
+# Model types whose tokenizer.json transformers 5 reads as it stands, whatever class a folder names
+# (`models/auto/tokenization_auto.py`); others are brought to what the named class does.
+AS_STORED = frozenset((
+    "EvollaModel", "arctic", "aria", "beam", "bigbird_pegasus", "camembertv2-base", "canary",
+    "chatlm", "cohere_asr", "ernie4_5", "ernie4_5_moe", "flex_olmo", "fuyu", "glm", "glm4",
+    "glm4_moe", "glm4_moe_lite", "glm4v", "glm4v_moe", "glm_image", "glmasr", "got_ocr2",
+    "gpt_bigcode", "gradium_phonon_tts", "granite", "granitemoe", "granitemoehybrid",
+    "granitemoeshared", "h2ovl_chat", "hyperclovax", "hyperclovax_vlm", "internlm2", "internlm3",
+    "iquestcoder", "jamba", "kimi_k25", "kimi_linear", "kosmos-2", "llava", "llava_next",
+    "mimo_v2_flash", "minicpm3", "minicpm_ocr", "minicpmv", "minicpmv4_6", "minicpmv4_7",
+    "minimax_m2", "ministral", "ministral3", "mistral", "mistral3", "mistral_large4", "mixtral",
+    "modernbert", "modernbert-decoder", "molmo", "molmo2", "nemo_speechlm", "nemotron", "nvfp4",
+    "nystromformer", "olmo2", "olmo3", "olmo_hybrid", "opencua", "openvla", "paddleocr_vl",
+    "pegasus_x", "persimmon", "phi3", "phi3_v", "phimoe", "pix2struct", "pixtral", "pocket_tts",
+    "smolvlm", "stablelm", "step3_vl", "umt5", "vipllava", "voxtral", "voxtral_realtime",
+    "xlm-roberta-xl",
+))  # fmt: skip
 
 
 def folder_parts(folder: Path, end: str | None) -> dict[str, Any]:
     """Return what `Tokenizer` is made of; see `Tokenizer.from_pretrained`."""
     tokenizers_library()  # an error about it comes before one about the files
-    entries: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            entries |= read_json(folder / name)
+    config, older = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    # As in transformers, the older file goes before one that does not list the added tokens.
+    entries = {**older, **config} if "added_tokens_decoder" in config else {**config, **older}
     named = {name: text_of(entries.get(f"{name}_token")) for name in _NAMES}
     stated = (folder / "tokenizer.json").is_file()
     if not stated and any((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
@@ -56,7 +80,8 @@ def folder_parts(folder: Path, end: str | None) -> dict[str, Any]:
         "backend": backend,
         **named,
         "stop_ids": stop_ids(folder),
-        "chat_template": _template(folder, entries.get("chat_template")),
+        **dict(zip(("chat_template", "tool_template"), _templates(folder, entries), strict=True)),
+        "others": {name: text for name in OTHERS if (text := text_of(entries.get(name)))},
         "frame": None if stated else frame,  # tokenizer.json states its own
     }
 
@@ -75,18 +100,32 @@ def ids_in(stated: Any) -> set[int]:
     return {i for i in (stated if isinstance(stated, list) else [stated]) if type(i) is int}
 
 
-def _template(folder: Path, stated: Any) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
+def _templates(folder: Path, entries: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Return the chat template, and the one for conversations with tools, if that is another."""
+    stated = entries.get("chat_template")
+    named = {"default": stated}
+    if isinstance(stated, list):  # several, by name
+        named = {each["name"]: each["template"] for each in stated}
+    for name, path in _TEMPLATES.items():
+        file = folder / path
+        if not file.is_file():
+            continue
         if leads_out(folder, file):
             raise ValueError(
                 f"'{file}' must lie in its folder, found a link to somewhere else; put a copy "
                 f"there: save would publish whatever it leads to"
             )
-        return file.read_text(encoding="utf-8")
-    if isinstance(stated, list):  # several, by name
-        return {each["name"]: each["template"] for each in stated}.get("default")
-    return stated
+        if name == "default":
+            named = {}
+        named[name] = file.read_text(encoding="utf-8")
+    return named.get("default"), named.get("tool_use")
+
+
+def remove_templates(folder: Path, made: Path) -> None:
+    """Remove an earlier tokenizer's templates from a folder, but those that `made` has anew."""
+    for path in _TEMPLATES.values():
+        if not (made / path).exists():
+            (folder / path).unlink(missing_ok=True)
 
 
 def _backend(folder: Path, entries: dict[str, Any]) -> Any:
@@ -98,9 +137,12 @@ def _backend(folder: Path, entries: dict[str, Any]) -> Any:
         raise ValueError(
             f"'{file}' must describe a tokenizer, found: {one_line(error, 200)}"
         ) from error
-    if entries.get("tokenizer_class") in _LLAMA and _prepends(stored.get("normalizer")):
+    config = folder / "config.json"
+    family = read_json(config).get("model_type") if config.is_file() else None
+    named = None if family in AS_STORED else entries.get("tokenizer_class")
+    if named in _LLAMA and _prepends(stored.get("normalizer")):
         _begin_once(backend, entries)
-    if entries.get("tokenizer_class") in _SPACED:
+    if named in _SPACED:
         backend = _spaced(folder, stored, backend, bool(entries.get("add_prefix_space")))
     _add(backend, folder, entries, file.name)
     return backend

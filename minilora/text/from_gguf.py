@@ -45,6 +45,7 @@ def metadata_parts(metadata: Mapping[str, Any]) -> dict[str, Any]:
         **{name: None if i is None else tokens[i] for name, i in named.items()},
         "stop_ids": [i for i in map(id_of, ("eot", "eom")) if i is not None],
         "chat_template": metadata.get("tokenizer.chat_template"),
+        "tool_template": metadata.get("tokenizer.chat_template.tool_use"),
         "frame": (
             bool(metadata.get("tokenizer.ggml.add_bos_token", begins)),
             bool(metadata.get("tokenizer.ggml.add_eos_token", False)),

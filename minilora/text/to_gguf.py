@@ -63,6 +63,9 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     found |= {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
     if tokenizer.chat_template is not None:
         found["tokenizer.chat_template"] = tokenizer.chat_template
+    if tokenizer.tool_template is not None:
+        found["tokenizer.chat_templates"] = ["tool_use"]
+        found["tokenizer.chat_template.tool_use"] = tokenizer.tool_template
     cuts: dict[Cut, str] = {}
     for name, cut in CUTS.items():
         cuts.setdefault(cut, name)

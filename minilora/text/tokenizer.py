@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files import reading, whole_folder, write, write_json
-from minilora.text.chat_template import ChatTemplate, map_strings, plain_messages
+from minilora.text.chat_template import compiled, map_strings, plain_messages
 from minilora.text.conversation import Conversation
-from minilora.text.from_folder import folder_parts
+from minilora.text.from_folder import folder_parts, remove_templates
 from minilora.text.from_gguf import metadata_parts
 from minilora.text.long_text import encode_pieces
 from minilora.text.special_tokens import (
@@ -46,6 +46,7 @@ class Tokenizer:
         vocab_size: ids are below this number.
         control: ids of the control tokens by name.
         chat_template: Jinja source, or None.
+        tool_template: that of conversations with tools, where it is another one, or None.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Tokenizer:
         unk: str | None = None,
         stop_ids: Iterable[int] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
+        others: Mapping[str, str] | None = None,
         frame: tuple[bool, bool] | None = None,
     ) -> None:
         """Wrap a `tokenizers.Tokenizer`, with special tokens given by their text.
 
-        `frame` says whether the bos token begins and the eos token ends a document; None leaves
-        that as the backend has it.
+        `frame`: whether the bos token begins and the eos token ends a document; None leaves that
+        as the backend has it. `others`: further tokens that templates read, by `sep_token` etc.
         """
         self._backend = backend
         self._lock = threading.Lock()
@@ -89,9 +92,9 @@ class Tokenizer:
             ends.add(self.eos_id)
         self.stop_ids: frozenset[int] = frozenset(ends | set(stop_ids))
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-        self._template: ChatTemplate | None = None
         self._stand_in: tuple[str, Any, dict[int, int]] | None = None
-        self.chat_template = chat_template
+        self.chat_template, self.tool_template = chat_template, tool_template
+        self._named |= others or {}
         if frame is not None:
             before, after = (
                 [self._named[name]] if wanted and name in self._named else []
@@ -107,9 +110,8 @@ class Tokenizer:
         """Read a Hugging Face folder.
 
         `tokenizer.json` is needed, or GPT-2's `vocab.json` and `merges.txt`, or SentencePiece's
-        `tokenizer.model`;
-        `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, `config.json`
-        and `generation_config.json` are read where they are there.
+        `tokenizer.model`; `tokenizer_config.json`, `special_tokens_map.json`, `config.json`,
+        `generation_config.json` and files of chat templates are read where they are there.
         `tokenizer.json` states which tokens frame a text; as in transformers 5, `add_bos_token` and
         `add_eos_token` don't override it (and count where there is no such file). Control tokens
         that `tokenizer_config.json` alone names are added behind the vocabulary.
@@ -316,23 +318,25 @@ class Tokenizer:
     def _rendered(
         self, messages: list[dict[str, Any]], prompt: bool, variables: dict[str, Any]
     ) -> str:
-        given = {"tools": None, "documents": None, **self._named, **variables}
-        return self._compiled().render(messages, add_generation_prompt=prompt, **given)
-
-    def _compiled(self) -> ChatTemplate:
         if self.chat_template is None:
             raise ValueError(
                 "a conversation needs a chat template, found none in this tokenizer; set "
                 "tokenizer.chat_template or use plain text"
             )
-        if self._template is None or self._template.source != self.chat_template:
-            self._template = ChatTemplate(self.chat_template)
-        return self._template
+        given = {"tools": None, "documents": None, **self._named, **variables}
+        source = self.tool_template if given["tools"] is not None else None
+        template = compiled(source or self.chat_template)
+        return template.render(messages, add_generation_prompt=prompt, **given)
+
+    @property
+    def template_sources(self) -> list[str]:
+        """The chat template and the one with tools, as far as there are any."""
+        return [each for each in (self.chat_template, self.tool_template) if each is not None]
 
     @property
     def template_variables(self) -> frozenset[str]:
-        """What the chat template reads beside the messages and the tokens' names."""
-        return frozenset() if self.chat_template is None else self._compiled().variables
+        """What the chat templates read beside the messages and the tokens' names."""
+        return frozenset().union(*(compiled(text).variables for text in self.template_sources))
 
     def encode_chat(
         self,
@@ -380,14 +384,16 @@ class Tokenizer:
 
         Args:
             folder: made when missing; `tokenizer.json`, `tokenizer_config.json` and
-                `chat_template.jinja` in it are replaced or, without a template, removed.
+                `chat_template.jinja` in it are replaced or, without a template of its own, removed.
         """
         entries: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named}
         entries["clean_up_tokenization_spaces"] = False
+        if self.tool_template is not None:
+            named = {"default": self.chat_template, "tool_use": self.tool_template}
+            entries["chat_template"] = [{"name": k, "template": v} for k, v in named.items()]
         with whole_folder(folder, last="tokenizer.json") as made:
             write(made / "tokenizer.json", self._backend.to_str(pretty=True))
             write_json(made / "tokenizer_config.json", entries)
-            if self.chat_template is not None:
+            if self.chat_template is not None and self.tool_template is None:
                 write(made / "chat_template.jinja", self.chat_template)
-            else:
-                (Path(folder) / "chat_template.jinja").unlink(missing_ok=True)
+            remove_templates(Path(folder), made)

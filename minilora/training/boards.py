@@ -36,7 +36,7 @@ def board(
         import_extra("tensorboard", "log='tensorboard'")
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(out), purge_step=step + 1 if step else None)
+        writer = SummaryWriter(str(out), purge_step=step + (step > 0))
 
         def write(row: Mapping[str, float], at: int) -> None:
             for key, value in row.items():

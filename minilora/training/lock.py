@@ -101,8 +101,8 @@ class FolderLock:
 def check_free(folder: Path) -> None:
     """Raise RuntimeError if a process works in the folder now."""
     try:
-        opened = open_plain(folder / LOCK_FILE, os.O_RDONLY)
-    except (FileNotFoundError, NotADirectoryError):
+        opened = open_plain(folder / LOCK_FILE, os.O_RDWR)  # else NFS refuses the lock
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # which `FolderLock` tells
         return
     try:
         _take(opened, folder / LOCK_FILE)

@@ -29,7 +29,7 @@ from minilora.training.ranks import Ranks
 from minilora.training.result import FitResult
 from minilora.training.run import Run
 from minilora.training.session import alone, interruptible, training
-from minilora.training.state import check_out
+from minilora.training.state import check_out, has_state
 
 SAVE_SECONDS = 600  # between saves, where save_every is None
 
@@ -359,9 +359,8 @@ class _Loop:
         if run.out is None or run.step == self.start or self.updating:
             return
         if self.ranks.rank > 0 or self.ranks.parallel == "fsdp":
-            self.monitor.say(
-                f"the last save in {run.out} is what {again} goes on from, on any number of ranks"
-            )
+            if has_state(run.out):
+                self.monitor.say(f"the last save in {run.out} is what {again} goes on from")
             return
         try:
             run.save()

@@ -1,8 +1,9 @@
 """What a run says when it begins and when it ends, well or not."""
 
 from minilora.data import Batches, common_prefix, worth_sharing
+from minilora.planning import ENOUGH_STEPS, MOST_EPOCHS
 from minilora.running import shares_prefix
-from minilora.training.progress import ENOUGH_STEPS, MOST_EPOCHS, chosen_epochs
+from minilora.training.progress import chosen_epochs
 from minilora.training.result import FitResult
 from minilora.training.run import Run
 from minilora.training.state import LAST, has_state
@@ -118,13 +119,13 @@ def _conclusion(run: Run, stopped: str, began: int) -> str | None:
             f"no evaluation was better than the one before the first step (held-out loss "
             f"{run.best.loss:.4f}), so the adapter is the one the run began with{last}"
         )
+    if run.valid is not None and run.best is None:
+        return "no evaluation was finite: the adapter is that of the last step"
     if stopped == "early":
         return (
             f"stopped after step {run.step}: {run.stale} evaluations in a row were not better "
             f"than the one after step {run.best_step}, whose adapter is kept"
         )
-    if run.valid is not None and run.best is None:
-        return "no evaluation was finite: the adapter is that of the last step"
     return None
 
 
@@ -151,8 +152,9 @@ class DivergedError(RuntimeError):
 
 def too_many_bad_steps(run: Run, bad: int) -> DivergedError:
     """Return the error for steps in a row that were skipped."""
-    saved = f" and saved in {run.out / LAST}" if run.out else ""
-    again = f" and {RESUME}" if run.out else ""
+    out = run.out if run.ranks.parallel != "fsdp" else None  # whose state can't be gathered then
+    saved = f" and saved in {out / LAST}" if out else ""
+    again = f" and {RESUME}" if out else ""
     return DivergedError(
         f"{bad} steps in a row had a non-finite loss or gradient; the adapter is as it was "
         f"before them{saved}; go on with a lower lr{again}, or start anew in float32"

@@ -1,8 +1,8 @@
 """How far a run is: its counters, its limits, and the learning rate that follows from them."""
 
-import math
 from dataclasses import dataclass
 
+from minilora.planning import count_steps, usual_epochs
 from minilora.training.config import TrainConfig, learning_rate
 
 
@@ -73,29 +73,34 @@ class Progress(Counters):
         """Return whether too many evaluations in a row were not better."""
         return self.config.patience is not None and self.stale >= self.config.patience
 
+    def check_limits(self, total: int | None, minutes: float | None) -> None:
+        """Raise ValueError where a limit was lowered below what is done; the old ones are given."""
+        found = []
+        if self.total not in (None, total) and self.total < self.step:
+            found.append(f"{self.total} steps, with {self.step} done")
+        limit = self.config.max_minutes
+        if limit not in (None, minutes) and 60 * limit < self.elapsed:
+            found.append(f"{limit:g} minutes, with {self.elapsed / 60:.3g} spent")
+        if found:
+            raise ValueError(
+                f"the limits of a resumed run must not lie below what it has done, found "
+                f"{' and '.join(found)}; give higher ones, or those that it began with"
+            )
+
     def time_left(self) -> float | None:
         """Return the seconds of training left, None before the first step."""
         progress = self.progress()
         return self.elapsed * max(0.0, 1 - progress) / progress if progress else None
 
 
-# 50 steps over 40 questions and answers left two of five unlearned (benchmarks/NOTES.md).
-ENOUGH_STEPS, MOST_EPOCHS = 100, 20
-
-
 def chosen_epochs(config: TrainConfig, rows: int) -> float | None:
     """Return the passes over so many rows, None where nothing but max_steps limits the run.
 
-    Where the config does not say, they are as many as make `ENOUGH_STEPS` steps, from 1 to
-    `MOST_EPOCHS`; max_minutes may end the run before.
+    Where the config does not say, they are `usual_epochs`; max_minutes may end the run before.
     """
     if config.epochs is not None or config.max_steps is not None:
         return config.epochs
-    return float(min(MOST_EPOCHS, math.ceil(ENOUGH_STEPS / _epoch_steps(config, rows))))
-
-
-def _epoch_steps(config: TrainConfig, rows: int) -> int:
-    return math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
+    return usual_epochs(rows, config.batch_size, config.accumulate)
 
 
 def check_until(until: int | None) -> None:
@@ -125,5 +130,5 @@ def planned_steps(config: TrainConfig, rows: int | None) -> int | None:
     steps = [] if config.max_steps is None else [config.max_steps]
     epochs = chosen_epochs(config, rows)
     if epochs is not None:
-        steps.append(max(1, round(_epoch_steps(config, rows) * epochs)))
+        steps.append(count_steps(rows, epochs, config.batch_size, config.accumulate))
     return min(steps)

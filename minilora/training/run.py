@@ -215,7 +215,7 @@ class Run(Progress):
             self.before = evaluation
         loss = evaluation.loss
         if not math.isfinite(loss) or (self.best and loss >= self.best.loss):
-            self.stale += 1
+            self.stale += self.step > 0
             return False
         self.best, self.best_step, self.stale = evaluation, self.step, 0
         self.best_values = {name: p.detach().clone() for p, name in self.names.items()}
@@ -348,6 +348,8 @@ class Run(Progress):
             self.scale = LossScale(**facts["scale"])
             self._resume_passes(*([int(n) for n in facts[key]] for key in ("rows", "process")))
             old_total = facts["total"]
+            old_minutes = facts["identity"]["config"].get("max_minutes")
+            self.check_limits(old_total, old_minutes)
             self.before = None if facts["before"] is None else Evaluation(**facts["before"])
             self.best = None if facts["best"] is None else Evaluation(**facts["best"])
         except (KeyError, TypeError, AttributeError) as error:
@@ -360,7 +362,6 @@ class Run(Progress):
         for name, buffer in buffers.items():
             ranks.put(buffer, tensors[f"buffer.{name}"])
         self.optimizer.restore(tensors, ranks.shard_like)
-        old_minutes = facts["identity"]["config"].get("max_minutes")
         moved = (old_total, old_minutes) != (self.total, self.config.max_minutes)
         if moved and self.config.schedule != "constant" and self.step and self.progress() < 1:
             self.remarks.append(

@@ -116,12 +116,12 @@ def check_tensors(
     if any(key.startswith("best.") for key in tensors):
         wanted |= {f"best.{name}": p for name, p in trained.items()}
     for name, p in trained.items():
-        wide = torch.empty(p.shape, device="meta") if is_narrow(p) else p
+        wide = torch.empty(p.shape, dtype=torch.float32, device="meta") if is_narrow(p) else p
         if is_narrow(p):
             wanted[f"optimizer.wide.{name}"] = wide
         if f"optimizer.step.{name}" in tensors:
             wanted |= {f"optimizer.{key}.{name}": wide for key in ADAM[1:]}
-            wanted[f"optimizer.step.{name}"] = torch.zeros(())
+            wanted[f"optimizer.step.{name}"] = torch.zeros((), dtype=torch.float32)
     for key in sorted(tensors.keys() | wanted.keys()):
         found, must = (
             f"{list(held[key].shape)} in {held[key].dtype}" if key in held else "nothing"
