@@ -27,7 +27,7 @@ def acts_as_linear(module: Any) -> bool:
     weight, bias = module.weight, module.bias
     if weight.is_meta:
         N, K = weight.shape
-        wide = {"dtype": torch.float32, "device": "cpu"}
+        wide: Any = {"dtype": torch.float32, "device": "cpu"}
         values = torch.outer(torch.linspace(1, 2, N, **wide), torch.linspace(-1, 1, K, **wide))
         values = values.to(weight.dtype)
         weight = nn.Parameter(values, requires_grad=False)
