@@ -50,7 +50,7 @@ def real_task_rows(where: str, task: str = "docstrings") -> list[Row]:
 
 def equal_steps() -> str:
     """Return what `fit` computes by default beside plain float32, at equal steps."""
-    rows = read("equal_steps")
+    rows = newest(read("equal_steps"), "processor", "commit")
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row["task"], row["seed"]), {})[row["way"]] = row

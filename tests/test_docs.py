@@ -5,6 +5,7 @@ in its order, in one folder that has what `place` makes, on a tiny model in the 
 """
 
 import ast
+import csv
 import json
 import os
 import re
@@ -167,3 +168,24 @@ def test_the_messages_of_the_troubleshooting_page_are_the_codes():
     for message in messages:
         pattern = "[^\0]*".join(map(re.escape, message.split("…")))
         assert re.search(pattern, known), message
+
+
+def test_figures_of_the_recorded_session_are_that_sessions():
+    """`compare.csv`, and the pages that quote it, are copied by hand."""
+    session, compare, recipes = (
+        (DOCS / f"{name}.md").read_text("utf-8") for name in ("session", "compare", "recipes")
+    )
+    with open(DOCS.parent / "benchmarks" / "results" / "compare.csv", newline="") as file:
+        base, cafe = csv.DictReader(file)
+    for row in (base, cafe):
+        name, loss, right = row["contender"], row["held_out_loss"], f"{row['right']} of {row['of']}"
+        assert f"  {name}  {loss}\n" in session
+        told = (
+            f"{right} answers right, {row['answer_tokens']} tokens each, {row['cut_off']} cut off"
+        )
+        assert f"{name}: {told}\n" in session
+        assert (
+            f"| {name} | {loss} | {right} | {row['answer_tokens']} | {row['cut_off']} |" in compare
+        )
+    assert f"{float(base['held_out_loss']):.2f} → {float(cafe['held_out_loss']):.2f}" in recipes
+    assert f"{cafe['right']} of {cafe['of']} in other words" in recipes
