@@ -536,6 +536,23 @@ def test_a_folders_held_out_files_are_not_read_with_others(tmp_path, names, foun
             files_in([tmp_path])
 
 
+def test_several_training_sets_in_a_folder_are_not_one(tmp_path):
+    """As of a data set of the hub that was copied: each holds the same questions."""
+    for name in (
+        "train_sft-00000-of-00002",
+        "train_sft-00001-of-00002",
+        "train_gen-00000-of-00001",
+    ):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a b"}\n')
+    message = (
+        r"must hold one training set, found train_gen, train_sft; name the files of one, as in"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_data(tmp_path, byte_tokenizer())
+    (tmp_path / "train_gen-00000-of-00001.jsonl").rename(tmp_path / "train_gen.jsonl")
+    assert len(read_data(tmp_path, byte_tokenizer())[0]) == 3
+
+
 def test_what_a_folder_holds_beside_its_data_is_named(tmp_path):
     """Not what is hidden or describes a data set."""
     (tmp_path / "sub").mkdir()

@@ -58,6 +58,12 @@ def files_in(paths: Sequence[str | Path]) -> list[Path]:
                 f"none{hint}"
             )
         _check_one_set(str(folder), inside, "name the files to read")
+        numbered = [file.name for file in inside if _stem(file.name)[1]]  # as the hub's are
+        if len(sets := _training_sets(numbered)) > 1:
+            raise ValueError(
+                f"{folder} must hold one training set, found {', '.join(sets[:6])}; name the files "
+                f"of one, as in {folder / sets[0]}-*"
+            )
         found += inside
     return found
 
@@ -118,11 +124,10 @@ def _of_hub(name: str, folder: str, paths: list[str], whole: bool = True) -> lis
             f"one place, found {found}; name one as OWNER/NAME/FOLDER"
         )
     _check_one_set(name, list(map(Path, data)), "download them, and name the files to read")
-    stems = sorted({_stem(path)[0] for path in data if _split(Path(path)) == "training"})
-    if len(stems) > 1:
+    if len(sets := _training_sets(data)) > 1:
         raise ValueError(
-            f"'{name}' must have one training set, found {', '.join(stems[:6])}; name one as "
-            f"OWNER/NAME/{stems[0]}"
+            f"'{name}' must have one training set, found {', '.join(sets[:6])}; name one as "
+            f"OWNER/NAME/{sets[0]}"
         )
     cut_short = any(len(data) < _stem(path)[1] for path in data)
     held_out = not folder and _split(Path(data[0])) in ("test", "validation")
@@ -133,6 +138,11 @@ def _of_hub(name: str, folder: str, paths: list[str], whole: bool = True) -> lis
             f"(OWNER/NAME/FOLDER)"
         )
     return sorted(data)
+
+
+def _training_sets(paths: Sequence[str]) -> list[str]:
+    """Return the sets that training files are parts of, by what their paths begin with."""
+    return sorted({_stem(path)[0] for path in paths if _split(Path(path)) == "training"})
 
 
 def _stem(path: str) -> tuple[str, int]:
