@@ -192,7 +192,7 @@ def trained_on(out: Path, names: Sequence[str]) -> list[str]:
             if _lies_in(name, data) and not _lies_in(name, held_out)
         }
         no_files = [name for name in names if not Path(name).exists()]  # of Python, or of the hub
-        same = [name for name in no_files if _whole(name) in map(_whole, data)]
+        same = [name for name in no_files if _set_of(name) in map(_set_of, data)]
         found |= dict.fromkeys([*same, *(n for n, digest in hashes.items() if digest in learned)])
     return list(found)
 
@@ -215,7 +215,8 @@ def _lies_in(file: str, names: set[str]) -> bool:
     return not {Path(file), *Path(file).parents}.isdisjoint(map(Path, names))
 
 
-def _whole(name: str) -> str:
+def _set_of(name: str) -> str:
+    """Return a name of Python's data, whose training set goes by two, as one."""
     return name.removesuffix("/train") if name.startswith("@") else name
 
 

@@ -149,8 +149,8 @@ class PerRow(Route):
         with without_autocast(x.device.type):
             branch = self._branch(layer, seen, owner, adapters, dtype)
             if any(one.magnitude is not None for one in adapters):
-                W, wide = layer.view.matrix(), torch.float32
-                one = torch.ones(layer.view.out_features, dtype=wide, device=x.device)
+                W, N = layer.view.matrix(), layer.view.out_features
+                one = torch.ones(N, dtype=torch.float32, device=x.device)
                 ratios = [one if a.magnitude is None else a.length_ratio(W) for a in adapters]
                 ratio = layer.view.channels(torch.stack([*ratios, one])[owner], y.ndim)
                 plain = layer.view.product(seen) if drops else layer.without_bias(y, dtype)
