@@ -223,8 +223,8 @@ def wanted(part: str, base: str) -> Iterator[dict]:
         for lr in (5e-4, 1e-3, 2e-3):
             yield usual | {"task": "extract", "rows": 240, "epochs": 1, "lr": lr, "r": 32}
     if part == "large":
-        for task, rows in [("extract", 1000), ("code", 4000)]:
-            for lr in (1e-3, 2e-3):
+        for lr in (2e-3, 1e-3, 4e-3):
+            for task, rows in [("extract", 1000), ("code", 4000)]:
                 yield usual | {"task": task, "rows": rows, "epochs": 1, "lr": lr}
     if part == "seeds":
         for task, rows, epochs in [("style", 40, 10), ("code", 240, 1), ("extract", 240, 1),
