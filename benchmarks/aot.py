@@ -282,8 +282,6 @@ QUANTIZED = (
 LOOPED = {
     "int8_gemm": {"p_ptr": "MK", "q_ptr": "KN"},
     "quantize_shrink": {"x_ptr": "MK", "a_ptr": "KR"},
-    "nf4_gemm": {"x_ptr": "MK", "words_ptr": "NK"},
-    "int4_gemm": {"x_ptr": "MK", "packed_ptr": "NK"},
     "low_rank_gemm": {"x_ptr": "MK", "w_ptr": "KN"},
     "shrink": {"x_ptr": "MK", "a_ptr": "KR"},
     "expand_grad": {"g_ptr": "MN", "b_ptr": "NR"},
@@ -301,7 +299,6 @@ def expected_copies(launch):
         size = values[name].element_size()
         for letter in letters:
             size *= launch.constants[f"BLOCK_{letter}"]
-        size //= 8 if name == "words_ptr" else 1  # eight codes in an int32
         total += max(1, size // (16 * 32 * launch.tile.warps))
     return total * launch.tile.stages
 
@@ -326,8 +323,7 @@ def problems(case, compiled):
                 f"{counts['async_copies']} asynchronous copies where both operands take "
                 f"{expected_copies(case.launch)}"
             )
-    side = case.launch.tile.n if kernel in ("nf4_gemm", "int4_gemm") else case.launch.tile.m
-    wide = "gemm" in kernel and case.dtype != "f32" and side >= 64
+    wide = "gemm" in kernel and case.dtype != "f32" and case.launch.tile.m >= 64
     if wide and case.arch == 90 and not counts["hgmma"] + counts["igmma"]:
         found.append("no warp-group tensor-core instruction")
     return found

@@ -39,7 +39,7 @@ from minilora.data import Batch
 CSV = Path(__file__).parent / "results" / "defaults.csv"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HELD_OUT = 64
-PARTS = "questions,grid,scaling,epochs,seeds,batch,warmup,rank,large"
+PARTS = "questions,grid,edge,scaling,epochs,seeds,batch,warmup,rank,large"
 MAX_LENGTH = 128
 SKIP = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
 
@@ -188,6 +188,10 @@ def wanted(part: str, base: str) -> Iterator[dict]:
             yield usual | {"task": "questions", "rows": 40, "epochs": epochs, "lr": lr}
     if part == "grid":
         for lr in (5e-4, 4e-3, 2e-3):
+            for task, (rows, epochs) in tasks.items():
+                yield usual | {"task": task, "rows": rows, "epochs": epochs, "lr": lr}
+    if part == "edge":  # where runs begin to fail
+        for lr in (8e-3, 1.6e-2):
             for task, (rows, epochs) in tasks.items():
                 yield usual | {"task": task, "rows": rows, "epochs": epochs, "lr": lr}
     if part == "scaling":

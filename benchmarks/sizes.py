@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.lora.storage import sizes
+from minilora.lora import sizes
 from minilora.models import Llama, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]

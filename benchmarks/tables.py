@@ -29,6 +29,7 @@ TABLES = {
     "recipes": tables_training.recipes,
     "real task caption": tables_training.real_task_caption,
     "defaults": tables_training.defaults,
+    "defaults beside": tables_training.defaults_beside,
     "tune": tables_training.tune,
     "demo": tables_training.demo,
     "gguf answers": tables_training.gguf_answers,

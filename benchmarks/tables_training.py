@@ -315,26 +315,59 @@ def waiting() -> str:
 
 def defaults() -> str:
     """Return a line a task and length, a column a rate: held-out loss and learned answers."""
-    rows = read("defaults", base="bf16")
+    rows = [row for row in read("defaults") if not _changed(row)]
     runs: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
     for row in rows:
-        run = runs.setdefault((row["task"], row["rows"], row["steps"], row["before"]), {})
+        run = runs.setdefault((row["task"], row["rows"], row["steps"]), {})
         column = row["lr"] + ", scaling 2" * (row["scaling"] == "2")
         run.setdefault(column, []).append(row)
     columns = sorted(
         {name for run in runs.values() for name in run}, key=lambda c: (float(c.split(",")[0]), c)
     )
     lines = [
-        [task, count, steps, f"{float(before):.2f}", *(_seeds(run.get(c, [])) for c in columns)]
-        for (task, count, steps, before), run in sorted(runs.items())
+        [*name, f"{float(next(iter(run.values()))[0]['before']):.2f}"]
+        + [_seeds(run.get(c, [])) for c in columns]
+        for name, run in sorted(runs.items(), key=lambda item: (item[0][0], int(item[0][2])))
     ]
     head = " | ".join(["task", "rows", "steps", "before", *columns])
     text = "held-out loss by learning rate, and the learned answers that are written whole; r = 8, "
     text += "8 rows a step, SmolLM2-135M in bf16, scaling 1 if not said; a range is of two or three"
     text += " seeds"
-    return f"*{text[:1].upper()}{text[1:]}; {machine(rows[-1])}, 1 thread.*\n\n" + table(
-        head, lines
-    )
+    return f"*{text[:1].upper()}{text[1:]}; {_machines(rows)}, 1 thread.*\n\n" + table(head, lines)
+
+
+# What a run has by default; another part of the benchmark changes one of them.
+_USUAL = {"base": "bf16", "r": "8", "batch_size": "8", "warmup": "0.05"}
+_NAMES = {"base": "base", "r": "rank", "batch_size": "rows a step", "warmup": "warmup"}
+
+
+def _changed(row: Row) -> list[str]:
+    return [name for name, usual in _USUAL.items() if row[name] != usual]
+
+
+def _machines(rows: list[Row]) -> str:
+    return " and ".join(dict.fromkeys(map(machine, rows)))
+
+
+def defaults_beside() -> str:
+    """Return a line a change of one other setting, beside the run that has the usual one."""
+    every = read("defaults")
+    same = ("task", "rows", "epochs", "lr", "scaling")
+    lines = []
+    for row in every:
+        names = _changed(row)
+        twins = [o for o in every if not _changed(o) and all(o[k] == row[k] for k in same)]
+        if len(names) == 1 and twins:
+            name = names[0]
+            lines.append([
+                _NAMES[name], row["task"], row["rows"], row["lr"], _USUAL[name],
+                _seeds(twins).split(" (")[0], row[name], f"{float(row['after']):.3g}",
+            ])  # fmt: skip
+    lines.sort(key=lambda line: (line[0], line[1], float(line[3]), line[6]))
+    head = "setting | task | rows | rate | usual | held-out loss | changed to | held-out loss"
+    where = _machines([row for row in every if _changed(row)])
+    text = f"*One other setting changed at a time, the rest as above; {where}, 1 thread.*\n\n"
+    return text + table(head, lines)
 
 
 def _seeds(rows: list[dict[str, str]]) -> str:

@@ -39,13 +39,10 @@ def _tiles(launch):
         zip(launch.kernel.arg_names, launch.args, strict=False)
     )  # fmt: skip
     rows = -(-values["M"] // sizes["BLOCK_M"]) if "BLOCK_M" in sizes and "M" in values else 1
-    if name in ("low_rank_gemm", "int8_gemm", "nf4_gemm", "int4_gemm"):
+    if name in ("low_rank_gemm", "int8_gemm"):
         columns = -(-values["N"] // sizes["BLOCK_N"])
-        per_column = ("w_ptr", "q_ptr", "b_ptr", "bias_ptr", "words_ptr", "packed_ptr")
-        times = dict.fromkeys(per_column, rows) | dict.fromkeys(("x_ptr", "p_ptr"), columns)
-        spans = rows * sizes.get("BLOCK", sizes.get("GROUP", 1)) // sizes.get("SPAN", 1)
-        scales = {"t_ptr": columns, "channel_ptr": rows, "steps_ptr": spans, "absmax_ptr": spans}
-        return times | scales | {"s_ptr": columns}
+        per_row = dict.fromkeys(("w_ptr", "q_ptr", "b_ptr", "bias_ptr"), rows)
+        return per_row | dict.fromkeys(("x_ptr", "p_ptr", "t_ptr", "s_ptr"), columns)
     if name == "decode_int4":  # a step is loaded for each run of 16 bytes
         return {"steps_ptr": sizes["GROUP"] // 16, "channel_ptr": launch.grid[1]}
     if name == "decode_int8":

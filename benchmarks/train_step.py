@@ -36,7 +36,7 @@ from train_providers import DTYPES, LR, MODELS, Provider, build, providers, text
 
 import minilora
 from minilora.kernels import is_slow
-from minilora.lora.selection import matrix_shape, select_targets
+from minilora.lora import base_of, select_targets
 from minilora.planning.machines import forget_peak, peak_bytes
 from minilora.planning.shapes import read_shape
 
@@ -140,8 +140,8 @@ def limit(model: str, rows: int, tokens: int, compute: str, r: int) -> dict[str,
     config = read_shape(model).config
     empty = read_shape(model).empty()
     modules = dict(empty.named_modules())
-    shapes = Counter(matrix_shape(modules[name]) for name in select_targets(empty))
-    vocabulary, width = matrix_shape(empty.lm_head)
+    shapes = Counter(base_of(modules[name]).shape for name in select_targets(empty))
+    vocabulary, width = base_of(empty.lm_head).shape
     found = {"base": 0.0, "low rank": 0.0, "head": 0.0, "attention": 0.0}
 
     def drawn(*shape: int) -> torch.Tensor:

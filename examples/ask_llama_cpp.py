@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     parser.add_argument("--lora", metavar="FILE")
     options = parser.parse_args()
+    for file in filter(None, (options.model, options.lora)):
+        if not os.path.isfile(file):
+            parser.error(f"found no file {file}")
     asked = server(options.model, options.lora)
     for question in options.questions:
         print(f"> {question}\n{answer(asked, question)}", flush=True)

@@ -10,7 +10,7 @@ import torch
 
 import minilora
 from minilora.cli.command import VERBS, main
-from minilora.files import EXTRAS
+from minilora.files.extras import EXTRAS
 from minilora.loading import save_pretrained
 from minilora.models import Llama, LlamaConfig
 

@@ -49,7 +49,8 @@ def cli():
         ]),
     ]  # fmt: skip
     for name, parser in verbs.choices.items():
-        actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
+        shown = [a for a in parser._actions if a.help != argparse.SUPPRESS]
+        actions = [a for a in shown if not isinstance(a, argparse._HelpAction)]
         usage = " ".join(["minilora", name, *(written(a) for a in actions if needed(a))])
         lines += ["", f"## `minilora {name}`", "", f"{about[name]}.", "", "```text", usage, "```"]
         plain, *named = parser._action_groups[1:]

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+from minilora.loading.model import _opened, _path
+from minilora.loading.source import make_model, resolve_dtype
 from minilora.models import (
     GPT2,
     Gemma2,
@@ -435,3 +437,9 @@ def assert_equal_in_parts(family, batch, chunks, tolerance=None, **changes):
             )
             assert_close(ours.loss(ids, ids), wanted, 1e-10)
     return ours
+
+
+def read_model(source, dtype=None, prepare=None):
+    """Read a model without its tokenizer, by default as it is stored."""
+    dtype = resolve_dtype(dtype)
+    return make_model(_opened(_path(source), dtype), dtype, "cpu", prepare=prepare)

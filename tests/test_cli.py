@@ -295,7 +295,7 @@ def test_a_head_that_shares_its_weight_is_merged_apart_where_asked(tmp_path, cap
     minilora.save(model, tmp_path / "adapter")
     merge = ["merge", tmp_path / "adapter", "--out", tmp_path / "merged"]
     assert run(*merge) == 2
-    assert "both share one weight; pass untie=True (--untie)" in capsys.readouterr().err
+    assert "both share one weight; pass --untie (in Python: untie=True)" in capsys.readouterr().err
     assert run(*merge, "--untie") == 0
     ids = torch.arange(28)[None]
     found = load_model(tmp_path / "merged", dtype="float32")[0](ids)
@@ -714,8 +714,7 @@ def test_cli_train_refuses_held_out_rows_that_are_trained_on(folder, letters, tm
         assert run(*train, *more) == 2
         said = capsys.readouterr().err
         assert "found 1 of 2 in both (the first is example 1)" in said and "--allow-shared" in said
-        assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.toml"}
-        (tmp_path / "run" / "run.toml").unlink()
+        assert not (tmp_path / "run").exists()
     assert run(*train, "--allow-shared") == 0
     assert "1 of 2 held-out examples are trained on too" in capsys.readouterr().err
 

@@ -162,7 +162,7 @@ def test_other_models_are_refused_in_one_line(tmp_path, data, falcon, capsys):
     train = ["--data", data, "--out", tmp_path / "out", *FAST, "--max-steps", 1]
     for folder, message in (
         ("t5", "must be of a causal language model of text, found 'T5ForConditionalGeneration'"),
-        ("adapter", "pass the model it was trained on, 'tiiuae/falcon-7b', and the adapter"),
+        ("adapter", "pass the model that it was trained on, 'tiiuae/falcon-7b' (train goes on"),
     ):
         capsys.readouterr()
         assert run("train", tmp_path / folder, *train) == 2

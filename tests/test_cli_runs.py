@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import tiny_folder
 
 import minilora
-from minilora.cli import runs
+from minilora.cli import run_file, runs
 from minilora.cli.command import main
 from minilora.training.run import Run
 
@@ -48,7 +49,9 @@ def test_a_run_is_repeated_to_the_bit_from_anywhere(place, monkeypatch, capsys):
     monkeypatch.chdir(elsewhere)
     capsys.readouterr()
     assert main(["repeat", "../out/a", "again"]) == 0
-    assert f"bit-equal: the adapter in {elsewhere / 'again'} is that in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bit-equal: the adapter in again is that in ../out/a\n" in said
+    assert f"steps; adapter in {elsewhere / 'again'}\n" in said  # as the run began elsewhere
     assert os.getcwd() == str(elsewhere)
     one, two = (
         load_file(f / "adapter_model.safetensors") for f in (place / "out/a", elsewhere / "again")
@@ -97,11 +100,26 @@ def test_settings_and_folders_that_changed_are_named(place, capsys):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
-def test_a_run_of_which_nothing_was_kept_begins_anew(place, capsys):
-    """As one does that was killed, or refused, before its first save."""
-    assert main([*TRAIN, "out/a", "--max-steps", "2", "--targets", "q_prj"]) == 2
+def test_a_run_of_which_nothing_was_kept_begins_anew(place, monkeypatch, capsys):
+    """As one does that was stopped before its first save; one that can't begin leaves nothing."""
+    words = [*TRAIN, "out/a", "--max-steps", "2", "--targets", "q_prj"]
+    assert main(words) == 2
+    assert not (place / "out").exists()
+    (place / "out").mkdir()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minilora.cli.training.load", stop)
+        assert main(words) == 130
     assert {file.name for file in (place / "out" / "a").iterdir()} == {"run.toml"}
     run = place / "out" / "a" / "run.toml"
+    assert main(["resume", "out/a"]) == 2
+    assert run.exists()  # it was there before
+    capsys.readouterr()
+    assert main(["repeat", "out/a", "out/b"]) == 2
+    assert "found no adapter in" in capsys.readouterr().err
     run.write_text(run.read_text().replace("q_prj", "q_proj"))
     assert main(["resume", "out/a"]) == 0
     assert "nothing of the run had been kept; it begins anew" in capsys.readouterr().err
@@ -148,7 +166,7 @@ def test_a_run_with_raised_limits_goes_on_to_them(place, monkeypatch, capsys):
     assert re.search(r'^began = \[.*"2"\]$', text, re.M)
     capsys.readouterr()
     assert main(["resume", "out/a"]) == 0
-    assert capsys.readouterr().out.startswith("5 steps in ")
+    assert capsys.readouterr().out.startswith("5 steps; adapter in out/a\n")
     assert main(["repeat", "out/a", "out/b"]) == 0
     assert "bit-equal: the adapter" in capsys.readouterr().out
     # A resumption that is refused leaves the file as it is.
@@ -236,12 +254,10 @@ def test_a_run_goes_on_to_a_higher_limit_from_its_folder(place, capsys):
     assert main([*words, "2"]) == 0
     capsys.readouterr()
     assert main(["resume", "out/a"]) == 0
-    said = (
-        "left within its limits (max_steps 2); higher ones go on: --minutes, --max-steps, --epochs"
-    )
+    said = "limits (max_steps 2) allow no more; to go on, raise --max-steps, --epochs or --minutes"
     assert said in capsys.readouterr().err
     assert main(["resume", "out/a", "--max-steps", "5"]) == 0
-    assert capsys.readouterr().out.startswith("5 steps in ")
+    assert capsys.readouterr().out.startswith("5 steps; adapter in out/a\n")
     assert main(long) == 0
     one, two = (load_file(place / "out" / f / "adapter_model.safetensors") for f in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -264,7 +280,7 @@ def test_a_run_goes_on_to_a_higher_limit_from_its_folder(place, capsys):
     ],
 )
 def test_a_flag_gets_another_value(words, wanted):
-    assert runs._with(words, runs.LIMITS["--minutes"], "9") == wanted
+    assert run_file.replaced(words, runs.LIMITS["--minutes"], "9") == wanted
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
@@ -272,11 +288,11 @@ def test_what_the_clock_ends_says_so(place, capsys):
     assert main([*TRAIN, "out/a", "--epochs", "5000", "--minutes", "0.001"]) == 0
     said = capsys.readouterr()
     assert re.search(
-        r"the time was up after step \d+ of 2\d{4}; resume=True \(--resume\) with a higher "
-        r"max_minutes \(--minutes\) goes on",
+        r"the time was up after step \d+ of 2\d{4}; go on with minilora resume out/a and a "
+        r"higher limit \(--minutes, in Python: max_minutes\)\n",
         said.err,
     )
-    assert said.out.endswith("to go on: minilora resume out/a --minutes MORE\n")
+    assert said.out.endswith("\ntalk to it: minilora chat out/a\n")
     main(["repeat", "out/a", "out/b"])
     said = capsys.readouterr().out
     assert said.startswith("--minutes ties a run to the clock, so the same bits can hardly come")
@@ -290,23 +306,26 @@ def test_what_a_run_was_trained_on_is_known(place):
     words = [*TRAIN[:3], "more", *TRAIN[3:], "out/a", "--max-steps", "1", "--valid", "valid.jsonl"]
     assert main(words) == 0
     out = place / "out" / "a"
-    assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
-    assert runs.trained_on(out, ["more"]) == ["more/x.jsonl"]
+    assert run_file.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
+    assert run_file.trained_on(out, ["more"]) == ["more/x.jsonl"]
     several = (out / "run.toml").read_text("utf-8").replace("processes = 1", "processes = 2")
     (out / "run.toml").write_text(several)
-    assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
+    assert run_file.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
     (out / "run.toml").write_text(
         several.replace('"--data", "train.jsonl", "more"', '"--data", "."')
     )
-    assert runs.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
+    assert run_file.trained_on(out, ["train.jsonl", "valid.jsonl"]) == ["train.jsonl"]
     (out / "run.toml").write_text(several)
-    assert runs.trained_on(place / "model", ["train.jsonl"]) == []
-    assert runs.trained_on(out / "last", ["more"]) == ["more/x.jsonl"]
+    assert run_file.trained_on(place / "model", ["train.jsonl"]) == []
+    assert run_file.trained_on(out / "last", ["more"]) == ["more/x.jsonl"]
+    shutil.copytree(out / "last", out / "mine")  # of another run, perhaps
+    assert run_file.trained_on(out / "mine", ["more"]) == []
+    assert run_file.rows_of(out / "mine") == {}
     other = (out / "run.toml").read_text("utf-8").replace("--max-length", "--no-such-flag")
     (out / "run.toml").write_text(other.replace('"--data", "train.jsonl"', '"--data=train.jsonl"'))
-    assert runs.trained_on(out, ["train.jsonl"]) == ["train.jsonl"]
+    assert run_file.trained_on(out, ["train.jsonl"]) == ["train.jsonl"]
     (place / "train.jsonl").write_text('{"text": "others"}\n')
-    assert runs.trained_on(out, ["train.jsonl"]) == []
+    assert run_file.trained_on(out, ["train.jsonl"]) == []
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
@@ -317,13 +336,13 @@ def test_data_without_a_file_and_that_of_adapters_before_is_known(place):
     (place / "more.jsonl").write_text('{"text": "a b c"}\n')
     again[again.index("train.jsonl")] = "more.jsonl"
     assert main(again) == 0
-    found = runs.trained_on(place / "out" / "b", ["train.jsonl", "more.jsonl", "@docstrings"])
+    found = run_file.trained_on(place / "out" / "b", ["train.jsonl", "more.jsonl", "@docstrings"])
     assert found == ["more.jsonl", "train.jsonl"]
     file = place / "out" / "a" / "run.toml"
     text = file.read_text("utf-8")
     file.write_text(text.replace('"--data", "train.jsonl"', '"--data", "@docstrings", "own/er"'))
     names = ["@docstrings/train", "@docstrings/test"]
-    assert runs.trained_on(place / "out" / "a", names) == ["@docstrings/train"]
+    assert run_file.trained_on(place / "out" / "a", names) == ["@docstrings/train"]
 
 
 def test_a_file_of_the_users_is_not_written_over(place, capsys):

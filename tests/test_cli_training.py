@@ -1,14 +1,17 @@
 """`minilora train`: held-out rows, samples in conversations, boards, and flags that are none."""
 
+import io
 import json
 import sys
 
 import pytest
 import test_cli
+from byte_tokenizer import CHATML, byte_tokenizer
 from test_cli import run, tiny_folder
 
+from minilora.cli import run_file
 from minilora.cli.command import build_parser
-from minilora.cli.training import is_chat
+from minilora.cli.training import form_of, is_chat
 from minilora.data import read_data
 from minilora.loading import read_tokenizer
 
@@ -76,7 +79,6 @@ def test_hold_out_is_a_share_or_a_number_and_stands_alone(rows, tmp_path, capsys
          "--block-size does nothing without --quantize, found none; pass it, or leave --block"),
         (["generate", "m", "x", "--top-k", "4"], "--top-k does nothing without --temperature"),
         (["chat", "m", "--top-p", "0.5"], "--top-p does nothing without --temperature"),
-        (["generate", "m", "x", "--system", "a"], "--system does nothing without --chat"),
         (["merge", "m", "--out", "o", "--type", "q8_0"], "--type does nothing without --gguf"),
         (["compare", "m", "o", "--data", "x", "--max-new-tokens", "4"],
          "--max-new-tokens does nothing without --right"),
@@ -129,7 +131,7 @@ def test_a_missing_board_is_said_before_the_model(letters, tmp_path, capsys, no_
     monkeypatch.setitem(sys.modules, "wandb", None)
     train = ["train", "model", "--data", letters, "--out", tmp_path / "a"]
     assert run(*train, "--log", "wandb") == 2
-    assert "log='wandb' (--log wandb) needs wandb" in capsys.readouterr().err
+    assert "--log wandb (in Python: log='wandb') needs wandb" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
@@ -176,3 +178,73 @@ def test_the_template_reads_no_tokenizer_without_one(folder):
     tokenizer = read_tokenizer(folder)
     assert tokenizer.chat_template is None
     assert not is_chat(read_data([{"text": "a b"}], tokenizer)[0], tokenizer)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="run.toml is read with Python 3.11")
+def test_what_an_adapter_was_asked_in_training_is_known_later(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """Generating asks in that form, and chat says what a second question may come to."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    turns = [{"role": "user", "content": "b c"}, {"role": "assistant", "content": "d"}]
+    kinds = {
+        "single": ({"question": "b c", "answer": "d"}, {"chat": True, "questions": 1}),
+        "talk": ({"messages": turns * 2}, {"chat": True, "questions": 2}),
+        "plain": ({"prompt": "b c", "completion": " d"}, {"chat": False}),
+    }
+    for name, (row, form) in kinds.items():
+        file, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        file.write_text(f"{json.dumps(row)}\n" * 8)
+        train = ["train", folder, "--data", file, "--max-steps", 1, "--out", out]
+        assert run(*train, *(["--pack", "--max-length", 32] if name == "single" else [])) == 0
+        verb = f'try it: minilora generate {out} "PROMPT"'
+        if form["chat"]:
+            verb = f"talk to it: minilora chat {out}"
+        assert capsys.readouterr().out.endswith(f"\n{verb}\n")
+        assert {"chat": None, "questions": 2} | form == run_file.rows_of(out)
+        said = {}
+        for flag in (None, "--chat", "--no-chat"):
+            words = ["generate", out, "b", "--max-new-tokens", 3, *([flag] if flag else [])]
+            assert run(*words) == 0
+            found = capsys.readouterr()
+            said[flag] = found.out
+            assert ("prompts are asked through" in found.err) == (form["chat"] and flag is None)
+        assert said[None] == said["--chat" if form["chat"] else "--no-chat"]
+        for flags in ([], ["--no-chat"]):
+            words = ["generate", out, "b", "--system", "x", "--max-new-tokens", 1, *flags]
+            taken = form["chat"] and not flags
+            assert run(*words) == (0 if taken else 2)
+            assert ("--system does nothing without --chat" in capsys.readouterr().err) != taken
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+        assert run("chat", out) == 0
+        single = f"trained on single questions: {name}. A second question may be answered"
+        assert (single in capsys.readouterr().err) == (name == "single")
+    train = ["train", folder, "--data", file, "--adapter", tmp_path / "talk", "--max-steps", 1]
+    assert run(*train, "--chat", "--out", tmp_path / "on") == 0
+    assert run_file.rows_of(tmp_path / "on") == {"chat": True, "questions": 2}
+    for wrong in ("rows = 1\n", "[rows]\nchat = 1\n", '[rows]\nquestions = "2"\n',
+                  "rows = [1]\n", "train = 3\n", "[rows]\nquestions = -5\n"):  # fmt: skip
+        text = (tmp_path / "on" / "run.toml").read_text().partition("[rows]")[0]
+        before = "" if wrong.startswith("[") else wrong
+        bare = text.partition("[train]")[0] if before else text
+        (tmp_path / "on" / "run.toml").write_text(before + bare + wrong[len(before) :])
+        assert run_file.rows_of(tmp_path / "on") == {}
+        assert run("resume", tmp_path / "on") == 2
+        must = "data, versions, rows, train must be tables"
+        must = must if before else "[rows] must say chat = true or false, and how many"
+        assert f"is damaged: {must}" in capsys.readouterr().err
+        (tmp_path / "on" / "run.toml").write_text(text)
+
+
+def test_a_template_that_tells_little_of_the_rows_stops_nothing():
+    """One that takes a single question, and one that writes nothing before an answer."""
+    rows = [{"question": "a", "answer": "b"}] * 3
+    single = CHATML.replace(
+        "{%", "{% if messages|length > 2 %}{{ raise_exception('one') }}{% endif %}{%", 1
+    )
+    tokenizer = byte_tokenizer(single)
+    assert form_of(read_data(rows, tokenizer)[0], tokenizer) == {"chat": True}
+    bare = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    tokenizer = byte_tokenizer(bare)
+    assert form_of(read_data(rows, tokenizer)[0], tokenizer) == {}

@@ -40,7 +40,7 @@ def test_duplicates_are_found_within_and_between_sets():
     }
     assert duplicates(sets, TOKENIZER) == [
         "train: 2 examples occur again: 0 = 2, 1 = 5",
-        "train and valid share 1 examples: 1 = 1",
+        "train and valid share 1 example: 1 = 1",
     ]
 
 
@@ -76,9 +76,9 @@ def test_nearly_the_same_rows_are_said_after_the_same_ones():
         "valid": examples(text.replace("quick", "slow")),
     }
     assert duplicates(sets, TOKENIZER) == [
-        "train: 1 examples occur again: 0 = 3",
-        "train: 1 pairs of nearly the same: 0 ~ 1",
-        "train and valid: 1 pairs of nearly the same: 0 ~ 0",
+        "train: 1 example occurs again: 0 = 3",
+        "train: 1 pair of rows that are nearly the same: 0 ~ 1",
+        "train and valid: 1 pair of rows that are nearly the same: 0 ~ 0",
     ]
 
 
@@ -142,11 +142,9 @@ def test_the_command_reads_no_weights(folder, capsys):
     assert main([*map(str, words), "--skip-bad", "1", "--show", "1"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "train: 1 examples, tokens: 28 to 28 long (median 28, 95 % at most 28); 7 to 7 learned "
-        "(median 7, 95 % at most 7)",
-        "valid: 1 examples, tokens: 28 to 28 long (median 28, 95 % at most 28); 7 to 7 learned "
-        "(median 7, 95 % at most 7)",
-        "train and valid share 1 examples: 0 = 0",
+        "train: 1 example, tokens: 28 long; 7 learned",
+        "valid: 1 example, tokens: 28 long; 7 learned",
+        "train and valid share 1 example: 0 = 0",
         "learned is what stands in ⟦⟧:",
         "<|im_start|>user",
         "hi<|im_end|>",
@@ -163,7 +161,9 @@ def test_the_command_refuses_bad_rows(folder, capsys):
     assert "t.csv:3: answer must not be empty; mend these rows" in capsys.readouterr().err
     words = ["--map", "prompt:a", "--show", "0"]
     assert main(["data", str(folder / "t.csv"), "--model", str(folder / "model"), *words]) == 2
-    assert "--map takes NAME=FIELD, found 'prompt:a'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--map takes NAME=FIELD, as in question=frage where your rows call the" in said
+    assert "found 'prompt:a'" in said
     words = ["--map", "prompt=a", "--map", "prompt=b"]
     assert main(["data", str(folder / "t.csv"), "--model", str(folder / "model"), *words]) == 2
     assert "--map takes each name once, found 'prompt' twice" in capsys.readouterr().err
@@ -174,7 +174,7 @@ def test_the_command_says_what_is_lacking(folder, capsys):
     words = ["data", str(folder / "v.jsonl"), "--model", str(folder / "model"), "--show", "0"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "no --valid: nothing here is held out" in said and "end without" not in said
+    assert "no --valid: no rows are held out" in said and "without a token" not in said
     assert main([*words, "--max-length", "25"]) == 0
     said = capsys.readouterr().out
-    assert "train: 1 of them end without a token that stops generation (cut at" in said
+    assert "train: 1 example without a token at the end that stops generation (cut at" in said

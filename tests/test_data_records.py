@@ -135,14 +135,14 @@ def test_files_says_each_reason_once_behind_its_places(tmp_path):
         f"quotes (column 2); {a}:4, {c}:3: a record must be an object, found list; {a}:5: text "
         f"must not be empty; {a}:6: must be JSON: Expecting ',' delimiter (column 3); {c}:2: must "
         "be UTF-8, found the byte ff (invalid start byte), which is 'ÿ' in Windows' cp1252; save "
-        "it as UTF-8 (in Excel: CSV UTF-8); mend these rows, or leave them out by skip_bad=6 "
-        "(--skip-bad)"
+        "it as UTF-8 (in Excel: CSV UTF-8); mend these rows, or leave them out with "
+        "--skip-bad 6 (in Python: skip_bad=6)"
     )
 
 
 @pytest.mark.parametrize(("count", "more"), [(10, ""), (11, " and 1 more"), (25, " and 15 more")])
 def test_files_names_ten_lines_of_a_kind(tmp_path, count, more):
-    file = write(tmp_path, '{"text": ""}\n' * count)
+    file = write(tmp_path, '{"text": ""}\n' * count + '{"text": "a"}\n')
     places = f"{file}:1, 2, 3, 4, 5, 6, 7, 8, 9, 10{more}: text must not be empty; mend"
     with pytest.raises(ValueError, match=re.escape(f"cannot read the data: {places}")):
         read(file)
@@ -150,8 +150,18 @@ def test_files_names_ten_lines_of_a_kind(tmp_path, count, more):
 
 def test_files_counts_more_than_five_kinds(tmp_path):
     kinds = ["[]", "{", '{"text": ""}', '{"text": 1}', '{"prompt": ""}', '{"messages": 1}', "a"]
-    with pytest.raises(ValueError, match="; and 2 other kinds of fault; mend"):
-        read(write(tmp_path, "\n".join(kinds)))
+    with pytest.raises(ValueError, match="; and 3 other kinds of fault; mend"):
+        read(write(tmp_path, "\n".join([*kinds, '{"text": "a"}'])))
+
+
+def test_rows_that_are_all_bad_are_not_to_be_left_out(tmp_path):
+    file = write(tmp_path, '{"text": ""}\n' * 3)
+    with pytest.raises(ValueError, match="a.jsonl:1, 2, 3: text must not be empty$"):
+        read(file)
+    with pytest.raises(ValueError, match="record 0, record 1: text must not be empty$"):
+        read_data([{"text": ""}] * 2, byte_tokenizer())
+    with pytest.raises(ValueError, match="record 0: text must not be empty; mend"):
+        read_data([{"text": ""}, {"text": "a"}], byte_tokenizer())
 
 
 def test_files_leaves_out_as_many_bad_rows_as_are_allowed(tmp_path):
@@ -160,7 +170,7 @@ def test_files_leaves_out_as_many_bad_rows_as_are_allowed(tmp_path):
     found, report = read_data(file, byte_tokenizer(), skip_bad=2)
     assert len(found) == report.documents == 3
     assert re.match(r"left out: .*:2: text must not be empty; .*:4: must", report.notes[0])
-    with pytest.raises(ValueError, match=r"skip_bad=2 \(--skip-bad\)"):
+    with pytest.raises(ValueError, match=r"--skip-bad 2 \(in Python: skip_bad=2\)"):
         read_data(file, byte_tokenizer(), skip_bad=1)
     with pytest.warns(UserWarning, match="a bad row was left out"):
         stream = streamed([file], byte_tokenizer(), Encoding(2, skip_bad=2)).source
@@ -196,7 +206,7 @@ BAD_RECORDS = [
     (
         {},
         "must have text, document, prompt and completion, messages, question and answer, or "
-        "input_ids, found nothing; --map question=FIELD answer=FIELD says which is which",
+        "input_ids, found nothing; say which is which, as in --map question=FIELD answer",
     ),
     ({"content": "a", "id": 1}, "or input_ids, found 'content, id'"),
     ({"prompt": "a"}, "or input_ids, found 'prompt'"),

@@ -223,7 +223,7 @@ def test_names_of_fields_that_are_mistyped_are_told():
     ):
         with pytest.raises(ValueError, match=message):
             learned({"asked": "a", "reply": "b"}, fields=fields)
-    with pytest.raises(ValueError, match="as in '--map question=frage answer=antwort'"):
+    with pytest.raises(ValueError, match=r"--map question=frage answer=antwort \(in Python"):
         learned({"frage": "a", "antwort": "b"})
 
 
@@ -234,6 +234,9 @@ def test_capitals_in_names_do_not_count():
     assert notes[-1] == "ignored fields, with how often they occur: id (1)"
     alpaca = learned({"Instruction": "Add.", "Input": "1", "Output": "2"})[0]
     assert alpaca == learned({"instruction": "Add.", "input": "1", "output": "2"})[0]
+    assert alpaca == learned({"instruction": "Add.", "Input": "1", "output": "2"})[0]
+    twice = learned({"instruction": "Add.", "Input": "1", "INPUT": "3", "output": "2"})[1]
+    assert "Input (1), INPUT (1)" in twice[-1]
     with pytest.raises(ValueError, match="found 'Text, TEXT'"):
         learned({"Text": "a", "TEXT": "b"})
 
@@ -303,7 +306,7 @@ def test_a_prompts_own_answers_are_learned_with_all_tokens():
 
 
 def test_the_last_turn_alone_and_all_tokens_exclude_each_other():
-    with pytest.raises(ValueError, match=r"\(--last-turn\) learns .* \(--all-tokens\) .*leave one"):
+    with pytest.raises(ValueError, match=r"--last-turn learns .* --all-tokens .*leave one"):
         learned({"messages": TALK}, last_turn=True, completion_only=False)
 
 
@@ -482,9 +485,32 @@ def test_messages_that_a_table_holds_as_text_are_messages():
         text = {key: json.dumps(value) for key, value in record.items()}
         found, wanted = (read_data([each], byte_tokenizer(CHATML))[0] for each in (text, record))
         assert found == wanted
-    plain = {"prompt": "List a talk.", "completion": json.dumps(say)}
-    (row,) = read_data([plain], byte_tokenizer())[0]
-    assert json.dumps(say) in byte_tokenizer().decode(row.input_ids)
+        one = {k: json.dumps(v[0]) if len(v) == 1 else text[k] for k, v in record.items()}
+        assert read_data([one], byte_tokenizer(CHATML))[0] == wanted
+    shared = json.dumps({"from": "human", "value": "Hi"})  # ShareGPT's
+    told = {"prompt": shared, "chosen": json.dumps(say), "rejected": json.dumps(other[0])}
+    wanted = {"prompt": ask, "chosen": say, "rejected": other}
+    assert (
+        read_data([told], byte_tokenizer(CHATML))[0]
+        == read_data([wanted], byte_tokenizer(CHATML))[0]
+    )
+    for printed in (
+        str(ask),
+        "[{'content': 'Hi', 'role': 'user'}\n {'content': 'b', 'role': 'gpt'}]",
+    ):
+        with pytest.raises(ValueError, match="must be JSON, found Python's own form, as pandas"):
+            read_data([{"prompt": printed, "completion": "b"}], byte_tokenizer(CHATML))
+    for text, answer in (  # texts that are like messages
+        ("List a talk.", json.dumps(say)),
+        ('{"from": "system", "text": "disk full"}', "Alert"),
+        ('{"from": "user", "to": "bot"}', "a"),
+        (f"{ask}\nHow is this list sent?", "By post."),
+    ):
+        (row,) = read_data([{"prompt": text, "completion": answer}], byte_tokenizer())[0]
+        assert byte_tokenizer().decode(row.input_ids) == text + answer
+    answers = {"prompt": "One message.", "chosen": json.dumps(ask[0]), "rejected": "No"}
+    (pair,) = read_data([answers], byte_tokenizer())[0]
+    assert json.dumps(ask[0]) in byte_tokenizer().decode(pair.input_ids)
 
 
 def test_a_system_message_of_a_question_is_a_text():
@@ -700,7 +726,7 @@ def test_a_stream_leaves_out_what_encoding_finds_bad_as_reading_at_once_does(tmp
     assert [str(each.message).partition("a.jsonl:")[2][:2] for each in said] == ["2:", "3:"]
     assert stream.source.report.documents == 2
     stream = stream_of(tmp_path, rows[:2])
-    message = r"a\.jsonl:2: tools must be JSON, .* leave them out by skip_bad=1 \(--skip-bad\)"
+    message = r"a\.jsonl:2: tools must be JSON, .* leave them out with --skip-bad 1 \(in Python"
     with pytest.raises(ValueError, match=message):
         [stream.encode(row) for row in stream.source]
 

@@ -226,7 +226,7 @@ def test_fit_on_a_stream_says_which_held_out_examples_are_trained_on(capsys):
 
 
 def test_fit_on_a_stream_refuses_what_it_can_not_do():
-    with pytest.raises(ValueError, match="no known length, so a run on it needs max_steps"):
+    with pytest.raises(ValueError, match="no known length, so a run on it needs --max-steps"):
         fit(tiny(), Stream(Source()))
     with pytest.raises(ValueError, match="so epochs can't be counted, found epochs=2"):
         fit(tiny(), Stream(Source()), epochs=2)

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from minilora.files.json_text import parse_json
-from minilora.files.wording import one_line, reading, short
+from minilora.files.wording import one_line, reading, said, short
 
 
 def test_short_quotes_at_most_its_limit():
@@ -67,3 +67,13 @@ def test_json_that_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_json(text, "it")
     assert parse_json('{"a": [1, {"a": 2}]}', "it") == {"a": [1, {"a": 2}]}
+
+
+def test_an_error_of_the_system_is_said_without_its_number(tmp_path):
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "none").read_text()
+    assert said(caught.value) == (
+        f"{tmp_path / 'none'} must be a file or folder that can be used, found: No such file or "
+        f"directory"
+    )
+    assert said(OSError("ours")) == "ours"

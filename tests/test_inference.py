@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import minilora
+from minilora.lora import as_found, inference
 from minilora.lora.layer import lora_layers
-from minilora.lora.modes import as_found, inference
 from minilora.models import Llama, LlamaConfig
 
 VOCAB = 23

@@ -99,7 +99,7 @@ import hashlib, sys, torch
 torch.set_default_dtype(getattr(torch, sys.argv[1]))
 import minilora
 from minilora.kernels import DYNAMIC_CODE
-from minilora.lora.serving import mixed
+from minilora.lora import mixed
 from torch import nn
 
 found = hashlib.sha256()

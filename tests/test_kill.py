@@ -153,7 +153,7 @@ def test_train_asked_to_stop_finishes_the_step_and_says_how_to_go_on(
     assert forks.code() == 130
     said = forks.log.read_text()
     assert "finishing the step in hand" in said
-    assert "continue with resume=True (--resume)" in said
+    assert "go on with minilora resume " in said
     assert resumed(forks, place, out) == 0
     assert adapters(out) == unbroken[0]
 

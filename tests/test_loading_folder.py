@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from model_families import their_model
+from model_families import read_model, their_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_files import every_kill, needs_fork
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
-from minilora.loading.model import load_model, read_model
+from minilora.loading.model import load_model
 from minilora.loading.saving import save_pretrained
 from minilora.text.tokenizer import Tokenizer
 

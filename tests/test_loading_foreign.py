@@ -286,5 +286,5 @@ def test_an_adapter_given_as_the_model_is_recognised(tmp_path):
     model = foreign("falcon")
     model.name_or_path = "tiiuae/falcon-7b"
     minilora.save(minilora.inject(model, r=4), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"found an adapter in .*on, 'tiiuae/falcon-7b', and the"):
+    with pytest.raises(ValueError, match=r"found an adapter in .*on, 'tiiuae/falcon-7b'"):
         _load(tmp_path / "adapter")

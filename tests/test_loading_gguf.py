@@ -11,6 +11,7 @@ import torch
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_families import read_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 
@@ -20,7 +21,7 @@ from minilora.loading.fetching import fetch
 from minilora.loading.gguf_file import open_gguf
 from minilora.loading.gguf_reader import read_gguf, read_tensor
 from minilora.loading.gguf_types import OTHER_TYPES, TYPES
-from minilora.loading.model import load_model, read_model
+from minilora.loading.model import load_model
 from minilora.loading.source import make_model
 from minilora.models.blocks import KVCache
 from minilora.quantization import Quantization

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import gguf
@@ -15,7 +16,7 @@ import torch
 from byte_tokenizer import ALPHABET, CHATML, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from model_families import FAMILIES, every_family, tiny
+from model_families import FAMILIES, every_family, read_model, tiny
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from torch import nn
@@ -23,7 +24,6 @@ from torch import nn
 import minilora
 from minilora.cli.command import main
 from minilora.loading import export_gguf, save_gguf, save_pretrained
-from minilora.loading.model import read_model
 from minilora.models import GPT2, Gemma2, Gemma3, GPTNeoX, Llama
 from minilora.models.rope import Dynamic, Linear, Llama3, LongRope, Yarn
 from minilora.text import Tokenizer
@@ -415,6 +415,8 @@ def test_what_a_model_file_cannot_hold_is_refused(tmp_path):
         save_gguf(model, file, byte_tokenizer(CHATML, merges=[("2", ",")]))
     with pytest.raises(ValueError, match="must be a byte-level BPE, found WordLevel"):
         save_gguf(model, file, Tokenizer(Backend(models.WordLevel({"a": 0}, unk_token="a"))))
+    with pytest.raises(ValueError, match="must have merges, found none: .* write a folder instead"):
+        save_gguf(model, file, byte_tokenizer(CHATML))
     nameless = tiny("gpt2")
     nameless.gguf = None
     with pytest.raises(ValueError, match="whose names in it are built, found GPT2"):
@@ -457,6 +459,37 @@ def test_what_llama_cpp_does_not_do_with_a_text_is_refused_or_said(tmp_path):
     backend.add_tokens([AddedToken("[T]", lstrip=True)])
     with pytest.raises(ValueError, match="found 261 rows and 262 ids; resize the embedding"):
         save_gguf(model, tmp_path / "b.gguf", Tokenizer(backend, eos="<|end|>"))
+
+
+def test_what_llama_cpp_does_not_read_of_a_file_is_said(tmp_path):
+    model, tokenizer = writer("llama", rope_scaling=Yarn(16, 4.0, beta_fast=8.0, beta_slow=1.0))
+    with pytest.warns(UserWarning, match="command line alone: --yarn-beta-fast 8$"):
+        save_gguf(model, tmp_path / "a.gguf", tokenizer)
+    model, tokenizer = writer("phi3", sliding_window=8)
+    with pytest.warns(UserWarning, match="no window for phi3, and this model has one of 8 tokens"):
+        save_gguf(model, tmp_path / "b.gguf", tokenizer)
+    model.config = model.config.replace(sliding_window=model.config.max_position_embeddings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_gguf(model, tmp_path / "b.gguf", tokenizer)
+    model, tokenizer = writer("qwen3", attention_bias=True)  # llama.cpp refuses such a file
+    with pytest.raises(ValueError, match="must tell all of the model's configuration"):
+        save_gguf(model, tmp_path / "c.gguf", tokenizer)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"rope_scaling": Yarn(256, 4.0, beta_fast=4.0)}), ("phi3", {"sliding_window": 8})],
+)
+def test_llama_cpp_still_does_not_read_it(tmp_path, family, options):
+    """Where this fails, llama.cpp reads the key, and the warning can go."""
+    wide = {"hidden_size": 64, "head_dim": 16} if family == "llama" else {}
+    model, tokenizer = writer(family, **wide, **options)
+    with pytest.warns(UserWarning, match=r"llama\.cpp"):
+        save_gguf(model, tmp_path / "a.gguf", tokenizer, type="f32")
+    with pytest.raises(AssertionError):
+        agree(theirs(tmp_path / "a.gguf"), model, tokenizer)
 
 
 def test_an_option_that_no_key_tells_is_refused(tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from small_models import net, shake
 from torch import nn
 
 import minilora
+from minilora.lora import mixed, prepare_switching
 from minilora.lora.combination import METHODS, PRUNING, ApproximatedLayer, Approximation, combine
 from minilora.lora.layer import lora_layers
-from minilora.lora.serving import mixed, prepare_switching
 
 F64 = torch.float64
 

@@ -10,8 +10,8 @@ from test_lora_combination import F64, IDS, add, kinds
 from torch import nn
 
 import minilora
+from minilora.lora import end_switching, mixed, prepare_switching
 from minilora.lora.layer import lora_layers
-from minilora.lora.serving import end_switching, mixed, prepare_switching
 from minilora.lora.survey import Survey
 
 LINEARS = ["linear", "turned", "out"]

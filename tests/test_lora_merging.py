@@ -12,7 +12,7 @@ from small_models import bits, net, shake, two_adapters, unchanged
 from torch import nn
 
 import minilora
-from minilora.lora.serving import end_switching, prepare_switching
+from minilora.lora import end_switching, prepare_switching
 from minilora.lora.trial import acts_as_linear
 
 

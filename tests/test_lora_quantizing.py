@@ -469,7 +469,7 @@ def test_explain_and_switching_work_over_codes():
     model = minilora.inject(quantized("nf4"), r=2, alpha=3)
     nn.init.normal_(model.up.adapters["default"].lora_B)
     assert {row.name for row in minilora.explain(model).layers} == {"up", "down"}
-    from minilora.lora.serving import prepare_switching
+    from minilora.lora import prepare_switching
 
     before = model(IDS)
     prepare_switching(model, max_r=4)

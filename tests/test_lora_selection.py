@@ -9,8 +9,9 @@ from small_models import Conv1D
 from torch import nn
 
 import minilora
+from minilora.lora import base_of
 from minilora.lora.layer import lora_layers
-from minilora.lora.selection import TargetList, matrix_shape, select_targets
+from minilora.lora.selection import TargetList, select_targets
 
 
 class Attention(nn.Module):
@@ -195,13 +196,13 @@ def test_selection_refuses_layers_that_only_look_alike(make):
     with pytest.raises(ValueError, match=f"'0' matches 0, a {make.__name__}; "):
         minilora.targets(model, ["0"])
     with pytest.raises(TypeError, match=f"no adapter goes on a {make.__name__}"):
-        matrix_shape(model[0])
+        base_of(model[0])
 
 
 def test_a_conv1d_is_told_by_its_transposed_weight():
     model = nn.ModuleDict({"gpt2": Conv1D(18, 6), "torchs": nn.Conv1d(6, 18, 1)})
     assert select_targets(model) == ["gpt2"]
-    assert matrix_shape(model["gpt2"]) == (18, 6)
+    assert base_of(model["gpt2"]).shape == (18, 6)
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4), lambda: nn.Embedding(3, 4)])

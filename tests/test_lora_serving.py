@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import minilora
 from minilora.kernels import row_masks
+from minilora.lora import end_switching, mixed, prepare_switching
 from minilora.lora.layer import lora_layers
-from minilora.lora.serving import end_switching, mixed, prepare_switching
 
 ADAPTERS = {
     "a": {"r": 3, "alpha": 5},

@@ -590,7 +590,7 @@ class Verbs(RuleBasedStateMachine):
         elif "layers.1.down" in biased:
             self.refused(ValueError, "adds to the bias of .*, found none", call)
         elif tied and not copied & {"embed.weight", "head.weight"}:
-            self.refused(ValueError, "both share one weight; pass untie=True", call)
+            self.refused(ValueError, "both share one weight; pass --untie", call)
         elif tied or any(f"{fqn}.bias" in copied for fqn in biased):
             # With copies about, refusing may be more careful than it need be; it is never wrong.
             before = picture(self.model)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import minilora
-from minilora.lora.storage import sizes
+from minilora.lora import sizes
 from minilora.models import GPT2, GPT2Config, Llama, LlamaConfig
 
 TINYLLAMA = {

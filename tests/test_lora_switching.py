@@ -10,8 +10,8 @@ import torch
 from small_models import bits, net, shake, two_adapters, unchanged
 
 import minilora
+from minilora.lora import mixed
 from minilora.lora.layer import lora_layers
-from minilora.lora.serving import mixed
 
 
 def test_adapters_sum_switch_and_roll_back():

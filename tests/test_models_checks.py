@@ -18,6 +18,7 @@ from model_families import (
     every_family,
     every_shape,
     our_model,
+    read_model,
     some_ids,
     their_model,
     tiny,
@@ -25,7 +26,7 @@ from model_families import (
 
 import minilora
 from minilora.data import Example, pack, pad
-from minilora.loading.model import _opened, make_model, read_model
+from minilora.loading.model import _opened, make_model
 from minilora.planning.saved import SavedBytes
 from minilora.quantization import Quantization, QuantizedLinear
 from minilora.running import compiled, token_loss

@@ -9,6 +9,7 @@ from model_families import (
     every_family,
     every_shape,
     our_model,
+    read_model,
     some_ids,
     their_model,
 )
@@ -16,7 +17,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import minilora
-from minilora.loading.model import read_model
 from minilora.loading.saving import save_pretrained
 from minilora.lora import lora_layers
 from minilora.models import KVCache

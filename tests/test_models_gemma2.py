@@ -4,10 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_families import assert_close, assert_equal_in_parts, our_model, some_ids, their_model
+from model_families import (
+    FAMILIES,
+    assert_close,
+    assert_equal_in_parts,
+    our_model,
+    some_ids,
+    their_model,
+)
+from transformers import AutoModelForCausalLM
 from transformers import Gemma2Config as TheirConfig
 
 import minilora
+from minilora.loading import save_pretrained
 from minilora.models import Gemma2Config
 
 pytestmark = pytest.mark.peers
@@ -76,6 +85,20 @@ def test_the_loss_through_an_adapter_on_the_head_is_capped():
     assert logits.abs().max() <= model.config.final_logit_softcapping
     wanted = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
     assert_close(model.loss(ids, ids), wanted)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_transformers_runs_a_folder_of_a_model_without_windows(family, tmp_path):
+    """It asks for the width of a window even where no layer has one."""
+    layers = FAMILIES[family].base["num_hidden_layers"]
+    theirs = their_model(family, layer_types=["full_attention"] * layers)
+    ours = our_model(family, theirs)
+    assert ours.config.windows == (None,) * layers
+    save_pretrained(ours, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = some_ids(ours, 2, 9)
+    with torch.no_grad():
+        assert_close(ours(ids), again(ids).logits)
 
 
 def test_the_published_sizes():

@@ -1,5 +1,7 @@
 """What Gemma 3 has beside what every family has: two ropes, a pattern of windows, its norms."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +64,19 @@ def test_older_keys_are_read_as_transformers_does():
     assert TheirConfig(**ours.to_dict()).rope_parameters == theirs.rope_parameters
 
 
+def test_an_original_context_counts_only_in_the_rope_that_it_stands_in():
+    """As in transformers, which ignores one outside where ropes differ from layer to layer."""
+    scaling = {"rope_type": "yarn", "rope_theta": 900.0, "factor": 4.0}
+    for stated, original in (({}, 131072), ({"original_max_position_embeddings": 64}, 64)):
+        nested = {FULL: scaling | stated, SLIDING: {"rope_type": "default", "rope_theta": 30.0}}
+        for rope in ({"rope_parameters": nested}, {"rope_scaling": scaling | stated}):
+            entries = BASE | rope | {"original_max_position_embeddings": 8}
+            theirs = TheirConfig(**copy.deepcopy(entries)).rope_parameters[FULL]
+            assert theirs["original_max_position_embeddings"] == original
+            found = Gemma3Config.from_dict(entries).rope_scaling
+            assert found.original_max_position_embeddings == original
+
+
 def test_the_published_sizes():
     """The 1B's number of parameters on its page."""
     config = Gemma3Config.from_dict(
@@ -87,6 +102,7 @@ def test_config_defaults_are_those_of_transformers():
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not built"),
         ({"sliding_window_pattern": 0}, "sliding_window_pattern must be an integer above 0"),
         ({"rope_parameters": {FULL: {}, "odd": 1}}, r"rope_parameters: odd=1 is not built"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, r"rope_theta=5.0 is not built: it must hold"),
         (
             {"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 2.0}}},
             "rope_parameters: rope_type='linear' is not built",

@@ -9,12 +9,11 @@ import math
 import gguf
 import pytest
 import torch
-from model_families import FAMILIES, assert_close, some_ids, their_model
+from model_families import FAMILIES, assert_close, read_model, some_ids, their_model
 from test_loading_gguf import _interleaved, _write
 from transformers import AutoModelForCausalLM
 
 from minilora.loading import save_pretrained
-from minilora.loading.model import read_model
 from minilora.models.rope import Llama3, LongRope
 
 pytestmark = pytest.mark.peers

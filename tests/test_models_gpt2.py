@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_families import assert_close, our_model, some_ids, their_model
+from model_families import assert_close, our_model, read_model, some_ids, their_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -17,7 +17,7 @@ from transformers import GPT2Config as TheirConfig
 from transformers.pytorch_utils import Conv1D as TheirConv1D
 
 import minilora
-from minilora.loading.model import load_model, read_model
+from minilora.loading.model import load_model
 from minilora.loading.saving import save_pretrained
 from minilora.models import GPT2, Conv1D, GPT2Config
 from minilora.models.gpt_blocks import ACTIVATIONS

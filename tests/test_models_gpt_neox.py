@@ -1,15 +1,16 @@
 """What GPT-NeoX has beside what every family has: its projection, its rope, its head's name."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_families import assert_equal_in_parts, our_model, their_model
+from model_families import assert_equal_in_parts, our_model, read_model, their_model
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig as TheirConfig
 
 import minilora
-from minilora.loading.model import read_model
 from minilora.loading.saving import save_pretrained
 from minilora.lora import lora_layers
 from minilora.models import GPTNeoX, GPTNeoXConfig
@@ -75,6 +76,24 @@ def test_older_keys_are_read_as_transformers_does():
     assert GPTNeoXConfig.from_dict(theirs.to_dict()) == ours
     again = TheirConfig(**ours.to_dict())
     assert again.rope_parameters == theirs.rope_parameters
+
+
+@pytest.mark.parametrize("own", [{}, {"rotary_pct": 0.5, "rotary_emb_base": 50}])
+@pytest.mark.parametrize("inner", [{}, {"rope_theta": 70.0, "partial_rotary_factor": 1.0}])
+def test_names_of_other_families_must_agree_with_what_transformers_reads(own, inner):
+    """It reads them in rope_parameters alone."""
+    entries = BASE | {"hidden_size": 32} | own
+    if inner:
+        entries["rope_parameters"] = {"rope_type": "default", **inner}
+    theirs = TheirConfig(**copy.deepcopy(entries)).rope_parameters
+    ours = GPTNeoXConfig.from_dict(entries)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        assert getattr(ours, key) == theirs[key]
+        assert GPTNeoXConfig.from_dict(entries | {key: theirs[key]}) == ours
+        other = TheirConfig(**copy.deepcopy(entries | {key: 0.75}))
+        assert other.rope_parameters == theirs
+        with pytest.raises(ValueError, match=rf"{key} must be .*, found 0\.75, which .* ignores"):
+            GPTNeoXConfig.from_dict(entries | {key: 0.75})
 
 
 def test_the_published_size():

@@ -4,10 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_families import assert_close, assert_equal_in_parts, some_ids, their_model
+from model_families import assert_close, assert_equal_in_parts, read_model, some_ids, their_model
 from test_loading_gguf import _metadata, _tensors, _write
 
-from minilora.loading.model import read_model
 from minilora.models import Qwen2, Qwen2Config
 
 pytestmark = pytest.mark.peers

@@ -18,7 +18,8 @@ from sweeps import wide
 
 import minilora
 import minilora.models
-from minilora.files import EXTRAS, import_extra
+from minilora.files import import_extra
+from minilora.files.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 

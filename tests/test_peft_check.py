@@ -34,6 +34,8 @@ SAVED = {
     "bias": ({"bias": "all"}, {"vLLM": "bias='all' is refused", "llama.cpp": "refused as no LoRA"}),
     "lora bias": ({"lora_bias": True}, dict.fromkeys(
         ("vLLM", "llama.cpp"), "lora_bias .first: mlp.0. is refused")),
+    "lora bias, gaussian": ({"lora_bias": True, "init": "gaussian"}, dict.fromkeys(
+        ("vLLM", "llama.cpp"), "lora_bias .first: mlp.0. is refused")),
     "modules to save": (
         {"modules_to_save": ["lm_head"]},
         dict.fromkeys(
@@ -95,6 +97,17 @@ def with_key(key):
     return lambda held: held | {key: torch.zeros(3)}
 
 
+def biased(held):
+    return held | {f"{P}{name}.lora_B.bias": torch.ones(20) for name in ("q_proj", "v_proj")}
+
+
+def with_mlp(held):
+    whole = {f"{P}mlp.{key}": value for key, value in net().mlp.state_dict().items()}
+    return held | whole
+
+
+BIASED = dict.fromkeys(("vLLM", "llama.cpp"), "lora_bias .first: q_proj. is refused")
+COPIED = dict.fromkeys(("vLLM", "llama.cpp"), r"mlp.* is refused as no LoRA weight .4 such")
 READERS = ("PEFT", "vLLM", "llama.cpp")
 # Edits of a plain adapter on q_proj and v_proj: config, keys, and the problems that they make, one
 # for all readers or by reader.
@@ -119,6 +132,21 @@ EDITED = {
         "vLLM": "init_lora_weights='pissa' fits only the changed base",
         "llama.cpp": "'pissa' fits"}),
     "gaussian": ({"init_lora_weights": "gaussian"}, None, {}),
+    "lora_bias": ({"lora_bias": True}, biased, BIASED),
+    "gaussian beside lora_bias": (
+        {"lora_bias": True, "init_lora_weights": "gaussian"}, biased,
+        BIASED | {"PEFT": "lora_bias=True needs init_lora_weights .*, found 'gaussian'"}),
+    "blocks beside a regex": (
+        {"target_modules": "q_proj|v_proj", "layers_to_transform": [0]}, None,
+        {"PEFT": "layers_pattern are refused where target_modules is a regex"}),
+    "pattern beside a regex": (
+        {"target_modules": "q_proj|v_proj", "layers_pattern": ["mlp"]}, None,
+        {"PEFT": "layers_pattern are refused where target_modules is a regex"}),
+    "pattern without blocks": ({"layers_pattern": ["mlp"]}, None, {
+        "PEFT": "layers_pattern is refused without layers_to_transform"}),
+    "copies": ({"modules_to_save": ["mlp"]}, with_mlp, COPIED),
+    "a copy in a copy": ({"modules_to_save": ["mlp", "mlp.0"]}, with_mlp, COPIED | {
+        "PEFT": r"modules_to_save must not name mlp\.0, which lies within mlp"}),
     "Conv1D": (
         {"fan_in_fan_out": True, "target_modules": ["c_attn", "v_proj"]},
         renamed("q_proj", "c_attn"),

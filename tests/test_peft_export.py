@@ -12,10 +12,10 @@ from small_models import net, read_by, shake
 from test_lora_combination import F64, IDS, add, agree, best, dense, kinds
 
 import minilora
+from minilora.lora import prepare_switching
 from minilora.lora.combination import combine
 from minilora.lora.layer import lora_layers
 from minilora.lora.routes import Slot
-from minilora.lora.serving import prepare_switching
 from minilora.peft.portable import export, to_lora
 
 LINEARS = ["linear", "turned", "out"]

@@ -1,6 +1,7 @@
 """The matrix: every kind of layer with every option, PEFT as judge in both directions."""
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -251,6 +252,120 @@ def test_several_adapters_sum_like_pefts(tmp_path, kind):
         theirs.base_model.set_adapter(names)
         minilora.activate(ours, names)
         torch.testing.assert_close(run(theirs, kind), run(ours, kind), **F32)
+
+
+def test_dora_among_several_depends_on_their_order_in_peft(tmp_path):
+    """As docs/peft.md says: the two agree where one is DoRA, and the first."""
+    base = made("linear")
+    targets = KINDS["linear"][2]
+    ours = minilora.inject(copy.deepcopy(base), r=4, alpha=6, targets=targets)
+    minilora.inject(ours, r=2, alpha=5, dora=True, targets=targets, adapter="b")
+    shake(p for n, p in ours.named_parameters() if "adapters" in n)
+    for name in ("default", "b"):
+        minilora.save(ours, tmp_path, name)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    theirs.load_adapter(tmp_path / "b", "b")
+    found = []
+    for names in (["b", "default"], ["default", "b"]):
+        theirs.base_model.set_adapter(names)
+        minilora.activate(ours, names)
+        found.append((run(theirs, "linear"), run(ours, "linear")))
+    torch.testing.assert_close(*found[0], **F32)
+    torch.testing.assert_close(found[1][1], found[0][1], **F32)
+    assert not torch.allclose(found[1][0], found[0][0], atol=1e-2)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_peft_takes_a_lora_bias_beside_any_init(tmp_path, init):
+    base, (_, _, targets, *_) = made("linear"), KINDS["linear"]
+    ours = minilora.inject(
+        copy.deepcopy(base), r=4, alpha=6, targets=targets, lora_bias=True, init=init
+    )
+    shake(p for p in ours.parameters() if p.requires_grad)
+    assert minilora.check(minilora.save(ours, tmp_path))[0].takes
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(run(theirs, "linear"), run(ours, "linear"), **F32)
+
+
+def tied_llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "tied"),
+    [
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"modules_to_save": ["embed_tokens"]}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"]}, True),
+        ({}, False),
+    ],
+)
+def test_layers_that_peft_trains_as_one_are_not_trained_apart(tmp_path, options, tied):
+    """Its `ensure_weight_tying`."""
+    base = tied_llama()
+    options = {"target_modules": ["q_proj"], "ensure_weight_tying": True} | options
+    config = peft.LoraConfig(r=2, lora_alpha=3, **options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    ours = minilora.load(copy.deepcopy(base), tmp_path, verify=False)
+    torch.testing.assert_close(run(ours, "linear"), run(theirs, "linear"), **F32)
+    if not tied:
+        minilora.load(base, tmp_path, trainable=True)
+        return
+    with pytest.raises(
+        ValueError, match=r"found lm_head and model\.embed_tokens, .* trainable=Fal"
+    ):
+        minilora.load(base, tmp_path, trainable=True)
+
+
+def test_layers_of_two_ties_are_no_tie(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        parts = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("a", "b", "c", "d")})
+        parts["b"].weight, parts["d"].weight = parts["a"].weight, parts["c"].weight
+        return parts
+
+    minilora.save(minilora.inject(net(), r=2, targets=["a", "c"]), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ensure_weight_tying": True}))
+    loaded = minilora.load(net(), tmp_path, trainable=True, verify=False)
+    assert sum(p.requires_grad for p in loaded.parameters()) == 4
+
+
+def test_an_embedding_alone_is_trained_though_its_head_is_tied(tmp_path):
+    """GPT-2's is not one that PEFT ties adapters of."""
+    base = made("conv1d")
+    config = peft.LoraConfig(r=2, target_modules=["wte"], ensure_weight_tying=True)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    ours = minilora.load(base, tmp_path, trainable=True)
+    torch.testing.assert_close(run(ours, "conv1d"), run(theirs, "conv1d"), **F32)
+
+
+def test_a_copy_within_a_copy_is_refused(tmp_path):
+    """PEFT can't load its own file; `inject` makes one copy."""
+    torch.manual_seed(0)
+    base = roberta().eval()
+    modules = ["classifier.out_proj", "classifier"]
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=modules)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    with pytest.raises(KeyError, match="classifier.out_proj.weight"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    with pytest.raises(ValueError, match=r"found classifier\.out_proj in classifier: PEFT trains"):
+        minilora.load(copy.deepcopy(base), tmp_path)
+    ours = minilora.inject(copy.deepcopy(base), targets=["query"], modules_to_save=modules)
+    shake(p for p in ours.parameters() if p.requires_grad)
+    minilora.save(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, **F32)
 
 
 def test_several_adapters_of_peft_load_side_by_side(tmp_path):

@@ -47,7 +47,10 @@ def test_save_load_round_trip_keeps_every_byte(tmp_path):
 
 def test_load_refuses_another_base(tmp_path):
     model = saved(tmp_path)
-    with pytest.raises(ValueError, match="trained on another base: sampled weights of q_proj"):
+    with pytest.raises(
+        ValueError,
+        match=r"on another base: sampled weights of q_proj .*\(in Python, verify=False loads",
+    ):
         minilora.load(net(seed=1), tmp_path)
     minilora.load(net(seed=1), tmp_path, verify=False)
     narrow = minilora.load(net(dtype=torch.bfloat16), tmp_path)  # the same base, rounded
@@ -274,10 +277,26 @@ def test_read_config_refuses(tmp_path, text, message):
 
 
 def test_load_refuses_another_base_in_another_format(tmp_path):
-    """Rounded to bfloat16 the same base is alike, another one is not."""
+    """Codes of the same base are alike, those of another one are not."""
     saved(tmp_path)
+    other = minilora.quantize(net(seed=1), "int8", targets=["q_proj"])
     with pytest.raises(ValueError, match=r"weights of q_proj must be alike .cosine -?0\.\d+, 0.98"):
-        minilora.load(net(seed=1, dtype=torch.bfloat16), tmp_path)
+        minilora.load(other, tmp_path)
+
+
+@pytest.mark.parametrize("there", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("here", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_base_with_the_adapter_merged_is_another_one_in_every_dtype(tmp_path, there, here):
+    """The adapter would be added twice; a merged base is 0.9998 alike."""
+    model = minilora.inject(net(dtype=there), r=2, alpha=3)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.adapters["default"].lora_B, std=0.02)
+    minilora.save(model, tmp_path)
+    minilora.load(net(dtype=there).to(here), tmp_path)
+    minilora.merge(model)
+    merged = minilora.eject(model).to(here)
+    with pytest.raises(ValueError, match="was trained on another base: sampled weights of .* must"):
+        minilora.load(merged, tmp_path)
 
 
 def test_adapters_of_peft_load_without_a_note_on_the_base(tmp_path):
@@ -397,3 +416,26 @@ def test_save_names_layers_that_training_did_not_reach(tmp_path):
     optimizer.step()
     with pytest.warns(UserWarning, match=r"adds nothing in 1 of 2 layers \(first: first\)"):
         minilora.save(model, tmp_path / "trained")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_replacing_values_keeps_their_dtype_and_rounds_once(tmp_path, dtype):
+    """And `dtype=` is not needed for it."""
+    model = shake(minilora.inject(net(), r=4, alpha=6, dtype=torch.float64)).double()
+    minilora.save(model, tmp_path)
+    other = minilora.inject(net(), r=4, alpha=6, dtype=dtype)
+    minilora.load(other, tmp_path, replace=True, verify=False)
+    for fqn, layer in lora_layers(model).items():
+        wanted, found = layer.adapters["default"], lora_layers(other)[fqn].adapters["default"]
+        assert found.lora_B.dtype == dtype
+        assert torch.equal(found.lora_A, wanted.lora_A.to(dtype))
+        assert torch.equal(found.lora_B, wanted.lora_B.to(dtype))
+
+
+def test_values_too_large_for_what_they_replace_are_refused(tmp_path):
+    model = minilora.inject(net(), r=4, alpha=6)
+    lora_layers(model)["q_proj"].adapters["default"].lora_B.data.fill_(1e6)
+    minilora.save(model, tmp_path)
+    other = minilora.inject(net(), r=4, alpha=6, dtype=torch.float16)
+    with pytest.raises(ValueError, match="must hold floats that are finite in torch.float16"):
+        minilora.load(other, tmp_path, replace=True)

@@ -76,7 +76,10 @@ def test_prices_go_to_their_machines(capsys):
         (["gpt3"], "found 'gpt3'; nearest: gpt2"),
         (["gpt2", "--batch-size", "-2"], "batch_size must be a whole number of at least 1"),
         (["gpt2", "--examples", "0"], "data must be a whole number of at least 1, at most 1,000"),
-        (["gpt2", "--price", "-1"], "the price of an hour on here must be at least 0, found -1"),
+        (
+            ["gpt2", "--price", "-1"],
+            "the price of an hour on this machine must be at least 0, found -1",
+        ),
         (["gpt2", "--r", "1000"], "r=1000 is above what transformer.h.0.attn.c_attn can use"),
     ],
 )

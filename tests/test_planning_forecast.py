@@ -145,10 +145,10 @@ def test_the_pass_that_takes_most_is_planned(monkeypatch):
     assert dataclasses.replace(ragged, pass_tokens=None).fullest.length == 256
     with pytest.raises(ValueError, match="pass_tokens must be a whole number"):
         dataclasses.replace(ragged, pass_tokens=0)
-    monkeypatch.setattr("minilora.planning.passes.PASS_TOKENS", 100)
+    monkeypatch.setattr("minilora.planning.batches.PASS_TOKENS", 100)
     said = short_run(monkeypatch, max_steps=None, epochs=1)
     assert "in this run's 16 steps is 2 × 64 tokens, in passes of 1 × 64\n" in said
-    monkeypatch.setattr("minilora.planning.passes.PASS_TOKENS", 128)
+    monkeypatch.setattr("minilora.planning.batches.PASS_TOKENS", 128)
     more = short_run(monkeypatch, max_steps=None, epochs=1)
     assert "in this run's 16 steps is 2 × 64 tokens\n" in more
     kept = [float(re.search(r"activations +([\d.]+)", text)[1]) for text in (said, more)]

@@ -11,8 +11,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from minilora.kernels import hand_back_freed_memory
+from minilora.lora import sizes
 from minilora.lora.layer import LoRALayer, lora_layers
-from minilora.lora.storage import sizes
 from minilora.models import GPT2Config, LlamaConfig
 from minilora.planning import machines, timing
 from minilora.planning.machines import calibrate, forget_peak, free_memory, peak_bytes

@@ -5,8 +5,8 @@ import torch
 
 import minilora
 from minilora.kernels import cpu
+from minilora.lora import sizes
 from minilora.lora.layer import lora_layers
-from minilora.lora.storage import sizes
 from minilora.models import GPT2Config, Llama, LlamaConfig
 from minilora.planning import memory as constants
 from minilora.planning.memory import Memory, count_memory

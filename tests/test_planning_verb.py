@@ -49,6 +49,7 @@ def test_a_small_model_stays_on_the_cpu():
     assert "The CPU here is the right choice" in found.advice.why
     assert found.settings.dtype == torch.bfloat16
     assert found.advice.option.device.name == "here"
+    assert "; on this machine (" in str(found) and " on here" not in str(found)
     assert sum(found.memory.components().values()) == found.memory.peak
 
 

@@ -186,13 +186,19 @@ def test_explain_is_sure_of_nothing_on_a_few_examples(number, model, tmp_path):
         model, "default", data=some[:number], train=some[number : 2 * number],
         outside=some[2 * number :],
     )  # fmt: skip
+    whole = minilora.explain(model, "default", data=sentences(10), ablate_examples=10)
     assert found.forgetting.change != 0 and not found.forgetting.clear
     assert not found.gap.overfitted
     text = str(found)
     assert "outside the task (can't tell): loss" in text
     assert "over-fitted or not, can't tell: the gap" in text
     assert "can&#x27;t tell" in found.to_html(tmp_path / "a.html").read_text()
-    assert ("± inf" in text) == (number == 1)
+    page = found.to_html(tmp_path / "b.html").read_text()
+    few = "fewer than 10 examples are too few to tell"
+    assert f"tokens; {few}\nheld-out loss at" in text and text.count(few) == 3
+    assert f"likelier; {few}</span>" in page and f"tokens): {few}. Left" in page
+    assert "±" not in text and "±" not in page and few not in str(whole)
+    assert "±" in str(whole) and "±" in whole.to_html(tmp_path / "c.html").read_text()
     read = json.loads(found.to_json(tmp_path / "a.json").read_text())
     assert read["forgetting"]["clear"] is False
     assert (read["forgetting"]["error"] is None) == (number == 1)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from contextlib import contextmanager
 from fractions import Fraction
 from xml.etree import ElementTree
 
@@ -128,18 +129,38 @@ def test_what_is_the_same_cannot_be_told_apart():
     (difference,) = found.differences
     assert (difference.change, difference.low, difference.high) == (0, 0, 0)
     assert difference.more is None
-    assert str(difference).startswith("base or default, can't tell; fewer than 10 examples")
+    assert str(difference).startswith(
+        "can't tell whether base or default is better; fewer than 10 examples"
+    )
     assert found.gained == found.lost == ()
+
+
+def test_progress_names_the_contender(monkeypatch):
+    said = []
+
+    @contextmanager
+    def ticking(what, *rest, **options):
+        said.append(what)
+        yield lambda count: None
+
+    monkeypatch.setattr("minilora.report.answers.ticking", ticking)
+    monkeypatch.setattr("minilora.running.paired.ticking", ticking)
+    minilora.compare(model(["v1"]), ["base", "v1"], DATA, tokenizer=TOKENIZER, right="exact",
+                     max_new_tokens=9, progress=True)  # fmt: skip
+    assert {"measuring base", "base answering", "measuring v1", "v1 answering"} == {*said}
+
+
+UNSURE = "can't tell whether base or v1 is better"
 
 
 @pytest.mark.parametrize(
     ("change", "low", "high", "more", "said"),
     [
-        (0.5, 0.3, 0.7, 0, "base or v1, can't tell; fewer than 10 examples never can: +0.5000"),
+        (0.5, 0.3, 0.7, 0, f"{UNSURE}; fewer than 10 examples are too few to tell: +0.5000"),
         (-0.5, -0.7, -0.3, None, "v1 is better than base: -0.5000 nats a token, 95 % -0.7000 to "),
         (0.5, 0.3, 0.7, None, "base is better than v1: +0.5000 nats a token"),
-        (0.1, -0.1, 0.3, 300, "base or v1, can't tell; about 300 more examples would: +0.1000"),
-        (1e-6, -1, 1, 10**12, "base or v1, can't tell; more than 1,000,000 more examples would: "),
+        (0.1, -0.1, 0.3, 300, f"{UNSURE}; about 300 more examples would tell: +0.1000"),
+        (1e-6, -1, 1, 10**12, f"{UNSURE}; more than 1,000,000 more examples would tell: "),
     ],
 )
 def test_a_difference_says_what_it_means(change, low, high, more, said):
@@ -276,7 +297,7 @@ def test_answers_are_judged_against_what_is_learned():
     (answer,) = found.answers
     assert (answer.only_first, answer.only_second, answer.p) == (0, 1, 1.0)
     assert str(answer) == (
-        "default answers 1 rightly that base does not, and 0 the other way round: p = 1, can't tell"
+        "questions that only one gets right: default 1, base 0; p = 1, can't tell"
     )
     assert found.lengths["default"] == 2
     assert found.cut == {"base": 2, "default": found.cut["default"]}

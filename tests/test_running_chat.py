@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora
+from minilora.cli import chatting
 from minilora.cli.chatting import _Session
 from minilora.cli.command import main
 from minilora.loading.saving import save_pretrained
@@ -226,7 +227,10 @@ def test_the_command_answers_side_by_side_and_saves_what_was_said(folders, sessi
     assert rows[0] == [USER, {"role": "assistant", "content": told["v1"]}]
     assert rows[1][:2] == [{"role": "system", "content": "S"}, USER]
     for message in (
-        "(base, v1, v2); answers of v1. /help lists",
+        "(base, v1, v2); answers of v1. /help lists the commands.",
+        "\na new conversation\n",
+        "\nthe conversation goes on with answers of v2\n",
+        "\na new conversation, with this system message\n",
         "from now on: answers of base, v1, v2",
         "from now on: answers of v1",
         f"the conversation is a row of {saved}",
@@ -288,3 +292,35 @@ def test_ab_needs_an_adapter(session):
     code, out, err = session(["/ab"])
     assert (code, out) == (0, "")
     assert "/ab compares adapters with the base, found none; pass --adapter" in err
+
+
+def test_what_a_command_can_not_do_is_said(session, folders):
+    saved = folders / "none" / "x.jsonl"
+    lines = ["/reset now", "/base x", "/quit now", "hi", f"/save {saved}", "/system", "/use base"]
+    code, _, err = session(lines, model="v1/v1")
+    assert code == 0 and "trained on" not in err
+    for message in (
+        "/reset takes no argument, found 'now'; leave it out",
+        "/base takes no argument, found 'x'; leave it out",
+        "/quit takes no argument, found 'now'; leave it out",
+        f"/save needs a file that can be written, found {saved}: No such file or directory; name",
+        "a new conversation, without a system message",
+        "the conversation goes on with answers of base",
+    ):
+        assert f"\n{message}" in err
+
+
+def test_ctrl_c_at_an_empty_prompt_is_asked_for_twice(monkeypatch, capsys):
+    typed = [KeyboardInterrupt, "hi\n", KeyboardInterrupt, KeyboardInterrupt]
+
+    def line():
+        if isinstance(each := typed.pop(0), str):
+            return each
+        raise each
+
+    monkeypatch.setattr(chatting, "_line", line)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert (chatting._read(), chatting._read(), typed) == ("hi", None, [])
+    hint = "/quit or Ctrl-D ends the conversation; so does Ctrl-C again"
+    assert capsys.readouterr().err.count(hint) == 2

@@ -46,7 +46,9 @@ def test_settle_compile_asks_only_where_it_is_wanted(monkeypatch):
     assert settle_compile(False, cpu) == (False, None)
     wanted, remark = settle_compile("auto", cpu)
     assert not wanted and "not compiled, since torch.compile does not work here: Inv" in remark
-    with pytest.raises(RuntimeError, match=r"compile=True \(--compile\) needs torch.compile to"):
+    with pytest.raises(
+        RuntimeError, match=r"--compile \(in Python: compile=True\) needs torch.compile"
+    ):
         settle_compile(True, cpu)
     with pytest.raises(RuntimeError, match="No working.* install Triton and a C compiler"):
         settle_compile(True, torch.device("cuda"))

@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 import minilora
 from minilora.data.batches import Batch, Batches, Example, pad
 from minilora.data.examples import as_examples
+from minilora.lora import inference
 from minilora.lora import mixed as serve_mixed
-from minilora.lora.modes import inference
 from minilora.running.evaluation import Evaluation, device_of, evaluate
 from minilora.running.loss import argument_names, forward_logits, token_loss
 from minilora.running.paired import token_losses

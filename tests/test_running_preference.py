@@ -359,9 +359,9 @@ def test_texts_and_pairs_are_told_apart():
         evaluate(model, data)
     with pytest.raises(ValueError, match=r"loss='dpo' learns from rows with prompt, chosen and"):
         evaluate(model, texts, loss=Preference("dpo"))
-    with pytest.raises(ValueError, match="is an answer with a label; use loss='kto'"):
+    with pytest.raises(ValueError, match="is an answer with a label; use --loss kto"):
         evaluate(model, pairs(2, kto=True), loss=Preference("dpo"))
-    with pytest.raises(ValueError, match="is a pair of answers; use loss='dpo'"):
+    with pytest.raises(ValueError, match="is a pair of answers; use --loss dpo"):
         evaluate(model, data, loss=Preference("kto"))
     with pytest.raises(ValueError, match="all preference pairs or all texts, found both"):
         Batches([*data, *texts], batch_size=2)

@@ -16,7 +16,7 @@ from minilora.kernels import causal_attention
 from minilora.lora import mixed
 from minilora.models import Llama
 from minilora.planning import plan
-from minilora.planning.passes import pass_rows
+from minilora.planning.batches import pass_rows
 from minilora.planning.saved import SavedBytes, saved_bytes
 from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import timed_step

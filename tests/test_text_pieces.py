@@ -170,8 +170,10 @@ def test_models_hold_what_sentencepiece_says(trained):
         assert ours.tokens == [model.id_to_piece(i) for i in ids]
         assert ours.scores == [model.get_score(i) for i in ids]
         assert [kind == 3 for kind in ours.types] == [model.is_control(i) for i in ids]
-        named = ours.unk, ours.bos, ours.eos, ours.pad
-        assert named == (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id())
+        named = {"unk": model.unk_id(), "bos": model.bos_id()}
+        named |= {"eos": model.eos_id(), "pad": model.pad_id()}
+        assert ours.unk == named["unk"]
+        assert ours.named == {name: ours.tokens[i] for name, i in named.items() if i >= 0}
 
 
 @pytest.mark.parametrize("name", ["llama", "squeezing", "no prefix", "unknown", "normalizing"])

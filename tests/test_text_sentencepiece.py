@@ -321,3 +321,14 @@ def test_other_tokenizers_are_refused_with_the_line_that_converts_them():
     ):
         with pytest.raises(TypeError, match=message):
             read_data([{"text": "ab"}], tokenizer, max_length=9)
+
+
+def test_a_name_is_read_alike_beside_a_letter_that_is_unknown():
+    """The letter's id is that of the name, which is text all the same."""
+    tokens = [*SPECIALS, "\u2581", *"aunkb<>"]
+    backend = Backend(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.add_special_tokens(SPECIALS)
+    ours = Tokenizer(backend, bos="<s>", eos="</s>", unk="<unk>")
+    alone, beside = ours.encode("a<unk>b"), ours.encode("a<unk>b\u4e2d")
+    assert beside == [*alone, 0]

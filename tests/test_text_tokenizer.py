@@ -9,10 +9,20 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from minilora.data import read_data
 from minilora.loading import fetch, read_tokenizer, save_pretrained
 from minilora.models import GPT2, GPT2Config
 from minilora.text.foreign_tokenizer import as_tokenizer
@@ -292,6 +302,23 @@ def test_tokens_that_only_the_configuration_names_get_transformers_ids(tmp_path,
     assert [again.encode(t, parse_special=True) for t in texts] == [*map(theirs.encode, texts)]
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("stored", [{"single_word": True}, {"rstrip": True}, {"normalized": True}])
+def test_added_tokens_of_tokenizer_json_keep_their_options(tmp_path, stored):
+    """Named as an end they become control tokens, named as extra ones they stay text."""
+    backend = _backend()
+    backend.add_tokens([AddedToken(text, **stored) for text in ("<tool>", "<end>")])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    named = {"extra_special_tokens": ["<tool>"], "eos_token": "<end>"}
+    entries = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<tool>12", "a <tool> b", "x<end>y", "a<end> b<tool>"):
+        ids = theirs.encode(text)
+        assert ours.encode(text, parse_special=True) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_a_token_under_another_id_than_its_file_states_is_refused(tmp_path):
     _backend().save(str(tmp_path / "tokenizer.json"))
     entries = {"added_tokens_decoder": {"5000": NEW}}
@@ -382,6 +409,32 @@ def test_render_equals_transformers(tmp_path, template, messages, prompt):
     assert ours.render(messages, add_generation_prompt=prompt) == wanted
     ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
     assert ours.encode_chat(messages, add_generation_prompt=prompt) == ids
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.role }}:{{ m.thinking or '' }}|{{ m.reasoning_content or '' }}|"
+    "{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("names", [("reasoning_content",), ("thinking",), ("reasoning",),
+                                   ("thinking", "reasoning_content")])  # fmt: skip
+def test_reasoning_is_under_the_names_that_templates_read(tmp_path, names):
+    theirs = _theirs(THINKING)
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    answer = {"role": "assistant", "content": "4"} | {name: f"by {name}" for name in names}
+    messages = [{"role": "user", "content": "2+2?"}, answer]
+    wanted = theirs.apply_chat_template(messages, tokenize=False)
+    assert ours.render(messages, add_generation_prompt=False) == wanted
+    assert ours.encode_chat(messages, add_generation_prompt=False) == theirs.encode(wanted)
+    _, report = read_data([{"messages": messages}], ours)
+    assert not any("ignored" in note for note in report.notes)
+    if names == ("thinking",):  # a word of prose reads nothing, nor does the name of another field
+        for said in ("{{ 'a thinking process' if false }}", "{{ messages[0].reasoning }}"):
+            plain = Tokenizer(_backend(), eos="<|im_end|>", chat_template=CHATML + said)
+            assert any("ignored" in n for n in read_data([{"messages": messages}], plain)[1].notes)
 
 
 ATTACKS = [

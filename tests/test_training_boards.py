@@ -32,8 +32,8 @@ def test_the_option_names_the_boards_there_are():
 @pytest.mark.parametrize("name", BOARDS)
 def test_a_missing_package_is_said_before_anything_else(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(RuntimeError, match=rf"log='{name}' \(--log {name}\) needs {name} .*: pip "
-                       rf"install {name}$"):  # fmt: skip
+    with pytest.raises(RuntimeError, match=rf"--log {name} \(in Python: log='{name}'\) "
+                       rf"needs {name} .*: pip install {name}$"):  # fmt: skip
         models.fit(models.tiny(), log=name, max_steps=1, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

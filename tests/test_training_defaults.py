@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,8 @@ from training_models import examples, factors, fit, plain, same, tiny
 
 import minilora
 from minilora.planning import ENOUGH_STEPS, MOST_EPOCHS
-from minilora.training import TrainConfig, chosen_epochs, chosen_lr, run
+from minilora.training import FitResult, TrainConfig, chosen_epochs, chosen_lr, run
+from minilora.training.messages import times
 from minilora.training.progress import planned_steps
 
 
@@ -43,7 +45,7 @@ def test_a_run_learns_at_the_rate_that_is_chosen(tmp_path, capsys):
     """Its bits are those of a run that is given the rate, and its state holds the rate."""
     model, other = tiny(), tiny()
     fit(model, max_steps=3, out=tmp_path / "chosen", quiet=False)
-    assert "learning rate 0.002, chosen by the model's size (lr, --lr), after" in (
+    assert "learning rate 0.002, chosen by the model's size (--lr), after" in (
         capsys.readouterr().err
     )
     fit(other, max_steps=3, lr=2e-3, quiet=False)
@@ -67,10 +69,10 @@ def test_a_run_says_what_it_chose_and_why(capsys):
     fit(tiny(), examples(8), quiet=False, epochs=None, max_minutes=60, lr=1e-2)
     said = capsys.readouterr().err
     assert "learning rate 0.01 after 5% of warmup, cosine; scaling 1.5; 4 rows a step; " in said
-    assert "20 epochs of 8 rows, chosen from 1 to 20 by their number (epochs, --epochs)" in said
+    assert "20 epochs of 8 rows, chosen from 1 to 20 by their number (--epochs)" in said
     assert "for 40 steps or 60 minutes, whichever ends first" in said
     fit(tiny(), examples(100), quiet=False, epochs=None)
-    why = "4 epochs of 100 rows, as a first result takes about 100 steps (epochs, --epochs)"
+    why = "4 epochs of 100 rows, as a first result takes about 100 steps (--epochs)"
     assert why in capsys.readouterr().err
     fit(tiny(), quiet=False, epochs=1, warmup_steps=2)
     said = capsys.readouterr().err
@@ -90,11 +92,12 @@ def test_a_run_without_held_out_data_says_so(capsys):
 def test_a_finished_run_says_that_there_is_nothing_left(tmp_path, capsys):
     fit(tiny(), max_steps=3, out=tmp_path)
     fit(tiny(), max_steps=3, out=tmp_path, resume=True, quiet=False)
-    assert "the run was finished already: it had come to its end after step 3" in (
-        capsys.readouterr().err
+    assert (
+        "the run had already finished after step 3, and its limits (max_steps 3) allow no more"
+        in (capsys.readouterr().err)
     )
     fit(tiny(), max_steps=4, out=tmp_path, resume=True, quiet=False)
-    assert "finished already" not in capsys.readouterr().err
+    assert "already finished" not in capsys.readouterr().err
 
 
 def test_a_limit_below_what_is_done_is_refused_and_changes_nothing(tmp_path):
@@ -114,8 +117,11 @@ def test_a_run_that_patience_ended_says_so_when_it_is_resumed(tmp_path, capsys):
     assert fit(tiny(), max_steps=9, **options).stopped == "early"
     fit(tiny(), max_steps=99, resume=True, quiet=False, **options)
     said = capsys.readouterr().err
-    assert "was better, so patience 2 ended it; give its command a higher --patience" in said
-    assert "higher ones go on" not in said
+    assert (
+        "was better, so patience 2 ended it; to go on, give its command --resume and a higher"
+        in said
+    )
+    assert "allow no more" not in said
 
 
 def test_the_rate_is_chosen_by_the_base_alone(monkeypatch):
@@ -137,4 +143,20 @@ def test_a_run_says_where_its_time_went(tmp_path, capsys):
     assert result.evaluating > 0 and 0 < result.trained == pytest.approx(result.minutes)
     assert result.compiling == 0
     fit(tiny(), quiet=False, max_steps=1)
-    assert re.search(r"time: training [\d.]+ s; [\d.]+ s in all", capsys.readouterr().err)
+    assert re.search(r"time: training [\d.]+ s; [\d.]+ s in all\n", capsys.readouterr().err)
+    for steps in (1, 2):
+        fit(tiny(), out=tmp_path / "a", resume=steps == 2, quiet=False, max_steps=steps)
+    assert re.search(
+        r"time of this call: training [\d.]+ s; [\d.]+ s in all; training in the whole run: "
+        r"[\d.]+ s\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_times_in_one_line_have_one_unit():
+    result = FitResult(9, "finished", 30.0, 9, 0, None, None, 0, [], 0.0, 1.2, 0.05, 0.0)
+    assert times(result, 1.5, True) == (
+        "time of this call: training 1.2 min, evaluation 0.1 min; 1.5 min in all; training in the "
+        "whole run: 30.0 min"
+    )
+    assert "training 0.1 s" in times(replace(result, minutes=0.001, trained=0.001), 0.01, False)

@@ -176,7 +176,7 @@ def test_passes_hold_few_tokens_and_about_equally_many_rows(rows, length, tokens
 
 def test_by_default_our_models_on_a_cpu_have_passes_of_limited_size(monkeypatch):
     """And whatever a batch might mean more to is computed whole."""
-    monkeypatch.setattr("minilora.planning.passes.PASS_TOKENS", 50)
+    monkeypatch.setattr("minilora.planning.batches.PASS_TOKENS", 50)
     passes = Passes(monkeypatch)
     split, whole = [(2, 16), (2, 16), (3, 16)], [(7, 16)]
     mixing, wrapped = tiny(), Wrapper(tiny())
@@ -201,7 +201,7 @@ def test_pairs_are_computed_in_passes_too(monkeypatch):
     config = TrainConfig(batch_size=6, max_steps=2, loss="dpo", lr=1e-2)
     whole, parts = tiny().double(), tiny().double()
     expected = minilora.fit(whole, pairs(6), config=config, quiet=True)
-    monkeypatch.setattr("minilora.planning.passes.PASS_TOKENS", 30)
+    monkeypatch.setattr("minilora.planning.batches.PASS_TOKENS", 30)
     rows = []
     kept = Gradient._pass
     monkeypatch.setattr(

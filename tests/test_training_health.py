@@ -160,16 +160,27 @@ def test_fit_skips_bad_steps_and_stops_with_the_last_good_state(tmp_path):
     again = minilora.load(tiny_base(), tmp_path / "last")
     assert all(torch.equal(v, states[k]) for k, v in factors(again).items())
 
-    def strict(name):
-        raise AssertionError(f"JSON has no {name}")
-
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line, parse_constant=strict) for line in lines]
+    rows = metrics(tmp_path)
     assert rows[1]["loss"] is None and rows[2]["loss"] > 0
     assert (tmp_path / "loss.png").exists() is False
     result = fit(tiny(), max_steps=9, lr=1e-4, out=tmp_path, resume=True, max_bad_steps=3)
     assert result.steps == 9 and result.skipped == 4
     assert (tmp_path / "loss.png").exists()
+
+
+def metrics(folder):
+    """Return what metrics.jsonl holds, read as strictly as JSON is defined."""
+
+    def strict(name):
+        raise AssertionError(f"JSON has no {name}")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=strict) for line in lines]
+
+
+def test_norms_that_overflow_are_written_as_json(tmp_path):
+    fit(tiny(), out=tmp_path, lr=1e25, warmup=0.0, max_steps=2, log_every=1, clip=None)
+    assert any(None in row["b_norm"].values() for row in metrics(tmp_path) if "b_norm" in row)
 
 
 def tiny_base():

@@ -112,7 +112,7 @@ def test_resumed_run_splits_as_the_run_before_did(tmp_path, monkeypatch):
     assert load_state(tmp_path)[1]["process"] == [PROCESS - sum(
         p.nbytes for p in half.parameters())]  # fmt: skip
     monkeypatch.setattr(memory_limit, "resident", lambda: 3 * PROCESS)
-    with pytest.raises(ValueError, match="one row of 16 tokens must fit in max_memory"):
+    with pytest.raises(ValueError, match="one row of 16 tokens must fit in --max-memory"):
         fit(tiny(dropout=0.2), ragged, max_steps=8, **options)
     monkeypatch.setattr(memory_limit, "resident", lambda: PROCESS // 2)
     fit(again, ragged, max_steps=8, out=tmp_path, resume=True, **options)
@@ -132,9 +132,10 @@ def test_a_row_that_does_not_fit_is_refused_before_the_first_step(tmp_path):
     again = peak(model, 1, checkpointing=True) + 1e-9
     assert again < peak(model, 1)
     message = (
-        rf"one row of 16 tokens must fit in max_memory={again:g} GB \(--max-memory\), but .* what "
-        rf"would fit: checkpointing=True \(--checkpointing\), {again:.2f} GB; rows of at most (\d+)"
-        rf" tokens \(--max-length \d+\); an NF4 base \(--quantize nf4\) and checkpointing, 0\.\d"
+        rf"one row of 16 tokens must fit in --max-memory {again:g} GB \(in Python: max_memory\), "
+        rf"but .* what would fit: --checkpointing \(in Python: checkpointing=True\), {again:.2f} "
+        rf"GB; rows of at most (\d+) tokens \(--max-length \d+\); an NF4 base "
+        r"\(--quantize nf4\) and checkpointing, 0\.\d"
     )
     options = {"max_memory": again, "max_steps": 1, "batch_size": 4}
     with pytest.raises(ValueError, match=message) as error:
@@ -149,7 +150,7 @@ def test_a_row_that_does_not_fit_is_refused_before_the_first_step(tmp_path):
 
 
 def test_a_limit_below_the_process_says_so():
-    with pytest.raises(ValueError, match=r"nothing less does, so raise max_memory to 0\.\d+$"):
+    with pytest.raises(ValueError, match=r"nothing less does, so raise it to 0\.\d+$"):
         fit(tiny(), rows(), max_memory=0.01)
 
 
@@ -158,7 +159,7 @@ def test_a_streams_row_is_held_against_the_limit_as_it_comes():
     short = [{"input_ids": [1, 2, 3, 4]}] * 8
     stream = Stream([*short, *rows(8)], window=8)
     limit = peak(tiny(), 1, length=8)
-    with pytest.raises(ValueError, match="one row of 16 tokens must fit in max_memory"):
+    with pytest.raises(ValueError, match="one row of 16 tokens must fit in --max-memory"):
         fit(tiny(), stream, max_memory=limit, max_steps=20, shuffle=False)
 
 

@@ -106,9 +106,9 @@ def test_help_shows_the_first_sentence_and_the_default(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lr", "0"], "argument --lr: lr must be a finite number above 0, or None, found 0.0"),
-        (["--lr", "fast"], "lr must be a finite number above 0, or None, found 'fast'"),
-        (["--minutes", "nan"], "max_minutes must be a finite number above 0, or None, found nan"),
+        (["--lr", "0"], "argument --lr: lr must be a finite number above 0, or none, found 0.0"),
+        (["--lr", "fast"], "lr must be a finite number above 0, or none, found 'fast'"),
+        (["--minutes", "nan"], "max_minutes must be a finite number above 0, or none, found nan"),
         (["--schedule", "x"], "schedule must be 'cosine', 'linear' or 'constant', found 'x'"),
         (["--lora-plus-rate", "3"], "argument '--lora-plus-rate'; nearest: --lora-plus-ratio"),
         (["--batchsize=3"], "unknown argument '--batchsize=3'; nearest: --batch-size"),
@@ -131,7 +131,7 @@ def test_a_bad_flag_is_one_line(words, message, capsys):
         ("train = 3", r"must hold the tables \[train\] alone, found 'train'"),
         ("[train]\nlearn = 1", r"run.toml: \[train\] has no option 'learn'"),
         ("[train]\nmax_step = 1", r"\[train\] has no option 'max_step'; nearest: max_steps"),
-        ("[train]\nlr = '1'", "run.toml: lr must be a finite number above 0, or None, found '1'"),
+        ("[train]\nlr = '1'", "run.toml: lr must be a finite number above 0, or none, found '1'"),
         ("[train]\neps = 'none'", "run.toml: eps must be a finite number above 0, found 'none'"),
     ],
 )

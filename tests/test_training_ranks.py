@@ -293,7 +293,9 @@ def test_a_killed_rank_ends_the_run_with_a_state_to_go_on_from(forks, go, alone,
     assert forks.codes() == [3, -signal.SIGKILL]
     said = forks.log.read_text()
     assert "all 2 processes must go on together, but process 0 lost another one after step" in said
-    assert "is whole: start all again with resume=True (--resume), on any number of" in said
+    assert (
+        "is whole: start all again with --resume (in Python: resume=True), on any number of" in said
+    )
     go(1, out=out, kind=None, resume=True)
     expected = adapters(alone("float32")[1])["last"]
     for key, value in adapters(out)["last"].items():

@@ -57,7 +57,7 @@ def test_a_run_out_of_memory_may_go_on_with_checkpointing(tmp_path):
 
 
 def test_evaluations_without_held_out_examples_are_refused():
-    with pytest.raises(ValueError, match=r"eval_every .* evaluates on valid .*, found none; pass"):
+    with pytest.raises(ValueError, match=r"--eval-every evaluates on --valid, found none .*; pass"):
         fit(tiny(), examples(5), eval_every=2, max_steps=2)
 
 
@@ -173,7 +173,7 @@ def test_fit_stops_on_a_signal_and_goes_on_bit_equal(tmp_path, number, capsys):
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     result = fit(half, out=tmp_path, loss=counting(action), quiet=False, **options)
     assert (result.stopped, result.steps) == ("interrupted", 4)
-    assert "continue with resume=True (--resume)" in capsys.readouterr().err
+    assert "go on with --resume (in Python: resume=True)" in capsys.readouterr().err
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert fit(again, out=tmp_path, resume=True, **options).stopped == "finished"
     assert same(factors(whole), factors(again))
@@ -285,7 +285,8 @@ BASE = {"max_steps": 3}
         (tiny, {"data": examples(9)}, "same data and options"),
         (tiny, {"dtype": "bfloat16"}, "keep its settings, but dtype"),
         (lambda: minilora.inject(plain(), r=4, alpha=60), {}, "lora_alpha was 6 and is 60"),
-        (lambda: minilora.inject(plain(), r=2, alpha=3), {}, "state of another adapter"),
+        (lambda: minilora.inject(plain(), r=2, alpha=3), {},
+         r"another adapter: lora_alpha was 6 and is 3, r was 4 and is 2; use the first run's sett"),
         (lambda: tiny(dropout=0.5), {}, r"lora_dropout was 0\.0 and is 0\.5"),
         (lambda: tiny(rslora=True), {}, "use_rslora was False and is True"),
         (lambda: tiny(targets=["q_proj"]), {}, "target_modules was"),

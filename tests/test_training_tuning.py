@@ -281,7 +281,7 @@ def test_what_cannot_be_tuned_is_refused(options, message, tmp_path):
 
 def test_a_folder_in_use_is_refused(tuned, tmp_path):
     _, _, out = tuned
-    with pytest.raises(ValueError, match="holds an earlier tuning; pass resume=True"):
+    with pytest.raises(ValueError, match="holds an earlier tuning; continue it with --resume"):
         tune(out)
     with pytest.raises(ValueError, match="must have its rates, adapters and settings as before"):
         tune(out, resume=True, rates=(1e-4, 1e-3, 1e-2, 2e-2))
@@ -391,12 +391,13 @@ def test_the_command_leaves_ordinary_runs(place, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     name = said.partition("chosen: ")[2].partition(",")[0]
     assert name.startswith("lr-0.0") and "minutes; chart in out/tune.png" in said
+    assert said.endswith(f"\ntalk to it: minilora chat out/{name}\n")
     assert (tmp_path / "out" / name / "README.md").exists()
     assert main(["repeat", f"out/{name}", "again"]) == 0
     assert "bit-equal: the adapter in" in capsys.readouterr().out
     other = next(f.name for f in (tmp_path / "out").glob("lr-*") if f.name != name)
     assert main(["resume", f"out/{other}"]) == 0  # what left can go on
-    assert "30 steps in" in capsys.readouterr().out
+    assert "30 steps; adapter in" in capsys.readouterr().out
     assert main(["resume", "out"]) == 0
     assert f"chosen: {name}," in capsys.readouterr().out
     assert main(["repeat", "out", "more"]) == 2

@@ -5,8 +5,9 @@
 
 Two ways to multiply, chosen apart for each direction, as in kernels/int8.py: "int8" quantizes rows
 beside the skinny product and multiplies integers; "dequantize" decodes the weight into a buffer and
-goes on as over a plain one, or, for few rows over 4 bits, decodes inside the GEMM. The buffer is
-torch's: its allocator hands the same memory to the next layer. Kept for backward: as in lora.py.
+goes on as over a plain one. The buffer is torch's: its allocator hands the same memory to the next
+layer. Kept for backward: as in lora.py. For few rows, a GEMM that decodes 4-bit weights itself
+was no faster (benchmarks/NOTES.md).
 """
 
 from typing import NamedTuple
@@ -15,20 +16,10 @@ import torch
 from torch import Tensor
 
 from .decode import launch_decode_int4, launch_decode_int8, launch_decode_nf4
-from .four_bit_gemm import launch_int4_gemm, launch_nf4_gemm
 from .int8 import launch_int8_gemm, launch_quantize
 from .launch import Launch, architecture
 from .lora import plan_factors, plan_gemm, plan_shrink, plan_tall
-from .tiles import (
-    CODES_TILE,
-    TURNED_ROWS,
-    few_rows,
-    four_bit_tile,
-    int4_tile,
-    int8_tile,
-    nf4_tile,
-    quantize_tile,
-)
+from .tiles import CODES_TILE, TURNED_ROWS, int4_tile, int8_tile, nf4_tile, quantize_tile
 
 
 class Weight(NamedTuple):
@@ -109,13 +100,6 @@ def plan_forward(
         )
         return launches
     shrink = plan_shrink(x, A, seed, p, s, 1.0, arch)
-    if w.format != "int8" and w.K % w.block == 0 and few_rows(x.dtype, arch) >= M:
-        tile = four_bit_tile(M, R, x.dtype, arch)
-        end = (bias, s, B.contiguous(), scaling, y, tile)
-        if w.format == "nf4":
-            return [shrink, launch_nf4_gemm(x, *w.nf4(), w.block, *end)]
-        packed, steps = w.parts[:2]
-        return [shrink, launch_int4_gemm(x, packed, steps, w.scales(), w.block, *end)]
     dense, launches = _decoded(w, x.dtype)
     gemm = plan_gemm(x, dense.t(), bias, s, B.t(), scaling, None, 0.0, y, arch)
     return [*launches, shrink, gemm]

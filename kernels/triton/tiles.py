@@ -30,21 +30,9 @@ class Tile(NamedTuple):
     group_m: int = 8
 
 
-# Most rows for which a fused 4-bit GEMM beats decoding and the vendor's: the largest M at which the
-# dispatcher of bitsandbytes 0.50 (backends/cuda/ops.py, `_gemm_4bit_use_custom_cuda`, calibrated on
-# GPUs of these architectures for its own kernels) takes its fused one, over weights of 2048² to
-# 28672 × 8192. Not measured with ours.
-FEW_ROWS = {80: 128, 86: 128, 89: 256, 90: 64, 120: 128}
-
-
 def nearest(arch: int, table: Iterable[int] = SHARED_MEMORY) -> int:
     """Return the known architecture whose tiles `arch` takes, e.g. 86 → 89, 100 → 90."""
     return min(table, key=lambda known: (abs(known - arch), known))
-
-
-def few_rows(dtype: torch.dtype, arch: int) -> int:
-    """Return up to how many rows a 4-bit weight is decoded inside its GEMM; f32 as in FEW_ROWS."""
-    return 7 if dtype == torch.float32 else FEW_ROWS[nearest(arch, FEW_ROWS)]
 
 
 def padded(r: int) -> int:
@@ -138,17 +126,6 @@ def int8_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, masked: boo
     if known != 90:  # a long branch leaves no register for a second 16 of its rank
         return Tile(128, 128, 64, 16 if R > 64 else r, 8, 4)
     return Tile(128, 256 if _fills(M, N) and not masked else 128, 128, r, 8, 3)
-
-
-def four_bit_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
-    """Choose for `nf4_gemm` and `int4_gemm`: few rows M, rank R."""
-    m = 16
-    while m < min(M, 64):  # compared, no bits counted: a traced M must not become a constant
-        m *= 2
-    if dtype == torch.float32:
-        return Tile(m, 64, 64, 16, 4, 2)
-    warps = 8 if m == 64 and nearest(arch) != 90 else 4  # INT4 spills 192 bytes with 4
-    return Tile(m, 64, 128, min(padded(R), 32), warps, 3)
 
 
 def nf4_tile(block: int) -> Tile:

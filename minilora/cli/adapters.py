@@ -8,10 +8,11 @@ from typing import Any
 
 import minilora
 from minilora.cli.arguments import DATA_HELP, DTYPES, ENCODING, arg, integer, positive, verb
-from minilora.cli.runs import trained_on
+from minilora.cli.run_file import trained_on
 from minilora.cli.sources import (
     adapter_of,
     base_of,
+    check_data_is_read,
     check_gguf,
     check_new_files,
     check_new_folder,
@@ -66,7 +67,7 @@ def export(options: argparse.Namespace) -> int:
         made = export_gguf(model, options.gguf, **how)
         print(f"GGUF adapter in {options.gguf}: {len(made.layers)} layers, {made.exactness}")
         base = str(fetch(base)) if base in NAMES else base
-        if base.endswith(".gguf") and Path(base).is_file():
+        if base.lower().endswith(".gguf") and Path(base).is_file():
             files = (shlex.quote(name) for name in (base, str(options.gguf)))
             print("in llama.cpp: llama-cli -m {} --lora {}".format(*files))
     if options.ollama is not None:
@@ -85,6 +86,7 @@ def check(options: argparse.Namespace) -> int:
 def _check_explain(options: argparse.Namespace) -> None:
     """Refuse what would fail after the slow part; put folders in the place of adapters' names."""
     check_keep(options.keep)
+    check_data_is_read(options, *_SETS)
     check_new_files({"--json": options.json, "--html": options.html})
     if options.truncate is not None:
         check_new_folder(options.truncate, "--truncate")

@@ -52,22 +52,40 @@ class Parser(argparse.ArgumentParser):
         A word with white space in it is no flag: a prompt may begin with dashes.
         """
         self.given.clear()
-        if self._subparsers is None:
-            for word in itertools.takewhile(lambda word: word != "--", args or ()):
-                if word.startswith("--") and word.split() == [word] and not self._knows(word):
-                    self._refuse(word)
+        flags = "--" if self._subparsers else ""  # the words behind a command are its own
+        own = itertools.takewhile(lambda word: word != "--" and word.startswith(flags), args or ())
+        for word in own:
+            if word.startswith("--") and word.split() == [word] and not self._knows(word):
+                self._refuse(word)
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self._refuse(rest[0])
         for action in self._actions:
             needs = getattr(action, "needs", ())
             if action.dest in self.given and needs and not self._has_one(found, needs):
-                flag, which = action.option_strings[0], "one of them" if needs[1:] else "it"
-                self.error(
-                    f"{flag} does nothing without {' or '.join(needs)}, found none; pass {which}, "
-                    f"or leave {flag} out"
-                )
+                self.error(idle(action.option_strings[0], needs))
         return found, rest
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Read a word; of a plain number say what it must be."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            kind = {int: "a whole number", float: "a number"}.get(action.type)  # type: ignore[call-overload]
+            if kind is None:
+                raise
+            said = f"must be {kind}, found {short(arg_string)}"
+            raise argparse.ArgumentError(action, said) from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse what is none of the choices, and name the nearest."""
+        if action.choices is None or value in action.choices:
+            return
+        hint = nearest(str(value), action.choices)
+        if isinstance(action, argparse._SubParsersAction):  # --help lists them
+            self.error(f"unknown command {short(value)}{hint}")
+        known = ", ".join(map(str, action.choices))
+        raise argparse.ArgumentError(action, f"must be one of {known}, found {short(value)}{hint}")
 
     def _has_one(self, found: argparse.Namespace, flags: tuple[str, ...]) -> bool:
         """Return whether one of some flags is on: its value is not the default."""
@@ -82,6 +100,14 @@ class Parser(argparse.ArgumentParser):
     def _refuse(self, word: str) -> NoReturn:
         hint = nearest(word.partition("=")[0], self._option_string_actions)
         self.error(f"unknown argument {short(word)}{hint}")
+
+
+def idle(flag: str, needs: tuple[str, ...]) -> str:
+    """Say that a flag has no effect without one of others."""
+    return (
+        f"{flag} does nothing without {' or '.join(needs)}, found none; pass "
+        f"{'one of them' if needs[1:] else 'it'}, or leave {flag} out"
+    )
 
 
 def verb(name: str, *arguments: Any) -> Callable[[Run], Run]:

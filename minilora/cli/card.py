@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 import minilora
-from minilora.cli.runs import RunFile
+from minilora.cli.run_file import RunFile
 from minilora.files import one_line, write
 from minilora.peft import CONFIG_FILE, read_config
 from minilora.training import FitResult, TrainConfig

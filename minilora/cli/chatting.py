@@ -9,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import minilora
-from minilora.cli.arguments import MODEL, SAMPLING, arg, positive, verb
+from minilora.cli.arguments import MODEL, SAMPLING, arg, idle, positive, verb
+from minilora.cli.run_file import rows_of
 from minilora.cli.sources import adapter_in_place, adapter_of, load, load_adapter, names_of
-from minilora.files import ticking
+from minilora.files import said, short, ticking
 from minilora.running import BASE, Chat
 
 _HELP = """/reset         begin a new conversation
@@ -31,19 +32,31 @@ _HELP = """/reset         begin a new conversation
     arg("prompts", nargs="+", metavar="PROMPT"),
     arg("--max-new-tokens", type=positive, default=64, help="(default: 64)"),
     *SAMPLING,
-    arg("--chat", action="store_true", help="ask through the chat template"),
-    arg("--system", metavar="TEXT", needs=("--chat",), help="system message"),
+    arg(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="ask through the chat template (default: where the adapter was trained so)",
+    ),
+    arg("--system", metavar="TEXT", help="system message"),
     arg("--compile", action="store_true", help="faster tokens after some ten seconds; needs g++"),
 )
 def generate(options: argparse.Namespace) -> int:
     """Continue a prompt."""
-    model, tokenizer = load(options)
-    if tokenizer.chat_template is not None and not options.chat:
-        print(
-            "prompts are continued as they are; --chat asks them through the chat template, as "
-            "questions and conversations are trained on",
-            file=sys.stderr,
+    if options.chat is None and rows_of(Path(options.adapter or options.model)).get("chat"):
+        options.chat = True
+        _say(
+            "prompts are asked through the chat template, as the adapter was trained; --no-chat "
+            "continues them as they are"
         )
+    if options.system is not None and not options.chat:
+        raise ValueError(idle("--system", ("--chat",)))
+    model, tokenizer = load(options)
+    if tokenizer.chat_template is not None and options.chat is None:
+        _say(
+            "prompts are continued as they are; --chat asks them through the chat template, as "
+            "questions and conversations are trained on"
+        )
+    options.chat = bool(options.chat)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "system", "compile")
     settings = {name: getattr(options, name) for name in names}
     with ticking("writing"):
@@ -85,27 +98,38 @@ def chat(options: argparse.Namespace) -> int:
         **{name: getattr(options, name) for name in settings},
     )
     shown = ", ".join([BASE, *names])
-    _say(f"{options.model} ({shown}); answers of {talk.adapter}. /help lists what else there is.")
+    _say(f"{options.model} ({shown}); answers of {talk.adapter}. /help lists the commands.")
     if tokenizer.chat_template is None:
         _say("it has no chat template: each question stands alone, in Alpaca's form")
+    single = [n for n, f in zip(names, adapters, strict=True) if rows_of(f).get("questions") == 1]
+    if single:
+        _say(
+            f"trained on single questions: {', '.join(single)}. A second question may be answered "
+            f"wrongly; /reset begins a new conversation."
+        )
     session = _Session(talk, names)
     while (line := _read()) is not None:
         try:
             if not session.take(line):
                 break
         except (ValueError, RuntimeError, OSError) as error:
-            _say(str(error))
+            _say(said(error))
     return 0
 
 
 def _read() -> str | None:
     """Return the next line that says something, None at the end."""
+    asked = not sys.stdin.isatty()  # whether Ctrl-C, with nothing being answered, is the end
     while True:
         try:
             line = _line()
-        except KeyboardInterrupt:  # while nothing is being answered: the end
+        except KeyboardInterrupt:
             print(file=sys.stderr)
-            return None
+            if asked:
+                return None
+            asked = True
+            _say("/quit or Ctrl-D ends the conversation; so does Ctrl-C again")
+            continue
         if not line:
             return None
         if line.strip():
@@ -134,6 +158,11 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def _take_none(command: str, rest: str) -> None:
+    if rest.strip():
+        raise ValueError(f"/{command} takes no argument, found {short(rest.strip())}; leave it out")
+
+
 class _Session:
     """Carry out one line after another; `_HELP` says what each command does."""
 
@@ -148,20 +177,27 @@ class _Session:
             return True
         command, _, rest = line[1:].partition(" ")
         if command in ("quit", "exit"):
+            _take_none(command, rest)
             return False
         commands: dict[str, Callable[[str], None]] = {
+            "use": self.use,
+            "system": self.system,
+            "save": self.save,
+        }
+        alone: dict[str, Callable[[], None]] = {
             "reset": self.reset,
             "again": self.again,
             "base": self.base,
             "ab": self.ab,
-            "use": self.use,
-            "system": self.system,
-            "save": self.save,
-            "help": lambda rest: _say(_HELP),
+            "help": lambda: _say(_HELP),
         }
-        if command not in commands:
+        if command in commands:
+            commands[command](rest.strip())
+        elif command in alone:
+            _take_none(command, rest)
+            alone[command]()
+        else:
             raise ValueError(f"/{command} is no command; /help lists them")
-        commands[command](rest.strip())
         return True
 
     def ask(self, question: str) -> None:
@@ -177,10 +213,15 @@ class _Session:
         self.talk.ask(question, _write)
         _write("\n")
 
-    def reset(self, rest: str) -> None:
+    def reset(self) -> None:
         self.talk.messages.clear()
+        _say("a new conversation")
 
-    def again(self, rest: str) -> None:
+    def use(self, name: str) -> None:
+        self.talk.use(name)
+        _say(f"the conversation goes on with answers of {name}")
+
+    def again(self) -> None:
         self._last()
         before = list(self.talk.messages)
         *self.talk.messages, question, _ = before
@@ -190,7 +231,7 @@ class _Session:
             self.talk.messages = before
             raise
 
-    def base(self, rest: str) -> None:
+    def base(self) -> None:
         self._last()
         _write(f"[{BASE}] ")
         self.talk.answer(self.talk.messages[:-1], BASE, _write)
@@ -200,29 +241,33 @@ class _Session:
         if not self.talk.messages:
             raise ValueError("there must be a question before this, found none yet")
 
-    def ab(self, rest: str) -> None:
+    def ab(self) -> None:
         if not self.names:
             raise ValueError("/ab compares adapters with the base, found none; pass --adapter")
         self.side_by_side = not self.side_by_side
         names = ", ".join([BASE, *self.names] if self.side_by_side else [self.talk.adapter])
         _say(f"from now on: answers of {names}")
 
-    def use(self, name: str) -> None:
-        self.talk.use(name)
-
     def system(self, text: str) -> None:
         self.talk.system = text or None
         self.talk.messages.clear()
+        _say(f"a new conversation, {'with this' if text else 'without a'} system message")
 
     def save(self, name: str) -> None:
-        if Path(name).suffix != ".jsonl":
+        if Path(name).suffix.lower() != ".jsonl":
             raise ValueError(f"/save needs a name that ends in .jsonl, found {name!r:.60}")
         self._last()
         first = [{"role": "system", "content": self.talk.system}] if self.talk.system else []
         row = json.dumps({"messages": [*first, *self.talk.messages]}, ensure_ascii=False)
-        with open(name, "a+b") as file:
-            begun = file.tell()  # at the end
-            file.seek(max(0, begun - 1))
-            unended = begun and file.read(1) != b"\n"
-            file.write((b"\n" if unended else b"") + row.encode() + b"\n")
+        try:
+            with open(name, "a+b") as file:
+                begun = file.tell()  # at the end
+                file.seek(max(0, begun - 1))
+                unended = begun and file.read(1) != b"\n"
+                file.write((b"\n" if unended else b"") + row.encode() + b"\n")
+        except OSError as error:
+            raise ValueError(
+                f"/save needs a file that can be written, found {name}: {error.strerror}; name "
+                f"another one"
+            ) from None
         _say(f"the conversation is a row of {name}")

@@ -18,16 +18,22 @@ from minilora.cli import (  # noqa: F401 - their verbs
     training,
     tuning,
 )
-from minilora.cli.arguments import VERBS, Parser, add_arguments, verb
-from minilora.files import one_line, ticking
+from minilora.cli.arguments import ENCODING, VERBS, Parser, add_arguments, verb
+from minilora.cli.sources import check_data_is_read, encoding, encoding_flags
+from minilora.files import one_line, said, ticking
 from minilora.kernels import out_of_memory
 
 
-@verb("plan", planning.add_arguments)
+def _encoding(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser.add_argument_group("data, as for train"), *ENCODING)
+
+
+@verb("plan", planning.add_arguments, _encoding)
 def _plan(options: argparse.Namespace) -> int:
     """Do I need a GPU? Memory, time and cost."""
+    check_data_is_read(options, "--data")
     with ticking("planning"):
-        plan = planning.from_arguments(options)
+        plan = planning.from_arguments(options, encoding(options), encoding_flags(options))
     print(json.dumps(plan.to_dict()) if options.json else plan)
     return 0
 
@@ -62,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=minilora.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    first = ("train", "tune", "eval", "generate", "chat")
+    first = ("train", "tune", "eval", "generate", "chat", "resume", "repeat")
     for name in dict.fromkeys((*first, *VERBS)):
         run, arguments = VERBS[name]
         add_arguments(commands.add_parser(name, help=(run.__doc__ or "").rstrip(".")), *arguments)
@@ -72,13 +78,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
     interrupt.end_by_exception()
-    options = build_parser().parse_args(arguments)
-    options.argv = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    options = parser.parse_args(words)
+    options.argv = words
     try:
         return VERBS[options.command][0](options)
     except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
-        said = _lacking(error, options) or str(error) or f"{type(error).__name__} without a word"
-        print(one_line(f"minilora {options.command}: {said}"), file=sys.stderr)
+        text = _lacking(error, options) or said(error) or f"{type(error).__name__} without a word"
+        print(one_line(f"minilora {options.command}: {text}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"minilora {options.command}: interrupted", file=sys.stderr)

@@ -17,7 +17,7 @@ from minilora.cli.arguments import (
     positive,
     verb,
 )
-from minilora.cli.runs import trained_on
+from minilora.cli.run_file import trained_on
 from minilora.cli.sources import (
     adapter_in_place,
     adapter_of,
@@ -29,6 +29,7 @@ from minilora.cli.sources import (
     names_of,
 )
 from minilora.data import duplicates, endless, lengths, shown
+from minilora.files import counted
 from minilora.loading import read_tokenizer
 from minilora.running import BASE
 
@@ -118,16 +119,16 @@ def data(options: argparse.Namespace) -> int:
     tokenizer = read_tokenizer(options.model)
     sets = {name: encode_files(some, tokenizer, options) for name, some in files.items()}
     for name, examples in sets.items():
-        print(f"{name}: {len(examples)} examples, tokens: {lengths(examples)}")
+        print(f"{name}: {counted(len(examples), 'example')}, tokens: {lengths(examples)}")
         if count := endless(examples, tokenizer.stop_ids):
             print(
-                f"{name}: {count} of them end without a token that stops generation (cut at "
-                f"--max-length {options.max_length}, or parts of a document)"
+                f"{name}: {counted(count, 'example')} without a token at the end that stops "
+                f"generation (cut at --max-length {options.max_length}, or parts of a document)"
             )
     for line in duplicates(sets, tokenizer):
         print(line)
     if options.valid is None:
-        print("no --valid: nothing here is held out to measure what was learned by")
+        print("no --valid: no rows are held out, so there is nothing to measure the adapter on")
     colors = sys.stdout.isatty()
     if options.show > 0:
         print(f"learned is {'green' if colors else 'what stands in ⟦⟧'}:")

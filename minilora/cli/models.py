@@ -5,9 +5,16 @@ from pathlib import Path
 
 import minilora
 from minilora.cli.arguments import ADAPTER_HELP, DTYPE_HELP, DTYPES, arg, positive, verb
-from minilora.cli.sources import check_gguf, check_new_folder, is_adapter, load, write_modelfile
+from minilora.cli.sources import (
+    adapter_in_place,
+    check_gguf,
+    check_new_folder,
+    is_adapter,
+    load,
+    write_modelfile,
+)
 from minilora.files import ticking
-from minilora.loading import FILE_TYPES, NAMES, save_gguf, save_pretrained
+from minilora.loading import FILE_TYPES, NAMES, is_quantized, save_gguf, save_pretrained
 from minilora.loading import fetch as fetch_model
 from minilora.lora import sizes
 from minilora.quantization import FORMATS, quantized_layers
@@ -48,21 +55,20 @@ def merge(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_new_folder(options.out, "--out")
     check_gguf(options.gguf, options.ollama)
-    if options.adapter is None and not is_adapter(options.model):
-        raise ValueError(
-            f"merge needs an adapter, found the model {options.model} alone; pass --adapter, or "
-            "the adapter's folder as MODEL"
-        )
+    if options.adapter is None:
+        if not is_adapter(options.model):
+            raise ValueError(
+                f"merge needs an adapter, found the model {options.model} alone; pass --adapter, "
+                "or the adapter's folder as MODEL"
+            )
+        [options.adapter] = adapter_in_place(options)
     if options.out is None and options.dtype == "stored":
         options.dtype = "float32"  # rounded once, when the file is written
+    packed = options.model in NAMES or options.model.lower().endswith(".gguf")
+    _check_dtype(options, packed or is_quantized(Path(options.model)))
     model, tokenizer = load(options)
     few_bits = quantized_layers(model)
-    packed = few_bits or options.model in NAMES or options.model.lower().endswith(".gguf")
-    if options.dtype == "stored" and packed:
-        raise ValueError(
-            f"--dtype says in what a merged folder is stored, found none and a base in fewer bits "
-            f"({options.model}); pass --dtype bfloat16, or float32 for the exact sum"
-        )
+    _check_dtype(options, bool(few_bits))  # of one from the hub
     mode = "dequantize" if few_bits else None
     with ticking("merging"):
         minilora.merge(model, keep=None, mode=mode, untie=options.untie)
@@ -81,6 +87,14 @@ def merge(options: argparse.Namespace) -> int:
         stops = [f'PARAMETER stop "{name}"' for name in ends]
         write_modelfile(options.gguf, f"FROM ./{options.gguf.name}", *stops)
     return 0
+
+
+def _check_dtype(options: argparse.Namespace, few_bits: bool) -> None:
+    if options.dtype == "stored" and few_bits:
+        raise ValueError(
+            f"--dtype says in what a merged folder is stored, found none and a base in fewer bits "
+            f"({options.model}); pass --dtype bfloat16, or float32 for the exact sum"
+        )
 
 
 @verb(

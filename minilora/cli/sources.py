@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 import minilora
+from minilora.cli.arguments import ENCODING, idle
 from minilora.data import DataFiles, Encoding, Example
-from minilora.files import is_new, nearest_file, on_hub, short, tensor_file, ticking, write
+from minilora.files import absent, folder_below, is_new, on_hub, short, ticking, write
 from minilora.kernels import resolve_device
-from minilora.loading import known_name, load_model
+from minilora.loading import base_name, load_model
 from minilora.lora import check_adapter_name, lora_layers
 from minilora.peft import (
     CONFIG_FILE,
@@ -32,9 +33,10 @@ def adapter_of(name: Path, what: str) -> Path:
     """Return the folder of an adapter, downloaded if the hub has one of that name, or raise."""
     folder = adapter_folder(name)
     if not find_pair(folder)[0].is_file():
+        found = f"found no {CONFIG_FILE} in {folder}" if folder.is_dir() else absent(folder)
         raise ValueError(
-            f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no "
-            f"{CONFIG_FILE} in {folder}{'' if folder.exists() else nearest_file(folder)}"
+            f"{what} must name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, {found}"
+            f"{folder_below(folder, CONFIG_FILE)}"
         )
     return folder
 
@@ -61,27 +63,20 @@ def base_of(adapter: Path, model: str | None) -> str:
     """Return the model that was asked for, or else the one that an adapter names as its base."""
     if model:
         return model
-    config_file, weights = find_pair(adapter)
-    config = read_config(config_file)
-    named, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not named:
+    read_config(find_pair(adapter)[0])  # which checks it, before the slow part
+    named = base_name(adapter)
+    if named is None:
         raise ValueError(f"{adapter / CONFIG_FILE} must name its base, found none; pass --model")
+    if named.startswith((".", "/")) and not os.path.exists(named):
+        raise ValueError(
+            f"{adapter / CONFIG_FILE} names its base by the path {named}, found nothing there "
+            f"from {os.getcwd()}; go where it was trained, or name the base"
+        )
     name = on_hub(named)
-    if name is None:
-        if named.startswith((".", "/")) and not os.path.exists(named):
-            raise ValueError(
-                f"{adapter / CONFIG_FILE} names its base by the path {named}, found nothing there "
-                f"from {os.getcwd()}; go where it was trained, or name the base"
-            )
-        return named
-    if revision:
-        return str(name._replace(revision=str(revision)))
-    with tensor_file(weights) as opened:
-        ours = "minilora_base" in (opened.metadata() or {})
-    known = known_name(named) if ours else None  # our file has the name of what it was made from
-    if ours and known is None:  # as base_name says, or a folder's that an older version wrote
+    # Ours may name a path from another folder, PEFT's a model of the hub.
+    if name is not None and name.revision is None and base_formats(adapter):
         print(f"the base, {named}, is no folder here; the hub is asked for it", file=sys.stderr)
-    return known or named
+    return named
 
 
 def is_adapter(model: str) -> bool:
@@ -129,6 +124,8 @@ def check_gguf(file: Path | None, ollama: object) -> None:
     """Raise unless a GGUF file that was asked for can be a new one."""
     if file is None and ollama:
         raise ValueError("--ollama goes with --gguf, found none; pass --gguf FILE")
+    if file is not None and file.suffix.lower() != ".gguf":
+        raise ValueError(f"--gguf must name a file that ends in .gguf, found {file}")
     modelfile = file.parent / "Modelfile" if file is not None and ollama else None
     check_new_files({"--gguf": file, "--ollama": modelfile})
 
@@ -212,12 +209,36 @@ def encoding(options: argparse.Namespace) -> Encoding:
     )
 
 
+def encoding_flags(options: argparse.Namespace) -> list[str]:
+    """Return the flags that say how records become examples, as they were given; no length."""
+    words = []
+    for flag in ENCODING[1:]:
+        value = getattr(options, flag[2:].replace("-", "_"))
+        if value is False and flag == "--parse-special":
+            words.append("--no-parse-special")
+        elif value is True:
+            words.append(flag)
+        elif value:
+            words += [flag, *(value if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def check_data_is_read(options: argparse.Namespace, *sets: str) -> None:
+    """Raise where a flag says how data is read, and none of the flags in `sets` names any."""
+    words = encoding_flags(options)
+    if words and not any(getattr(options, flag[2:]) for flag in sets):
+        raise ValueError(idle(words[0], sets))
+
+
 def _fields(given: Sequence[str] | None) -> dict[str, str] | None:
     """Return the fields that `--map` names."""
     fields: dict[str, str] = {}
     for name, sign, field in (one.partition("=") for one in given or ()):
         if not (name and sign and field):
-            raise ValueError(f"--map takes NAME=FIELD, found {short(name + sign + field)}")
+            raise ValueError(
+                f"--map takes NAME=FIELD, as in question=frage where your rows call the question "
+                f"frage, found {short(name + sign + field)}"
+            )
         if name in fields:
             raise ValueError(f"--map takes each name once, found {short(name)} twice")
         fields[name] = field

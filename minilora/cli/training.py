@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
+import itertools
 import shlex
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import minilora
 from minilora.cli.arguments import ENCODING, TRAINED, add_arguments, arg, verb
 from minilora.cli.card import write_card
-from minilora.cli.runs import RunFile, only_written
+from minilora.cli.run_file import RunFile, only_written
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
 from minilora.data import IGNORE, Example, check_streamed, hold_out, pack, streamed
 from minilora.files import add_flags, given, read_options, short
@@ -31,7 +32,6 @@ from minilora.training import (
     chosen_lr,
     leave,
     sharded,
-    spent,
     torchrun_number,
 )
 
@@ -94,7 +94,6 @@ def _share(text: str) -> float:
 )
 def train(options: argparse.Namespace) -> int:
     """Train an adapter."""
-    begun = time.perf_counter()
     adapter, config = settings(options)
     _check(options, adapter, config)
     if options.resume and only_written(options.out):
@@ -105,8 +104,26 @@ def train(options: argparse.Namespace) -> int:
         check_out(options.out, options.resume)
     encode = read_data(options)
     file = RunFile(options) if torchrun_number("RANK", 0) == 0 else None
-    if file is not None and not options.resume:
-        file.write()
+    with nullcontext() if file is None or options.resume else file.begun():
+        result, config = _fit(options, adapter, config, encode, file)
+    leave()
+    if result.stopped == "interrupted":
+        return 130
+    if file is None:
+        return 0
+    write_card(options, file, config, result, adapter)
+    _conclude(options, result, file.settings["rows"])
+    return 0
+
+
+def _fit(
+    options: argparse.Namespace,
+    adapter: dict[str, Any],
+    config: TrainConfig,
+    encode: Callable[[Any], tuple[Any, Any]],
+    file: RunFile | None,
+) -> tuple[FitResult, TrainConfig]:
+    """Load, encode and train; return the result, and the configuration with its learning rate."""
 
     def inject(model: Any) -> None:
         torch.manual_seed(config.seed)
@@ -122,6 +139,7 @@ def train(options: argparse.Namespace) -> int:
     if file is not None:
         epochs = chosen_epochs(config, len(rows)) if isinstance(rows, list) else config.epochs
         file.settings["train"] = config.to_dict() | {"epochs": epochs, "lr": lr}
+        file.settings["rows"] = form_of(rows, tokenizer)
         if options.adapter is None:
             file.settings["adapter"] = dataclasses.asdict(AdapterConfig(**adapter))
     sample = None
@@ -141,27 +159,24 @@ def train(options: argparse.Namespace) -> int:
     )
     if options.stream and torchrun_number("RANK", 0) == 0:
         print(f"{', '.join(options.data)}: {rows.source.report}", file=sys.stderr)
-    leave()
-    if result.stopped == "interrupted":
-        return 130
-    if file is None:
-        return 0
-    write_card(options, file, dataclasses.replace(config, lr=lr), result, adapter)
-    _conclude(options, result, (time.perf_counter() - begun) / 60)
-    return 0
+    return result, dataclasses.replace(config, lr=lr)
 
 
-def _conclude(options: argparse.Namespace, result: FitResult, minutes: float) -> None:
-    """Print what a run came to, in so many minutes of this call."""
+def _conclude(options: argparse.Namespace, result: FitResult, rows: Mapping[str, Any]) -> None:
+    """Print what a run came to, and what to do next with an adapter that learned such rows."""
+    out = shlex.quote(str(options.out))
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
         print(f"held out after:  {result.best} (step {result.best_step})")
-    print(
-        f"{result.steps} steps in {spent(result.minutes)} of training (this call took "
-        f"{spent(minutes)} in all); adapter in {options.out}"
-    )
-    if result.stopped == "time":
-        print(f"to go on: minilora resume {shlex.quote(str(options.out))} --minutes MORE")
+    print(f"{result.steps} steps; adapter in {options.out}")
+    print(next_step(out, rows))
+
+
+def next_step(out: str, rows: Mapping[str, Any]) -> str:
+    """Return the line that says how to try an adapter that learned such rows."""
+    if rows.get("chat", True):
+        return f"talk to it: minilora chat {out}"
+    return f'try it: minilora generate {out} "PROMPT"'
 
 
 def settings(options: argparse.Namespace) -> tuple[dict[str, Any], TrainConfig]:
@@ -269,6 +284,46 @@ def _sampler(
     return sample
 
 
+def form_of(examples: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return what `run.toml` says of the rows: as `chat`, and with how many `questions` at most.
+
+    Nothing of a stream, whose rows are not known yet, without a chat template, and with one that
+    writes nothing before an answer.
+    """
+    if not isinstance(examples, list) or tokenizer.chat_template is None:
+        return {}
+    before = _before_answer(tokenizer)
+    if not before:
+        return {}
+    if not is_chat(examples, tokenizer):
+        return {"chat": False}
+    turns = [{"role": role, "content": "?"} for role in ("user", "assistant")]
+    try:
+        two = tokenizer.encode_chat(2 * turns, add_generation_prompt=False)
+    except ValueError:  # a template for one question alone
+        two = []
+    if _count(before, two) != 2:  # or one that writes earlier turns otherwise
+        return {"chat": True}
+    some = examples[:: -(-len(examples) // 1000)]  # enough to tell
+    return {
+        "chat": True,
+        "questions": max(_count(before, part) for e in some for part in _parts(e)),
+    }
+
+
+def _parts(example: Example) -> Iterator[Sequence[int]]:
+    """Yield the ids of each document that is packed into an example."""
+    ends = list(itertools.accumulate(example.lengths or (len(example.input_ids),)))
+    for start, end in itertools.pairwise([0, *ends]):
+        yield example.input_ids[start:end]
+
+
+def _count(part: list[int], ids: Sequence[int]) -> int:
+    """Count how often some ids stand in others."""
+    places = (i for i, token in enumerate(ids) if token == part[0])
+    return sum(list(ids[i : i + len(part)]) == part for i in places)
+
+
 def is_chat(examples: Any, tokenizer: Any) -> bool:
     """Return whether examples are conversations: answers stand where the chat template puts them.
 
@@ -276,14 +331,19 @@ def is_chat(examples: Any, tokenizer: Any) -> bool:
     """
     if not isinstance(examples, list) or tokenizer.chat_template is None:
         return False
-    turn = [{"role": "user", "content": "?"}]
-    try:
-        asked = tokenizer.encode_chat(turn, add_generation_prompt=True)
-        before = asked[len(tokenizer.encode_chat(turn, add_generation_prompt=False)) :]
-    except ValueError:  # a template that wants more
-        return False
+    before = _before_answer(tokenizer)
     for example in examples[:1]:
         learned = [label != IGNORE for label in example.labels]
         at = learned.index(True)
         return bool(before) and list(example.input_ids[max(0, at - len(before)) : at]) == before
     return False
+
+
+def _before_answer(tokenizer: Any) -> list[int]:
+    """Return the ids that the chat template writes before an answer, as far as they are known."""
+    turn = [{"role": "user", "content": "?"}]
+    try:
+        asked = tokenizer.encode_chat(turn, add_generation_prompt=True)
+        return asked[len(tokenizer.encode_chat(turn, add_generation_prompt=False)) :]
+    except ValueError:  # a template that wants more
+        return []

@@ -2,18 +2,21 @@
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import minilora
 from minilora.cli.arguments import TRAINED, add_arguments, arg, verb
 from minilora.cli.card import write_card
-from minilora.cli.runs import RunFile, only_written, without_resume
+from minilora.cli.run_file import RunFile, only_written, without_resume
 from minilora.cli.sources import load
-from minilora.cli.training import groups, read_data, settings
+from minilora.cli.training import form_of, groups, next_step, read_data, settings
 from minilora.files import flags_of, given, short
 from minilora.lora import AdapterConfig
 from minilora.training import (
@@ -30,38 +33,42 @@ _VARIED = ("r", "alpha", "targets")
 _FLAGS = {field.name: flags_of(field) for field in fields(AdapterConfig)}
 
 
-def _rate(text: str) -> float:
+def _above_0(what: str, text: str) -> float:
+    """Read a finite number above 0."""
     try:
-        rate = float(text)
-        TrainConfig(lr=rate)  # checks
-        return rate
+        value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be a finite number above 0, found {short(text)}"
-        ) from None
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be {what} above 0, found {short(text)}")
+    return value
 
 
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"must be minutes, above 0, found {short(text)}")
-    return minutes
-
-
+_RATE, _MINUTES = (partial(_above_0, what) for what in ("a finite number", "minutes,"))
 # What `train` does not know; the rest of the words is a train command.
 _OWN = (
-    arg("--rates", nargs="+", type=_rate, default=RATES, metavar="LR",
+    arg("--rates", nargs="+", type=_RATE, default=RATES, metavar="LR",
         help=f"learning rates to try (default: {' '.join(f'{rate:g}' for rate in RATES)})"),
     arg("--vary", nargs="+", default=[], metavar="NAME=VALUES", help="try each rate with each of "
         "these too, as in r=4,8,16 targets=q_proj+v_proj,all-linear"),
-    arg("--budget", type=_minutes, metavar="MINUTES",
+    arg("--budget", type=_MINUTES, metavar="MINUTES",
         help="that the whole should take; decides how many steps a run has"),
     arg("--resume", action="store_true", help="continue the tuning in --out"),
     arg("--out", required=True, type=Path, help="folder for the runs, a folder each"),
 )  # fmt: skip
+
+
+_REFUSED = (
+    "stream", "lr", "loss", "beta", "gamma", "kto_weights", "max_minutes", "patience", "parallel"
+)  # fmt: skip
+
+
+def _groups(parser: argparse.ArgumentParser) -> None:
+    """Add the groups of `train`; what tune refuses with a reason is not listed."""
+    groups(parser)
+    for action in parser._actions:
+        if action.dest.rpartition(".")[2] in _REFUSED:
+            action.help = argparse.SUPPRESS
 
 
 @verb(
@@ -71,7 +78,7 @@ _OWN = (
     arg("--valid", required=True, nargs="+", metavar="FILE", help="held-out data, as --data"),
     arg("--config", type=Path, metavar="FILE", help="TOML with tables [train] and [adapter]"),
     *_OWN,
-    groups,
+    _groups,
 )
 def tune(options: argparse.Namespace) -> int:
     """Find the learning rate: short runs, of which the better ones go on."""
@@ -94,14 +101,14 @@ def tune(options: argparse.Namespace) -> int:
     check_tuning(options.out, options.resume)
     encode = read_data(options)
     file = RunFile(options)
-    if not options.resume:
-        file.write()
-    model, tokenizer = load(options)
-    rows, held_out = encode(tokenizer)
-    found = minilora.tune(
-        model, rows, held_out, options.out, rates=options.rates, adapters=adapters, config=config,
-        budget=options.budget, resume=options.resume,
-    )  # fmt: skip
+    with nullcontext() if options.resume else file.begun():
+        model, tokenizer = load(options)
+        rows, held_out = encode(tokenizer)
+        file.settings["rows"] = form_of(rows, tokenizer)
+        found = minilora.tune(
+            model, rows, held_out, options.out, rates=options.rates, adapters=adapters,
+            config=config, budget=options.budget, resume=options.resume,
+        )  # fmt: skip
     file.write()
     for trial in found.trials:
         _write_run(options, file, trial, found)
@@ -109,6 +116,8 @@ def tune(options: argparse.Namespace) -> int:
         return 130
     print(found)
     print(f"{found.minutes:.1f} minutes; chart in {options.out / CHART_FILE}")
+    out = shlex.quote(str(options.out / found.chosen.name))
+    print(next_step(out, file.settings["rows"]))
     return 0
 
 
@@ -160,6 +169,7 @@ def _write_run(options: argparse.Namespace, file: RunFile, trial: Trial, found: 
     words = [*_command(options, trial, found.steps), "--out", str(folder)]
     mine = argparse.Namespace(**vars(options) | {"out": folder, "argv": words})
     run = RunFile(mine, file)
+    run.settings["rows"] = file.settings["rows"]
     run.write()
     if trial is found.chosen and found.result is not None:
         config = replace(settings(options)[1], lr=trial.lr)

@@ -41,22 +41,30 @@ class Batch:
         return sum(self._row_tokens())
 
     def _row_tokens(self) -> list[int]:
-        counted = self.__dict__.get("_counts")
-        if counted is None or counted[0] is None or counted[0] != self._version():
-            self._note(self._learned()[:, 1:].sum(1).tolist())
-        return self.__dict__["_counts"][1]
+        counts, shared = self._known()
+        if counts is None:
+            counts = self._learned()[:, 1:].sum(1).tolist()
+            self._note(counts, shared)
+        return counts
 
     def _learned(self) -> torch.Tensor:
         return self.labels != IGNORE
 
-    def _version(self) -> int | None:
-        """Return a number that changes with the labels, None where torch keeps none."""
-        return None if self.labels.is_inference() else self.labels._version
+    def _versions(self) -> tuple[int, int] | None:
+        """Return numbers that change with ids and labels, None where torch keeps none."""
+        if self.input_ids.is_inference() or self.labels.is_inference():
+            return None
+        return self.input_ids._version, self.labels._version
 
-    def _note(self, row_tokens: list[int]) -> Batch:
+    def _note(self, row_tokens: list[int] | None, shared: int) -> Batch:
         """Keep what was counted, if need be on the CPU: counting on a GPU waits for it."""
-        self.__dict__["_counts"] = self._version(), row_tokens
+        self.__dict__["_noted"] = self._versions(), row_tokens, shared
         return self
+
+    def _known(self) -> tuple[list[int] | None, int]:
+        """Return what was noted, as long as ids and labels are what they were."""
+        versions, counts, shared = self.__dict__.get("_noted", (None, None, 0))
+        return (counts, shared) if versions and versions == self._versions() else (None, 0)
 
     @property
     def shared(self) -> int:
@@ -65,34 +73,22 @@ class Batch:
         Neither they nor the next token is learned. Known of what `pad` made, until its ids or
         labels are changed.
         """
-        state, shared = self.__dict__.get("_start", (None, 0))
-        return shared if state is not None and state == self._versions() else 0
-
-    def _versions(self) -> tuple[int, int] | None:
-        if self.input_ids.is_inference() or self.labels.is_inference():
-            return None
-        return self.input_ids._version, self.labels._version
-
-    def _begin(self, shared: int) -> Batch:
-        """Keep how many first tokens are shared."""
-        self.__dict__["_start"] = self._versions(), shared
-        return self
+        return self._known()[1]
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`; a pinned one is copied without waiting."""
         copied = self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
-        return copied._note(self._row_tokens())._begin(self.shared)
+        return copied._note(self._row_tokens(), self.shared)
 
     def pinned(self) -> Batch:
         """Return the batch in page-locked memory."""
-        copied = self._each(torch.Tensor.pin_memory)
-        return copied._note(self._row_tokens())._begin(self.shared)
+        return self._each(torch.Tensor.pin_memory)._note(self._row_tokens(), self.shared)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return some of the rows, padded as they were."""
         some = self._each(lambda tensor: tensor[start:stop])
         shared = worth_sharing(len(some), self.input_ids.shape[1], self.shared)
-        return some._note(self._row_tokens()[start:stop])._begin(shared)
+        return some._note(self._row_tokens()[start:stop], shared)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -159,7 +155,7 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
         documents = torch.full(mask.shape, -1)
         documents[mask] = torch.tensor([i for example in examples for i in _numbers(example)])
     shared = worth_sharing(len(mask), mask.shape[1], common_prefix(examples))
-    return Batch(input_ids, labels, None if mask.all() else mask, documents)._begin(shared)
+    return Batch(input_ids, labels, None if mask.all() else mask, documents)._note(None, shared)
 
 
 def _numbers(example: Example) -> Iterator[int]:

@@ -68,14 +68,13 @@ def split(pairs: dict[str, list[dict[str, str]]]) -> dict[str, list[dict[str, st
 @functools.cache
 def docstring_rows(part: str) -> tuple[dict[str, str], ...]:
     """Return questions and answers of one of `SPLITS`: what does this function do?"""
-    pairs = split(docstring_pairs(part))[part]
+    asked, end = "What does this Python function do?\n\n", "\n\n# What it does:"
     return tuple(
         {
-            "question": f"What does this Python function do?\n\n{code}",
+            "question": asked + pair["prompt"].removesuffix(end),
             "answer": pair["completion"].strip(),
         }
-        for pair in pairs
-        for code in [pair["prompt"].removesuffix("\n\n# What it does:")]
+        for pair in split(docstring_pairs(part))[part]
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from minilora.data.examples import IGNORE, Example, learned_labels
 from minilora.data.problems import check_skip_bad, joined
 from minilora.data.turns import MARKS, learned_texts, left_out
-from minilora.text import Conversation, Tokenizer, as_tokenizer, name_pattern
+from minilora.text import REASONING, Conversation, Tokenizer, as_tokenizer, name_pattern
 
 _ENDLESS = (
     "no stop token is learned, so generation will not end by itself: the chat template writes none "
@@ -59,8 +59,8 @@ class Encoding:
             raise ValueError(f"max_length must be at least 2, found {self.max_length}")
         if self.last_turn and not self.completion_only:
             raise ValueError(
-                "last_turn=True (--last-turn) learns one answer alone, found completion_only=False "
-                "(--all-tokens) too, which learns all; leave one out"
+                "--last-turn learns one answer alone, found --all-tokens too, which learns all; "
+                "leave one out (in Python: last_turn=True, completion_only=False)"
             )
         check_skip_bad(self.skip_bad)
 
@@ -342,6 +342,14 @@ class Encoder:
         source, role = "\n".join(self.tokenizer.template_sources), message["role"]
         for key, value in message.items():
             marks = key in MARKS and (role == "assistant" or not value)
-            read = key in ("role", "content") or re.search(rf"\b{re.escape(key)}\b", source)
-            if not marks and not read:
+            if not marks and not _is_read(key, source):
                 self.ignore({f"messages.{key}{f' of {role} turns' * (key in MARKS)}": value})
+
+
+def _is_read(key: str, source: str) -> bool:
+    """Whether a template reads a field of messages, as far as its source tells."""
+    word = re.escape(key)
+    if key in REASONING:  # words of prose too, so as fields alone; two of the names are always set
+        words = "|".join({word, *REASONING[:2]})
+        return bool(re.search(rf"""(\.|\[['"]|get\(['"])({words})\b""", source))
+    return key in ("role", "content") or bool(re.search(rf"\b{word}\b", source))

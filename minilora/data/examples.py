@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minilora.data.problems import renaming
 from minilora.files import short
 
 IGNORE = -100
@@ -20,12 +21,11 @@ _MASKS = ("loss_mask", "completion_mask", "assistant_masks")  # 1: learned
 _WEIGHTS = ("weight", "weights", "loss_weight", "loss_weights", "sample_weight")
 
 NOT_ONE_TEXT = {  # by whether it has a label
-    False: "a preference pair; train on it with TrainConfig(loss='dpo') (--loss dpo), or read one "
-    "answer alone: fields={'prompt': 'prompt', 'completion': 'chosen'} "
-    "(--map prompt=prompt completion=chosen)",
-    True: "an answer with a label; train on it with TrainConfig(loss='kto') (--loss kto), or leave "
-    "the label unread: fields={'prompt': 'prompt', 'completion': 'completion'} "
-    "(--map prompt=prompt completion=completion)",
+    False: "a preference pair; train on it with --loss dpo (in Python: TrainConfig(loss='dpo')), "
+    f"or read one answer alone: {renaming({'prompt': 'prompt', 'completion': 'chosen'})}",
+    True: "an answer with a label; train on it with --loss kto (in Python: "
+    "TrainConfig(loss='kto')), or leave the label unread: "
+    f"{renaming({'prompt': 'prompt', 'completion': 'completion'})}",
 }
 
 Get = Callable[[str], Any]
@@ -116,9 +116,7 @@ def common_prefix(examples: Sequence[Example]) -> int:
     if not examples or any(example.lengths for example in examples):
         return 0
     ids = [tuple(example.input_ids) for example in examples]
-    first, last = min(ids), max(ids)  # in order; what these two share all have
-    pairs = enumerate(zip(first, last, strict=False))
-    same = next((i for i, (one, other) in pairs if one != other), min(len(first), len(last)))
+    same = alike(min(ids), max(ids))  # in order; what these two share all have
     if not same:
         return 0
     few = (first_learned(example.labels[: same + 2]) - 1 for example in examples)

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from minilora.data.encoder import Encoder, Row
-from minilora.data.shapes import MESSAGES, QUESTION, Record, Shape, as_messages, check_string
+from minilora.data.shapes import (
+    MESSAGES,
+    QUESTION,
+    Record,
+    Shape,
+    as_messages,
+    check_string,
+    spoken,
+)
 from minilora.files import short
 
 
@@ -44,17 +52,6 @@ def _question(asked: str, answer: str, beside: str = "") -> Shape:
     return _foreign(note, QUESTION, convert, (asked, answer), more)
 
 
-# ShareGPT's names of roles, and those that its followers added.
-_SPEAKERS = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-}
-
-
 _SYSTEM = ("system", "developer")
 
 
@@ -86,16 +83,6 @@ def _with_system(system: Any, turns: list[Any]) -> list[Any]:
             "out"
         )
     return [{"role": "system", "content": system}, *turns]
-
-
-def spoken(turn: Any) -> Any:
-    """Return one of ShareGPT's turns as a message; anything else as it is."""
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    speaker = turn["from"]
-    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    return {**rest, "role": role, "content": turn.get("value")}
 
 
 FOREIGN = (

@@ -13,6 +13,7 @@ from typing import Any
 from minilora.data.examples import IGNORE, Example, Pair, alike, learned_labels
 from minilora.data.pairs import cut
 from minilora.data.problems import joined
+from minilora.files import counted
 
 _COLORS = ("\033[2m", "\033[1;32m", "\033[0m")  # given, learned, end
 _ENDING = 5  # tokens: the one that ends an answer, and what templates write after it
@@ -36,7 +37,11 @@ def lengths(examples: Sequence[Example]) -> str:
         sizes.sort()
         most = sizes[min(len(sizes) - 1, len(sizes) * 95 // 100)]
         middle = statistics.median_low(sizes)
-        parts.append(f"{sizes[0]} to {sizes[-1]} {word} (median {middle}, 95 % at most {most})")
+        if sizes[0] == sizes[-1]:
+            parts.append(f"{middle} {word}")
+        else:
+            span = f"{sizes[0]} to {sizes[-1]} {word}"
+            parts.append(f"{span} (median {middle}, 95 % at most {most})")
     return "; ".join(parts)
 
 
@@ -119,13 +124,15 @@ def _same(texts: Mapping[str, list[Place]], names: list[str]) -> list[str]:
         again = [f"{found[0]} = {found[-1]}" for found in rows.values() if len(found) > 1]
         more = sum(len(found) - 1 for found in rows.values() if found)
         if again:
-            said.append(f"{name}: {more} examples occur again: {joined(again, 5)}")
+            verb = "occurs" if more == 1 else "occur"
+            said.append(f"{name}: {counted(more, 'example')} {verb} again: {joined(again, 5)}")
     for a, b in itertools.combinations(range(len(names)), 2):
         both = [key for key in texts if places[a][key] and places[b][key]]
         pairs = sorted((places[a][key][0], places[b][key][0]) for key in both)
         if pairs:
             listed = joined([f"{i} = {j}" for i, j in pairs], 5)
-            said.append(f"{names[a]} and {names[b]} share {len(pairs)} examples: {listed}")
+            many = counted(len(pairs), "example")
+            said.append(f"{names[a]} and {names[b]} share {many}: {listed}")
     return said
 
 
@@ -137,7 +144,8 @@ def _near(rows: list[tuple[Place, set[str]]], names: list[str]) -> list[str]:
     for (first, second), pairs in sorted(found.items(), key=lambda e: [*map(names.index, e[0])]):
         listed = joined([f"{i} ~ {j}" for i, j in sorted(pairs)], 5)
         where = first if first == second else f"{first} and {second}"
-        said.append(f"{where}: {len(pairs)} pairs of nearly the same: {listed}")
+        many = counted(len(pairs), "pair")
+        said.append(f"{where}: {many} of rows that are nearly the same: {listed}")
     return said
 
 

@@ -28,7 +28,7 @@ def pack(examples: Iterable[Any], length: int) -> list[Example]:
     examples = list(examples)
     if any(isinstance(example, Pair) for example in examples):
         raise ValueError(
-            "preference pairs are rows of their own and can't be packed; leave pack (--pack) out"
+            "preference pairs are rows of their own and can't be packed; leave --pack out"
         )
     documents = as_examples(examples)
     for i, document in enumerate(documents):

@@ -12,8 +12,8 @@ from typing import Any
 
 from minilora.data.encoder import Encoder, Row
 from minilora.data.examples import alike
-from minilora.data.foreign_shapes import spoken
 from minilora.data.pairs import PairRow
+from minilora.data.problems import renaming
 from minilora.data.shapes import (
     COMPLETION,
     QUESTION,
@@ -23,6 +23,7 @@ from minilora.data.shapes import (
     check_said,
     check_string,
     messages_in,
+    spoken,
 )
 
 _LABELS = {
@@ -42,7 +43,9 @@ def _wanted(label: Any) -> bool | None:
 
 def _answer(value: Any, key: str) -> Any:
     """Return an answer as a text or a list of messages."""
-    value = messages_in(value) or value
+    messages = messages_in(value) or ()
+    if any(_role(message) == "assistant" for message in messages):
+        value = messages
     if isinstance(value, str):
         check_said(value, key)
         return value
@@ -72,10 +75,10 @@ def _role(message: Any) -> Any:
 def _implicit(record: Record) -> tuple[Any, list[Any]]:
     """Return what two texts or conversations begin with alike, and the rests."""
     if beside := [key for key in _PROMPTS if record.get(key)]:
+        named = {"prompt": beside[0], "chosen": "chosen", "rejected": "rejected"}
         raise ValueError(
             f"the prompt must stand in prompt, or at the head of chosen and rejected, found "
-            f"{beside[0]} beside them; name it (--map prompt={beside[0]} chosen=chosen "
-            f"rejected=rejected)"
+            f"{beside[0]} beside them; name it: {renaming(named)}"
         )
     return _cut(*(_answer(record[key], key) for key in _ANSWERS))
 
@@ -177,7 +180,7 @@ def _one(encoder: Encoder, shape: Shape, record: Record, name: str) -> Row:
     if not encoder.options.completion_only:
         raise ValueError(
             "preferences compare answers, so that prompts are not learned, found "
-            "completion_only=False (--all-tokens); leave it out"
+            "--all-tokens (in Python: completion_only=False); leave it out"
         )
     rows = shape.encode(encoder, record, name)
     if len(rows) != 1:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from minilora.files import one_line
 
 _ROWS, _REASONS = 10, 5  # how many are named in one message
-_LENGTH = 360  # of the reasons together
+_REASON, _LENGTH = 320, 360  # characters: of one reason, and of them together
 
 Problem = tuple[str, str]  # where, and what is wrong there
 
@@ -27,13 +27,25 @@ def check_skip_bad(skip_bad: int) -> None:
         raise ValueError(f"skip_bad must be a whole number of at least 0, found {skip_bad!r}")
 
 
-def refuse(problems: Sequence[Problem], what: str, skip_bad: int | None = None) -> None:
-    """Raise BadRowsError if there are more problems than may be skipped; None: than none."""
+def refuse(
+    problems: Sequence[Problem], what: str, skip_bad: int | None = None, rows: int | None = None
+) -> None:
+    """Raise BadRowsError if there are more problems than may be skipped; None: than none.
+
+    Of `rows` in all, it is not proposed to leave out every one.
+    """
     if len(problems) > (skip_bad or 0):
         said = f"{what}: {listed(problems)}"
-        if skip_bad is not None:
-            said += f"; mend these rows, or leave them out by skip_bad={len(problems)} (--skip-bad)"
+        if skip_bad is not None and len(problems) != rows:
+            leave_out = f"--skip-bad {len(problems)} (in Python: skip_bad={len(problems)})"
+            said += f"; mend these rows, or leave them out with {leave_out}"
         raise BadRowsError(said, problems)
+
+
+def renaming(fields: Mapping[str, str]) -> str:
+    """Write names for fields as the command takes them, and as Python does."""
+    flags = " ".join(f"{name}={field}" for name, field in fields.items())
+    return f"--map {flags} (in Python: fields={dict(fields)})"
 
 
 def listed(problems: Sequence[Problem]) -> str:
@@ -41,8 +53,8 @@ def listed(problems: Sequence[Problem]) -> str:
     rows: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     for where, reason in problems:
-        alike = re.sub(r"\d+|'[^']*'", "", reason)
-        reasons.setdefault(alike, one_line(reason, 200))
+        alike = re.sub(r"\d+|'[^']*'|--map [^(]*", "", reason)
+        reasons.setdefault(alike, one_line(reason, _REASON))
         rows.setdefault(alike, []).append(where)
     said = list(rows)[:_REASONS]
     while len(said) > 1 and sum(len(reasons[each]) for each in said) > _LENGTH:

@@ -87,15 +87,6 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     )
 
 
-def _undecodable(content: bytes) -> str | None:
-    """Return what to say of content that is not UTF-8, None of what is."""
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return _not_utf8(error)
-    return None
-
-
 def _other_encoding(head: bytes) -> str | None:
     """Return which other encoding of Unicode a file's first four bytes show, or None."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
@@ -234,8 +225,12 @@ def _csv(file: BinaryIO) -> Iterator[Row]:
             raise ValueError(f"must hold a row below its first line, {first.strip()!r}, found none")
     except UnicodeDecodeError:
         file.seek(0)  # the line is only known by reading again
-        bad = next((i, found) for i, raw in enumerate(file, 1) if (found := _undecodable(raw)))
-        raise ValueError("line {} {}".format(*bad)) from None
+        for i, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {i} {_not_utf8(error)}") from None
+        raise
     except csv.Error as error:
         found = str(error)
         if found == "unexpected end of data":

@@ -90,15 +90,9 @@ def read_data(
         TypeError: another tokenizer.
     """
     options = Encoding(
-        max_length,
-        completion_only,
-        chat_prompts,
-        parse_special,
-        skip_bad,
-        fields=fields,
-        system=system,
-        last_turn=last_turn,
-    )
+        max_length, completion_only, chat_prompts, parse_special, skip_bad, fields, system,
+        last_turn,
+    )  # fmt: skip
     rows: list[Any] = [source] if isinstance(source, (str, Path)) else list(source)
     if rows and all(isinstance(each, (str, Path)) for each in rows):
         return DataFiles(rows, options).encode(tokenizer)

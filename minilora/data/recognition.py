@@ -7,6 +7,7 @@ from typing import Any
 
 from minilora.data.foreign_shapes import FOREIGN
 from minilora.data.preference_shapes import PREFERENCES
+from minilora.data.problems import renaming
 from minilora.data.shapes import QUESTION, SHAPES, TOKENS, Record, Shape
 from minilora.files import nearest
 
@@ -30,8 +31,16 @@ def resolve(record: Any, fields: Mapping[str, str] | None = None) -> tuple[Shape
     # tables made by hand have them.
     for each in (filled, record, plain):
         if len(each) >= len(filled) and (shape := _shape(each)) is not None:
-            return shape, each
+            return shape, _in_small_letters(each, {*shape.keys, *shape.more})
     raise ValueError(_unknown(record, fields or {}))
+
+
+def _in_small_letters(record: Record, names: set[str]) -> Record:
+    """Return a record whose fields have these names where they are written in other letters."""
+    other = {key: str(key).strip().lower() for key in record if key not in names}
+    lacking = names - record.keys()
+    found = {other[k] if other.get(k) in lacking else k: value for k, value in record.items()}
+    return found if len(found) == len(record) else record  # two fields of one name
 
 
 def _shape(record: Record) -> Shape | None:
@@ -52,25 +61,30 @@ def _shape(record: Record) -> Shape | None:
     return None
 
 
+def _known_fields() -> set[str]:
+    return {key for shape in _known() for key in (*shape.keys, *shape.more)}
+
+
 def _unknown(record: Record, fields: Mapping[str, str]) -> str:
     """Say what a record must have, and how to name the fields it has."""
     if ("chosen" in record) != ("rejected" in record):
         there, lacking = sorted(("chosen", "rejected"), key=lambda key: key not in record)
         return (
             f"a preference record must have chosen and rejected, found {there} without {lacking}; "
-            f"add it, or learn {there} alone (--map prompt=prompt completion={there})"
+            f"add it, or learn {there} alone: {renaming({'prompt': 'prompt', 'completion': there})}"
         )
     *most, last = (" and ".join(shape.keys) for shape in SHAPES)
     # In quotes, in which alike faults may differ: they are said once.
     found = f"'{', '.join(map(str, record)):.100}'" if record else "nothing"
-    known = {key for shape in _known() for key in (*shape.keys, *shape.more)}
+    known = sorted(_known_fields())
     odd = [name for name in fields if name not in known]
-    hint = f"; --map names {odd[0]!r}, which is none of these" if odd else ""
-    hint += nearest(odd[0], sorted(known)) if odd else ""
-    if not hint and len(record) == 2 and all(str(key).isidentifier() for key in record):
-        hint = "; say which is which, as in '--map question={} answer={}'".format(*record)
-    elif not hint:
-        hint = "; --map question=FIELD answer=FIELD says which is which"
+    if odd:
+        hint = f"; fields (--map) names {odd[0]!r}, which is none of these{nearest(odd[0], known)}"
+    else:
+        two = len(record) == 2 and all(str(key).isidentifier() for key in record)
+        question, answer = map(str, record) if two else ("FIELD", "FIELD")
+        meant = {"question": question, "answer": answer}
+        hint = f"; say which is which, as in {renaming(meant)}"
     return f"a record must have {', '.join(most)}, or {last}, found {found}{hint}"
 
 
@@ -78,6 +92,12 @@ def _renamed(record: Record, fields: Mapping[str, str]) -> Record:
     """Return a record with the shape's names for its fields, and no others of any shape."""
     lacking = [field for field in fields.values() if field not in record]
     if lacking:
+        swapped = {field: name for name, field in fields.items() if name in record}
+        if len(swapped) == len(fields) and set(swapped) <= _known_fields():
+            raise ValueError(
+                f"the name that a shape has for a field stands first, found {renaming(fields)}; "
+                f"write {renaming(swapped)}"
+            )
         raise ValueError(
             f"a record must have the field {lacking[0]!r} that was named, found "
             f"{', '.join(map(str, record)) or 'nothing':.100}"

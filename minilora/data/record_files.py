@@ -96,7 +96,7 @@ def _on_hub(path: Path) -> tuple[HubName, str] | None:
     """Return the data set of the hub that a name means, `owner/name` or a folder in it, or None."""
     first, *rest = path.parts or ("",)
     is_file = path.suffix.lower() in (*READERS, ".gz")
-    if not rest or is_file or path.exists() or Path(first).exists():
+    if not rest or is_file or path.exists():
         return None
     name = on_hub("/".join((first, rest[0])))
     return None if name is None else (name, "/".join(rest[1:]))
@@ -193,7 +193,7 @@ def read_rows(
         except ValueError as error:
             unreadable.append((str(file), str(error)))
     refuse(unreadable, "cannot read the data")
-    refuse(problems, "cannot read the data", options.skip_bad)
+    refuse(problems, "cannot read the data", options.skip_bad, len(rows) + len(problems))
     return rows, problems, notes
 
 

@@ -19,27 +19,16 @@ _CLASSES = "label is not read, as not all are true, false, 1 or 0 (found {})"
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """Say what became of the records.
+    """Say what became of the records."""
 
-    Attributes:
-        documents: records read.
-        tokens: tokens of the kept examples.
-        learned_tokens: labels of theirs that enter the loss.
-        truncated: records cut at max_length.
-        fully_masked: records dropped because nothing was left to learn.
-        longest: tokens of the longest record before the cut.
-        notes: what else to know: fields that were ignored, bad records left out, …
-        shapes: the fields that records were read by: "question and answer", …
-    """
-
-    documents: int
-    tokens: int
-    learned_tokens: int
-    truncated: int
-    fully_masked: int
-    longest: int
-    notes: tuple[str, ...] = ()
-    shapes: tuple[str, ...] = ()
+    documents: int  # records read
+    tokens: int  # of the kept examples
+    learned_tokens: int  # labels of theirs that enter the loss
+    truncated: int  # records cut at max_length
+    fully_masked: int  # records dropped because nothing was left to learn
+    longest: int  # tokens of the longest record before the cut
+    notes: tuple[str, ...] = ()  # what else to know: fields ignored, bad records left out, …
+    shapes: tuple[str, ...] = ()  # the fields that records were read by: "question and answer", …
 
     def __add__(self, other: EncodeReport) -> EncodeReport:
         both: dict[str, Any] = {name: n + vars(other)[name] for name, n in vars(self).items()}
@@ -74,7 +63,7 @@ def encode_rows(
                 classes.append(f"{known['label']!r:.40} in {name}")
         except ValueError as error:
             problems.append((name, str(error)))
-    refuse(problems, "cannot encode the records", options.skip_bad)
+    refuse(problems, "cannot encode the records", options.skip_bad, len(rows))
     shapes: dict[str, None] = {}
     examples: list[Example] = []
     truncated = longest = masked = 0
@@ -96,7 +85,7 @@ def encode_rows(
         masked += not learned
         truncated += any(row.count > options.max_length for row in found)
         longest = max([longest, *(row.count for row in found)])
-    refuse(problems, "cannot encode the records", options.skip_bad)
+    refuse(problems, "cannot encode the records", options.skip_bad, len(rows))
     examples = with_other_answers(examples, options.max_length)
     left_out = [f"left out: {listed(problems)}"] if problems else []
     return examples, EncodeReport(

@@ -6,6 +6,7 @@ Shapes of other programs' files are conversions to one of these: `foreign_shapes
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,20 @@ from minilora.data.turns import MARKS
 from minilora.files import parse_json, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's names of roles, and those that its followers added.
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+
+# Messages as Python prints them, or numpy.
+_OF_PYTHON = re.compile(
+    r"\s*\[?\{('[^{}]*)?'(role|from)': '(system|developer|user|assistant|tool|human|gpt)'"
+)
 
 Record = Mapping[str, Any]
 
@@ -98,15 +113,37 @@ def _with_messages(record: Record) -> Record:
 
 def messages_in(text: Any) -> list[Any] | None:
     """Return the messages that a text is, written as JSON, or None where it is another text."""
-    if not isinstance(text, str) or not text.lstrip().startswith("["):
+    if not isinstance(text, str) or not text.lstrip().startswith(("[", "{")):
         return None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
+        if _OF_PYTHON.match(text) and text.rstrip().endswith("}" if text[0] == "{" else "}]"):
+            raise ValueError(
+                f"messages in a text must be JSON, found Python's own form, as pandas writes it: "
+                f"{short(text)}; put json.dumps(messages) there"
+            ) from None
         return None
-    keys = {"content", "tool_calls"}
-    all_are = all(isinstance(m, dict) and m.get("role") in ROLES and keys & m.keys() for m in found)
-    return found if found and all_are else None
+    found = found if isinstance(found, list) else [found]
+    return [*map(spoken, found)] if found and all(map(_is_message, found)) else None
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    speaker, said = value.get("from", value.get("role")), {"content", "tool_calls"}
+    said = {"value"} if "from" in value else said
+    return speaker in (*ROLES, *_SPEAKERS) and not said.isdisjoint(value)
+
+
+def spoken(turn: Any) -> Any:
+    """Return one of ShareGPT's turns as a message; anything else as it is."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    speaker = turn["from"]
+    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {**rest, "role": role, "content": turn.get("value")}
 
 
 def _joined(record: Record) -> Record:

@@ -120,14 +120,12 @@ class StreamBatches:
         """Read a window; return its examples, packed or not, and how many items they took."""
         examples: list[Example] = []
         read = 0
-        while len(examples) < self.window:
-            try:
-                item = next(items)
-            except StopIteration:
-                break
+        for item in items:
             name = f"item {self._read + read} of the stream"
             read += 1
             examples += self._checked(name, _with_pairs, self._encoded(item))
+            if len(examples) >= self.window:
+                break
         if self.stream.pack is None or not examples:
             return examples, read
         name = f"items {self._read} to {self._read + read - 1} of the stream"

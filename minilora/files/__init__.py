@@ -1,7 +1,15 @@
 """Files and texts: read with one kind of error, written whole or not at all, worded in one line."""
 
-from minilora.files.extras import EXTRAS, import_extra
-from minilora.files.hub import HubName, cached_name, download, download_data, on_hub, plain_path
+from minilora.files.extras import import_extra
+from minilora.files.hub import (
+    HubName,
+    absent,
+    cached_name,
+    download,
+    download_data,
+    on_hub,
+    plain_path,
+)
 from minilora.files.json_text import parse_json, read_json, unique_keys
 from minilora.files.links import leads_out, open_plain
 from minilora.files.options import (
@@ -39,27 +47,37 @@ from minilora.files.tensors import (
     write,
     write_json,
 )
-from minilora.files.wording import nearest_file, one_line, reading, short
+from minilora.files.wording import (
+    counted,
+    folder_below,
+    nearest_file,
+    one_line,
+    reading,
+    said,
+    short,
+)
 
 __all__ = [
     "CHECKSUMS",
-    "EXTRAS",
     "MOST",
     "SILENCE",
     "Check",
     "Checksums",
     "HubName",
     "UnwritableError",
+    "absent",
     "add_flags",
     "beside",
     "cached_name",
     "check_options",
     "checksum",
+    "counted",
     "described",
     "download",
     "download_data",
     "every_so_often",
     "flags_of",
+    "folder_below",
     "given",
     "import_extra",
     "is_new",
@@ -83,6 +101,7 @@ __all__ = [
     "read_options",
     "read_tensors",
     "reading",
+    "said",
     "short",
     "sweep",
     "sync",

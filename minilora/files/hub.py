@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minilora.files.extras import import_extra
-from minilora.files.wording import nearest_file, one_line
+from minilora.files.wording import nearest_file, one_line, short
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^\s:@]+))?(?::([^:]+\.gguf))?")
 _CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)[/\\]?(.+\.gguf)?$")
@@ -46,6 +46,11 @@ def on_hub(source: str | Path) -> HubName | None:
     return HubName(*found.groups())
 
 
+def absent(source: str | Path) -> str:
+    """Say that nothing of a name is here, and what is most like it."""
+    return f"found no folder or file {short(str(source))}{nearest_file(source)}"
+
+
 def plain_path(source: str) -> str:
     """Return a path that from no folder is taken for a name on the hub, as `models/tiny` would."""
     return f"./{source}" if _NAME.fullmatch(source) and Path(source).exists() else source
@@ -73,10 +78,7 @@ def download(name: HubName, wanted: Iterable[str], needed: Iterable[str] = ()) -
         RuntimeError: huggingface_hub is missing, the hub can't be reached or refuses, or the disk
             can't take the files.
     """
-    hub = import_extra(
-        "huggingface_hub",
-        f"found no folder or file '{name}'{nearest_file(str(name))}; reading it from the hub",
-    )
+    hub = import_extra("huggingface_hub", f"{absent(str(name))}; reading it from the hub")
     needed = list(needed)
     patterns = [glob.escape(file) for file in (*wanted, *needed)]
     try:
@@ -105,7 +107,7 @@ def download_data(name: HubName, choose: Callable[..., list[str]]) -> list[Path]
     Raises:
         ValueError, RuntimeError: as `download`, and what `choose` raises.
     """
-    hub = import_extra("huggingface_hub", f"found no file '{name}'; reading it from the hub")
+    hub = import_extra("huggingface_hub", f"{absent(str(name))}; reading it from the hub")
     where: dict[str, Any] = {"repo_type": "dataset", "revision": name.revision}
     try:
         paths = hub.HfApi().list_repo_files(name.repo, **where)
@@ -136,7 +138,8 @@ def _explained(name: HubName, error: Exception) -> Exception:
     """Return an error of huggingface_hub as one line that says what to do."""
     from huggingface_hub import errors
 
-    here = f"found no folder or file '{name}' here{nearest_file(str(name), ' – nearest: ')}"
+    near = nearest_file(str(name), " (did you mean ")
+    here = f"found no folder or file '{name}' here{near and f'{near}?)'}"
     login = "`hf auth login`, or set HF_TOKEN"
     cause: Any = error
     while cause.__cause__ is not None and not isinstance(cause, errors.HfHubHTTPError):
@@ -169,5 +172,5 @@ def _explained(name: HubName, error: Exception) -> Exception:
         why = f"it answered {status}"
     return RuntimeError(
         f"{here}, nor all of it in the cache, and it could not be downloaded ({why}); try again "
-        f"with a network: files that have come stay"
+        f"with a network: what was downloaded is kept"
     )

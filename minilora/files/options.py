@@ -121,10 +121,7 @@ def _check_of_type(hint: Any) -> Check:
     values: list[Any] = []
     for one in _alternatives(hint):
         values += [True, False] if one is bool else [None] if one is type(None) else [one]
-    if (
-        any(isinstance(value, type) or typing.get_origin(value) for value in values)
-        or Any in values
-    ):
+    if any(one is Any or isinstance(one, type) or typing.get_origin(one) for one in values):
         return lambda value, name: value
     return _one_of(values)
 
@@ -200,13 +197,10 @@ def _word(of: list[Any], name: str, check: Check) -> tuple[Callable[[str], Any],
         try:  # what takes several words is checked when all of them are there
             return check(value, name) if nargs is None else value
         except (ValueError, TypeError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            raise argparse.ArgumentTypeError(_as_typed(error)) from None
 
-    return (
-        read,
-        nargs,
-        f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X"}.get(kind, "NAME"),
-    )
+    word = f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X"}.get(kind, "NAME")
+    return read, nargs, word
 
 
 class _Switch(argparse.Action):
@@ -278,8 +272,13 @@ def read_options(file: Path, tables: Mapping[str, type]) -> dict[str, dict[str, 
             try:
                 result[name][key] = _checks(tables[name])[key](None if none else value, key)
             except (ValueError, TypeError) as error:
-                raise type(error)(f"{file}: {error}") from None
+                raise type(error)(f"{file}: {_as_typed(error)}") from None
     return result
+
+
+def _as_typed(error: Exception) -> str:
+    """Say what is wrong with a word in a command or file, where None is written `none`."""
+    return str(error).replace(" or None, found", " or none, found")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -63,56 +63,41 @@ def ticking(
     if not shown:
         yield lambda count: None
         return
-    work = _Work(what, total, unit, say, on_terminal())
-    with every_so_often(work.look):
-        try:
-            yield work.add
-        finally:
-            work.close()
+    done = 0
+    began = said = time.perf_counter()
+    bar: Any = None
+    if on_terminal():
+        from tqdm import tqdm
 
+        form = "{bar:20} {desc}" if total else "{desc}"
+        bar = tqdm(total=total, desc=what, leave=False, bar_format=form)
 
-class _Work:
-    """A piece of work under way."""
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        if bar is not None:
+            bar.update(count)
 
-    def __init__(
-        self, what: str, total: int | None, unit: str, say: Callable[[str], None], bar: bool
-    ):
-        self.what, self.total, self.unit, self.say = what, total, unit, say
-        self.done = 0
-        self.began = self.said = time.perf_counter()
-        self.bar: Any = None
-        if bar:
-            from tqdm import tqdm
-
-            form = "{bar:20} {desc}" if total else "{desc}"
-            self.bar = tqdm(total=total, desc=what, leave=False, bar_format=form)
-
-    def add(self, count: int) -> None:
-        """Count work that is done."""
-        self.done += count
-        if self.bar is not None:
-            self.bar.update(count)
-
-    def look(self) -> None:
-        """Show how far it is, where that is due."""
+    def look() -> None:
+        nonlocal said
         now = time.perf_counter()
-        if self.bar is not None:
-            self.bar.set_description_str(f"{self.what}: {self._line(now)}")
-        elif now - self.said >= SILENCE:
-            self.said = now
-            self.say(f"{self.what}: {self._line(now)}")
+        if bar is not None:
+            bar.set_description_str(f"{what}: {_how_far(now - began, done, total, unit)}")
+        elif now - said >= SILENCE:
+            said = now
+            say(f"{what}: {_how_far(now - began, done, total, unit)}")
 
-    def close(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.bar.close()
+    with every_so_often(look):
+        try:
+            yield add
+        finally:
+            if bar is not None:
+                bar.close()
 
-    def _line(self, now: float) -> str:
-        passed = now - self.began
-        if not self.total or not self.done:
-            return f"{passed:.0f} s so far"
-        left = passed * (self.total - self.done) / self.done
-        return (
-            f"{self.done:,} of {self.total:,} {self.unit}, {self.done / passed:,.0f} a second, "
-            f"{left:.0f} s left"
-        )
+
+def _how_far(passed: float, done: int, total: int | None, unit: str) -> str:
+    if not total or not done:
+        return f"{passed:.0f} s so far"
+    left = passed * (total - done) / done
+    speed = f"{done / passed:,.0f} a second"
+    return f"{done:,} of {total:,} {unit}, {speed}, {left:.0f} s left"

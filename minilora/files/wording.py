@@ -25,6 +25,20 @@ def one_line(message: object, limit: int = LONGEST) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def said(error: BaseException) -> str:
+    """Return what an error says; of a file that can't be used, without the system's number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return (
+            f"{error.filename} must be a file or folder that can be used, found: {error.strerror}"
+        )
+    return str(error)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 example, 2 examples."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Within the block, what a library makes of damaged content is a ValueError that names it.
@@ -59,3 +73,9 @@ def nearest_file(path: str | Path, before: str = "; nearest: ") -> str:
         return ""
     found = difflib.get_close_matches(wanted.stem, list(there), n=1, cutoff=0.5)
     return f"{before}{there[found[0]]}" if found else ""
+
+
+def folder_below(folder: Path, *names: str) -> str:
+    """Name, as a question, the first folder in another that holds a file of a name, or nothing."""
+    below = sorted(file.parent for name in names for file in folder.glob(f"*/{name}"))
+    return f"; did you mean {below[0]}?" if below else ""

@@ -35,12 +35,7 @@ Places = dict[str, Place]  # by a tensor's name in the model
 
 
 def open_folder(folder: Path, dtype: torch.dtype | None) -> Source:
-    """Read a folder's configuration and the headers of its files.
-
-    Args:
-        folder: of a model that is not quantized.
-        dtype: that is asked for; without one all tensors must be stored in the same.
-    """
+    """Read a folder's configuration and headers; without a `dtype` all are stored in the same."""
     entries = read_json(folder / CONFIG)
     family = family_of(entries, folder / CONFIG)
     config: Any = family.config_class.from_dict(entries)

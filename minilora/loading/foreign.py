@@ -69,10 +69,7 @@ class ForeignSource:
 def open_foreign(folder: Path, why: NotBuiltError, quantized: Layers | None) -> ForeignSource:
     """Read what a folder says of a model that is not built here, and say that it isn't.
 
-    Args:
-        folder: of the model.
-        why: what is not built.
-        quantized: the layers of a folder that `save_pretrained` quantized, None for another.
+    `quantized` are the layers of a folder that `save_pretrained` quantized, None for another.
     """
     found = foreign_config(folder / CONFIG, why)
     config, family = found.own, found.family
@@ -122,11 +119,7 @@ class _Reader:
     """Reads a folder's tensors for transformers, and keeps those of some layers quantized.
 
     For the weight of such a layer transformers is given a stand-in: one number in the weight's
-    shape, which takes no memory.
-
-    Attributes:
-        parts: of the quantized layers, by name.
-        stand_ins: what was given for them.
+    shape, which takes no memory. `parts` are the quantized layers', by name.
     """
 
     def __init__(

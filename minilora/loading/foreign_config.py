@@ -19,34 +19,16 @@ class ForeignConfig:
     """A configuration of transformers, and the class of its causal language model.
 
     The rest goes by the common names of `ModelConfig`.
-
-    Attributes:
-        own: the configuration.
-        family: the class.
     """
 
     own: Any
     family: Any
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return self.own.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the residual stream."""
-        return self.own.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Blocks."""
-        return self.own.num_hidden_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Query heads, 0 of a model without attention."""
-        return getattr(self.own, "num_attention_heads", 0)
+    vocab_size = property(lambda self: self.own.vocab_size)
+    hidden_size = property(lambda self: self.own.hidden_size)
+    num_hidden_layers = property(lambda self: self.own.num_hidden_layers)
+    # 0 of a model without attention
+    num_attention_heads = property(lambda self: getattr(self.own, "num_attention_heads", 0))
 
     @property
     def head_dim(self) -> int:
@@ -81,12 +63,7 @@ class ForeignConfig:
 
 
 def foreign_config(file: Path, why: NotBuiltError) -> ForeignConfig:
-    """Return transformers' configuration and class for a `config.json` that is not built here.
-
-    Raises:
-        RuntimeError: transformers is not installed.
-        ValueError: it does not know the model either, or not as a causal language model.
-    """
+    """Return transformers' configuration and class for a `config.json` that is not built here."""
     try:
         import transformers
     except ImportError:

@@ -23,11 +23,7 @@ from minilora.models import (
 
 
 def open_gguf(file: GGUF) -> Source:
-    """Return the model that a file holds.
-
-    Raises:
-        ValueError: an architecture or an option that is not built, by name.
-    """
+    """Return the model that a file holds."""
     family, names = _family(file)
     rope = {name: read_tensor(file, name) for name in ROPE_TENSORS if name in file.tensors}
     config = _config(file, family, names, rope)
@@ -132,11 +128,8 @@ def _scaling(
     entries: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the entries of `config.json` that say how rotary frequencies are scaled."""
-    if not names.ropes or type(entries.get("rope_theta")) not in (
-        int,
-        float,
-    ):  # refused by name later
-        return {}
+    if not names.ropes or type(entries.get("rope_theta")) not in (int, float):
+        return {}  # such a number is refused by name later
     with suppress(TypeError, ZeroDivisionError):  # of a number that from_dict refuses by name
         heads = entries["hidden_size"] // entries["num_attention_heads"]
         pairs = (given.get("rope.dimension_count") or entries["head_dim"] or heads) // 2

@@ -88,12 +88,7 @@ class _Cursor:
 def read_gguf(path: Path) -> GGUF:
     """Read the header of a little-endian GGUF file of version 2 or 3, and of its other shards.
 
-    Args:
-        path: of the file, or of any of its shards (`….-00001-of-00003.gguf`) in one folder.
-
-    Raises:
-        ValueError: no GGUF, a damaged or truncated one, a tensor type that is not built, by name,
-            or shards that are missing or do not belong together.
+    The path may be of any of the shards (`….-00001-of-00003.gguf`), which lie in one folder.
     """
     opened = _read_one(path)
     count = opened.metadata.get("split.count", 1)
@@ -230,13 +225,7 @@ def _stored(
 
 
 def read_tensor(file: GGUF, name: str) -> Tensor:
-    """Decode one tensor to f32.
-
-    It is read and decoded piece by piece: beside the result, a few MB are in use.
-
-    Raises:
-        ValueError: the file became shorter.
-    """
+    """Decode one tensor to f32, piece by piece: beside the result, a few MB are in use."""
     stored = file.tensors[name]
     kind = stored.type
     weights = torch.empty(stored.size // kind.size, kind.weights, dtype=torch.float32)

@@ -6,9 +6,10 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; an adapte
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 from minilora.files import beside, import_extra
 from minilora.loading.gguf_file import read_metadata
 from minilora.lora import Approximation, Survey
-from minilora.models import CausalLM, GGUFNames, rotates_alike, written_scaling
+from minilora.models import (
+    CausalLM,
+    GGUFNames,
+    rotates_alike,
+    unread_scaling,
+    written_scaling,
+)
 from minilora.peft import plain_factors
 from minilora.quantization import is_finite
 from minilora.text import as_tokenizer, gguf_metadata
@@ -58,31 +65,28 @@ def export_gguf(
         RuntimeError: the package `gguf` is missing, or the file can't be written.
     """
     own, names = _names(model)
+    pad = nn.functional.pad
     survey = Survey(model)
     survey.require_layers("export")
     survey.require_unmerged("export")
     adapter = survey.adapter(adapter, "export")
     factors = plain_factors(survey, adapter, r, dtype, "export")
+    rank = max(len(A) for A, _, _ in factors.values())
     tensors: dict[str, Tensor] = {}
     for fqn, (A, B, _) in factors.items():
-        name = stored_name(f"{fqn}.weight", own, names)
+        name = _stored_name(f"{fqn}.weight", own, names)
         tied = fqn == "lm_head" and own.config.tie_word_embeddings  # no tensor of its own there
         if name is None or fqn == own.embedding_name or tied:
             raise ValueError(
                 f"a GGUF adapter holds linear layers that llama.cpp has a name for, found {fqn}; "
                 "merge the adapter into the model instead (minilora merge)"
             )
-        tensors[f"{name}.lora_a"] = A
-        tensors[f"{name}.lora_b"] = names.stored(f"{fqn}.weight", B, own.config)
-    alpha = float(max(len(A) for A, _, _ in factors.values()))
-    tensors = {name: _padded(value, int(alpha), name) for name, value in tensors.items()}
-
-    def describe(writer: Any) -> None:
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", alpha)  # divided by the rank: 1
-
-    write_gguf(Path(file), names.architecture, describe, tensors)
+        stored = names.stored(f"{fqn}.weight", B, own.config)
+        tensors[f"{name}.lora_a"] = pad(A, (0, 0, 0, rank - len(A)))
+        tensors[f"{name}.lora_b"] = pad(stored, (0, rank - len(A)))
+    metadata: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora"}
+    metadata["adapter.lora.alpha"] = float(rank)  # divided by the rank: 1
+    _write(Path(file), names.architecture, metadata, tensors)
     reports = tuple(report for *_, report in factors.values())
     return Approximation(adapter, "export", reports)
 
@@ -119,27 +123,21 @@ def save_gguf(model: CausalLM, file: str | Path, tokenizer: Any, *, type: str = 
         state.pop("lm_head.weight")
     tensors: dict[str, Tensor] = {}
     for fqn, value in state.items():
-        name = stored_name(fqn, model, names)
+        name = _stored_name(fqn, model, names)
         if name is None:
             raise ValueError(f"a GGUF file has no name for {fqn}; write a folder instead")
         made = names.stored(fqn, value, config)
         tensors[name] = made.mT if names.turns(name) else made
     scaling, rope = written_scaling(config.rope) if names.ropes else ({}, {})
     tensors |= rope
-    metadata = model_metadata(model, names) | {
-        f"{names.architecture}.{key}": value for key, value in scaling.items()
-    }
+    metadata = {"general.type": "model", "general.file_type": FILE_TYPES[type]}
+    metadata |= _model_metadata(model, names)
+    metadata |= {f"{names.architecture}.{key}": value for key, value in scaling.items()}
     metadata |= gguf_metadata(as_tokenizer(tokenizer, model), config.vocab_size)
     told = read_metadata(Path(file), model.__class__, metadata, tensors)
     _check_told(config.replace(tie_word_embeddings=tied), told)
-
-    def describe(writer: Any) -> None:
-        writer.add_type("model")
-        writer.add_file_type(FILE_TYPES[type])
-        for key, value in metadata.items():
-            _add_value(writer, key, value)
-
-    write_gguf(Path(file), names.architecture, describe, tensors, type)
+    _warn_of_unread(config, names)
+    _write(Path(file), names.architecture, metadata, tensors, type)
 
 
 def _check_told(config: Any, told: Any) -> None:
@@ -156,37 +154,34 @@ def _check_told(config: Any, told: Any) -> None:
         )
 
 
-def model_metadata(model: CausalLM, names: GGUFNames) -> dict[str, Any]:
+def _warn_of_unread(config: Any, names: GGUFNames) -> None:
+    """Warn of keys of a file that llama.cpp does not read."""
+    if names.ropes and (flags := unread_scaling(config.rope)):
+        warnings.warn(
+            f"minilora: llama.cpp takes these from its command line alone: {flags}", stacklevel=3
+        )
+    if names.windowless and (config.sliding_window or math.inf) < config.max_position_embeddings:
+        warnings.warn(
+            f"minilora: llama.cpp knows no window for {names.architecture}, and this model has "
+            f"one of {config.sliding_window} tokens: it goes on differently after longer texts",
+            stacklevel=3,
+        )
+
+
+def _model_metadata(model: CausalLM, names: GGUFNames) -> dict[str, Any]:
     """Return the keys of a model's configuration."""
     keys = names.required | names.optional | names.equal
     values: dict[str, Any] = {k: getattr(model.config, field) for k, field in keys.items()}
     for key, value in values.items():
         if _FLOATS.search(key) and type(value) is int:  # as config.json may have it
             values[key] = float(value)
-    found = {f"{names.architecture}.{k}": v for k, v in values.items() if v is not None}
-    return {"general.architecture": names.architecture, **found}
+    return {f"{names.architecture}.{k}": v for k, v in values.items() if v is not None}
 
 
 def _add_value(writer: Any, key: str, value: Any) -> None:
-    if key == "general.architecture":  # which the writer adds
-        return
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
-
-
-def _padded(factor: Tensor, rank: int, name: str) -> Tensor:
-    """Bring a factor to the one rank with zeros."""
-    if name.endswith(".lora_a"):
-        return nn.functional.pad(factor, (0, 0, 0, rank - len(factor)))
-    return nn.functional.pad(factor, (0, rank - factor.shape[1]))
+    adders = [(bool, writer.add_bool), (int, writer.add_uint32), (float, writer.add_float32)]
+    adders += [(str, writer.add_string), (object, writer.add_array)]
+    next(add for kind, add in adders if isinstance(value, kind))(key, value)
 
 
 def _names(model: nn.Module) -> tuple[CausalLM, GGUFNames]:
@@ -199,7 +194,7 @@ def _names(model: nn.Module) -> tuple[CausalLM, GGUFNames]:
     return model, model.gguf
 
 
-def stored_name(fqn: str, model: CausalLM, names: GGUFNames) -> str | None:
+def _stored_name(fqn: str, model: CausalLM, names: GGUFNames) -> str | None:
     """Return what a GGUF file calls a tensor of the model, None if it has no name."""
     module, _, leaf = fqn.rpartition(".")
     whole = {ours: theirs for theirs, ours in names.whole.items()}
@@ -212,23 +207,20 @@ def stored_name(fqn: str, model: CausalLM, names: GGUFNames) -> str | None:
     return f"blk.{block}.{parts[part]}.{leaf}" if part in parts else None
 
 
-def write_gguf(
+def _write(
     file: Path,
     architecture: str,
-    describe: Callable[[Any], None],
+    metadata: dict[str, Any],
     tensors: dict[str, Tensor],
     type: str | None = None,
 ) -> None:
-    """Write a file whole or not at all; `describe` adds the metadata to the gguf package's writer.
-
-    Raises:
-        RuntimeError: the package is missing, or the file can't be written.
-    """
+    """Write a file whole or not at all."""
     gguf = import_extra("gguf", "a GGUF file to be written")
     with beside(file, b"") as made:
         writer = gguf.GGUFWriter(made, architecture)
         try:
-            describe(writer)
+            for key, value in metadata.items():
+                _add_value(writer, key, value)
             for name, tensor in tensors.items():
                 _add(gguf, writer, name, tensor, type)
             writer.write_header_to_file()

@@ -8,9 +8,18 @@ from typing import Any
 
 import torch
 
-from minilora.files import HubName, on_hub, read_json, reading, short
+from minilora.files import (
+    HubName,
+    absent,
+    folder_below,
+    on_hub,
+    read_json,
+    reading,
+    short,
+    tensor_file,
+)
 from minilora.kernels import resolve_device
-from minilora.loading.fetching import NAMES, fetch
+from minilora.loading.fetching import NAMES, fetch, known_name
 from minilora.loading.folder import CONFIG, open_folder
 from minilora.loading.foreign import ForeignSource, make_foreign, open_foreign
 from minilora.loading.foreign_config import foreign_config
@@ -27,8 +36,8 @@ from minilora.loading.source import (
     resolve_dtype,
     some,
 )
-from minilora.models import FAMILIES, CausalLM, NotBuiltError
-from minilora.peft import CONFIG_FILE
+from minilora.models import FAMILIES, NotBuiltError
+from minilora.peft import CONFIG_FILE, find_pair
 from minilora.quantization import FORMATS, Quantization
 from minilora.text import Tokenizer, read_folder_tokenizer
 
@@ -144,17 +153,6 @@ def _multiplied_as(layers: Layers, options: dict[str, Any]) -> Layers:
     return found
 
 
-def read_model(
-    source: str | Path,
-    dtype: torch.dtype | str | None = None,
-    prepare: Prepare | None = None,
-) -> CausalLM:
-    """Read a model without its tokenizer, by default as it is stored."""
-    dtype = resolve_dtype(dtype, "cpu")
-    opened: Any = _opened(_path(source), dtype)
-    return make_model(opened, dtype, "cpu", prepare=prepare)
-
-
 def read_config(source: str | Path) -> Any:
     """Read the `ModelConfig` in a folder, a `config.json`, a GGUF file, or of a name on the hub.
 
@@ -166,10 +164,12 @@ def read_config(source: str | Path) -> Any:
     """
     name = on_hub(source)
     path = Path(source) if name is None else fetch_config(name)
+    if not path.exists():  # smollm2-135m, too: it is not fetched whole for this
+        raise ValueError(f"a model's configuration is in a folder or file, {absent(source)}")
     if path.is_file() and path.suffix != ".json":
         return open_gguf(read_gguf(path)).config
     if path.is_dir():
-        _refuse_adapter(path)
+        _check_folder(path)
     file = path / CONFIG if path.is_dir() else path
     entries = read_json(file)
     try:
@@ -183,6 +183,7 @@ def read_tokenizer(source: str | Path) -> Tokenizer:
     path = _path(source, fetch_tokenizer)
     if path.is_file():
         return _gguf_tokenizer(path, read_gguf(path).metadata)
+    _check_folder(path)
     named = read_json(path / CONFIG).get("model_type")
     return read_folder_tokenizer(path, FAMILIES[named].end_of_text if named in FAMILIES else None)
 
@@ -197,7 +198,7 @@ def _path(source: str | Path, fetch_name: Callable[[HubName], Path] = fetch_mode
     if not path.is_dir() and not path.is_file():
         raise ValueError(
             f"a model is a folder with config.json, a .gguf file, a name of the hub (owner/name) "
-            f"or one of {', '.join(NAMES)}, found nothing at {str(source)!r}"
+            f"or one of {', '.join(NAMES)}, {absent(source)}"
         )
     return path
 
@@ -205,21 +206,47 @@ def _path(source: str | Path, fetch_name: Callable[[HubName], Path] = fetch_mode
 def _opened(path: Path, dtype: torch.dtype | None) -> Source | ForeignSource:
     if path.is_file():
         return open_gguf(read_gguf(path))
-    _refuse_adapter(path)
+    _check_folder(path)
     try:
         return open_quantized(path) if is_quantized(path) else open_folder(path, dtype)
     except NotBuiltError as why:
         return open_foreign(path, why, described_layers(path))
 
 
-def _refuse_adapter(folder: Path) -> None:
-    if (folder / CONFIG_FILE).is_file() and not (folder / CONFIG).is_file():
-        base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+def _check_folder(folder: Path) -> None:
+    """Raise where a folder holds an adapter, or folders, instead of a model."""
+    if (folder / CONFIG).is_file():
+        return
+    if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
-            f"a model is wanted, found an adapter in '{folder}'; pass the model it was trained on"
-            f"{f', {short(base)},' if base else ''} and the adapter beside it (--adapter, or "
-            f"minilora.load(model, folder))"
+            f"a model folder must hold {CONFIG}, found none in '{folder}'"
+            f"{folder_below(folder, CONFIG, CONFIG_FILE)}"
         )
+    base = base_name(folder)
+    raise ValueError(
+        f"this must be a model, found an adapter in '{folder}'; pass the model that it was trained "
+        f"on{f', {short(base)}' if base else ''} (train goes on from an adapter with --adapter; in "
+        f"Python, minilora.load(model, folder) puts it into a model)"
+    )
+
+
+def base_name(adapter: Path) -> str | None:
+    """Return the base that an adapter names, as `load_model` takes it; None where it names none."""
+    config_file, weights = find_pair(adapter)
+    config = read_json(config_file)
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not named or not isinstance(named, str):
+        return None
+    if Path(named).exists():
+        return named
+    if revision:
+        name = on_hub(named)
+        return str(name._replace(revision=str(revision))) if name else named
+    known = known_name(named)
+    if known is None or not weights.is_file():
+        return named
+    with tensor_file(weights) as opened:  # our file has the name of what it was made from
+        return known if "minilora_base" in (opened.metadata() or {}) else named
 
 
 def _gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:

@@ -22,9 +22,8 @@ QUANTIZED, LAYERS = "quantized.safetensors", "quantization.json"
 _STATE = ".quant_state.bitsandbytes__"  # between a weight's name and its 4-bit type
 
 
-def is_quantized(folder: str | Path) -> bool:
+def is_quantized(folder: Path) -> bool:
     """Return whether a folder holds a quantized model, ours or bitsandbytes'."""
-    folder = Path(folder)
     if (folder / LAYERS).is_file():
         return True
     file = folder / CONFIG

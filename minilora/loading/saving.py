@@ -1,28 +1,24 @@
 """Write model folders: those that transformers loads, and those of quantized models."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from minilora.files import is_new, read_json, tensor_content, whole_folder, write, write_json
+from minilora.files import is_new, read_json, sync, tensor_content, whole_folder, write, write_json
 from minilora.loading.folder import CONFIG, GENERATION, WEIGHTS
-from minilora.loading.foreign_saving import is_transformers, save_foreign
+from minilora.loading.foreign_config import quiet
 from minilora.loading.quantized import LAYERS, QUANTIZED, layer_rows
 from minilora.loading.source import FLOATS, HEAD, some
+from minilora.lora import lora_layers
 from minilora.models import FAMILIES, CausalLM
+from minilora.peft import CONFIG_FILE
 from minilora.quantization import QuantizedLinear
 from minilora.text import Tokenizer, as_tokenizer, remove_templates
 
-_FOREIGN = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-    "*.index.json",
-    "adapter_config.json",
-)
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
+_FOREIGN = (*_WEIGHTS, CONFIG_FILE)
 _MARK = {"written_by": "minilora"}  # in config.json: what save_pretrained may replace
 
 
@@ -49,8 +45,8 @@ def save_pretrained(model: Any, folder: str | Path, tokenizer: Any = None) -> No
     """
     folder = Path(folder)
     tokenizer = None if tokenizer is None else as_tokenizer(tokenizer, model)
-    if is_transformers(model):
-        save_foreign(model, folder, tokenizer)
+    if _is_transformers(model):
+        _save_foreign(model, folder, tokenizer)
         return
     if type(model) not in FAMILIES.values():
         raise TypeError(
@@ -132,3 +128,62 @@ def _refuse_foreign(folder: Path) -> None:
             f"'{folder}' must hold no model files but minilora's own, found "
             f"{some(sorted(found))}; choose another folder"
         )
+
+
+# --- models of transformers
+
+
+def _is_transformers(model: Any) -> bool:
+    return hasattr(model, "save_pretrained") and hasattr(
+        getattr(model, "config", None), "to_json_string"
+    )
+
+
+def _save_foreign(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
+    if lora_layers(model):
+        raise ValueError(
+            f"save_pretrained writes a plain {type(model).__name__}, in floating point or "
+            f"quantized, found adapters; eject adapters (minilora.eject) first"
+        )
+    if not is_new(folder):
+        raise ValueError(
+            f"a {type(model).__name__} needs a new or empty folder, found files in '{folder}'; "
+            f"choose another one"
+        )
+    small = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    options = getattr(model, "generation_config", None)
+    with whole_folder(folder, last=CONFIG) as made, quiet():
+        if small:
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(made)
+            write(made / QUANTIZED, tensor_content(_foreign_tensors(model), {"format": "pt"}))
+            write_json(made / LAYERS, layer_rows(small))
+        else:
+            _save_whole(model, options, made)
+        if options is not None:
+            write(made / GENERATION, options.to_json_string())
+        for file in made.iterdir():
+            sync(file)
+        if tokenizer is not None:
+            tokenizer.save(made)
+
+
+def _save_whole(model: Any, options: Any, made: Path) -> None:
+    """Have transformers write the model, without its generation options, which it may refuse."""
+    try:
+        if options is not None:
+            model.generation_config = type(options)()
+        model.save_pretrained(made)
+    finally:
+        if options is not None:
+            model.generation_config = options
+
+
+def _foreign_tensors(model: Any) -> dict[str, Tensor]:
+    """Return what a model stores; of weights that are one, the one that transformers ties to."""
+    state = model.state_dict()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    seen: set[int] = {state[name].data_ptr() for name in state.keys() - tied.keys()}
+    left = {name for name in tied.keys() & state.keys() if state[name].data_ptr() in seen}
+    return {name: tensor.contiguous() for name, tensor in state.items() if name not in left}

@@ -55,12 +55,7 @@ class Source:
 
 
 def family_of(entries: dict[str, Any], file: Path) -> type[CausalLM]:
-    """Return the family that a `config.json` names.
-
-    Raises:
-        NotBuiltError: another one.
-        ValueError: none.
-    """
+    """Return the family that a `config.json` names."""
     named = entries.get("model_type")
     if not isinstance(named, str) or named not in FAMILIES:
         kind = NotBuiltError if isinstance(named, str) else ValueError

@@ -1,7 +1,6 @@
 """Adapters on a model: the layers that carry them, and the verbs inject, activate, merge, serve."""
 
 from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
-from minilora.lora.bare_parameters import taken_for_experts
 from minilora.lora.base import Base, base_of, is_linear, view
 from minilora.lora.combination import (
     ApproximatedLayer,
@@ -24,19 +23,35 @@ from minilora.lora.config import (
     check_rank,
 )
 from minilora.lora.copies import TrainedCopies, is_copy
-from minilora.lora.figures import summary
+from minilora.lora.figures import Sizes, sizes, summary
 from minilora.lora.injection import attach, check_way, inject, write_pretrained_by
 from minilora.lora.layer import LoRALayer, lora_layers
 from minilora.lora.merging import merge, unmerge
 from minilora.lora.modes import as_found, inference
 from minilora.lora.patterns import compiled_pattern
 from minilora.lora.quantizing import check_quantizable, quantize
-from minilora.lora.samples import describe, difference, drawn_modules, frozen_values, weight_sample
-from minilora.lora.selection import matrix_shape, select_targets, targets
-from minilora.lora.serving import end_switching, mixed, prepare_switching
-from minilora.lora.storage import Sizes, sizes
-from minilora.lora.survey import Survey, split_block
-from minilora.lora.switching import activate, delete, disabled, eject, rename, say_untied
+from minilora.lora.samples import (
+    are_floats,
+    describe,
+    difference,
+    drawn_modules,
+    equal_but_for_rounding,
+    frozen_values,
+    weight_sample,
+)
+from minilora.lora.selection import select_targets, taken_for_experts, targets
+from minilora.lora.survey import Survey, parents, split_block
+from minilora.lora.switching import (
+    activate,
+    delete,
+    disabled,
+    eject,
+    end_switching,
+    mixed,
+    prepare_switching,
+    rename,
+    say_untied,
+)
 from minilora.lora.widening import widened
 from minilora.lora.wrappers import (
     MARKS,
@@ -62,6 +77,7 @@ __all__ = [
     "activate",
     "add_frozen",
     "approximated",
+    "are_floats",
     "as_dtype",
     "as_found",
     "attach",
@@ -84,6 +100,7 @@ __all__ = [
     "drawn_modules",
     "eject",
     "end_switching",
+    "equal_but_for_rounding",
     "finite_factors",
     "frozen_values",
     "inference",
@@ -91,10 +108,10 @@ __all__ = [
     "is_copy",
     "is_linear",
     "lora_layers",
-    "matrix_shape",
     "merge",
     "mixed",
     "named_parameters",
+    "parents",
     "plain_adapter",
     "prepare_switching",
     "product_norm",

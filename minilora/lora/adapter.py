@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minilora.kernels import without_autocast
+
 # Initialisations in which the factors start from the base's weight; see `LoRAAdapter.start_from`.
 FROM_WEIGHT = re.compile(r"pissa|pissa_niter_[1-9]\d*|olora")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
-
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,9 +60,7 @@ def rescaled(plain: Tensor, branch: Tensor, ratio: Tensor) -> Tensor:
 
 def _exact(like: Tensor) -> AbstractContextManager:
     """Multiply in the tensors' own dtype, whatever autocast the caller is in."""
-    if like.is_meta:
-        return nullcontext()
-    return torch.autocast(like.device.type, enabled=False)
+    return nullcontext() if like.is_meta else without_autocast(like.device.type)
 
 
 class LoRAAdapter(nn.Module):
@@ -202,13 +201,10 @@ class LoRAAdapter(nn.Module):
             return B @ A
 
     def row_lengths(self, weight: Tensor) -> Tensor:
-        """Return `‖W + scaling · B A‖` per row as `[N]`, without forming B A; no gradient.
+        """Return `‖W + scaling · B A‖` per row of W as `[N]`, without forming B A; no gradient.
 
         `‖W‖² + 2 Σ (W Aᵀ) ∘ B + Σ (B (A Aᵀ)) ∘ B`, each sum along a row, in f32 (f64).
         Liu et al. 2024, "DoRA", arXiv:2402.09353, section 4.3 (the length counts as a constant).
-
-        Args:
-            weight: `[N, K]`.
         """
         A, B = self.product()
         with torch.no_grad(), _exact(A):
@@ -224,15 +220,12 @@ class LoRAAdapter(nn.Module):
 
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
-        """Set the factors from the base's weight, where `init` says so.
+        """Set the factors from the base's weight `[N, K]`, where `init` says so.
 
         PiSSA: `B A` is the best rank-r part of W (Meng et al. 2024, arXiv:2404.02948), exactly or
         by a randomised SVD of n iterations; OLoRA: the first r columns of QR (Büyükakyüz 2024,
         arXiv:2406.01775). What the branch adds at the start is kept as the frozen offset and taken
         off again, so that the base's own weights never change.
-
-        Args:
-            weight: `[N, K]`; not changed.
         """
         if not FROM_WEIGHT.fullmatch(self.init):
             return

@@ -122,11 +122,7 @@ class Base:
         return type(self) is not Base
 
     def new_adapter(self, **options: Any) -> LoRAAdapter:
-        """Make factors of this layer's shapes; DoRA and inits that read the weight are set up.
-
-        Args:
-            options: as for `LoRAAdapter`.
-        """
+        """Make factors of this layer's shapes; DoRA and inits that read the weight are set up."""
         embedding = self.family == "embedding"
         kernel = self.module.kernel_size if self.family == "conv2d" else ()
         adapter = LoRAAdapter(

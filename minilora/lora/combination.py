@@ -80,11 +80,6 @@ def truncated(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
     With QR of Aᵀ = Q_A R_A and B = Q_B R_B the singular values of B A are those of the small
     R_B R_Aᵀ; keeping the first r of them is best (Eckart and Young 1936). Where fewer than r
     exist, the factors are that much smaller.
-
-    Args:
-        A: `[R, K]`.
-        B: `[N, R]`.
-        r: at least 1.
     """
     Q_A, R_A = torch.linalg.qr(A.T)
     Q_B, R_B = torch.linalg.qr(B)
@@ -119,14 +114,7 @@ def approximated(
 ) -> tuple[Tensor, Tensor, ApproximatedLayer]:
     """Return factors of rank r at most, rounded to `dtype`, and how well they keep `wanted`.
 
-    Args:
-        name: the layer's dotted name.
-        wanted: a dense `[N, K]`, or A `[R, K]` and B `[N, R]`.
-        r: None keeps factors as they are.
-        dtype: of the result.
-
-    Raises:
-        ValueError: a result that is not finite in `dtype`.
+    That is a dense `[N, K]`, or A `[R, K]` and B `[N, R]`, which stay as they are if r is None.
     """
     if isinstance(wanted, Tensor):
         A, B = truncated_dense(wanted, min(wanted.shape) if r is None else r)
@@ -158,11 +146,7 @@ def plain_adapter(layer: LoRALayer, A: Tensor, B: Tensor) -> LoRAAdapter:
 
 
 def add_frozen(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> None:
-    """Put ready adapters on layers that have others; nothing is activated or unfrozen.
-
-    Raises:
-        ValueError: one that does not fit the slot of a model prepared for switching.
-    """
+    """Put ready adapters on layers that have others; nothing is activated or unfrozen."""
     check_room(survey, adapter, new)
     for fqn, factors in new.items():
         survey.layers[fqn].add(adapter, factors)
@@ -303,8 +287,7 @@ def combine(
         RuntimeError: adapters are merged.
     """
     survey = Survey(model)
-    layers = survey.require_layers("combine")
-    survey.require_unmerged("combine")
+    layers = survey.require_layers("combine", unmerged=True)
     _check_options(method, r, density, seed)
     weights = _check_weights(weights)
     survey.require_new_name(name)

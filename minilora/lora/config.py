@@ -174,9 +174,8 @@ class AdapterConfig:
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raise where a key of a pattern matches none of the names."""
         names = list(names)
-        for what, patterns in (("rank_pattern", self.rank_pattern),
-                               ("alpha_pattern", self.alpha_pattern)):  # fmt: skip
-            for pattern in patterns:
+        for what in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, what):
                 if not any(map(compile_ending(pattern, what).ends, names)):
                     raise ValueError(
                         f"every key of {what} must match a target, {short(pattern)} matches none; "

@@ -62,12 +62,6 @@ class KeptCopies(nn.Module):
                 owner._parameters.update(self.by_adapter[adapter]._parameters)
 
 
-def move(old: nn.Module, new: nn.Module) -> None:
-    """Let another module keep what one has kept."""
-    if CHILD in old._modules:
-        new._modules[CHILD] = old._modules.pop(CHILD)
-
-
 def is_copy(name: str) -> bool:
     """Return whether a dotted name is one under which a trained copy or its original is kept."""
     return f".{CHILD}." in f".{name}."

@@ -10,16 +10,15 @@ from torch import nn
 
 from minilora.kernels import check_backend
 from minilora.lora.adapter import FROM_WEIGHT, LoRAAdapter
-from minilora.lora.bare_parameters import WORTH_A_WARNING, unreached
 from minilora.lora.base import Base
 from minilora.lora.config import AdapterConfig, as_dtype, check_adapter_name
 from minilora.lora.copies import TrainedCopies
 from minilora.lora.layer import LoRALayer
-from minilora.lora.routes import misfit
+from minilora.lora.modes import require_free
+from minilora.lora.routes import check_fits
 from minilora.lora.samples import drawn_modules
-from minilora.lora.selection import select_targets
+from minilora.lora.selection import WORTH_A_WARNING, select_targets, unreached
 from minilora.lora.survey import Survey, parents
-from minilora.lora.threads import require_free
 from minilora.lora.wrappers import check_open, named_parameters
 
 
@@ -30,7 +29,6 @@ def _warn_wide_ranks(chosen: dict[str, tuple[Base, int]]) -> None:
             f"minilora: r={r} is above min(in, out) of {len(wide)} layers (first: "
             f"{name}, {list(shape)}); B·A can't have a higher rank than the layer, so the "
             f"surplus only costs memory and time",
-            UserWarning,
             stacklevel=4,
         )
         break
@@ -64,7 +62,7 @@ def _check_start(config: AdapterConfig, chosen: dict[str, tuple[Base, int]]) -> 
 
 
 def _modules_to_save(survey: Survey, entries: list[Any]) -> list[str]:
-    """Resolve `modules_to_save` to dotted names; every entry has to match."""
+    """Resolve `modules_to_save` to dotted names, the outermost; every entry has to match."""
     found: dict[str, None] = {}
     for entry in entries:
         hits = [n for n in survey.modules
@@ -74,7 +72,7 @@ def _modules_to_save(survey: Survey, entries: list[Any]) -> list[str]:
                 f"every entry of modules_to_save must match a module, {entry!r} matches none"
             )
         found.update(dict.fromkeys(hits))
-    return list(found)
+    return [name for name in found if not any(outer in found for outer in parents(name))]
 
 
 def _inside(name: str, modules: Iterable[str]) -> str | None:
@@ -147,7 +145,6 @@ def _warn_moving(survey: Survey) -> None:
             f"minilora: {moving[0]} ({len(moving)} in all) moves its running statistics in "
             f"training mode, and the adapter's files don't hold them; call .eval() on such "
             f"layers after model.train(), as fit does",
-            UserWarning,
             stacklevel=4,
         )
 
@@ -268,13 +265,12 @@ def _made(
     _warn_moving(survey)
     share, note = unreached(survey)
     if share >= WORTH_A_WARNING and not survey.layers:
-        warnings.warn(f"minilora: {note}; they stay as they are", UserWarning, stacklevel=3)
+        warnings.warn(f"minilora: {note}; they stay as they are", stacklevel=3)
     new = {}
     with survey.originals_in_place():  # DoRA, PiSSA and OLoRA read the base's own weight
         for name, (base, _) in chosen.items():
             new[name] = base.new_adapter(**options[name], device=base.device, dtype=dtype)
-    own = {name: survey.original(name).detach().clone() for name in copied}
-    copies = {name: nn.Parameter(value) for name, value in own.items()}
+    copies = {name: nn.Parameter(survey.original(name).detach().clone()) for name in copied}
     return new, TrainedCopies(copies, config.bias, whole)
 
 
@@ -345,10 +341,8 @@ def attach(
 def check_room(survey: Survey, adapter: str, new: Mapping[str, LoRAAdapter]) -> None:
     """Raise where an adapter does not fit the slot of a model prepared for switching."""
     for name, factors in new.items():
-        layer = survey.layers.get(name)
-        reason = None if layer is None else misfit(factors, layer.room)
-        if reason is not None:
-            raise ValueError(f"adapter {adapter!r} on {name} {reason}")
+        if name in survey.layers:
+            check_fits(adapter, name, factors, survey.layers[name].room)
 
 
 def check_way(

@@ -17,8 +17,8 @@ from minilora.kernels import (
 )
 from minilora.lora.adapter import LoRAAdapter, ModuleDict, Pair, rescaled, stacked
 from minilora.lora.base import Base, base_of, view
+from minilora.lora.modes import refuse_others
 from minilora.lora.routes import Route
-from minilora.lora.threads import refuse_others
 from minilora.lora.wrappers import named_modules
 
 
@@ -166,8 +166,7 @@ class LoRALayer(nn.Module):
 
     def kept(self) -> list[Tensor]:
         """Return the tensors that routes keep to restore the layer."""
-        kept = [route.kept for route in self.routes() if route.kept is not None]
-        return [tensor for one in kept for tensor in one.tensors()]
+        return [t for route in self.routes() if route.kept for t in route.kept.tensors()]
 
     @property
     def stored(self) -> str:
@@ -200,12 +199,7 @@ class LoRALayer(nn.Module):
     # ── forward ──
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the base's input to its output, adapters added.
-
-        Raises:
-            RuntimeError: a training step while an adapter is merged into the base (its factors
-                would get no gradient), or another thread within `disabled` or `mixed`.
-        """
+        """Map the base's input to its output, adapters added."""
         compiling = torch.compiler.is_compiling()
         before = None if compiling else self.thread
         route, active = self.route, self.active
@@ -323,11 +317,7 @@ class LoRALayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any
     ) -> None:
-        """Take the base's weights under the plain layer's names too.
-
-        Raises:
-            RuntimeError: weights with adapters merged where none are, or the other way round.
-        """
+        """Take the base's weights under the plain layer's names too."""
         merged = tuple(local_metadata.get("merged", ()))
         if merged != self.merged and any(key.startswith(prefix) for key in state_dict):
             there, here = (", ".join(names) or "none" for names in (merged, self.merged))

@@ -109,7 +109,7 @@ def check_mergeable(
         if not untie:
             raise ValueError(
                 f"merging into {name} would change {owner} too, because both share one {key}; "
-                f"pass untie=True (--untie) to give {name} a {key} of its own"
+                f"pass --untie (in Python: untie=True) to give {name} a {key} of its own"
             )
         apart.add((name, key))
     copied = {p for copies in survey.copies.values() for p in copies.by_name.values()}
@@ -152,7 +152,6 @@ def _warn_of_rounding(lost: dict[str, tuple[float, float]]) -> None:
             f"minilora: rounding to the base's dtype loses {error / size:.0%} of what the adapter "
             f"adds (worst: {worst}); load the base in float32 and merge there, or leave the "
             f"adapter beside it",
-            UserWarning,
             stacklevel=4,
         )
 

@@ -1,6 +1,9 @@
 """Merging adapters into base weights, and taking that back to the very bits."""
 
 import copy
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +12,84 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.files import read_tensors, tensor_content, write
+from minilora.lora.base import base_of
 from minilora.lora.layer import LoRALayer
 from minilora.lora.mergeable import changed, check_mergeable, merged_tensors
-from minilora.lora.modes import inference
-from minilora.lora.originals import DiskCopy, Kept
+from minilora.lora.modes import inference, require_free
 from minilora.lora.routes import Merged
 from minilora.lora.samples import is_read, marked_as, weight_sample
 from minilora.lora.survey import Survey
-from minilora.lora.threads import require_free
 from minilora.quantization import QuantizedLinear
+
+
+class DiskCopy:
+    """Original weights in one safetensors file that goes when the last user of it goes."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        folder = tempfile.mkdtemp(prefix="minilora-merge-")
+        self.file = Path(folder) / "originals.safetensors"
+        self._finalizer = weakref.finalize(self, shutil.rmtree, folder, True)
+        write(self.file, tensor_content(tensors, {}, sums=False))
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the tensors by the names they were given."""
+        return read_tensors(self.file)[0]
+
+    def __deepcopy__(self, memo: dict) -> "DiskCopy":
+        return self  # a copied model reads the same file; it stays until both are gone
+
+    def __reduce__(self):
+        return DiskCopy, (self.read(),)  # a pickle outlives the file, so it holds it
+
+
+class Kept:
+    """What `unmerge` puts back on a layer: the base, and those parameters that were replaced.
+
+    A parameter on the disk is its name in the file.
+    """
+
+    def __init__(self, base: Any):
+        self.base = base
+        self.parameters: dict[str, Any] = {}
+        self.disk: DiskCopy | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return what is kept in memory, and what the base still has."""
+        held = [*self.parameters.values(), *self.base.parameters(recurse=False)]
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+    def leave_to(self, disk: DiskCopy, name: str, apart: set[tuple[str, str]]) -> None:
+        """Keep the values in the file alone, except parameters shared with other modules."""
+        self.disk = disk
+        if not self.parameters:  # the whole base
+            self.parameters = {k: p for k, p in self.base._parameters.items() if p is not None}
+            self.base._parameters.update(dict.fromkeys(self.parameters))
+        for key in self.parameters:
+            if (name, key) not in apart:
+                self.parameters[key] = f"{name}.{key}"
+
+    def restored(self, merged: nn.Module, files: dict[Path, dict[str, Tensor]]) -> nn.Module:
+        """Return the base as it was, but for casts, moves and the mode of the merged one."""
+        if self.disk is not None and self.disk.file not in files:
+            files[self.disk.file] = self.disk.read()
+        for key, kept in self.parameters.items():
+            held = kept
+            if self.disk is not None and isinstance(kept, str):
+                held = nn.Parameter(files[self.disk.file][kept], requires_grad=False)
+            here = self.base._parameters[key]
+            if here is not None:
+                held.data = held.data.to(here)
+                marked_as(is_read(here), held)
+            self.base._parameters[key] = held
+        if self.base is not merged:
+            now = base_of(merged)
+            self.base.to(now.device)
+            if now.dtype != base_of(self.base).dtype:
+                self.base.to(now.dtype)
+            self.base.train(merged.training)
+        return self.base
+
 
 MODES = ("dequantize", "requantize")
 
@@ -64,12 +136,7 @@ def _new_base(base: QuantizedLinear, merged: dict[str, Tensor], mode: str | None
         if "bias" in merged:
             module.bias = nn.Parameter(merged["bias"], requires_grad=False)
         return module
-    again = QuantizedLinear.from_weight(
-        merged["weight"],
-        base.spec,
-        bias=bias,
-        plain=base.plain,
-    )
+    again = QuantizedLinear.from_weight(merged["weight"], base.spec, bias=bias, plain=base.plain)
     again._dtype = base.dtype
     return again.train(base.training)
 
@@ -127,8 +194,7 @@ def merge(
         RuntimeError: adapters are merged already, or a block of `disabled` or `mixed` is open.
     """
     survey = Survey(model)
-    layers = survey.require_layers("merge")
-    survey.require_unmerged("merge")
+    layers = survey.require_layers("merge", unmerged=True)
     require_free(layers.values(), "merge()")
     keep = None if keep is False else keep
     if keep not in ("memory", "disk", None):
@@ -218,11 +284,9 @@ def _check_mode(small: dict[str, LoRALayer], mode: object) -> None:
         raise ValueError("mode= is for quantized bases, found none; leave it out")
 
 
-def _check_tolerance(tolerance: object) -> None:
-    number = (
-        isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and tolerance > 0
-    )
-    if tolerance is not None and not number:
+def _check_tolerance(tolerance: Any) -> None:
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and tolerance > 0):
         raise ValueError(f"tolerance must be a number above 0 or None, found {tolerance!r}")
 
 

@@ -1,13 +1,86 @@
-"""Run a model and leave it as it was found."""
+"""Blocks that change a model for a while, and threads that use it meanwhile."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from minilora.lora.threads import eval_mode
+_LOCK = threading.Lock()
+# Per model: the open blocks, and each module's flag before the first of them.
+_EVALUATING: WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]]
+_EVALUATING = WeakKeyDictionary()
+
+
+@contextmanager
+def claimed(layers: Iterable[Any]) -> Iterator[None]:
+    """Within the block the LoRA layers serve this thread alone; blocks of one thread nest."""
+    layers, me = list(layers), threading.get_ident()
+    with _LOCK:
+        if any(layer.thread not in (None, me) for layer in layers):
+            raise RuntimeError(
+                "disabled(), mixed() and verbs that switch adapters for a while change the model "
+                "for one thread, found another one within such a block; give each thread a copy "
+                "(copy.deepcopy), or let them take turns"
+            )
+        before = [layer.thread for layer in layers]
+        for layer in layers:
+            layer.thread = me
+    try:
+        yield
+    finally:
+        for layer, thread in zip(layers, before, strict=True):
+            layer.thread = thread
+
+
+def require_free(layers: Iterable[Any], what: str) -> None:
+    """Raise RuntimeError within a block that puts back afterwards which adapters are active."""
+    if any(layer.thread is not None for layer in layers):
+        raise RuntimeError(
+            f"{what} must be called outside of disabled() and mixed(), which would no longer find "
+            f"the adapters as they were; end the block first"
+        )
+
+
+def refuse_others(*threads: int | None) -> None:
+    """Raise RuntimeError where one of these threads, which claim a layer, is not this one.
+
+    A backward pass that recomputes a checkpoint does so in a thread of autograd's.
+    """
+    others = any(thread not in (None, threading.get_ident()) for thread in threads)
+    if others and torch._C._current_graph_task_id() < 0:  # no backward pass is at work here
+        raise RuntimeError(
+            "the model must be used by one thread while disabled(), mixed() or another verb "
+            "switches its adapters for a while, found a call from another one; give each thread "
+            "a copy (copy.deepcopy), or let them take turns"
+        )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the block and give every module its own training flag back.
+
+    Of several such blocks at once, in one thread or many, the last to end gives the flags back.
+    """
+    with _LOCK:
+        blocks, flags = _EVALUATING.get(model, (0, []))
+        flags = flags or [(module, module.training) for module in model.modules()]
+        _EVALUATING[model] = blocks + 1, flags
+        model.eval()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            blocks, flags = _EVALUATING.pop(model)
+            if blocks > 1:
+                _EVALUATING[model] = blocks - 1, flags
+            else:
+                for module, training in flags:
+                    module.training = training
+
 
 FLAGS = ("training", "gradient_checkpointing", "use_cache")
 _LARGEST = 2**20  # elements of a buffer that is copied; larger ones are weights, as GPTQ keeps them
@@ -15,12 +88,10 @@ _LARGEST = 2**20  # elements of a buffer that is copied; larger ones are weights
 
 @contextmanager
 def as_found(model: nn.Module, buffers: bool = True) -> Iterator[None]:
-    """After the block the model's flags and buffers and torch's random streams are as before it.
+    """After the block the model's flags and torch's random streams are as before it.
 
-    Args:
-        model: each module's flags (`FLAGS`, its config's too) and each parameter's
-            `requires_grad` are put back.
-        buffers: put back values that were changed in place too, of up to 2²⁰ elements a buffer.
+    Flags are `FLAGS` of modules and configs, and `requires_grad`. `buffers` puts back values that
+    were changed in place too, of up to 2²⁰ elements a buffer.
     """
     modules = list(model.modules())
     holders: list[Any] = [*modules, *(m.config for m in modules if hasattr(m, "config"))]

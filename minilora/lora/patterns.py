@@ -30,16 +30,10 @@ _CLASSES = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": lambda c: c.is
 
 
 class Pattern:
-    """A regular expression that is matched against whole dotted names.
+    """A regular expression that is matched against whole dotted names; `what` is for messages.
 
-    Args:
-        text: in Python's syntax. Backreferences, atomic groups, flags, and lookarounds within
-            lookarounds are refused where `re` is not used.
-        what: named in messages.
-
-    Raises:
-        ValueError: no regular expression, a longer one than is read, or one with a part that can't
-            be matched in bounded time.
+    Backreferences, atomic groups, flags, and lookarounds within lookarounds are refused where `re`
+    is not used.
     """
 
     def __init__(self, text: str, what: str):
@@ -68,11 +62,7 @@ class Pattern:
             )
 
     def fullmatch(self, name: str, starts: Iterable[int] = (0,)) -> bool:
-        """Return whether the pattern matches all of a name, from one of these places on.
-
-        Raises:
-            ValueError: a name or a match of more steps than is bounded.
-        """
+        """Return whether the pattern matches all of a name, from one of these places on."""
         if len(name) > LONGEST_NAME:
             raise ValueError(
                 f"a module's name must have at most {LONGEST_NAME:,} characters, found "

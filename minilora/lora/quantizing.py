@@ -10,11 +10,7 @@ from torch.nn.utils import parametrize
 from minilora.lora.base import base_of, view
 from minilora.lora.selection import select_targets
 from minilora.lora.survey import Survey
-from minilora.quantization import (
-    Quantization,
-    QuantizedLinear,
-    is_finite,
-)
+from minilora.quantization import Quantization, QuantizedLinear, is_finite
 
 
 def quantize(
@@ -38,23 +34,13 @@ def quantize(
 
     Args:
         model: any module with linear layers; changed in place.
-        format: `"int8"` (a scale per output), `"nf4"` (QLoRA's, codes as bitsandbytes writes
-            them) or `"int4"` (groups with small integer steps, multiplied through INT8); or a
-            `Quantization`, which has all of the options from block_size on.
+        format: `"int8"`, `"nf4"`, `"int4"`, or a `Quantization`, which has all of the options from
+            block_size on.
         targets: as for `inject`: every Linear and Conv1D but the head, unless named. A head named
             here is unshared from its embedding, which stays as it is.
         exclude, layers: as for `inject`.
-        block_size: weights that share a scale: 32 to 4096 in powers of two for nf4; 32, 64 or 128
-            for int4, dividing the layer's inputs. An option that a format does not read is
-            refused, as this one is for int8.
-        double_quant: store nf4's scales in 8 bits.
-        compute: how int8 and int4 multiply in the forward: `"int8"` (rows of the input are
-            quantized too), `"dequantize"` or `"auto"`: int8 on a CPU with VNNI or AMX, or with
-            AVX2 and a C compiler (see `Quantization`).
-        grad_compute: the same for the gradient of the input.
-        outliers: how many input channels, those with the largest values of the batch, int8 and
-            int4 multiply in floating point in the forward (at most a 16th of them). It brings the
-            loss closer to the plain model's, and makes a row depend on the others of its batch.
+        block_size, double_quant, compute, grad_compute, outliers: see `Quantization`; one that the
+            format does not read is refused.
 
     Returns:
         The same model.

@@ -23,7 +23,7 @@ class Route:
         rows: an adapter per row of the batch, or None for the base.
         room: the rank that a slot holds.
         sample, stored: a sample of the unmerged weight, and how that is stored.
-        kept: what `unmerge` puts back, see `originals.py`.
+        kept: what `unmerge` puts back, see `merging.Kept`.
         ends: whether a block ends it, so that a copy made meanwhile must not have it.
     """
 
@@ -48,12 +48,7 @@ class Route:
 
 
 class Merged(Route):
-    """The base's weight holds the adapters: calling the base is all.
-
-    Args:
-        names: the adapters.
-        kept, sample, stored: as for `Route`.
-    """
+    """The base's weight holds the adapters: calling the base is all."""
 
     def __init__(
         self,
@@ -196,15 +191,16 @@ class PerRow(Route):
         return branch
 
 
-def misfit(adapter: LoRAAdapter, room: int | None) -> str | None:
-    """Say why an adapter can't go into a slot of this rank, or None; None is any adapter."""
-    if room is None:
-        return None
-    if adapter.magnitude is not None or adapter.lora_bias is not None:
+def check_fits(name: str, fqn: str, adapter: LoRAAdapter, room: int | None) -> None:
+    """Raise where an adapter can't go into a layer's slot of this rank; None is no slot."""
+    reason = None
+    if room is not None and (adapter.magnitude is not None or adapter.lora_bias is not None):
         what = "DoRA" if adapter.magnitude is not None else "a lora_bias"
-        return f"has {what}, and a slot for switching holds plain LoRA only"
-    r = adapter.rank
-    return f"has rank {r}, and the slot for switching holds max_r={room}" if r > room else None
+        reason = f"has {what}, and a slot for switching holds plain LoRA only"
+    elif room is not None and adapter.rank > room:
+        reason = f"has rank {adapter.rank}, and the slot for switching holds max_r={room}"
+    if reason is not None:
+        raise ValueError(f"adapter {name!r} on {fqn} {reason}")
 
 
 def _refuse_training(layer: "LoRALayer", why: str) -> None:

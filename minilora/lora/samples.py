@@ -24,6 +24,16 @@ _READ = "_is_hf_initialized"
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+def are_floats(*formats: str) -> bool:
+    """Whether values of these formats differ by rounding alone."""
+    return all(each in _FLOATS for each in formats)
+
+
+def equal_but_for_rounding(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may hold the same values, each rounded to a dtype of 16 bits or more."""
+    return torch.allclose(a, b, rtol=2**-7, atol=1e-6)
+
+
 def marked_as(read: bool, parameter: nn.Parameter) -> nn.Parameter:
     """Return a parameter that counts as read from a checkpoint, or not, in place of another."""
     if read:
@@ -54,13 +64,9 @@ def frozen_values(
 ) -> dict[str, Tensor]:
     """Return the base's own values that an adapter does not bring along, by dotted name.
 
-    Left out are what quantized layers store in place of a weight, what a merge has changed, and
-    what is on no device or only in part at hand.
-
-    Args:
-        model: with or without adapters.
-        adapted: layers whose weight has its own fingerprint.
-        copied: parameters of which the adapter has a trained copy.
+    Left out are the weights of layers that are `adapted` and parameters that are `copied`, what
+    quantized layers store in place of a weight, what a merge has changed, and what is on no device
+    or only in part at hand.
     """
     survey = Survey.of(model)
     merged = {fqn: layer for fqn, layer in survey.layers.items() if layer.merged}
@@ -119,10 +125,8 @@ def describe(values: Mapping[str, Tensor]) -> str:
 def difference(values: Mapping[str, Tensor], description: str) -> str | None:
     """Say how a base differs from the one described, None if it does not; absent names pass.
 
-    Values of one dtype must be equal, of two floating dtypes equal but for rounding.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: the description is damaged.
+    Values of one dtype must be equal, of two floating dtypes equal but for rounding. A damaged
+    description raises ValueError, KeyError, TypeError or AttributeError.
     """
     rows = dict(json.loads(description))
     for name, value in values.items():
@@ -141,8 +145,7 @@ def difference(values: Mapping[str, Tensor], description: str) -> str | None:
         if dtype == _format(value):
             same = torch.equal(saved, here)
         else:  # codes of another storage format can't be compared
-            floats = {dtype, _format(value)} <= set(_FLOATS)
-            same = not floats or torch.allclose(saved, here, rtol=2**-7, atol=1e-6)
+            same = not are_floats(dtype, _format(value)) or equal_but_for_rounding(saved, here)
         if not same:
             module = name.rpartition(".")[0] or name
             return (

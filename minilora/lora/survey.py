@@ -10,9 +10,9 @@ from torch import nn
 from minilora.lora.adapter import LoRAAdapter
 from minilora.lora.base import Base, view
 from minilora.lora.config import check_adapter_name
-from minilora.lora.copies import CHILD, KeptCopies, TrainedCopies, move
+from minilora.lora.copies import CHILD, KeptCopies, TrainedCopies
 from minilora.lora.layer import LoRALayer
-from minilora.lora.threads import claimed
+from minilora.lora.modes import claimed
 from minilora.lora.wrappers import joined, named_parameters, unwrapped
 from minilora.quantization import is_finite
 
@@ -37,9 +37,6 @@ class Survey:
     Names are those of the plain model: without wrappers such as torch.compile's, and as if nothing
     were injected. A module that has several names is listed under the first; `parameters` has a
     tied parameter under each of its modules.
-
-    Args:
-        model: any module; with or without adapters.
 
     Attributes:
         root: the model without wrappers.
@@ -94,7 +91,8 @@ class Survey:
         """Put another module in all positions of one, and let it keep what that has kept."""
         for owner, key in self.positions(module):
             owner._modules[key] = new
-        move(module, new)
+        if CHILD in module._modules:
+            new._modules[CHILD] = module._modules.pop(CHILD)
 
     @cached_property
     def parameters(self) -> dict[str, Position]:
@@ -210,13 +208,15 @@ class Survey:
 
     # ── what a verb requires ──
 
-    def require_layers(self, verb: str) -> dict[str, LoRALayer]:
+    def require_layers(self, verb: str, unmerged: bool = False) -> dict[str, LoRALayer]:
         """Return the LoRA layers, or raise: a verb on a plain model would silently do nothing."""
         if not self.layers:
             raise ValueError(
                 f"{verb}() needs a model with adapters, found none in {type(self.model).__name__}; "
                 f"call minilora.inject or minilora.load first"
             )
+        if unmerged:
+            self.require_unmerged(verb)
         return self.layers
 
     def require_unmerged(self, verb: str) -> None:

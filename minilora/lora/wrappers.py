@@ -36,19 +36,17 @@ def joined(module: str, key: str) -> str:
     return f"{module}.{key}" if module else key
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(
+    module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module once, as `nn.Module.named_modules` does, wrappers passed over."""
-    return _walk(model, "", set())
-
-
-def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    module = unwrapped(module)
+    module, seen = unwrapped(module), set() if seen is None else seen
     if module not in seen:
         seen.add(module)
         yield name, module
         for child, inner in module._modules.items():
             if inner is not None:
-                yield from _walk(inner, joined(name, child), seen)
+                yield from named_modules(inner, joined(name, child), seen)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

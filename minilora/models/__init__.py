@@ -14,6 +14,7 @@ from minilora.models.gguf_rope import (
     is_rope_key,
     read_scaling,
     rotates_alike,
+    unread_scaling,
     written_scaling,
 )
 from minilora.models.gpt2 import GPT2, GPT2Config
@@ -86,5 +87,6 @@ __all__ = [
     "is_rope_key",
     "read_scaling",
     "rotates_alike",
+    "unread_scaling",
     "written_scaling",
 ]

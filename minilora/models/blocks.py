@@ -146,12 +146,7 @@ Mask = Tensor | SharedPrefix | None  # None: the causal rule
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scale: float,
-    cap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, cap: float | None = None
 ) -> Tensor:
     """Attend the last T of S tokens, `[B, heads, T, D]` to `[B, kv_heads, S, D]`.
 

@@ -15,13 +15,7 @@ from minilora.kernels import linear_cross_entropy
 from minilora.models.blocks import DecoderLayer, KVCache, SharedPrefix
 from minilora.models.config import ModelConfig
 from minilora.models.gguf_names import GGUFNames
-from minilora.models.inputs import (
-    IGNORED,
-    check_ids,
-    check_positions,
-    check_shared,
-    checked_mask,
-)
+from minilora.models.inputs import IGNORED, check_ids, check_positions, check_shared, checked_mask
 from minilora.models.rotary import outgrows, rotation_at
 
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where the head is wrapped

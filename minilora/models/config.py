@@ -38,6 +38,7 @@ class ModelConfig:
             the family would compute something else than the model's authors did.
         aliases: fields under another name in this family: transformers' common name to its own.
         left_out: fields that this family's `config.json` does not have.
+        logit_cap: what no logit exceeds; None: nothing is capped.
 
     Raises:
         ValueError: a value of the wrong type or out of range, or values that contradict.
@@ -48,15 +49,11 @@ class ModelConfig:
     neutral: ClassVar[Neutral] = {}
     aliases: ClassVar[dict[str, str]] = {}
     left_out: ClassVar[tuple[str, ...]] = ()
+    logit_cap: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         for each in fields(self):
             self._check(each.name, each.type, getattr(self, each.name))
-
-    @property
-    def logit_cap(self) -> float | None:
-        """What no logit exceeds; None: nothing is capped."""
-        return None
 
     @classmethod
     def _check(cls, name: str, kind: Any, value: Any) -> None:
@@ -195,10 +192,17 @@ class DecoderConfig(ModelConfig):
     Attributes:
         rope_types: classes of `rope_scaling` that the family has, by config.json's names.
         window_switch: whether windows are off unless `use_sliding_window` is true.
+        defaults: what missing keys of `config.json` mean, where not what the fields' defaults say.
+        attention_scale: what a query times a key is multiplied by.
+        attention_cap: what no attention score exceeds; None: nothing is capped.
+        qkv_bias: whether q, k and v have biases.
+        rotary_dim: how many numbers of a head are rotated.
     """
 
     window_switch: ClassVar[bool] = False
     rope_types: ClassVar[dict[str, type[Scaling]]] = SCALINGS
+    defaults: ClassVar[dict[str, Any]] = {}
+    attention_cap: ClassVar[Any] = None
     left_out: ClassVar[tuple[str, ...]] = ("sliding_window", "layer_types")
     neutral: ClassVar = {
         "hidden_act": (None, "silu", "swish"),  # two names of one function
@@ -268,32 +272,15 @@ class DecoderConfig(ModelConfig):
             )
 
     norm_eps = property(lambda self: self.rms_norm_eps)
-
-    @property
-    def attention_scale(self) -> float:
-        """What a query times a key is multiplied by."""
-        return self.head_dim**-0.5
-
-    @property
-    def attention_cap(self) -> float | None:
-        """What no attention score exceeds; None: nothing is capped."""
-        return None
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether q, k and v have biases."""
-        return self.attention_bias
+    attention_scale = property(lambda self: self.head_dim**-0.5)
+    qkv_bias = property(lambda self: self.attention_bias)
+    rotary_dim = property(lambda self: self.head_dim)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Per layer how many tokens a token sees, itself among them; None: all before it."""
         types = self.layer_types or (SLIDING,) * self.num_hidden_layers
         return tuple(self.sliding_window if each == SLIDING else None for each in types)
-
-    @property
-    def rotary_dim(self) -> int:
-        """How many numbers of a head are rotated."""
-        return self.head_dim
 
     @property
     def rope(self) -> Rope:
@@ -315,6 +302,7 @@ class DecoderConfig(ModelConfig):
 
     @classmethod
     def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+        values = {**cls.defaults, **values}
         for key in ("vocab_size", "hidden_size", "intermediate_size"):
             if key not in values:
                 raise ValueError(f"{key} must stand in config.json, found no such entry")

@@ -42,7 +42,7 @@ class Gemma2Config(DecoderConfig):
         "use_bidirectional_attention": (None, False),
     }
     left_out = ("mlp_bias",)
-    defaults: ClassVar[dict[str, Any]] = {"sliding_window": 4096, "tie_word_embeddings": True} | {
+    defaults: ClassVar = {"sliding_window": 4096, "tie_word_embeddings": True} | {
         "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256
     }  # fmt: skip
 
@@ -60,15 +60,14 @@ class Gemma2Config(DecoderConfig):
     logit_cap = property(lambda self: self.final_logit_softcapping)
 
     @classmethod
-    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        return super()._completed(cls.defaults | values, entries)
-
-    @classmethod
     def _older_types(cls, values: dict[str, Any], entries: dict[str, Any]) -> list[str]:
         return [FULL if i % 2 else SLIDING for i in range(values["num_hidden_layers"])]
 
     def _entries(self) -> dict[str, Any]:
-        return super()._entries() | {"hidden_act": ACTIVATION, "hidden_activation": ACTIVATION}
+        entries = {"hidden_act": ACTIVATION, "hidden_activation": ACTIVATION}
+        # transformers needs a window even where no layer has one.
+        window = self.sliding_window or self.defaults["sliding_window"]
+        return super()._entries() | entries | {"sliding_window": window}
 
 
 class GemmaNorm(RMSNorm):

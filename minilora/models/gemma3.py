@@ -41,10 +41,11 @@ class Gemma3Config(Gemma2Config):
 
     @classmethod
     def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        rope = entries.get("rope_parameters")
-        ropes = rope if isinstance(rope, dict) and not {FULL, SLIDING}.isdisjoint(rope) else None
+        ropes = entries.get("rope_parameters")
         local: dict[str, Any] = {"rope_theta": entries.get("rope_local_base_freq")}
-        if ropes is not None:
+        # Which transformers reads only where a model has one rope.
+        entries = entries | {"original_max_position_embeddings": None}
+        if isinstance(ropes, dict):
             for key in ropes.keys() - {FULL, SLIDING}:
                 raise ValueError(
                     f"rope_parameters: {one_line(key, 80)}={short(ropes[key])} is not built: it "

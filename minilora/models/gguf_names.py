@@ -41,6 +41,7 @@ class GGUFNames(NamedTuple):
         turned: parts whose matrices the model stores as `[in, out]`.
         ropes: the `rope_type`s that llama.cpp has for the architecture.
         own_head: whether llama.cpp asks for a head's tensor where that is the embedding's, too.
+        windowless: whether llama.cpp ignores the key of the window.
     """
 
     architecture: str
@@ -57,6 +58,7 @@ class GGUFNames(NamedTuple):
     turned: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ()
     own_head: bool = False
+    windowless: bool = False
 
     def turns(self, name: str) -> bool:
         """Whether a tensor of the file is the transpose of the model's."""
@@ -110,10 +112,9 @@ LAYER_NORMED = {
 }
 
 
-def whole_names(embedding: str, norm: str, positions: str | None = None) -> dict[str, str]:
+def whole_names(embedding: str, norm: str) -> dict[str, str]:
     """Return the `whole` of a model with these modules and a head."""
-    names = {"token_embd": embedding, "output_norm": norm, "output": "lm_head"}
-    return names if positions is None else names | {"position_embd": positions}
+    return {"token_embd": embedding, "output_norm": norm, "output": "lm_head"}
 
 
 def joint_parts(*modules: str) -> dict[str, str]:
@@ -123,10 +124,15 @@ def joint_parts(*modules: str) -> dict[str, str]:
 
 
 def rotated_share(entries: Entries) -> Entries:
-    """Add the share of a head that is rotated: all of it, if the file doesn't say how many."""
+    """Add the share of a head that is rotated: all of it, if the file doesn't say how many.
+
+    It and theta get the names of both families, Phi-3's and GPT-NeoX's.
+    """
     with suppress(TypeError, ZeroDivisionError):  # of a number that from_dict refuses by name
         width = entries["head_dim"] or entries["hidden_size"] // entries["num_attention_heads"]
-        return entries | {"partial_rotary_factor": entries.get("rotary_dim", width) / width}
+        share = entries.get("rotary_dim", width) / width
+        entries = entries | {"rotary_emb_base": entries["rope_theta"], "rotary_pct": share}
+        return entries | {"partial_rotary_factor": share}
     return entries
 
 

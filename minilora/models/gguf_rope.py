@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minilora.files import one_line, short
-from minilora.models.rope import Linear, Llama3, LongRope, Rope, Scaling, Yarn
+from minilora.models.rope import Linear, Llama3, LongRope, Rope, Scaling, Yarn, frequencies
 
 FREQS, LONG, SHORT = (f"rope_{name}.weight" for name in ("freqs", "factors_long", "factors_short"))
 ROPE_TENSORS = (FREQS, LONG, SHORT)
@@ -113,6 +113,16 @@ def written_scaling(rope: Rope) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {}, {}
 
 
+def unread_scaling(rope: Rope) -> str:
+    """Return the flags that llama.cpp needs: it reads these keys of few architectures alone."""
+    flags = []
+    for key, usual in (("yarn_beta_fast", 32), ("yarn_beta_slow", 1)):
+        value = getattr(rope.scaling, _BETAS[key], None)
+        if value not in (None, usual):
+            flags.append(f"--{key.replace('_', '-')} {value:g}")
+    return " ".join(flags)
+
+
 def rotates_alike(a: Rope | None, b: Rope | None) -> bool:
     """Whether two ropes turn queries and keys by the same angles, to the rounding of f32."""
     if a is None or b is None:
@@ -123,7 +133,7 @@ def rotates_alike(a: Rope | None, b: Rope | None) -> bool:
     known += [getattr(r.scaling, "original_max_position_embeddings", 1) for r in (a, b)]
     counts = [float(n + more) for n in {1, *known} for more in (0, 1, 5 * n)]
     lengths = torch.tensor(counts, dtype=torch.float32)
-    each = [_frequencies(rope, lengths) for rope in (a, b)]
+    each = [frequencies(rope, lengths) for rope in (a, b)]
     sizes = [1.0 if r.scaling is None else r.scaling.amplitude(r) for r in (a, b)]
     return _alike(*each) and abs(sizes[0] - sizes[1]) <= _ROUNDING * sizes[0]
 
@@ -132,19 +142,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= _ROUNDING * b.abs()).all())
 
 
-def _frequencies(rope: Rope, lengths: Tensor) -> Tensor:
-    """Return the frequencies at some lengths of a document, `[lengths, dim / 2]`."""
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-    if rope.scaling is None:
-        found = 1.0 / (rope.theta**exponents)
-    else:
-        found = rope.scaling.frequencies(rope, exponents, lengths)
-    return found.expand(len(lengths), -1)
-
-
 def _divisors(rope: Rope) -> Tensor:
     plain, scaled = (
-        _frequencies(each, torch.ones(1, dtype=torch.float32))[0]
-        for each in (rope._replace(scaling=None), rope)
+        frequencies(each, torch.ones(1)) for each in (rope._replace(scaling=None), rope)
     )
     return plain / scaled

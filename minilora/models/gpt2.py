@@ -77,7 +77,7 @@ class GPT2Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_activation("activation_function", self.activation_function)
+        check_activation(self.activation_function)
         if self.n_embd % self.n_head:
             found = f"{self.n_head} and {self.n_embd}"
             raise ValueError(f"n_head must divide n_embd, found {found}; correct config.json")
@@ -132,7 +132,8 @@ class GPT2(CausalLM):
         equal={"attention.head_count_kv": "num_key_value_heads"},
         neutral={"attention.causal": (True,)},
         biases={},
-        whole=whole_names("transformer.wte", "transformer.ln_f", "transformer.wpe"),
+        whole=whole_names("transformer.wte", "transformer.ln_f")
+        | {"position_embd": "transformer.wpe"},
         parts=joint_parts("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"),
         completed=_of_gguf,
         turned=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),

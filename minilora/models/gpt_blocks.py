@@ -34,12 +34,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def check_activation(field: str, name: Any) -> None:
+def check_activation(name: Any) -> None:
     """Raise unless a configuration's activation is built."""
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise NotBuiltError(
-            f"{field}={short(name)} is not built: it must be one of {', '.join(ACTIVATIONS)}; use "
-            f"a model with one of them"
+            f"activation_function={short(name)} is not built: it must be one of "
+            f"{', '.join(ACTIVATIONS)}; use a model with one of them"
         )
 
 
@@ -79,12 +79,8 @@ def turned(K: int, N: int, **made: Any) -> Conv1D:
 class JointAttention(nn.Module):
     """Attend with as many key and value heads as query heads, all from one projection.
 
-    Args:
-        names: of the projection and of the map back.
-        size, head_dim: widths of the residual stream and of a head.
-        scale: what a query times a key is multiplied by.
-        by_head: whether the projection's rows stand head by head, or all queries come first.
-        linear: makes a map, of its widths and what is in `made`.
+    `names` are those of the projection and of the map back, which `linear` makes. `by_head`: the
+    projection's rows stand head by head, else all queries come first.
     """
 
     def __init__(
@@ -120,14 +116,7 @@ class JointAttention(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """Apply a linear map, the activation and a linear map back.
-
-    Args:
-        names: of the two maps.
-        size, inner: widths of the residual stream and inside.
-        activation: a key of `ACTIVATIONS`.
-        linear: as for `JointAttention`.
-    """
+    """Apply a linear map, the activation and a linear map back; `linear` makes the maps."""
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from minilora.files import short
 from minilora.models.blocks import Mask, Slot
 from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
@@ -33,7 +34,8 @@ class GPTNeoXConfig(DecoderConfig):
         layer_norm_eps: added to the variance in the layer norms.
         hidden_act: of the MLP, a key of `ACTIVATIONS`.
         use_parallel_residual: whether attention and MLP read the same hidden state.
-        partial_rotary_factor: share of a head that is rotated; `rotary_pct` in older files.
+        rope_theta: base of the rotary frequencies; `rotary_emb_base` outside `rope_parameters`.
+        partial_rotary_factor: share of a head that is rotated; `rotary_pct` outside.
     """
 
     model_type = "gpt_neox"
@@ -43,6 +45,7 @@ class GPTNeoXConfig(DecoderConfig):
         "hidden_dropout": (None, 0, 0.0),
     }
     left_out = (*DecoderConfig.left_out, *_ABSENT)
+    defaults: ClassVar = {"attention_bias": True}
 
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
@@ -56,9 +59,19 @@ class GPTNeoXConfig(DecoderConfig):
 
     @classmethod
     def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        rope = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-        older = {key: entries.get(name) for key, name in rope.items()}
-        return super()._completed({"attention_bias": True, **values}, older | entries)
+        own = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+        values = {key: value for key, value in values.items() if key not in own}
+        read = {key: entries.get(name) for key, name in own.items()}
+        values = super()._completed(values, entries | read)
+        for key, name in own.items():
+            taken = values.get(key, getattr(cls, key))
+            if entries.get(key) not in (None, taken):
+                raise ValueError(
+                    f"{key} must be {taken}, as rope_parameters, {name} or its default say, found "
+                    f"{short(entries[key])}, which transformers 5 ignores; remove {key} from "
+                    f"config.json, or correct {name}"
+                )
+        return values
 
     def _entries(self) -> dict[str, Any]:
         entries = super()._entries()

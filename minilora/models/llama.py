@@ -8,6 +8,7 @@ The architecture: Touvron et al. 2023, "LLaMA", section 2.2.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -25,20 +26,17 @@ class LlamaConfig(DecoderConfig):
     neutral = DecoderConfig.neutral | {"pretraining_tp": (None, 1)}
 
 
-def _half_rotation(fqn: str, rows: Tensor, config: LlamaConfig) -> Tensor:
-    """Undo llama.cpp's conversion, which puts rows i and i + head_dim/2 of a head side by side."""
-    if ".q_proj." not in fqn and ".k_proj." not in fqn:
-        return rows
-    pairs = rows.view(-1, config.head_dim // 2, 2, *rows.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows.shape)
+def _paired(undone: bool) -> Any:
+    """Put rows i and i + head_dim/2 of a head side by side, as llama.cpp does, or apart again."""
 
+    def change(fqn: str, rows: Tensor, config: LlamaConfig) -> Tensor:
+        if ".q_proj." not in fqn and ".k_proj." not in fqn:
+            return rows
+        half = config.head_dim // 2
+        groups = (half, 2) if undone else (2, half)
+        return rows.view(-1, *groups, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
-def _side_by_side(fqn: str, rows: Tensor, config: LlamaConfig) -> Tensor:
-    """Do as llama.cpp's conversion does."""
-    if ".q_proj." not in fqn and ".k_proj." not in fqn:
-        return rows
-    halves = rows.view(-1, 2, config.head_dim // 2, *rows.shape[1:])
-    return halves.transpose(1, 2).reshape(rows.shape)
+    return change
 
 
 class Llama(CausalLM):
@@ -47,7 +45,7 @@ class Llama(CausalLM):
     config_class = LlamaConfig
     gguf = DECODER_NAMES._replace(
         architecture="llama",
-        restored=_half_rotation,
-        stored=_side_by_side,
+        restored=_paired(undone=True),
+        stored=_paired(undone=False),
         ropes=("linear", "yarn", "llama3", "longrope"),
     )

@@ -5,7 +5,7 @@ GGUF files say they are a Llama's, know no window, and are read as one.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
@@ -19,24 +19,18 @@ class MistralConfig(DecoderConfig):
     model_type = "mistral"
     architecture = "MistralForCausalLM"
     left_out = ("attention_bias", "mlp_bias", "layer_types")
+    defaults: ClassVar = {"num_key_value_heads": 8, "sliding_window": 4096}
 
     max_position_embeddings: int = 131072
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     sliding_window: int | None = 4096
 
-    @classmethod
-    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        return super()._completed(
-            {"num_key_value_heads": 8, "sliding_window": 4096, **values}, entries
-        )
-
-
-_NO_WINDOW = {"sliding_window": None}
-
 
 class Mistral(CausalLM):
     """Compute next-token logits as Hugging Face's `MistralForCausalLM` does; see `CausalLM`."""
 
     config_class = MistralConfig
-    gguf = Llama.gguf._replace(biases={}, completed=lambda entries: entries | _NO_WINDOW)
+    gguf = Llama.gguf._replace(
+        biases={}, completed=lambda entries: entries | {"sliding_window": None}
+    )

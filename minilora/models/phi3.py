@@ -28,10 +28,7 @@ class Phi3Config(DecoderConfig):
 
     model_type = "phi3"
     architecture = "Phi3ForCausalLM"
-    neutral = DecoderConfig.neutral | {
-        "resid_pdrop": (None, 0, 0.0),
-        "embd_pdrop": (None, 0, 0.0),
-    }
+    neutral = DecoderConfig.neutral | {"resid_pdrop": (None, 0, 0.0), "embd_pdrop": (None, 0, 0.0)}
     left_out = ("attention_bias", "mlp_bias", "layer_types")
     rope_types: ClassVar = dict.fromkeys(("longrope", "su", "yarn"), LongRope)  # one, renamed
 
@@ -119,4 +116,5 @@ class Phi3(CausalLM):
         ),
         completed=_of_gguf,
         ropes=("longrope",),
+        windowless=True,
     )

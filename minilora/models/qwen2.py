@@ -5,7 +5,7 @@ section 2.2.1). With `use_sliding_window`, layers from `max_window_layers` on ha
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from minilora.models.causal import CausalLM
 from minilora.models.config import DecoderConfig
@@ -19,13 +19,10 @@ class Qwen2Config(DecoderConfig):
     model_type = "qwen2"
     architecture = "Qwen2ForCausalLM"
     left_out = ("attention_bias", "mlp_bias")
+    defaults: ClassVar = {"sliding_window": 4096}
     qkv_bias = window_switch = True
 
     max_position_embeddings: int = 32768
-
-    @classmethod
-    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        return super()._completed({"sliding_window": 4096, **values}, entries)
 
 
 class Qwen2(CausalLM):

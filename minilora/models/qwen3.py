@@ -6,7 +6,7 @@ have a window.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,13 +23,10 @@ class Qwen3Config(DecoderConfig):
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
     left_out = ("mlp_bias",)
+    defaults: ClassVar = {"head_dim": 128, "sliding_window": 4096}
     window_switch = True
 
     max_position_embeddings: int = 32768
-
-    @classmethod
-    def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        return super()._completed({"head_dim": 128, "sliding_window": 4096, **values}, entries)
 
 
 class NormedAttention(Attention):
@@ -61,6 +58,7 @@ class Qwen3(CausalLM):
     config_class, layer_class = Qwen3Config, Qwen3Layer
     gguf = DECODER_NAMES._replace(
         architecture="qwen3",
+        biases={},
         parts=DECODER_NAMES.parts
         | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
     )

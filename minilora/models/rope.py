@@ -34,6 +34,14 @@ class Rope(NamedTuple):
     context: int = 0
 
 
+def frequencies(rope: Rope, lengths: Tensor) -> Tensor:
+    """Return f `[dim/2]` in f32, or by the lengths of tokens' documents `[…, T, dim/2]`."""
+    steps = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=lengths.device)
+    if rope.scaling is None:
+        return 1.0 / (rope.theta ** (steps / rope.dim))
+    return rope.scaling.frequencies(rope, steps / rope.dim, lengths)
+
+
 @dataclass(frozen=True)
 class Scaling:
     """Other frequencies than the plain ones; a subclass is a `rope_type`, its fields are the keys.
@@ -281,21 +289,10 @@ _OTHER_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | {
 def read_rope(
     entries: dict[str, Any], context: int, types: dict[str, type[Scaling]]
 ) -> dict[str, Any]:
-    """Read the rotary embedding of a config.json of transformers 4 or 5.
+    """Return `rope_scaling`, and where given `rope_theta` and `partial_rotary_factor`.
 
-    Args:
-        entries: of config.json; transformers 5's `rope_parameters` hold all, transformers 4 has
-            `rope_scaling`, `rope_theta` and `partial_rotary_factor` beside each other.
-        context: max_position_embeddings.
-        types: the family's `rope_type`s.
-
-    Returns:
-        `rope_scaling`, a `Scaling` or None, and where they are given `rope_theta` and
-        `partial_rotary_factor`.
-
-    Raises:
-        NotBuiltError: an unknown type or key, by name.
-        ValueError: a key that is missing or has a value that can't be.
+    In a config.json of transformers 5 `rope_parameters` hold all; that of transformers 4 has the
+    three beside each other. `context` is max_position_embeddings, `types` are the family's.
     """
     found = dict.fromkeys(("rope_theta", "partial_rotary_factor"))
     scalings = []

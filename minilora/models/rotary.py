@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels import rotary
-from minilora.models.rope import LongRope, Rope
+from minilora.models.rope import LongRope, Rope, frequencies
 
 Rotation = tuple[Tensor, Tensor] | None  # None: nothing is rotated
 
@@ -44,14 +44,11 @@ def rotation_at(rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> Rot
     """Cosines and sines `[1 or B, 1, T, dim / 2]`, computed in f32 from int positions."""
     if rope is None:
         return None
-    steps = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=positions.device)
     scaling = rope.scaling
-    if scaling is None:
-        frequency = 1.0 / (rope.theta ** (steps / rope.dim))
-    else:
-        lengths = document_lengths(positions.long()) if scaling.by_length else positions
-        frequency = scaling.frequencies(rope, steps / rope.dim, lengths)
-    angle = (positions[..., None].float() * frequency).view(-1, 1, positions.shape[-1], len(steps))
+    by_length = scaling is not None and scaling.by_length
+    lengths = document_lengths(positions.long()) if by_length else positions
+    angle = positions[..., None].float() * frequencies(rope, lengths)
+    angle = angle.view(-1, 1, positions.shape[-1], rope.dim // 2)
     cos, sin = angle.cos(), angle.sin()
     if scaling is not None and (stretch := scaling.amplitude(rope)) != 1.0:
         cos, sin = cos * stretch, sin * stretch

@@ -6,7 +6,7 @@ and Back Again", arXiv:2501.18795). With `use_sliding_window` those layers have 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from minilora.files import short
 from minilora.models.causal import CausalLM
@@ -34,6 +34,10 @@ class SmolLM3Config(DecoderConfig):
     model_type = "smollm3"
     architecture = "SmolLM3ForCausalLM"
     left_out = ()
+    defaults: ClassVar = {
+        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
     window_switch = True
 
     max_position_embeddings: int = 32768
@@ -63,8 +67,6 @@ class SmolLM3Config(DecoderConfig):
 
     @classmethod
     def _completed(cls, values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-        defaults = {"num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4}
-        values = {**defaults, "tie_word_embeddings": True, **values}
         layers = values.get("no_rope_layers")
         if layers is not None:
             if not isinstance(layers, list) or {*map(type, layers)} - {int}:

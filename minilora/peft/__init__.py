@@ -1,6 +1,5 @@
 """Adapters on the disk: PEFT's names and files, and nowhere else."""
 
-import minilora.peft.pretrained  # noqa: F401 - transformers models write by it
 from minilora.peft.checking import check
 from minilora.peft.config import config_of, read_config
 from minilora.peft.files import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, find_pair, settle_pair

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minilora.files import one_line, tensor_file
-from minilora.lora import MARKS, AdapterConfig, LoRAAdapter, compiled_pattern
+from minilora.files import one_line, short, tensor_file
+from minilora.lora import MARKS, AdapterConfig, LoRAAdapter, compiled_pattern, parents
 from minilora.peft.config import (
     FLAGS,
     KEYS,
     PLAIN_INITS,
     PREFIX,
+    nested_copies,
     options_of,
     read_config,
 )
@@ -71,7 +72,7 @@ def check(folder: str | Path) -> ReaderList:
     """
     files = _Files(Path(folder))
     problems = tuple(files.contradictions())
-    readers = [Reader("PEFT", (*files.refused, *problems), tuple(files.notes()))]
+    readers = [Reader("PEFT", (*files.refused(), *problems), tuple(files.notes()))]
     for name in ("vLLM", "llama.cpp"):
         hits = [(text, where(files)) for names, text, where in _RULES if name in names]
         own = tuple(text.format(hit[0], len(hit)) for text, hit in hits if hit)
@@ -83,7 +84,7 @@ class _Files:
     """What an adapter's two files say: options, and the shapes of each layer's parts.
 
     `others` are the shapes of other keys; `stacked` are layers that only `target_parameters` can
-    mean, parameters that are no layer's weight; `refused` is what the writer knew of PEFT.
+    mean, parameters that are no layer's weight; `known` is what the writer knew of PEFT.
     """
 
     def __init__(self, folder: Path):
@@ -95,7 +96,7 @@ class _Files:
         with tensor_file(weights_file) as opened:
             metadata = opened.metadata() or {}
             shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-        self.refused = [text for key, text in metadata.items() if key == "minilora_not_for_peft"]
+        self.known = [text for key, text in metadata.items() if key == "minilora_not_for_peft"]
         for key, shape in shapes.items():
             end = next((end for end in _PARTS if key.endswith(end)), None)
             if end is None or not key.startswith(PREFIX):
@@ -128,6 +129,16 @@ class _Files:
         matrix = key.endswith(".weight") and len(self.others[key]) == 2
         return key.startswith(PREFIX) and matrix and not self._is_copy(key)
 
+    def _shares_a_target(self, fqn: str) -> bool:
+        """Whether PEFT has tied a layer to one that is named: head and embedding, turned around."""
+        ends = {name: parts for name, parts in self.layers.items() if self._is_target(name)}
+        own = self.layers[fqn]
+        return bool(self.config.get("ensure_weight_tying")) and any(
+            own.get("lora_A", [])[1:] == parts.get("lora_B", [])[:1]
+            and own.get("lora_B", [])[:1] == parts.get("lora_A", [])[1:]
+            for parts in ends.values()
+        )
+
     def contradictions(self) -> Iterator[str]:
         """Say where the files are not whole, contradict each other, or change nothing."""
         names = [*self.layers, *self.stacked]
@@ -145,11 +156,11 @@ class _Files:
         for fqn, parts in self.layers.items():
             if not {"lora_A", "lora_B"} <= set(parts):
                 yield f"{fqn} needs lora_A and lora_B, found only {', '.join(sorted(parts))}"
-            r = self.rank(fqn)
+            r = self.options.factor_options(fqn)["r"]
             ranks = [*parts.get("lora_A", [])[:1], *parts.get("lora_B", [])[1:2]]
             if any(stored != r for stored in ranks):
                 yield f"{fqn} has rank {ranks[0]}, the config says {r}"
-            if not self._is_target(fqn):
+            if not (self._is_target(fqn) or self._shares_a_target(fqn)):
                 yield f"{fqn} is not in target_modules, so PEFT leaves its factors out"
             for part, key in FLAGS.items():
                 if (part in parts) != bool(self.config[key]):
@@ -158,6 +169,23 @@ class _Files:
         for key in self.others:
             if not (self._is_copy(key) or self._replaces(key)):
                 yield f"{key} is no key that PEFT looks for, so it is left out"
+
+    def refused(self) -> Iterator[str]:
+        """Say what PEFT does not take, though the files agree."""
+        yield from self.known
+        config, init = self.config, self.config["init_lora_weights"]
+        if config["lora_bias"] and not isinstance(init, bool):
+            yield f"lora_bias=True needs init_lora_weights true or false, found {short(init)}"
+        blocks, pattern = config["layers_to_transform"], config["layers_pattern"]
+        if isinstance(config["target_modules"], str) and (blocks, pattern) != (None, None):
+            yield (
+                "layers_to_transform and layers_pattern are refused where target_modules is a regex"
+            )
+        if pattern and blocks is None:
+            yield "layers_pattern is refused without layers_to_transform"
+        modules = {module for key in self.others for module in parents(key.removeprefix(PREFIX))}
+        if nested := nested_copies(modules, self.options.modules_to_save):
+            yield f"modules_to_save must not name {nested[0]}, which lies within {nested[1]}"
 
     def notes(self) -> Iterator[str]:
         """Say what only the base can tell."""
@@ -176,14 +204,6 @@ class _Files:
         """Return the init that was trained beside changed base weights, if it was."""
         init = self.config["init_lora_weights"]
         return [] if init in PLAIN_INITS else [init]
-
-    def having(self, part: str) -> list[str]:
-        """Return the layers that have a part."""
-        return [fqn for fqn, parts in self.layers.items() if part in parts]
-
-    def rank(self, fqn: str) -> int:
-        """Return the rank that the config gives to a layer."""
-        return self.options.factor_options(fqn)["r"]
 
     def misscaled(self, **ignored: Any) -> list[str]:
         """Say where these values of options that a reader ignores change the scaling."""
@@ -206,7 +226,8 @@ def _scaling(config: AdapterConfig, fqn: str) -> float:
 # `vllm/lora/peft_helper.py`; llama.cpp: `convert_lora_to_gguf.py`, `src/llama-adapter.h`.
 _RULES: tuple[tuple[str, str, Callable[[_Files], list]], ...] = (
     ("vLLM, llama.cpp", "{} is refused", lambda f: [
-        f"{flag} (first: {names[0]})" for part, flag in FLAGS.items() if (names := f.having(part))
+        f"{flag} (first: {fqn})" for part, flag in FLAGS.items()
+        for fqn in [name for name, parts in f.layers.items() if part in parts][:1]
     ]),
     ("vLLM, llama.cpp", "convolutions take no LoRA (first: {})",
      lambda f: [n for n, parts in f.layers.items() if len(parts.get("lora_A", "AB")) != 2]),

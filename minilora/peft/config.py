@@ -1,16 +1,12 @@
 """PEFT's names: adapter_config.json as our options and back, and the keys of the tensors.
 
-One table, `_FIELDS`. To add a variant of LoRA: its option in `lora/config.py` and in `inject`'s
-signature, its parameter, `options` and `pairs` in `lora/adapter.py`, a row here; `lora/layer.py`
-only where what it adds is no sum of pairs. Reading, writing, `check` and sharding follow.
-
-The fields: huggingface/peft, `src/peft/tuners/lora/config.py`; the keys:
-`src/peft/utils/save_and_load.py`.
+One table, `_FIELDS`; reading, writing, `check` and sharding follow from it. The fields:
+huggingface/peft, `src/peft/tuners/lora/config.py`; the keys: `src/peft/utils/save_and_load.py`.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from minilora.lora import (
     TrainedCopies,
     check_alpha,
     compiled_pattern,
+    parents,
     taken_for_experts,
 )
 
@@ -112,17 +109,9 @@ _ASKS_NOTHING: tuple[object, ...] = (None, False, "none", [], {}, "")
 
 
 def read_config(file: Path, loadable: bool = True) -> dict[str, Any]:
-    """Read adapter_config.json with the mistrust that user input deserves.
+    """Read adapter_config.json with the mistrust that user input deserves; defaults are filled in.
 
-    Args:
-        file: its path.
-        loadable: also refuse what PEFT can load and `load` can't.
-
-    Returns:
-        PEFT's fields, its defaults where they are missing.
-
-    Raises:
-        ValueError: no JSON object, another method than LoRA, or a value of the wrong kind.
+    `loadable` also refuses what PEFT can load and `load` can't.
     """
     config = read_json(file)
     try:
@@ -198,6 +187,8 @@ def config_of(
         "bias": copies.bias, "modules_to_save": copies.modules_to_save,
         "targets": _minimal_targets(survey, [fqn for fqn in factors if fqn not in by_weight]),
     }  # fmt: skip
+    if options["lora_bias"]:
+        options["init"] = "kaiming"  # PEFT takes no other beside it, though it no longer matters
     asked = AdapterConfig(**options)
     bases = [survey.layers[fqn].view for fqn in factors]
     name, revision = _base_name(survey.root)
@@ -275,6 +266,15 @@ def stored_shape(part: str, factors: LoRAAdapter) -> list[int]:
     """Return the shape a parameter has in the file: a convolution's magnitude is 4-D there."""
     shape = list(getattr(factors, part).shape)
     return [1, *shape, 1, 1] if part == "magnitude" and factors.lora_A.dim() == 4 else shape
+
+
+def nested_copies(modules: Iterable[str], entries: Collection[str]) -> tuple[str, str] | None:
+    """Return a module to save that lies in another one, and that; None if none does.
+
+    PEFT keeps a copy within a copy there, writes one of the two, and can't load the file.
+    """
+    hits = {n for n in modules if any(f".{n}".endswith(f".{entry}") for entry in entries)}
+    return next(((n, outer) for n in sorted(hits) for outer in parents(n) if outer in hits), None)
 
 
 def copy_key(name: str, targets: Collection[str]) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from minilora.files import (
     UnwritableError,
+    absent,
     beside,
     download,
+    folder_below,
     leftovers,
     name_beside,
     on_hub,
@@ -35,9 +37,6 @@ def write_pair(
 
     Both are written aside before the first is renamed. Meanwhile an old config that differs goes
     aside too, so that no program reads it with the new weights; `find_pair` finds what fits.
-
-    Raises:
-        RuntimeError: they can't be written; what was there before stays.
     """
     weights_file, config_file = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     metadata = {**metadata, _PAIRED: hashlib.sha256(config).hexdigest()}
@@ -95,10 +94,10 @@ def require_pair(folder: Path) -> tuple[Path, Path]:
     pair = find_pair(folder)
     for file, name in zip(pair, (CONFIG_FILE, WEIGHTS_FILE), strict=True):
         if not file.is_file():
-            below = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}"))
+            missing = f"{name} is missing" if folder.is_dir() else absent(folder)
             raise ValueError(
-                f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}; {name} is missing"
-                + (f"; did you mean {below[0]}?" if below else "")
+                f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}; {missing}"
+                f"{folder_below(folder, CONFIG_FILE)}"
             )
     return pair
 
@@ -129,5 +128,5 @@ def check_pair(folder: Path, config: bytes, metadata: dict[str, str]) -> None:
             f"{folder / WEIGHTS_FILE} and {folder / CONFIG_FILE} must be saved together, but the "
             f"weights belong to a config with SHA-256 {expected[:12]}… and this one has "
             f"{found[:12]}…; a save was interrupted or one file was edited. Save the adapter "
-            f"again, or pass verify=False if the edit was meant"
+            f"again; if the edit was meant, in Python: verify=False"
         )

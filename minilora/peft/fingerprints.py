@@ -16,15 +16,18 @@ from minilora.files import parse_json, tensor_file
 from minilora.lora import (
     LoRALayer,
     Survey,
+    are_floats,
     base_of,
     difference,
+    equal_but_for_rounding,
     frozen_values,
     weight_sample,
 )
 from minilora.peft.files import WEIGHTS_FILE, find_pair
 
-# A base of the same storage format must agree exactly; another format only this closely, and one
-# that another library packs (bitsandbytes rounds its scales anew for some CPUs).
+# A base of the same storage format must agree exactly, of another floating dtype but for rounding.
+# Codes agree with other formats only this closely, and those that another library packs with
+# themselves (bitsandbytes rounds its scales anew for some CPUs).
 _MIN_COSINE = 0.98
 
 
@@ -66,12 +69,8 @@ def check_base(
 ) -> None:
     """Refuse another base than the one an adapter was trained on, as far as its files tell.
 
-    Args:
-        survey: with the base's own parameters in place.
-        folder: named in messages.
-        metadata: of the adapter's weights.
-        names: the layers it adapts.
-        copied: the parameters it brings trained copies of.
+    It adapts the layers `names` and brings trained copies of the parameters `copied`. The base's
+    own parameters have to be in place.
     """
     with _readable(folder, "minilora_base"):
         rows = {
@@ -85,8 +84,8 @@ def check_base(
         found = found or difference(rest, metadata.get("minilora_rest", "{}"))
     if found is not None:
         raise ValueError(
-            f"{folder} was trained on another base: {found}; load the base it was trained on, or "
-            f"pass verify=False to load it all the same"
+            f"{folder} was trained on another base: {found}; load the base it was trained on "
+            f"(in Python, verify=False loads it all the same)"
         )
     if "minilora_base" in metadata and not rows.keys() >= set(names):  # PEFT writes none
         warnings.warn(
@@ -106,7 +105,9 @@ def _unlike(fqn: str, module: Any, saved_format: str, sample: Any) -> str | None
     elif saved_format == base.stored and not base.packed:
         same, how = torch.equal(saved, here), "equal"
         if not same and base.is_quantized and _rounded(saved) != _rounded(here):
-            same = torch.allclose(saved, here, rtol=2**-7, atol=1e-6)  # computed in another dtype
+            same = equal_but_for_rounding(saved, here)  # computed in another dtype
+    elif are_floats(saved_format, base.stored):
+        same, how = equal_but_for_rounding(saved, here), "equal but for rounding"
     else:
         norm = float(saved.norm() * here.norm())
         cosine = float(saved @ here) / norm if norm else float(torch.equal(saved, here))
@@ -126,5 +127,6 @@ def _readable(folder: Path, key: str) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{folder / WEIGHTS_FILE}: {key} in the metadata must be readable, found "
-            f"{type(error).__name__} ({error!s:.200}); save the adapter again, or pass verify=False"
+            f"{type(error).__name__} ({error!s:.200}); save the adapter again "
+            f"(in Python, verify=False loads it all the same)"
         ) from None

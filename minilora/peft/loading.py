@@ -1,6 +1,8 @@
 """Read an adapter that `save` or PEFT wrote: all of it is checked before the model changes."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from minilora.peft.config import (
     PREFIX,
     copy_key,
     keys_of,
+    nested_copies,
     options_of,
     read_config,
     stored_shape,
@@ -61,7 +64,7 @@ def load(
         replace: when an adapter of this name is there, put the file's values into its parameters
             (a hot swap: what is active and trainable stays, and the dtype; ranks and layers must
             be the same).
-        dtype: of the factors here; None is float32.
+        dtype: of the factors here; None is float32, with replace=True the dtype they have.
         compute_dtype: as for `inject`.
         backend: as for `inject`.
         verify: False skips the pairing of the two files, the checksums of the values and the
@@ -80,7 +83,7 @@ def load(
     check_adapter_name(adapter)
     check_backend(backend)
     check_open(model, "load")
-    dtype = torch.float32 if dtype is None else as_dtype(dtype)
+    dtype = None if dtype is None else as_dtype(dtype)
     compute = None if compute_dtype is None else as_dtype(compute_dtype, "compute_dtype")
     survey = Survey(model)
     survey.require_unmerged("load")
@@ -90,8 +93,14 @@ def load(
             f"the model already has an adapter {adapter!r}; choose another adapter=..., or pass "
             f"replace=True to put the file's values into it"
         )
+    if dtype is None:
+        held = [p.dtype for one in survey.factors(adapter).values() for p in one.parameters()]
+        dtype = reduce(torch.promote_types, held or [torch.float32])
     with survey.originals_in_place():
-        factors, copies = _Files(survey, folder, verify).read(dtype, verify)
+        files = _Files(survey, folder, verify)
+        factors, copies = files.read(dtype, verify)
+        if trainable and not present:
+            files.refuse_tied(factors, copies.by_name)
     if present:
         check_way(survey, factors, compute, backend)
         _swap(survey, adapter, factors, copies.by_name)
@@ -113,6 +122,11 @@ class _Files:
         if verify:
             check_pair(folder, self.config_file.read_bytes(), self.metadata)
         self.tensors = _plain_keys(tensors, "module" in survey.root._modules)
+        self.tied: dict[str, int] = {}  # modules by a weight they share, which PEFT trains as one
+        if self.config.get("ensure_weight_tying"):
+            weights = {n: id(survey.original(n)) for n in survey.parameters}
+            uses = Counter(weights.values())
+            self.tied = {n.rpartition(".")[0]: w for n, w in weights.items() if uses[w] > 1}
 
     def read(
         self, dtype: torch.dtype, verify: bool
@@ -139,6 +153,19 @@ class _Files:
         saved = [*self.options.modules_to_save, *(n.rpartition(".")[0] for n in replaced)]
         return factors, TrainedCopies(values, self.options.bias, list(dict.fromkeys(saved)))
 
+    def refuse_tied(self, factors: Collection[str], copied: Collection[str]) -> None:
+        """Refuse to train apart what PEFT trained as one."""
+        trained = sorted({*factors, *(name.rpartition(".")[0] for name in copied)} & {*self.tied})
+        for weight in {self.tied[name] for name in trained}:
+            tied = [name for name in trained if self.tied[name] == weight]
+            if len(tied) == 1:
+                continue
+            raise ValueError(
+                f"{self.config_file}: ensure_weight_tying=True trains one matrix for layers that "
+                f"share a weight, found {' and '.join(tied)}, which would be trained apart here; "
+                f"load with trainable=False, or train it in PEFT"
+            )
+
     def _targets(self) -> dict[str, bool]:
         """Return the adapted layers in module order, and whether the config names the weight."""
         options, modules = self.options, self.survey.modules
@@ -154,6 +181,11 @@ class _Files:
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.config_file} does not fit this model: {error}") from None
+        shared = {self.tied[name] for name in chosen if name in self.tied}  # PEFT lists one of them
+        chosen = [
+            *chosen,
+            *(n for n, w in self.tied.items() if w in shared and self._has_factors(n)),
+        ]
         return {
             n: n in by_weight
             for n in modules
@@ -164,7 +196,10 @@ class _Files:
         """Whether PEFT trains a whole copy of a target, and no factors."""
         entries = self.options.modules_to_save
         inside = any(f".{entry}." in f".{fqn}." for entry in entries)
-        return inside and not any(key.startswith(f"{PREFIX}{fqn}.lora_") for key in self.tensors)
+        return inside and not self._has_factors(fqn)
+
+    def _has_factors(self, fqn: str) -> bool:
+        return any(key.startswith(f"{PREFIX}{fqn}.lora_") for key in self.tensors)
 
     def _weights_named(self) -> list[str]:
         """Return the linears whose weight `target_parameters` names; refuse other parameters."""
@@ -193,6 +228,12 @@ class _Files:
     def _asked_copies(self, targets: Collection[str]) -> dict[str, str]:
         """Return the parameters of which the config promises a copy, with their keys."""
         bias, entries = self.options.bias, self.options.modules_to_save
+        if nested := nested_copies(self.survey.modules, entries):
+            raise ValueError(
+                f"{self.config_file}: modules_to_save must not name a module within another, found "
+                f"{nested[0]} in {nested[1]}: PEFT trains both and writes one of the two; train "
+                f"again with {nested[1]} alone"
+            )
 
         def asked(module: str, leaf: str) -> bool:
             if bias == "all" and "bias" in leaf:  # PEFT leaves out others than `.bias`
@@ -283,8 +324,8 @@ class _Files:
             if not torch.equal(self.tensors[key].to(here.dtype), here):
                 raise ValueError(
                     f"{self.file}: {key} must be the weight that {fqn} has in this model, found "
-                    f"other values; load the base it was trained on, or pass verify=False to keep "
-                    f"this model's"
+                    f"other values; load the base it was trained on (in Python, verify=False "
+                    f"keeps this model's)"
                 )
 
 
@@ -318,10 +359,7 @@ def _list_some(names: set[str]) -> str:
 
 
 def _swap(
-    survey: Survey,
-    adapter: str,
-    factors: dict[str, LoRAAdapter],
-    copies: Mapping[str, Tensor],
+    survey: Survey, adapter: str, factors: dict[str, LoRAAdapter], copies: Mapping[str, Tensor]
 ) -> None:
     """Put new values into an adapter's parameters, which stay the same objects."""
     old = survey.factors(adapter)

@@ -75,8 +75,7 @@ def to_lora(
         RuntimeError: adapters are merged.
     """
     survey = Survey(model)
-    layers = survey.require_layers("to_lora")
-    survey.require_unmerged("to_lora")
+    layers = survey.require_layers("to_lora", unmerged=True)
     survey.require_new_name(name)
     made = plain_factors(survey, adapter, r, dtype, "to_lora")
     new = {fqn: plain_adapter(layers[fqn], A, B) for fqn, (A, B, _) in made.items()}
@@ -117,8 +116,7 @@ def export(
         RuntimeError: the folder can't be written; what was there before stays.
     """
     survey = Survey(model)
-    layers = survey.require_layers("export")
-    survey.require_unmerged("export")
+    layers = survey.require_layers("export", unmerged=True)
     adapter = survey.adapter(adapter, "export")
     made = plain_factors(survey, adapter, r, dtype, "export")
     rank = max(len(A) for A, _, _ in made.values())

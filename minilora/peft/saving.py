@@ -1,4 +1,9 @@
-"""Write an adapter as PEFT does."""
+"""Write an adapter as PEFT does, also when an injected transformers model saves itself.
+
+`save_pretrained`, which Trainer calls too, writes a folder that reads back as what was saved: the
+base under its plain names beside the adapter's two files. Left alone, transformers would write the
+names of wrapped layers, and read random linears.
+"""
 
 import json
 import warnings
@@ -16,10 +21,14 @@ from minilora.lora import (
     describe,
     drawn_modules,
     frozen_values,
+    is_copy,
+    say_untied,
+    write_pretrained_by,
 )
 from minilora.peft.config import config_of, copy_key, keys_of, not_for_peft, stored_shape
 from minilora.peft.files import write_pair
 from minilora.peft.fingerprints import fingerprint
+from minilora.quantization import quantized_layers
 
 
 def save(
@@ -82,7 +91,7 @@ def save_adapter(
     _refuse_trained(frozen)
     problem = not_for_peft(survey, factors)
     for text in (*_unsaved(survey, adapter, factors, copies), *filter(None, [problem])):
-        warnings.warn(f"minilora: {text}", UserWarning, stacklevel=3)
+        warnings.warn(f"minilora: {text}", stacklevel=3)
     layers = {fqn: survey.layers[fqn] for fqn in factors}
     metadata = {
         "format": "pt",
@@ -96,10 +105,7 @@ def save_adapter(
 
 
 def _tensors(
-    survey: Survey,
-    adapter: str,
-    factors: Mapping[str, LoRAAdapter],
-    copies: Mapping[str, Tensor],
+    survey: Survey, adapter: str, factors: Mapping[str, LoRAAdapter], copies: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return what is written, by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
@@ -163,3 +169,59 @@ def _unsaved(
             f"others that it kept before inject?"
         )
     return texts
+
+
+def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with what LoRA wraps under the plain model's names.
+
+    Merged layers are plain ones. Of others the adapters keep their own names, by which Trainer
+    resumes; trained copies are in their places already.
+    """
+    survey = Survey(model)
+    layers, merged, found = survey.layers, bool(survey.merged), {}
+    for name, value in state.items():
+        dots = [i for i, character in enumerate(name) if character == "."]
+        fqn = next((name[:i] for i in dots if name[:i] in layers), None)
+        part = "" if fqn is None else name[len(fqn) + 1 :]
+        if part.startswith("base."):
+            found[f"{fqn}.{part.removeprefix('base.')}"] = value
+        elif not is_copy(name) and not (merged and part.startswith("adapters.")):
+            found[name] = value
+    return found
+
+
+def save_pretrained(model: Any, save_directory: str | Path, *args: Any, **options: Any) -> None:
+    """Write the base under plain names and, unless it is merged, the active adapter beside it."""
+    survey = Survey(model)
+    names, merged = survey.active, bool(survey.merged)
+    how = "minilora.save(model, folder) writes the adapter alone"
+    if quantized_layers(model):
+        raise ValueError(
+            f"save_pretrained() needs a base in floating point, found layers that "
+            f"minilora.quantize stores; {how}"
+        )
+    if len(names) > 1 and not merged:
+        raise ValueError(
+            f"save_pretrained() writes one active adapter, found {', '.join(names)}; activate one "
+            f"of them, or minilora.save(model, folder, adapter=...)"
+        )
+    factors = [one for name in survey.adapters for one in survey.factors(name).values()]
+    if not merged and any(one.magnitude is not None for one in factors):
+        warnings.warn(
+            "minilora: transformers' from_pretrained leaves out what DoRA learned of row lengths; "
+            "read this folder's adapter with minilora.load or PEFT, on the base",
+            stacklevel=2,
+        )
+    state = options.pop("state_dict", None)
+    options["state_dict"] = plain_state(model, model.state_dict() if state is None else state)
+    if names and not merged and options.get("is_main_process", True):
+        save_adapter(survey, Path(save_directory), names[0])
+    untied = say_untied(model) if merged else []
+    try:
+        type(model).save_pretrained(model, save_directory, *args, **options)
+    finally:
+        for config in untied:  # `unmerge` ties them again
+            config.tie_word_embeddings = True
+
+
+write_pretrained_by(save_pretrained)

@@ -14,9 +14,9 @@ import torch
 
 from minilora.kernels import fastest_dtype, hardware
 from minilora.models import ModelConfig
+from minilora.planning.batches import usual_pass_tokens
 from minilora.planning.machines import DEVICES, HERE, Calibration, Device, this_machine
 from minilora.planning.memory import MARGIN, Memory, count_memory
-from minilora.planning.passes import usual_pass_tokens
 from minilora.planning.shapes import Settings, Shape
 from minilora.planning.speed import Speed, count_work, duration, from_rates, on_device, run_speed
 from minilora.planning.timing import Timing, timed_step
@@ -36,44 +36,26 @@ def best_dtype(device: Device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Data:
-    """The data's size.
+    """The data's size."""
 
-    Attributes:
-        examples: rows.
-        mean: their mean length in tokens, as they are padded.
-        longest: their largest.
-        epochs: passes over them.
-        learned: share of the predicted tokens that enters the loss, in (0, 1].
-        shared: first tokens that all rows share, where computing them once saves much.
-    """
-
-    examples: int
-    mean: int
+    examples: int  # rows
+    mean: int  # their mean length in tokens, as they are padded
     longest: int
-    epochs: float = 1.0
-    learned: float = 1.0
-    shared: int = 0
+    epochs: float = 1.0  # passes over them
+    learned: float = 1.0  # share of the predicted tokens that enters the loss, in (0, 1]
+    shared: int = 0  # first tokens that all rows share, where computing them once saves much
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run: a machine, settings, and what they come to.
-
-    Attributes:
-        device: the machine.
-        settings: of the run.
-        memory: of each process there.
-        fits: whether the peak leaves the margin free.
-        speed: None where it does not fit.
-        cost: of the run, None where it does not fit or the machine has no price.
-    """
+    """One way to run: a machine, settings, and what they come to."""
 
     device: Device
     settings: Settings
-    memory: Memory
-    fits: bool
-    speed: Speed | None = None
-    cost: float | None = None
+    memory: Memory  # of each process there
+    fits: bool  # whether the peak leaves the margin free
+    speed: Speed | None = None  # None where it does not fit
+    cost: float | None = None  # of the run, None where it does not fit or there is no price
 
 
 @dataclass
@@ -228,19 +210,12 @@ def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do.
+    """What to do."""
 
-    Attributes:
-        option: the smallest machine with settings that fit; None if none of the known ones does.
-        command: what to type there, or "".
-        cpu: whether the CPU at hand is the right choice.
-        why: in sentences.
-    """
-
-    option: Option | None
-    command: str
-    cpu: bool
-    why: str
+    option: Option | None  # the smallest machine that fits; None if none of the known ones does
+    command: str  # what to type there, or ""
+    cpu: bool  # whether the CPU at hand is the right choice
+    why: str  # in sentences
 
 
 def advise(planner: Planner, options: list[Option]) -> Advice:

@@ -4,10 +4,11 @@ import argparse
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.data import read_data
+from minilora.data import Encoding, read_data
 from minilora.files import on_hub, short
 from minilora.loading import NAMES, read_tokenizer
 from minilora.planning.machines import DEVICES, name_of
@@ -17,7 +18,7 @@ from minilora.quantization import FORMATS
 from minilora.text import Tokenizer
 
 _PASSED = (
-    "r", "targets", "exclude", "length", "batch_size", "accumulate", "epochs", "quantize", "dtype",
+    "r", "targets", "exclude", "batch_size", "accumulate", "epochs", "quantize", "dtype",
     "checkpointing", "device", "ranks", "parallel", "dropout", "block_size", "memory_gb",
 )  # fmt: skip
 
@@ -27,17 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     known = ", ".join(PRESETS)
     add("model", metavar="MODEL", help=f"a folder, config.json, .gguf, hub name, or: {known}")
-    data = parser.add_argument_group("data")
-    add = data.add_argument
     add("--data", nargs="+", metavar="FILE", help="as for train; counted by the model's tokenizer")
     add("--examples", type=int, metavar="N", help="rows, where the data is not at hand (1000)")
-    add(
-        "--max-length",
-        dest="length",
-        type=int,
-        default=512,
-        help="tokens of a row at most (default 512)",
-    )
     add("--epochs", type=float, help="default: as many as train makes")
     run = parser.add_argument_group("run, as for train")
     add = run.add_argument
@@ -69,23 +61,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def from_arguments(options: argparse.Namespace) -> Plan:
-    """Make the plan."""
+def from_arguments(
+    options: argparse.Namespace, encoding: Encoding, reading: Sequence[str] = ()
+) -> Plan:
+    """Make the plan; `encoding` says how data is read, and `reading` are its flags for train."""
     data: Any = 1000 if options.examples is None else options.examples
     if options.data:
         if options.examples is not None:
             raise ValueError("--examples stands for data that is not at hand, found --data too")
         tokenizer = _tokenizer(options.model)
-        data, report = read_data(options.data, tokenizer, max_length=options.length)
+        data, report = read_data(options.data, tokenizer, **vars(encoding))
         print(f"{', '.join(options.data)}: {report}", file=sys.stderr)
-    asked = {name: getattr(options, name) for name in _PASSED}
+    asked = {name: getattr(options, name) for name in _PASSED} | {"length": encoding.max_length}
     if options.block_size is None:  # that of the format
         del asked["block_size"]
     prices, timed = _prices(options), not options.untimed
     found = plan(options.model, data, prices=prices, timed=timed, **asked)
     if not options.data:
         return found
-    named = shlex.join(["--data", *options.data])
+    named = shlex.join(["--data", *options.data, *reading])
     command = found.advice.command.replace("--data train.jsonl", named)
     return dataclasses.replace(found, advice=dataclasses.replace(found.advice, command=command))
 

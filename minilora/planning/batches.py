@@ -1,4 +1,7 @@
-"""Which batches a run will see, step by step: data, seed and position decide it beforehand."""
+"""Which batches a run will see, step by step, and how many of their rows it computes at once.
+
+Data, seed and position decide it beforehand.
+"""
 
 import itertools
 import math
@@ -6,7 +9,33 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from minilora.data import Batches, learned_labels, worth_sharing
-from minilora.planning.passes import pass_rows
+
+# On a CPU more tokens in a pass take memory and hardly less time for each: SmolLM2-135M in bf16 on
+# two threads of a Xeon with AMX takes 0.9 ms a token and 0.6 s a pass (benchmarks/NOTES.md).
+PASS_TOKENS = 3072
+
+
+def usual_pass_tokens(gpu: bool, parallel: str | None, foreign: bool) -> int | None:
+    """Return how many tokens a pass has at most if nobody says, None for any number.
+
+    `gpu` is whether another device than a CPU computes, `foreign` whether the model or its loss is
+    not ours, so that more may follow from a batch. Ranks under `"fsdp"` compute in step.
+    """
+    return None if gpu or parallel == "fsdp" or foreign else PASS_TOKENS
+
+
+def pass_rows(rows: int, length: int, tokens: int | None, shared: int = 0) -> int:
+    """Return how many of the rows a pass has at most: as few passes as hold them, all about alike.
+
+    `length` counts the tokens of a row, `tokens` those that a pass may have (None: any number),
+    `shared` those that are computed once for all rows. Of these a row still keeps what attention
+    does, taken for a tenth.
+    """
+    if tokens is None or not rows:
+        return rows
+    once = min(shared, length - 1) * 9 // 10
+    most = max(1, (tokens - once) // (length - once))
+    return math.ceil(rows / math.ceil(rows / most))
 
 
 class BatchShape(NamedTuple):
@@ -36,11 +65,9 @@ def coming_steps(
 ) -> Iterator[Step]:
     """Return each optimizer step's batches as `fit` makes them, epoch after epoch, without end.
 
-    Args:
-        batches: of the run.
-        accumulate: micro-batches of a step; an epoch's last step may have fewer.
-        shared: first tokens of all rows that are computed once for a batch.
-        position: epoch and batches of it that are done; None: where `batches` is now.
+    An epoch's last step may have fewer than `accumulate`. `shared` first tokens of all rows are
+    computed once for a batch. `position` is the epoch and how many batches of it are done; None:
+    where `batches` is now.
     """
     state = batches.state_dict()  # now, as the loader reads ahead
     return _steps(batches, accumulate, shared, *(position or (state["epoch"], state["index"])))

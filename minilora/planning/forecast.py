@@ -38,17 +38,14 @@ def settings_of(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any
     active = [layer.adapters[name] for layer in layers.values() for name in layer.active]
     quantized = [base.module for base in bases if base.is_quantized]
     plain = bases[0].dtype
-    settings = {
+    return {
         "dtype": autocast or plain,
         "autocast": autocast is not None and plain == torch.float32,
         "r": max([1, *(factors.rank for factors in active)]),
         "dropout": max([0.0, *(factors.dropout for factors in active)]),
         "targets": list(layers),
+        **(quantized[0].spec.stored if quantized else {}),
     }
-    if quantized:
-        spec = quantized[0].spec
-        settings |= spec.stored
-    return settings
 
 
 class Forecast:

@@ -163,33 +163,19 @@ def forget_peak() -> bool:
 
 @dataclass(frozen=True)
 class Device:
-    """A machine to plan for.
+    """A machine to plan for."""
 
-    Attributes:
-        name: as the user calls it.
-        what: in full.
-        gpu: whether the memory is a GPU's.
-        count: of GPUs, or 1.
-        memory: usable bytes of each.
-        tflops: dense peak by dtype name, of each, without sparsity.
-        bandwidth: GB/s of each.
-        efficiency: share of peak FLOPs that LoRA training is taken to reach (an assumption).
-        moving: share of the bandwidth.
-        link: GB/s at which one can fetch from the others, 0 where there are none.
-        source: of the figures.
-    """
-
-    name: str
-    what: str
-    gpu: bool
-    count: int
-    memory: int
-    tflops: dict[str, float]
-    bandwidth: float
-    efficiency: float
-    moving: float
-    source: str
-    link: float = 0.0
+    name: str  # as the user calls it
+    what: str  # in full
+    gpu: bool  # whether the memory is a GPU's
+    count: int  # of GPUs, or 1
+    memory: int  # usable bytes of each
+    tflops: dict[str, float]  # dense peak by dtype name, of each, without sparsity
+    bandwidth: float  # GB/s of each
+    efficiency: float  # share of peak FLOPs that LoRA training is taken to reach (an assumption)
+    moving: float  # share of the bandwidth
+    source: str  # of the figures
+    link: float = 0.0  # GB/s at which one can fetch from the others, 0 where there are none
 
     @property
     def local(self) -> bool:
@@ -260,6 +246,11 @@ def this_gpu(name: str) -> Device:
         name, found.name, True, torch.cuda.device_count(), memory, tflops, found.bandwidth,
         0.5, 0.7, "rates measured here",
     )  # fmt: skip
+
+
+def called(name: str) -> str:
+    """Return a device's name as it stands in a sentence."""
+    return "this machine" if name == HERE else name
 
 
 def name_of(name: str) -> str:

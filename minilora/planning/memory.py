@@ -11,14 +11,14 @@ the plan is judged on, and prints their values.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
 
 from minilora.files import one_line
-from minilora.lora import Sizes, Survey, base_of, is_linear, matrix_shape, sizes
+from minilora.lora import Sizes, Survey, base_of, is_linear, sizes
 from minilora.planning.machines import PROCESS
 from minilora.planning.saved import SavedBytes
 from minilora.planning.shapes import Settings, Shape, planned_model
@@ -51,42 +51,32 @@ _CHUNK, _GPU_CHUNK = 3 * 2**22, 2**26
 _F32 = 4
 
 
+def _bytes(words: str) -> Any:
+    """Return a field of `Memory`, and what its line of the table is called."""
+    return field(default=0, metadata={"words": words})
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per process at the peak of training.
+    """Bytes per process at the peak of training."""
 
-    Attributes:
-        process: Python, torch and their libraries; on a GPU its context.
-        base: plain weights: linears that are not quantized, embeddings, norms, head.
-        codes: quantized weights.
-        scales: of quantized weights.
-        adapters: trained factors.
-        gradients: theirs (twice under DDP, which keeps a bucket).
-        optimizer: AdamW's two moments.
-        activations: what lies between forward and backward.
-        recomputed: one block's, run again under checkpointing.
-        loss: workspace of head and loss.
-        backward: workspace of a block's backward pass.
-        workspace: a matrix decoded from its codes, or cast, to be multiplied; on a CPU logits take
-            the same buffer, which stays.
-        gathered: under FSDP2 the blocks that are whole for a moment, and embeddings and head.
-        heap: what the C library keeps of freed memory (0 on a GPU).
-    """
-
-    process: int = 0
-    base: int = 0
-    codes: int = 0
-    scales: int = 0
-    adapters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    recomputed: int = 0
-    loss: int = 0
-    backward: int = 0
-    workspace: int = 0
-    gathered: int = 0
-    heap: int = 0
+    process: int = _bytes("process (Python, torch, libraries)")  # on a GPU its context
+    base: int = _bytes("base, not quantized")  # linears, embeddings, norms, head
+    codes: int = _bytes("base, codes")
+    scales: int = _bytes("base, scales")
+    adapters: int = _bytes("adapters")
+    gradients: int = _bytes("their gradients")  # twice under DDP, which keeps a bucket
+    optimizer: int = _bytes("optimizer (AdamW's moments)")
+    activations: int = _bytes("activations")  # what lies between forward and backward
+    recomputed: int = _bytes("a block run again")  # under checkpointing
+    loss: int = _bytes("head and loss")
+    backward: int = _bytes("backward workspace")  # of a block
+    # A matrix decoded from its codes, or cast, to be multiplied; on a CPU logits take the same
+    # buffer, which stays.
+    workspace: int = _bytes("workspace (logits, decoded)")
+    # The blocks that are whole for a moment, and embeddings and head.
+    gathered: int = _bytes("gathered blocks (FSDP2)")
+    heap: int = _bytes("heap (freed, but kept)")  # by the C library; 0 on a GPU
 
     @property
     def weights(self) -> int:
@@ -123,29 +113,12 @@ class Memory:
         return {name: n for name, n in vars(self).items() if n and name not in left_out}
 
 
-_WORDS = {
-    "process": "process (Python, torch, libraries)",
-    "base": "base, not quantized",
-    "codes": "base, codes",
-    "scales": "base, scales",
-    "adapters": "adapters",
-    "gradients": "their gradients",
-    "optimizer": "optimizer (AdamW's moments)",
-    "activations": "activations",
-    "recomputed": "a block run again",
-    "loss": "head and loss",
-    "backward": "backward workspace",
-    "workspace": "workspace (logits, decoded)",
-    "gathered": "gathered blocks (FSDP2)",
-    "heap": "heap (freed, but kept)",
-}
-
-
 def memory_table(memory: Memory, room: int | None = None) -> str:
     """Return the components at the peak, one a line, and their sum."""
+    words = {one.name: one.metadata["words"] for one in fields(Memory)}
     lines = ["Memory of each process at the peak, MB"]
     for name, size in memory.components().items():
-        lines.append(f"  {_WORDS[name]:36s} {size / 1e6:12,.1f}")
+        lines.append(f"  {words[name]:36s} {size / 1e6:12,.1f}")
     text = f"  {'peak':36s} {memory.peak / 1e6:12,.1f}"
     if room is not None:
         text += f"   of {room / 1e6:,.0f}"
@@ -160,16 +133,6 @@ class Counted:
         autocast: the dtype of autocast, None without.
         number: how many blocks each of the model's stands for, see `SavedBytes`.
         saved: what counts `saved`, where that is known.
-
-    Attributes:
-        sizes: bytes of all weights.
-        blocks: their number; `block_bytes` of one's base, and `linears` in it.
-        trained: elements that are trained, `trained_bytes`, and AdamW's `optimizer_bytes`.
-        weights: elements of the matrices in all blocks.
-        matrices: `[N, K]` of the linears that have an adapter or are stored as codes.
-        head: `[V, h]`: vocabulary, and width of the residual stream.
-        widest: inputs or outputs of a block's linear.
-        saved: what lies between forward and backward, by rows and tokens.
     """
 
     def __init__(
@@ -185,6 +148,7 @@ class Counted:
         more = [(model, 1), *((b, n - 1) for b, n in zip(blocks, times, strict=True) if n > 1)]
         bytes_of = [(sizes(part), n) for part, n in more]
         names = [f.name for f in fields(Sizes)]
+        # Bytes of all weights.
         self.sizes = Sizes(*(sum(n * getattr(one, name) for one, n in bytes_of) for name in names))
         self.blocks, self.block_bytes = sum(times), sizes(blocks[-1]).base
         trained = [(p, n) for part, n in more for p in part.parameters() if p.requires_grad]
@@ -196,21 +160,23 @@ class Counted:
             for p, n in trained
         )
         inside = [_linears(block) for block in blocks]
-        self.linears = len(inside[-1])
+        self.linears = len(inside[-1])  # of a block
         self.weights = sum(n * N * K for n, found in zip(times, inside, strict=True)
                            for N, K in found)  # fmt: skip
+        # Of a block's linears, inputs or outputs.
         self.widest = max(max(shape) for found in inside for shape in found)
+        # Those that have an adapter or are stored as codes.
         self.matrices = [
-            matrix_shape(module) for name, module in modules.items() if is_linear(module)
+            base_of(module).shape for name, module in modules.items() if is_linear(module)
             and (name in survey.layers or base_of(module).is_quantized)
         ]  # fmt: skip
         self.saved = saved or SavedBytes(model, autocast, number=number)
-        self.head = matrix_shape(modules[self.saved.head])
+        self.head = base_of(modules[self.saved.head]).shape  # vocabulary, and the blocks' width
 
 
 def _linears(module: nn.Module) -> list[tuple[int, int]]:
     """Return `[N, K]` of the linears inside."""
-    return [matrix_shape(one) for one in Survey(module).modules.values() if is_linear(one)]
+    return [base_of(one).shape for one in Survey(module).modules.values() if is_linear(one)]
 
 
 _known: dict[str, Counted] = {}  # a plan asks for the same many times
@@ -218,13 +184,10 @@ _known: dict[str, Counted] = {}  # a plan asks for the same many times
 
 def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> Counted:
     """Count what the settings make of a shape; `most`: of a model of that many blocks a sort."""
+    # None of these changes what is counted.
     same: dict[str, Any] = dict.fromkeys(("batch_size", "accumulate", "length", "ranks"), 1)
     same |= {"learned": 1.0, "moment_bytes": None, "parallel": None, "pass_tokens": None}
-    same |= {
-        "compile": False,
-        "checkpointing": False,
-        "shared": 0,
-    }  # none of these changes what is counted
+    same |= {"compile": False, "checkpointing": False, "shared": 0}
     key = repr((shape.config, dataclasses.replace(settings, **same), most))
     if key not in _known:
         if len(_known) >= 64:

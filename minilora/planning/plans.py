@@ -26,6 +26,7 @@ from minilora.planning.machines import (
     Calibration,
     Device,
     calibrate,
+    called,
     device,
     name_of,
     this_gpu,
@@ -141,7 +142,7 @@ class Plan(Option):
             f"{f', {s.ranks} ranks ({s.parallel})' if s.parallel else ''}; {self.data.examples:,} "
             f"examples of {self.data.mean} tokens, {self.data.epochs:g} "
             f"epoch{'' if self.data.epochs == 1 else 's'}; on "
-            f"{self.device.name} ({self.device.what})"
+            f"{called(self.device.name)} ({self.device.what})"
         )
 
     def _time(self) -> str:
@@ -203,8 +204,8 @@ def _money(amount: float) -> str:
 
 def option_table(options: list[Option]) -> str:
     """Return the options as a table."""
-    head = ("machine", "base", "rows", "again", "ranks", "GB", "of", "fits", "tokens/s", "time",
-            "cost")  # fmt: skip
+    head = ("machine", "base", "rows", "checkpointing", "ranks", "GB", "of", "fits", "tokens/s",
+            "time", "cost")  # fmt: skip
     rows = [head]
     for one in options:
         s, speed = one.settings, one.speed
@@ -365,7 +366,9 @@ def _prices(prices: float | Mapping[str, float] | None, name: str) -> dict[str, 
         found = {} if prices is None else {name: prices}
     for key, price in found.items():
         if not is_number(price) or price < 0:
-            raise ValueError(f"the price of an hour on {key} must be at least 0, found {price!r}")
+            raise ValueError(
+                f"the price of an hour on {called(key)} must be at least 0, found {price!r}"
+            )
     return found
 
 

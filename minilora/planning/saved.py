@@ -91,12 +91,9 @@ class SavedBytes:
     factors. Rows longer than the layers' windows are another case, which keeps masks. Of P tokens
     that rows share three more runs show how that changes: + P·(p − (B − 1)·o) + q·B·T.
 
-    Args:
-        model: any with a head and blocks in an `nn.ModuleList`, adapters injected; on any device,
-            the meta device too. Not changed.
-        autocast: the dtype of autocast, None without.
-        number: how many blocks each of the model's stands for; None: all blocks are there.
-        device: to count for; `"cuda"` needs a torch built for CUDA, not a GPU.
+    The model may be on any device, the meta device too; it is not changed. `number` is how many
+    blocks each of its own stands for, None where all are there. `device` is what to count for:
+    `"cuda"` needs a torch built for CUDA, not a GPU.
     """
 
     def __init__(

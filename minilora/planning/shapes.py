@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minilora.files import on_hub, whole
+from minilora.files import absent, on_hub, whole
 from minilora.loading import NAMES, ForeignConfig, read_config
 from minilora.lora import (
     Survey,
+    base_of,
     check_rank,
     inject,
-    matrix_shape,
     quantize,
     select_targets,
     split_block,
 )
 from minilora.models import FAMILIES, GPT2Config, ModelConfig
-from minilora.planning.passes import pass_rows
+from minilora.planning.batches import pass_rows
 from minilora.planning.saved import keep_blocks, samples
 from minilora.quantization import Quantization
 
@@ -132,21 +132,13 @@ def nearest(name: str, known: Any) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's numbers.
+    """A model's numbers."""
 
-    Attributes:
-        name: as the user called it; what `minilora train` takes where that can be known.
-        config: the `ModelConfig` of its family.
-        source: where the numbers come from.
-        stored: whether `name` is a place with weights, so that a command can name it.
-        foreign: why such a model is read through transformers, "" where it is built here.
-    """
-
-    name: str
-    config: Any
-    source: str
-    stored: bool = False
-    foreign: str = ""
+    name: str  # as the user called it; what `minilora train` takes where that can be known
+    config: Any  # the `ModelConfig` of its family, or a `ForeignConfig`
+    source: str  # where the numbers come from
+    stored: bool = False  # whether `name` is a place with weights, so that a command can name it
+    foreign: str = ""  # why such a model is read through transformers, "" where it is built here
 
     def empty(self, dtype: torch.dtype = torch.float32) -> Any:
         """Return the model on the meta device: shapes without memory."""
@@ -200,9 +192,10 @@ def read_shape(model: Any) -> Shape:
     if on_hub(name) is not None:
         config = _hub_config(name)
         return Shape(name, config, f"huggingface.co/{name}, config.json", True, _foreign(config))
+    found = absent(name) if "/" in name else f"found {name!r}; {nearest(name, PRESETS)}"
     raise ValueError(
         f"a model to plan for is a preset, a folder, a config.json, a .gguf file or a hub name, "
-        f"found {name!r}; {nearest(name, PRESETS)}"
+        f"{found}"
     )
 
 
@@ -237,52 +230,29 @@ COUNT = whole(1, 10**6)  # no run comes near it
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides memory and time beside the model; checked.
+    """What decides memory and time beside the model; checked."""
 
-    Attributes:
-        format: of the base's linears: None, `"int8"`, `"nf4"` or `"int4"`.
-        dtype: of everything else, and of what is computed.
-        r: rank.
-        targets, exclude: as for `inject`.
-        batch_size: rows of a micro-batch, over all ranks.
-        accumulate: micro-batches of a step.
-        length: tokens of a row.
-        checkpointing: recompute blocks in the backward pass.
-        dropout: of the adapters.
-        ranks: processes.
-        parallel: None, `"ddp"` or `"fsdp"`.
-        block_size: of nf4 and int4.
-        double_quant: of nf4.
-        autocast: whether an f32 base computes in `dtype` under autocast.
-        adapter_dtype: of the factors and their gradients.
-        moment_bytes: of an element of AdamW's moments; None: 4 (1 with 8-bit Adam).
-        learned: share of the predicted tokens that enters the loss, in (0, 1].
-        compile: whether timed blocks are compiled, as the run's are.
-        pass_tokens: tokens that one pass computes at most; None: a whole micro-batch.
-        shared: first tokens of a row that are computed once for all rows of a pass.
-    """
-
-    format: str | None = None
-    dtype: torch.dtype = torch.bfloat16
+    format: str | None = None  # of the base's linears: None, "int8", "nf4" or "int4"
+    dtype: torch.dtype = torch.bfloat16  # of everything else, and of what is computed
     r: int = 8
-    targets: object = "all-linear"
-    exclude: object = ()
-    batch_size: int = 8
-    accumulate: int = 1
-    length: int = 512
-    checkpointing: bool = False
-    dropout: float = 0.0
-    ranks: int = 1
-    parallel: str | None = None
-    block_size: int = 64
-    double_quant: bool = True
-    autocast: bool = False
-    adapter_dtype: torch.dtype = torch.float32
-    moment_bytes: int | None = None
-    learned: float = 1.0
-    compile: bool = False
-    pass_tokens: int | None = None
-    shared: int = 0
+    targets: object = "all-linear"  # as for `inject`
+    exclude: object = ()  # likewise
+    batch_size: int = 8  # rows of a micro-batch, over all ranks
+    accumulate: int = 1  # micro-batches of a step
+    length: int = 512  # tokens of a row
+    checkpointing: bool = False  # recompute blocks in the backward pass
+    dropout: float = 0.0  # of the adapters
+    ranks: int = 1  # processes
+    parallel: str | None = None  # None, "ddp" or "fsdp"
+    block_size: int = 64  # of nf4 and int4
+    double_quant: bool = True  # of nf4
+    autocast: bool = False  # whether an f32 base computes in `dtype` under autocast
+    adapter_dtype: torch.dtype = torch.float32  # of the factors and their gradients
+    moment_bytes: int | None = None  # of an element of AdamW's moments; None: 4 (8-bit Adam: 1)
+    learned: float = 1.0  # share of the predicted tokens that enters the loss, in (0, 1]
+    compile: bool = False  # whether timed blocks are compiled, as the run's are
+    pass_tokens: int | None = None  # tokens that one pass computes at most; None: any number
+    shared: int = 0  # first tokens of a row that are computed once for all rows of a pass
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "accumulate", "length", "ranks"):
@@ -364,7 +334,7 @@ def planned_model(shape: Shape, settings: Settings, most: int | None = 2) -> tup
     survey, r = Survey(model), check_rank(settings.r)
     chosen = select_targets(model, settings.targets, settings.exclude)
     for name in chosen:
-        size = list(matrix_shape(survey.modules[name]))
+        size = list(base_of(survey.modules[name]).shape)
         if r > min(size):
             raise ValueError(
                 f"r={r} is above what {name} can use: its shape is {size}, so no change of it "

@@ -65,23 +65,14 @@ def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a run goes.
+    """How fast a run goes."""
 
-    Attributes:
-        step_seconds: of one optimizer step.
-        tokens_per_second: over all ranks, padding counted.
-        steps: of the whole run.
-        hours: of the whole run, without evaluations.
-        how: `"timed here"`, `"scaled from the timed"`, `"rates measured here"` or `"datasheet"`.
-        timing: the repeats behind it, where it was timed here.
-    """
-
-    step_seconds: float
-    tokens_per_second: float
-    steps: int
-    hours: float
-    how: str
-    timing: Timing | None = None
+    step_seconds: float  # of one optimizer step
+    tokens_per_second: float  # over all ranks, padding counted
+    steps: int  # of the whole run
+    hours: float  # of the whole run, without evaluations
+    how: str  # "timed here", "scaled from the timed", "rates measured here" or "datasheet"
+    timing: Timing | None = None  # the repeats behind it, where it was timed here
 
 
 # 50 steps over 40 questions and answers left two of five unlearned (benchmarks/NOTES.md).

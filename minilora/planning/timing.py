@@ -144,23 +144,16 @@ def _kept(model: Any, batch: Batch, settings: Settings) -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of an optimizer step, forecast several times over.
+    """Seconds of an optimizer step, forecast several times over."""
 
-    Attributes:
-        seconds: the median.
-        low, high: where the middle half of the repeats begins and ends.
-        repeats: how many there were.
-        beyond: bytes at the peak above those planned for the timed steps, which a whole model takes
-            too (what this machine's libraries hold for products); 0 where that is not known.
-        kept: share of the activations counted that the timed blocks keep, 1 unless compiled.
-    """
-
-    seconds: float
-    low: float
-    high: float
+    seconds: float  # the median
+    low: float  # where the middle half of the repeats begins
+    high: float  # and ends
     repeats: int
+    # Bytes at the peak above those planned for the timed steps, which a whole model takes too (what
+    # this machine's libraries hold for products); 0 where that is not known.
     beyond: int = 0
-    kept: float = 1.0
+    kept: float = 1.0  # share of the activations counted that these blocks keep, 1 unless compiled
 
     @property
     def steady(self) -> bool:

@@ -51,11 +51,7 @@ class Format:
         raise NotImplementedError
 
     def decode(
-        self,
-        parts: tuple[Tensor, ...],
-        spec: "Quantization",
-        shape: torch.Size,
-        dtype: torch.dtype,
+        self, parts: tuple[Tensor, ...], spec: "Quantization", shape: torch.Size, dtype: torch.dtype
     ) -> Tensor:
         """Return the weight `[N, K]` as a fresh tensor."""
         raise NotImplementedError

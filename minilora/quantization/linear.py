@@ -65,11 +65,7 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None = None,
         plain: type[nn.Module] = nn.Linear,
     ) -> "QuantizedLinear":
-        """Quantize a weight `[N, K]`.
-
-        Raises:
-            ValueError: a weight that is not finite, not 2-D or does not fit the format.
-        """
+        """Quantize a weight `[N, K]`; ValueError if it is not finite or does not fit the format."""
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(
                 f"a weight to quantize must be a floating-point matrix, found {weight.dtype} of "
@@ -127,11 +123,7 @@ class QuantizedLinear(nn.Module):
         return _ways(self.spec, self._integer, self.device.type == "cpu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer; computes in x's dtype, or autocast's.
-
-        Raises:
-            TypeError: x is not floating point.
-        """
+        """Apply the layer to floats; computes in x's dtype, or autocast's."""
         if not x.is_floating_point():
             raise TypeError(
                 f"a quantized layer multiplies floating-point inputs, found {x.dtype}; cast it"
@@ -164,13 +156,9 @@ class QuantizedLinear(nn.Module):
         """Show shape, format and how it multiplies."""
         spec = self.spec
         shown = [name for name in spec.storage.reads if name != "outliers" or spec.outliers]
-        return ", ".join(
-            [
-                f"in_features={self.in_features}, out_features={self.out_features}, "
-                f"bias={self.bias is not None}, format={spec.format}",
-                *(f"{name}={getattr(spec, name)}" for name in shown),
-            ]
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        options = [f"{name}={getattr(spec, name)}" for name in ("format", *shown)]
+        return ", ".join([sizes, f"bias={self.bias is not None}", *options])
 
     def plain_module(self, weight: Tensor) -> nn.Module:
         """Return the layer as it was before quantization, with this weight `[N, K]`."""

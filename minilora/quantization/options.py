@@ -70,7 +70,8 @@ class Quantization:
     outliers: int = option(
         0,
         "how many input channels, those with the largest values of the batch, int8 and int4 "
-        "multiply in floating point in the forward (at most a 16th of them)",
+        "multiply in floating point in the forward (at most a 16th of them). It brings the loss "
+        "closer to the plain model's, and makes a row depend on the others of its batch",
         whole(0),
     )
 
@@ -125,10 +126,7 @@ class Quantization:
 
     def nbytes(self, N: int, K: int) -> dict[str, int]:
         """Return the bytes of each part that stores a weight `[N, K]`."""
-        return {
-            name: torch.Size(shape).numel() * dtype.itemsize
-            for name, (shape, dtype) in self.layout(N, K).items()
-        }
+        return {name: part.nbytes for name, part in self.empty(N, K).items()}
 
     def empty(self, N: int, K: int) -> dict[str, Tensor]:
         """Return the parts of a weight `[N, K]` on the meta device."""
@@ -156,10 +154,10 @@ class Quantization:
                     f"must have {name} of {dtype} {list(shape)} as {self.format}, found "
                     f"{part.dtype} {list(part.shape)}"
                 )
-            reason = None if part.is_meta else bad_scales(name, part)
-            reason = reason or (None if part.is_meta else self.storage.damage(name, part))
-            if reason is not None:
-                return reason
+            if not part.is_meta:
+                reason = bad_scales(name, part) or self.storage.damage(name, part)
+                if reason is not None:
+                    return reason
         return None
 
 

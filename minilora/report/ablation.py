@@ -17,27 +17,16 @@ OUTSIDE = "outside blocks"
 
 @dataclass(frozen=True)
 class Ablation:
-    """One part of the adapter taken away, and one alone; losses in nats per token.
+    """One part of the adapter taken away, and one alone; losses in nats per token."""
 
-    Attributes:
-        part: `"block 3"`, a kind of module, or what else the adapter brings.
-        by: `"block"`, `"kind"`, or `"all"` for the adapter as a whole.
-        layers: how many of the adapter's layers are in it.
-        without, alone: the loss with all of the adapter but this part, and with this part only.
-        rise: what leaving it out costs, without − the whole adapter's loss.
-        gain: what it brings by itself, the base's loss − alone.
-        rise_error, gain_error: their standard errors, from the differences between
-            examples; inf for one.
-    """
-
-    part: str
-    by: str
-    layers: int
-    without: float
-    alone: float
-    rise: float
-    gain: float
-    rise_error: float
+    part: str  # "block 3", a kind of module, or what else the adapter brings
+    by: str  # "block", "kind", or "all" for the adapter as a whole
+    layers: int  # how many of the adapter's layers are in it
+    without: float  # the loss with all of the adapter but this part
+    alone: float  # the loss with this part only
+    rise: float  # what leaving it out costs, without − the whole adapter's loss
+    gain: float  # what it brings by itself, the base's loss − alone
+    rise_error: float  # standard error, from the differences between examples; inf for one
     gain_error: float
 
 
@@ -119,14 +108,8 @@ def ablate(
 ) -> tuple[Ablation, ...]:
     """Measure each part of an adapter by leaving it out, and by using it alone.
 
-    The whole adapter left out is the base: the same bits as with the adapter disabled.
-
-    Args:
-        model: left as it was.
-        adapter: its name.
-        examples: the same for every measurement.
-        batch_size, pad_id: as for `evaluate`; the same batches every time.
-        say: called with measurements done and to do.
+    The whole adapter left out is the base: the same bits as with the adapter disabled. `say` is
+    called with measurements done and to do.
     """
     survey = Survey.of(model)
 

@@ -21,21 +21,15 @@ Check = Callable[[str, str], bool]  # the answer written, and the one in the dat
 
 @dataclass(frozen=True)
 class AnswerDifference:
-    """Right answers of two contenders to the same questions.
-
-    Attributes:
-        only_first, only_second: questions that only one of them answers rightly.
-        p: how likely at least so uneven a split is if neither is better (McNemar, two-sided).
-        even: the share of these questions that the second would win if both answers were equally
-            long, and the p of its difference from a half; None with too few of them. See
-            `length_controlled`.
-    """
+    """Right answers of two contenders to the same questions."""
 
     first: str
     second: str
-    only_first: int
+    only_first: int  # questions that only the first answers rightly
     only_second: int
-    p: float
+    p: float  # how likely at least so uneven a split is if neither is better (McNemar, two-sided)
+    # The share of these questions that the second would win if both answers were equally long, and
+    # the p of its difference from a half; None with too few of them. See `length_controlled`.
     even: tuple[float, float] | None = None
 
     def __str__(self) -> str:
@@ -45,8 +39,8 @@ class AnswerDifference:
             share, p = self.even
             even = f"\n  with answers of one length it would win {share:.0%} of these: p = {p:.3g}"
         return (
-            f"{self.second} answers {self.only_second} rightly that {self.first} does not, and "
-            f"{self.only_first} the other way round: p = {self.p:.3g}, {verdict}{even}"
+            f"questions that only one gets right: {self.second} {self.only_second}, {self.first} "
+            f"{self.only_first}; p = {self.p:.3g}, {verdict}{even}"
         )
 
 
@@ -83,12 +77,12 @@ def answers_of(
 ) -> list[list[int]]:
     """Return the ids that a model writes after what precedes the first learned token.
 
-    `most` tokens at most; `how` has the batch_size, and whether to show the progress.
+    `most` tokens at most; `how` has the batch_size, whether to show the progress, and `who` it is.
     """
     prompts = [list(example.input_ids[: first_learned(example.labels)]) for example in examples]
     stops = sorted(tokenizer.stop_ids)
     found = []
-    with ticking("answering", len(prompts), "questions", how["progress"]) as tick:
+    with ticking(f"{how['who']} answering", len(prompts), "questions", how["progress"]) as tick:
         for start in range(0, len(prompts), how["batch_size"]):
             rows = prompts[start : start + how["batch_size"]]
             found += generate(model, rows, max_new_tokens=most, stop=stops)

@@ -23,27 +23,21 @@ from minilora.running import device_of, forward_logits
 class Attention:
     """The share of attention on chosen tokens, a mean over heads and over the tokens that see one.
 
-    Attributes:
-        before, after: per attention layer in the order they run, without and with the adapter.
-        even: per layer, the share if every token that its mask shows got as much.
-        tokens: how many of the data's tokens are chosen ones.
-        queries: per layer, how many tokens see a chosen one.
+    Each tuple but the first has a value per attention layer, in the order they run.
     """
 
     words: tuple[str, ...]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    even: tuple[float, ...]
-    tokens: int
-    queries: tuple[int, ...]
+    before: tuple[float, ...]  # without the adapter
+    after: tuple[float, ...]  # with it
+    even: tuple[float, ...]  # the share if every token that the layer's mask shows got as much
+    tokens: int  # how many of the data's tokens are chosen ones
+    queries: tuple[int, ...]  # how many tokens see a chosen one
 
 
 class AttentionMass(TorchFunctionMode):
     """Sums, per call within one forward pass, the attention that falls on the chosen keys.
 
-    Args:
-        chosen: bool `[B, T]`, the keys.
-        real: bool `[B, T]`, the queries that are no padding.
+    `chosen` are the keys and `real` the queries that are no padding, both bool `[B, T]`.
     """
 
     def __init__(self, chosen: Tensor, real: Tensor):

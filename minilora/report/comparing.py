@@ -25,6 +25,7 @@ from minilora.running import (
     BASE,
     FEWEST,
     RESAMPLES,
+    TOO_FEW,
     Difference,
     paired_difference,
     summed,
@@ -38,35 +39,23 @@ SHOWN = 3  # examples that gained, and that lost, most
 
 @dataclass(frozen=True)
 class ShownChange:
-    """An example whose loss changed much.
+    """An example whose loss changed much."""
 
-    Attributes:
-        example: its number in the data.
-        text: what is learned first, and a little of what precedes it.
-        change: from the first contender to the last, in nats per token.
-        answers: what each contender wrote, where answers were asked for.
-    """
-
-    example: int
-    text: str
-    change: float
+    example: int  # its number in the data
+    text: str  # what is learned first, and a little of what precedes it
+    change: float  # from the first contender to the last, in nats per token
+    # What each contender wrote, where answers were asked for.
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How much of an advantage on training data is missing on held-out data: over-fitting.
+    """How much of an advantage on training data is missing on held-out data: over-fitting."""
 
-    Attributes:
-        change: in nats per token; above 0 some of it is missing.
-        low, high: 95 % interval; the two sets of examples are independent of each other.
-        examples: of the smaller set.
-    """
-
-    change: float
-    low: float
+    change: float  # in nats per token; above 0 some of it is missing
+    low: float  # of the 95 % interval; the two sets of examples are independent of each other
     high: float
-    examples: int
+    examples: int  # of the smaller set
 
     @classmethod
     def between(cls, held: Difference, trained: Difference) -> Gap:
@@ -85,8 +74,7 @@ class Gap:
     @property
     def caveat(self) -> str:
         """Say where the interval means nothing."""
-        few = self.examples < FEWEST
-        return f"; fewer than {FEWEST} examples are too few to tell" if few else ""
+        return f"; {TOO_FEW}" if self.examples < FEWEST else ""
 
 
 @dataclass(frozen=True)
@@ -222,9 +210,9 @@ def compare(
         raise ValueError("data must hold at least one example, found none")
     losses: dict[str, dict[str, list[Tensor]]] = {key: {} for key in examples}
     answers: dict[str, list[list[int]]] = {}
-    how: Any = {"batch_size": batch_size, "progress": progress}
     with survey.switched():
         for name in names:
+            how: Any = {"batch_size": batch_size, "progress": progress, "who": name}
             survey.activate(() if name == BASE else (name,))
             if judge is not None:  # first: a context that is too short is found at once
                 answers[name] = answers_of(model, examples["data"], tokenizer, max_new_tokens, how)

@@ -33,8 +33,8 @@ def _cards(compared: AdapterComparison) -> Iterable[tuple[str, str, bool]]:
             better, worse = (each.first, each.second)[:: 1 if each.change > 0 else -1]
             yield f"{better} is better", f"than {worse}: {found}", each.change > 0
         else:
-            verdict, _, reason = str(each).partition(": ")[0].partition(", can't tell")
-            yield "can't tell", f"{verdict}: {found}{reason}", False
+            title = "can't tell"
+            yield title, f"{each.verdict.removeprefix(title).strip()}: {found}", False
     for each in compared.outside:
         if each.clear and each.change > 0:
             words = f"outside the task {each.second} lost this much a token"

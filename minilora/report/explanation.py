@@ -17,6 +17,7 @@ from minilora.report.attention import Attention
 from minilora.report.spectra import LayerReport, truncation_error
 from minilora.report.subspace import Comparison, rank_pattern
 from minilora.report.tokens import Gap, Measured, ShownExample, TokenEffect
+from minilora.running import FEWEST, TOO_FEW
 
 ROWS = 12  # of a table in the terminal
 
@@ -32,28 +33,23 @@ class CopyReport:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What the adapter does to held-out data.
+    """What the adapter does to held-out data."""
 
-    Attributes:
-        loss: before and after, per token.
-        truncated: the loss with the adapter cut to the suggested ranks, None where it can't be cut.
-        helped, hurt: the tokens whose loss changed most.
-        better: the share of tokens whose loss fell.
-        examples: a few, token by token.
-        ablations: the whole adapter first; empty when they were not asked for.
-        ablated: over how many examples and tokens they were measured.
-    """
-
-    loss: Measured
-    truncated: float | None
-    better: float
-    helped: tuple[TokenEffect, ...]
+    loss: Measured  # before and after, per token
+    truncated: float | None  # cut to the suggested ranks, None where it can't be cut
+    better: float  # the share of tokens whose loss fell
+    helped: tuple[TokenEffect, ...]  # the tokens whose loss fell most
     hurt: tuple[TokenEffect, ...]
-    examples: tuple[ShownExample, ...]
-    ablations: tuple[Ablation, ...]
-    ablated: tuple[int, int]
+    examples: tuple[ShownExample, ...]  # a few, token by token
+    ablations: tuple[Ablation, ...]  # the whole adapter first; empty when they were not asked for
+    ablated: tuple[int, int]  # over how many examples and tokens they were measured
     attention: Attention | None
     token_losses: tuple[list[Tensor], list[Tensor]] = field(repr=False, compare=False)
+
+    @property
+    def few_ablated(self) -> bool:
+        """Whether the ablations are over too few examples for standard errors."""
+        return self.ablated[0] < FEWEST
 
 
 @dataclass(frozen=True)
@@ -201,7 +197,7 @@ def measured_line(what: str, loss: Measured) -> str:
     """Write a loss before and after with its uncertainty."""
     return (
         f"{what}: loss {loss.before:.4f} → {loss.after:.4f} "
-        f"({signed(loss.change, loss.error)}) over {loss.tokens} tokens"
+        f"({signed(loss.change, loss.error, loss.few)}) over {loss.tokens} tokens{loss.caveat}"
     )
 
 
@@ -231,10 +227,11 @@ def verdicts(explained: Explanation) -> list[str]:
             lines.append(f"held-out loss at the suggested ranks: {behaviour.truncated:.4f}")
         lines.append(f"{percent(behaviour.better)} of the tokens got likelier")
     if explained.gap is not None:
+        gap = explained.gap
         lines.append(
-            f"{explained.gap.verdict}: the gap to the training loss changed by "
-            f"{signed(explained.gap.growth, explained.gap.error)}; training data gained "
-            f"{-explained.gap.train.change:.4f}"
+            f"{gap.verdict}: the gap to the training loss changed by "
+            f"{signed(gap.growth, gap.error, gap.few)}; training data gained "
+            f"{-gap.train.change:.4f}"
         )
     if explained.forgetting is not None:
         lost = explained.forgetting
@@ -250,9 +247,9 @@ def verdicts(explained: Explanation) -> list[str]:
     return lines
 
 
-def signed(value: float, error: float) -> str:
-    """Write a change with its standard error."""
-    return f"{value:+.4f} ± {error:.4f}"
+def signed(value: float, error: float, few: bool, digits: int = 4) -> str:
+    """Write a change with its standard error, which few examples have not."""
+    return f"{value:+.{digits}f}" + ("" if few else f" ± {error:.{digits}f}")
 
 
 def _text(explained: Explanation) -> list[str]:
@@ -267,14 +264,18 @@ def _text(explained: Explanation) -> list[str]:
         lines.append(f"… the {ROWS} most changed of {len(explained.layers)} layers")
     behaviour = explained.behaviour
     if behaviour is not None and behaviour.ablations:
+        few = behaviour.few_ablated
         rows = [
-            [a.part, str(a.layers), signed(a.rise, a.rise_error), signed(a.gain, a.gain_error)]
+            [a.part, str(a.layers), signed(a.rise, a.rise_error, few),
+             signed(a.gain, a.gain_error, few)]
             for by in ("all", "kind", "block")
             for a in sorted(
                 (a for a in behaviour.ablations if a.by == by), key=lambda a: -a.gain
             )[:ROWS]
         ]  # fmt: skip
         lines += ["", *table(("ablation", "layers", "loss rises without", "gain alone"), rows)]
+        if few:
+            lines.append(f"over {behaviour.ablated[0]} examples: {TOO_FEW}")
     if behaviour is not None:
         for what, some in (("helped most", behaviour.helped), ("hurt most", behaviour.hurt)):
             cells = [

@@ -4,6 +4,7 @@ A new section, with its chart, is a function here and its position in `page`. A 
 `Explanation` does not hold yet is a field of `LayerReport` (`spectra.py`) or of `Behaviour`.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,8 @@ from minilora.report.explanation import (
 from minilora.report.plots import arrows, bars, heat_map, spectra, two_lines
 from minilora.report.spectra import DIRECTIONS, SIMILAR, LayerReport
 from minilora.report.subspace import Comparison
-from minilora.report.tokens import ShownExample, TokenEffect
+from minilora.report.tokens import Measured, ShownExample, TokenEffect
+from minilora.running import TOO_FEW
 
 STRONG = 3.0  # nats at which a token has its full colour
 
@@ -70,20 +72,20 @@ def _cards(explained: Explanation) -> str:
     if behaviour is not None:
         loss = behaviour.loss
         words = (
-            f"held-out loss, nats per token (change {loss.change:+.3f} ± {loss.error:.3f}); "
-            f"{percent(behaviour.better)} of {loss.tokens} tokens got likelier"
+            f"held-out loss, nats per token (change {_signed(loss)}); "
+            f"{percent(behaviour.better)} of {loss.tokens} tokens got likelier{loss.caveat}"
         )
         cards.append(
             (f"{loss.before:.3f} → {loss.after:.3f}", words, loss.clear and loss.change > 0)
         )
     if gap is not None:
         words = (
-            f"the gap to the training loss changed by {gap.growth:+.3f} ± {gap.error:.3f}; "
+            f"the gap to the training loss changed by {signed(gap.growth, gap.error, gap.few, 3)}; "
             f"training data gained {-gap.train.change:.3f}"
         )
         cards.append((gap.verdict, words, gap.overfitted))
     if lost is not None:
-        words = f"loss on text outside the task ({lost.change:+.3f} ± {lost.error:.3f})"
+        words = f"loss on text outside the task ({_signed(lost)}){lost.caveat}"
         forgot = lost.clear and lost.change > 0
         cards.append((f"{lost.before:.3f} → {lost.after:.3f}", words, forgot))
     shares = [layer.relative for layer in explained.layers]
@@ -103,6 +105,10 @@ def _cards(explained: Explanation) -> str:
     return boxes(cards)
 
 
+def _signed(loss: Measured) -> str:
+    return signed(loss.change, loss.error, loss.few, 3)
+
+
 def _losses(explained: Explanation) -> list[str]:
     rows = {
         "held out": explained.behaviour and explained.behaviour.loss,
@@ -110,7 +116,12 @@ def _losses(explained: Explanation) -> list[str]:
         "outside the task": explained.forgetting,
     }
     cells = [
-        (name, m.before, m.after, f"{m.before:.3f} → {m.after:.3f} ± {m.error:.3f}")
+        (
+            name,
+            m.before,
+            m.after,
+            f"{m.before:.3f} → {m.after:.3f}" + f" ± {m.error:.3f}" * (not m.few),
+        )
         for name, m in rows.items()
         if m
     ]
@@ -203,7 +214,7 @@ def _intruders(layers: Sequence[LayerReport]) -> list[str]:
 def _ablations(behaviour: Behaviour) -> list[str]:
     if not behaviour.ablations:
         return []
-    examples, tokens = behaviour.ablated
+    (examples, tokens), few = behaviour.ablated, behaviour.few_ablated
     drawn = ""
     for by, what in (("kind", "kinds of modules"), ("block", "blocks")):
         some: list[Ablation] = [a for a in behaviour.ablations if a.by == by]
@@ -213,10 +224,11 @@ def _ablations(behaviour: Behaviour) -> list[str]:
             ("rise", "warm", f"{what}: rise without it"),
         ):
             values = [getattr(a, series) for a in some]
-            errors = [getattr(a, f"{series}_error") for a in some]
+            errors = [math.inf if few else getattr(a, f"{series}_error") for a in some]
             drawn += figure(bars(title, names, values, errors, kind, wide=470))
     about = (
-        f"Nats per token over {examples} examples ({tokens} tokens), with standard errors. Left: "
+        f"Nats per token over {examples} examples ({tokens} tokens)"
+        f"{f': {TOO_FEW}' if few else ', with standard errors'}. Left: "
         f"how far the loss falls with this part of the adapter only. Right: how far it rises when "
         f"only this part is left out; below 0 the rest does better without it."
     )
@@ -317,9 +329,10 @@ def _tables(explained: Explanation) -> list[str]:
         parts.append(details("Trained copies of base parameters", table(header, cells)))
     behaviour = explained.behaviour
     if behaviour is not None and behaviour.ablations:
+        few = behaviour.few_ablated
         cells = [
-            [a.part, str(a.layers), f"{a.without:.4f}", signed(a.rise, a.rise_error),
-             f"{a.alone:.4f}", signed(a.gain, a.gain_error)]
+            [a.part, str(a.layers), f"{a.without:.4f}", signed(a.rise, a.rise_error, few),
+             f"{a.alone:.4f}", signed(a.gain, a.gain_error, few)]
             for a in behaviour.ablations
         ]  # fmt: skip
         heads = ("part", "layers", "loss without it", "rise", "loss of it alone", "gain")

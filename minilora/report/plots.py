@@ -79,14 +79,10 @@ def heat_map(
 ) -> str:
     """Draw a value per row and column, darker for more; cells without one stay empty.
 
-    Args:
-        title: of the plot.
-        columns, rows: the labels, in order.
-        values: by (row, column), at least 0; infinite ones count as the largest.
-        label: how to write a value.
-        numbers: whether to write it into the cell.
-        top: the value of the darkest cell, where none is above it; 0: the largest there is.
-        cap: whether a few cells far above the others are outlined, and do not set the scale.
+    `values` are at least 0, by (row, column); infinite ones count as the largest. `label` writes
+    one; `numbers` is whether into its cell. `top` is the value of the darkest cell, where none is
+    above it; 0: the largest there is. With `cap` a few cells far above the others are outlined, and
+    do not set the scale.
     """
     left, cell = 12 + 7.2 * max(map(len, rows)), max(17.0, min(40.0, 760 / len(columns)))
     tall = 24.0
@@ -207,13 +203,16 @@ def bars(
     kind: str = "accent",
     wide: float = 560.0,
 ) -> str:
-    """Draw nats per token, a bar per name with its standard error; below 0 they hang down."""
+    """Draw nats per token, a bar per name with its standard error; below 0 they hang down.
+
+    An infinite error is not drawn: it is not known.
+    """
     height, left, low = 210.0, 54.0, 28.0
     longest = max(map(len, names))
     step = (wide - left - 8) / len(names)
     turned = longest * 7 > step and longest > 3
     foot = 14 + (6.3 * longest * 0.75 if turned else 8)
-    drawn = [e if math.isfinite(e) else 0.0 for e in errors]  # of one example it is infinite
+    drawn = [e if math.isfinite(e) else 0.0 for e in errors]
     ends = [v + s * e for v, e in zip(values, drawn, strict=True) for s in (-1, 1)]
     bottom, top = min(0.0, *ends), max(0.0, *ends)
     top, bottom = (top, bottom) if top > bottom else (1.0, 0.0)
@@ -229,7 +228,7 @@ def bars(
     for i, (name, value, error) in enumerate(zip(names, values, errors, strict=True)):
         x, width = x_of(i), max(2.0, min(36.0, 0.66 * step))
         upper, lower = y(max(0.0, value)), y(min(0.0, value))
-        said = escape(f"{name}: {value:+.4f} ± {error:.4f}")
+        said = escape(f"{name}: {value:+.4f}" + f" ± {error:.4f}" * math.isfinite(error))
         body.append(
             f'<rect x="{x - width / 2:.1f}" y="{upper:.1f}" width="{width:.1f}" '
             f'height="{max(0.8, lower - upper):.1f}" class="{kind}"><title>{said}</title></rect>'

@@ -16,8 +16,7 @@ def tokens_of(examples: Sequence[Example] | None) -> int:
 class Progress:
     """One line on stderr that is written over in a terminal, and else a line each.
 
-    Args:
-        progress: whether to say anything; a number: a line in so many seconds at most.
+    `progress` is whether to say anything; a number: a line in so many seconds at most.
     """
 
     def __init__(self, progress: bool | float):

@@ -27,33 +27,25 @@ class LayerReport:
     `block` is the first number in the dotted name (None without one), `kind` names the module
     within its block. Norms are Frobenius norms. With DoRA `norm`, `overlap_*` and `intruders`
     tell of all that W is changed by, the spectrum of its low-rank part.
-
-    Attributes:
-        shape: `[N, K]` of W as a matrix; a kernel is flattened, an embedding transposed.
-        r: rank of the factors, a frozen offset (PiSSA, OLoRA) included.
-        norm, weight_norm: ‖ΔW‖ and ‖W‖.
-        singular_values: of ΔW, largest first, min(R, N, K) of them.
-        suggested_r: the smallest rank that keeps the asked share of the energy.
-        truncation_error: ‖ΔW − its best rank-suggested_r part‖ / ‖ΔW‖, predicted.
-        overlap_out, overlap_in: share of ‖ΔW‖² within the span of W's first R left (outputs) and
-            right (inputs) singular vectors; None for ΔW = 0 and layers that were too large.
-        similarities: for each of the first singular vectors of W + ΔW (left ones), the largest
-            |cosine| to any of W's own.
     """
 
     name: str
     block: int | None
     kind: str
+    # [N, K] of W as a matrix; a kernel is flattened, an embedding transposed
     shape: tuple[int, int]
-    r: int
+    r: int  # rank of the factors, a frozen offset (PiSSA, OLoRA) included
     dora: bool
-    norm: float
-    weight_norm: float
-    singular_values: tuple[float, ...]
-    suggested_r: int
-    truncation_error: float
+    norm: float  # ‖ΔW‖
+    weight_norm: float  # ‖W‖
+    singular_values: tuple[float, ...]  # of ΔW, largest first, min(R, N, K) of them
+    suggested_r: int  # the smallest rank that keeps the asked share of the energy
+    truncation_error: float  # ‖ΔW − its best rank-suggested_r part‖ / ‖ΔW‖, predicted
+    # The share of ‖ΔW‖² within the span of W's first R left (outputs) and right (inputs) singular
+    # vectors; None for ΔW = 0 and layers that were too large.
     overlap_out: float | None
     overlap_in: float | None
+    # For each of the first (left) singular vectors of W + ΔW, the largest |cosine| to any of W's.
     similarities: tuple[float, ...] | None
 
     @property

@@ -27,16 +27,12 @@ from minilora.report.spectra import rank_for, small_svd
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """Two adapters' ΔW of one layer.
-
-    Attributes:
-        cosine: ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖): 1 the same change, −1 its opposite.
-        angles_out, angles_in: principal angles between the spaces their outputs and inputs span,
-            in degrees, smallest first; as many as the smaller of the two ranks.
-    """
+    """Two adapters' ΔW of one layer."""
 
     name: str
-    cosine: float
+    cosine: float  # ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖): 1 the same change, −1 its opposite
+    # Principal angles between the spaces their outputs and inputs span, in degrees, smallest first;
+    # as many as the smaller of the two ranks.
     angles_out: tuple[float, ...]
     angles_in: tuple[float, ...]
 

@@ -9,26 +9,31 @@ import torch
 from torch import Tensor
 
 from minilora.data import IGNORE, Example
-from minilora.running import FEWEST, summed, t975
+from minilora.running import FEWEST, TOO_FEW, summed, t975
 
 CONTEXT = 12  # tokens shown before the one in question
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A mean loss in nats per token, before and after the adapter.
-
-    Attributes:
-        change: after − before.
-        error: standard error of the change, from the differences between examples; inf for one.
-    """
+    """A mean loss in nats per token, before and after the adapter."""
 
     before: float
     after: float
-    change: float
-    error: float
+    change: float  # after − before
+    error: float  # standard error of the change, from the differences between examples; inf for one
     tokens: int
     examples: int
+
+    @property
+    def few(self) -> bool:
+        """Whether the examples are too few for any uncertainty to mean something."""
+        return self.examples < FEWEST
+
+    @property
+    def caveat(self) -> str:
+        """Say so where they are."""
+        return f"; {TOO_FEW}" if self.few else ""
 
     @property
     def half(self) -> float:
@@ -38,28 +43,21 @@ class Measured:
     @property
     def clear(self) -> bool:
         """Whether the 95 % interval excludes 0, on enough examples for one."""
-        return self.examples >= FEWEST and abs(self.change) > self.half
+        return not self.few and abs(self.change) > self.half
 
 
 @dataclass(frozen=True)
 class TokenEffect:
-    """A token, where its loss changed most, and what came of all its occurrences.
-
-    Attributes:
-        context: the text before it there; `example` and `position` say where.
-        before, after: its loss there, in nats.
-        times: how often it occurs among the learned tokens.
-        total: the change summed over all of these, in nats.
-    """
+    """A token, where its loss changed most, and what came of all its occurrences."""
 
     token: str
-    context: str
-    before: float
+    context: str  # the text before it there
+    before: float  # its loss there, in nats
     after: float
-    example: int
+    example: int  # where that is
     position: int
-    times: int
-    total: float
+    times: int  # how often it occurs among the learned tokens
+    total: float  # the change summed over all of these, in nats
 
 
 @dataclass(frozen=True)
@@ -85,25 +83,19 @@ def measured(before: Sequence[Tensor], after: Sequence[Tensor]) -> Measured:
 
 @dataclass(frozen=True)
 class Gap:
-    """Training against held-out data, which tells learning from memorising.
-
-    Attributes:
-        train, valid: losses before and after.
-        growth: how much the gap (held-out − training loss) grew, in nats per token.
-        error: its standard error.
-    """
+    """Training against held-out data, which tells learning from memorising."""
 
     train: Measured
     valid: Measured
-    growth: float
-    error: float
+    growth: float  # how much the gap (held-out − training loss) grew, in nats per token
+    error: float  # its standard error
 
     @property
     def overfitted(self) -> bool:
         """Whether, beyond the 95 % interval, held-out data gained less than half or suffered."""
         suffered = self.valid.clear and self.valid.change > 0
         low, _ = self._short_of_half
-        return self._enough and self.train.change < 0 and (suffered or low > 0)
+        return not self.few and self.train.change < 0 and (suffered or low > 0)
 
     @property
     def verdict(self) -> str:
@@ -112,7 +104,7 @@ class Gap:
             return "over-fitted"
         gained = self.train.change < self.train.half  # or may have
         _, high = self._short_of_half
-        sure = self._enough and (high <= 0 or not gained)
+        sure = not self.few and (high <= 0 or not gained)
         return "not over-fitted" if sure else "over-fitted or not, can't tell"
 
     @property
@@ -123,8 +115,9 @@ class Gap:
         return lacks - half, lacks + half
 
     @property
-    def _enough(self) -> bool:
-        return min(self.train.examples, self.valid.examples) >= FEWEST
+    def few(self) -> bool:
+        """Whether either has too few examples to tell."""
+        return self.train.few or self.valid.few
 
 
 def gap(train: Measured, valid: Measured) -> Gap:
@@ -203,11 +196,9 @@ def effects(
 
 def shown(example: Example, before: Tensor, after: Tensor, tokenizer: Any) -> ShownExample:
     """Put an example's losses beside its tokens."""
-    sides: list[list[float | None]] = [[], []]
-    for side, losses in zip(sides, (before.tolist(), after.tolist()), strict=True):
-        rest = iter(losses)
-        for position, label in enumerate(example.labels):
-            side.append(next(rest) if position and label != IGNORE else None)
-    return ShownExample(
-        tuple(pieces(tokenizer, example.input_ids)), tuple(sides[0]), tuple(sides[1])
-    )
+    learned = [position > 0 and label != IGNORE for position, label in enumerate(example.labels)]
+    sides = [
+        tuple(next(rest) if here else None for here in learned)
+        for rest in (iter(before.tolist()), iter(after.tolist()))
+    ]
+    return ShownExample(tuple(pieces(tokenizer, example.input_ids)), *sides)

@@ -16,6 +16,7 @@ from minilora.running.loss import (
 from minilora.running.paired import (
     FEWEST,
     RESAMPLES,
+    TOO_FEW,
     Difference,
     paired_difference,
     require_unpacked,
@@ -30,6 +31,7 @@ __all__ = [
     "FEWEST",
     "KINDS",
     "RESAMPLES",
+    "TOO_FEW",
     "Chat",
     "CompileClock",
     "Difference",

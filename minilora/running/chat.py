@@ -1,7 +1,5 @@
 """Talk to a model: turns that are kept, answers as they are written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any

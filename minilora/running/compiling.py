@@ -104,8 +104,8 @@ def settle_compile(choice: bool | str, device: torch.device) -> tuple[bool, str 
         return False, f"not compiled, since torch.compile does not work here: {problem}"
     compiler = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
     raise RuntimeError(
-        f"compile=True (--compile) needs torch.compile to work, found: {problem}; install "
-        f"{compiler}, or set compile=False"
+        f"--compile (in Python: compile=True) needs torch.compile to work, found: {problem}; "
+        f"install {compiler}, or leave it out"
     )
 
 

@@ -1,7 +1,5 @@
 """Measure a model on held-out tokens: summed over tokens, so no number depends on the batches."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -113,13 +111,7 @@ def evaluate(
 def summarize(total: float, tokens: int, pairs: dict[str, float] | None = None) -> Evaluation:
     """Return mean and perplexity of a loss summed over tokens.
 
-    Args:
-        total: the sum.
-        tokens: what to divide by.
-        pairs: of a loss over pairs of answers, what `Preference.told` returned.
-
-    Raises:
-        ValueError: no token.
+    `pairs` is what `Preference.told` returned, of a loss over pairs of answers.
     """
     if tokens == 0:
         raise ValueError("data must hold a label to learn, found none: loss counted 0 tokens")

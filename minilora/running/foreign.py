@@ -159,11 +159,9 @@ def _positions(model: nn.Module, *lengths: int) -> Tensor:
 def cached_steps(model: nn.Module, rows: Rows, new: int) -> Callable[[Rows], Tensor] | None:
     """Return a function from all ids so far to the logits [B, V] after them, None without a cache.
 
-    `new` is how many tokens a row gets at most.
-
-    Prompts are padded on the left where the model is told so by mask and positions. Others (a
-    recurrent state would run over the padding; rotary frequencies may change at a length; some
-    count positions in another way) are fed apart, those of one length together.
+    A row gets `new` tokens at most. Prompts are padded on the left where the model is told so by
+    mask and positions. Others (a recurrent state would run over the padding; rotary frequencies
+    may change at a length; some count positions in another way) are fed apart, by length.
     """
     names = argument_names(model.forward)
     if not is_foreign(model) or "use_cache" not in names or not names.intersection(_CACHES):
@@ -204,13 +202,9 @@ def _changes_at(model: Any) -> int | None:
     For these classes it computes all again there (`prepare_inputs_for_generation` of
     `models/phi3/modeling_phi3.py`).
     """
-    config = model.config
-    families = ("phi3", "phimoe", "phi4_multimodal")
-    return (
-        getattr(config, "original_max_position_embeddings", None)
-        if config.model_type in families
-        else None
-    )
+    if model.config.model_type not in ("phi3", "phimoe", "phi4_multimodal"):
+        return None
+    return getattr(model.config, "original_max_position_embeddings", None)
 
 
 class _Cached:

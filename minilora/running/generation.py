@@ -1,7 +1,5 @@
 """Write text: several prompts at once, greedy or sampled, with a cache where a model takes one."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,11 +14,9 @@ from minilora.models import KVCache
 from minilora.running.arguments import argument_names, context_of
 from minilora.running.compiling import compiled, settle_compile
 from minilora.running.evaluation import device_of
-from minilora.running.foreign import cached_steps
+from minilora.running.foreign import Rows, cached_steps
 from minilora.running.loss import forward_logits
 from minilora.text import as_tokenizer
-
-Rows = list[list[int]]
 
 
 def generate(
@@ -155,18 +151,9 @@ def pick_token(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> int:
-    """Choose the next token: the likeliest at temperature 0, else one drawn at random.
+    """Choose the next token by logits [V] on the CPU, which are -inf where one must not come.
 
-    Args:
-        logits: [V] on the CPU, not changed; -inf for tokens that must not come.
-        temperature, top_k, top_p: as in `generate`.
-        generator: of the CPU; PyTorch's own when None.
-
-    Returns:
-        The token id.
-
-    Raises:
-        RuntimeError: the largest logit is no finite number.
+    It is the likeliest at temperature 0, else one drawn at random; see `generate`.
     """
     largest = float(logits.max())
     if not abs(largest) < float("inf"):
@@ -186,15 +173,8 @@ def token_probabilities(
 ) -> torch.Tensor:
     """Return what is sampled from: p = softmax(logits / temperature), cut and scaled to sum 1.
 
-    Args:
-        logits: [V], not changed.
-        temperature: above 0.
-        top_k: how many tokens keep a probability; of equal logits no more than that either.
-        top_p: keep a token when the likelier ones together are below top_p; so at least one, and
-            all of them at 1.
-
-    Returns:
-        [V] in f64.
+    Of equal logits too no more than `top_k` keep a probability. A token keeps its own when the
+    likelier ones together are below `top_p`: so at least one does, and all of them at 1.
     """
     scaled = (logits.double() - logits.max()) / temperature  # first minus, so nothing overflows
     if top_k is not None and top_k < len(scaled):
@@ -275,15 +255,14 @@ class _Cached:
         """Return the logits of the rows held."""
         pads = [self.padding[i] for i in self.held]  # a list: reading a tensor waits for a GPU
         rows, past = [rows[i] for i in self.held], self.cache.length
-        padding = torch.tensor(pads, device=self.device)
+        padding, width = torch.tensor(pads, device=self.device), past + 1
         if past and self.model.outgrows((past - padding)[:, None]):  # type: ignore[operator]
-            width, past, self.cache.length = past + 1, 0, 0
-            fed = [[0] * n + row for n, row in zip(pads, rows, strict=True)]
-            fed = [row + [0] * (width - len(row)) for row in fed]  # those that have stopped
-        elif past:
+            past = self.cache.length = 0
+        if past:
             fed = [row[-1:] for row in rows]
         else:
             fed = [[0] * n + row for n, row in zip(pads, rows, strict=True)]
+            fed = [row + [0] * (width - len(row)) for row in fed]  # those that have stopped
         ids = torch.tensor(fed, device=self.device)
         positions = mask = None
         if any(pads):

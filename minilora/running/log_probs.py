@@ -1,6 +1,7 @@
 """Log-probabilities of the answers of pairs, with their gradient and without whole logits."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from minilora.data import IGNORE, Batch, PairBatch
 from minilora.kernels import linear_cross_entropy
 from minilora.models import CausalLM, is_plain_linear
 from minilora.running.foreign import is_foreign, own_logits, read_by_head
-from minilora.running.loss import beside_padding, forward_logits
+from minilora.running.loss import at_least_f32, beside_padding, forward_logits
 
 _CHUNK_ELEMENTS = 2**24  # logits held at a time where a head is wrapped or trained
 
@@ -19,16 +20,10 @@ _CHUNK_ELEMENTS = 2**24  # logits held at a time where a head is wrapped or trai
 def pair_log_probs(
     model: nn.Module, batch: PairBatch, answers: Sequence[int] = (1, 2)
 ) -> tuple[Tensor, Tensor]:
-    """Sum log p over the learned tokens of each answer.
+    """Sum log p over the learned tokens of each answer, or of one of the two.
 
-    Args:
-        model: of any make; its gradient flows.
-        batch: on the model's device.
-        answers: which of the two.
-
-    Returns:
-        The sums `[B, answers]`, f32 (f64 of an f64 model), and the numbers of tokens in that shape
-        and dtype.
+    Returns the sums `[B, answers]`, f32 (f64 of an f64 model), and the numbers of tokens in that
+    shape and dtype.
     """
     if len(answers) == 2 and shares_prompts(model, batch):
         losses, owners = _in_one_row(model, batch)  # type: ignore[arg-type]
@@ -111,18 +106,13 @@ def _by_chunks(
     head: Callable[[Tensor], Tensor], vocabulary: int, read: Tensor, labels: Tensor
 ) -> Tensor:
     """Run a head that is wrapped or trained chunk by chunk, again in the backward pass."""
-
-    def losses(some: Tensor, wanted: Tensor) -> Tensor:
-        return _losses(head(some), wanted)
-
     size = max(32, _CHUNK_ELEMENTS // vocabulary)
-    parts: Sequence[Tensor] = [
-        checkpoint(losses, some, wanted, use_reentrant=False)  # type: ignore[misc]
+    parts: list[Any] = [
+        checkpoint(lambda x, y: _losses(head(x), y), some, wanted, use_reentrant=False)
         for some, wanted in zip(read.split(size), labels.split(size), strict=True)
     ]
-    return torch.cat(list(parts))
+    return torch.cat(parts)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels, reduction="none")
+    return F.cross_entropy(at_least_f32(logits), labels, reduction="none")

@@ -65,16 +65,16 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
             if batch.shared and shares_prefix(model):
                 beside["shared"] = batch.shared
         mean = model.loss(batch.input_ids, batch.labels, **beside)  # type: ignore[operator]
-        return _full(mean) * tokens, tokens
+        return at_least_f32(mean) * tokens, tokens
     if (mean := mean_without_logits(model, batch)) is not None:
-        return _full(mean) * tokens, tokens
+        return at_least_f32(mean) * tokens, tokens
     if is_foreign(model):
         logits = own_logits(model, batch)
     else:
         logits = forward_logits(model, batch.input_ids, batch.attention_mask)
     labels = batch.labels[:, 1:]
     counts = labels != IGNORE
-    chosen = _full(logits[:, :-1][counts])
+    chosen = at_least_f32(logits[:, :-1][counts])
     return F.cross_entropy(chosen, labels[counts], reduction="sum"), tokens
 
 
@@ -122,7 +122,7 @@ def takes_packed(model: nn.Module) -> bool:
     return argument_names(getattr(type(model), "loss", None)) >= needed or keeps_apart(model)
 
 
-def _full(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_f32(tensor: torch.Tensor) -> torch.Tensor:
     """Widen what is narrower than f32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

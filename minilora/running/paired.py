@@ -18,6 +18,7 @@ from minilora.running.loss import forward_logits
 CHUNK = 2**24  # logits widened at a time
 RESAMPLES = 10_000
 FEWEST = 10  # examples from which an interval means something
+TOO_FEW = f"fewer than {FEWEST} examples are too few to tell"
 MANY = 1_000_000  # examples that nobody has
 
 
@@ -53,13 +54,18 @@ class Difference:
         if self.clear:
             better, worse = (self.first, self.second)[:: 1 if self.change > 0 else -1]
             return f"{better} is better than {worse}: {found}"
+        return f"{self.verdict}: {found}"
+
+    @property
+    def verdict(self) -> str:
+        """Say that it is not clear, and what would make it so."""
         more = ""
         if self.more is not None:
             count = f"about {self.more:,}" if self.more <= MANY else f"more than {MANY:,}"
-            more = f"; {count} more examples would"
+            more = f"; {count} more examples would tell"
         if self.examples < FEWEST:
-            more = f"; fewer than {FEWEST} examples never can"
-        return f"{self.first} or {self.second}, can't tell{more}: {found}"
+            more = f"; {TOO_FEW}"
+        return f"can't tell whether {self.first} or {self.second} is better{more}"
 
 
 def token_losses(
@@ -69,6 +75,7 @@ def token_losses(
     batch_size: int,
     pad_id: int = 0,
     progress: bool = False,
+    who: str = "",
 ) -> list[Tensor]:
     """Return −log p of each learned token, an f32 tensor per example, in the order given.
 
@@ -78,6 +85,7 @@ def token_losses(
         batch_size: examples at a time; they are sorted by length first.
         pad_id: token id in the padding.
         progress: show on stderr how far it is, and the time left.
+        who: is measured, to be shown too.
 
     Raises:
         ValueError: packed rows, whose documents this would not keep apart.
@@ -89,7 +97,7 @@ def token_losses(
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     device = device_of(model)
     every = sum(len(example.input_ids) for example in examples)
-    with inference(model), ticking("measuring", every, "tokens", progress) as tick:
+    with inference(model), ticking(f"measuring {who}".strip(), every, "tokens", progress) as tick:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = pad([examples[i] for i in rows], pad_id).to(device)

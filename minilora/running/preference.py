@@ -19,7 +19,7 @@ prompt is computed once, in a row whose answers do not see each other.
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -34,11 +34,9 @@ from minilora.running.log_probs import pair_log_probs, shares_prompts
 
 
 class Scores(NamedTuple):
-    """What a batch of pairs comes to: `[B]` each.
+    """What a batch of pairs comes to, `[B]` each: losses, and rewards of the two answers.
 
-    Attributes:
-        losses: with their gradient.
-        first, second: rewards of the two answers; of labelled answers (kto) `second` is z times β.
+    Of labelled answers (kto) `second` is z times β.
     """
 
     losses: Tensor
@@ -154,6 +152,7 @@ class Preference:
         adapter: the one whose absence makes the reference; None: all adapters go.
 
     Attributes:
+        has_reference: whether answers are held against those of a reference.
         known: log-probabilities of the reference by `PairBatch.keys`: computed once for a model
             and an `adapter`, forgotten where another comes, where weights other than the
             adapter's change, or what else is active.
@@ -170,18 +169,14 @@ class Preference:
     ):
         if kind not in KINDS:
             raise ValueError(f"a preference loss must be one of {', '.join(KINDS)}, found {kind!r}")
-        self.kind, self._of = kind, KINDS[kind]
-        self.beta = self._of.beta if beta is None else beta
+        self.kind, self._scores = kind, KINDS[kind].scores
+        self.has_reference = KINDS[kind].reference
+        self.beta = KINDS[kind].beta if beta is None else beta
         self.gamma, self.kto_weights, self.adapter = gamma, kto_weights, adapter
         self.known: dict[int, tuple[float, float]] = {}
         self._known_of: tuple[Any, str | None, int] | None = None  # model, adapter, weights
         self.drift = 0.0
         self.seen: list[Tensor] = []
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether answers are held against those of a reference."""
-        return self._of.reference
 
     def __call__(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, int]:
         """Return the loss summed over the pairs, which carries the gradient, and their number."""
@@ -193,15 +188,15 @@ class Preference:
         """Return losses and rewards pair by pair."""
         self.check(batch)
         self._forget_others(model)
-        if self._of.reference and not self.known.keys() >= set(batch.keys.tolist()):
+        if self.has_reference and not self.known.keys() >= set(batch.keys.tolist()):
             self.known = self._reference(model, [batch]) | self.known
         answers = (1,) if self.kind == "kto" else (1, 2)
         sums, tokens = pair_log_probs(model, batch, answers)
         reference = torch.zeros_like(sums)
-        if self._of.reference:
+        if self.has_reference:
             values = [self.known[key][: len(answers)] for key in batch.keys.tolist()]
             reference = torch.tensor(values, dtype=sums.dtype, device=sums.device)
-        return self._of.scores(Answers(sums, reference, tokens), self, batch)
+        return self._scores(Answers(sums, reference, tokens), self, batch)
 
     def check(self, batch: Any) -> None:
         """Raise ValueError unless a batch holds what this loss compares."""
@@ -220,9 +215,9 @@ class Preference:
         if self.kind == "kto":
             needed = "prompt, completion and label (true, false, 1 or 0 in all)"
         found = {
-            None: "a text; give such rows, or leave loss (--loss) at 'ce'",
-            True: "an answer with a label; use loss='kto' (--loss kto)",
-            False: "a pair of answers; use loss='dpo' (--loss dpo)",
+            None: "a text; give such rows, or leave --loss at ce",
+            True: "an answer with a label; use --loss kto (in Python: loss='kto')",
+            False: "a pair of answers; use --loss dpo (in Python: loss='dpo')",
         }
         return f"loss={self.kind!r} learns from rows with {needed}, but {name} is {found[labelled]}"
 
@@ -248,10 +243,14 @@ class Preference:
         """
         self.seen = []
         self._forget_others(model)
-        parts = [part for batch in batches if len(batch) for part in _parts(batch, rows)]
+        parts = [
+            batch.rows(start, start + (rows or len(batch)))
+            for batch in batches
+            for start in range(0, len(batch), rows or len(batch) or 1)
+        ]
         for part in parts:
             self.check(part)
-        if self._of.reference:
+        if self.has_reference:
             self.known = merge(self._reference(model, parts)) | self.known
         if self.kind == "kto":
             total, count = add(self._drift(model, parts), sum(map(len, parts)))
@@ -328,10 +327,3 @@ class Preference:
         self._known_of = None
         pairs = ((a, b) for a, b in values.tolist())
         self.known = dict(zip(keys.tolist(), pairs, strict=True))
-
-
-def _parts(batch: PairBatch, rows: int) -> Iterable[PairBatch]:
-    """Yield a batch in passes."""
-    size = min(rows or len(batch), len(batch))
-    for start in range(0, len(batch), max(1, size)):
-        yield batch.rows(start, start + size)  # type: ignore[misc]

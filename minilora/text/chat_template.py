@@ -16,15 +16,7 @@ from minilora.files import import_extra
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return a deep copy of messages, made of JSON types only.
-
-    Args:
-        messages: a list of dicts, each with a string `role`.
-
-    Raises:
-        TypeError: messages or something inside them of another type.
-        ValueError: a message without a role, or no message at all.
-    """
+    """Return a deep copy of messages, made of JSON types only."""
     if not isinstance(messages, (list, tuple)):
         raise TypeError(
             f"messages must be a list of dicts with 'role' and 'content', found "
@@ -54,18 +46,9 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 class ChatTemplate:
-    """Compile a template once and render conversations with it.
+    """Compile a template, Jinja as transformers reads it, once and render conversations with it.
 
-    Attributes:
-        source: the Jinja source.
-        variables: names of the values it reads that `render` does not set by itself.
-
-    Args:
-        source: Jinja source, as transformers reads it.
-
-    Raises:
-        ValueError: source that is no valid or no permitted template.
-        RuntimeError: jinja2 is missing or has known ways out of its sandbox (before 3.1.6).
+    `variables` are the names of the values it reads that `render` does not set by itself.
     """
 
     def __init__(self, source: str) -> None:
@@ -79,7 +62,6 @@ class ChatTemplate:
 
         from minilora.text.template_sandbox import Sandbox
 
-        self.source = source
         self._lock = threading.Lock()  # the sandbox counts for one rendering at a time
         functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self._sandbox = Sandbox({"tojson": _tojson}, functions)
@@ -90,17 +72,10 @@ class ChatTemplate:
         self.variables = frozenset(free) - own
 
     def render(self, messages: list[dict[str, Any]], **values: Any) -> str:
-        """Return the text of a conversation.
-
-        Args:
-            messages: plain data, as `plain_messages` returns it.
-            values: further variables the template may read.
-
-        Raises:
-            ValueError: the template refuses the messages, fails, or exceeds its bounds.
-        """
+        """Return the text of messages, as `plain_messages` returns them, and further variables."""
         with self._lock, _one_error("cannot render these messages"):
             self._sandbox.start(len(json.dumps([messages, values])))
+            messages = [_with_reasoning(message) for message in messages]
             return self._template.render(messages=messages, **values)
 
 
@@ -119,6 +94,15 @@ def _one_error(what: str) -> Iterator[None]:
 
 
 # --- what transformers gives to templates ---------------------------------------------------------
+
+# What a message's reasoning is called: the first is what most templates read, gpt-oss' the second.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its reasoning under the names that templates read."""
+    found = [message[key] for key in REASONING if message.get(key) is not None]
+    return {"thinking": found[0], **message, "reasoning_content": found[0]} if found else message
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:

@@ -49,10 +49,7 @@ class Conversation:
         self._search = name_pattern(self._names)
         text = json.dumps([plain, values], ensure_ascii=False)
         unused = (chr(i) for i in chain(*_NO_CHARACTERS) if chr(i) not in text)
-        self._mark, self._own = (
-            next(unused),
-            next(unused),
-        )  # of names in messages, of the template's
+        self._mark, self._own = next(unused), next(unused)  # names in messages; the template's
         self.names_control = False
         self._messages = map_strings(plain, self._hide)
         self._variables = map_strings(values, self._hide)

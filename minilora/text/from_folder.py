@@ -54,10 +54,8 @@ AS_STORED = frozenset((
 def folder_parts(folder: Path, end: str | None) -> dict[str, Any]:
     """Return what `Tokenizer` is made of; see `Tokenizer.from_pretrained`."""
     tokenizers_library()  # an error about it comes before one about the files
-    config, older = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
-    )
+    config = _entries(folder, "tokenizer_config.json")
+    older = _entries(folder, "special_tokens_map.json")
     # As in transformers, the older file goes before one that does not list the added tokens.
     entries = {**older, **config} if "added_tokens_decoder" in config else {**config, **older}
     named = {name: text_of(entries.get(f"{name}_token")) for name in _NAMES}
@@ -86,13 +84,14 @@ def folder_parts(folder: Path, end: str | None) -> dict[str, Any]:
     }
 
 
+def _entries(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name) if (folder / name).is_file() else {}
+
+
 def stop_ids(folder: Path) -> set[int]:
     """Return the ids that end a text, of a model folder's configurations."""
-    stops: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            stops |= ids_in(read_json(folder / name).get("eos_token_id"))
-    return stops
+    config, generation = (_entries(folder, f"{name}config.json") for name in ("", "generation_"))
+    return ids_in(config.get("eos_token_id")) | ids_in(generation.get("eos_token_id"))
 
 
 def ids_in(stated: Any) -> set[int]:
@@ -137,8 +136,7 @@ def _backend(folder: Path, entries: dict[str, Any]) -> Any:
         raise ValueError(
             f"'{file}' must describe a tokenizer, found: {one_line(error, 200)}"
         ) from error
-    config = folder / "config.json"
-    family = read_json(config).get("model_type") if config.is_file() else None
+    family = _entries(folder, "config.json").get("model_type")
     named = None if family in AS_STORED else entries.get("tokenizer_class")
     if named in _LLAMA and _prepends(stored.get("normalizer")):
         _begin_once(backend, entries)
@@ -175,10 +173,7 @@ def _prepends(normalizer: Any) -> bool:
 
 
 def _begin_once(backend: Any, entries: dict[str, Any]) -> None:
-    """Put a space before the first stretch of text alone, as transformers does for this class.
-
-    huggingface/transformers, `models/llama/tokenization_llama.py`.
-    """
+    """Put a space before the first stretch of text alone, as transformers' Llama class does."""
     never = entries.get("add_prefix_space") is False
     scheme = "always" if entries.get("legacy") else "first"
     sentencepiece.space(backend, "never" if never else scheme)
@@ -186,8 +181,8 @@ def _begin_once(backend: Any, entries: dict[str, Any]) -> None:
 
 def _gpt2_backend(folder: Path, entries: dict[str, Any]) -> Any:
     """GPT-2's tokenizer from its two files; other models cut text differently over such files."""
-    library, config = tokenizers_library(), folder / "config.json"
-    family = read_json(config).get("model_type") if config.is_file() else None
+    library = tokenizers_library()
+    family = _entries(folder, "config.json").get("model_type")
     for stated, where in (
         (entries.get("tokenizer_class"), "tokenizer_config.json: tokenizer_class"),
         (family, "config.json: model_type"),
@@ -216,11 +211,7 @@ def _gpt2_backend(folder: Path, entries: dict[str, Any]) -> Any:
 
 
 def _sentencepiece_backend(folder: Path, entries: dict[str, Any]) -> tuple[Any, dict[str, str]]:
-    """A SentencePiece tokenizer, and the control tokens it names itself.
-
-    Where tokenizer_class names Llama's or Gemma's, spaces are put as transformers does for it; else
-    as SentencePiece does.
-    """
+    """A SentencePiece tokenizer, and the control tokens it names itself."""
     kind = entries.get("tokenizer_class")
     if kind not in (*_LLAMA, *_GEMMA, *_ANY):
         raise ValueError(
@@ -230,14 +221,14 @@ def _sentencepiece_backend(folder: Path, entries: dict[str, Any]) -> tuple[Any, 
         )
     pieces = sentencepiece.read_pieces(folder / _PIECES)
     backend = pieces.backend()
-    if kind in _GEMMA:
+    if kind in _GEMMA:  # spaces are put as transformers' class does, else as SentencePiece does
         sentencepiece.gemma(backend)
     elif kind in _LLAMA:
         _begin_once(backend, entries)
         sentencepiece.unspace(backend, strip=entries.get("add_prefix_space") is not False)
     sentencepiece.add_typed(backend, pieces.tokens, pieces.types)
     _add(backend, folder, entries, _PIECES)
-    return backend, pieces.named()
+    return backend, pieces.named
 
 
 def _add(backend: Any, folder: Path, entries: dict[str, Any], file: str) -> None:
@@ -260,9 +251,8 @@ def _added(folder: Path, entries: dict[str, Any]) -> list[tuple[int, dict[str, A
     """Return the tokens added after training by their ids, as arguments of AddedToken."""
     found: dict[int, dict[str, Any]] = {}
     known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    file = folder / "added_tokens.json"
     try:
-        for text, i in (read_json(file) if file.is_file() else {}).items():
+        for text, i in _entries(folder, "added_tokens.json").items():
             found[int(i)] = {"content": str(text), "normalized": False}
         for i, token in (entries.get("added_tokens_decoder") or {}).items():
             found[int(i)] = {key: token[key] for key in known if key in token or key == "content"}

@@ -18,11 +18,7 @@ def encode_pieces(encode: Encode, text: str) -> Iterator[tuple[list[int], list[i
 
     Neighbouring pieces overlap and are cut where both have the same tokens, so the ids are those of
     the whole text. Where there is no such position (one word of thousands of characters), the
-    next piece starts over and a token may differ.
-
-    Args:
-        encode: returns the ids and character spans of a text of up to 72,000 characters.
-        text: any text.
+    next piece starts over and a token may differ. `encode` gets up to 72,000 characters.
     """
     done = first = 0  # characters and tokens of the window that have been yielded
     ids, spans = _window(encode, text, 0)

@@ -16,13 +16,9 @@ _SPACE = "▁"
 
 
 def bpe(tokens: Sequence[str], order: Sequence[float], unk: str | None, longest_left: bool) -> Any:
-    """Return a backend of a BPE that merges first what makes the first piece of an order.
+    """Return a backend of a BPE that makes first the piece with the lowest number in `order`.
 
-    Args:
-        tokens: the pieces by id.
-        order: a number for each; the lowest is made first.
-        unk: the piece for what can't be spelled.
-        longest_left: which of the two ways to make a piece that have the same order comes first.
+    Of two ways to make a piece the one with the longest left part comes first, or the shortest.
     """
     library = tokenizers_library()
     ids = {token: i for i, token in enumerate(tokens)}
@@ -44,10 +40,8 @@ def bpe(tokens: Sequence[str], order: Sequence[float], unk: str | None, longest_
 def space(backend: Any, scheme: str) -> None:
     """Let a backend put a space before a text.
 
-    Args:
-        backend: changed.
-        scheme: "first": before the text; "always": behind each control token too, in both cases
-            unless there is one; "each": behind each, even if there is one; "never".
+    "first": before the text; "always": behind each control token too, in both cases unless there
+    is one; "each": behind each, even if there is one; "never".
     """
     library = tokenizers_library()
     normal = library.normalizers
@@ -92,7 +86,8 @@ class Pieces(NamedTuple):
         tokens, scores, types: of the pieces, by id.
         unigram: whether it is a unigram model, not a BPE.
         byte_fallback: whether characters without a piece are spelled by bytes.
-        unk, bos, eos, pad: ids, −1 where there is none.
+        unk: id of the piece for what can't be spelled.
+        named: its own control tokens: unk, bos, eos and pad, where there are some.
         charsmap: compiled rules by which characters are replaced.
         prefix: whether a space is put before a text.
         squeezes: whether spaces at the ends and one after another are removed.
@@ -104,17 +99,10 @@ class Pieces(NamedTuple):
     unigram: bool
     byte_fallback: bool
     unk: int
-    bos: int
-    eos: int
-    pad: int
+    named: dict[str, str]
     charsmap: bytes
     prefix: bool
     squeezes: bool
-
-    def named(self) -> dict[str, str]:
-        """Return its own control tokens: bos, eos, pad and unk, where there are some."""
-        ids = {"bos": self.bos, "eos": self.eos, "pad": self.pad, "unk": self.unk}
-        return {name: self.tokens[i] for name, i in ids.items() if i >= 0}
 
     def backend(self) -> Any:
         """Return a backend that encodes as SentencePiece does."""
@@ -126,7 +114,7 @@ class Pieces(NamedTuple):
             backend = library.Tokenizer(model)
         else:
             order = range(len(self.tokens))
-            backend = bpe(self.tokens, order, self.named().get("unk"), longest_left=False)
+            backend = bpe(self.tokens, order, self.named.get("unk"), longest_left=False)
         steps = [normal.Precompiled(self.charsmap)] if self.charsmap else []
         if self.squeezes:
             steps.append(normal.Replace(library.Regex(r"\A +| +\z| (?= )"), ""))
@@ -138,11 +126,7 @@ class Pieces(NamedTuple):
 
 
 def read_pieces(file: Path) -> Pieces:
-    """Read a `tokenizer.model`: `ModelProto` of sentencepiece_model.proto.
-
-    Raises:
-        ValueError: no such file, or a damaged one.
-    """
+    """Read a `tokenizer.model`: `ModelProto` of sentencepiece_model.proto."""
     try:
         raw = file.read_bytes()
         tokens: list[str] = []
@@ -162,17 +146,15 @@ def read_pieces(file: Path) -> Pieces:
         ids = [_signed(trainer.get(40 + i, default)) for i, default in enumerate((0, 1, 2, -1))]
         if trainer.get(3, 1) not in (1, 2) or max(ids) >= len(tokens):
             raise ValueError("it must be a unigram or BPE model whose special ids are pieces")
-        unk, bos, eos, pad = ids
+        names = zip(("unk", "bos", "eos", "pad"), ids, strict=True)
         return Pieces(
             tokens=tokens,
             scores=scores,
             types=types,
             unigram=trainer.get(3, 1) == 1,
             byte_fallback=bool(trainer.get(35, 0)),
-            unk=unk,
-            bos=bos,
-            eos=eos,
-            pad=pad,
+            unk=ids[0],
+            named={name: tokens[i] for name, i in names if i >= 0},
             charsmap=normalizer.get(2, b""),
             prefix=bool(normalizer.get(3, 1)),
             squeezes=bool(normalizer.get(4, 1)),
@@ -188,10 +170,7 @@ def _signed(value: int) -> int:
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield a message's fields: numbers, bytes of strings and messages, four or eight raw bytes.
-
-    The format: https://protobuf.dev/programming-guides/encoding.
-    """
+    """Yield a message's fields: numbers or bytes; see protobuf.dev/programming-guides/encoding."""
     at = 0
 
     def number() -> int:

@@ -45,60 +45,52 @@ def control_tokens(backend: Any) -> dict[str, int]:
 def make_special(backend: Any, texts: Iterable[str], add: bool = False) -> None:
     """Make control tokens of texts that are none yet, as transformers does.
 
-    Args:
-        backend: is changed.
-        texts: of the tokens.
-        add: put those behind the vocabulary that it lacks; else they are left out.
+    Those that the vocabulary lacks are put behind it with `add`, else left out. Added tokens that
+    tokenizer.json has keep their options, and with `add` stay text if they are text there.
     """
-    known = control_tokens(backend)
-    backend.add_special_tokens(
-        [
-            tokenizers_library().AddedToken(text, normalized=False)
-            for text in dict.fromkeys(texts)
-            if text not in known and (add or backend.token_to_id(text) is not None)
-        ]
-    )
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    made = []
+    for text in dict.fromkeys(texts):
+        old = added.get(text)
+        stays = old is not None and (add or old.special)
+        if not stays and (add or backend.token_to_id(text) is not None):
+            options = {"normalized": False} if old is None else _options(old)
+            made.append(tokenizers_library().AddedToken(text, **options))
+    backend.add_special_tokens(made)
+
+
+def _options(token: Any) -> dict[str, bool]:
+    """Return where an added token is found in a text."""
+    return {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "normalized")}
 
 
 def stand_in(backend: Any, mark: str) -> tuple[Any, dict[int, int]]:
     """Return a backend to which names of control tokens are text, and marks control tokens.
 
-    Args:
-        backend: stays as it is.
-        mark: followed by five digits it is a control token's name, numbered in the order of
-            their names from the longest on.
-
-    Returns:
-        The backend, and the control tokens' ids by its ids of the marks.
+    The mark and five digits name one, numbered from the longest name on. Beside the backend are the
+    control tokens' ids by its ids of the marks.
     """
     made = type(backend).from_str(backend.to_str())
     made.encode_special_tokens = True  # as text
     control = control_tokens(backend)
     added = backend.get_added_tokens_decoder()
-    kept = ("single_word", "lstrip", "rstrip", "normalized")
     ids = {}
     for i, name in enumerate(longest_first(control)):
-        options = {key: getattr(added[control[name]], key) for key in kept}
-        made.add_tokens([tokenizers_library().AddedToken(f"{mark}{i:05d}", **options)])
+        token = tokenizers_library().AddedToken(f"{mark}{i:05d}", **_options(added[control[name]]))
+        made.add_tokens([token])
         ids[made.token_to_id(f"{mark}{i:05d}")] = control[name]
     return made, ids
 
 
 def encode_as_text(backend: Any, text: str, control: dict[str, int]) -> Encoded:
-    """Encode text in which no name is a control token, not even where it is a piece of a unigram
-    vocabulary: such names are cut in two.
+    """Encode text in which no name is a control token, by a backend that takes those as text.
 
-    Args:
-        backend: one that encodes special tokens as text.
-        text: any text.
-        control: ids of the control tokens by name.
-
-    Returns:
-        Ids and character spans.
+    Not even where it is a piece of a unigram vocabulary: such names are cut in two.
     """
     found = backend.encode(text, add_special_tokens=False)
-    used = set(found.ids)
-    if not any(i in used and name in text for name, i in control.items()):
+    names = {i: name for name, i in control.items()}
+    read = zip(found.ids, found.offsets, strict=True)
+    if not any(i in names and names[i] in text[start:end] for i, (start, end) in read):
         return found.ids, found.offsets
     cuts = [match.start() + 1 for match in name_pattern(control).finditer(text)]
     ids: list[int] = []

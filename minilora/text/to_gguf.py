@@ -33,13 +33,18 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
             f"a tokenizer written to GGUF must be a byte-level BPE, found {model.get('type')}; "
             "write a folder and convert that with llama.cpp's own convert_hf_to_gguf.py"
         )
+    if not model["merges"]:
+        raise ValueError(
+            "a tokenizer written to GGUF must have merges, found none: the gguf package leaves an "
+            "empty list out, and llama.cpp refuses a file without it; write a folder instead"
+        )
     _check_losses(stored)
     kinds = dict.fromkeys(model["vocab"].values(), _NORMAL)
     names = {id: name for name, id in model["vocab"].items()}
     for token in stored["added_tokens"]:
         names[token["id"]] = token["content"]
         kinds[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
-    if (count := rows) <= max(names):
+    if rows <= max(names):
         raise ValueError(
             f"a GGUF file needs a row of the embedding for each token, found {rows} rows and "
             f"{1 + max(names)} ids; resize the embedding"
@@ -47,19 +52,17 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     begin, end = tokenizer.frame()
     found = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": [names.get(i, f"[unused {i}]") for i in range(count)],
-        "tokenizer.ggml.token_type": [kinds.get(i, _UNUSED) for i in range(count)],
-        "tokenizer.ggml.merges": [_spelled(merge) for merge in model["merges"]],
+        "tokenizer.ggml.tokens": [names.get(i, f"[unused {i}]") for i in range(rows)],
+        "tokenizer.ggml.token_type": [kinds.get(i, _UNUSED) for i in range(rows)],
+        "tokenizer.ggml.merges": [
+            m if isinstance(m, str) else " ".join(m) for m in model["merges"]
+        ],
         "tokenizer.ggml.add_bos_token": begin,
         "tokenizer.ggml.add_eos_token": end,
     }
     pad = None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
-    ids = {
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-        "padding": pad,
-        **_ends(tokenizer, names),
-    }
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": pad}
+    ids |= _ends(tokenizer, names)
     found |= {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
     if tokenizer.chat_template is not None:
         found["tokenizer.chat_template"] = tokenizer.chat_template
@@ -108,10 +111,6 @@ def _check_losses(stored: dict[str, Any]) -> None:
     lost += [f"{', '.join(strips[:3])} take no space beside them"] * bool(strips)
     if lost:
         warnings.warn(f"minilora: in llama.cpp {' and '.join(lost)}", stacklevel=4)
-
-
-def _spelled(merge: Any) -> str:
-    return merge if isinstance(merge, str) else " ".join(merge)
 
 
 def _cut(tokenizer: Tokenizer, metadata: dict[str, Any], names: Iterable[str]) -> str:

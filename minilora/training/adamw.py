@@ -16,11 +16,7 @@ class AdamW(torch.optim.AdamW):
 
     In bfloat16 an update below 1/256 of a value would be rounded away: a norm's weights, trained by
     `bias=` or `modules_to_save=`, would stay where they are. Micikevicius et al. 2018, "Mixed
-    precision training", section 3.1.
-
-    Args:
-        names: the parameters and what to call them.
-        config: rates and decay; each group's `ratio` multiplies the learning rate.
+    precision training", section 3.1. Each group's `ratio` multiplies the learning rate.
     """
 
     def __init__(self, names: dict[Tensor, str], config: TrainConfig):
@@ -76,12 +72,10 @@ class AdamW(torch.optim.AdamW):
                 wide.copy_(like(wide, tensors[f"optimizer.wide.{self.names[wide]}"]))
         for parameter, name in self.names.items():
             if f"optimizer.step.{name}" in tensors:
-                state = {key: tensors[f"optimizer.{key}.{name}"] for key in ADAM}
-                at = parameter.device if fused else torch.device("cpu")
-                self.state[parameter] = {
-                    key: value.to(at, copy=True) if key == "step" else like(parameter, value)
-                    for key, value in state.items()
-                }
+                step, *moments = (tensors[f"optimizer.{key}.{name}"] for key in ADAM)
+                step = step.to(parameter.device if fused else "cpu", copy=True)
+                kept = [step, *(like(parameter, moment) for moment in moments)]
+                self.state[parameter] = dict(zip(ADAM, kept, strict=True))
 
 
 def is_narrow(parameter: Tensor) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 from minilora.files import import_extra
 
 _PROJECT = "minilora"
-_TRAINING = ("loss", "lr", "grad_norm", "tokens_per_s", "data_wait")
-_PAIRS = (
-    "accuracy", "margin", "reward_chosen", "reward_rejected", "reward", "reward_elsewhere"
+_OF_STEPS = (
+    "loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "accuracy", "margin",
+    "reward_chosen", "reward_rejected", "reward", "reward_elsewhere",
 )  # fmt: skip
 
 
@@ -18,7 +18,7 @@ def check_board(name: str | None, out: Path | None) -> None:
     """Raise unless a board's package is installed, and there is a folder if it needs one."""
     if name is None:
         return
-    import_extra(name, f"log={name!r} (--log {name})")
+    import_extra(name, f"--log {name} (in Python: log={name!r})")
     if out is None and name == "tensorboard":
         raise ValueError("log='tensorboard' writes into out (--out), found out=None; pass a folder")
 
@@ -31,9 +31,7 @@ def board(
     if name is None:
         yield []
         return
-    title = None if out is None else out.resolve().name
     if name == "tensorboard":
-        import_extra("tensorboard", "log='tensorboard'")
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(out), purge_step=step + (step > 0))
@@ -42,18 +40,21 @@ def board(
             for key, value in row.items():
                 writer.add_scalar(key, value, at)
 
-        try:
-            yield [_Written(write)]
-        finally:
-            writer.close()
-        return
-    package = import_extra(name, f"log={name!r}")
-    beside = {"dir": str(out)} if name == "wandb" and out is not None else {}
-    package.init(project=_PROJECT, name=title, config=dict(settings), **beside)
+        close = writer.close
+    else:
+        package = import_extra(name, f"log={name!r}")
+        title = None if out is None else out.resolve().name
+        beside = {"dir": str(out)} if name == "wandb" and out is not None else {}
+        package.init(project=_PROJECT, name=title, config=dict(settings), **beside)
+
+        def write(row: Mapping[str, float], at: int) -> None:
+            package.log(row, step=at)
+
+        close = package.finish
     try:
-        yield [_Written(lambda row, at: package.log(row, step=at))]
+        yield [_Written(write)]
     finally:
-        package.finish()
+        close()
 
 
 class _Written:
@@ -64,8 +65,7 @@ class _Written:
 
     def on_step(self, row: Mapping[str, Any]) -> None:
         """Hand on what a step was."""
-        names = (key for key in (*_TRAINING, *_PAIRS) if key in row)
-        self.write({f"train/{key}": row[key] for key in names}, row["step"])
+        self.write({f"train/{key}": row[key] for key in _OF_STEPS if key in row}, row["step"])
 
     def on_eval(self, row: Mapping[str, Any]) -> None:
         """Hand on what an evaluation found."""

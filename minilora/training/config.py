@@ -5,16 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from minilora.files import (
-    MOST,
-    check_options,
-    described,
-    is_number,
-    must_be,
-    number,
-    option,
-    whole,
-)
+from minilora.files import MOST, check_options, described, is_number, must_be, number, option, whole
 from minilora.planning import PASS_TOKENS
 
 _POSITIVE = number("a finite number above 0", lambda x: x > 0)
@@ -32,15 +23,10 @@ def _two_above_0(value: Any) -> bool:
     return listed and all(is_number(x) and math.isfinite(x) and x > 0 for x in value)
 
 
-def _given(value: Any, default: Any) -> bool:
-    return (tuple(value) if isinstance(value, list) else value) != default
-
-
 _BEST_LR, _MEASURED = 2e-3, 135_000_000  # the rate, and the parameters of the model it is of
 
-# Which losses an option acts on.
 _WARMUP = 0.05
-_ACTS_ON = {
+_ACTS_ON = {  # options of some losses alone
     "beta": ("dpo", "ipo", "orpo", "kto", "simpo"),
     "gamma": ("simpo",),
     "kto_weights": ("kto",),
@@ -265,12 +251,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for field in dataclasses.fields(self):
-            value, losses = getattr(self, field.name), _ACTS_ON.get(field.name)
-            if losses and self.loss not in losses and _given(value, field.default):
+        for name, losses in _ACTS_ON.items():
+            value = getattr(self, name)
+            given = tuple(value) if isinstance(value, list) else value
+            if self.loss not in losses and given != getattr(TrainConfig, name):
                 raise ValueError(
-                    f"{field.name} acts on loss={' or '.join(map(repr, losses))} alone, found "
-                    f"{field.name}={value} with loss={self.loss!r}; leave it out, or set loss "
+                    f"{name} acts on loss={' or '.join(map(repr, losses))} alone, found "
+                    f"{name}={value} with loss={self.loss!r}; leave it out, or set loss "
                     f"(--loss)"
                 )
         if self.warmup_steps is not None and self.warmup not in (0, _WARMUP):
@@ -321,16 +308,10 @@ def chosen_lr(config: TrainConfig, parameters: int) -> float:
 
 
 def learning_rate(config: TrainConfig, progress: float, step_share: float = 0.0) -> float:
-    """Return the rate of the step that starts at `progress`.
+    """Return the rate of the step that starts at `progress`, a share of the run in [0, 1].
 
-    Args:
-        config: the settings.
-        progress: share of the run that is done, in [0, 1].
-        step_share: the share that one step is, so that a warmup's first step is above 0 and its
-            last one reaches lr.
-
-    Returns:
-        The learning rate.
+    `step_share` is the share that one step is, so that a warmup's first step is above 0 and its
+    last one reaches lr.
     """
     warmup = config.warmup if config.warmup_steps is None else config.warmup_steps * step_share
     peak = chosen_lr(config, 0)

@@ -19,11 +19,8 @@ class Feed:
     """Iterate over a loader's epochs in a thread, a few batches ahead.
 
     Reading, tokenizing, padding and, for CUDA, pinning happen in the thread: tokenizers and torch
-    let other threads run meanwhile. Order and position are the loader's own.
-
-    Args:
-        batches: an iterable of batches with a `state_dict`, one epoch an iteration.
-        device: where batches go, without waiting for the copy where it is CUDA.
+    let other threads run meanwhile. Order and position are the loader's own: an iteration is an
+    epoch, and `state_dict` says where it is.
 
     Attributes:
         waited: seconds spent waiting for batches.

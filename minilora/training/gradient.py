@@ -44,20 +44,12 @@ class Gradient:
     A micro-batch of more tokens than a pass may have is computed in several. A pass that does not
     fit in memory is split in halves, down to one row, and the split is remembered. The gradient
     stays the same: sums are divided once, at the end, and dropout's masks depend on (seed, step,
-    row), but for those of `_masks_by_batch`.
-
-    Args:
-        run: what is trained; its `rows` is the split (0: none so far), its `limit` says before a
-            pass whether it will fit (None: only the pass itself shows).
-        autocast: makes the context to compute in.
-        say: takes a line for the user.
+    row), but for those of `_masks_by_batch`. `run.limit` says before a pass whether it will fit;
+    without one the pass itself shows.
     """
 
     def __init__(
-        self,
-        run: Run,
-        autocast: Callable[[], AbstractContextManager],
-        say: Callable[[str], None],
+        self, run: Run, autocast: Callable[[], AbstractContextManager], say: Callable[[str], None]
     ):
         self.run, self.autocast, self.say = run, autocast, say
         self.pass_tokens = pass_tokens(run)
@@ -124,8 +116,9 @@ class Gradient:
             if size == 1:
                 raise RuntimeError(
                     f"one row of {batch.input_ids.shape[1]} tokens must fit in memory, and on "
-                    f"{run.device} it does not; cut examples (max_length), set checkpointing=True "
-                    f"(--checkpointing), or {_ROOM.get(run.device.type, _ROOM['mps'])}"
+                    f"{run.device} it does not; cut examples (--max-length), pass --checkpointing "
+                    f"(in Python: checkpointing=True), or "
+                    f"{_ROOM.get(run.device.type, _ROOM['mps'])}"
                 )
             size = self._smaller(batch, size, "did not fit in memory")
 

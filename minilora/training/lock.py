@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -13,20 +14,15 @@ except ImportError:  # Windows: two runs on one folder are not noticed there
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = "run.lock"
+RUN_FILE = "run.toml"  # which the command writes
+RESUME = "--resume (in Python: resume=True)"
 
 
 class FolderLock:
     """Hold a run's folder until `release`; the file says who does.
 
     The lock is the kernel's, on the open file, so a crash leaves no lock behind: only the file,
-    which then tells that a run was killed here.
-
-    Args:
-        folder: made if missing.
-
-    Raises:
-        RuntimeError: another process works in the folder, or it can't be written.
-        ValueError: the lock's file is a link, or no file.
+    which then tells that a run was killed here. The folder is made if it is missing.
     """
 
     def __init__(self, folder: Path):
@@ -128,3 +124,11 @@ def _holder(file: Path) -> str:
         return f"process {told['pid']} (started {told['started']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def to_resume(out: Path | None) -> str:
+    """Return how the run in a folder is continued: by one command, if it was begun by one."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # torchrun's processes take all the flags
+    if out is not None and alone and (out / RUN_FILE).is_file():
+        return f"minilora resume {shlex.quote(str(out))}"
+    return RESUME

@@ -18,11 +18,10 @@ from minilora.training.boards import board, check_board
 from minilora.training.callbacks import Callbacks
 from minilora.training.config import TrainConfig
 from minilora.training.feed import Feed
-from minilora.training.forecasting import forecast
 from minilora.training.gradient import Gradient
 from minilora.training.health import Health
-from minilora.training.lock import FolderLock, check_free
-from minilora.training.measures import b_norms, evaluate
+from minilora.training.lock import FolderLock, check_free, to_resume
+from minilora.training.measures import b_norms, evaluate, forecast
 from minilora.training.monitor import CURVE_FILE, Monitor, draw_curve, seconds
 from minilora.training.progress import check_until
 from minilora.training.ranks import Ranks
@@ -338,7 +337,7 @@ class _Loop:
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
             if self.ranks.world_size == 1 and self.interrupted():
                 raise _InterruptedError
-            return run.eval_loss(model, batch)
+            return run.loss(model, batch)
 
         begin = seconds()
         tokens = sum(len(example.input_ids) for example in run.valid.examples)
@@ -355,7 +354,7 @@ class _Loop:
 
     def _rescue(self) -> None:
         """On an error, save the state as of the last complete step of this call."""
-        run, again = self.run, messages.RESUME
+        run, again = self.run, to_resume(self.run.out)
         if run.out is None or run.step == self.start or self.updating:
             return
         if self.ranks.rank > 0 or self.ranks.parallel == "fsdp":
@@ -388,11 +387,9 @@ class _Loop:
             self.monitor.say(line)
         if self.took and self.ranks.rank == 0:
             self.monitor.say(f"{waited:.2%} of the training time went into waiting for data")
-        for parameter in run.names:
-            parameter.grad = None
         result = FitResult(run.step, stopped, run.elapsed / 60, run.tokens, run.skipped,
                            run.before, run.best, run.best_step, self.losses, waited,
                            self.took / 60, self.evaluated / 60,
                            self.monitor.clock.seconds / 60)  # fmt: skip
-        self.monitor.say(messages.times(result, (seconds() - self.began) / 60))
+        self.monitor.say(messages.times(result, (seconds() - self.began) / 60, self.start > 0))
         return result

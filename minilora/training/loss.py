@@ -1,4 +1,4 @@
-"""What a run minimises and what it measures on held-out data.
+"""What a run minimises, and measures on held-out data.
 
 This file chooses; what changes the loss itself is an argument of `token_loss` (`running/loss.py`)
 and of `CausalLM.loss` (`models/causal.py`, `kernels/cross_entropy.py`), which keeps no logits.
@@ -14,18 +14,8 @@ from minilora.running import Loss, Preference, device_of, forward_logits, token_
 from minilora.training.config import TrainConfig
 
 
-def losses(config: TrainConfig, own: Loss | None) -> tuple[Loss, Loss]:
-    """Return the loss that a step minimises and the one that an evaluation reports.
-
-    An option that changes what is learned, and not what is measured, makes them differ.
-
-    Args:
-        config: the settings.
-        own: the user's loss, which is both.
-
-    Raises:
-        ValueError: a loss of the user's where an option needs the model's own, or asks for another.
-    """
+def chosen_loss(config: TrainConfig, own: Loss | None) -> Loss:
+    """Return what a step minimises and an evaluation reports; `own` is the user's, if any."""
     if config.loss != "ce":
         if own is not None:
             raise ValueError(
@@ -33,16 +23,13 @@ def losses(config: TrainConfig, own: Loss | None) -> tuple[Loss, Loss]:
                 f"own; leave one of them out"
             )
         gamma = 1.0 if config.gamma is None else config.gamma
-        weights = (config.kto_weights[0], config.kto_weights[1])
-        preference = Preference(config.loss, config.beta, gamma, weights)
-        return preference, preference  # type: ignore[return-value]
+        return Preference(config.loss, config.beta, gamma, config.kto_weights)  # type: ignore[return-value]
     if own is not None and config.max_memory is not None:
         raise ValueError(
             "max_memory plans what the model's own loss takes, found a loss of your own; leave "
             "one of them out"
         )
-    measured = own or token_loss
-    return measured, measured
+    return own or token_loss
 
 
 def require_next_token_loss(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a run measures besides its losses, on one process or several."""
+"""What a run plans before its steps, and measures besides its losses."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,36 @@ import torch
 
 from minilora.data import Batches, pad
 from minilora.lora import inference
+from minilora.planning import Forecast
 from minilora.running import Evaluation, Loss, summarize
+from minilora.training.gradient import pass_tokens
+from minilora.training.monitor import Monitor
 from minilora.training.run import Run
+
+
+def forecast(run: Run, monitor: Monitor) -> Forecast:
+    """Plan a run that is about to begin, and follow its steps."""
+    monitor.begin("planning")
+    if run.preference is not None:
+        raise ValueError(
+            f"--plan (in Python: plan=True) knows no loss over pairs of answers, found "
+            f"loss {run.preference.kind!r}; leave it out"
+        )
+    if not isinstance(run.batches, Batches):
+        raise ValueError("plan=True needs a list of examples, found a stream; plan its size apart")
+    config, ranks = run.config, run.ranks
+    minutes = config.max_minutes
+    found = Forecast(
+        run.model, run.batches, run.dtype, config.accumulate, config.checkpointing,
+        ranks.world_size, ranks.parallel, monitor.say, run.compile, pass_tokens(run),
+        steps=None if run.total is None else run.total - run.step,
+        minutes=None if minutes is None else minutes - run.elapsed / 60,
+        elapsed=run.elapsed,
+        clock=monitor.clock,
+        own=not run.own_loss,
+    )  # fmt: skip
+    monitor.callbacks.objects.append(found)
+    return found
 
 
 def evaluate(run: Run, valid: Batches, loss: Loss, tick: Callable[[int], None]) -> Evaluation:
@@ -40,10 +68,8 @@ def evaluate(run: Run, valid: Batches, loss: Loss, tick: Callable[[int], None]) 
 def b_norms(run: Run) -> dict[str, float]:
     """Return the norm of each layer's B: which layers learn, and how much."""
     norms: dict[str, torch.Tensor] = {}
-    for fqn, layer in run.layers.items():
-        if run.adapter in layer.adapters:
-            factors = layer.adapters[run.adapter]
-            norm = torch.linalg.vector_norm(factors.lora_B.detach())
-            norms[fqn] = run.ranks.full(norm).float()
+    for fqn, factors in run.factors.items():
+        norm = torch.linalg.vector_norm(factors.lora_B.detach())
+        norms[fqn] = run.ranks.full(norm).float()
     values = torch.stack(list(norms.values())).tolist()  # on a GPU each reading waits for it
     return dict(zip(norms, values, strict=True))

@@ -32,15 +32,7 @@ from minilora.running import shares_prefix
 class MemoryLimit:
     """Plan the peak of this process for passes of any shape, and compare it with a limit.
 
-    Args:
-        model: a model of minilora.models with adapters, on a CPU.
-        gigabytes: the limit, in 10⁹ bytes; of this process, everything in it counted.
-        autocast: the dtype of autocast, None without.
-        checkpointing: whether blocks are recomputed.
-        ranks: processes under DDP, 1 without.
-
-    Raises:
-        ValueError: another kind of model, or one that is not on a CPU.
+    The limit is in 10⁹ bytes, everything in the process counted. `ranks` are those of DDP.
     """
 
     def __init__(
@@ -64,11 +56,9 @@ class MemoryLimit:
             )
         self.shape = read_shape(model)
         self.gigabytes, self.ranks = gigabytes, ranks
-        settings = settings_of(model, autocast)
-        parallel = "ddp" if ranks > 1 else None
-        self.settings: dict[str, Any] = {
-            **settings, "checkpointing": checkpointing, "ranks": ranks, "parallel": parallel,
-        }  # fmt: skip
+        self.settings = settings_of(model, autocast)
+        self.settings |= {"checkpointing": checkpointing, "ranks": ranks}
+        self.settings["parallel"] = "ddp" if ranks > 1 else None
         self.counted, self.shares = Counted(model, autocast), shares_prefix(model)
         self.process = max(0, resident() - self.counted.sizes.total)
         small = [layer.ways for layer in quantized_layers(model).values()]
@@ -109,9 +99,9 @@ class MemoryLimit:
         ways = self._ways(tokens, packed)
         would = f"what would fit: {'; '.join(ways)}; or" if ways else "nothing less does, so"
         raise ValueError(
-            f"one row of {tokens} tokens must fit in max_memory={self.gigabytes:g} GB "
-            f"(--max-memory), but {memory.peak / 1e9:.2f} GB are planned (most of it {largest}); "
-            f"{would} raise max_memory to {-(-memory.peak // 10**7) / 100:.2f}"
+            f"one row of {tokens} tokens must fit in --max-memory {self.gigabytes:g} GB "
+            f"(in Python: max_memory), but {memory.peak / 1e9:.2f} GB are planned (most of it "
+            f"{largest}); {would} raise it to {-(-memory.peak // 10**7) / 100:.2f}"
         )
 
     def _ways(self, tokens: int, packed: bool) -> list[str]:
@@ -123,7 +113,7 @@ class MemoryLimit:
 
         again = planned(checkpointing=True)
         if again <= limit and not self.settings["checkpointing"]:
-            ways.append(f"checkpointing=True (--checkpointing), {again / 1e9:.2f} GB")
+            ways.append(f"--checkpointing (in Python: checkpointing=True), {again / 1e9:.2f} GB")
         shorter = bisect.bisect(range(2, tokens), limit, key=planned)
         if shorter:
             ways.append(f"rows of at most {shorter + 1} tokens (--max-length {shorter + 1})")

@@ -3,12 +3,12 @@
 from minilora.data import Batches, common_prefix, worth_sharing
 from minilora.planning import ENOUGH_STEPS, MOST_EPOCHS
 from minilora.running import shares_prefix
+from minilora.training.lock import RESUME, to_resume
 from minilora.training.progress import chosen_epochs
 from minilora.training.result import FitResult
 from minilora.training.run import Run
 from minilora.training.state import LAST, has_state
 
-RESUME = "resume=True (--resume)"
 UNFINISHED = ("interrupted", "paused")  # runs that another call goes on with
 
 
@@ -45,23 +45,22 @@ def sharing(run: Run) -> list[str]:
     shared = worth_sharing(rows, length, common_prefix(examples))
     if not shared:
         return []
-    return [f"all rows begin with the same {shared} tokens, computed once for those of a pass"]
+    return [f"all rows begin with the same {shared} tokens, which are computed once a pass"]
 
 
 def choices(run: Run) -> str:
     """Return the line that says how a run learns, and why so long where nobody said how long."""
     config = run.config
-    layer = next(one for one in run.layers.values() if run.adapter in one.adapters)
     warmup = (
         f"{config.warmup:.0%}" if config.warmup_steps is None else f"{config.warmup_steps} steps"
     )
     lr = f"{config.lr:g}"
     if run.lr_is_chosen:
-        lr += ", chosen by the model's size (lr, --lr),"
+        lr += ", chosen by the model's size (--lr),"
+    scaling = next(iter(run.factors.values())).scaling
     said = (
-        f"learning rate {lr} after {warmup} of warmup, {config.schedule}; scaling "
-        f"{layer.adapters[run.adapter].scaling:g}; {config.batch_size * config.accumulate} rows a "
-        f"step"
+        f"learning rate {lr} after {warmup} of warmup, {config.schedule}; scaling {scaling:g}; "
+        f"{config.batch_size * config.accumulate} rows a step"
     )
     if not isinstance(run.batches, Batches):
         return said
@@ -71,47 +70,47 @@ def choices(run: Run) -> str:
         return said
     why = ""
     if config.epochs is None:
-        why = f", as a first result takes about {ENOUGH_STEPS} steps (epochs, --epochs)"
+        why = f", as a first result takes about {ENOUGH_STEPS} steps (--epochs)"
         if epochs in (1, MOST_EPOCHS):
-            why = f", chosen from 1 to {MOST_EPOCHS} by their number (epochs, --epochs)"
+            why = f", chosen from 1 to {MOST_EPOCHS} by their number (--epochs)"
     return f"{said}; {epochs:g} epoch{'' if epochs == 1 else 's'} of {rows:,} rows{why}"
 
 
 def conclusions(run: Run, stopped: str, began: int) -> list[str]:
-    """Return what there is to say of a run's data and of its end; `began` as in `_conclusion`."""
+    """Return what there is to say of a run's data and its end; this call `began` at that step."""
     lines = [] if run.held_out is None else [f"note: {each}" for each in run.held_out.found()]
     if stopped == "time" and began < run.step < (run.total or 0):
-        more = f"; {RESUME} with a higher max_minutes (--minutes) goes on" if run.out else ""
-        lines.append(f"the time was up after step {run.step} of {run.total}{more}")
+        more = f"; go on with {to_resume(run.out)} and a higher limit" if run.out else ""
+        how = " (--minutes, in Python: max_minutes)" if run.out else ""
+        lines.append(f"the time was up after step {run.step} of {run.total}{more}{how}")
     ended = _conclusion(run, stopped, began)
     return lines if ended is None else [*lines, ended]
 
 
 def _conclusion(run: Run, stopped: str, began: int) -> str | None:
-    """Return the line that says how a run ended, where there is something to say.
-
-    `began` is the step from which this call went on.
-    """
+    """Return the line that says how a run ended, where there is something to say."""
     if stopped == "early" and 0 < run.step == began:
         return (
-            f"the run was finished already: no evaluation after step {run.best_step} was better, "
-            f"so patience {run.config.patience} ended it; give its command a higher --patience, or "
-            f"none, with --resume to go on"
+            f"the run had already finished: no evaluation after step {run.best_step} was better, "
+            f"so patience {run.config.patience} ended it; to go on, give its command --resume and "
+            f"a higher --patience, or none"
         )
     if stopped in ("finished", "time") and 0 < run.step == began:
         names = ("max_minutes", "max_steps", "epochs")
         limits = [f"{n} {v:g}" for n in names if (v := getattr(run.config, n)) is not None]
         return (
-            f"the run was finished already: it had come to its end after step {run.step}, and no "
-            f"step was left within its limits ({', '.join(limits) or 'epochs as chosen'}); higher "
-            f"ones go on: --minutes, --max-steps, --epochs"
+            f"the run had already finished after step {run.step}, and its limits "
+            f"({', '.join(limits) or 'epochs as chosen'}) allow no more; to go on, raise "
+            f"--max-steps, --epochs or --minutes"
         )
     if stopped == "paused":
-        return f"paused after step {run.step}" + (f"; go on with {RESUME}" if run.out else "")
+        return f"paused after step {run.step}" + (
+            f"; go on with {to_resume(run.out)}" if run.out else ""
+        )
     if stopped == "interrupted" and run.step == 0:
         return "stopped before the first step: nothing was trained or saved"
     if stopped == "interrupted":
-        saved = f" and saved in {run.out}; continue with {RESUME}" if run.out else ""
+        saved = f" and saved in {run.out}; go on with {to_resume(run.out)}" if run.out else ""
         return f"stopped after step {run.step}{saved}"
     if run.best is not None and run.best_step == 0:
         last = f"; the last step's is in {run.out / LAST}" if run.out else ""
@@ -129,21 +128,25 @@ def _conclusion(run: Run, stopped: str, began: int) -> str | None:
     return None
 
 
-def times(result: FitResult, whole: float) -> str:
+def times(result: FitResult, whole: float, resumed: bool) -> str:
     """Return the line that says where a call's time went; `whole` is all of it, in minutes."""
-    parts = [f"training {spent(result.trained)}"]
+    longest = max(whole, result.minutes)
+    parts = [f"training {spent(result.trained, longest)}"]
     if result.evaluating:
-        parts.append(f"evaluation {spent(result.evaluating)}")
+        parts.append(f"evaluation {spent(result.evaluating, longest)}")
     if result.compiling:
-        parts.append(f"of both {spent(result.compiling)} compiling")
-    return f"time: {', '.join(parts)}; {spent(whole)} in all"
+        parts.append(f"of both {spent(result.compiling, longest)} compiling")
+    line = f"{', '.join(parts)}; {spent(whole, longest)} in all"
+    if not resumed:
+        return f"time: {line}"
+    return f"time of this call: {line}; training in the whole run: {spent(result.minutes, longest)}"
 
 
-def spent(minutes: float) -> str:
-    """Write a time in the unit that suits it."""
-    if minutes < 2:
-        return f"{60 * minutes:.0f} s" if minutes > 0.15 else f"{60 * minutes:.1f} s"
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+def spent(minutes: float, longest: float) -> str:
+    """Write a time in the unit that suits the longest of those beside it."""
+    if longest < 2:
+        return f"{60 * minutes:.{0 if longest > 0.15 else 1}f} s"
+    return f"{minutes:.1f} min" if longest < 120 else f"{minutes / 60:.1f} h"
 
 
 class DivergedError(RuntimeError):

@@ -23,6 +23,7 @@ from minilora.files import (
 )
 from minilora.running import CompileClock, Evaluation
 from minilora.training.callbacks import Callbacks
+from minilora.training.lock import to_resume
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -31,18 +32,11 @@ CURVE_FILE = "loss.png"
 class Monitor:
     """Show progress (a bar on a terminal with tqdm, plain lines otherwise) and append metrics.
 
-    Nothing is silent for more than five seconds: what takes longer is said to be under way. Of a
-    step that is said only when it takes twice as long as the last one.
+    Nothing is silent for more than five seconds: what takes longer is said to be under way, but
+    not to callbacks. Of a step that is said only when it takes twice as long as the last one.
 
-    Args:
-        total: steps planned, or None under a time limit alone.
-        start: steps already done.
-        out: the run's folder, or None to leave nothing behind.
-        every: steps between plain lines.
-        quiet: show nothing.
-        callbacks: are told what is recorded and said, but not that something is under way.
-        clock: of what is compiled.
-        begun: whether what is recorded up to `start` stays.
+    Without `out` nothing is left behind. Where a run goes on, `start` steps are done, and what is
+    recorded of them stays if it was `begun`. There is a plain line `every` so many steps.
     """
 
     def __init__(
@@ -86,15 +80,13 @@ class Monitor:
 
     def _look(self) -> None:
         """Let the bar's clock go on, or break a silence."""
+        taken = seconds() - self.since
+        usual = self.doing.startswith("step") and taken < 2 * self.usual  # as steps do
         if self.bar is not None:
             self.bar.refresh()
-        elif seconds() - self.said >= SILENCE and not self._is_usual():
+        elif seconds() - self.said >= SILENCE and not usual:
             compiling = "" if self.clock.began is None else ", compiling"
-            self._print(f"{self.doing}: {seconds() - self.since:.0f} s so far{compiling}")
-
-    def _is_usual(self) -> bool:
-        """Return whether a step is under way that takes no longer than steps do."""
-        return self.doing.startswith("step") and seconds() - self.since < 2 * self.usual
+            self._print(f"{self.doing}: {taken:.0f} s so far{compiling}")
 
     def _print(self, line: str) -> None:
         self.said = seconds()
@@ -171,18 +163,22 @@ class Monitor:
     def _append(self, row: dict) -> None:
         if self.file is None:
             return
-        plain = {  # JSON knows no NaN and no infinity
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
         try:
             with open(self.file, "a", encoding="utf-8", opener=open_plain) as file:
-                file.write(json.dumps(plain) + "\n")
+                file.write(json.dumps(_plain(row)) + "\n")
         except OSError as error:
             raise RuntimeError(
                 f"{self.file} must take another line, but writing failed: "
-                f"{error.strerror or error}; free space there and go on with resume=True (--resume)"
+                f"{error.strerror or error}; free space there and go on with "
+                f"{to_resume(self.file.parent)}"
             ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a row, or a value of one, without NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _of_pairs(row: dict) -> str:
@@ -242,22 +238,16 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def draw_curve(out: Path) -> Path | None:
-    """Draw the losses in metrics.jsonl; return None where there is no number.
-
-    Raises:
-        RuntimeError: matplotlib is missing.
-    """
+    """Draw the losses in metrics.jsonl; return None where there is no number."""
     rows = read_metrics(out / METRICS_FILE)
     steps = [(row["step"], row["loss"]) for row in rows if _drawable(row.get("loss"))]
     evals = [(row["step"], row["eval_loss"]) for row in rows if _drawable(row.get("eval_loss"))]
     if not steps and not evals:
         return None
     import_extra("matplotlib", "the curve")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if steps:
         axes.plot(*zip(*steps, strict=True), color="#9ab", lw=0.8, label="training, each step")

@@ -9,29 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import (
-    NOT_ONE_TEXT,
-    Batch,
-    Batches,
-    Example,
-    Pair,
-    Stream,
-    StreamBatches,
-)
+from minilora.data import NOT_ONE_TEXT, Batch, Batches, Example, Pair, Stream, StreamBatches
 from minilora.kernels import fastest_dtype, hardware, is_slow
-from minilora.lora import (
-    LoRALayer,
-    Survey,
-    check_whole,
-    is_copy,
-    named_parameters,
-    unwrapped,
-)
+from minilora.lora import LoRALayer, Survey, check_whole, is_copy, named_parameters, unwrapped
 from minilora.running import Preference, context_of, takes_packed
 
 
-def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+def check_model(survey: Survey) -> None:
     """Refuse models whose training could not work or not be saved."""
+    model = survey.model
     if unwrapped(model) is not model:
         raise ValueError(
             f"fit() needs the model itself, found {type(model).__name__} around it; pass the "
@@ -39,17 +25,16 @@ def check_model(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
             f"over processes"
         )
     check_whole(model, "fit")
-    if any(layer.merged for layer in layers.values()):
+    if survey.merged:
         raise RuntimeError("fit() needs unmerged weights; call minilora.unmerge(model) first")
-    survey = Survey(model)
     survey.require_unmixed("fit()")
     survey.require_finite()
 
 
-def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
+def trained_adapter(survey: Survey) -> str:
     """Return the one adapter that is active and trainable."""
-    active = dict.fromkeys(name for layer in layers.values() for name in layer.active)
-    names = [n for n in active if any(p.requires_grad for p in _belonging(model, layers, n))]
+    active = dict.fromkeys(name for layer in survey.layers.values() for name in layer.active)
+    names = [n for n in active if any(p.requires_grad for p in _belonging(survey, n))]
     if not names:
         raise ValueError(
             "fit() needs an active adapter that requires gradients, found none; use "
@@ -63,26 +48,24 @@ def trained_adapter(model: nn.Module, layers: dict[str, LoRALayer]) -> str:
     return names[0]
 
 
-def _belonging(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> list[Tensor]:
+def _belonging(survey: Survey, adapter: str) -> list[Tensor]:
     """Return an adapter's parameters: factors, and trained copies of base parameters."""
-    own = [layer.adapters[adapter] for layer in layers.values() if adapter in layer.adapters]
-    factors = [p for factors in own for p in factors.parameters()]
-    return [*factors, *Survey(model).copies_of(adapter).values()]
+    factors = [p for one in survey.factors(adapter).values() for p in one.parameters()]
+    return [*factors, *survey.copies_of(adapter).values()]
 
 
-def trained(model: nn.Module, layers: dict[str, LoRALayer], adapter: str) -> dict[Tensor, str]:
+def trained(survey: Survey, adapter: str) -> dict[Tensor, str]:
     """Return the parameters to train with their names; refuse others that require gradients."""
-    mine = {p for p in _belonging(model, layers, adapter) if p.requires_grad}
-    known = {p for layer in layers.values() for p in layer.adapters.parameters()}
-    known |= {p for copies in Survey(model).copies.values() for p in copies.by_name.values()}
-    for name, parameter in named_parameters(model):
+    mine = {p for p in _belonging(survey, adapter) if p.requires_grad}
+    known = {p for name in {*survey.adapters, *survey.copies} for p in _belonging(survey, name)}
+    for name, parameter in named_parameters(survey.model):
         if parameter.requires_grad and parameter not in known:
             raise ValueError(
                 f"fit() trains adapters only, but {name} requires gradients too; freeze it, or "
                 f"write your own loop"
             )
     # A trained copy goes by the name of the parameter it stands for, not by where it is kept.
-    names = named_parameters(model)
+    names = named_parameters(survey.model)
     trained: dict[Tensor, str] = {p: n for n, p in names if p in mine and not is_copy(n)}
     for one, name in trained.items():
         if one.dtype == torch.float16:
@@ -119,11 +102,7 @@ def make_batches(
 
 
 class HeldOut:
-    """Held-out examples, and which of them have been met in the training data.
-
-    Args:
-        valid: the held-out examples.
-    """
+    """Held-out examples, and which of them have been met in the training data."""
 
     def __init__(self, valid: Sequence[Example]) -> None:
         self._ids = [example.own_ids for example in valid]
@@ -154,15 +133,11 @@ class HeldOut:
 
 
 def example_check(
-    model: nn.Module, pad_id: int, own_loss: bool, preference: Preference | None = None
+    model: nn.Module, pad_id: int, own_loss: bool, preference: Preference | None
 ) -> Callable[[Example, str], None]:
     """Return what holds an example against the model's context and vocabulary.
 
-    Args:
-        model: its `config`, if any, says what fits.
-        pad_id: of the padding.
-        own_loss: whether the user's loss says what labels are, and knows packed rows.
-        preference: the loss where it compares answers.
+    With `own_loss` the user's loss says what labels are, and knows packed rows.
     """
     config = getattr(model, "config", None)
     context = context_of(model)

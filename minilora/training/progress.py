@@ -114,18 +114,17 @@ def planned_steps(config: TrainConfig, rows: int | None) -> int | None:
 
     `rows` of an epoch is None for a stream, whose length nobody knows.
     """
-    limits = (config.epochs, config.max_steps, config.max_minutes)
-    if rows is None and limits == (None, None, None):
-        raise ValueError(
-            "a stream has no known length, so a run on it needs max_steps (--max-steps) or "
-            "max_minutes (--minutes), found neither"
-        )
-    if rows is None and config.epochs is not None:
-        raise ValueError(
-            f"a stream has no known length, so epochs can't be counted, found epochs="
-            f"{config.epochs}; set max_steps or max_minutes"
-        )
     if rows is None:
+        if config.epochs is not None:
+            raise ValueError(
+                f"a stream has no known length, so epochs can't be counted, found epochs="
+                f"{config.epochs}; set max_steps or max_minutes"
+            )
+        if config.max_steps is None and config.max_minutes is None:
+            raise ValueError(
+                "a stream has no known length, so a run on it needs --max-steps or --minutes "
+                "(in Python: max_steps, max_minutes), found neither"
+            )
         return config.max_steps
     steps = [] if config.max_steps is None else [config.max_steps]
     epochs = chosen_epochs(config, rows)

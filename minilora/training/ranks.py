@@ -53,9 +53,9 @@ class Ranks:
                 hand_back_large_blocks()
         elif torchrun_number("WORLD_SIZE", 1) > 1:
             raise RuntimeError(
-                f"each of several processes must train with parallel='ddp' or 'fsdp' (--parallel), "
-                f"found {os.environ['WORLD_SIZE']} processes without it, which would all write the "
-                f"same files; add it, or start one process"
+                f"each of several processes must train with --parallel ddp or fsdp (in Python: "
+                f"parallel=), found {os.environ['WORLD_SIZE']} processes without it, which would "
+                f"all write the same files; add it, or start one process"
             )
 
     def all_reduce(self, *values: float) -> list[float]:
@@ -171,11 +171,7 @@ def torchrun_number(name: str, default: int) -> int:
 
 
 def start(parallel: str, device: torch.device) -> None:
-    """Join the processes that torchrun started, unless that has been done.
-
-    Raises:
-        RuntimeError: torchrun did not start this process.
-    """
+    """Join the processes that torchrun started, unless that has been done."""
     if dist.is_initialized():
         return
     if not dist.is_available() or "RANK" not in os.environ:

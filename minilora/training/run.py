@@ -18,7 +18,7 @@ from minilora.quantization import quantized_layers
 from minilora.running import Evaluation, Loss, Preference, device_of, settle_compile
 from minilora.training.adamw import AdamW
 from minilora.training.config import TrainConfig, chosen_lr
-from minilora.training.loss import losses, require_next_token_loss
+from minilora.training.loss import chosen_loss, require_next_token_loss
 from minilora.training.memory_limit import MemoryLimit
 from minilora.training.prepare import (
     HeldOut,
@@ -54,9 +54,9 @@ class Run(Progress):
     """The parts of a run and its counters; everything is checked when it is made.
 
     Attributes:
-        loss: what a step minimises.
-        eval_loss: what an evaluation reports.
+        loss: what a step minimises and an evaluation reports.
         preference: the loss where it compares answers, else None.
+        factors: the adapter's in each layer that has it.
         names: the trained parameters and their dotted names.
         scale: what the loss is multiplied with before the backward pass.
         rows: rows in a pass, once a micro-batch did not fit; 0 until then.
@@ -86,7 +86,7 @@ class Run(Progress):
     ):
         super().__init__()
         self.model, self.config, self.out, self.ranks = model, config, out, ranks
-        self.loss, self.eval_loss = losses(config, loss)
+        self.loss = chosen_loss(config, loss)
         self.own_loss = loss is not None
         self.preference = self.loss if isinstance(self.loss, Preference) else None
         self.fallen_back = False
@@ -104,24 +104,25 @@ class Run(Progress):
         if self.valid is None and self.step == 0:
             self.remarks.append(
                 "nothing is held out, so nothing will say whether the adapter is better on other "
-                "data; valid=… (--valid FILE, --hold-out 5%) does"
+                "data; --valid FILE or --hold-out 5% does (in Python: valid=…)"
             )
         self.position = self.batches.state_dict()
 
     def _take_model(self) -> None:
         """Settle what is trained and in which dtype."""
         model, config = self.model, self.config
-        self.layers = Survey(model).require_layers("fit")
-        check_model(model, self.layers)
+        survey = Survey(model)
+        self.layers = survey.require_layers("fit")
+        check_model(survey)
         self.lr_is_chosen = config.lr is None
         self.config = replace(config, lr=chosen_lr(config, summary(model).base))
         if not self.own_loss:
             require_next_token_loss(model)
-        self.adapter = trained_adapter(model, self.layers)
+        self.adapter = trained_adapter(survey)
         if self.preference is not None:  # without this one the model is the reference
             self.preference.adapter = self.adapter
-        self.names = trained(model, self.layers, self.adapter)
-        survey = Survey(model)
+        self.factors = survey.factors(self.adapter)
+        self.names = trained(survey, self.adapter)
         self.others = {  # they are frozen, so once is enough
             name: digest(survey, name, self.ranks.full)
             for name in survey.active
@@ -172,8 +173,8 @@ class Run(Progress):
             raise ValueError("patience counts evaluations, so it needs valid, found none; pass it")
         elif config.eval_every is not None:
             raise ValueError(
-                "eval_every (--eval-every) evaluates on valid (--valid), found none; pass it, or "
-                "leave eval_every out"
+                "--eval-every evaluates on --valid, found none (in Python: eval_every, valid); "
+                "pass it, or leave --eval-every out"
             )
 
     def _spread(self) -> None:
@@ -184,7 +185,7 @@ class Run(Progress):
         ranks.broadcast_tensors([*self.names, *self._buffers().values()])
         if ranks.parallel == "fsdp" and not is_sharded(self.model):
             shard(self.model, self.device)
-            self.names = trained(self.model, self.layers, self.adapter)
+            self.names = trained(Survey(self.model), self.adapter)
         self.limit = self._limit()
         self.rows, self.rows_of_all = 0, [0] * ranks.world_size
         self.process_of_all = [0] * ranks.world_size
@@ -241,9 +242,7 @@ class Run(Progress):
         if self.preference is not None:
             tensors |= self.preference.tensors()
         tensors = {key: self.ranks.full(tensor) for key, tensor in tensors.items()}
-        facts: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in fields(Counters)
-        }
+        facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Counters)}
         facts |= {"data": self.position, "identity": self._identity(), "total": self.total}
         facts |= {"scale": vars(self.scale), "rows": self.rows_of_all}
         facts |= {"process": self.process_of_all}
@@ -260,11 +259,11 @@ class Run(Progress):
 
     def _save_adapter(self, folder: Path) -> None:
         try:
-            with whole_factors(self.model, self.adapter):
+            with whole_factors(self.factors.values()):
                 if self.ranks.rank == 0:
                     save_adapter(self.model, folder, self.adapter, self.config.base_name)
         except UnwritableError as error:
-            raise resumable(error) from error
+            raise resumable(folder, error) from error
 
     def sweep(self) -> None:
         """Remove what a killed run left."""
@@ -281,17 +280,15 @@ class Run(Progress):
         in the next process.
         """
         frozen: dict[str, Tensor] = {}
-        for fqn, layer in self.layers.items():
-            if self.adapter in layer.adapters:
-                factors = layer.adapters[self.adapter]
-                held = [*factors.named_buffers(), *factors.named_parameters()]
-                frozen |= {f"{fqn}.{name}": one for name, one in held if one not in self.names}
+        for fqn, factors in self.factors.items():
+            held = [*factors.named_buffers(), *factors.named_parameters()]
+            frozen |= {f"{fqn}.{name}": one for name, one in held if one not in self.names}
         return frozen
 
     def _identity(self) -> dict[str, Any]:
         """Return what makes it this run: a resumed one must have the same."""
         mine = {n: layer for n, layer in self.layers.items() if self.adapter in layer.adapters}
-        with whole_factors(self.model, self.adapter):  # PiSSA's are put together with its offset
+        with whole_factors(self.factors.values()):  # PiSSA's are put together with its offset
             adapter = config_of(self.model, self.adapter)
         survey = Survey(self.model)
         rest = frozen_values(survey, mine, survey.copies_of(self.adapter))
@@ -341,7 +338,7 @@ class Run(Progress):
                 self.preference.restore(*reference)
             check_tensors(file, tensors, parameters, buffers)  # type: ignore[arg-type]
             self.batches.load_state_dict(facts["data"])
-            for key in (field.name for field in fields(Counters)):
+            for key in (f.name for f in fields(Counters)):
                 if not isinstance(facts[key], (int, float)):
                     raise TypeError(f"{key} is {facts[key]!r}")
                 setattr(self, key, facts[key])

@@ -17,13 +17,7 @@ from minilora.training.config import TrainConfig
 
 
 def digest(survey: Survey, adapter: str, whole: Callable[[Tensor], Tensor]) -> str:
-    """Return a hash of an adapter's options, factors and trained copies.
-
-    Args:
-        survey: of the model.
-        adapter: its name.
-        whole: gathers a tensor that may be sharded.
-    """
+    """Return a hash of an adapter; `whole` gathers a tensor that may be sharded."""
     factors = survey.factors(adapter)
     values: dict[str, Tensor] = {
         f"{fqn}.{key}": value
@@ -36,11 +30,7 @@ def digest(survey: Survey, adapter: str, whole: Callable[[Tensor], Tensor]) -> s
 
 
 def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Compare what defines two runs (`Run.identity`); return remarks on what may differ.
-
-    Raises:
-        ValueError: settings, adapter, base, computation or held-out examples differ.
-    """
+    """Compare what defines two runs; raise ValueError, or return remarks on what may differ."""
     here = json.loads(json.dumps(here))  # tuples become lists, as in the file
     remarks = []
     for field in dataclasses.fields(TrainConfig):
@@ -60,13 +50,14 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) ->
             f"{saved['compute']} and are {here['compute']}; set dtype in the config, and "
             f"compute_dtype as for the first run"
         )
-    for key in saved["adapter"].keys() | here["adapter"].keys():
-        old, new = saved["adapter"].get(key), here["adapter"].get(key)
-        if old != new:
-            raise ValueError(
-                f"{folder} holds the state of another adapter: {key} was {old!r} and is {new!r}; "
-                f"inject as for the first run"
-            )
+    old, new = saved["adapter"], here["adapter"]
+    other = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if other:
+        changed = ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in other)
+        raise ValueError(
+            f"{folder} holds the state of another adapter: {changed}; use the first run's "
+            f"settings, or start anew in another folder"
+        )
     others = saved.get("others", here["others"])  # which older states have not
     for name, value in here["others"].items():
         if others.get(name) != value:
@@ -103,13 +94,9 @@ def check_tensors(
 ) -> None:
     """Raise ValueError unless a state holds exactly what an adapter needs, in shape and dtype.
 
-    Args:
-        file: named in the message.
-        tensors: `parameter.<name>` and `buffer.<name>` of all; `best.<name>` of all parameters or
-            none; `optimizer.<key>.<name>` of the parameters that have had a gradient, and
-            `optimizer.wide.<name>` of those that are trained by a copy.
-        trained: the adapter's parameters by name.
-        buffers: what is frozen of it.
+    That is `parameter.<name>` and `buffer.<name>` of all; `best.<name>` of all parameters or none;
+    `optimizer.<key>.<name>` of the parameters that have had a gradient, and
+    `optimizer.wide.<name>` of those that are trained by a copy.
     """
     wanted = {f"parameter.{name}": p for name, p in trained.items()}
     wanted |= {f"buffer.{name}": b for name, b in buffers.items()}
@@ -130,6 +117,6 @@ def check_tensors(
         if found != must:
             raise ValueError(
                 f"{file} must hold the tensors of this adapter, but under {key} there must be "
-                f"{must}, found {found}; inject as for the first run (if you did, the file is "
+                f"{must}, found {found}; use the first run's settings (if you did, the file is "
                 f"damaged: start anew in another folder)"
             )

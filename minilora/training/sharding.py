@@ -1,6 +1,6 @@
 """FSDP2: shard a model with adapters, and read it so that no process ever holds all of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,15 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minilora.lora import (
-    FROM_WEIGHT,
-    LoRAAdapter,
-    LoRALayer,
-    Survey,
-    base_of,
-    lora_layers,
-    weight_sample,
-)
+from minilora.lora import FROM_WEIGHT, LoRAAdapter, Survey, base_of, lora_layers, weight_sample
 from minilora.training.ranks import Ranks
 
 
@@ -29,14 +21,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     """Shard a model with adapters over all ranks by FSDP2, block by block.
 
     Frozen parameters of any dtype (codes in uint8 or int8, scales) are sharded beside the trained
-    ones, which must be of one dtype in each block.
-
-    Args:
-        model: on the device, or on the meta device to be put there.
-        device: of this rank.
-
-    Raises:
-        ValueError: an adapter with trained copies or of several dtypes.
+    ones, which must be of one dtype. The model may be on the meta device.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -64,16 +49,14 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def whole_factors(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Within the block the adapter's factors are whole tensors; all ranks must enter."""
+def whole_factors(factors: Iterable[LoRAAdapter]) -> Iterator[None]:
+    """Within the block an adapter's factors are whole tensors; all ranks must enter."""
     swapped = []
-    for layer in lora_layers(model).values():
-        if adapter in layer.adapters:
-            held = layer.adapters[adapter]._parameters
-            for key, parameter in held.items():
-                if parameter is not None and hasattr(parameter, "full_tensor"):
-                    swapped.append((held, key, parameter))
-                    held[key] = nn.Parameter(parameter.full_tensor().detach())
+    for held in (each._parameters for each in factors):
+        for key, parameter in held.items():
+            if parameter is not None and hasattr(parameter, "full_tensor"):
+                swapped.append((held, key, parameter))
+                held[key] = nn.Parameter(parameter.full_tensor().detach())
     try:
         yield
     finally:
@@ -102,13 +85,22 @@ def sharded(
         inject(model)
         layers = lora_layers(model)
         for fqn, layer in layers.items():
-            _check(fqn, layer)
+            for one in layer.adapters.values():
+                if FROM_WEIGHT.fullmatch(one.init) or one.magnitude is not None:
+                    raise ValueError(
+                        f"parallel='fsdp' reads the base in parts, so an adapter can't start from "
+                        f"its weights, found init={one.init!r}"
+                        f"{' and dora' * (one.magnitude is not None)} on {fqn}; use --init kaiming "
+                        f"without --dora, or --parallel ddp"
+                    )
         shard(model, ranks.device)
         model.to_empty(device=ranks.device)
         model.tie_weights()  # type: ignore[operator]
         for layer in layers.values():
-            for factors in layer.adapters.values():
-                _draw(layer, factors, ranks)
+            for one in layer.adapters.values():  # its factors start as a process alone would
+                fresh = layer.view.new_adapter(**one.options(), dtype=one.lora_A.dtype)
+                for name, value in fresh.named_parameters():
+                    ranks.put(one.get_parameter(name), value)
         targets = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
 
         def put(fqn: str, value: Tensor | nn.Module) -> None:
@@ -125,21 +117,3 @@ def sharded(
         return put
 
     return prepare
-
-
-def _check(fqn: str, layer: LoRALayer) -> None:
-    for one in layer.adapters.values():
-        if FROM_WEIGHT.fullmatch(one.init) or one.magnitude is not None:
-            raise ValueError(
-                f"parallel='fsdp' reads the base in parts, so an adapter can't start from its "
-                f"weights, found init={one.init!r}{' and dora' * (one.magnitude is not None)} "
-                f"on {fqn}; use --init kaiming without --dora, or --parallel ddp"
-            )
-
-
-def _draw(layer: LoRALayer, factors: LoRAAdapter, ranks: Ranks) -> None:
-    """Start an adapter's sharded factors as a process alone would."""
-    fresh = layer.view.new_adapter(**factors.options(), dtype=factors.lora_A.dtype)
-    with torch.no_grad():
-        for name, value in fresh.named_parameters():
-            ranks.put(factors.get_parameter(name), value)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minilora.files import CHECKSUMS, UnwritableError, beside, read_tensors, tensor_content
 from minilora.peft import CONFIG_FILE, WEIGHTS_FILE, settle_pair
-from minilora.training.lock import LOCK_FILE
+from minilora.training.lock import LOCK_FILE, to_resume
 from minilora.training.monitor import CURVE_FILE, METRICS_FILE, read_metrics
 
 STATE_FILE = "state.safetensors"
@@ -29,10 +29,7 @@ def has_state(out: Path) -> bool:
 def check_out(out: Path, resume: bool, begun: bool | None = None) -> None:
     """Raise ValueError unless a run may write into `out`: nothing of another run is overwritten.
 
-    Args:
-        out: the run's folder.
-        resume: whether it is to go on from what is there.
-        begun: whether a run was killed in it; None: if its lock's file is there.
+    `begun` says whether a run was killed in it; None: if its lock's file is there.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, found a file at {out}; name another folder")
@@ -51,8 +48,8 @@ def check_out(out: Path, resume: bool, begun: bool | None = None) -> None:
         return
     if has_state(out):
         raise ValueError(
-            f"{out} holds the state of an earlier run; pass resume=True (--resume) to continue it, "
-            f"or another folder to start anew"
+            f"{out} holds the state of an earlier run; continue it with {to_resume(out)}, or name "
+            f"another folder to start anew"
         )
     metrics = out / METRICS_FILE
     logged = metrics.is_file() and any(row["step"] > 0 for row in read_metrics(metrics))
@@ -64,9 +61,9 @@ def check_out(out: Path, resume: bool, begun: bool | None = None) -> None:
         )
 
 
-def resumable(error: UnwritableError) -> RuntimeError:
+def resumable(out: Path, error: UnwritableError) -> RuntimeError:
     """Return the error for a run whose file could not be written."""
-    return RuntimeError(f"{error}; go on with resume=True (--resume)")
+    return RuntimeError(f"{error}; go on with {to_resume(out)}")
 
 
 def sweep(out: Path) -> None:
@@ -86,9 +83,6 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     """Write the state aside, flush it to the disk and rename it into place.
 
     The newest before it stays as the previous one; at every moment one of the two is whole.
-
-    Raises:
-        RuntimeError: it can't be written; the states that were there stay.
     """
     told = {"minilora_run": json.dumps({"version": _VERSION, **facts})}
     newest, previous = folder / STATE_FILE, folder / PREVIOUS_FILE
@@ -104,32 +98,25 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
                     os.replace(previous, newest)
                 raise
     except UnwritableError as error:
-        raise resumable(error) from error
+        raise resumable(folder, error) from error
     except OSError as error:
-        raise resumable(UnwritableError(newest, error)) from error
+        raise resumable(folder, UnwritableError(newest, error)) from error
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Read the newest state, or the one before where the newest is missing or damaged.
 
-    Nothing on the disk changes: a run that goes on calls `settle_state`.
-
-    Returns:
-        The tensors, and the facts with a remark under `"fallback"` (None for the newest).
-
-    Raises:
-        ValueError: no state that is whole, or one of another version.
-        RuntimeError: the newest is there and can't be read just now, which is no damage.
+    The facts have a remark under `"fallback"`, None for the newest. One that is there and can't be
+    read just now is no damage. Nothing on the disk changes: a run that goes on calls
+    `settle_state`.
     """
     newest, previous = folder / STATE_FILE, folder / PREVIOUS_FILE
     try:
         tensors, facts = _read(newest)
         return tensors, facts | {"fallback": None}
-    except _OtherVersionError:  # whole, for another minilora: it stays where it is
-        raise
     except ValueError as error:
-        if not previous.is_file():
-            raise
+        if isinstance(error, _OtherVersionError) or not previous.is_file():
+            raise  # of another version it is whole, and stays where it is
         try:
             tensors, facts = _read(previous)
         except _OtherVersionError:

@@ -1,5 +1,6 @@
 """What a tuning tries, how long, and what it found."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -104,11 +105,7 @@ class Tuning:
 def trials_of(
     rates: Sequence[float], adapters: Sequence[Mapping[str, Any]], config: TrainConfig
 ) -> list[Trial]:
-    """Return what is to be tried: each rate with each adapter.
-
-    Raises:
-        ValueError: fewer than two, one twice, or a setting that is none.
-    """
+    """Return what is to be tried, each rate with each adapter; refuse what is no choice."""
     listed = isinstance(rates, Sequence) and isinstance(adapters, Sequence)
     if not listed or isinstance(rates, str) or len(rates) * len(adapters) < 2:
         raise ValueError(
@@ -142,13 +139,15 @@ def _plain(value: Any) -> str:
     return "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)
 
 
+def by_adapter(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Return trials, in the order of `trials_of`, in groups that share their adapter's settings."""
+    return [list(group) for _, group in itertools.groupby(trials, lambda trial: trial.adapter)]
+
+
 def rungs(steps: int, trials: int) -> list[int]:
     """Return after which steps trials are compared: their number halves each time, down to 1.
 
     The last comparison comes after a fifth of the steps, each one before it after half as many.
-
-    Raises:
-        ValueError: too few steps.
     """
     halvings = int(math.log2(trials))
     found = [steps // (LAST * 2**k) for k in reversed(range(halvings))]

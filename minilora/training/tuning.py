@@ -5,7 +5,6 @@ folder of its own, paused and resumed: all share one model, and each lies whole 
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,11 +14,11 @@ from typing import Any
 from torch import nn
 
 from minilora.data import Stream, as_examples
-from minilora.files import number, one_line
+from minilora.files import number, one_line, print_line
 from minilora.lora import Survey
 from minilora.running import Difference, paired_difference, require_unpacked
 from minilora.training.config import TrainConfig
-from minilora.training.lock import FolderLock, check_free
+from minilora.training.lock import FolderLock, check_free, to_resume
 from minilora.training.messages import DivergedError
 from minilora.training.progress import planned_steps
 from minilora.training.result import FitResult
@@ -95,7 +94,7 @@ def tune(
     runs = Runs(model, rows, held, folder, config, pad_id, quiet)
     try:
         record.check_folder(resume, lock.left)
-        return _Race(runs, record, trials, quiet).run(budget, begin)
+        return _Race(runs, record, trials).run(budget, begin)
     except BaseException:
         runs.drop()
         raise
@@ -127,8 +126,8 @@ def _check(model: nn.Module, config: TrainConfig, budget: float | None) -> None:
 class _Race:
     """Bring trials up to the comparisons and drop the worse ones."""
 
-    def __init__(self, runs: Runs, record: Record, trials: list[Trial], quiet: bool):
-        self.runs, self.record, self.trials, self.quiet = runs, record, trials, quiet
+    def __init__(self, runs: Runs, record: Record, trials: list[Trial]):
+        self.runs, self.record, self.trials = runs, record, trials
         self.left: dict[str, str] = {}
         self.against: dict[str, dict[int, Difference]] = {trial.name: {} for trial in trials}
         self.chosen: str | None = None
@@ -143,7 +142,7 @@ class _Race:
                 order = self._compared(order, rung)
             result = self._finished(order)
         except InterruptedTuningError:
-            self._say("stopped; go on with resume=True (--resume)")
+            self._say(f"stopped; go on with {to_resume(self.runs.out)}")
         found = self._told(result, (time.perf_counter() - begin) / 60)
         try:
             draw_rates(found)
@@ -167,9 +166,6 @@ class _Race:
             f"steps in all"
         )
 
-    def _mean(self, losses: Sequence[float]) -> float:
-        return math.fsum(losses) / sum(self.runs.counts)
-
     def _compared(self, order: list[Trial], rung: int) -> list[Trial]:
         """Bring trials up to a step and return those that stay, the best one first."""
         if len(order) == 1:  # nothing is left to compare with
@@ -187,7 +183,8 @@ class _Race:
         here.sort(key=lambda trial: math.fsum(losses[trial.name][rung]))  # equal ones as given
         best, stay = here[0], [here[0]]
         for trial in here[1:]:
-            found = self._difference(best, trial, rung)
+            first, second = (losses[one.name][rung] for one in (best, trial))
+            found = paired_difference(best.name, trial.name, first, second, self.runs.counts)
             self.against[trial.name][rung] = found
             gap = f"{found.change:+.4f}, 95 % {found.low:+.4f} to {found.high:+.4f}"
             if found.clear:
@@ -201,19 +198,17 @@ class _Race:
 
     def _measured(self, trial: Trial, rung: int) -> None:
         """Bring one trial up to a step and keep its held-out losses."""
-        try:
-            steps = self._train(trial, rung).steps
-            if steps != rung:
-                raise ValueError(
-                    f"{trial.name} must be compared after step {rung}, but {self.runs.out} has it "
-                    f"at step {steps}: its run went on by itself; remove the folder {trial.name} "
-                    f"and the tuning trains it anew"
-                )
-            losses = self.runs.losses()
-        except DivergedError as error:
-            self._diverge(trial, str(error).partition(";")[0])
+        result = self._train(trial, rung)
+        if result is None:
             return
-        mean = self._mean(losses)
+        if result.steps != rung:
+            raise ValueError(
+                f"{trial.name} must be compared after step {rung}, but {self.runs.out} has it "
+                f"at step {result.steps}: its run went on by itself; remove the folder "
+                f"{trial.name} and the tuning trains it anew"
+            )
+        losses = self.runs.losses()
+        mean = math.fsum(losses) / sum(self.runs.counts)
         if not math.isfinite(mean):
             self._diverge(trial, f"its held-out loss is {mean} after {rung} steps")
             return
@@ -221,8 +216,13 @@ class _Race:
         self.record.write()
         self._say(f"{trial.name}: step {rung} of {self.record.steps}, held-out loss {mean:.4f}")
 
-    def _train(self, trial: Trial, until: int | None) -> FitResult:
-        result = self.runs.train(trial, until)
+    def _train(self, trial: Trial, until: int | None) -> FitResult | None:
+        """Go on with a trial's run; return None where it diverges."""
+        try:
+            result = self.runs.train(trial, until)
+        except DivergedError as error:
+            self._diverge(trial, str(error).partition(";")[0])
+            return None
         if result.before is not None:  # the same for all of an adapter's trials
             self.record.before = result.before.loss
         return result
@@ -245,10 +245,8 @@ class _Race:
             if trial.name in self.record.diverged:
                 continue
             self._say(f"{trial.name} goes on to its end, step {self.record.steps}")
-            try:
-                result = self._train(trial, None)
-            except DivergedError as error:
-                self._diverge(trial, str(error).partition(";")[0])
+            result = self._train(trial, None)
+            if result is None:
                 continue
             self.left.pop(trial.name, None)
             self.chosen = trial.name
@@ -256,10 +254,6 @@ class _Race:
         raise RuntimeError(
             "all trials diverged (a loss or gradient that is not finite); try lower rates"
         )
-
-    def _difference(self, best: Trial, trial: Trial, rung: int) -> Difference:
-        first, second = (self.record.losses[one.name][rung] for one in (best, trial))
-        return paired_difference(best.name, trial.name, first, second, self.runs.counts)
 
     def _told(self, result: FitResult | None, minutes: float) -> Tuning:
         """Return what was found."""
@@ -281,5 +275,5 @@ class _Race:
         )  # fmt: skip
 
     def _say(self, line: str) -> None:
-        if not self.quiet:
-            print(line, file=sys.stderr, flush=True)
+        if not self.runs.quiet:
+            print_line(line)

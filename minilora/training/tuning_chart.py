@@ -4,34 +4,27 @@ import io
 from pathlib import Path
 
 from minilora.files import import_extra, write
-from minilora.training.trials import Trial, Tuning
+from minilora.training.trials import Trial, Tuning, by_adapter
 
 CHART_FILE = "tune.png"
 _COLOURS = ("#8fa7bd", "#4f7ea8", "#1f4e79", "#102a43")  # comparisons, the first one palest
 
 
 def draw_rates(found: Tuning) -> Path | None:
-    """Draw `tune.png` into the tuning's folder; None where there is no loss to draw.
-
-    Raises:
-        RuntimeError: matplotlib is missing.
-    """
-    groups: dict[str, list[Trial]] = {}
-    for trial in found.trials:
-        groups.setdefault(", ".join(f"{k}={v}" for k, v in trial.adapter.items()), []).append(trial)
+    """Draw `tune.png` into the tuning's folder; None where there is no loss to draw."""
+    groups = by_adapter(found.trials)
     steps = sorted({step for trial in found.trials for step in trial.losses})
     if not steps:
         return None
     import_extra("matplotlib", "the chart")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6 * len(groups) ** 0.5 + 1.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axes, (name, trials) in zip(panels, groups.items(), strict=True):
+    for axes, trials in zip(panels, groups, strict=True):
         _panel(axes, found, sorted(trials, key=lambda trial: trial.lr), steps)
         if len(groups) > 1:
+            name = ", ".join(f"{key}={value}" for key, value in trials[0].adapter.items())
             axes.set_title(name or "as it is", fontsize=10)
     panels[0].set_ylabel("held-out loss, nats per token")
     panels[-1].legend(frameon=False, fontsize=8)

@@ -8,7 +8,7 @@ from typing import Any
 
 from minilora.files import write_json
 from minilora.training.config import TrainConfig
-from minilora.training.lock import LOCK_FILE
+from minilora.training.lock import LOCK_FILE, to_resume
 from minilora.training.trials import Trial
 
 TUNE_FILE = "tune.json"
@@ -43,11 +43,7 @@ class Record:
                 raise ValueError(f"{out / name} must not be there yet; name another folder")
 
     def read(self) -> bool:
-        """Take up what was measured before; return whether there was something.
-
-        Raises:
-            ValueError: the file is damaged, or another tuning's.
-        """
+        """Take up what was measured before; return whether there was something."""
         if not self.file.is_file():
             return False
         try:
@@ -83,10 +79,7 @@ class Record:
 def check_tuning(out: Path, resume: bool, begun: bool | None = None) -> None:
     """Raise ValueError unless `out` is free for a tuning, or holds the one that is to go on.
 
-    Args:
-        out: the tuning's folder.
-        resume: whether it is to go on.
-        begun: whether one was killed in it; None: if its lock's file is there.
+    `begun` says whether one was killed in it; None: if its lock's file is there.
     """
     file = out / TUNE_FILE
     begun = (out / LOCK_FILE).exists() if begun is None else begun
@@ -97,8 +90,8 @@ def check_tuning(out: Path, resume: bool, begun: bool | None = None) -> None:
         )
     if not resume and file.exists():
         raise ValueError(
-            f"{out} holds an earlier tuning; pass resume=True (--resume) to continue it, or "
-            f"another folder to start anew"
+            f"{out} holds an earlier tuning; continue it with {to_resume(out)}, or name another "
+            f"folder to start anew"
         )
 
 

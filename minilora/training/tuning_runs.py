@@ -1,12 +1,12 @@
 """The runs of a tuning: one model in memory, and a folder for each run."""
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from minilora.training.config import TrainConfig
 from minilora.training.loop import fit
 from minilora.training.prepare import compute_dtype
 from minilora.training.result import FitResult
-from minilora.training.trials import Trial, cost, fewest_steps
+from minilora.training.trials import Trial, by_adapter, cost, fewest_steps
 from minilora.training.tuning_record import START
 
 _PROBED = 4  # steps that are timed for a budget, after a first one
@@ -32,15 +32,9 @@ class InterruptedTuningError(Exception):
 
 
 class Runs:
-    """Train and measure one trial at a time on one model.
+    """Train and measure one trial at a time on one model, which holds its adapter.
 
-    Args:
-        model: without adapters; holds that of the run in hand.
-        rows, held: examples to train on, and held-out ones.
-        out: the tuning's folder.
-        config: of a whole run; its lr is the trial's.
-        pad_id: as for `fit`.
-        quiet: whether the last run too prints nothing.
+    `config` is that of a whole run, its lr aside. Only the last run is not quiet.
     """
 
     def __init__(
@@ -61,11 +55,13 @@ class Runs:
     def train(self, trial: Trial, until: int | None) -> FitResult:
         """Go on with a trial's run, to a step or to its end."""
         self.hold(trial.adapter)
-        result = fit(
-            self.model, self.rows, self.held, config=replace(self.config, lr=trial.lr),
-            out=self.out / trial.name, resume=True, pad_id=self.pad_id,
-            quiet=self.quiet or until is not None, until=until,
-        )  # fmt: skip
+        config, quiet = replace(self.config, lr=trial.lr), self.quiet or until is not None
+        out = self.out / trial.name
+        return self._fit(self.held, config, out=out, resume=True, quiet=quiet, until=until)
+
+    def _fit(self, held: Any, config: TrainConfig, quiet: bool = True, **more: Any) -> FitResult:
+        more |= {"config": config, "quiet": quiet, "pad_id": self.pad_id}
+        result = fit(self.model, self.rows, held, **more)
         if result.stopped == "interrupted":
             raise InterruptedTuningError
         return result
@@ -101,7 +97,7 @@ class Runs:
     def start(self, trials: Sequence[Trial]) -> None:
         """Make each trial's folder: a run before its first step, once for each adapter, copied."""
         start = self.out / START
-        for group in _by_adapter(trials):
+        for group in by_adapter(trials):
             new = [trial for trial in group if not (self.out / trial.name).exists()]
             if not new:
                 continue
@@ -110,12 +106,7 @@ class Runs:
             self.holds = None  # drawn anew, as for a run of its own
             self.hold(group[0].adapter)
             config = replace(self.config, lr=group[0].lr, log=None)
-            result = fit(
-                self.model, self.rows, self.held, config=config, out=start,
-                pad_id=self.pad_id, quiet=True, until=0,
-            )  # fmt: skip
-            if result.stopped == "interrupted":
-                raise InterruptedTuningError
+            self._fit(self.held, config, out=start, until=0)
             for trial in new:
                 with whole_folder(self.out / trial.name) as made:
                     shutil.copytree(start, made, dirs_exist_ok=True)
@@ -129,7 +120,7 @@ class Runs:
         begin = time.perf_counter()
         self.losses()
         evaluation = time.perf_counter() - begin
-        more = len(_by_adapter(trials)), self.config.eval_every
+        more = len(by_adapter(trials)), self.config.eval_every
 
         def needed(steps: int) -> float:
             trained, evaluated = cost(steps, number, *more)
@@ -148,26 +139,9 @@ class Runs:
     def _timed(self, lr: float) -> float:
         """Return the seconds of a step, from a few of a run that is thrown away."""
         elapsed: list[float] = []
-
-        class Clock:
-            def on_step(self, row: dict[str, Any]) -> None:
-                elapsed.append(row["elapsed_s"])
-
+        clock = SimpleNamespace(on_step=lambda row: elapsed.append(row["elapsed_s"]))
         config = replace(
             self.config, lr=lr, epochs=None, max_steps=_PROBED + 1, eval_every=None, log=None
         )
-        result = fit(
-            self.model, self.rows, config=config, pad_id=self.pad_id, quiet=True,
-            callbacks=[Clock()],
-        )  # fmt: skip
-        if result.stopped == "interrupted":
-            raise InterruptedTuningError
+        self._fit(None, config, callbacks=[clock])
         return (elapsed[-1] - elapsed[0]) / _PROBED  # the first prepares
-
-
-def _by_adapter(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Return trials in groups that share their adapter's settings."""
-    groups: dict[str, list[Trial]] = {}
-    for trial in trials:
-        groups.setdefault(json.dumps(dict(trial.adapter), default=str), []).append(trial)
-    return list(groups.values())
