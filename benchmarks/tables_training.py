@@ -319,26 +319,22 @@ def defaults() -> str:
     runs: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
     for row in rows:
         run = runs.setdefault((row["task"], row["rows"], row["steps"]), {})
-        column = row["lr"] + ", scaling 2" * (row["scaling"] == "2")
-        run.setdefault(column, []).append(row)
-    columns = sorted(
-        {name for run in runs.values() for name in run}, key=lambda c: (float(c.split(",")[0]), c)
-    )
+        run.setdefault(row["lr"], []).append(row)
+    columns = sorted({name for run in runs.values() for name in run}, key=float)
     lines = [
-        [*name, f"{float(next(iter(run.values()))[0]['before']):.2f}"]
+        [name[0], f"{name[1]} / {name[2]}", f"{float(next(iter(run.values()))[0]['before']):.2f}"]
         + [_seeds(run.get(c, [])) for c in columns]
         for name, run in sorted(runs.items(), key=lambda item: (item[0][0], int(item[0][2])))
     ]
-    head = " | ".join(["task", "rows", "steps", "before", *columns])
+    head = " | ".join(["task", "rows / steps", "before", *columns])
     text = "held-out loss by learning rate, and the learned answers that are written whole; r = 8, "
-    text += "8 rows a step, SmolLM2-135M in bf16, scaling 1 if not said; a range is of two or three"
-    text += " seeds"
+    text += "8 rows a step, SmolLM2-135M in bf16, scaling 1; a range is of two or three seeds"
     return f"*{text[:1].upper()}{text[1:]}; {_machines(rows)}, 1 thread.*\n\n" + table(head, lines)
 
 
 # What a run has by default; another part of the benchmark changes one of them.
-_USUAL = {"base": "bf16", "r": "8", "batch_size": "8", "warmup": "0.05"}
-_NAMES = {"base": "base", "r": "rank", "batch_size": "rows a step", "warmup": "warmup"}
+_USUAL = {"base": "bf16", "r": "8", "batch_size": "8", "warmup": "0.05", "scaling": "1"}
+_NAMES = {"base": "base", "r": "rank", "batch_size": "rows a step"}
 
 
 def _changed(row: Row) -> list[str]:
@@ -352,7 +348,7 @@ def _machines(rows: list[Row]) -> str:
 def defaults_beside() -> str:
     """Return a line a change of one other setting, beside the run that has the usual one."""
     every = read("defaults")
-    same = ("task", "rows", "epochs", "lr", "scaling")
+    same = ("task", "rows", "epochs", "lr")
     lines = []
     for row in every:
         names = _changed(row)
@@ -360,7 +356,7 @@ def defaults_beside() -> str:
         if len(names) == 1 and twins:
             name = names[0]
             lines.append([
-                _NAMES[name], row["task"], row["rows"], row["lr"], _USUAL[name],
+                _NAMES.get(name, name), row["task"], row["rows"], row["lr"], _USUAL[name],
                 _seeds(twins).split(" (")[0], row[name], f"{float(row['after']):.3g}",
             ])  # fmt: skip
     lines.sort(key=lambda line: (line[0], line[1], float(line[3]), line[6]))
@@ -375,10 +371,10 @@ def _seeds(rows: list[dict[str, str]]) -> str:
     if not rows:
         return "–"
     losses = [f"{loss:.3g}" for loss in sorted(float(row["after"]) for row in rows)]
-    cell = " to ".join(dict.fromkeys((losses[0], losses[-1])))
+    cell = "–".join(dict.fromkeys((losses[0], losses[-1])))
     known = sorted(float(row["whole_learned"]) for row in rows if row["whole_learned"])
     whole = [f"{share:.0%}" for share in known[:1] + known[-1:]]
-    return cell + (f" ({' to '.join(dict.fromkeys(whole))})" if whole else "")
+    return cell + (f" ({'–'.join(dict.fromkeys(whole))})" if whole else "")
 
 
 def gguf_answers() -> str:
