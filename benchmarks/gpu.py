@@ -28,6 +28,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results" / "gpu.csv"
 SMOKE = os.environ.get("SMOKE") == "1"
+if SMOKE:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # for the stages, which inherit it
 LIMITS = {  # seconds
     "env": 30, "checks": 95, "tests": 95, "layers": 85, "kernels": 50, "models": 160,
     "smollm2": 105, "sanitize": 60, "ranks": 60,

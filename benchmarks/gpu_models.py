@@ -244,7 +244,8 @@ def write_examples(target):
                for example in examples]
         for part, examples in (("train", train), ("test", test))
     }  # fmt: skip
-    Path(target).write_text(json.dumps(found), encoding="utf-8")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(found), encoding="utf-8")
 
 
 def smollm2(rows):
@@ -366,7 +367,7 @@ def _command(rows, file, folder):
 
 
 def ranks(rows):
-    """One process under torchrun over NCCL: does it start, train and save."""
+    """One process under torchrun, over NCCL on a GPU: does it start, train and save."""
     folder = Path(os.environ.get("HOME", "."), f"ranks-{time.time():.0f}")
     folder.mkdir(parents=True)
     script = folder / "train.py"
@@ -374,7 +375,7 @@ def ranks(rows):
         "import sys, torch, minilora\n"
         "from minilora.models import Llama\n"
         "from minilora.planning import PRESETS\n"
-        "m = Llama(PRESETS['smollm2-135m'].config, dtype=torch.bfloat16, device='cuda')\n"
+        f"m = Llama(PRESETS['smollm2-135m'].config, dtype=torch.bfloat16, device='{DEVICE}')\n"
         "m.requires_grad_(False)\n"
         "minilora.inject(m, r=8, alpha=16)\n"
         "d = [{'input_ids': list(range(i, i + 200)), 'labels': list(range(i, i + 200))}"
