@@ -1,11 +1,12 @@
-"""One model file read, evaluated and continued by two commits in turns: the same numbers, how fast?
+"""One model file in two commits in turns, evaluated, continued, trained: alike, and how fast?
 
     PYTHONPATH=benchmarks python benchmarks/two_commits.py 38510c9 [--rounds 20]
 
 SmolLM2-135M's GGUF file in float32, one thread. Two processes, one with the named commit's code and
 one with this tree's, hold the model and take turns (before, now, now, before, …), so that each pair
 meets the same machine. `evaluate`: eight docstrings of up to 96 tokens in batches of four;
-`generate`: 16 tokens. The seconds are the processes' processor time. Adds to
+`generate`: 16 tokens. `train`: forward and backward of four of the docstrings, cut to the shortest,
+with r = 8 on all linears. The seconds are the processes' processor time. Adds to
 results/two_commits.csv: the medians, and the median of the pairs' ratios with its interval
 (95 %, bootstrap).
 """
@@ -43,11 +44,21 @@ except ImportError:
 file, texts = sys.argv[1], json.loads(sys.argv[2])
 model, tokenizer = load_model(file, dtype=torch.float32)
 rows = [torch.tensor(tokenizer.encode(text)[:96]) for text in texts]
+batch = torch.stack([ids[: min(map(len, rows[:4]))] for ids in rows[:4]])
 rows = [{"input_ids": ids, "labels": ids} for ids in rows]
+model.eval()
 for line in sys.stdin:
     start = time.process_time()
     if line.strip() == "evaluate":
         value = minilora.evaluate(model, rows, batch_size=4).loss
+    elif line.strip() == "train":  # a step without its update, so that all are alike
+        if not model.training:
+            minilora.inject(model.train(), r=8)
+        loss = model.loss(batch, batch)
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        value = loss.item()
     else:
         prompt = tokenizer.encode("The capital of France is")
         value = minilora.generate(model, [prompt], max_new_tokens=16)[0]
@@ -99,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folders = [source(options.before, Path(place, "before")), source(None, Path(place, "now"))]
         workers = [worker(folder, file, texts) for folder in folders]
-        for task in ("evaluate", "generate"):
+        for task in ("evaluate", "generate", "train"):
             seconds: list[list[float]] = [[], []]
             values: list[list] = [[], []]
             for turn in range(options.rounds + 1):
@@ -120,7 +131,7 @@ def main() -> None:
                 "least": f"{least:.3f}",
                 "most": f"{most:.3f}",
                 "equal": all(each == values[0][0] for side in values for each in side),
-                "value": values[0][0] if task == "evaluate" else "",
+                "value": "" if task == "generate" else values[0][0],
                 "before": options.before,
                 "processor": processor(),
                 "torch": torch.__version__,

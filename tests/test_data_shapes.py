@@ -496,6 +496,7 @@ def test_messages_that_a_table_holds_as_text_are_messages():
     )
     for printed in (
         str(ask),
+        f" {ask[0]}",
         "[{'content': 'Hi', 'role': 'user'}\n {'content': 'b', 'role': 'gpt'}]",
     ):
         with pytest.raises(ValueError, match="must be JSON, found Python's own form, as pandas"):

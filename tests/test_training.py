@@ -250,7 +250,7 @@ def test_fit_files_are_readable_by_others(tmp_path):
 
 def test_fit_announces_every_limit(capsys):
     fit(tiny(), max_steps=1, max_minutes=5, quiet=False)
-    assert "for 1 steps or 5 minutes, whichever ends first" in capsys.readouterr().err
+    assert "for 1 step or 5 minutes, whichever ends first" in capsys.readouterr().err
 
 
 def test_fit_keeps_the_best_adapter_and_its_files(tmp_path):

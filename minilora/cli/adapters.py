@@ -24,7 +24,7 @@ from minilora.cli.sources import (
     names_of,
     write_modelfile,
 )
-from minilora.files import ticking
+from minilora.files import counted, ticking
 from minilora.loading import NAMES, export_gguf, fetch, load_model
 from minilora.peft import adapter_folder, save_adapter
 from minilora.report import check_keep, truncate
@@ -156,7 +156,7 @@ def explain(options: argparse.Namespace) -> int:
         count = min(len(rows), options.examples)
         examples[key] = [rows[i * len(rows) // count] for i in range(count)]
         files = ", ".join(some.files)
-        about[_DATA[key]] = f"{files} ({count} of {len(rows)} examples)"
+        about[_DATA[key]] = f"{files} ({count} of {counted(len(rows), 'example')})"
     explanation = minilora.explain(
         model,
         names[0],

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             needs = getattr(action, "needs", ())
             if action.dest in self.given and needs and not self._has_one(found, needs):
-                self.error(idle(action.option_strings[0], needs))
+                self.error(without_effect(action.option_strings[0], needs))
         return found, rest
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown argument {short(word)}{hint}")
 
 
-def idle(flag: str, needs: tuple[str, ...]) -> str:
+def without_effect(flag: str, needs: tuple[str, ...]) -> str:
     """Say that a flag has no effect without one of others."""
     return (
         f"{flag} does nothing without {' or '.join(needs)}, found none; pass "

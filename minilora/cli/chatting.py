@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import minilora
-from minilora.cli.arguments import MODEL, SAMPLING, arg, idle, positive, verb
+from minilora.cli.arguments import MODEL, SAMPLING, arg, positive, verb, without_effect
 from minilora.cli.run_file import rows_of
 from minilora.cli.sources import adapter_in_place, adapter_of, load, load_adapter, names_of
 from minilora.files import said, short, ticking
@@ -49,7 +49,7 @@ def generate(options: argparse.Namespace) -> int:
             "continues them as they are"
         )
     if options.system is not None and not options.chat:
-        raise ValueError(idle("--system", ("--chat",)))
+        raise ValueError(without_effect("--system", ("--chat",)))
     model, tokenizer = load(options)
     if tokenizer.chat_template is not None and options.chat is None:
         _say(

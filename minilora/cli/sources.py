@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import minilora
-from minilora.cli.arguments import ENCODING, idle
+from minilora.cli.arguments import ENCODING, without_effect
 from minilora.data import DataFiles, Encoding, Example
 from minilora.files import absent, folder_below, is_new, on_hub, short, ticking, write
 from minilora.kernels import resolve_device
@@ -227,7 +227,7 @@ def check_data_is_read(options: argparse.Namespace, *sets: str) -> None:
     """Raise where a flag says how data is read, and none of the flags in `sets` names any."""
     words = encoding_flags(options)
     if words and not any(getattr(options, flag[2:]) for flag in sets):
-        raise ValueError(idle(words[0], sets))
+        raise ValueError(without_effect(words[0], sets))
 
 
 def _fields(given: Sequence[str] | None) -> dict[str, str] | None:

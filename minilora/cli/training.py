@@ -18,7 +18,7 @@ from minilora.cli.card import write_card
 from minilora.cli.run_file import RunFile, only_written
 from minilora.cli.sources import data_files, device, encode_files, encoding, load
 from minilora.data import IGNORE, Example, check_streamed, hold_out, pack, streamed
-from minilora.files import add_flags, given, read_options, short
+from minilora.files import add_flags, counted, given, read_options, short
 from minilora.lora import AdapterConfig
 from minilora.running import context_of
 from minilora.training import (
@@ -168,7 +168,7 @@ def _conclude(options: argparse.Namespace, result: FitResult, rows: Mapping[str,
     if result.before is not None and result.best is not None:
         print(f"held out before: {result.before}")
         print(f"held out after:  {result.best} (step {result.best_step})")
-    print(f"{result.steps} steps; adapter in {options.out}")
+    print(f"{counted(result.steps, 'step')}; adapter in {options.out}")
     print(next_step(out, rows))
 
 

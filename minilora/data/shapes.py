@@ -30,7 +30,7 @@ _SPEAKERS = {
 
 # Messages as Python prints them, or numpy.
 _OF_PYTHON = re.compile(
-    r"\s*\[?\{('[^{}]*)?'(role|from)': '(system|developer|user|assistant|tool|human|gpt)'"
+    r"\[?\{('[^{}]*)?'(role|from)': '(system|developer|user|assistant|tool|human|gpt)'"
 )
 
 Record = Mapping[str, Any]
@@ -118,7 +118,8 @@ def messages_in(text: Any) -> list[Any] | None:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        if _OF_PYTHON.match(text) and text.rstrip().endswith("}" if text[0] == "{" else "}]"):
+        whole = text.strip()
+        if _OF_PYTHON.match(whole) and whole.endswith("}" if whole[0] == "{" else "}]"):
             raise ValueError(
                 f"messages in a text must be JSON, found Python's own form, as pandas writes it: "
                 f"{short(text)}; put json.dumps(messages) there"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from minilora.data import Batches, common_prefix
+from minilora.files import counted
 from minilora.kernels import hand_back_freed_memory, hardware
 from minilora.lora import lora_layers
 from minilora.planning.batches import (
@@ -236,8 +237,9 @@ class Forecast:
             one, planned = (sum(each) / len(self.pairs) for each in zip(*self.pairs, strict=True))
             found |= {"planned_seconds": planned, "measured_seconds": one}
             beside = f" beside {self.compiling:.0f} s of compiling" if self.compiling else ""
+            over = counted(len(self.pairs), "step")
             self.say(
-                f"measured: {one:.3g} s a step over {len(self.pairs)} steps{beside}, planned "
+                f"measured: {one:.3g} s a step over {over}{beside}, planned "
                 f"{planned:.3g} ({planned / one - 1:+.1%}) on {hardware().name}"
             )
         return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data import Batches, Example, as_examples, learned_labels
+from minilora.files import counted
 from minilora.lora import Approximation, Survey, finite_factors, split_block, unwrapped
 from minilora.report.ablation import ablate, kinds_of, only, parts_of
 from minilora.report.attention import Attention, attention_masses, word_ids
@@ -144,7 +145,7 @@ def _about(
     """Say what was measured, as far as the model and the examples tell."""
     plain = unwrapped(model)
     named = getattr(plain, "name_or_path", None) or type(plain).__name__
-    counts = {what: f"{len(some)} examples" for what, some in data.items() if some}
+    counts = {what: counted(len(some), "example") for what, some in data.items() if some}
     return {
         "adapter": adapter,
         "base": str(named),

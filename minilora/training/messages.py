@@ -1,6 +1,7 @@
 """What a run says when it begins and when it ends, well or not."""
 
 from minilora.data import Batches, common_prefix, worth_sharing
+from minilora.files import counted
 from minilora.planning import ENOUGH_STEPS, MOST_EPOCHS
 from minilora.running import shares_prefix
 from minilora.training.lock import RESUME, to_resume
@@ -19,7 +20,7 @@ def announcement(run: Run) -> str:
     how = f"autocast {run.dtype}" if run.dtype is not None else "no autocast"
     if run.scale.growth:
         how += f", losses scaled by {run.scale.value:g}"
-    limits = [f"{run.total} steps"] if run.total else []
+    limits = [counted(run.total, "step")] if run.total else []
     if run.config.max_minutes is not None:
         limits.append(f"{run.config.max_minutes:g} minutes")
     first = ", whichever ends first" if len(limits) > 1 else ""
@@ -52,7 +53,9 @@ def choices(run: Run) -> str:
     """Return the line that says how a run learns, and why so long where nobody said how long."""
     config = run.config
     warmup = (
-        f"{config.warmup:.0%}" if config.warmup_steps is None else f"{config.warmup_steps} steps"
+        f"{config.warmup:.0%}"
+        if config.warmup_steps is None
+        else counted(config.warmup_steps, "step")
     )
     lr = f"{config.lr:g}"
     if run.lr_is_chosen:
@@ -60,7 +63,7 @@ def choices(run: Run) -> str:
     scaling = next(iter(run.factors.values())).scaling
     said = (
         f"learning rate {lr} after {warmup} of warmup, {config.schedule}; scaling {scaling:g}; "
-        f"{config.batch_size * config.accumulate} rows a step"
+        f"{counted(config.batch_size * config.accumulate, 'row')} a step"
     )
     if not isinstance(run.batches, Batches):
         return said
