@@ -243,7 +243,9 @@ def test_streams_and_other_models_cannot_be_planned():
     model = minilora.inject(Llama(CONFIG), r=4)
     config = minilora.TrainConfig(max_steps=1, batch_size=2, dtype="float32")
     stream = Stream(ROWS, lambda item: item)
-    with pytest.raises(ValueError, match="plan=True needs a list of examples, found a stream"):
+    with pytest.raises(
+        ValueError, match=r"--plan .in Python: plan=True. needs a list of examples, found a stream"
+    ):
         minilora.fit(model, stream, config=config, quiet=True, plan=True)
 
 

@@ -23,7 +23,7 @@ from minilora.planning.timing import Timing, timed_step
 
 LONGEST = 12.0  # hours: a run that is done overnight
 _FEW = 10_000  # examples up to which a CPU is worth a thought
-_SMALL = 0.5e9  # parameters, likewise
+_SMALL = 0.5e9  # parameters up to which it is, too
 
 
 def best_dtype(device: Device) -> torch.dtype:

@@ -139,7 +139,7 @@ class SavedBytes:
         # Kept masks begin above the window; every run of a case is on one side of it.
         self.window = min({*getattr(self.model, "windows", ())} - {None}, default=None)
         self.runs: list[list[Saved]] = []  # below the window, and above it where there is one
-        self.changes: list[list[tuple[int, int, int]]] = []  # where tokens are shared, likewise
+        self.changes: list[list[tuple[int, int, int]]] = []  # the same where tokens are shared
         sharing = shares_prefix(self.model)
         for window in (None,) if self.window is None else (1, None):
             if self.window is not None:

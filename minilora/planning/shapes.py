@@ -236,7 +236,7 @@ class Settings:
     dtype: torch.dtype = torch.bfloat16  # of everything else, and of what is computed
     r: int = 8
     targets: object = "all-linear"  # as for `inject`
-    exclude: object = ()  # likewise
+    exclude: object = ()  # as for `inject`
     batch_size: int = 8  # rows of a micro-batch, over all ranks
     accumulate: int = 1  # micro-batches of a step
     length: int = 512  # tokens of a row

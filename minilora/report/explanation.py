@@ -248,7 +248,7 @@ def verdicts(explained: Explanation) -> list[str]:
 
 
 def signed(value: float, error: float, few: bool, digits: int = 4) -> str:
-    """Write a change with its standard error, which few examples have not."""
+    """Write a change, with its standard error unless the examples are few."""
     return f"{value:+.{digits}f}" + ("" if few else f" ± {error:.{digits}f}")
 
 

@@ -22,7 +22,10 @@ def forecast(run: Run, monitor: Monitor) -> Forecast:
             f"loss {run.preference.kind!r}; leave it out"
         )
     if not isinstance(run.batches, Batches):
-        raise ValueError("plan=True needs a list of examples, found a stream; plan its size apart")
+        raise ValueError(
+            "--plan (in Python: plan=True) needs a list of examples, found a stream; plan its size "
+            "apart"
+        )
     config, ranks = run.config, run.ranks
     minutes = config.max_minutes
     found = Forecast(
