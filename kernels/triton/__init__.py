@@ -23,12 +23,7 @@ _TABLES = {"nf4": torch.tensor(NF4_TABLE, dtype=torch.float32), "dynamic": DYNAM
 _placed: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def table_on(name: str, device: torch.device) -> Tensor:
-    """Return a table of `_TABLES` on a device, copied there once.
-
-    A copy in every forward would wait for the GPU each time, and CUDA graphs refuse it. As a
-    constant of a compiled graph it is a tensor on the device too.
-    """
+def _table_on(name: str, device: torch.device) -> Tensor:
     found = _placed.get((name, device))
     if found is None:
         with torch.inference_mode(False):  # else no training could use it later
@@ -38,12 +33,27 @@ def table_on(name: str, device: torch.device) -> Tensor:
     return found
 
 
+def nf4_table_on(device: torch.device) -> Tensor:
+    """Return NF4's 16 values on a device, copied there once.
+
+    A copy in every forward would wait for the GPU each time, and CUDA graphs refuse it. As a
+    constant of a compiled graph it is a tensor on the device too, known by the function's name
+    alone: torch 2.11 takes two results of one function for the same tensor, and stops.
+    """
+    return _table_on("nf4", device)
+
+
+def dynamic_table_on(device: torch.device) -> Tensor:
+    """Return the 256 values of double-quantized scales, as `nf4_table_on` does."""
+    return _table_on("dynamic", device)
+
+
 def with_tables(parts: list[Tensor], format: str, device: torch.device) -> list[Tensor]:
     """Return what stores a weight with the tables that `stored.Weight` wants beside it."""
     if format != "nf4":
         return parts
-    dynamic = [table_on("dynamic", device)] if len(parts) > 2 else []
-    return [parts[0], table_on("nf4", device), *parts[1:], *dynamic]
+    dynamic = [dynamic_table_on(device)] if len(parts) > 2 else []
+    return [parts[0], nf4_table_on(device), *parts[1:], *dynamic]
 
 
 @functools.cache
@@ -76,7 +86,8 @@ def problem(device: torch.device | None = None) -> str | None:
 
 
 # What torch.compiler.assume_constant_result sets, which would import all of Dynamo, and triton.
-table_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+nf4_table_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+dynamic_table_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
