@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .devices import on_cpu
 from .probe import is_slow
 from .versions import FLASH_GROUPS_HEADS
 from .workspace import is_transformed
@@ -149,7 +150,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if known and torch.is_autocast_enabled(device):  # as SDPA would
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    better = device == "cpu" and (q.dtype.itemsize == 2 or q.shape[2] < k.shape[2])
+    better = on_cpu(q) and (q.dtype.itemsize == 2 or q.shape[2] < k.shape[2])
     traced = torch.compiler.is_compiling()  # where one may not ask for transforms
     ours = better and torch.is_grad_enabled() and (traced or not is_transformed(q))
     if ours and _fits_flash(q, k, v):

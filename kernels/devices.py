@@ -1,8 +1,11 @@
 """Devices by name, and what one that lacks memory says. MPS (Apple's GPUs) is untested."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
+from torch._subclasses import FakeTensor
 
 DEVICES = "'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"
 
@@ -46,6 +49,26 @@ def _cuda(device: torch.device) -> torch.device:
             f"torchrun each process takes one: start no more than {count} on a machine"
         )
     return torch.device("cuda", index)
+
+
+_counting: list[str] = []  # devices, within `as_on_gpu`
+
+
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor takes the ways that CPUs alone have."""
+    if _counting and (torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)):
+        return False
+    return tensor.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Let fake tensors of the CPU go the ways of a GPU, to count what is kept there."""
+    _counting.append("cuda")
+    try:
+        yield
+    finally:
+        _counting.pop()
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .cpu import has_blocks, int8_blocks
-from .devices import DEVICES, resolve_device
+from .devices import DEVICES, on_cpu, resolve_device
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")  # of which one makes `_int_mm` fast
@@ -236,5 +236,5 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
     A single row stays as it is: its product costs what reading the weight costs.
     """
-    narrow = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    narrow = on_cpu(x) and x.dtype == torch.bfloat16
     return torch.float32 if narrow and len(x) > 1 and is_slow(x.dtype) else x.dtype

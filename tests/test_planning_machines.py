@@ -87,7 +87,7 @@ def test_a_step_is_forecast_from_few_blocks(checkpointing):
 def test_depth_rows_and_vocabulary_are_scaled(monkeypatch):
     asked = []
 
-    def steps(shape, settings, rows, clock, kept):
+    def steps(shape, settings, rows, clock):
         asked.append((rows, shape.config.vocab_size))
         return itertools.repeat((rows * 1.0, rows * 0.5))
 
@@ -127,7 +127,7 @@ def test_blocks_are_told_from_the_rest(shape, checkpointing):
     """By a clock that counts the calls of the blocks' linears, forward and again."""
     ticks = [0.0]
     settings = Settings(batch_size=2, length=16, r=4, checkpointing=checkpointing)
-    steps = timing._steps(shape, settings, 2, lambda: ticks[0], [])
+    steps = timing._steps(shape, settings, 2, lambda: ticks[0])
 
     def count(module, _):
         ticks[0] += isinstance(module, LoRALayer)
@@ -147,7 +147,7 @@ def test_labels_that_are_not_learned_are_left_out_of_the_timed_loss():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "token_loss", lambda model, batch: seen.append(batch) or
                       token_loss(model, batch))  # fmt: skip
-        next(timing._steps(LLAMA, settings, 2, time.perf_counter, []))
+        next(timing._steps(LLAMA, settings, 2, time.perf_counter))
     assert {batch.tokens for batch in seen} == {2 * 4}
 
 

@@ -110,7 +110,7 @@ def test_a_duration_is_in_a_unit_that_suits_it(hours, text):
 
 
 def test_devices_state_their_source():
-    assert {"rtx-4090", "a100-80gb", "h100-80gb", "8xa100-80gb", "epyc-7763"} == set(DEVICES)
+    assert {"rtx-4090", "a100-80gb", "8xa100-80gb", "h100-80gb", "h200", "epyc-7763"} == {*DEVICES}
     for one in DEVICES.values():
         assert one.source
         assert 0 < one.efficiency < 1

@@ -14,12 +14,13 @@ import minilora
 from minilora.cli.command import build_parser
 from minilora.data.batches import Example
 from minilora.models import LlamaConfig
-from minilora.planning import advice
+from minilora.planning import advice, memory
 from minilora.planning import plans as verb
 from minilora.planning.advice import Planner, best_dtype, command, variants
 from minilora.planning.machines import DEVICES, this_machine
 from minilora.planning.memory import count_memory
 from minilora.planning.plans import rules_of_thumb
+from minilora.planning.saved import SavedBytes
 from minilora.planning.shapes import Settings, Shape, read_shape
 from minilora.planning.timing import Timing
 
@@ -51,6 +52,24 @@ def test_a_small_model_stays_on_the_cpu():
     assert found.advice.option.device.name == "here"
     assert "; on this machine (" in str(found) and " on here" not in str(found)
     assert sum(found.memory.components().values()) == found.memory.peak
+
+
+def test_a_compiled_run_is_planned_as_one(monkeypatch):
+    """What its blocks keep is traced in test_planning_saved.py; here nothing is, to save time."""
+    traced = []
+
+    def untraced(model, autocast, *, compile, **options):
+        traced.append(compile)
+        return SavedBytes(model, autocast, **options)
+
+    monkeypatch.setattr(memory, "SavedBytes", untraced)
+    monkeypatch.setattr(memory, "_known", {})
+    eager, found = (plan(device="h200", batch_size=64, compile=one) for one in (False, True))
+    assert set(traced[: len(traced) // 2]) == {False} and set(traced[len(traced) // 2 :]) == {True}
+    assert 1 < found.speed.tokens_per_second / eager.speed.tokens_per_second < 1.5
+    assert found.advice.command.endswith(" --compile") and "--compile" not in eager.advice.command
+    assert ", compiled; " in str(found) and "taking 60% of peak" in str(found)
+    assert "taking 40% of peak" in str(eager)
 
 
 def test_a_large_run_is_sent_to_the_smallest_gpu_that_fits():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.nn import Parameter
 
+from ..devices import on_cpu
 from ..workspace import is_transformed
 from . import check, operator
 from .library import native
@@ -26,7 +27,7 @@ def takes(*tensors: Tensor) -> bool:
         return False
     for tensor in tensors:
         plain = type(tensor) in (Tensor, Parameter, FakeTensor) and not is_transformed(tensor)
-        if not plain or tensor.dtype != BF16 or tensor.device.type != "cpu":
+        if not plain or tensor.dtype != BF16 or not on_cpu(tensor):
             return False
     library = native()
     return library is not None and bool(library.minilora_has_passes())

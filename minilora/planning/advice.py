@@ -116,7 +116,7 @@ class Planner:
             self._in_passes(settings, device), length=self.data.mean, learned=self.data.learned
         )
         memory = self._memory(usual, device)
-        work = count_work(self.shape, usual, memory)
+        work = count_work(self.shape, usual, memory, device.gpu)
         size = self.data.examples, self.data.epochs
         if device.name != HERE:
             how = "rates measured here" if device.local else "datasheet"
@@ -203,8 +203,7 @@ def command(shape: Shape, settings: Settings, data: Data, device: Device) -> str
     for flag, value in flags:
         if value is not None:
             words += [flag, *(value if isinstance(value, (list, tuple)) else [value])]
-    if settings.checkpointing:
-        words.append("--checkpointing")
+    words += [f"--{name}" for name in ("checkpointing", "compile") if getattr(settings, name)]
     return shlex.join(map(str, words))
 
 

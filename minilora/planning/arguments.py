@@ -19,7 +19,7 @@ from minilora.text import Tokenizer
 
 _PASSED = (
     "r", "targets", "exclude", "batch_size", "accumulate", "epochs", "quantize", "dtype",
-    "checkpointing", "device", "ranks", "parallel", "dropout", "block_size", "memory_gb",
+    "checkpointing", "compile", "device", "ranks", "parallel", "dropout", "block_size", "memory_gb",
 )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8, help="default 8")
     add("--accumulate", type=int, default=1, help="default 1")
     add("--checkpointing", action="store_true")
+    add("--compile", action="store_true")
     add("--quantize", choices=FORMATS)
     add("--block-size", type=int, needs=("--quantize",))
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))

@@ -99,9 +99,9 @@ class Forecast:
         }
         # Shards are counted on the shape: a model of them can't be copied.
         sharded = self.settings["parallel"] == "fsdp"
-        self.counted = None if sharded else Counted(model, autocast)
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
+        self.counted = None if sharded else Counted(model, autocast, compile=compile, gpu=self.cuda)
         hand_back_freed_memory()  # what loading left is no part of what the process needs
         weights = sum(p.nbytes for p in model.parameters())
         self.process = 0 if self.cuda else max(0, resident() - weights)
@@ -142,7 +142,7 @@ class Forecast:
             counted=self.counted,
         )
         if self.timing is not None:
-            found = found.keeping(self.timing.kept).plus(self.timing.beyond)
+            found = found.plus(self.timing.beyond)
         if self.cuda or self.sizes == 1:
             return found
         return found.mixed(self._settings(batch).dtype, self.sizes)

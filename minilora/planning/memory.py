@@ -26,6 +26,7 @@ from minilora.planning.shapes import Settings, Shape, planned_model
 MIB = 2**20
 # A CUDA context and the libraries' own workspaces, which no allocator statistic shows.
 CUDA_CONTEXT = 520 * MIB
+CUBLAS = 33 * MIB  # what torch lends it and cuBLASLt on Hopper (8 MiB before)
 # The C library's heap keeps what was freed between tensors that live. Of tensors below 32 MiB
 # (larger ones go back to the system), measured with glibc: a fixed part, a share of what lies
 # between forward and backward, and, where blocks are recomputed, a multiple of one block's tensors.
@@ -100,12 +101,6 @@ class Memory:
             products = COMPILED_PRODUCTS
         return self.plus(int(share * (self.activations + self.recomputed)) + products)
 
-    def keeping(self, share: float) -> "Memory":
-        """Return it with this share of the activations, as compiled blocks keep fewer."""
-        less = int((1 - share) * self.activations)
-        heap = max(0, self.heap - int(HEAP_SHARE * less))
-        return dataclasses.replace(self, activations=self.activations - less, heap=heap)
-
     def components(self) -> dict[str, int]:
         """Return what makes up the peak, by name; it sums to `peak`."""
         in_loss = self.loss >= self.recomputed + self.backward
@@ -133,6 +128,8 @@ class Counted:
         autocast: the dtype of autocast, None without.
         number: how many blocks each of the model's stands for, see `SavedBytes`.
         saved: what counts `saved`, where that is known.
+        compile: whether its blocks are compiled.
+        gpu: whether to count for one.
     """
 
     def __init__(
@@ -141,6 +138,8 @@ class Counted:
         autocast: torch.dtype | None = None,
         number: Sequence[int] | None = None,
         saved: SavedBytes | None = None,
+        compile: bool = False,
+        gpu: bool = False,
     ) -> None:
         survey = Survey(model)
         blocks, modules = list(survey.blocks.values()), survey.modules
@@ -170,7 +169,10 @@ class Counted:
             base_of(module).shape for name, module in modules.items() if is_linear(module)
             and (name in survey.layers or base_of(module).is_quantized)
         ]  # fmt: skip
-        self.saved = saved or SavedBytes(model, autocast, number=number)
+        device = "cuda" if gpu else "cpu"
+        self.saved = saved or SavedBytes(
+            model, autocast, number=number, device=device, compile=compile
+        )
         self.head = base_of(modules[self.saved.head]).shape  # vocabulary, and the blocks' width
 
 
@@ -182,13 +184,15 @@ def _linears(module: nn.Module) -> list[tuple[int, int]]:
 _known: dict[str, Counted] = {}  # a plan asks for the same many times
 
 
-def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> Counted:
-    """Count what the settings make of a shape; `most`: of a model of that many blocks a sort."""
+def count_planned(
+    shape: Shape, settings: Settings, most: int | None = None, gpu: bool = False
+) -> Counted:
+    """Count what the settings make of a shape, there; `most`: of that many blocks a sort."""
     # None of these changes what is counted.
     same: dict[str, Any] = dict.fromkeys(("batch_size", "accumulate", "length", "ranks"), 1)
     same |= {"learned": 1.0, "moment_bytes": None, "parallel": None, "pass_tokens": None}
-    same |= {"compile": False, "checkpointing": False, "shared": 0}
-    key = repr((shape.config, dataclasses.replace(settings, **same), most))
+    same |= {"checkpointing": False, "shared": 0}
+    key = repr((shape.config, dataclasses.replace(settings, **same), most, gpu))
     if key not in _known:
         if len(_known) >= 64:
             _known.clear()
@@ -196,9 +200,11 @@ def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> 
         autocast, saved = settings.dtype if settings.autocast else None, None
         # A frozen base keeps nothing, whatever it is stored in.
         if settings.format and not autocast:
-            saved = count_planned(shape, dataclasses.replace(settings, format=None), most).saved
+            plain = dataclasses.replace(settings, format=None)
+            saved = count_planned(shape, plain, most, gpu).saved
         try:
-            _known[key] = Counted(model, autocast, None if most else number, saved)
+            times = None if most else number
+            _known[key] = Counted(model, autocast, times, saved, settings.compile, gpu)
         except RuntimeError as error:
             if not shape.foreign:
                 raise
@@ -235,7 +241,7 @@ def count_memory(
             context.
     """
     shape.check_length(settings.length)
-    found = count_planned(shape, settings) if counted is None else counted
+    found = counted or count_planned(shape, settings, gpu=gpu)
     integer = None if gpu else integer
     kept = found.saved(settings.rows, settings.length, settings.shared)
     held, again = (kept.inputs, kept.block) if settings.checkpointing else (kept.total, 0)
@@ -261,7 +267,7 @@ def count_memory(
         recomputed=again,
         loss=_loss(found, settings, gpu),
         backward=_backward(found, settings, integer),
-        workspace=_workspace(found, settings, gpu, integer),
+        workspace=_workspace(found, settings, gpu, integer) + (CUBLAS if gpu else 0),
         gathered=gathered if share > 1 else 0,
         heap=0 if gpu else _heap(found, settings, held, again),
     )
@@ -286,12 +292,12 @@ def _logits(found: Counted, settings: Settings, gpu: bool) -> int:
 def _loss(found: Counted, settings: Settings, gpu: bool) -> int:
     """Head and loss: the rows that learn, the head under autocast; on a GPU a chunk of logits.
 
-    They turn into their own gradient in place, after a copy in f32 where they are narrower. On a
-    CPU both lie in buffers that stay (`_workspace`).
+    They turn into their own gradient in place, by one kernel of Triton. On a CPU they lie in
+    buffers that stay (`_workspace`), beside a copy in f32 where they are narrower.
     """
     (V, h), w = found.head, settings.dtype.itemsize
     cast = V * h * w if settings.autocast else 0
-    chunk = _logits(found, settings, gpu) * (w + (_F32 if w < _F32 else 0)) if gpu else 0
+    chunk = _logits(found, settings, gpu) * w if gpu else 0
     return chunk + (settings.tokens - settings.rows) * h * w + cast
 
 

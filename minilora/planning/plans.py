@@ -139,6 +139,7 @@ class Plan(Option):
             f"{self.shape.name}: {self.shape.parameters / 1e9:.3f}B parameters "
             f"({self.shape.source}); r={s.r}, base {base}, {s.batch_size} × {s.accumulate} rows"
             f" of up to {s.length} tokens a step, checkpointing {again}"
+            f"{', compiled' if s.compile else ''}"
             f"{f', {s.ranks} ranks ({s.parallel})' if s.parallel else ''}; {self.data.examples:,} "
             f"examples of {self.data.mean} tokens, {self.data.epochs:g} "
             f"epoch{'' if self.data.epochs == 1 else 's'}; on "
@@ -151,7 +152,8 @@ class Plan(Option):
         how = self.speed.how
         if how == "datasheet":
             how = (
-                f"{self.device.source}, taking {self.device.efficiency:.0%} of peak and "
+                f"{self.device.source}, taking {self.device.share(self.settings.compile):.0%} of "
+                f"peak and "
                 f"{self.device.moving:.0%} of bandwidth"
             )
         timing = self.speed.timing
@@ -274,6 +276,7 @@ def plan(
     ranks: int = 1,
     parallel: str | None = None,
     dropout: float = 0.0,
+    compile: bool = False,
     block_size: int = 64,
     double_quant: bool = True,
     memory_gb: float | None = None,
@@ -305,6 +308,8 @@ def plan(
         ranks: processes.
         parallel: None, `"ddp"` or `"fsdp"`.
         dropout: of the adapters.
+        compile: run blocks through `torch.compile` (what they keep is counted by tracing them, in
+            some seconds).
         block_size: of nf4 and int4, compared ones too.
         double_quant: of nf4, compared ones too.
         memory_gb: GB (10⁹) of the machine that may be used; default: what is free, or the table.
@@ -333,7 +338,7 @@ def plan(
         Quantization(quantize, block_size, double_quant)  # checks
     settings = Settings(
         quantize, wanted, r, targets, exclude, batch_size, accumulate, size.longest, checkpointing,
-        check_dropout(dropout), ranks, parallel, block_size, double_quant,
+        check_dropout(dropout), ranks, parallel, block_size, double_quant, compile=compile,
     )  # fmt: skip
     if chosen.gpu and ranks > chosen.count:
         raise ValueError(

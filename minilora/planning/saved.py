@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from minilora.kernels import hardware, integer_way
+from minilora.kernels import as_on_gpu, hardware, integer_way
 from minilora.lora import Survey
-from minilora.running import shares_prefix
+from minilora.running import compiled, shares_prefix
 
 _ROWS = 2  # of the smallest pass that is run
 
@@ -92,8 +92,10 @@ class SavedBytes:
     that rows share three more runs show how that changes: + P·(p − (B − 1)·o) + q·B·T.
 
     The model may be on any device, the meta device too; it is not changed. `number` is how many
-    blocks each of its own stands for, None where all are there. `device` is what to count for:
-    `"cuda"` needs a torch built for CUDA, not a GPU.
+    blocks each of its own stands for, None where all are there. `device` is what to count for,
+    `"cpu"` or `"cuda"`, which need not be here; where torch is not built for it, tensors of the CPU
+    go the ways of a GPU. `compile`: of blocks that are compiled, which
+    are traced for it (some seconds): what they keep is settled before code is made for a device.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class SavedBytes:
         *,
         number: Sequence[int] | None = None,
         device: str = "cpu",
+        compile: bool = False,
     ) -> None:
         hardware(), integer_way()  # cached: measured on fake tensors they would be wrong
         survey = Survey(model)
@@ -116,6 +119,8 @@ class SavedBytes:
             chosen = samples([sort_of(block) for block in survey.blocks.values()])
             number, names = list(chosen.values()), list(survey.blocks)
             restore = keep_blocks(survey, [names[i] for i in chosen])
+        self.gpu = device != "cpu"
+        device = device if torch.backends.cuda.is_built() else "cpu"
         self.number, self.autocast, self.device = number, autocast, device
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
@@ -141,12 +146,15 @@ class SavedBytes:
         self.runs: list[list[Saved]] = []  # below the window, and above it where there is one
         self.changes: list[list[tuple[int, int, int]]] = []  # the same where tokens are shared
         sharing = shares_prefix(self.model)
-        for window in (None,) if self.window is None else (1, None):
-            if self.window is not None:
-                self.model.set_windows(window)
-            self.runs.insert(0, [self._run(*size) for size in sizes])
-            at_once = [self._run(*size, T) for size in sizes[2:]] if sharing else self.runs[0][2:]
-            self.changes.insert(0, self._changes(self.runs[0][2:], at_once))
+        # Inductor's decompositions and its choice of what to keep, without its code.
+        with compiled(self.model, compile, backend="aot_eager_decomp_partition"):
+            for window in (None,) if self.window is None else (1, None):
+                if self.window is not None:
+                    self.model.set_windows(window)
+                self.runs.insert(0, [self._run(*size) for size in sizes])
+                large = sizes[2:]
+                at_once = [self._run(*size, T) for size in large] if sharing else self.runs[0][2:]
+                self.changes.insert(0, self._changes(self.runs[0][2:], at_once))
         del self.model
 
     def __call__(self, rows: int, tokens: int, shared: int = 0) -> Saved:
@@ -187,6 +195,8 @@ class SavedBytes:
         inputs, needed, kept = [], [], []
         shared: list[Tensor] = []  # what several blocks are given, such as rotations
         with self.mode, saved_bytes() as bytes_of, contextlib.ExitStack() as hooks:
+            if self.gpu:
+                hooks.enter_context(as_on_gpu())
             own = [*self.model.parameters(), *self.model.buffers()]
             own.append(torch.zeros(rows, tokens, dtype=torch.int64, device=self.device))
 

@@ -250,7 +250,7 @@ class Settings:
     adapter_dtype: torch.dtype = torch.float32  # of the factors and their gradients
     moment_bytes: int | None = None  # of an element of AdamW's moments; None: 4 (8-bit Adam: 1)
     learned: float = 1.0  # share of the predicted tokens that enters the loss, in (0, 1]
-    compile: bool = False  # whether timed blocks are compiled, as the run's are
+    compile: bool = False  # run blocks through torch.compile
     pass_tokens: int | None = None  # tokens that one pass computes at most; None: any number
     shared: int = 0  # first tokens of a row that are computed once for all rows of a pass
 

@@ -41,9 +41,10 @@ class Work:
         return self.base + self.adapters + self.attention + self.head
 
 
-def count_work(shape: Shape, settings: Settings, memory: Memory) -> Work:
-    """Count a step's work; `memory` is the plan for the same settings."""
-    counted, config, a = count_planned(shape, settings), shape.config, settings.accumulate
+def count_work(shape: Shape, settings: Settings, memory: Memory, gpu: bool = False) -> Work:
+    """Count a step's work; `memory` is the plan for the same settings, of a GPU or a CPU."""
+    counted, config = count_planned(shape, settings, gpu=gpu), shape.config
+    a = settings.accumulate
     (V, h), layers = counted.head, counted.blocks
     tokens = settings.ranks * settings.rank_rows * a * settings.length  # the slowest rank's, of all
     spared = a * settings.ranks * (settings.rank_rows - settings.passes) * settings.shared
@@ -101,7 +102,7 @@ def on_device(work: Work, memory: Memory, settings: Settings, device: Device) ->
     """Return seconds of a step: products at the stated efficiency, then what has to be moved."""
     ranks = settings.ranks
     moved = work.bytes + 2 * work.decoded * settings.dtype.itemsize
-    seconds = work.flops / (ranks * device.rate(settings.dtype))
+    seconds = work.flops / (ranks * device.rate(settings.dtype, settings.compile))
     seconds += moved / (ranks * device.bandwidth * 1e9 * device.moving)
     if settings.parallel == "fsdp" and device.link:
         passes = (3 if settings.checkpointing else 2) * settings.accumulate

@@ -15,7 +15,7 @@ from minilora.kernels import hand_back_freed_memory, hardware, integer_way, keep
 from minilora.lora import Survey
 from minilora.planning.machines import forget_peak, peak_bytes, resident, run_apart
 from minilora.planning.memory import count_memory, count_planned
-from minilora.planning.saved import copied, saved_bytes
+from minilora.planning.saved import copied
 from minilora.planning.shapes import Settings, Shape, planned_model
 from minilora.running import compiled, only_watches, token_loss
 
@@ -103,12 +103,9 @@ def _step(
 
 
 def _steps(
-    shape: Shape, settings: Settings, rows: int, clock: Clock, kept: list[int]
+    shape: Shape, settings: Settings, rows: int, clock: Clock
 ) -> Iterator[tuple[float, float]]:
-    """Time steps of a shallow model without end, after one that warms up: the rest, and a block.
-
-    `kept` gets the bytes that lie between forward and backward, if the blocks are compiled.
-    """
+    """Time steps of a shallow model without end, after one that warms up: the rest, and a block."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = random_model(shape, settings, _DEPTH).train()
@@ -125,21 +122,10 @@ def _steps(
     inner = _Inner(model, clock)
     with compiled(model, settings.compile):
         _step(model, batch, optimizer, settings, inner)
-        if settings.compile and hasattr(model, "hidden"):
-            kept.append(_kept(model, batch, settings))
-            inner.at = {}
         while True:
             total, blocks = _step(model, batch, optimizer, settings, inner)
             block = blocks / inner.count if inner.count else 0.0
             yield max(0.0, total - blocks - block), block or total
-
-
-def _kept(model: Any, batch: Batch, settings: Settings) -> int:
-    """Return the bytes that a pass through the blocks keeps."""
-    low = torch.autocast("cpu", dtype=settings.dtype, enabled=settings.autocast)
-    with saved_bytes() as bytes_of, low:
-        model.hidden(batch.input_ids, shared=batch.shared)
-    return bytes_of(*model.parameters(), *model.buffers(), batch.input_ids)
 
 
 @dataclass(frozen=True)
@@ -153,7 +139,6 @@ class Timing:
     # Bytes at the peak above those planned for the timed steps, which a whole model takes too (what
     # this machine's libraries hold for products); 0 where that is not known.
     beyond: int = 0
-    kept: float = 1.0  # share of the activations counted that these blocks keep, 1 unless compiled
 
     @property
     def steady(self) -> bool:
@@ -180,9 +165,9 @@ class Timing:
         )
 
 
-def _summed_up(found: list[float], beyond: int = 0, kept: float = 1.0) -> Timing:
+def _summed_up(found: list[float], beyond: int = 0) -> Timing:
     low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-    return Timing(middle, low, high, len(found), beyond, kept)
+    return Timing(middle, low, high, len(found), beyond)
 
 
 _known: dict[str, Timing] = {}
@@ -203,20 +188,17 @@ def _timed(shape: Shape, settings: Settings, clock: Clock) -> Timing:
     times = whole / (timed * settings.length - settings.shared * (timed - 1))
     larger = shape.config.vocab_size / narrow.config.vocab_size
     found: list[float] = []
-    bytes_kept: list[int] = []
-    for rest, block in _steps(narrow, settings, timed, clock, bytes_kept):
+    for rest, block in _steps(narrow, settings, timed, clock):
         found.append((rest * larger + block * depth) * times)
         if len(found) >= _MOST or (len(found) >= _REPEATS and _summed_up(found).steady):
             break
-    beyond, kept = 0, 1.0
-    if bytes_kept:
-        kept = bytes_kept[0] / few.saved(timed, settings.length, settings.shared).total
+    beyond = 0
     if held:
         run = dataclasses.replace(settings, batch_size=timed, ranks=1, parallel=None)
         planned = count_memory(narrow, run, integer=integer_way(), process=held, counted=few)
-        beyond = peak_bytes() - planned.keeping(kept).peak
+        beyond = peak_bytes() - planned.peak
     hand_back_freed_memory()
-    return _summed_up(found, beyond, kept)
+    return _summed_up(found, beyond)
 
 
 def timed_step(shape: Shape, settings: Settings, clock: Clock = time.perf_counter) -> Timing:

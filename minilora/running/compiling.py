@@ -193,7 +193,9 @@ class CompileClock:
 
 
 @contextmanager
-def compiled(model: nn.Module, wanted: bool, every: bool = False) -> Iterator[None]:
+def compiled(
+    model: nn.Module, wanted: bool, every: bool = False, backend: str = "inductor"
+) -> Iterator[None]:
     """Compile the blocks with adapters, or every block, and the loss of our own models.
 
     Where there is no such block it is the whole model. Shapes are left open: batches differ in
@@ -210,7 +212,8 @@ def compiled(model: nn.Module, wanted: bool, every: bool = False) -> Iterator[No
     flag = getattr(model, "compiled_loss", None)
     try:
         for block, _ in targets:
-            block.forward = _as_any_other(torch.compile(block.forward, dynamic=True))
+            traced = torch.compile(block.forward, dynamic=True, backend=backend)
+            block.forward = _as_any_other(traced)
         if flag is not None:
             model.compiled_loss = True  # type: ignore[assignment]
         with private_cache(), _settings():  # compilation happens at the first call
