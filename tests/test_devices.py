@@ -137,10 +137,11 @@ def test_a_row_that_does_not_fit_is_told_by_its_device(monkeypatch):
 
 
 def test_a_gpu_adds_in_one_order_during_a_run_alone():
-    for device, wanted in ((CUDA, True), (torch.device("cpu"), False)):
-        with session._in_one_order(device):
-            assert torch.are_deterministic_algorithms_enabled() is wanted
-            assert torch.is_deterministic_algorithms_warn_only_enabled() is wanted
+    for device, wanted in ((CUDA, True), (CUDA, False), (torch.device("cpu"), True)):
+        ordered = wanted and device == CUDA
+        with session._in_one_order(device, wanted):
+            assert torch.are_deterministic_algorithms_enabled() is ordered
+            assert torch.is_deterministic_algorithms_warn_only_enabled() is ordered
         assert not torch.are_deterministic_algorithms_enabled()
         assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

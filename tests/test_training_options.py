@@ -31,6 +31,7 @@ OTHERS = {
     "compile": ("auto", "-auto"),
     "shuffle": (False, "--no-shuffle"), "group_by_length": (False, "--no-group-by-length"),
     "seed": (2**40, str(2**40)), "patience": (3, "3"), "parallel": ("ddp", "ddp"),
+    "deterministic": (False, "--no-deterministic"),
     "max_bad_steps": (2, "2"), "log_every": (1, "1"), "base_name": ("me/base", "me/base"),
 }  # fmt: skip
 # What an option needs beside it.

@@ -70,7 +70,7 @@ def training(run: Run) -> Iterator[None]:
         as_found(run.model, buffers=False),
         _checkpointing(run.model, run.config.checkpointing),
         widened(run.model),
-        _in_one_order(run.device),
+        _in_one_order(run.device, run.config.deterministic),
     ):
         try:
             run.model.train()
@@ -83,9 +83,9 @@ def training(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _in_one_order(device: torch.device) -> Iterator[None]:
+def _in_one_order(device: torch.device, wanted: bool = True) -> Iterator[None]:
     """Let a GPU add up in one order, so that a run repeats bit for bit, as it does on a CPU."""
-    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+    if not wanted or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         yield
         return
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
