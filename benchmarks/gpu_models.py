@@ -8,6 +8,7 @@ Stages of `gpu.py`. The large models have random weights: time and memory don't 
 
 import contextlib
 import gc
+import itertools
 import json
 import math
 import os
@@ -174,11 +175,41 @@ def measure(rows, code, name, format=None, backend="torch", r=16, targets=LINEAR
         }  # fmt: skip
         if DEVICE == "cuda":
             row["peak_gb"] = (torch.cuda.max_memory_allocated() - left) / 1e9
-        if code == "minilora" and not SMOKE:
+        if code == "minilora" and not SMOKE and not compile:  # counting those takes 10 s
             settings = Settings(format=format, r=r, targets=list(targets), batch_size=batch,
                                 length=length, dropout=p)  # fmt: skip
             planned = count_memory(read_shape(name), settings, gpu=True, process=0)
             row["planned_gb"] = planned.peak / 1e9
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error!s:.200}"
+    rows.add(what, **row)
+
+
+def fitted(rows, name, batch=2, length=4096, compile=True, deterministic=True):
+    """Add a row for `fit`, which bare steps leave out: its masks, its checks and its one order."""
+    import minilora
+
+    if SMOKE:
+        length, compile = 16, False
+    left, marks, steps = _emptied(), [], 4 + STEPS  # layers are looked at in the first six
+    row = {"r": 16, "p": 0.1, "rows": batch, "length": length, "compiled": compile}
+    what = f"{name}, fit{'' if deterministic else ' in any order'}"
+
+    class Marks:
+        def on_step(self, _):
+            marks.append(time.perf_counter())
+
+    try:
+        net = our_model(name, None, "torch", 16, LINEARS, 0.1)
+        few = [n % 97 for n in range(length)]
+        config = minilora.TrainConfig(batch_size=batch, max_steps=steps, compile=compile,
+                                      deterministic=deterministic)  # fmt: skip
+        data = [{"input_ids": few, "labels": few}] * (batch * steps)
+        minilora.fit(net, data, config=config, callbacks=[Marks()], quiet=True)
+        best = min(b - a for a, b in itertools.pairwise(marks[-STEPS:]))
+        row |= {"ms": 1e3 * best, "tokens_s": batch * length / best}
+        if DEVICE == "cuda":
+            row["peak_gb"] = (torch.cuda.max_memory_allocated() - left) / 1e9
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error!s:.200}"
     rows.add(what, **row)
@@ -202,21 +233,26 @@ def models(rows):
     """Steps of Llama-3.1-8B as NVIDIA publishes them, and of Llama-3.2-3B as PEFT does."""
     big, small = "llama-3.1-8b", "llama-3.2-3b"
     few = {"r": 32, "targets": ATTENTION, "p": 0.0, "batch": 4, "length": 768}
-    measure(rows, "minilora", big, compile=True, profile=True)
-    measure(rows, "minilora", big, profile=True)
-    measure(rows, "peft", big)
-    measure(rows, "minilora", big, "int8", "triton")
-    measure(rows, "minilora", big, "nf4", compile=True)
-    measure(rows, "minilora", small, compile=True, **few)
-    measure(rows, "minilora", small, **few)
-    measure(rows, "peft", small, **few)
     measure(rows, "minilora", big, "int8", "triton", compile=True)
+    measure(rows, "minilora", big, compile=True, profile=True)
+    fitted(rows, big)
+    fitted(rows, big, deterministic=False)
+    measure(rows, "minilora", big, "nf4", "triton", compile=True)
+    measure(rows, "peft", big, compile=True)
+    measure(rows, "minilora", big, profile=True)
+    measure(rows, "minilora", big, "int8", "triton")
     measure(rows, "minilora", big, backend="triton")
+    measure(rows, "minilora", big, backend="triton", compile=True)
+    measure(rows, "minilora", small, compile=True, **few)
+    measure(rows, "peft", small, compile=True, **few)
+    measure(rows, "peft", big)
+    measure(rows, "minilora", big, "nf4", compile=True)
     measure(rows, "minilora", big, "int8")
     measure(rows, "minilora", big, "nf4")
+    measure(rows, "minilora", small, **few)
+    measure(rows, "peft", small, **few)
     if _installed("bitsandbytes") and not SMOKE:
         measure(rows, "peft", big, "nf4")
-    measure(rows, "peft", big, compile=True)
     measure(rows, "peft", big, batch=1)
 
 

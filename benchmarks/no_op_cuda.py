@@ -1,8 +1,9 @@
 """A GPU that computes nothing: what a step of whole models takes there, but for its time.
 
 `no_op_cuda.c` stands in for CUDA's runtime, driver and cuBLAS. With a torch built for CUDA all host
-code runs as on an H200, so peaks of memory are those of a real one to the byte, and launches,
-copies and the host's time are counted; numbers are zeros, and cuDNN's attention is left out.
+code runs as on an H200: peaks of memory are those of a real one (seven runs were apart by 0.00 to
+0.07 GB), and launches, copies and the host's time are counted. Numbers are zeros, and cuDNN's
+attention is left out.
 
     python benchmarks/no_op_cuda.py                      # rows of results/no_op_cuda.csv
     python benchmarks/no_op_cuda.py SCRIPT [ARGUMENT …]  # any script on such a device

@@ -62,6 +62,7 @@ TABLES = {
     "gpu passes": tables_gpu.passes,
     "gpu few rows": tables_gpu.few_rows,
     "gpu models": tables_gpu.models,
+    "gpu no-op": tables_gpu.no_op,
     "gpu profile": tables_gpu.profile,
     "gpu models h100": tables_gpu.models_h100,
     "gpu smollm2": tables_gpu.smollm2,

@@ -245,6 +245,32 @@ def models_h100() -> str:
     return _caption(text, rows) + table(HEAD, map(_step, rows))
 
 
+def no_op() -> str:
+    rows = newest(read("no_op_cuda"), "commit")
+    lines = []
+    for row in rows:
+        program = row["program"] + " triton" * (row["backend"] == "triton")
+        program += ", compiled" * (row["compiled"] == "True")
+        peak, planned = row["peak_gb"], row["planned_gb"]
+        error = f"{100 * (float(planned) / float(peak) - 1):+.1f} %" if peak and planned else "–"
+        host = f"{float(row['host_ms']):.0f}" if peak else row["error"][:40]
+        model = f"{row['model']}, r = {row['r']}, {row['rows']} × {row['length']}"
+        cells = [f"{float(value):.2f}" if value else "–" for value in (peak, planned)]
+        lines.append([model, program, row["base"], *cells, error, row["launches"], host])
+    last = rows[-1]
+    text = (
+        f"*Training steps on a GPU that computes nothing (`benchmarks/no_op_cuda.py`): GB (10⁹) "
+        f"that torch's allocator held at most, beside the plan; launches and milliseconds of the "
+        f"host in a step, of this processor ({last['processor']}), one thread, other work beside; "
+        f"models and settings as above, smollm2: all linears, no dropout; torch {last['torch']}, "
+        f"commit {last['commit']}.*\n\n"
+    )
+    head = (
+        "model, rows × tokens | program | base | peak GB | planned GB | error | launches | host, ms"
+    )
+    return text + table(head, lines)
+
+
 # Kernels by the first name that fits. The head's products are told from the others by their tile:
 # 16 chunks of logits and as many gradients, 17.2 TFLOP in all, at the rate of the other products.
 GROUPS = (
