@@ -108,12 +108,17 @@ RUNTIME(cudaStreamCreate, (cudaStream_t *s), *s = object())
 RUNTIME(cudaStreamCreateWithPriority, (cudaStream_t *s, unsigned f, int p), *s = object())
 RUNTIME(cudaStreamGetPriority, (cudaStream_t s, int *p), *p = 0)
 RUNTIME(cudaStreamSynchronize, (cudaStream_t s), no_op_waits++)
-RUNTIME(cudaStreamIsCapturing, (cudaStream_t s, enum cudaStreamCaptureStatus *c),
-        *c = cudaStreamCaptureStatusNone)
+static enum cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+RUNTIME(cudaStreamIsCapturing, (cudaStream_t s, enum cudaStreamCaptureStatus *c), *c = capturing)
 RUNTIME(cudaStreamGetCaptureInfo,
         (cudaStream_t s, enum cudaStreamCaptureStatus *c, unsigned long long *id, cudaGraph_t *g,
          const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *n),
-        if (c) *c = cudaStreamCaptureStatusNone)
+        {
+    *c = capturing;
+    if (id) *id = capturing;
+})
+RUNTIME(cudaStreamBeginCapture, (cudaStream_t s, enum cudaStreamCaptureMode mode),
+        capturing = cudaStreamCaptureStatusActive)
 RUNTIME(cudaEventCreate, (cudaEvent_t *e), *e = object())
 RUNTIME(cudaEventCreateWithFlags, (cudaEvent_t *e, unsigned flags), *e = object())
 RUNTIME(cudaEventElapsedTime, (float *ms, cudaEvent_t a, cudaEvent_t b), *ms = 1)
@@ -130,6 +135,14 @@ RUNTIME(cudaFuncGetAttributes, (struct cudaFuncAttributes *a, const void *f), {
 })
 RUNTIME(cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags,
         (int *n, const void *f, int block, size_t bytes, unsigned flags), *n = 2)
+RUNTIME(cudaStreamEndCapture, (cudaStream_t s, cudaGraph_t *graph), {
+    capturing = cudaStreamCaptureStatusNone;
+    *graph = object();
+})
+RUNTIME(cudaGraphInstantiateWithFlags,
+        (cudaGraphExec_t *ready, cudaGraph_t graph, unsigned long long flags), *ready = object())
+RUNTIME(cudaGraphGetNodes, (cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *n), *n = 1)
+OK(cudaGraphLaunch) OK(cudaGraphDestroy) OK(cudaGraphExecDestroy)
 OK(cudaStreamDestroy) OK(cudaStreamQuery) OK(cudaStreamWaitEvent) OK(cudaEventDestroy)
 OK(cudaEventQuery) OK(cudaEventRecord) OK(cudaEventRecordWithFlags) OK(cudaEventSynchronize)
 OK(cudaThreadExchangeStreamCaptureMode) OK(cudaFuncSetAttribute)
