@@ -122,6 +122,30 @@ def test_split_is_remembered_and_said(capsys):
         assert f"{line}gradient\n" in said
 
 
+def test_a_failed_pass_leaves_the_gradient_so_far_to_the_bit(monkeypatch):
+    """Also where adding 0 would not: -0.0."""
+    seen, parts = [], Gradient._parts
+
+    def noted(self, batch, size, index):
+        gradients = [p.grad for p in self.run.names if p.grad is not None]
+        seen.append((index, size, [g.view(torch.int32).clone() for g in gradients]))
+        if (index, size) == (1, 4):  # does not fit, and has added to the gradient
+            torch._foreach_add_(gradients, 1.0)
+            return None
+        sums = parts(self, batch, size, index)
+        if index == 0:
+            next(iter(self.run.names)).grad.view(-1)[:2] = torch.tensor([-0.0, 1e-42])
+        return sums
+
+    monkeypatch.setattr(Gradient, "_parts", noted)
+    fit(tiny(), examples(8), batch_size=4, accumulate=2, max_steps=1)
+    assert [part[:2] for part in seen] == [(0, 4), (1, 4), (1, 2)]
+    _, before, again = (part[2] for part in seen)
+    assert -(2**31) in before[0]
+    assert len(before) == len(again) > 1
+    assert all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
+
+
 class Passes:
     """Notes rows and tokens of each pass that training makes."""
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilora.kernels.triton import launch as launching
 from minilora.kernels.triton import tiles
-from minilora.kernels.triton.launch import Launch, precision
+from minilora.kernels.triton.launch import Launch, precision, run_all
 
 ARCHES = st.sampled_from([75, 80, 86, 89, 90, 100, 103, 120, 121, 200])
 FLOATS = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -91,6 +92,8 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted, tr
         yield
 
     class Kernel:
+        fn = None
+
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((grid, len(args), options))
 
@@ -100,11 +103,64 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted, tr
     monkeypatch.setattr(torch.library, "wrap_triton", lambda k: wrapped.append(k) or k)
     tensor = torch.ones(2).as_subclass(cls)
     tile = tiles.Tile(16, 16, 16, 16, 4, 3)
-    Launch(Kernel(), (1,), (0.5, tensor), {"BLOCK": 16}, tile).run(traceable)
+    run_all([Launch(Kernel(), (1,), (0.5, tensor), {"BLOCK": 16}, tile)], traceable)
     assert entered == wanted
     assert len(wrapped) == traceable  # outside of an operator it costs several launches
     options = {"BLOCK": 16, "enable_fp_fusion": True, "num_warps": 4, "num_stages": 3}
     assert launched == [((1,), 2, options)]
+
+
+class Compiles:
+    """A kernel that lists what it was compiled for, and what its compiled ones are launched on."""
+
+    def __init__(self):
+        self.fn, self.compiled, self.launched = object(), [], []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*args, **options):
+            self.compiled.append(args)
+            return {(*grid, 1, 1): lambda *args: self.launched.append(args)}
+
+        return compile_and_launch
+
+
+def test_a_compiled_kernel_is_found_by_all_that_triton_specializes_on(monkeypatch):
+    monkeypatch.setattr(launching, "_compiled", {})
+    tile, kernel = tiles.Tile(16, 16, 16, 16, 4, 3), Compiles()
+    x, other = torch.zeros(64), torch.ones(64)
+    args, constants = (x, 16, 0.5, None), {"BLOCK": 16}
+
+    def run(args=args, constants=constants, tile=tile):
+        before = len(kernel.compiled)
+        Launch(kernel, (1,), args, constants, tile).run()
+        return len(kernel.compiled) > before
+
+    assert run()
+    assert not run()
+    assert not run((other, 16, 0.25, None))
+    found = kernel.launched[-1]
+    assert found[0] is other
+    assert found[1:] == (16, 0.25, None, 16)  # constants behind the arguments
+    changes = {0: (x.half(), x[1:33]), 1: (17, 1, 2**31 + 16), 2: (1,), 3: (x,)}
+    for position, values in changes.items():
+        for value in values:
+            changed = (*args[:position], value, *args[position + 1 :])
+            assert run(changed)
+            assert not run(changed)
+    assert run(constants={"BLOCK": 32})
+    assert run(tile=tile._replace(warps=8))
+    kernel.fn = object()
+    assert run()
+
+
+def test_compiled_kernels_of_endless_sizes_are_let_go(monkeypatch):
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_MOST", 3)
+    kernel, x = Compiles(), torch.zeros(64)
+    for size in range(2, 20):
+        Launch(kernel, (1,), (x, size), {}, tiles.Tile(16, 16, 16, 16)).run()
+        assert len(launching._compiled) <= 3
+    assert len(kernel.compiled) == 18
 
 
 @pytest.mark.parametrize(

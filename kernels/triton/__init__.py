@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..decoding import runs_on
 from ..dropout import row_seeds
 from ..int8 import LONGEST
 from ..low_rank import FrozenLinear, conv1d_forward, dense_forward
@@ -169,6 +170,6 @@ def _check(x: Tensor, base: FrozenLinear) -> None:
             f"backend='triton' cannot run: its kernels compute in float32, float16 or bfloat16, "
             f"found {x.dtype}; cast the input or use backend='torch'"
         )
-    reason = problem(x.device)
+    reason = None if runs_on(x.device) else problem(x.device)
     if reason is not None:
         raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")

@@ -156,7 +156,7 @@ def launch_quantize(
 
     x `[M, K]` and A `[R, K]` of any strides; c f32 `[K]` or None; codes, t and s are contiguous.
     """
-    (M, K), R = x.shape, len(A)
+    (M, K), R = x.shape, A.shape[0]
     p = p if seed is not None else 0.0
     args = (
         x, c, A, seed, codes, t, s, M, K, scale / (1 - p), threshold_of(p), span_of(seed, M),
@@ -178,7 +178,7 @@ def launch_int8_gemm(
     codes int8 `[M, K]`, t f32 `[M]`, w f32 `[N]` or None, s `[M, R]` and y are contiguous; q int8
     `[K, N]` and b `[R, N]` of any strides.
     """
-    (M, K), N, R = codes.shape, q.shape[1], len(b)
+    (M, K), N, R = codes.shape, q.shape[1], b.shape[0]
     p = p if seed is not None else 0.0
     if scale == 0:  # the kernel divides by it
         s, scale = torch.zeros_like(s), 1.0

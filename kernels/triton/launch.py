@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.nn import Parameter
 
 from ..versions import cuda_takes_tf32
 from .tiles import Tile
@@ -20,27 +22,79 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     tile: Tile
 
-    def run(self, traceable: bool = False) -> None:
-        """Launch on the arguments' device (or in Triton's interpreter).
+    def run(self) -> None:
+        """Launch on the arguments' device (or in Triton's interpreter)."""
+        run_all([self])
 
-        Args:
-            traceable: whether the caller is a `torch.library.triton_op`, which may be traced; what
-                torch needs for that takes several times a launch, on the host.
-        """
-        if 0 in self.grid:
+    def _run(self, device: torch.device) -> None:
+        """Launch on the current device."""
+        constants = self.constants.values()
+        kinds = [
+            v if type(v) in _COMPILED_IN else float if type(v) is float
+            else (v.dtype, v.data_ptr() % 16) for v in self.args
+        ]  # fmt: skip
+        key = (self.kernel.fn, device, self.tile, *kinds, *constants)
+        found = _compiled.get(key)
+        if found is not None:
+            found[(*self.grid, 1, 1)](*self.args, *constants)
             return
-        kernel = self.kernel
-        # Up to 2.12 torch takes no interpreted kernel for one of Triton's, and none is ever traced.
-        if traceable and not is_interpreted():
-            kernel = torch.library.wrap_triton(kernel)
-        options: dict[str, Any] = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
-        if kernel is not self.kernel:  # traced: with Inductor's options, on the right device
-            kernel[self.grid](*self.args, **self.constants, **options)
-            return
-        device = next(arg.device for arg in self.args if isinstance(arg, Tensor))
-        # Triton launches on the current device, which need not be where the tensors are.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[self.grid](*self.args, **self.constants, enable_fp_fusion=True, **options)
+        if len(_compiled) >= _MOST:
+            _compiled.clear()
+        _compiled[key] = self.kernel[self.grid](
+            *self.args, **self.constants, enable_fp_fusion=True, **self.options()
+        )
+
+    def _traced(self) -> bool:
+        """Record the launch if torch is tracing; Inductor knows its device and other options."""
+        kernel = torch.library.wrap_triton(self.kernel)
+        if kernel is self.kernel:
+            return False
+        kernel[self.grid](*self.args, **self.constants, **self.options())
+        return True
+
+    def options(self) -> dict[str, int]:
+        """Return what Triton compiles with."""
+        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+
+
+# Compiled kernels, by all that Triton might compile another one for. Its own search takes several
+# times as long as a launch.
+_compiled: dict[tuple[Any, ...], Any] = {}
+_MOST = 10_000  # in case the sizes never end
+_COMPILED_IN = {int, type(None)}
+
+
+def run_all(launches: list[Launch], traceable: bool = False) -> None:
+    """Launch in order.
+
+    Args:
+        launches: on tensors of one device.
+        traceable: whether torch may be tracing; what it needs for that takes several times a
+            launch, on the host.
+    """
+    launches = [launch for launch in launches if 0 not in launch.grid]
+    # Up to 2.12 torch takes no interpreted kernel for one of Triton's, and none is ever traced.
+    if traceable and not is_interpreted():
+        launches = [launch for launch in launches if not launch._traced()]
+    if not launches:
+        return
+    device = next(arg.device for arg in launches[0].args if isinstance(arg, Tensor))
+    # Triton launches on the current device, which need not be where the tensors are.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for launch in launches:
+            launch._run(device)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether x is an ordinary tensor, and nothing traces, transforms or watches torch."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or is_legacy_batchedtensor(x)  # in `torch.autograd.grad(…, is_grads_batched=True)`
+        or x.is_neg()
+    )
 
 
 def cdiv(a: int, b: int) -> int:
@@ -61,6 +115,7 @@ def is_interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
 def architecture(device: torch.device) -> int:
     """Return 80, 90 and the like; devices that are no CUDA device take sm_80's tiles."""
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -3,15 +3,20 @@
     minilora::lora_linear           X, W, b, A, B, s, seed, p → Y, S
     minilora::lora_linear_backward  G, X, W, A, B, S, s, seed, p, wanted → grad_X, grad_A, grad_B
 
+The operators are for code that is traced. Eager code runs their bodies in an autograd Function, as
+an operator costs the host more than all its launches.
+
 W comes as `[K, N]` (a transposed view of nn.Linear's). Kept for backward: X, S and the factors;
 the dropout mask is made again from the seed. Launches are listed by plain functions, so that the
 same list can be run, compiled ahead of time and counted.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .launch import Launch, architecture, cdiv, precision
+from .launch import Launch, architecture, cdiv, is_plain, precision, run_all
 from .lora_backward import launch_expand, launch_sum, launch_tall
 from .lora_forward import launch_gemm, launch_shrink
 from .tiles import expand_tile, gemm_tile, shrink_tile, splits_for, tall_tile
@@ -22,7 +27,7 @@ def plan_gemm(
     seed: Tensor | None, p: float, y: Tensor, arch: int,
 ) -> Launch:  # fmt: skip
     """Return the launch that fills `y [M, N]`: the forward's, or the input gradient's."""
-    tile = gemm_tile(x.shape[0], w.shape[1], len(b), x.dtype, arch, precision(x))
+    tile = gemm_tile(x.shape[0], w.shape[1], b.shape[0], x.dtype, arch, precision(x))
     return launch_gemm(x, w, bias, s, b, scale, seed, p, y, tile)
 
 
@@ -30,11 +35,12 @@ def plan_shrink(
     x: Tensor, A: Tensor, seed: Tensor | None, p: float, s: Tensor, scale: float, arch: int
 ) -> Launch:
     """Return the launch that fills `s [M, R]`."""
-    return launch_shrink(x, A, seed, p, s, scale, shrink_tile(x.shape[0], len(A), x.dtype, arch))
+    tile = shrink_tile(x.shape[0], A.shape[0], x.dtype, arch)
+    return launch_shrink(x, A, seed, p, s, scale, tile)
 
 
 def _partials(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def plan_tall(
@@ -55,7 +61,7 @@ def plan_factors(
     arch: int,
 ) -> list[Launch]:  # fmt: skip
     """Return the launches that fill grad_s `[M, R]` and what is given of grad_A, grad_B."""
-    (M, N), R = grad_out.shape, len(A)
+    (M, N), R = grad_out.shape, A.shape[0]
     launches: list[Launch] = []
     tile = expand_tile(R, grad_out.dtype, arch, precision(grad_out))
 
@@ -79,29 +85,32 @@ def plan_factors(
     return launches
 
 
-@torch.library.triton_op("minilora::lora_linear", mutates_args={})
+def new_gradients(tensors: Sequence[Tensor], wanted: list[bool]) -> list[Tensor]:
+    """Return an uninitialised tensor like each, of no element where none is wanted."""
+    pairs = zip(tensors, wanted, strict=True)
+    return [t.new_empty(t.shape if want else (0,)) for t, want in pairs]
+
+
 def _forward(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
     seed: Tensor | None, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype, device=x.device)
-    s = torch.empty((x.shape[0], len(A)), dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape[0], w.shape[1])
+    s = x.new_empty(x.shape[0], A.shape[0])
     w, A, B = (t.to(x.dtype) for t in (w, A, B))
     arch = architecture(x.device)
-    plan_shrink(x, A, seed, p, s, 1.0, arch).run(traceable=True)
-    plan_gemm(x, w, bias, s, B.t(), scaling, None, 0.0, y, arch).run(traceable=True)
+    shrink = plan_shrink(x, A, seed, p, s, 1.0, arch)
+    gemm = plan_gemm(x, w, bias, s, B.t(), scaling, None, 0.0, y, arch)
+    run_all([shrink, gemm], not is_plain(x))
     return y, s
 
 
-@torch.library.triton_op("minilora::lora_linear_backward", mutates_args={})
 def _backward(
     grad_out: Tensor, x: Tensor, w: Tensor, A: Tensor, B: Tensor, s: Tensor, scaling: float,
     seed: Tensor | None, p: float, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_x = torch.empty(x.shape if wanted[0] else (0,), dtype=x.dtype, device=x.device)
-    grad_A = torch.empty(A.shape if wanted[1] else (0,), dtype=A.dtype, device=x.device)
-    grad_B = torch.empty(B.shape if wanted[2] else (0,), dtype=B.dtype, device=x.device)
-    grad_s = torch.empty(s.shape, dtype=s.dtype, device=x.device)
+    grad_x, grad_A, grad_B = new_gradients((x, A, B), wanted)
+    grad_s = s.new_empty(s.shape)
     w, narrow_A, narrow_B = (t.to(x.dtype) for t in (w, A, B))
     arch = architecture(x.device)
     launches = plan_factors(
@@ -112,22 +121,22 @@ def _backward(
         launches.append(
             plan_gemm(grad_out, w.t(), None, grad_s, narrow_A, 1.0, seed, p, grad_x, arch)
         )
-    for launch in launches:
-        launch.run(traceable=True)
+    run_all(launches, not is_plain(grad_out))
     return grad_x, grad_A, grad_B
 
 
-@_forward.register_fake
+_forward_op = torch.library.triton_op("minilora::lora_linear", _forward, mutates_args={})
+_backward_op = torch.library.triton_op("minilora::lora_linear_backward", _backward, mutates_args={})
+
+
+@_forward_op.register_fake
 def _forward_shape(x, w, bias, A, B, scaling, seed, p):
-    return x.new_empty((x.shape[0], w.shape[1])), x.new_empty((x.shape[0], len(A)))
+    return x.new_empty((x.shape[0], w.shape[1])), x.new_empty((x.shape[0], A.shape[0]))
 
 
-@_backward.register_fake
+@_backward_op.register_fake
 def _backward_shape(grad_out, x, w, A, B, s, scaling, seed, p, wanted):
-    grads = zip((x, A, B), wanted, strict=True)
-    return tuple(
-        torch.empty(t.shape if w else (0,), dtype=t.dtype, device=x.device) for t, w in grads
-    )
+    return tuple(new_gradients((x, A, B), wanted))
 
 
 def _keep(ctx, inputs, output):
@@ -143,14 +152,24 @@ def _differentiate(ctx, grad_out, _):
         return (None,) * 8
     x, w, A, B, s, seed = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
-    grads = torch.ops.minilora.lora_linear_backward(
-        grad_out.to(x.dtype), x, w, A, B, s, ctx.scaling, seed, ctx.p, wanted
-    )
+    traced = torch.is_grad_enabled() or not is_plain(grad_out)
+    backward = torch.ops.minilora.lora_linear_backward if traced else _backward
+    grads = backward(grad_out.to(x.dtype), x, w, A, B, s, ctx.scaling, seed, ctx.p, wanted)
     grad_x, grad_A, grad_B = (g if want else None for g, want in zip(grads, wanted, strict=True))
     return grad_x, None, None, grad_A, grad_B, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
 
 
 def lora_dense(
@@ -173,4 +192,5 @@ def lora_dense(
     Returns:
         `[M, N]` in x's dtype.
     """
-    return torch.ops.minilora.lora_linear(x, w, bias, A, B, scaling, seed, p)[0]
+    product = _Eager.apply if is_plain(x) else torch.ops.minilora.lora_linear
+    return product(x, w, bias, A, B, scaling, seed, p)[0]

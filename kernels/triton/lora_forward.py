@@ -158,7 +158,7 @@ def launch_shrink(
     x: Tensor, A: Tensor, seed: Tensor | None, p: float, s: Tensor, scale: float, tile: Tile
 ) -> Launch:  # fmt: skip
     """Fill `s [M, R]` with `scale / (1 − p) · (x ∘ D) Aᵀ`; x `[M, K]`, A `[R, K]`, any strides."""
-    (M, K), R = x.shape, len(A)
+    (M, K), R = x.shape, A.shape[0]
     p = p if seed is not None else 0.0
     args = (
         x, A, seed, s, M, K, scale / (1 - p), threshold_of(p), span_of(seed, M),
@@ -179,7 +179,7 @@ def launch_gemm(
 
     x `[M, K]`, w `[K, N]` and b `[R, N]` of any strides; s `[M, R]` and y are contiguous.
     """
-    (M, K), N, R = x.shape, w.shape[1], len(b)
+    (M, K), N, R = x.shape, w.shape[1], b.shape[0]
     p = p if seed is not None else 0.0
     args = (
         x, w, bias, s, b, seed, y, M, N, K, scale / (1 - p), threshold_of(p), span_of(seed, M),

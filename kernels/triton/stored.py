@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .decode import launch_decode_int4, launch_decode_int8, launch_decode_nf4
 from .int8 import launch_int8_gemm, launch_quantize
-from .launch import Launch, architecture
-from .lora import plan_factors, plan_gemm, plan_shrink, plan_tall
+from .launch import Launch, architecture, is_plain, run_all
+from .lora import new_gradients, plan_factors, plan_gemm, plan_shrink, plan_tall
 from .tiles import CODES_TILE, TURNED_ROWS, int4_tile, int8_tile, nf4_tile, quantize_tile
 
 
@@ -66,19 +66,18 @@ def _codes(w: Weight, turned: bool) -> tuple[Tensor, list[Launch]]:
     if w.format == "int8" and not turned:
         return w.parts[0], []
     shape = (w.K, w.N) if turned else (w.N, w.K)
-    codes = torch.empty(shape, dtype=torch.int8, device=w.parts[0].device)
+    codes = w.parts[0].new_empty(shape, dtype=torch.int8)
     codes = codes.t() if turned else codes
     return codes, [plan_decoded(w, codes)]
 
 
 def _decoded(w: Weight, dtype: torch.dtype) -> tuple[Tensor, list[Launch]]:
-    out = torch.empty((w.N, w.K), dtype=dtype, device=w.parts[0].device)
+    out = w.parts[0].new_empty(w.N, w.K, dtype=dtype)
     return out, [plan_decoded(w, out)]
 
 
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return codes, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 def plan_forward(
@@ -86,7 +85,7 @@ def plan_forward(
     seed: Tensor | None, p: float, way: str, y: Tensor, s: Tensor, arch: int,
 ) -> list[Launch]:  # fmt: skip
     """Return the launches that fill y `[M, N]` and s `[M, R]`."""
-    M, R = x.shape[0], len(A)
+    M, R = x.shape[0], A.shape[0]
     if way == "int8":
         q, launches = _codes(w, False)
         codes, t = _quantized(x)
@@ -119,7 +118,7 @@ def plan_backward(
         dense, decode = _decoded(w, x.dtype)
         gemm = plan_gemm(grad_out, dense, None, grad_s, A, 1.0, seed, p, grad_x, arch)
         return [*launches, *decode, gemm]
-    M, R = x.shape[0], len(A)
+    M, R = x.shape[0], A.shape[0]
     codes, t = _quantized(grad_out)
     tile = quantize_tile(R, x.dtype, arch)
     launches = [
@@ -137,54 +136,49 @@ def plan_backward(
     return [*launches, *decode, gemm]
 
 
-@torch.library.triton_op("minilora::lora_stored", mutates_args={})
 def _forward(
     x: Tensor, parts: list[Tensor], bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
     seed: Tensor | None, p: float, format: str, block: int, way: str, grad_way: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = torch.empty((x.shape[0], len(B)), dtype=x.dtype, device=x.device)
-    s = torch.empty((x.shape[0], len(A)), dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape[0], B.shape[0])
+    s = x.new_empty(x.shape[0], A.shape[0])
     A, B = A.to(x.dtype), B.to(x.dtype)
-    w = Weight(format, len(B), x.shape[1], block, parts)
+    w = Weight(format, B.shape[0], x.shape[1], block, parts)
     arch = architecture(x.device)
-    for launch in plan_forward(w, x, bias, A, B, scaling, seed, p, way, y, s, arch):
-        launch.run(traceable=True)
+    launches = plan_forward(w, x, bias, A, B, scaling, seed, p, way, y, s, arch)
+    run_all(launches, not is_plain(x))
     return y, s
 
 
-@torch.library.triton_op("minilora::lora_stored_backward", mutates_args={})
 def _backward(
     grad_out: Tensor, x: Tensor, parts: list[Tensor], A: Tensor, B: Tensor, s: Tensor,
     scaling: float, seed: Tensor | None, p: float, format: str, block: int, way: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = [
-        torch.empty(t.shape if want else (0,), dtype=t.dtype, device=x.device)
-        for t, want in zip((x, A, B), wanted, strict=True)
-    ]
+    grads = new_gradients((x, A, B), wanted)
     given = [g if want else None for g, want in zip(grads, wanted, strict=True)]
-    grad_s = torch.empty(s.shape, dtype=s.dtype, device=x.device)
-    w = Weight(format, len(B), x.shape[1], block, parts)
+    grad_s = s.new_empty(s.shape)
+    w = Weight(format, B.shape[0], x.shape[1], block, parts)
     launches = plan_backward(
         w, grad_out, x, A.to(x.dtype), B.to(x.dtype), s, scaling, seed, p, way, grad_s,
         *given, architecture(x.device),
     )  # fmt: skip
-    for launch in launches:
-        launch.run(traceable=True)
+    run_all(launches, not is_plain(grad_out))
     return grads[0], grads[1], grads[2]
 
 
-@_forward.register_fake
+_forward_op = torch.library.triton_op("minilora::lora_stored", _forward, mutates_args={})
+_backward_op = torch.library.triton_op("minilora::lora_stored_backward", _backward, mutates_args={})
+
+
+@_forward_op.register_fake
 def _forward_shape(x, parts, bias, A, B, *rest):
-    return x.new_empty((x.shape[0], len(B))), x.new_empty((x.shape[0], len(A)))
+    return x.new_empty((x.shape[0], B.shape[0])), x.new_empty((x.shape[0], A.shape[0]))
 
 
-@_backward.register_fake
+@_backward_op.register_fake
 def _backward_shape(grad_out, x, parts, A, B, *rest):
-    grads = zip((x, A, B), rest[-1], strict=True)
-    return tuple(
-        torch.empty(t.shape if w else (0,), dtype=t.dtype, device=x.device) for t, w in grads
-    )
+    return tuple(new_gradients((x, A, B), rest[-1]))
 
 
 def _keep(ctx, inputs, output):
@@ -203,14 +197,29 @@ def _differentiate(ctx, grad_out, _):
     scaling, p, format, block, way = ctx.options
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[3], needs[4]]
-    grads = torch.ops.minilora.lora_stored_backward(
+    traced = torch.is_grad_enabled() or not is_plain(grad_out)
+    backward = torch.ops.minilora.lora_stored_backward if traced else _backward
+    grads = backward(
         grad_out.to(x.dtype), x, parts, A, B, s, scaling, seed, p, format, block, way, wanted
     )
     grad_x, grad_A, grad_B = (g if want else None for g, want in zip(grads, wanted, strict=True))
     return grad_x, nothing, None, grad_A, grad_B, *[None] * 7
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_x, _, *rest = _differentiate(ctx, *grads)
+        return grad_x, None, *rest
 
 
 def lora_stored(
@@ -236,6 +245,5 @@ def lora_stored(
     Returns:
         `[M, N]` in x's dtype.
     """
-    return torch.ops.minilora.lora_stored(
-        x, parts, bias, A, B, scaling, seed, p, format, block, way, grad_way
-    )[0]
+    product = _Eager.apply if is_plain(x) else torch.ops.minilora.lora_stored
+    return product(x, parts, bias, A, B, scaling, seed, p, format, block, way, grad_way)[0]

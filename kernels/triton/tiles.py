@@ -7,7 +7,7 @@ divides and groups of 64; at odd widths 128 × 256 × 64 spills. Registers and i
 in benchmarks/results/aot.csv, what was rejected in benchmarks/NOTES.md.
 """
 
-from collections.abc import Iterable
+import functools
 from typing import NamedTuple
 
 import torch
@@ -30,9 +30,10 @@ class Tile(NamedTuple):
     group_m: int = 8
 
 
-def nearest(arch: int, table: Iterable[int] = SHARED_MEMORY) -> int:
+@functools.cache
+def nearest(arch: int) -> int:
     """Return the known architecture whose tiles `arch` takes, e.g. 86 → 89, 100 → 90."""
-    return min(table, key=lambda known: (abs(known - arch), known))
+    return min(SHARED_MEMORY, key=lambda known: (abs(known - arch), known))
 
 
 def padded(r: int) -> int:

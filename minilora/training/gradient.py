@@ -98,7 +98,10 @@ class Gradient:
         if size == 0:  # this rank has no row of it, but must take part in the collectives
             return (0.0, 0) if run.ranks.parallel != "fsdp" else self._idle(index)
         while True:
-            kept = [None if p.grad is None else p.grad.clone() for p in run.names]
+            held = [p for p in run.names if p.grad is not None]
+            # One operation for all, which keeps every bit.
+            copies = torch._foreach_mul([p.grad for p in held], 1) if held else ()
+            kept = dict(zip(held, copies, strict=True))
             told = len(run.preference.seen) if run.preference is not None else 0
             strict = self.strict
             sums = self._parts(batch, size, index)
@@ -107,8 +110,8 @@ class Gradient:
             # Here the error and, with it, the graph of the failed pass are gone.
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
-            for parameter, gradient in zip(run.names, kept, strict=True):
-                parameter.grad = gradient
+            for parameter in run.names:
+                parameter.grad = kept.get(parameter)
             if run.preference is not None:
                 del run.preference.seen[told:]
             if self.strict != strict:
