@@ -8,8 +8,9 @@ if __name__ != "kernels":
     from .cache import cache_folder, make_folder, private_folder
     from .capped import capped_attention
     from .cross_entropy import bounds, linear_cross_entropy
+    from .decoding import runs_on
     from .devices import DEVICES, out_of_memory, resolve_device
-    from .dropout import dropout_mask, row_masks
+    from .dropout import drop, dropout_mask, planned_for_gpu, row_masks
     from .frozen import frozen_product
     from .int4 import INT4_CODES, int4_codes
     from .int8 import (
@@ -84,6 +85,7 @@ __all__ = [
     "decoded_products",
     "dense_forward",
     "dense_grad_x",
+    "drop",
     "dropout_mask",
     "fastest_dtype",
     "frozen_product",
@@ -106,6 +108,7 @@ __all__ = [
     "nf4_decode",
     "nf4_products",
     "out_of_memory",
+    "planned_for_gpu",
     "private_folder",
     "quantize_rows",
     "quotient",
@@ -113,6 +116,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "row_masks",
+    "runs_on",
     "scales_from_bits",
     "swiglu",
     "triton_lora_linear",

@@ -80,8 +80,11 @@ class OnSecondGPU(torch.Tensor):
 
 
 @pytest.mark.parametrize("traceable", [False, True])
-@pytest.mark.parametrize(("cls", "wanted"), [(OnSecondGPU, ["cuda:1"]), (torch.Tensor, [])])
-def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted, traceable):
+@pytest.mark.parametrize(
+    ("cls", "at", "wanted"),
+    [(OnSecondGPU, 0, ["cuda:1"]), (OnSecondGPU, 1, []), (torch.Tensor, 0, [])],
+)
+def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, at, wanted, traceable):
     """Mocked, device and kernel both: Triton itself takes the current device."""
     entered, launched = [], []
 
@@ -96,6 +99,7 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted, tr
 
     monkeypatch.setattr("minilora.kernels.triton.launch.is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: at)
     wrapped = []
     monkeypatch.setattr(torch.library, "wrap_triton", lambda k: wrapped.append(k) or k)
     tensor = torch.ones(2).as_subclass(cls)

@@ -1,7 +1,6 @@
 """One kernel launch as a value: it can be run, compiled ahead of time, or counted."""
 
 import functools
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +36,14 @@ class Launch(NamedTuple):
         if kernel is not self.kernel:  # traced: with Inductor's options, on the right device
             kernel[self.grid](*self.args, **self.constants, **options)
             return
+        options["enable_fp_fusion"] = True
         device = next(arg.device for arg in self.args if isinstance(arg, Tensor))
         # Triton launches on the current device, which need not be where the tensors are.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[self.grid](*self.args, **self.constants, enable_fp_fusion=True, **options)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            kernel[self.grid](*self.args, **self.constants, **options)
+            return
+        with torch.cuda.device(device):
+            kernel[self.grid](*self.args, **self.constants, **options)
 
 
 def cdiv(a: int, b: int) -> int:

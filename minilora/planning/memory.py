@@ -133,6 +133,7 @@ class Counted:
         autocast: the dtype of autocast, None without.
         number: how many blocks each of the model's stands for, see `SavedBytes`.
         saved: what counts `saved`, where that is known.
+        gpu: whether it is to train on a GPU, see `SavedBytes`.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Counted:
         autocast: torch.dtype | None = None,
         number: Sequence[int] | None = None,
         saved: SavedBytes | None = None,
+        gpu: bool | None = None,
     ) -> None:
         survey = Survey(model)
         blocks, modules = list(survey.blocks.values()), survey.modules
@@ -170,7 +172,7 @@ class Counted:
             base_of(module).shape for name, module in modules.items() if is_linear(module)
             and (name in survey.layers or base_of(module).is_quantized)
         ]  # fmt: skip
-        self.saved = saved or SavedBytes(model, autocast, number=number)
+        self.saved = saved or SavedBytes(model, autocast, number=number, gpu=gpu)
         self.head = base_of(modules[self.saved.head]).shape  # vocabulary, and the blocks' width
 
 
@@ -182,13 +184,15 @@ def _linears(module: nn.Module) -> list[tuple[int, int]]:
 _known: dict[str, Counted] = {}  # a plan asks for the same many times
 
 
-def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> Counted:
+def count_planned(
+    shape: Shape, settings: Settings, most: int | None = None, gpu: bool = False
+) -> Counted:
     """Count what the settings make of a shape; `most`: of a model of that many blocks a sort."""
     # None of these changes what is counted.
     same: dict[str, Any] = dict.fromkeys(("batch_size", "accumulate", "length", "ranks"), 1)
     same |= {"learned": 1.0, "moment_bytes": None, "parallel": None, "pass_tokens": None}
     same |= {"compile": False, "checkpointing": False, "shared": 0}
-    key = repr((shape.config, dataclasses.replace(settings, **same), most))
+    key = repr((shape.config, dataclasses.replace(settings, **same), most, gpu))
     if key not in _known:
         if len(_known) >= 64:
             _known.clear()
@@ -196,9 +200,10 @@ def count_planned(shape: Shape, settings: Settings, most: int | None = None) -> 
         autocast, saved = settings.dtype if settings.autocast else None, None
         # A frozen base keeps nothing, whatever it is stored in.
         if settings.format and not autocast:
-            saved = count_planned(shape, dataclasses.replace(settings, format=None), most).saved
+            plain = dataclasses.replace(settings, format=None)
+            saved = count_planned(shape, plain, most, gpu).saved
         try:
-            _known[key] = Counted(model, autocast, None if most else number, saved)
+            _known[key] = Counted(model, autocast, None if most else number, saved, gpu)
         except RuntimeError as error:
             if not shape.foreign:
                 raise
@@ -235,7 +240,7 @@ def count_memory(
             context.
     """
     shape.check_length(settings.length)
-    found = count_planned(shape, settings) if counted is None else counted
+    found = count_planned(shape, settings, gpu=gpu) if counted is None else counted
     integer = None if gpu else integer
     kept = found.saved(settings.rows, settings.length, settings.shared)
     held, again = (kept.inputs, kept.block) if settings.checkpointing else (kept.total, 0)

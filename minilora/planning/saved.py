@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from minilora.kernels import hardware, integer_way
+from minilora.kernels import hardware, integer_way, planned_for_gpu, runs_on
 from minilora.lora import Survey
 from minilora.running import shares_prefix
 
@@ -93,7 +93,8 @@ class SavedBytes:
 
     The model may be on any device, the meta device too; it is not changed. `number` is how many
     blocks each of its own stands for, None where all are there. `device` is what to count for:
-    `"cuda"` needs a torch built for CUDA, not a GPU.
+    `"cuda"` needs a torch built for CUDA, not a GPU. `gpu` says whether dropout keeps no masks, as
+    on a GPU with Triton; None: as where the model is.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class SavedBytes:
         *,
         number: Sequence[int] | None = None,
         device: str = "cpu",
+        gpu: bool | None = None,
     ) -> None:
         hardware(), integer_way()  # cached: measured on fake tensors they would be wrong
         survey = Survey(model)
@@ -117,6 +119,7 @@ class SavedBytes:
             number, names = list(chosen.values()), list(survey.blocks)
             restore = keep_blocks(survey, [names[i] for i in chosen])
         self.number, self.autocast, self.device = number, autocast, device
+        self.gpu = runs_on(next(model.parameters()).device) if gpu is None else gpu
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
             with self.mode:
@@ -214,6 +217,7 @@ class SavedBytes:
             hooks.callback(head.register_forward_pre_hook(stop).remove)
             on = self.autocast is not None
             low = torch.autocast(self.device, self.autocast, enabled=on)
+            hooks.enter_context(planned_for_gpu(self.gpu))
             with torch.enable_grad(), low, contextlib.suppress(_HeadReachedError):
                 if start:
                     self.model.hidden(own[-1], shared=start)
