@@ -27,9 +27,10 @@ from triton.compiler import ASTSource
 
 from minilora.kernels.triton import lora, stored
 from minilora.kernels.triton.cross_entropy import launch_exponents
+from minilora.kernels.triton.dropout import launch_drop
 from minilora.kernels.triton.int8 import launch_int8_gemm
 from minilora.kernels.triton.launch import Launch
-from minilora.kernels.triton.tiles import SHARED_MEMORY, Tile, exponents_tile
+from minilora.kernels.triton.tiles import SHARED_MEMORY, Tile, drop_tile, exponents_tile
 
 RESULTS = Path(__file__).parent / "results" / "aot.csv"
 ARCHITECTURES = (80, 90)
@@ -235,6 +236,15 @@ def loss_cases(arch, dtypes=("f16", "bf16", "f32")):
             yield Case("exponents" + (" capped" if cap else ""), arch, label, launch)
 
 
+def drop_cases(arch, dtypes=("f16", "bf16", "f32")):
+    """Dropout in one pass, of rows that its wide tile divides and others."""
+    for label, dtype in kinds(dtypes):
+        for N in (4096, 576):
+            x, seeds = meta(8192, N, dtype=dtype), meta(2, dtype=torch.int64)
+            launch = launch_drop(x, seeds, 0.1, x, drop_tile(N))
+            yield Case(f"drop {N}", arch, label, launch)
+
+
 def all_cases():
     """Every kernel × tile × dtype × architecture that the tile functions can return."""
     for arch in ARCHITECTURES:
@@ -247,6 +257,7 @@ def all_cases():
                     yield from stored_cases(arch, M, R, format, way)
         yield from turned_cases(arch)
         yield from loss_cases(arch)
+        yield from drop_cases(arch)
 
 
 def chosen_cases():
@@ -262,6 +273,7 @@ def chosen_cases():
             yield from (case for case in few if "gemm" in case.name)
         yield from turned_cases(arch)
         yield from loss_cases(arch, dtypes=("bf16",))
+        yield from drop_cases(arch, dtypes=("bf16",))
 
 
 def distinct(cases):
@@ -312,7 +324,7 @@ def problems(case, compiled):
         found.append(f"{compiled.registers} registers")
     if compiled.shared > SHARED_MEMORY[case.arch]:
         found.append(f"{compiled.shared} bytes of shared memory")
-    if kernel.startswith(("decode_", "exponents")) and not counts["loads_128"]:
+    if kernel.startswith(("decode_", "exponents", "drop")) and not counts["loads_128"]:
         found.append("no 128-bit load")
     if kernel in LOOPED:
         # f32 asked for exactly has no tensor-core instruction on these architectures.

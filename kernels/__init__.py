@@ -9,7 +9,7 @@ if __name__ != "kernels":
     from .capped import capped_attention
     from .cross_entropy import bounds, linear_cross_entropy
     from .devices import DEVICES, as_on_gpu, out_of_memory, resolve_device
-    from .dropout import dropout_mask, row_masks
+    from .dropout import drop, dropout_mask, row_masks
     from .frozen import frozen_product
     from .int4 import INT4_CODES, int4_codes
     from .int8 import (
@@ -85,6 +85,7 @@ __all__ = [
     "decoded_products",
     "dense_forward",
     "dense_grad_x",
+    "drop",
     "dropout_mask",
     "fastest_dtype",
     "frozen_product",

@@ -54,6 +54,11 @@ def _cuda(device: torch.device) -> torch.device:
 _counting: list[str] = []  # devices, within `as_on_gpu`
 
 
+def counts_for_gpu() -> bool:
+    """Return whether fake tensors stand for those of a GPU."""
+    return bool(_counting)
+
+
 def on_cpu(tensor: torch.Tensor) -> bool:
     """Return whether a tensor takes the ways that CPUs alone have."""
     if _counting and (torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)):

@@ -1,24 +1,32 @@
 """Dropout's masks: every row of a batch has its own, whatever lies beside it.
 
-Within `row_masks` a row's mask follows from its seed, the call and the position. Untraced torch
-draws it from a generator of that seed. Traced torch and the Triton kernels hash
+Within `row_masks` a row's mask follows from its seed, the call and the position. Where untraced
+torch has no Triton kernels, it draws it from a generator of that seed. Traced torch and the kernels
+hash
 
     (seed of the row, token in the row, column)
 
-so that nothing is drawn one after another: `hashed_mask` says how.
+so that nothing is drawn one after another: `hashed_mask` says how. A kernel that hashes needs no
+mask: `dropout_mask` then gives the seeds alone, and `drop` takes either.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.nn import Parameter
+
+from .decoding import runs_on
+from .devices import counts_for_gpu
+from .workspace import is_traced, is_transformed
 
 # Seeds of the rows in hand, and spread over 64 bits as a tensor. Not per thread: a backward pass
 # that recomputes may run in another one than the forward pass.
 _row_seeds: Sequence[int] = ()
 _spread_seeds: Tensor | None = None
-_placed: dict[torch.device, Tensor] = {}
 
 
 def _spread(seed: int) -> int:
@@ -34,7 +42,7 @@ def _spread(seed: int) -> int:
 
 
 @contextmanager
-def row_masks(seeds: Sequence[int]) -> Iterator[None]:
+def row_masks(seeds: Sequence[int], device: torch.device | str = "cpu") -> Iterator[None]:
     """Within the block draw dropout's masks row by row, so that they don't depend on the batch.
 
     A row's mask follows from its seed, the call (one number of torch's global random stream each)
@@ -42,17 +50,21 @@ def row_masks(seeds: Sequence[int]) -> Iterator[None]:
 
     Args:
         seeds: one per row of the batch, in [0, 2⁶³).
+        device: of the batch, to which the seeds are copied at once; on another one, each call
+            copies them.
     """
     global _row_seeds, _spread_seeds  # noqa: PLW0603 (one for all threads, see above)
     before = _row_seeds, _spread_seeds
     _row_seeds = tuple(seeds)
-    _spread_seeds = torch.tensor([_spread(seed) for seed in seeds], device="cpu")
-    _placed.clear()
+    spread = torch.tensor([_spread(seed) for seed in seeds], device="cpu")
+    cuda = torch.device(device).type == "cuda"
+    if cuda:  # from other memory a copy waits for the GPU
+        spread = spread.pin_memory()
+    _spread_seeds = spread.to(device, non_blocking=cuda)
     try:
         yield
     finally:
         _row_seeds, _spread_seeds = before
-        _placed.clear()
 
 
 def row_seeds(x: Tensor) -> Tensor:
@@ -65,11 +77,7 @@ def row_seeds(x: Tensor) -> Tensor:
     seeds = _spread_seeds
     if seeds is None or not len(seeds) or x.dim() < 2 or len(x) % len(seeds):
         return call
-    if torch.compiler.is_compiling():
-        return seeds.to(x.device) ^ call
-    if x.device not in _placed:  # copied once a pass: each copy waits for the GPU
-        _placed[x.device] = seeds.to(x.device)
-    return _placed[x.device] ^ call
+    return seeds.to(x.device) ^ call
 
 
 def threshold_of(p: float) -> int:
@@ -119,14 +127,29 @@ def _hashes(seeds: Tensor, M: int, N: int) -> Tensor:
     return shifted(h ^ shifted(h, 16), 1)
 
 
+def _takes_seeds(x: Tensor) -> bool:
+    """Return whether `drop` can launch a kernel on x; a traced graph fuses operations of torch."""
+    if torch.compiler.is_compiling():
+        return False
+    if isinstance(x, FakeTensor):
+        return counts_for_gpu()
+    return runs_on(x.device) and type(x) in (Tensor, Parameter) and not is_transformed(x)
+
+
 def dropout_mask(x: Tensor, p: float | Tensor) -> Tensor:
-    """Draw a bool mask of x's shape that is True with probability 1 − p.
+    """Draw a mask that keeps each element of x with probability 1 − p.
 
     Args:
         x: `[..., K]`; inside `row_masks` its leading dimension is taken to hold the rows one
             after another, if their number divides it.
         p: in [0, 1), or a tensor of such that broadcasts to x's shape.
+
+    Returns:
+        A bool tensor of x's shape, True = keep; where Triton's kernels run, for a number p, the
+        int64 seeds `[S]` that `drop` hashes it from.
     """
+    if not isinstance(p, Tensor) and _takes_seeds(x):
+        return row_seeds(x)
     if torch.compiler.is_compiling():
         columns = x.shape[-1]
         rows = x.numel() // max(1, columns)
@@ -146,3 +169,41 @@ def dropout_mask(x: Tensor, p: float | Tensor) -> Tensor:
     for row, chance, seed in zip(drawn, keep, seeds, strict=True):
         row.bernoulli_(chance, generator=generator.manual_seed(seed ^ call))
     return drawn.view(x.shape).to(torch.bool)
+
+
+def drop(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """Return x with 0 where a mask says so; the rest is not divided by 1 − p.
+
+    Args:
+        x: `[..., K]`.
+        mask: what `dropout_mask` gave for x's shape, bool or seeds.
+        p: the probability that it was drawn with.
+    """
+    if mask.dtype == torch.bool:
+        return x * mask
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Drop.apply(x, mask, p)
+    return _hashed_drop(x, mask, p)
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seeds: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(seeds)
+        ctx.p = p
+        return _hashed_drop(x, seeds, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        (seeds,) = ctx.saved_tensors
+        return drop(grad_out, seeds, ctx.p), None, None
+
+
+def _hashed_drop(x: Tensor, seeds: Tensor, p: float) -> Tensor:
+    if is_traced(x) or not runs_on(x.device):
+        columns = x.shape[-1]
+        rows = x.numel() // max(1, columns)
+        return x * hashed_mask(seeds, rows, columns, p).view(x.shape)
+    from .triton.dropout import hashed_drop
+
+    return hashed_drop(x, seeds, p)

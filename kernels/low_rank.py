@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autocast import without_autocast
+from .dropout import drop
 from .probe import product_dtype
 from .workspace import fresh, workspace
 
@@ -126,18 +127,18 @@ def conv1d_grad_x(
     return _multiplied(grad_out, _like(weight, grad_out).t(), onto)
 
 
-def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    if mask is None or not p:
-        return x if mask is None else x * mask
-    return x * mask * (1 / (1 - p))
-
-
-def _folded(scaling: float, mask: Tensor | None, p: float) -> tuple[float, float]:
-    """Return scaling and p. On CUDA the mask alone is multiplied by, and scaling has 1 / (1 − p).
+def _folds(mask: Tensor) -> bool:
+    """Return whether `scaling` has the factor 1 / (1 − p), and D(X) is X ∘ mask alone.
 
     That saves a pass over a matrix as large as X in each product. A CPU's results keep their bits.
     """
-    return (scaling / (1 - p), 0.0) if mask is not None and mask.is_cuda else (scaling, p)
+    return mask.is_cuda or mask.dtype != torch.bool
+
+
+def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    if mask is None:
+        return x
+    return drop(x, mask, p) if _folds(mask) else drop(x, mask, p) * (1 / (1 - p))
 
 
 @torch.library.custom_op("minilora::add_product_", mutates_args=("y",))
@@ -240,9 +241,12 @@ def lora_linear(
 
     Hu et al. 2021, "LoRA", section 4.1.
     """
-    scaling, p = _folded(scaling, mask, p)
+    if mask is not None and _folds(mask):
+        scaling /= 1 - p
     flat = x.reshape(-1, x.shape[-1])
-    flat_mask = None if mask is None else mask.reshape(flat.shape)
+    flat_mask = mask
+    if mask is not None and mask.dtype == torch.bool:
+        flat_mask = mask.reshape(flat.shape)
     if not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
         # A step of decoding is short enough to feel what autograd and autocast cost.
         y, _ = _product(flat, A, B, flat_mask, scaling, p, base.linear_forward, base.tensors)
@@ -287,7 +291,8 @@ def lora_add(
     Returns:
         `[..., N]` in y's dtype.
     """
-    scaling, p = _folded(scaling, mask, p)
+    if mask is not None and _folds(mask):
+        scaling /= 1 - p
     flat = _dropped(x, mask, p).reshape(-1, x.shape[-1])
     flat = flat.to(product_dtype(flat))
     with without_autocast(x.device.type):

@@ -152,6 +152,12 @@ def exponents_tile(capped: bool) -> Tile:
     return Tile(0, 4096, 0, 0, 16 if capped else 8, 1)
 
 
+def drop_tile(N: int) -> Tile:
+    """Choose for `drop`: 16 elements a thread, of one row where that fills all threads."""
+    n = 2048 if N % 2048 == 0 else 512
+    return Tile(2048 // n, n, 0, 0, 4, 1)
+
+
 CODES_TILE = Tile(0, 64, 128, 0, 4, 1)  # of `decode_int8`: n × k codes
 # From how many rows on it pays to turn int8 codes over for the input gradient: `int8_gemm` loads
 # codes along the reduced width only when they lie so, else in narrower copies with permutations.

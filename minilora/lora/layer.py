@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minilora.kernels import (
     FrozenLinear,
+    drop,
     dropout_mask,
     lora_add,
     lora_linear,
@@ -369,7 +370,7 @@ def _product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
 
 
 def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    return x if mask is None else x * mask * (1 / (1 - p))
+    return x if mask is None else drop(x, mask, p) * (1 / (1 - p))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:

@@ -175,7 +175,7 @@ class Gradient:
         if run.preference is not None and run.preference.rows_per_pair(run.model, batch) == 2:
             seeds = [mix_seed(one, run.step, answer) for one in seeds for answer in (1, 2)]
         torch.manual_seed(mix_seed(seed, run.step, index))
-        with row_masks(seeds), _strictly(self.strict):
+        with row_masks(seeds, run.device), _strictly(self.strict):
             with self.autocast():
                 total, count = _checked(run.loss(run.model, batch))
             (total * run.scale.value).backward()
