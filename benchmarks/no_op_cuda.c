@@ -125,6 +125,8 @@ RUNTIME(cudaEventElapsedTime, (float *ms, cudaEvent_t a, cudaEvent_t b), *ms = 1
 RUNTIME(cudaLaunchKernel,
         (const void *f, dim3 grid, dim3 block, void **a, size_t bytes, cudaStream_t s),
         no_op_launches++)
+RUNTIME(__cudaLaunchKernel,  // what kernels compiled by nvcc 13 call
+        (void *f, dim3 grid, dim3 block, void **a, size_t bytes, cudaStream_t s), no_op_launches++)
 RUNTIME(cudaLaunchKernelExC, (const cudaLaunchConfig_t *c, const void *f, void **a),
         no_op_launches++)
 RUNTIME(cudaFuncGetAttributes, (struct cudaFuncAttributes *a, const void *f), {
