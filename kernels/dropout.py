@@ -211,7 +211,7 @@ class _Drop(torch.autograd.Function):
 
 
 def _hashed_drop(x: Tensor, seeds: Tensor, p: float) -> Tensor:
-    if is_traced(x):
+    if is_traced(x) or not runs_on(x.device):
         columns = x.shape[-1]
         rows = x.numel() // max(1, columns)
         return x * hashed_mask(seeds, rows, columns, p).view(x.shape)

@@ -17,6 +17,7 @@ from minilora.kernels import (
     conv1d_grad_x,
     dense_forward,
     dense_grad_x,
+    drop,
     frozen_product,
     geglu,
     lora_linear,
@@ -26,6 +27,7 @@ from minilora.kernels import (
 )
 from minilora.kernels.attention import _CausalAttention
 from minilora.kernels.cross_entropy import _LinearCrossEntropy
+from minilora.kernels.dropout import _Drop
 from minilora.kernels.frozen import _Frozen
 from minilora.kernels.low_rank import _LoRALinear
 from minilora.kernels.rowwise import _Gated, _RMSNorm, _Rotary
@@ -59,6 +61,11 @@ def lora(kind, dtype=torch.float32, p=0.0):
     return lambda x, A, B: lora_linear(x, linear, A, B, 1.7, mask, p), leaves
 
 
+def dropped():
+    seeds = torch.tensor([5, 2**40 + 1, -3])
+    return lambda x: drop(x, seeds, 0.4), [torch.randn(M, K)]
+
+
 def attention(dtype):
     q, k = torch.randn(2, 4, 7, 8).to(dtype), torch.randn(2, 2, 7, 8).to(dtype)
     return lambda q, k, v: _CausalAttention.apply(q, k, v, 0.3), [q, k, k + 1]
@@ -88,6 +95,7 @@ CASES = {
     + [lambda: frozen("dense", torch.bfloat16), lambda: frozen("int8", torch.bfloat16)],
     _LoRALinear: [lambda kind=kind: lora(kind) for kind in KINDS]
     + [lambda: lora("dense", p=0.5), lambda: lora("dense", torch.bfloat16)],
+    _Drop: [dropped],
     _RMSNorm: [lambda: (lambda x, w: rms_norm(x, w, 1e-5), [torch.randn(M, K), torch.randn(K)])],
     _Gated: [
         lambda: (swiglu, [torch.randn(M, K), torch.randn(M, K)]),
