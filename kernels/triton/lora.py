@@ -192,5 +192,6 @@ def lora_dense(
     Returns:
         `[M, N]` in x's dtype.
     """
-    product = _Eager.apply if is_plain(x) else torch.ops.minilora.lora_linear
-    return product(x, w, bias, A, B, scaling, seed, p)[0]
+    if is_plain(x):
+        return _Eager.apply(x, w, bias, A, B, float(scaling), seed, float(p))[0]
+    return torch.ops.minilora.lora_linear(x, w, bias, A, B, scaling, seed, p)[0]
