@@ -125,8 +125,8 @@ def _backward(
     return grad_x, grad_A, grad_B
 
 
-_forward_op = torch.library.triton_op("minilora::lora_linear", _forward, mutates_args={})
-_backward_op = torch.library.triton_op("minilora::lora_linear_backward", _backward, mutates_args={})
+_forward_op = torch.library.triton_op("minilora::lora_linear", mutates_args={})(_forward)
+_backward_op = torch.library.triton_op("minilora::lora_linear_backward", mutates_args={})(_backward)
 
 
 @_forward_op.register_fake

@@ -167,8 +167,8 @@ def _backward(
     return grads[0], grads[1], grads[2]
 
 
-_forward_op = torch.library.triton_op("minilora::lora_stored", _forward, mutates_args={})
-_backward_op = torch.library.triton_op("minilora::lora_stored_backward", _backward, mutates_args={})
+_forward_op = torch.library.triton_op("minilora::lora_stored", mutates_args={})(_forward)
+_backward_op = torch.library.triton_op("minilora::lora_stored_backward", mutates_args={})(_backward)
 
 
 @_forward_op.register_fake

@@ -98,9 +98,9 @@ class Gradient:
         if size == 0:  # this rank has no row of it, but must take part in the collectives
             return (0.0, 0) if run.ranks.parallel != "fsdp" else self._idle(index)
         while True:
-            held = [p for p in run.names if p.grad is not None]
+            held = {p: p.grad for p in run.names if p.grad is not None}
             # One operation for all, which keeps every bit.
-            copies = torch._foreach_mul([p.grad for p in held], 1) if held else ()
+            copies = torch._foreach_mul(list(held.values()), 1) if held else ()
             kept = dict(zip(held, copies, strict=True))
             told = len(run.preference.seen) if run.preference is not None else 0
             strict = self.strict
