@@ -1,5 +1,6 @@
 """Eager code runs the operators' bodies without the operators: the same bits, the same autograd."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -106,6 +107,14 @@ def test_eager_code_calls_no_operator(format, monkeypatch):
         monkeypatch.setattr(torch.ops.minilora, name, None)
     run(leaves, base).sum().backward()
     assert all(t.grad.isfinite().all() for t in leaves)
+
+
+@BOTH
+def test_the_scaling_may_be_an_integer_or_numpys(format):
+    (x, A, B), base = make(format)
+    expected = triton_lora_linear(x, base, A, B, 2.0)
+    for scaling in (2, np.float64(2)):
+        assert torch.equal(triton_lora_linear(x, base, A, B, scaling), expected)
 
 
 @BOTH

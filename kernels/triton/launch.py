@@ -30,7 +30,7 @@ class Launch(NamedTuple):
         """Launch on the current device."""
         constants = self.constants.values()
         kinds = [
-            v if type(v) in _COMPILED_IN else float if type(v) is float
+            v if type(v) in _COMPILED_IN else float if isinstance(v, float)
             else (v.dtype, v.data_ptr() % 16) for v in self.args
         ]  # fmt: skip
         key = (self.kernel.fn, device, self.tile, *kinds, *constants)

@@ -125,8 +125,8 @@ def _backward(
     return grad_x, grad_A, grad_B
 
 
-_forward_op = torch.library.triton_op("minilora::lora_linear", _forward, mutates_args={})
-_backward_op = torch.library.triton_op("minilora::lora_linear_backward", _backward, mutates_args={})
+_forward_op = torch.library.triton_op("minilora::lora_linear", mutates_args={})(_forward)
+_backward_op = torch.library.triton_op("minilora::lora_linear_backward", mutates_args={})(_backward)
 
 
 @_forward_op.register_fake
@@ -192,5 +192,6 @@ def lora_dense(
     Returns:
         `[M, N]` in x's dtype.
     """
-    product = _Eager.apply if is_plain(x) else torch.ops.minilora.lora_linear
-    return product(x, w, bias, A, B, scaling, seed, p)[0]
+    if is_plain(x):
+        return _Eager.apply(x, w, bias, A, B, float(scaling), seed, float(p))[0]
+    return torch.ops.minilora.lora_linear(x, w, bias, A, B, scaling, seed, p)[0]

@@ -167,8 +167,8 @@ def _backward(
     return grads[0], grads[1], grads[2]
 
 
-_forward_op = torch.library.triton_op("minilora::lora_stored", _forward, mutates_args={})
-_backward_op = torch.library.triton_op("minilora::lora_stored_backward", _backward, mutates_args={})
+_forward_op = torch.library.triton_op("minilora::lora_stored", mutates_args={})(_forward)
+_backward_op = torch.library.triton_op("minilora::lora_stored_backward", mutates_args={})(_backward)
 
 
 @_forward_op.register_fake
@@ -245,5 +245,7 @@ def lora_stored(
     Returns:
         `[M, N]` in x's dtype.
     """
-    product = _Eager.apply if is_plain(x) else torch.ops.minilora.lora_stored
-    return product(x, parts, bias, A, B, scaling, seed, p, format, block, way, grad_way)[0]
+    how = (format, block, way, grad_way)
+    if is_plain(x):
+        return _Eager.apply(x, parts, bias, A, B, float(scaling), seed, float(p), *how)[0]
+    return torch.ops.minilora.lora_stored(x, parts, bias, A, B, scaling, seed, p, *how)[0]
