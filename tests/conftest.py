@@ -86,6 +86,27 @@ def nan_memory():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture
+def sums_in_order(monkeypatch):
+    """Let the interpreter add f32 products as a GPU does: one k after the other, from acc on.
+
+    By itself it adds to acc what numpy's matmul returns, so an error that grows with K is not seen.
+    """
+    from triton_cases import INTERPRETED
+
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self, a, b, acc, *options):
+        total = acc.data
+        for x, y in zip(a.data.T.astype(float), b.data.astype(float), strict=True):
+            total = (x[:, None] * y + total).astype(total.dtype)  # an FMA: rounded once
+        return TensorHandle(total, acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
 @pytest.fixture(scope="session")
 def llama_config():
     """The shape of a Llama small enough for PEFT's round trips, as keyword arguments."""

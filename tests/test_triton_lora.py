@@ -1,10 +1,13 @@
 """The operators with the tiles they choose: every gradient, memory, repeats, torch's own checks."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sweeps import examples, wide
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import DEVICE, DTYPES, assert_as_exact, needs_kernels, operand, seed_tensor
 
 needs_kernels()
@@ -43,7 +46,7 @@ def make(m, n, k, r, dtype, bias=True, layout="plain", factors=None):
     return x, w, operand(n, dtype=dtype) if bias else None, A, B, G
 
 
-def compare(x, w, bias, A, B, G, scaling, seed, p, lucky=False):
+def compare(x, w, bias, A, B, G, scaling, seed, p, lucky=False, products=None):
     y = lora.lora_dense(x, w, bias, A, B, scaling, seed, p)
     y.backward(G)
     keep = torch.ones_like(x, dtype=torch.float64)
@@ -51,7 +54,8 @@ def compare(x, w, bias, A, B, G, scaling, seed, p, lucky=False):
         keep = hashed_mask(seed, *x.shape, p).double() / (1 - p)
     narrow = [t.detach().to(x.dtype) for t in (A, B)]
     exact = exact_linear(x, w, bias, *narrow, scaling, keep, G)
-    plain = plain_linear(x, w, bias, *narrow, scaling, keep, G)
+    with products or nullcontext():
+        plain = plain_linear(x, w, bias, *narrow, scaling, keep, G)
     sizes = [None] * 4
     if lucky:  # shapes so small that sums can cancel
         absolute = [None if t is None else t.detach().abs() for t in (x, w, bias, *narrow)]
@@ -93,6 +97,25 @@ SHORT = {(torch.float32, 4), (torch.bfloat16, 64), (torch.float16, 256)}  # each
 def test_lora_linear_matches_float64_over_several_tiles(dtype, r):
     # 84,000 elements: of fewer, the rounding of one row of S can decide the largest error.
     compare(*make(560, 150, 170, r, dtype), 2.5, seed_tensor(m=560), 0.1)
+
+
+class Quarters(TorchDispatchMode):
+    """Each product is the sum of four: so cuBLAS multiplies where few tiles leave warps idle."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            return func(*args, **(kwargs or {}))
+        *bias, a, b = args
+        parts = [torch.mm(*pair) for pair in zip(a.chunk(4, 1), b.chunk(4, 0), strict=True)]
+        return sum(parts + bias)
+
+
+@pytest.mark.parametrize("r", [4, wide(64)])
+@pytest.mark.usefixtures("sums_in_order")
+def test_f32_is_as_exact_as_sums_of_quarters(r):
+    """The shape in which it was not, on an H100 and an H200."""
+    compare(*make(560, 150, 170, r, torch.float32), 2.5, seed_tensor(m=560), 0.1,
+            products=Quarters())  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

@@ -40,17 +40,22 @@ def test_tiles_are_powers_of_two_whose_pipeline_fits(M, N, r, dtype, arch, preci
     limit, size = tiles.SHARED_MEMORY[tiles.nearest(arch)], dtype.itemsize
     gemm = tiles.gemm_tile(M, N, r, dtype, arch, precision)
     assert gemm.stages * (gemm.m + gemm.n) * gemm.k * size <= limit
-    shrink = tiles.shrink_tile(M, r, dtype, arch)
+    shrink = tiles.shrink_tile(M, r, dtype, arch, precision)
     assert shrink.r >= r
     assert shrink.stages * (shrink.m + shrink.r) * shrink.k * size <= limit
     tall = tiles.tall_tile(r, dtype, arch)
     assert tall.stages * (tall.k + tall.r) * tall.m * size <= limit
-    expand = tiles.expand_tile(r, dtype, arch, precision)
+    expand = tiles.expand_tile(r, dtype, arch)
     if expand is not None:
         assert expand.r >= r
         assert 8 * tiles.padded(r) <= 2 * size * expand.m  # partial sums cost less than a reread
         assert expand.stages * (expand.m + expand.r) * expand.n * size <= limit
-    for tile in (gemm, shrink, tall, expand):
+    quantize = tiles.quantize_tile(r, dtype, arch, precision)
+    assert quantize.stages * (quantize.m + quantize.r) * quantize.k * size <= limit
+    if dtype == torch.float32 and precision == "ieee":  # each tile is one sum, in order
+        assert max(gemm.k, shrink.k, quantize.k, tall.m) <= 32
+        assert expand is None
+    for tile in (gemm, shrink, tall, quantize, expand):
         for value in (tile or gemm)[:5]:
             assert value == 0 or value & (value - 1) == 0
 

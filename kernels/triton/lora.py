@@ -35,7 +35,7 @@ def plan_shrink(
     x: Tensor, A: Tensor, seed: Tensor | None, p: float, s: Tensor, scale: float, arch: int
 ) -> Launch:
     """Return the launch that fills `s [M, R]`."""
-    tile = shrink_tile(x.shape[0], A.shape[0], x.dtype, arch)
+    tile = shrink_tile(x.shape[0], A.shape[0], x.dtype, arch, precision(x))
     return launch_shrink(x, A, seed, p, s, scale, tile)
 
 
@@ -63,7 +63,7 @@ def plan_factors(
     """Return the launches that fill grad_s `[M, R]` and what is given of grad_A, grad_B."""
     (M, N), R = grad_out.shape, A.shape[0]
     launches: list[Launch] = []
-    tile = expand_tile(R, grad_out.dtype, arch, precision(grad_out))
+    tile = expand_tile(R, grad_out.dtype, arch)
 
     if tile is None or grad_B is None:
         launches.append(plan_shrink(grad_out, B.t(), None, 0.0, grad_s, scaling, arch))

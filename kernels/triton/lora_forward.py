@@ -72,13 +72,18 @@ def low_rank_product(
     """Return a tile of `acc + S B` in f32; S `[M, R]` is contiguous."""
     mask_m = offs_m[:, None] < M
     mask_n = offs_n[None, :] < N
-    for r in tl.static_range(0, R, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
-        s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
-        b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
-        s = tl.load(s_ptrs, mask=mask_m & (offs_r[None, :] < R), other=0.0)
-        b = tl.load(b_ptrs, mask=(offs_r[:, None] < R) & mask_n, other=0.0)
-        acc = multiply(s, b, acc, PRECISION)
+    # Exact f32 loops: its FMAs over a long rank spill if unrolled. Others are unrolled (width = one
+    # step), so that their loads need not wait for each other.
+    exact: tl.constexpr = s_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
+    width: tl.constexpr = R if exact else BLOCK_R
+    for start in tl.static_range(0, R, width):
+        for r in tl.range(start, start + width, BLOCK_R, num_stages=1):
+            offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+            s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
+            b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
+            s = tl.load(s_ptrs, mask=mask_m & (offs_r[None, :] < R), other=0.0)
+            b = tl.load(b_ptrs, mask=(offs_r[:, None] < R) & mask_n, other=0.0)
+            acc = multiply(s, b, acc, PRECISION)
     return acc
 
 
@@ -124,7 +129,7 @@ def low_rank_gemm(
     mask_n = offs_n[None, :] < N
 
     # The branch first: its scale and mask are applied to the accumulator the GEMM goes on with. In
-    # f32 last: begun at the branch's magnitude, each step along K would round at it.
+    # f32 last, after the bias: begun at the branch's size, each step along K would round at it.
     if x_ptr.dtype.element_ty == tl.float32:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     else:
@@ -142,14 +147,14 @@ def low_rank_gemm(
         acc = multiply(x, w, acc, PRECISION)
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     if x_ptr.dtype.element_ty == tl.float32:
         acc += low_rank_branch(
             s_ptr, b_ptr, seed_ptr, offs_m, offs_n, M, N, scale, threshold, span, stride_br,
             stride_bn, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
 

@@ -18,10 +18,14 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
     """Return `acc + a b` in f32. PRECISION "tf32" and "ieee" concern f32 operands alone.
 
     "widened" casts the operands to f32 first: Triton's interpreter multiplies the bit patterns of
-    bfloat16 as if they were integers.
+    bfloat16 as if they were integers. Exact f32 has no tensor cores: an FMA for each k, in order.
+    Begun at acc, every one of them would round at acc's magnitude, and the error grow with K.
     """
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # Not `acc + tl.dot(a, b)`: Triton turns that into a product that begins at acc.
+        return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .decode import launch_decode_int4, launch_decode_int8, launch_decode_nf4
 from .int8 import launch_int8_gemm, launch_quantize
-from .launch import Launch, architecture, is_plain, run_all
+from .launch import Launch, architecture, is_plain, precision, run_all
 from .lora import new_gradients, plan_factors, plan_gemm, plan_shrink, plan_tall
 from .tiles import CODES_TILE, TURNED_ROWS, int4_tile, int8_tile, nf4_tile, quantize_tile
 
@@ -89,7 +89,7 @@ def plan_forward(
     if way == "int8":
         q, launches = _codes(w, False)
         codes, t = _quantized(x)
-        tile = quantize_tile(R, x.dtype, arch)
+        tile = quantize_tile(R, x.dtype, arch, precision(x))
         launches.append(launch_quantize(x, None, A, seed, p, codes, t, s, 1.0, tile))
         tile = int8_tile(M, w.N, R, x.dtype, arch, False)
         launches.append(
@@ -120,7 +120,7 @@ def plan_backward(
         return [*launches, *decode, gemm]
     M, R = x.shape[0], A.shape[0]
     codes, t = _quantized(grad_out)
-    tile = quantize_tile(R, x.dtype, arch)
+    tile = quantize_tile(R, x.dtype, arch, precision(x))
     launches = [
         launch_quantize(
             grad_out, w.scales(), B.t(), None, 0.0, codes, t, grad_s, scaling, tile

@@ -4,7 +4,8 @@ A traced M may be symbolic: it is only compared, so that a graph serves a range 
 Every tile that can be returned is compiled ahead of time for sm_80 and sm_90 by benchmarks/aot.py
 (no local memory, at most 255 registers, shared memory under the limit below) for widths that 16
 divides and groups of 64; at odd widths 128 × 256 × 64 spills. Registers and instruction counts are
-in benchmarks/results/aot.csv, what was rejected in benchmarks/NOTES.md.
+in benchmarks/results/aot.csv, what was rejected in benchmarks/NOTES.md. In exact f32 a tile reduces
+at most 32 at a time: it adds them in order (see `multiply`), so more would be less exact.
 """
 
 import functools
@@ -69,30 +70,28 @@ def gemm_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, precision: 
     return Tile(128, 256 if _fills(M, N) else 128, 64, r, 8, 3)
 
 
-def shrink_tile(M: int, R: int, dtype: torch.dtype, arch: int) -> Tile:
+def shrink_tile(M: int, R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile:
     """Choose for `shrink`: M rows, the whole rank."""
     r = padded(R)
+    if dtype == torch.float32 and precision != "tf32":
+        return Tile(rows_for(M, 32), 0, 16, r, 8 if r > 32 else 4, 3 if r > 128 else 5)
     if dtype == torch.float32:
-        if r > 128:
-            return Tile(rows_for(M, 32), 0, 32, r, 4, 2)
-        return Tile(rows_for(M, 32), 0, 64 if r <= 32 else 32, r, 8 if r > 32 else 4, 3)
+        k = 64 if r <= 32 else 32
+        return Tile(rows_for(M, 32), 0, k, r, 8 if 32 < r <= 128 else 4, 2 if r > 128 else 3)
     warps, stages = 8 if r > 64 else 4, 2 if r > 128 else 3
     return Tile(rows_for(M, 64), 0, 128 if r <= 32 else 64, r, warps, stages)
 
 
-def expand_tile(R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile | None:
+def expand_tile(R: int, dtype: torch.dtype, arch: int) -> Tile | None:
     """Choose for `expand_grad`, or None where two passes over grad_out are better.
 
     A program writes R f32 for each column of grad_out, read once more by the sum: 8·R / m bytes an
     element of grad_out, against 2 for reading it a second time. So r ≤ m / 4. In tf32, sm_80 can't
-    feed both products from one asynchronous copy.
+    feed both products from one asynchronous copy. In exact f32 the m rows are one sum in order, and
+    of 32 rows the partial sums are no fewer bytes than a second reading.
     """
     r = padded(R)
-    if r > 32 or precision == "tf32":
-        return None
-    if dtype == torch.float32:
-        return Tile(64, 32, 0, r, 4, 2)
-    return Tile(128, 64, 0, r, 8, 3)
+    return None if r > 32 or dtype == torch.float32 else Tile(128, 64, 0, r, 8, 3)
 
 
 def tall_tile(R: int, dtype: torch.dtype, arch: int) -> Tile:
@@ -109,12 +108,15 @@ def splits_for(programs: int, steps: int, most: int = 8) -> int:
     return max(1, min(wanted, most, steps))
 
 
-def quantize_tile(R: int, dtype: torch.dtype, arch: int) -> Tile:
+def quantize_tile(R: int, dtype: torch.dtype, arch: int, precision: str) -> Tile:
     """Choose for `quantize_shrink`: few rows, so that they are still cached the second time."""
     r = padded(R)
+    stages = 3 if r <= 64 else 2
+    if dtype == torch.float32 and precision != "tf32":
+        return Tile(16, 0, 32, r, 8 if r > 32 else 4, stages)
     k = 256 if r <= 32 else 128 if r <= 64 else 64
     k = k // 2 if dtype == torch.float32 else k
-    return Tile(16, 0, k, r, 8 if r > 128 else 4, 3 if r <= 64 else 2)
+    return Tile(16, 0, k, r, 8 if r > 128 else 4, stages)
 
 
 def int8_tile(M: int, N: int, R: int, dtype: torch.dtype, arch: int, masked: bool) -> Tile:
