@@ -38,8 +38,8 @@ SHARDS = {"checks": 6}  # processes at a time: what takes long is compiling
 GROUPS = (("env",), ("checks", "tests"), ("layers",), ("kernels",), ("models",), ("smollm2",),
           ("sanitize",), ("ranks",))  # fmt: skip
 TESTS = (
-    "cuda", "triton_dropout", "triton_lora_forward", "triton_lora_backward", "triton_lora", "triton_int8",
-    "triton_decode", "triton_stored", "triton_layers", "triton_cross_entropy",
+    "cuda", "triton_dropout", "triton_lora_forward", "triton_lora_backward", "triton_lora",
+    "triton_int8", "triton_decode", "triton_stored", "triton_layers", "triton_cross_entropy",
 )  # fmt: skip
 FIELDS = (
     "gpu", "driver", "torch", "triton", "commit", "stage", "what", "ok", "M", "K", "N", "r", "p",

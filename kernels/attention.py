@@ -146,12 +146,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         `[B, H, T, D]` in q's dtype, or under autocast in its.
     """
     device = q.device.type
-    known = q.shape[2] < k.shape[2] and torch.amp.is_autocast_available(device)
+    traced = torch.compiler.is_compiling()  # where torch 2.11 can't ask the next question
+    known = q.shape[2] < k.shape[2] and (traced or torch.amp.is_autocast_available(device))
     if known and torch.is_autocast_enabled(device):  # as SDPA would
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     better = on_cpu(q) and (q.dtype.itemsize == 2 or q.shape[2] < k.shape[2])
-    traced = torch.compiler.is_compiling()  # where one may not ask for transforms
+    # Nor may one ask for transforms there.
     ours = better and torch.is_grad_enabled() and (traced or not is_transformed(q))
     if ours and _fits_flash(q, k, v):
         return _CausalAttention.apply(q, k, v, scale)

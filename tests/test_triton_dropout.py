@@ -237,7 +237,7 @@ def test_no_mask_is_kept_and_a_plan_for_a_gpu_knows_it(monkeypatch):
     bases = [layer.base for layer in minilora.lora.lora_layers(model).values()]
     masks = 2 * 24 * sum(base.in_features for base in bases)
     monkeypatch.setattr("minilora.kernels.cpu.passes.native", lambda: None)
-    monkeypatch.setattr("minilora.planning.saved.torch.backends.cuda.is_built", lambda: False)
+    monkeypatch.setattr("minilora.planning.saved.torch.cuda.is_available", lambda: False)
     real = []
     for gpu in (True, False):
         monkeypatch.setattr(dropout, "runs_on", lambda device, gpu=gpu: gpu)

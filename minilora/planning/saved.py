@@ -93,9 +93,9 @@ class SavedBytes:
 
     The model may be on any device, the meta device too; it is not changed. `number` is how many
     blocks each of its own stands for, None where all are there. `device` is what to count for,
-    `"cpu"` or `"cuda"`, which need not be here; where torch is not built for it, tensors of the CPU
-    go the ways of a GPU. `compile`: of blocks that are compiled, which
-    are traced for it (some seconds): what they keep is settled before code is made for a device.
+    `"cpu"` or `"cuda"`; where no GPU is here, tensors of the CPU go the ways of one. `compile`:
+    blocks are compiled; they are traced for it (some seconds), as what they keep is settled before
+    code is made for a device.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class SavedBytes:
             number, names = list(chosen.values()), list(survey.blocks)
             restore = keep_blocks(survey, [names[i] for i in chosen])
         self.gpu = device != "cpu"
-        device = device if torch.backends.cuda.is_built() else "cpu"
+        device = device if torch.cuda.is_available() else "cpu"
         self.number, self.autocast, self.device = number, autocast, device
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
