@@ -39,7 +39,8 @@ GROUPS = (("env",), ("checks", "tests"), ("layers",), ("kernels",), ("models",),
           ("sanitize",), ("ranks",))  # fmt: skip
 TESTS = (
     "cuda", "triton_dropout", "triton_lora_forward", "triton_lora_backward", "triton_lora",
-    "triton_int8", "triton_decode", "triton_stored", "triton_layers", "triton_cross_entropy",
+    "triton_eager", "triton_int8", "triton_decode", "triton_stored", "triton_layers",
+    "triton_cross_entropy",
 )  # fmt: skip
 FIELDS = (
     "gpu", "driver", "torch", "triton", "commit", "stage", "what", "ok", "M", "K", "N", "r", "p",

@@ -68,7 +68,10 @@ def on_cpu(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Let fake tensors of the CPU go the ways of a GPU, to count what is kept there."""
+    """Let fake tensors of the CPU go the ways of a GPU, to count what is kept there.
+
+    What another thread compiles for a CPU meanwhile goes them too.
+    """
     _counting.append("cuda")
     try:
         yield

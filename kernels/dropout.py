@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from .decoding import runs_on
 from .devices import counts_for_gpu
-from .workspace import is_traced, is_transformed
+from .workspace import is_plain, is_transformed
 
 # Seeds of the rows in hand, and spread over 64 bits as a tensor. Not per thread: a backward pass
 # that recomputes may run in another one than the forward pass.
@@ -174,6 +174,8 @@ def dropout_mask(x: Tensor, p: float | Tensor) -> Tensor:
 def drop(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """Return x with 0 where a mask says so; the rest is not divided by 1 − p.
 
+    By seeds, in the kernel, what is dropped is 0 even where x is not finite.
+
     Args:
         x: `[..., K]`.
         mask: what `dropout_mask` gave for x's shape, bool or seeds.
@@ -200,7 +202,7 @@ class _Drop(torch.autograd.Function):
 
 
 def _hashed_drop(x: Tensor, seeds: Tensor, p: float) -> Tensor:
-    if is_traced(x) or not runs_on(x.device):
+    if not (runs_on(x.device) and is_plain(x)):  # this may be another tensor than the mask's
         columns = x.shape[-1]
         rows = x.numel() // max(1, columns)
         return x * hashed_mask(seeds, rows, columns, p).view(x.shape)

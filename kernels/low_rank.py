@@ -233,7 +233,7 @@ def lora_linear(
         A: `[R, K]`, kept for backward; any floating dtype, cast to x's for the products.
         B: `[N, R]`, as A.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
-        mask: bool, x's shape, True = keep (see `dropout_mask`), or None.
+        mask: bool, x's shape, True = keep, or seeds `[S]` (see `dropout_mask`), or None.
         p: the probability the mask was drawn with.
 
     Returns:
@@ -285,7 +285,7 @@ def lora_add(
         A: `[R, K]`.
         B: `[N, R]`.
         scaling: alpha / r, or alpha / sqrt(r) under rsLoRA.
-        mask: bool, x's shape, True = keep, or None.
+        mask: as for `lora_linear`.
         p: the probability the mask was drawn with.
 
     Returns:

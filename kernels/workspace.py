@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 # OneDNN compiles a 16-bit product for each number of rows and keeps 1024 of them, some 0.6 MB each
 # on a Xeon with AMX. A step takes some 30, of batches that differ in length others in each: so
@@ -31,6 +32,20 @@ def is_traced(x: Tensor) -> bool:
 def is_transformed(x: Tensor) -> bool:
     """Return whether vmap, forward derivatives or another transform of `torch.func` is at work."""
     return forward_ad._current_level >= 0 or is_functorch_wrapped_tensor(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether x is an ordinary tensor, and nothing traces, transforms or watches torch."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(x) not in (Tensor, Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        # in `torch.autograd.grad(…, is_grads_batched=True)`
+        or torch._C._functorch.is_legacy_batchedtensor(x)
+        or x.is_neg()
+    )
 
 
 def workspace(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sweeps import examples
 from test_kernels_low_rank import frozen, general, oracle
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from triton_cases import DEVICE, DTYPES, SIZES, Output, needs_kernels, operand, seed_tensor
 
@@ -223,6 +224,23 @@ def test_a_layer_takes_three_launches_whatever_the_number_of_rows(monkeypatch, r
     monkeypatch.setattr(Launch, "run", counted)
     gradients(model, torch.randn(rows, 5, 8, device=DEVICE), range(rows))
     assert seen == ["drop"] * 3  # of x forward, of x and grad_x backward
+
+
+def test_where_no_kernel_can_run_the_same_mask_is_hashed():
+    """In batched gradients, under `torch.func`, while tracing, on values negated lazily."""
+    x, G = (operand(6, 24).to(DEVICE).requires_grad_(wanted) for wanted in (True, False))
+    seeds = seed_tensor(3)
+    y = drop(x, seeds, 0.5)
+    batched = torch.stack([G, 2 * G])
+    (found,) = torch.autograd.grad(y, x, batched, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in batched]
+    assert torch.equal(found, torch.stack(each))
+    mapped = torch.vmap(lambda g: torch.autograd.grad(y, x, g, retain_graph=True)[0])(batched)
+    assert torch.equal(mapped, found)
+    lazy = torch.complex(torch.zeros_like(G), -G).conj().imag
+    assert lazy.is_neg() and torch.equal(drop(lazy, seeds, 0.5), drop(G, seeds, 0.5))
+    traced = make_fx(lambda t: drop(t, seeds, 0.5))(G)
+    assert torch.equal(traced(2 * G), drop(2 * G, seeds, 0.5))
 
 
 def llama(*targets, dtype=torch.float32):

@@ -103,6 +103,7 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch, cls, wanted, tr
             return lambda *args, **options: launched.append((grid, len(args), options))
 
     monkeypatch.setattr("minilora.kernels.triton.launch.is_interpreted", lambda: False)
+    monkeypatch.setattr("minilora.kernels.triton.launch._compiled", {})
     monkeypatch.setattr(torch.cuda, "device", current)
     wrapped = []
     monkeypatch.setattr(torch.library, "wrap_triton", lambda k: wrapped.append(k) or k)

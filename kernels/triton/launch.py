@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.nn import Parameter
 
 from ..versions import cuda_takes_tf32
 from .tiles import Tile
@@ -83,18 +81,6 @@ def run_all(launches: list[Launch], traceable: bool = False) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
             launch._run(device)
-
-
-def is_plain(x: Tensor) -> bool:
-    """Return whether x is an ordinary tensor, and nothing traces, transforms or watches torch."""
-    return not (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, Parameter)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or is_legacy_batchedtensor(x)  # in `torch.autograd.grad(…, is_grads_batched=True)`
-        or x.is_neg()
-    )
 
 
 def cdiv(a: int, b: int) -> int:

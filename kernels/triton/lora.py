@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .launch import Launch, architecture, cdiv, is_plain, precision, run_all
+from ..workspace import is_plain
+from .launch import Launch, architecture, cdiv, precision, run_all
 from .lora_backward import launch_expand, launch_sum, launch_tall
 from .lora_forward import launch_gemm, launch_shrink
 from .tiles import expand_tile, gemm_tile, shrink_tile, splits_for, tall_tile

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..workspace import is_plain
 from .decode import launch_decode_int4, launch_decode_int8, launch_decode_nf4
 from .int8 import launch_int8_gemm, launch_quantize
-from .launch import Launch, architecture, is_plain, precision, run_all
+from .launch import Launch, architecture, precision, run_all
 from .lora import new_gradients, plan_factors, plan_gemm, plan_shrink, plan_tall
 from .tiles import CODES_TILE, TURNED_ROWS, int4_tile, int8_tile, nf4_tile, quantize_tile
 

@@ -308,8 +308,8 @@ def plan(
         ranks: processes.
         parallel: None, `"ddp"` or `"fsdp"`.
         dropout: of the adapters.
-        compile: run blocks through `torch.compile` (what they keep is counted by tracing them, in
-            some seconds).
+        compile: run blocks through `torch.compile` (what they keep is counted by tracing them,
+            some ten seconds for a GPU and as long for each dtype of a CPU).
         block_size: of nf4 and int4, compared ones too.
         double_quant: of nf4, compared ones too.
         memory_gb: GB (10⁹) of the machine that may be used; default: what is free, or the table.

@@ -140,7 +140,7 @@ def fit(
             ):
                 told.objects += boards
                 planned = forecast(run, monitor) if plan and rank0 else None
-                with compiled(run.model, run.compile):  # after the plan, which counts plain blocks
+                with compiled(run.model, run.compile):  # after the plan, which traces them itself
                     result = _Loop(run, monitor, interrupted, sample).train()
                 if planned is not None:
                     planned.after()
