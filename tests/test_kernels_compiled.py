@@ -140,4 +140,5 @@ def test_no_function_is_left_out():
         if module.name != "minilora.__main__" and not none:  # which is never imported then
             importlib.import_module(module.name)
     ours = {f for f in subclasses(torch.autograd.Function) if f.__module__.startswith("minilora.")}
-    assert {f for f in ours if not f.__name__.endswith("Backward")} == set(CASES)
+    traced = {f for f in ours if not f.__name__.endswith(("Backward", "_Eager"))}
+    assert traced == set(CASES)

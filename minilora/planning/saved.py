@@ -120,7 +120,8 @@ class SavedBytes:
             number, names = list(chosen.values()), list(survey.blocks)
             restore = keep_blocks(survey, [names[i] for i in chosen])
         self.gpu = device != "cpu"
-        device = device if torch.cuda.is_available() else "cpu"
+        here = torch.backends.cuda.is_built() and torch.cuda.is_available()
+        device = device if here else "cpu"
         self.number, self.autocast, self.device = number, autocast, device
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
