@@ -46,7 +46,7 @@ def kept(model, run):
 
 def counted_and_kept(
     config, dtype=torch.float32, size=(2, 24), format=None, autocast=None, again=False,
-    compile=False, backend="inductor", **options,
+    compile=False, backend=None, **options,
 ):  # fmt: skip
     family = "gpt2" if isinstance(config, GPT2Config) else "llama"
     model = MODEL[family](config, dtype=dtype)
@@ -169,9 +169,9 @@ def test_either_kind_of_cpu_keeps_what_is_counted(slow, monkeypatch):
     ("backend", "format", "options"),
     [
         ("aot_eager_decomp_partition", None, {"dropout": 0.1}),
-        wide("inductor", None, {"dropout": 0.1}),
-        wide("inductor", "nf4", {}),
-        wide("inductor", "int8", {"again": True}),
+        wide(None, None, {"dropout": 0.1}),
+        wide(None, "nf4", {}),
+        wide(None, "int8", {"again": True}),
     ],
 )
 def test_compiled_blocks_keep_what_is_counted(backend, format, options):

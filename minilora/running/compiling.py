@@ -194,7 +194,7 @@ class CompileClock:
 
 @contextmanager
 def compiled(
-    model: nn.Module, wanted: bool, every: bool = False, backend: str = "inductor"
+    model: nn.Module, wanted: bool, every: bool = False, backend: str | None = None
 ) -> Iterator[None]:
     """Compile the blocks with adapters, or every block, and the loss of our own models.
 
@@ -210,9 +210,10 @@ def compiled(
     blocks = [b for b in Survey(model).blocks.values() if every or lora_layers(b)] or [model]
     targets = [(block, block.__dict__.get("forward")) for block in blocks]
     flag = getattr(model, "compiled_loss", None)
+    options: Any = {} if backend is None else {"backend": backend}
     try:
         for block, _ in targets:
-            traced = torch.compile(block.forward, dynamic=True, backend=backend)
+            traced = torch.compile(block.forward, dynamic=True, **options)
             block.forward = _as_any_other(traced)
         if flag is not None:
             model.compiled_loss = True  # type: ignore[assignment]
