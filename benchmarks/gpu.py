@@ -34,6 +34,8 @@ LIMITS = {  # seconds
     "env": 30, "checks": 95, "tests": 95, "layers": 85, "kernels": 50, "models": 160,
     "smollm2": 105, "sanitize": 60, "ranks": 60,
 }  # fmt: skip
+if SMOKE:  # the interpreter on few cores
+    LIMITS = {stage: 3 * limit for stage, limit in LIMITS.items()}
 SHARDS = {"checks": 6}  # processes at a time: what takes long is compiling
 GROUPS = (("env",), ("checks", "tests"), ("layers",), ("kernels",), ("models",), ("smollm2",),
           ("sanitize",), ("ranks",))  # fmt: skip
