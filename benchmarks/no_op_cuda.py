@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import runpy
+import shutil
 import site
 import subprocess
 import sys
@@ -55,7 +56,11 @@ def build(folder):
     target = Path(folder, "libcuda.so.1")
     places = site.getsitepackages()
     headers = ("nvidia/cu13/include", "triton/backends/nvidia/include")
-    found = [f"-I{place}/{name}" for name in headers for place in places]
+    found = [f"-I{place}/{name}" for name in headers for place in places
+             if Path(place, name).is_dir()]  # fmt: skip
+    if len(found) < len(headers) or not shutil.which("gcc"):
+        sys.exit(f"it needs gcc and the headers that torch for CUDA 13 brings ({', '.join(headers)}), "
+                 f"found gcc {shutil.which('gcc')} and {found}; install that torch")  # fmt: skip
     command = ["gcc", "-shared", "-fPIC", "-O1", "-w", *found, HERE / "no_op_cuda.c", "-o", target]
     subprocess.run(command, check=True)
     return target

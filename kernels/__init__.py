@@ -8,7 +8,7 @@ if __name__ != "kernels":
     from .cache import cache_folder, make_folder, private_folder
     from .capped import capped_attention
     from .cross_entropy import bounds, linear_cross_entropy
-    from .devices import DEVICES, as_on_gpu, out_of_memory, resolve_device
+    from .devices import DEVICES, as_on_gpu, on_cpu, out_of_memory, resolve_device
     from .dropout import drop, dropout_mask, row_masks
     from .frozen import frozen_product
     from .int4 import INT4_CODES, int4_codes
@@ -107,6 +107,7 @@ __all__ = [
     "make_folder",
     "nf4_decode",
     "nf4_products",
+    "on_cpu",
     "out_of_memory",
     "private_folder",
     "quantize_rows",

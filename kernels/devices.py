@@ -60,7 +60,7 @@ def counts_for_gpu() -> bool:
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor takes the ways that CPUs alone have."""
+    """Return whether a tensor takes the code paths of a CPU."""
     if _counting and (torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)):
         return False
     return tensor.device.type == "cpu"
@@ -68,9 +68,9 @@ def on_cpu(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Let fake tensors of the CPU go the ways of a GPU, to count what is kept there.
+    """Let fake tensors of the CPU take the code paths of a GPU, to count what is kept there.
 
-    What another thread compiles for a CPU meanwhile goes them too.
+    What another thread compiles for a CPU meanwhile takes them too.
     """
     _counting.append("cuda")
     try:

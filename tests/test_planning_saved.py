@@ -1,6 +1,7 @@
 """What is counted on fake tensors, against what autograd keeps in a real pass, to the byte."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -197,6 +198,17 @@ def test_what_a_gpu_keeps_is_counted_on_any_cpu(monkeypatch):
     monkeypatch.setattr("minilora.kernels.cpu.passes.native", lambda: None)
     outputs = config.num_hidden_layers * B * T * config.hidden_size * 2
     assert gpu.total == SavedBytes(model)(B, T).total + outputs  # of attention, in 16 bits
+
+
+def test_a_gpu_keeps_repeated_heads_under_a_window(monkeypatch):
+    """Its attention takes a mask or grouped heads; a CPU's takes both."""
+    monkeypatch.setattr("minilora.planning.saved.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("minilora.kernels.cpu.passes.native", lambda: None)
+    B, T, config = 3, 17, dataclasses.replace(SMALL["llama"], sliding_window=8)
+    model = minilora.inject(Llama(config, dtype=torch.bfloat16), r=3)
+    gpu, cpu = SavedBytes(model, device="cuda")(B, T), SavedBytes(model)(B, T)
+    # Keys and values of 2 heads of width 16, in 16 bits, become those of 4.
+    assert gpu.total - cpu.total == config.num_hidden_layers * 2 * B * T * (4 - 2) * 16 * 2
 
 
 @pytest.mark.parametrize("format", ["nf4", wide("int8"), wide("int4")])

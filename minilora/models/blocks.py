@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.kernels import capped_attention, causal_attention, rms_norm, swiglu
+from minilora.kernels import capped_attention, causal_attention, on_cpu, rms_norm, swiglu
 from minilora.models.config import DecoderConfig
 from minilora.models.rotary import Rotation, rotate
 
@@ -160,8 +160,8 @@ def attend(
     # which aligns the first query with the first key.
     if mask is None and q.shape[2] > 1:
         return causal_attention(q, k, v, scale)
-    if mask is not None and q.device.type == "cuda" and q.shape[1] > k.shape[1]:
-        # Its kernels take a mask or grouped heads; given both torch would form all scores.
+    if mask is not None and not on_cpu(q) and q.shape[1] > k.shape[1]:
+        # A GPU's kernels take a mask or grouped heads; given both torch would form all scores.
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 

@@ -93,7 +93,7 @@ class SavedBytes:
 
     The model may be on any device, the meta device too; it is not changed. `number` is how many
     blocks each of its own stands for, None where all are there. `device` is what to count for,
-    `"cpu"` or `"cuda"`; where no GPU is here, tensors of the CPU go the ways of one. `compile`:
+    `"cpu"` or `"cuda"`; where no GPU is here, tensors of the CPU take its code paths. `compile`:
     blocks are compiled; they are traced for it (some seconds), as what they keep is settled before
     code is made for a device.
     """
