@@ -59,8 +59,10 @@ def build(folder):
     found = [f"-I{place}/{name}" for name in headers for place in places
              if Path(place, name).is_dir()]  # fmt: skip
     if len(found) < len(headers) or not shutil.which("gcc"):
-        sys.exit(f"it needs gcc and the headers that torch for CUDA 13 brings ({', '.join(headers)}), "
-                 f"found gcc {shutil.which('gcc')} and {found}; install that torch")  # fmt: skip
+        sys.exit(
+            f"gcc and the headers of torch for CUDA 13 must be here ({', '.join(headers)}), "
+            f"found gcc {shutil.which('gcc')} and {found}; install them"
+        )
     command = ["gcc", "-shared", "-fPIC", "-O1", "-w", *found, HERE / "no_op_cuda.c", "-o", target]
     subprocess.run(command, check=True)
     return target
