@@ -63,6 +63,7 @@ TABLES = {
     "gpu few rows": tables_gpu.few_rows,
     "gpu models": tables_gpu.models,
     "gpu no-op": tables_gpu.no_op,
+    "gpu no-op beside": tables_gpu.no_op_beside,
     "gpu profile": tables_gpu.profile,
     "gpu models h100": tables_gpu.models_h100,
     "gpu smollm2": tables_gpu.smollm2,

@@ -271,6 +271,21 @@ def no_op() -> str:
     return text + table(head, lines)
 
 
+def no_op_beside() -> str:
+    """Peaks of one commit on a real GPU and on the one that computes nothing."""
+    real = {(r["what"], r["format"], r["compiled"]): r for r in steps(H200) if r["peak_gb"]}
+    lines = []
+    for row in read("no_op_cuda", commit=next(iter(real.values()))["commit"]):
+        program = row["program"] + " triton" * (row["backend"] == "triton")
+        format = row["base"] if row["base"] != "bf16" else ""
+        beside = real[f"{row['model']}, {program}", format, row["compiled"]]["peak_gb"]
+        name = program + ", compiled" * (row["compiled"] == "True")
+        peaks = [f"{float(value):.2f}" for value in (beside, row["peak_gb"])]
+        lines.append([row["model"], name, row["base"], *peaks])
+    text = _caption("peaks in GB (10⁹), runs as in the table of whole models", list(real.values()))
+    return text + table("model | program | base | H200 | computes nothing", lines)
+
+
 # Kernels by the first name that fits. The head's products are told from the others by their tile:
 # 16 chunks of logits and as many gradients, 17.2 TFLOP in all, at the rate of the other products.
 GROUPS = (
