@@ -11,6 +11,7 @@ test file in n processes with torchrun's variables; the answers are `{"pids"}` a
 
 import builtins
 import contextlib
+import faulthandler
 import importlib
 import io
 import json
@@ -75,10 +76,16 @@ def _die_at(name, call):
     setattr(os, name, dying)
 
 
-def _child(request):
-    log = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _log_to(file):
+    """Write what this process prints into a file, and where it was if it crashes."""
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable()
+
+
+def _child(request):
+    _log_to(request["stderr"])
     if request.get("die"):
         _die_at(*request["die"])
     code = 3
@@ -103,9 +110,7 @@ def _ranks(request):
         if pid:
             pids.append(pid)
             continue
-        log = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        _log_to(request["stderr"])
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                        "WORLD_SIZE": str(request["ranks"]), "MASTER_PORT": str(port),
                        "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
@@ -183,6 +188,12 @@ class Forks:
 
     def codes(self):
         return self._answer()["codes"]
+
+    def said(self):
+        """Return how the log ends, or from the first crash on: other ranks say much after it."""
+        text = self.log.read_text()
+        crash = text.find("Fatal Python error")
+        return text[-3000:] if crash < 0 else text[crash : crash + 6000]
 
     def close(self):
         self.server.stdin.close()

@@ -201,7 +201,7 @@ def test_ranks_give_the_single_processs_numbers(kind, forks, tmp_path):
         out = tmp_path / f"{ranks}"
         options = {"out": str(out), "kind": kind, "parallel": parallel}
         forks.start_ranks("test_training_preference:train", ranks, **options)
-        assert set(forks.codes()) == {0}, forks.log.read_text()[-3000:]
+        assert set(forks.codes()) == {0}, forks.said()
         told.append((json.loads((out / "told.json").read_text()), rows(out)))
     (alone, one), (both, two) = told
     assert both[0] == pytest.approx(alone[0], rel=1e-5)

@@ -364,7 +364,7 @@ def test_a_tuning_killed_at_random_moments_ends_with_the_same_bits(place):
     forks = Forks(place / "log.txt", words(place, place / "warm"))
     try:
         begin = time.monotonic()
-        assert forks.run(words(place, place / "whole")) == 0, forks.log.read_text()[-2000:]
+        assert forks.run(words(place, place / "whole")) == 0, forks.said()
         took, chance, kills = time.monotonic() - begin, random.Random(2), 0
         for run in range(2):
             out = place / f"killed-{run}"
@@ -376,7 +376,7 @@ def test_a_tuning_killed_at_random_moments_ends_with_the_same_bits(place):
                     os.kill(pid, signal.SIGKILL)
                 kills += forks.code() == -signal.SIGKILL
             more = ["--resume"] if out.exists() and any(out.iterdir()) else []
-            assert forks.run(words(place, out, *more)) == 0, forks.log.read_text()[-2000:]
+            assert forks.run(words(place, out, *more)) == 0, forks.said()
             assert kept(out) == kept(place / "whole")
         assert kills >= 3
     finally:
