@@ -156,7 +156,7 @@ def dropout_mask(x: Tensor, p: float | Tensor) -> Tensor:
         drawn = _hashes(row_seeds(x), rows, columns).view(x.shape)
         return drawn >= (p * 2**31 if isinstance(p, Tensor) else threshold_of(p))
     # Drawn straight into bool it is written once, but a CPU would have other bits than so far.
-    drawn = torch.empty_like(x, dtype=torch.bool if x.is_cuda else torch.float32)
+    drawn = torch.empty_like(x, dtype=torch.bool if x.device.type == "cuda" else torch.float32)
     seeds = _row_seeds
     if not seeds or x.dim() == 0 or len(x) % len(seeds):
         return drawn.bernoulli_(1 - p).to(torch.bool)

@@ -11,6 +11,7 @@ f32 where that one is slow (`probe.product_dtype`); factors are cast per call; t
 factors come back in the factors' dtype.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,17 +97,23 @@ def decoded_products(decode: Callable[..., Tensor]) -> Products:
     Args:
         decode: `decode(like, *parts) -> W [N, K]` in like's dtype; valid until it is called again.
     """
+    # A compiled layer makes them while it is traced: torch 2.6 can't mark an inner function then.
+    return functools.partial(_decoded_forward, decode), functools.partial(_decoded_grad_x, decode)
 
-    @_sums
-    def linear_forward(x: Tensor, *stored: Tensor, onto: Tensor | None = None) -> Tensor:
-        *parts, bias = stored
-        return dense_forward(x, decode(x, *parts), bias, onto)
 
-    @_sums
-    def linear_grad_x(grad_out: Tensor, *stored: Tensor, onto: Tensor | None = None) -> Tensor:
-        return _multiplied(grad_out, decode(grad_out, *stored[:-1]), onto)
+@_sums
+def _decoded_forward(
+    decode: Callable[..., Tensor], x: Tensor, *stored: Tensor, onto: Tensor | None = None
+) -> Tensor:
+    *parts, bias = stored
+    return dense_forward(x, decode(x, *parts), bias, onto)
 
-    return linear_forward, linear_grad_x
+
+@_sums
+def _decoded_grad_x(
+    decode: Callable[..., Tensor], grad_out: Tensor, *stored: Tensor, onto: Tensor | None = None
+) -> Tensor:
+    return _multiplied(grad_out, decode(grad_out, *stored[:-1]), onto)
 
 
 @_sums
@@ -132,7 +139,7 @@ def _folds(mask: Tensor) -> bool:
 
     That saves a pass over a matrix as large as X in each product. A CPU's results keep their bits.
     """
-    return mask.is_cuda or mask.dtype != torch.bool
+    return mask.device.type == "cuda" or mask.dtype != torch.bool
 
 
 def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
@@ -151,7 +158,7 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> 
 
     There Inductor would write `addmm_`'s sum into another matrix, after a copy of y.
     """
-    if y.is_cuda and torch.compiler.is_compiling():
+    if y.device.type == "cuda" and torch.compiler.is_compiling():
         _add_in_place(y, left, right, scale)
         return y
     return y.addmm_(left, right, alpha=scale)
@@ -176,7 +183,8 @@ def _adds_first(product: Callable[..., Tensor], x: Tensor) -> bool:
     unit in the last place of the larger: most of a young adapter, a few percent of a trained one
     (benchmarks/NOTES.md). A product adds to its target before it rounds.
     """
-    return x.dtype in (torch.bfloat16, torch.float16) and getattr(product, "sums", False)
+    function = product.func if isinstance(product, functools.partial) else product
+    return x.dtype in (torch.bfloat16, torch.float16) and getattr(function, "sums", False)
 
 
 class _LoRALinear(torch.autograd.Function):
