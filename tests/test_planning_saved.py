@@ -186,15 +186,15 @@ def test_compiled_blocks_keep_what_is_counted(backend, format, options, monkeypa
     assert counted < 0.95 * counted_and_kept(SMALL["llama"], torch.bfloat16, (3, 17), **options)[0]
 
 
-def test_compiled_blocks_in_f32_keep_at_most_what_is_counted(monkeypatch):
+@pytest.mark.parametrize("dropout", [wide(0.1)])
+def test_compiled_blocks_in_f32_keep_at_most_what_is_counted(dropout, monkeypatch):
     """Where a CPU multiplies bf16 in f32."""
     slow_in_bf16(monkeypatch)
     torch._dynamo.reset()
     counted, real = counted_and_kept(
         SMALL["llama"], torch.bfloat16, (3, 17), compile=True,
-        backend="aot_eager_decomp_partition", dropout=0.1,
+        backend="aot_eager_decomp_partition", dropout=dropout,
     )  # fmt: skip
-    print(counted, real)
     assert real <= counted <= 1.1 * real
 
 

@@ -1,6 +1,7 @@
 """First tokens that all rows of a batch share: found, computed once, planned; or left alone."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from minilora.planning.batches import pass_rows
 from minilora.planning.saved import SavedBytes, saved_bytes
 from minilora.planning.shapes import Settings, read_shape
 from minilora.planning.timing import timed_step
-from minilora.running import evaluate, shares_prefix, token_loss
+from minilora.running import compiled, evaluate, shares_prefix, token_loss
 
 START = list(range(1, 9))
 
@@ -184,6 +185,9 @@ def test_evaluation_shares_too(passes):
 
 
 def test_compiled_blocks_share_too(monkeypatch):
+    """Traced as for Inductor, whose code other tests run: it takes long to make."""
+    traced = functools.partial(compiled, backend="aot_eager")
+    monkeypatch.setattr("minilora.training.loop.compiled", traced)
     found = tiny()
     fit(found, alike(), epochs=1, compile=True)
     apart(monkeypatch)

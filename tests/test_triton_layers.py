@@ -113,11 +113,12 @@ def test_dropout_averages_to_the_undropped_branch():
     layer[0].weight.data.zero_()
     minilora.inject(layer, r=2, alpha=2, targets=["0"], exclude=[], dropout=0.3, backend="triton")
     layer[0].adapters["default"].lora_B.data.normal_()
-    x = torch.randn(1, 32, device=DEVICE).expand(4000, 32).contiguous()  # a row is a draw
+    draws = 4000 if DEVICE == "cuda" else 1000
+    x = torch.randn(1, 32, device=DEVICE).expand(draws, 32).contiguous()  # a row is a draw
     with torch.no_grad():
         drawn = layer(x)
         exact = layer.eval()(x[:1])[0]
-    error = drawn.std(0) / 4000**0.5
+    error = drawn.std(0) / draws**0.5
     assert ((drawn.mean(0) - exact).abs() < 5 * error).all()
 
 

@@ -86,7 +86,7 @@ def test_lora_linear_matches_float64(dtype, m, n, k, r, p, bias, layout):
     compare(*make(m, n, k, r, dtype, bias, layout), 2.5, seeds, p, True)
 
 
-SHORT = {(torch.float32, 4), (torch.bfloat16, 64), (torch.float16, 256)}  # each once
+SHORT = {(torch.bfloat16, 64), (torch.float16, 256)}  # f32 is in the next test
 
 
 @pytest.mark.parametrize(
