@@ -158,7 +158,7 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> 
 
     There Inductor would write `addmm_`'s sum into another matrix, after a copy of y.
     """
-    if y.device.type == "cuda" and torch.compiler.is_compiling():
+    if y.device.type == "cuda" and torch.compiler.is_compiling():  # torch 2.6 traces no `is_cuda`
         _add_in_place(y, left, right, scale)
         return y
     return y.addmm_(left, right, alpha=scale)
