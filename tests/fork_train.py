@@ -167,10 +167,7 @@ class Forks:
         self._answer()  # what it imports is imported
 
     def start(self, args, die=None):
-        request = {"args": args, "stderr": str(self.log), "die": die}
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return self._answer()["pid"]
+        return self._ask(args=args, die=die)["pid"]
 
     def code(self):
         return self._answer()["code"]
@@ -181,23 +178,29 @@ class Forks:
 
     def start_ranks(self, call, ranks, **options):
         """Call a function in several processes."""
-        request = {"call": call, "ranks": ranks, "options": options, "stderr": str(self.log)}
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return self._answer()["pids"]
+        return self._ask(call=call, ranks=ranks, options=options)["pids"]
 
     def codes(self):
         return self._answer()["codes"]
 
     def said(self):
-        """Return how the log ends, or from the first crash on: other ranks say much after it."""
-        text = self.log.read_text()
+        """Return the end of what the last run wrote; all of it from a crash on, if there was one.
+
+        After one, other ranks write much about a lost process.
+        """
+        text = self.log.read_bytes()[self.began :].decode(errors="replace")
         crash = text.find("Fatal Python error")
         return text[-3000:] if crash < 0 else text[crash : crash + 6000]
 
     def close(self):
         self.server.stdin.close()
         self.server.wait(timeout=30)
+
+    def _ask(self, **request):
+        self.began = self.log.stat().st_size if self.log.exists() else 0
+        self.server.stdin.write(json.dumps({**request, "stderr": str(self.log)}) + "\n")
+        self.server.stdin.flush()
+        return self._answer()
 
     def _answer(self):
         line = self.server.stdout.readline()

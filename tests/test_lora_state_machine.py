@@ -702,7 +702,7 @@ class Verbs(RuleBasedStateMachine):
 TestVerbs = Verbs.TestCase
 # Shrinking a failing run takes minutes: add Phase.shrink where a run is too long to be read.
 TestVerbs.settings = settings(
-    max_examples=60,
+    max_examples=100,
     stateful_step_count=15,
     deadline=None,
     report_multiple_bugs=False,
